@@ -1,0 +1,271 @@
+"""One or two tokens for every row of a batch over gathered pages. Knows the transformer's weights; no pools.
+
+Shapes: ``B`` rows, ``E`` embedding, ``H`` heads, ``D = E / H``, ``L`` layers, ``W = context_length / 2`` pages of a
+window: the context's, left-aligned, and in the last column the page that the step writes. A window has ``2W`` slots
+``[-, o0, a0, o1, ..., action, observation]``; slot 0 belongs to an action that was never there and is never read, so
+that the token at position ``p`` of a context stands in slot ``p + 1``.
+"""
+from typing import Any, List, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+
+from .slab import Slab
+
+
+class StepOutput(NamedTuple):
+    """
+    Overview:
+        What a step predicts for each row; the names are LightZero's.
+    """
+    output_sequence: torch.Tensor  # [B, 1, E]
+    latent_state: torch.Tensor  # [B, 1, E]
+    logits_rewards: Optional[torch.Tensor]  # [B, 1, support]; None where no action was taken
+    logits_policy: torch.Tensor  # [B, 1, actions], or [B, 1, 2 x actions]: mu and sigma
+    logits_value: torch.Tensor  # [B, 1, support]
+
+
+class _Layer(NamedTuple):
+    block: Any
+    weight: torch.Tensor  # [3E, E]: query, key, value
+    bias: torch.Tensor  # [3E]
+
+
+class Weights(NamedTuple):
+    """
+    Overview:
+        The projections of every layer as they are now, fused; made anew for each step, so that they are never stale.
+    """
+    layers: List[_Layer]
+    shift: Optional[torch.Tensor]  # [2W, L, 2, E]: what learned positions add to keys and values; None with rotary
+
+
+class Engine:
+    """
+    Overview:
+        The transformer's inference over pages. It reads the world model's own modules and holds no weights.
+    Arguments:
+        - world_model (:obj:`Any`): A LightZero world model with one observation token per step.
+    Raises:
+        - ValueError: The world model is one that pages cannot serve.
+    """
+
+    def __init__(self, world_model: Any) -> None:
+        config = world_model.config
+        if config.tokens_per_block != 2:
+            raise ValueError(
+                f'tokens_per_block={config.tokens_per_block}: the new cache serves one observation token per step '
+                '(tokens_per_block=2); set use_new_cache_manager=False for the old system'
+            )
+        self._wm = world_model
+        self.heads, self.embed_dim = config.num_heads, config.embed_dim
+        self.head_dim = self.embed_dim // self.heads
+        self.layers = config.num_layers
+        self.rotary = config.rotary_emb
+        self.width = config.context_length // 2
+        self.max_seq_len = config.max_seq_len if self.rotary else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are now."""
+        return self._wm.transformer.ln_f.weight.device
+
+    def weights(self) -> Weights:
+        """
+        Overview:
+            The projections as they are now.
+        """
+        layers = []
+        for block in self._wm.transformer.blocks:
+            attn = block.attn
+            layers.append(_Layer(
+                block,
+                torch.cat([attn.query.weight, attn.key.weight, attn.value.weight]),
+                torch.cat([attn.query.bias, attn.key.bias, attn.value.bias]),
+            ))
+        if self.rotary:
+            return Weights(layers, None)
+        # LightZero moves a kept key from position p to p - 2 by adding W pos(p - 2) - W pos(p) (``pos_emb_diff_k``).
+        # These differences telescope: pages hold k - W pos(p), and W pos(p) is added for the place a token has now.
+        positions = self._wm.pos_emb.weight[:2 * self.width]
+        shift = torch.stack([F.linear(positions, layer.weight[self.embed_dim:]) for layer in layers], dim=1)
+        return Weights(layers, shift.view(2 * self.width, self.layers, 2, self.embed_dim))
+
+    def embed_action(self, action: torch.Tensor) -> torch.Tensor:
+        """
+        Overview:
+            The tokens of actions.
+        Arguments:
+            - action (:obj:`torch.Tensor`): ``[B]`` or ``[B, 1]`` indices, or ``[B, A]`` continuous actions.
+        Returns:
+            - token (:obj:`torch.Tensor`): ``[B, E]``.
+        """
+        if self._wm.continuous_action_space:
+            # SimNorm needs the time dimension that LightZero gives it.
+            return self._wm.act_embedding_table(action.float().reshape(action.shape[0], 1, -1)).squeeze(1)
+        return self._wm.act_embedding_table(action.reshape(-1))
+
+    def begin(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
+              angle: Optional[torch.Tensor]) -> None:
+        """
+        Overview:
+            Start contexts anew: write one page for each row that holds its observation alone.
+        Arguments:
+            - weights (:obj:`Weights`): From :meth:`weights`.
+            - slab (:obj:`Slab`): Where the pages are.
+            - pages (:obj:`torch.Tensor`): Page ids ``[B]``.
+            - latent (:obj:`torch.Tensor`): Observation tokens ``[B, E]``.
+            - angle (:obj:`Optional[torch.Tensor]`): Rotary positions ``[B]``; unused with learned ones.
+        """
+        window = latent.new_zeros(latent.shape[0], 2, self.layers, 2, self.embed_dim)
+        self._observe_alone(weights, window, latent, angle)
+        if weights.shift is not None:
+            window[:, 1] -= weights.shift[0]
+        slab.write(pages, window)
+
+    def first(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
+              angle: Optional[torch.Tensor]) -> StepOutput:
+        """
+        Overview:
+            The first observations of episodes: as :meth:`begin`, with predictions.
+        """
+        window = latent.new_zeros(latent.shape[0], 2, self.layers, 2, self.embed_dim)
+        x = self._observe_alone(weights, window, latent, angle)
+        if weights.shift is not None:
+            window[:, 1] -= weights.shift[0]
+        slab.write(pages, window)
+        return self._predict(x, latent, None)
+
+    def _observe_alone(self, weights: Weights, window: torch.Tensor, latent: torch.Tensor,
+                       angle: Optional[torch.Tensor]) -> torch.Tensor:
+        x = latent if self.rotary else latent + self._wm.pos_emb.weight[0]
+        return self._token(weights, window, 2, x, None, self._rotation(angle))
+
+    def step(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
+             angles: Optional[torch.Tensor], latent: Optional[torch.Tensor] = None) -> StepOutput:
+        """
+        Overview:
+            An action and an observation token for each row; the new page is written to the last column's ids.
+        Arguments:
+            - weights (:obj:`Weights`): From :meth:`weights`.
+            - slab (:obj:`Slab`): Where the pages are.
+            - tables (:obj:`torch.Tensor`): Page ids ``[B, W]``, the context's left-aligned, the new page last.
+            - counts (:obj:`torch.Tensor`): Pages of each context ``[B]``; 0 starts one, its action is not looked at.
+            - action (:obj:`torch.Tensor`): Actions as :meth:`embed_action` takes them.
+            - angles (:obj:`Optional[torch.Tensor]`): Rotary positions of both tokens ``[2, B]``; unused with learned.
+            - latent (:obj:`Optional[torch.Tensor]`): Observed tokens ``[B, E]``; None: the predicted ones.
+        Returns:
+            - output (:obj:`StepOutput`): The predictions.
+        """
+        window = slab.read(tables)
+        last = 2 * self.width - 1
+        if weights.shift is not None:
+            window[:, 1:last - 1] += weights.shift[:last - 2]
+        output = self._two_tokens(weights, window, counts, action, angles, latent)
+        page = window[:, last - 1:]
+        if weights.shift is not None:
+            page = page - weights.shift[self._positions(counts)]
+        slab.write(tables[:, -1], page)
+        return output
+
+    def step_alone(self, weights: Weights, state: torch.Tensor, action: torch.Tensor, state_angle: Optional[torch.Tensor],
+                   angles: Optional[torch.Tensor]) -> StepOutput:
+        """
+        Overview:
+            A state, an action and the predicted observation, with no context and nothing stored: reanalysis.
+        Arguments:
+            - weights (:obj:`Weights`): From :meth:`weights`.
+            - state (:obj:`torch.Tensor`): Observation tokens ``[B, E]``.
+            - action (:obj:`torch.Tensor`): Actions as :meth:`embed_action` takes them.
+            - state_angle (:obj:`Optional[torch.Tensor]`): Rotary positions of the states ``[B]``.
+            - angles (:obj:`Optional[torch.Tensor]`): Rotary positions of the other two tokens ``[2, B]``.
+        Returns:
+            - output (:obj:`StepOutput`): The predictions.
+        """
+        window = state.new_zeros(state.shape[0], 4, self.layers, 2, self.embed_dim)
+        self._observe_alone(weights, window, state, state_angle)
+        counts = torch.ones(state.shape[0], dtype=torch.int64, device=state.device)
+        return self._two_tokens(weights, window, counts, action, angles, None)
+
+    def _two_tokens(self, weights: Weights, window: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
+                    angles: Optional[torch.Tensor], latent: Optional[torch.Tensor]) -> StepOutput:
+        slots = window.shape[1]
+        slot = torch.arange(slots, device=window.device)
+        context = slot < 2 * counts.unsqueeze(1)  # [B, 2W]
+        seen = context | (slot >= slots - 2)
+        if latent is None:
+            seen_by_observation = seen
+        else:
+            seen_by_observation = context | (slot == slots - 1) | ((slot == slots - 2) & (counts > 0).unsqueeze(1))
+        x = self.embed_action(action)
+        if not self.rotary:
+            positions = self._positions(counts)
+            x = x + self._wm.pos_emb.weight[positions[:, 0]]
+        rotations = [None, None] if angles is None else [self._rotation(angle) for angle in angles]
+        x = self._token(weights, window, slots - 1, x, _bias(seen), rotations[0])
+        rewards = self._wm.head_rewards.head_module(x.unsqueeze(1))
+        if latent is None:
+            latent = self._wm.head_observations.head_module(x.unsqueeze(1)).squeeze(1)
+        y = latent if self.rotary else latent + self._wm.pos_emb.weight[positions[:, 1]]
+        x = self._token(weights, window, slots, y, _bias(seen_by_observation), rotations[1])
+        return self._predict(x, latent, rewards)
+
+    def _predict(self, x: torch.Tensor, latent: torch.Tensor, rewards: Optional[torch.Tensor]) -> StepOutput:
+        x = x.unsqueeze(1)
+        policy = self._wm.head_policy.head_module(x)
+        if isinstance(policy, dict):
+            policy = torch.cat([policy['mu'], policy['sigma']], dim=-1)
+        return StepOutput(x, latent.unsqueeze(1), rewards, policy, self._wm.head_value.head_module(x))
+
+    def _token(self, weights: Weights, window: torch.Tensor, end: int, x: torch.Tensor, bias: Optional[torch.Tensor],
+               rotation: Optional[torch.Tensor]) -> torch.Tensor:
+        """One token ``x [B, E]`` in slot ``end - 1``, over slots 1 to ``end - 1``; writes its keys and values there."""
+        rows, dim, heads = x.shape[0], self.embed_dim, self.heads
+        transformer = self._wm.transformer
+        x = transformer.drop(x)
+        if bias is not None:
+            bias = bias[..., 1:end]
+        for index, (block, weight, projection_bias) in enumerate(weights.layers):
+            qkv = F.linear(block.ln1(x), weight, projection_bias)
+            slot = window[:, end - 1, index]
+            if rotation is None:
+                query = qkv[:, :dim]
+                slot.copy_(qkv[:, dim:].view(rows, 2, dim))
+            else:
+                pairs = torch.view_as_complex(qkv[:, :2 * dim].reshape(rows, 2 * heads, self.head_dim // 2, 2))
+                turned = torch.view_as_real(pairs * rotation).view(rows, 2 * dim)
+                query = turned[:, :dim]
+                slot[:, 0].copy_(turned[:, dim:])
+                slot[:, 1].copy_(qkv[:, 2 * dim:])
+            context = window[:, 1:end, index].view(rows, end - 1, 2, heads, self.head_dim)
+            attn = block.attn
+            y = F.scaled_dot_product_attention(
+                query.view(rows, heads, 1, self.head_dim),
+                context[:, :, 0].transpose(1, 2),
+                context[:, :, 1].transpose(1, 2),
+                attn_mask=bias,
+                dropout_p=attn.attn_drop.p if attn.training else 0.0,
+            )
+            y = attn.resid_drop(attn.proj(y.reshape(rows, dim)))
+            if block.gru_gating:
+                x = block.gate1(x, y)
+                x = block.gate2(x, block.mlp(block.ln2(x)))
+            else:
+                x = x + y
+                x = x + block.mlp(block.ln2(x))
+        return transformer.ln_f(x)
+
+    def _positions(self, counts: torch.Tensor) -> torch.Tensor:
+        """Learned positions ``[B, 2]`` of the action and the observation that follow ``counts`` pages."""
+        observation = 2 * counts
+        return torch.stack([(observation - 1).clamp_(min=0), observation], dim=1)
+
+    def _rotation(self, angle: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        """Rotary factors ``[B, 1, D / 2]`` of positions ``[B]``."""
+        return self._wm.transformer.freqs_cis[angle].unsqueeze(1) if self.rotary else None
+
+
+def _bias(seen: torch.Tensor) -> torch.Tensor:
+    """An additive attention mask ``[B, 1, 1, T]`` from a boolean one ``[B, T]``."""
+    bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float('-inf'))
+    return bias[:, None, None]

@@ -1,0 +1,324 @@
+"""The new cache manager: pools over one set of pages. Knows keys, environments and page ids; not LightZero."""
+import logging
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from .base_manager import PagedCacheManager
+from .config import PREFIX, CacheConfig, ConfigError, lookup
+from .pages import PageAllocator, Rows
+from .pool import KVCachePool, PagedPool
+from .registry import KV_CACHE_REGISTRY
+from .slab import MIB
+from .stats import CacheStats
+from .storage import PageStorage
+
+logger = logging.getLogger(__name__)
+
+COLLECT, EVAL = 'collect', 'eval'
+DEFAULT_CONTEXT_LENGTH = 8  # of a manager that is used by hand with a config that names none
+
+
+@KV_CACHE_REGISTRY.register('new')
+class KVCacheManager(PagedCacheManager):
+    """
+    Overview:
+        One init pool per environment for root contexts, a recurrent pool for the nodes of the running search, and the
+        working batch ('world_model'), all over the same pages.
+    Arguments:
+        - config (:obj:`Any`): A ``world_model_cfg``; see :class:`CacheConfig` for what is read.
+        - env_num (:obj:`Optional[int]`): Environments; default ``config.env_num``.
+        - enable_stats (:obj:`Optional[bool]`): Whether look-ups are counted; default ``kv_cache_cfg.enable_stats``.
+    Raises:
+        - ConfigError: A key of the config is unknown or has a wrong value.
+    """
+
+    def __init__(self, config: Any, env_num: Optional[int] = None, enable_stats: Optional[bool] = None) -> None:
+        self.config = CacheConfig.read(config, KV_CACHE_REGISTRY)
+        self.env_num = self.config.env_num if env_num is None else env_num
+        self.enable_stats = self.config.enable_stats if enable_stats is None else enable_stats
+        self.width = lookup(config, 'context_length', DEFAULT_CONTEXT_LENGTH) // 2 - 1
+        self._eval_env_num = lookup(config, 'evaluator_env_num', 1)
+        nodes = self.config.recurrent_pool_size
+        if lookup(config, 'env_num') is None and 'recurrent_pool_size' not in (lookup(config, 'kv_cache_cfg') or {}):
+            nodes = self.config.num_simulations * self.env_num
+        self.storage = PageStorage(config, self)
+        self._pages = PageAllocator(self._pages_wanted(nodes))
+        self._lease: List[np.ndarray] = []
+        self._current: Dict[Tuple[str, int], Hashable] = {}
+        self._told: set = set()
+
+        self.init_pools = [self._paged(self.config.init_pool_size, f'init_env{i}') for i in range(self.env_num)]
+        self.recur_pool = self._paged(nodes, 'recurrent')
+        self.wm_pool = KVCachePool(self.env_num, self.config.eviction, self.enable_stats, 'world_model')
+        # Evaluation has contexts of its own, made at its first search, so that it cannot evict collection's.
+        self.eval_pools: List[PagedPool] = []
+        self._asked = {'init': CacheStats(), 'recur': CacheStats()}
+        logger.info(f'Initialized KVCacheManager for {self.env_num} environments')
+
+    def _paged(self, size: int, name: str) -> PagedPool:
+        return PagedPool(
+            size, self.config.eviction, self.enable_stats, name,
+            pages=self._pages, width=self.width, codec=self.storage
+        )
+
+    def _pages_wanted(self, nodes: int) -> int:
+        """One page for each entry, the rest of each environment's oldest context, a step's own, and the null page."""
+        environments = self.env_num + self._eval_env_num
+        fixed = 1 + environments * self.width + nodes + 2 * max(self.env_num, self._eval_env_num)
+        if fixed + environments > self._page_limit():
+            least = (fixed + environments) * self.storage.slab.page_bytes / MIB
+            raise ConfigError(
+                f'{PREFIX}.kv_cache_cfg.max_memory_mb={self.config.max_memory_mb} is too small for one search: '
+                f'it must be at least {least:.2f}'
+            )
+        return min(fixed + environments * self.config.init_pool_size, self._page_limit())
+
+    def _page_limit(self) -> int:
+        if self.config.max_memory_mb is None:
+            return np.iinfo(np.int64).max
+        return max(2, int(self.config.max_memory_mb * MIB / self.storage.slab.page_bytes))
+
+    # ---- what the world model calls -------------------------------------------------------------------------------
+
+    def allocate(self, count: int) -> np.ndarray:
+        pages = self.take(count)
+        self._lease.append(pages)
+        return pages
+
+    def hold(self, tables: np.ndarray) -> None:
+        self._pages.retain(tables)
+        self._lease.append(tables)
+
+    def release(self) -> None:
+        for pages in self._lease:
+            self._pages.release(pages)
+        self._lease.clear()
+
+    def find_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
+        tables = np.zeros((len(keys), self.width), dtype=np.int64)
+        counts = np.zeros(len(keys), dtype=np.int64)
+        for row, (env_id, key) in enumerate(zip(env_ids, keys)):
+            tables[row:row + 1], counts[row:row + 1] = self._init_pool(mode, env_id).lookup([key])
+        return tables, counts
+
+    def store_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
+        tables, counts = rows
+        for row, (env_id, key) in enumerate(zip(env_ids, keys)):
+            self._init_pool(mode, env_id).store([key], tables[row:row + 1], counts[row:row + 1])
+            self._current[mode, env_id] = key
+
+    def find_recur(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
+        tables, counts = self.find_init(mode, env_ids, keys)
+        rest = np.flatnonzero(counts == 0)
+        if len(rest):
+            tables[rest], counts[rest] = self.recur_pool.lookup([(env_ids[row], keys[row]) for row in rest])
+        return tables, counts
+
+    def store_recur(self, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
+        self.recur_pool.store(list(zip(env_ids, keys)), *rows)
+
+    def count_queries(self, pool: str, queries: int, hits: int) -> None:
+        if self.enable_stats:
+            self._asked[pool].record(queries, hits)
+            if self.wm_pool.stats is not None:
+                self.wm_pool.stats.record(queries, hits)
+
+    def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
+        for name, pools in ((COLLECT, self.init_pools), (EVAL, self.eval_pools)):
+            for index, pool in enumerate(pools):
+                if mode in (None, name) and env_id in (None, index):
+                    pool.clear()
+                    self._current.pop((name, index), None)
+
+    def clear_recur_cache(self) -> None:
+        self.recur_pool.clear()
+
+    def clear_all(self) -> None:
+        self.clear_init_caches()
+        self.clear_recur_cache()
+        self.wm_pool.clear()
+
+    # ---- by hand ---------------------------------------------------------------------------------------------------
+
+    def get_init_cache(self, env_id: int, cache_key: Hashable) -> Any:
+        """
+        Overview:
+            A copy of the context stored for an environment's root, or None.
+        Raises:
+            - ValueError: There is no such environment.
+        """
+        return self._init_pool(COLLECT, env_id).get(cache_key)
+
+    def set_init_cache(self, env_id: int, cache_key: Hashable, kv_cache: Any) -> int:
+        """
+        Overview:
+            Store a copy of a context for an environment's root; returns its slot.
+        Raises:
+            - ValueError: There is no such environment.
+        """
+        return self._init_pool(COLLECT, env_id).set(cache_key, kv_cache)
+
+    def get_recur_cache(self, cache_key: Hashable, env_id: Optional[int] = None) -> Any:
+        """
+        Overview:
+            A copy of the context stored for a node, of one environment or of none in particular, or None.
+        """
+        return self.recur_pool.get((env_id, cache_key))
+
+    def set_recur_cache(self, cache_key: Hashable, kv_cache: Any, env_id: Optional[int] = None) -> int:
+        """
+        Overview:
+            Store a copy of a context for a node; returns its slot.
+        """
+        return self.recur_pool.set((env_id, cache_key), kv_cache)
+
+    def get_wm_cache(self, cache_key: Hashable) -> Any:
+        """
+        Overview:
+            A copy of what was put into the working batch by hand, or None.
+        """
+        return self.wm_pool.get(cache_key)
+
+    def set_wm_cache(self, cache_key: Hashable, kv_cache: Any) -> int:
+        """
+        Overview:
+            Put a copy of a context into the working batch; returns its slot.
+        """
+        return self.wm_pool.set(cache_key, kv_cache)
+
+    def hierarchical_get(self, env_id: int, cache_key: Hashable) -> Any:
+        """
+        Overview:
+            Look in an environment's init pool, then among its recurrent entries, then among those of none.
+        """
+        found = self.get_init_cache(env_id, cache_key)
+        if found is None and (env_id, cache_key) in self.recur_pool:
+            return self.get_recur_cache(cache_key, env_id)
+        return self.get_recur_cache(cache_key) if found is None else found
+
+    # ---- numbers ---------------------------------------------------------------------------------------------------
+
+    def get_stats_summary(self) -> Dict[str, Any]:
+        """
+        Overview:
+            Every pool's own counts.
+        Returns:
+            - summary (:obj:`Dict[str, Any]`): ``stats_enabled``; ``init_pools`` with ``env_0`` and so on, ``recur_pool`` \
+                and ``wm_pool``, each with ``hits``, ``misses``, ``evictions``, ``total_queries``, ``hit_rate``, \
+                ``size`` and ``capacity``; ``eval_pools`` once there was an evaluation; ``memory_mb``.
+        """
+        if not self.enable_stats:
+            return {'stats_enabled': False}
+        summary: Dict[str, Any] = {
+            'stats_enabled': True,
+            'init_pools': {f'env_{i}': _pool_summary(pool) for i, pool in enumerate(self.init_pools)},
+            'recur_pool': _pool_summary(self.recur_pool),
+            'wm_pool': _pool_summary(self.wm_pool),
+            'memory_mb': self.memory_mb,
+        }
+        if self.eval_pools:
+            summary['eval_pools'] = {f'env_{i}': _pool_summary(pool) for i, pool in enumerate(self.eval_pools)}
+        return summary
+
+    def counters(self) -> Dict[str, Any]:
+        counters: Dict[str, Any] = {'memory_mb': self.memory_mb}
+        if self.enable_stats:
+            init_pools = self.init_pools + self.eval_pools
+            counters['init'] = _counts(self._asked['init'], init_pools)
+            counters['recur'] = _counts(self._asked['recur'], [self.recur_pool])
+            total = CacheStats(**{
+                field: getattr(self._asked['init'], field) + getattr(self._asked['recur'], field)
+                for field in ('hits', 'misses', 'total_queries')
+            })
+            counters['total'] = _counts(total, init_pools + [self.recur_pool])
+        return counters
+
+    @property
+    def memory_mb(self) -> float:
+        """MiB that the page storage takes."""
+        return self.storage.slab.memory_mb
+
+    def reset_stats(self) -> None:
+        for pool in self.init_pools + self.eval_pools + [self.recur_pool, self.wm_pool]:
+            if pool.stats is not None:
+                pool.stats.reset()
+        for stats in self._asked.values():
+            stats.reset()
+
+    def __repr__(self) -> str:
+        return (
+            f'KVCacheManager(env_num={self.env_num}, init_pools={[len(pool) for pool in self.init_pools]}, '
+            f'recur_pool={self.recur_pool!r}, pages={self._pages.used}/{self._pages.capacity - 1})'
+        )
+
+    # ---- pages -----------------------------------------------------------------------------------------------------
+
+    @property
+    def page_capacity(self) -> int:
+        """Pages that the slab must have room for."""
+        return self._pages.capacity
+
+    def take(self, count: int) -> np.ndarray:
+        """
+        Overview:
+            Pages with one reference each, which the caller owns; grows or evicts where too few are free.
+        Raises:
+            - OutOfPages: The running search and the current steps need all there are.
+        """
+        if count > self._pages.free:
+            self._make_room(count)
+        return self._pages.allocate(count)
+
+    def _init_pool(self, mode: str, env_id: int) -> PagedPool:
+        if not 0 <= env_id < self.env_num:
+            raise ValueError(
+                f'environment {env_id} is outside [0, {self.env_num}): '
+                f'raise policy.model.world_model_cfg.env_num={self.env_num}'
+            )
+        if mode == COLLECT:
+            return self.init_pools[env_id]
+        while len(self.eval_pools) <= env_id:
+            self.eval_pools.append(self._paged(self.config.init_pool_size, f'eval_env{len(self.eval_pools)}'))
+        return self.eval_pools[env_id]
+
+    def _make_room(self, count: int) -> None:
+        """Grow in one step if the limit allows it, else evict what no search and no current step needs."""
+        wanted = self._pages.capacity + max(count, self._pages.capacity // 2)
+        capacity = min(wanted, self._page_limit())
+        if capacity - self._pages.capacity >= count - self._pages.free and self.storage.grow(capacity):
+            logger.info(
+                f'Grew the page storage from {self._pages.capacity} to {capacity} pages ({self.memory_mb:.1f} MiB)'
+            )
+            self._pages.grow(capacity)
+            return
+        self._warn_once(
+            'full', f'The page storage is full at {self._pages.capacity} pages ({self.memory_mb:.1f} MiB): '
+            'evicting older root contexts; raise kv_cache_cfg.max_memory_mb or lower kv_cache_cfg.init_pool_size'
+        )
+        current = self._current
+        for mode, pools in ((COLLECT, self.init_pools), (EVAL, self.eval_pools)):
+            for env_id, pool in enumerate(pools):
+                while self._pages.free < count and pool.evict_but(current.get((mode, env_id))):
+                    pass
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._told:
+            self._told.add(topic)
+            logger.warning(message)
+
+
+def _pool_summary(pool: KVCachePool) -> Dict[str, Any]:
+    assert pool.stats is not None
+    return {**pool.stats.summary(), 'size': len(pool), 'capacity': pool.pool_size}
+
+
+def _counts(asked: CacheStats, pools: List[PagedPool]) -> Dict[str, Any]:
+    capacity = sum(pool.pool_size for pool in pools)
+    return {
+        'queries': asked.total_queries,
+        'hits': asked.hits,
+        'misses': asked.misses,
+        'evictions': sum(pool.stats.evictions for pool in pools if pool.stats is not None),
+        'occupancy': sum(len(pool) for pool in pools) / capacity,
+    }

@@ -1,0 +1,54 @@
+"""LightZero's models with a world model of either system, picked by ``world_model_cfg``."""
+import inspect
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, Iterator
+
+from ding.utils import MODEL_REGISTRY
+from lzero.model import sampled_unizero_model, unizero_model
+
+from .config import CacheConfig
+from .registry import KV_CACHE_REGISTRY
+from .world_model import NewWorldModel, OldWorldModel
+
+
+@contextmanager
+def _world_model_of(module: ModuleType, init: Any, args: Any, kwargs: Any) -> Iterator[None]:
+    """LightZero's models build ``WorldModel`` by the name in their own module; put ours there for that moment."""
+    config = inspect.signature(init).bind(*args, **kwargs).arguments['world_model_cfg']
+    options = CacheConfig.read(config, KV_CACHE_REGISTRY)
+    original = module.WorldModel
+    module.WorldModel = NewWorldModel if options.use_new else OldWorldModel
+    try:
+        yield
+    finally:
+        module.WorldModel = original
+
+
+class UniZeroModel(unizero_model.UniZeroModel):
+    """
+    Overview:
+        LightZero's ``UniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks the caching of its world model.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        init = unizero_model.UniZeroModel.__init__
+        with _world_model_of(unizero_model, init, (self,) + args, kwargs):
+            super().__init__(*args, **kwargs)
+
+
+class SampledUniZeroModel(sampled_unizero_model.SampledUniZeroModel):
+    """
+    Overview:
+        LightZero's ``SampledUniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks the caching of its world
+        model.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        init = sampled_unizero_model.SampledUniZeroModel.__init__
+        with _world_model_of(sampled_unizero_model, init, (self,) + args, kwargs):
+            super().__init__(*args, **kwargs)
+
+
+MODEL_REGISTRY.register('UniZeroModel', UniZeroModel, force_overwrite=True)
+MODEL_REGISTRY.register('SampledUniZeroModel', SampledUniZeroModel, force_overwrite=True)

@@ -1,0 +1,281 @@
+"""Pools: keys with a capacity, an eviction strategy and counts. Knows keys, slots, page ids; no model, no tensor."""
+import copy
+import logging
+from abc import ABC, abstractmethod
+from typing import Any, Hashable, List, Optional, Sequence, Union
+
+import numpy as np
+
+from .eviction import EvictionStrategy, make_index, rank
+from .pages import NULL_PAGE, PageAllocator, Rows
+from .stats import CacheStats
+
+logger = logging.getLogger(__name__)
+
+
+class KVCachePool:
+    """
+    Overview:
+        A pool of any objects by key. A ``KeysValues`` goes in and comes out as a private copy; any other object is
+        held as it is.
+    Arguments:
+        - pool_size (:obj:`int`): Entries that it holds at the most.
+        - eviction_strategy (:obj:`Union[EvictionStrategy, str]`): Which entry leaves when it is full.
+        - enable_stats (:obj:`bool`): Whether look-ups and evictions are counted.
+        - name (:obj:`str`): How log lines call it.
+    Raises:
+        - ValueError: ``pool_size`` below 1 or an unknown strategy.
+    """
+
+    def __init__(
+            self,
+            pool_size: int,
+            eviction_strategy: Union[EvictionStrategy, str] = EvictionStrategy.FIFO,
+            enable_stats: bool = True,
+            name: str = 'default'
+    ) -> None:
+        if isinstance(pool_size, bool) or int(pool_size) != pool_size or pool_size < 1:
+            raise ValueError(f'pool_size={pool_size!r} must be a whole number of at least 1')
+        self.pool_size = int(pool_size)
+        self.eviction_strategy = EvictionStrategy(eviction_strategy)
+        self.enable_stats = enable_stats
+        self.name = name
+        self.stats: Optional[CacheStats] = CacheStats() if enable_stats else None
+        self._reset_index()
+        logger.info(
+            f"Initialized KVCachePool '{name}' with size={self.pool_size}, strategy={self.eviction_strategy.value}"
+        )
+
+    def _reset_index(self) -> None:
+        self._index = make_index(self.eviction_strategy, self.pool_size)
+        self._unused = list(range(self.pool_size - 1, -1, -1))
+        self._values: List[Any] = [None] * self.pool_size
+
+    def get(self, cache_key: Hashable) -> Optional[Any]:
+        """
+        Overview:
+            Look a key up and count it.
+        Arguments:
+            - cache_key (:obj:`Hashable`): The key.
+        Returns:
+            - value (:obj:`Optional[Any]`): What was stored, or None.
+        """
+        slot = int(self.find([cache_key])[0])
+        return None if slot < 0 else self._load(slot)
+
+    def set(self, cache_key: Hashable, kv_cache: Any, priority: Optional[float] = None) -> int:
+        """
+        Overview:
+            Store a value; an equal key is replaced, and a full pool evicts first.
+        Arguments:
+            - cache_key (:obj:`Hashable`): The key.
+            - kv_cache (:obj:`Any`): The value.
+            - priority (:obj:`Optional[float]`): For 'priority': how much it is worth keeping; default: its hits.
+        Returns:
+            - slot (:obj:`int`): The slot that it is stored in, from 0 to ``pool_size - 1``.
+        """
+        slot = self.claim(cache_key)
+        rank(self._index, cache_key, priority)
+        self._save(slot, kv_cache)
+        return slot
+
+    def find(self, keys: Sequence[Hashable]) -> np.ndarray:
+        """
+        Overview:
+            Look many keys up at once and count them.
+        Arguments:
+            - keys (:obj:`Sequence[Hashable]`): ``B`` keys.
+        Returns:
+            - slots (:obj:`np.ndarray`): ``[B]``, the slot of each key, -1 where it is not there.
+        """
+        index = self._index
+        slots = np.fromiter((index[key] if key in index else -1 for key in keys), dtype=np.int64, count=len(keys))
+        if self.stats is not None:
+            self.stats.record(len(keys), int(np.count_nonzero(slots >= 0)))
+        if logger.isEnabledFor(logging.DEBUG):
+            for key, slot in zip(keys, slots):
+                if slot < 0:
+                    logger.debug(f"Miss in KVCachePool '{self.name}': key={key}")
+        return slots
+
+    def claim(self, key: Hashable) -> int:
+        """
+        Overview:
+            The slot to write a key's value to: its own if it is stored, else an unused one, else an evicted one's.
+        """
+        if key in self._index:
+            slot = self._index.pop(key)  # as a new entry: the newest of equal keys is the youngest, too
+            self._drop(slot)
+        else:
+            if not self._unused:
+                self.evict()
+            slot = self._unused.pop()
+        self._index[key] = slot
+        return slot
+
+    def evict(self) -> None:
+        """
+        Overview:
+            Let the strategy's next entry go.
+        """
+        key, slot = self._index.popitem()
+        self._drop(slot)
+        self._unused.append(slot)
+        if self.stats is not None:
+            self.stats.evictions += 1
+        logger.debug("Eviction from KVCachePool '%s': key=%s, slot=%s", self.name, key, slot)
+
+    def evict_but(self, kept: Optional[Hashable]) -> bool:
+        """
+        Overview:
+            Let the strategy's next entry go, but never that of ``kept``; False where there is no other.
+        """
+        slot = self._index.pop(kept, None)
+        found = len(self._index) > 0
+        if found:
+            self.evict()
+        if slot is not None:
+            self._index[kept] = slot
+        return found
+
+    def clear(self) -> None:
+        """
+        Overview:
+            Forget every entry; counts stay.
+        """
+        if len(self._index):
+            logger.debug("Clear of KVCachePool '%s': %s entries", self.name, len(self._index))
+            self._reset_index()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, cache_key: Hashable) -> bool:
+        return cache_key in self._index
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(name='{self.name}', size={len(self)}/{self.pool_size}, "
+            f'strategy={self.eviction_strategy.value}, {self.stats})'
+        )
+
+    def _save(self, slot: int, value: Any) -> None:
+        self._values[slot] = private_copy(value)
+
+    def _load(self, slot: int) -> Any:
+        return private_copy(self._values[slot])
+
+    def _drop(self, slot: int) -> None:
+        self._values[slot] = None
+
+
+def private_copy(value: Any) -> Any:
+    """
+    Overview:
+        A deep copy of a ``KeysValues``-like object, and any other object itself.
+    """
+    return copy.deepcopy(value) if hasattr(value, '_keys_values') else value
+
+
+class PagedPool(KVCachePool):
+    """
+    Overview:
+        A pool whose entries are page ids. Entries that share pages share the memory behind them.
+    Arguments:
+        - pool_size, eviction_strategy, enable_stats, name: As :class:`KVCachePool`.
+        - pages (:obj:`PageAllocator`): Who counts the references.
+        - width (:obj:`int`): Pages that an entry has at the most.
+        - codec (:obj:`Codec`): Turns a value that was stored by hand into pages and back.
+    """
+
+    def __init__(self, *args: Any, pages: PageAllocator, width: int, codec: 'Codec', **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pages, self._codec = pages, codec
+        self.tables = np.full((self.pool_size, width), NULL_PAGE, dtype=np.int64)
+        self.counts = np.zeros(self.pool_size, dtype=np.int64)
+
+    def clear(self) -> None:
+        """
+        Overview:
+            Forget every entry and give its pages back in one go; counts stay.
+        """
+        if len(self._index):
+            self._pages.release(self.tables[self.counts > 0])
+            self.counts.fill(0)
+            super().clear()
+
+    def lookup(self, keys: Sequence[Hashable]) -> Rows:
+        """
+        Overview:
+            Page tables of many keys at once.
+        Arguments:
+            - keys (:obj:`Sequence[Hashable]`): ``B`` keys.
+        Returns:
+            - rows (:obj:`Rows`): Tables ``[B, width]`` and page counts ``[B]``, both 0 for a miss.
+        """
+        slots = self.find(keys)
+        tables, counts = self.tables[slots], self.counts[slots]
+        counts[slots < 0] = 0
+        tables[counts == 0] = NULL_PAGE
+        return tables, counts
+
+    def store(self, keys: Sequence[Hashable], tables: np.ndarray, counts: np.ndarray) -> None:
+        """
+        Overview:
+            Store many entries; each takes a reference to each of its pages.
+        Arguments:
+            - keys (:obj:`Sequence[Hashable]`): ``B`` keys; of equal ones the last wins.
+            - tables (:obj:`np.ndarray`): Page ids ``[B, width]``, padded with the null page.
+            - counts (:obj:`np.ndarray`): Pages in use ``[B]``, at least 1.
+        """
+        self._pages.retain(tables)
+        if len(keys) <= len(self._unused) and len(set(keys)) == len(keys):  # nobody's slot is taken on the way
+            slots = np.fromiter((self.claim(key) for key in keys), dtype=np.int64, count=len(keys))
+            self.tables[slots], self.counts[slots] = tables, counts
+        else:
+            for key, table, count in zip(keys, tables, counts):
+                slot = self.claim(key)
+                self.tables[slot], self.counts[slot] = table, count
+
+    def _save(self, slot: int, value: Any) -> None:
+        pages = self._codec.write(value)
+        if pages is None:
+            super()._save(slot, value)
+        else:
+            self.tables[slot] = NULL_PAGE
+            self.tables[slot, :len(pages)] = pages
+            self.counts[slot] = len(pages)
+
+    def _load(self, slot: int) -> Any:
+        count = self.counts[slot]
+        return self._codec.read(self.tables[slot, :count]) if count else super()._load(slot)
+
+    def _drop(self, slot: int) -> None:
+        super()._drop(slot)
+        if self.counts[slot]:
+            self._pages.release(self.tables[slot, :self.counts[slot]])
+            self.counts[slot] = 0
+
+
+class Codec(ABC):
+    """
+    Overview:
+        The adapter between values that are stored by hand and pages.
+    """
+
+    @abstractmethod
+    def write(self, value: Any) -> Optional[np.ndarray]:
+        """
+        Overview:
+            Write a value to new pages.
+        Returns:
+            - pages (:obj:`Optional[np.ndarray]`): Page ids with one reference each, or None where the value is not \
+                a context that could be continued; the pool then holds a copy of it.
+        """
+
+    @abstractmethod
+    def read(self, pages: np.ndarray) -> Any:
+        """
+        Overview:
+            A new value with what the pages hold.
+        """

@@ -1,0 +1,51 @@
+"""Counts of a pool. Knows numbers only."""
+from dataclasses import asdict, dataclass
+from typing import Any, Dict
+
+
+@dataclass
+class CacheStats:
+    """
+    Overview:
+        What happened in one pool; ``hits + misses == total_queries`` always.
+    """
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    total_queries: int = 0
+
+    def record(self, queries: int, hits: int) -> None:
+        """
+        Overview:
+            Count a batch of look-ups.
+        Arguments:
+            - queries (:obj:`int`): How many keys were looked up.
+            - hits (:obj:`int`): How many of them were found.
+        """
+        self.total_queries += queries
+        self.hits += hits
+        self.misses += queries - hits
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits per query, 0.0 before the first query."""
+        return self.hits / self.total_queries if self.total_queries else 0.0
+
+    @property
+    def miss_rate(self) -> float:
+        """Misses per query, 0.0 before the first query."""
+        return self.misses / self.total_queries if self.total_queries else 0.0
+
+    def reset(self) -> None:
+        """
+        Overview:
+            Set every count to 0.
+        """
+        self.hits = self.misses = self.evictions = self.total_queries = 0
+
+    def summary(self) -> Dict[str, Any]:
+        """
+        Overview:
+            The counts and the rate as plain numbers, ready for JSON.
+        """
+        return {**asdict(self), 'hit_rate': self.hit_rate}

@@ -1,0 +1,264 @@
+"""
+Finds a LightZero config file and loads what it declares. Loading runs the file, which is Python code, but never a training.
+Changing what was loaded is the business of ``overrides.py``.
+"""
+import contextlib
+import copy
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+from easydict import EasyDict
+
+from lzero_kvcache.config import ConfigError
+
+from .mending import mend
+
+ENTRIES = ('train_unizero', 'train_unizero_segment')
+POLICIES = ('unizero', 'sampled_unizero')
+FOLDERS = ('', 'configs', 'zoo_configs')
+PROJECT_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# LightZero's Atari files build their config in ``main(env_id, seed)``, whose arguments come from the command line.
+MAIN_DEFAULTS = {'env_id': 'PongNoFrameskip-v4', 'seed': 0}
+
+
+@dataclass
+class LoadedConfig:
+    """
+    Overview:
+        What a config file declares, copied, so that changing it changes no module.
+    """
+    path: str
+    main_config: EasyDict
+    create_config: EasyDict
+    entry: str
+    seed: int = 0
+    max_env_step: Optional[int] = None
+    max_train_iter: Optional[int] = None
+
+
+class _EntryCalled(BaseException):
+    """Carries the arguments of a call to a LightZero entry out of the code that made it."""
+
+    def __init__(self, entry: str, arguments: Dict[str, Any]) -> None:
+        super().__init__(entry)
+        self.entry = entry
+        self.arguments = arguments
+
+
+def find_config(name: str) -> str:
+    """
+    Overview:
+        Find a config file. A name is looked for in the current folder, then in ``configs`` and ``zoo_configs``, of the
+        current folder and of this project; ``.py`` may be left out.
+    Arguments:
+        - name (:obj:`str`): A file name or a path.
+    Returns:
+        - path (:obj:`str`): The absolute path of an existing file.
+    """
+    roots = [os.getcwd(), PROJECT_ROOT]
+    folders = [os.path.join(root, folder) for root in roots for folder in FOLDERS]
+    for folder in folders:
+        for candidate in (name, name + '.py'):
+            path = os.path.join(folder, candidate)
+            if os.path.isfile(path):
+                return os.path.abspath(path)
+    known = sorted({
+        entry
+        for folder in folders if os.path.basename(folder) in FOLDERS[1:] and os.path.isdir(folder)
+        for entry in os.listdir(folder) if entry.endswith('.py') and not entry.startswith('_')
+    })
+    nearest = difflib.get_close_matches(os.path.basename(name), known, n=1, cutoff=0.5)
+    hint = "did you mean '{}'?".format(nearest[0]) if nearest else \
+        "give a path, or one of: {}".format(', '.join(known) or 'none here')
+    raise ConfigError("--config {}: no such file here, in configs/ or in zoo_configs/; {}".format(name, hint))
+
+
+def load_config(name: str) -> LoadedConfig:
+    """
+    Overview:
+        Load a config file that declares ``main_config`` and ``create_config``, or, as LightZero's Atari files do, builds
+        them in a function ``main`` that ends in a training. No training starts.
+    Arguments:
+        - name (:obj:`str`): As in ``find_config``.
+    Returns:
+        - loaded (:obj:`LoadedConfig`): The configs, and the file's ``max_env_step``, ``seed`` and ``entry``.
+    """
+    path = find_config(name)
+    declared = _run_file(path)
+    if 'main_config' not in declared or 'create_config' not in declared:
+        declared = {**declared, **_captured_from_main(path, declared)}
+    main_config = _as_config(declared['main_config'], 'main_config', path)
+    create_config = _as_config(declared['create_config'], 'create_config', path)
+    _check_shape(main_config, create_config, path)
+    return LoadedConfig(
+        path=path,
+        main_config=main_config,
+        create_config=create_config,
+        entry=_entry_of(declared.get('entry'), main_config, path),
+        seed=whole_number(declared.get('seed', 0), 'seed', path, minimum=0) or 0,
+        max_env_step=whole_number(declared.get('max_env_step'), 'max_env_step', path),
+        max_train_iter=whole_number(declared.get('max_train_iter'), 'max_train_iter', path),
+    )
+
+
+def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+    """
+    Overview:
+        Call a function that ends in one of LightZero's training entries, and return what it would have trained.
+    Arguments:
+        - function (:obj:`Callable`): For example ``main`` of ``zoo/atari/config/atari_unizero_segment_config.py``.
+        - args, kwargs (:obj:`Any`): Its arguments.
+    Returns:
+        - declared (:obj:`Dict[str, Any]`): ``main_config``, ``create_config``, ``entry``, and ``seed`` and
+          ``max_env_step`` where the call gave them.
+    """
+    with _recorded_entries(function):
+        try:
+            function(*args, **kwargs)
+        except _EntryCalled as call:
+            main_config, create_config = call.arguments.pop('input_cfg')
+            wanted = {key: call.arguments[key] for key in ('seed', 'max_env_step') if key in call.arguments}
+            return dict(main_config=main_config, create_config=create_config, entry=call.entry, **wanted)
+    raise ConfigError("{}() calls none of {}".format(function.__name__, ', '.join(ENTRIES)))
+
+
+@contextlib.contextmanager
+def _recorded_entries(function: Callable) -> Iterator[None]:
+    """Let every name by which ``function`` could reach a training entry record the call instead."""
+    package = importlib.import_module('lzero.entry')
+    namespaces: List[Dict[str, Any]] = [vars(package), getattr(function, '__globals__', {})]
+    replaced = []
+    for name in ENTRIES:
+        recorder = _recorder(name, getattr(package, name))
+        for namespace in namespaces:
+            if name in namespace:
+                replaced.append((namespace, name, namespace[name]))
+                namespace[name] = recorder
+    try:
+        yield
+    finally:
+        for namespace, name, original in replaced:
+            namespace[name] = original
+
+
+def _recorder(name: str, entry: Callable) -> Callable:
+    signature = inspect.signature(entry)
+
+    def record(*args: Any, **kwargs: Any) -> None:
+        raise _EntryCalled(name, dict(signature.bind(*args, **kwargs).arguments))
+
+    return record
+
+
+def _run_file(path: str) -> Dict[str, Any]:
+    name = 'lzero_kvcache_config_' + os.path.splitext(os.path.basename(path))[0]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError("--config {}: not a Python file".format(path))
+    module = importlib.util.module_from_spec(spec)
+    folder = os.path.dirname(path)
+    present = set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError("--config {}: {}".format(_where(path, error), mend(error) or _one_line(error))) from error
+    finally:
+        sys.path.remove(folder)
+        # A neighbour that it imported, as config_old.py, must not stand for another folder's file of that name.
+        for neighbour in set(sys.modules) - present:
+            if os.path.dirname(getattr(sys.modules[neighbour], '__file__', None) or '') == folder:
+                del sys.modules[neighbour]
+    return vars(module)
+
+
+def _captured_from_main(path: str, declared: Dict[str, Any]) -> Dict[str, Any]:
+    main = declared.get('main')
+    if not inspect.isfunction(main):
+        missing = [name for name in ('main_config', 'create_config') if name not in declared]
+        raise ConfigError(
+            "--config {}: it declares no {}; a LightZero config file has 'main_config' and 'create_config'".format(
+                path, ' and no '.join(missing)
+            )
+        )
+    arguments = {}
+    for name, parameter in inspect.signature(main).parameters.items():
+        if name in MAIN_DEFAULTS and parameter.default is parameter.empty:
+            arguments[name] = MAIN_DEFAULTS[name]
+        elif parameter.default is parameter.empty:
+            raise ConfigError("--config {}: its main() needs '{}', which nothing gives".format(path, name))
+    return capture_entry_call(main, **arguments)
+
+
+def _entry_of(declared: Any, main_config: EasyDict, path: str) -> str:
+    if callable(declared):
+        declared = getattr(declared, '__name__', declared)
+    if declared is None:
+        # The segment entry is the only one that reads these two, and reads them without a default.
+        by_segments = 'num_segments' in main_config.policy or 'buffer_reanalyze_freq' in main_config.policy
+        return 'train_unizero_segment' if by_segments else 'train_unizero'
+    if declared not in ENTRIES:
+        raise ConfigError("{}: entry = {!r}; it can be {}".format(path, declared, ' or '.join(map(repr, ENTRIES))))
+    return declared
+
+
+def _check_shape(main_config: EasyDict, create_config: EasyDict, path: str) -> None:
+    for tree, name, keys in ((main_config, 'main_config', ('env', 'policy')),
+                             (create_config, 'create_config', ('env', 'env_manager', 'policy'))):
+        for key in keys:
+            if not isinstance(tree.get(key), dict):
+                raise ConfigError("{}: {}.{} is missing; LightZero's configs have it".format(path, name, key))
+    policy = create_config.policy.get('type')
+    if policy not in POLICIES:
+        raise ConfigError(
+            "{}: create_config.policy.type is {!r}; this trains {}".format(path, policy, ' and '.join(POLICIES))
+        )
+    if not isinstance(main_config.policy.get('model', {}).get('world_model_cfg'), dict):
+        raise ConfigError("{}: main_config.policy.model.world_model_cfg is missing".format(path))
+
+
+def _as_config(value: Any, name: str, path: str) -> EasyDict:
+    if not isinstance(value, dict):
+        raise ConfigError("{}: {} is a {}, not a dict".format(path, name, type(value).__name__))
+    return EasyDict(copy.deepcopy(value))
+
+
+def whole_number(value: Any, name: str, path: str, minimum: int = 1) -> Optional[int]:
+    """
+    Overview:
+        Read a count that may be written as 2e5.
+    Arguments:
+        - value (:obj:`Any`): The count, or None.
+        - name (:obj:`str`), path (:obj:`str`): What it is called, and where, for the error.
+        - minimum (:obj:`int`): The least that makes sense.
+    Returns:
+        - number (:obj:`Optional[int]`): The count as an int, None for None.
+    """
+    if value is None:
+        return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or value != value or value in (float('inf'), float('-inf')) or value != int(value):
+        raise ConfigError("{}: {} = {!r} is not a whole number".format(path, name, value))
+    if value < minimum:
+        raise ConfigError("{}: {} = {!r}; it must be at least {}".format(path, name, value, minimum))
+    return int(value)
+
+
+def _where(path: str, error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.lineno:
+        return '{}:{}'.format(path, error.lineno)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return '{}:{}'.format(path, lines[-1]) if lines else path
+
+
+def _one_line(error: BaseException) -> str:
+    return '{}: {}'.format(type(error).__name__, ' '.join(str(error).split()))

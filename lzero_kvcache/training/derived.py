@@ -1,0 +1,174 @@
+"""
+LightZero's configs keep several copies of one number. A relation that held before a change, and of which one side was
+changed by the user, holds after it: the other side follows, unless the user set that as well.
+"""
+import importlib
+import re
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+from lzero_kvcache.config import ConfigError
+
+WM = 'policy.model.world_model_cfg.'
+
+# Paths that hold the same value in every config that works; any of them may be the one that is set.
+COPIES: Tuple[Tuple[str, ...], ...] = (
+    ('env.collector_env_num', 'policy.collector_env_num', WM + 'collector_env_num'),
+    ('env.evaluator_env_num', 'policy.evaluator_env_num', WM + 'evaluator_env_num'),
+    ('policy.num_simulations', WM + 'num_simulations'),
+    ('policy.model.action_space_size', WM + 'action_space_size'),
+    ('policy.model.continuous_action_space', WM + 'continuous_action_space', 'env.continuous'),
+    ('policy.model.num_of_sampled_actions', WM + 'num_of_sampled_actions'),
+    ('policy.model.norm_type', WM + 'norm_type'),
+    ('policy.model.model_type', WM + 'model_type'),
+    ('policy.model.frame_stack_num', 'env.frame_stack_num'),
+    ('policy.model.observation_shape', 'env.observation_shape'),
+    ('policy.game_segment_length', WM + 'game_segment_length'),
+    ('policy.gray_scale', 'env.gray_scale'),
+    ('policy.transform2string', 'env.transform2string'),
+)
+
+
+class Rule(NamedTuple):
+    """``target`` is ``compute`` of the values of ``sources``."""
+    target: str
+    sources: Tuple[str, ...]
+    compute: Callable[..., Any]
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _is_cuda(device: Any) -> bool:
+    return str(device).startswith('cuda')
+
+
+def _atari_actions(env_id: Any) -> Optional[int]:
+    try:
+        module = importlib.import_module('zoo.atari.config.atari_env_action_space_map')
+    except ImportError:
+        return None
+    return dict(module.atari_env_action_space_map).get(env_id)
+
+
+def _rules() -> List[Rule]:
+    rules = [
+        Rule(target, (source, ), _same) for group in COPIES for target in group for source in group if source != target
+    ]
+    return rules + [
+        # Fewer episodes or segments than environments stop the collectors by an assertion.
+        Rule('policy.n_episode', ('env.collector_env_num', ), _same),
+        Rule('policy.num_segments', ('env.collector_env_num', ), _same),
+        Rule('env.n_evaluator_episode', ('env.evaluator_env_num', ), _same),
+        Rule(WM + 'env_num', ('env.collector_env_num', 'env.evaluator_env_num'), max),
+        Rule(WM + 'max_tokens', (WM + 'max_blocks', ), lambda blocks: 2 * blocks),
+        Rule(WM + 'num_unroll_steps', ('policy.num_unroll_steps', ), _same),
+        Rule(WM + 'max_blocks', ('policy.num_unroll_steps', ), _same),
+        Rule(WM + 'context_length_for_recurrent', (WM + 'context_length', ), _same),
+        Rule('policy.device', (WM + 'device', ), _same),
+        Rule('policy.cuda', (WM + 'device', ), _is_cuda),
+        Rule('policy.model.action_space_size', ('env.env_id', ), _atari_actions),
+    ]
+
+
+RULES = _rules()
+
+# How LightZero's experiment names spell a value: 'ns25', 'bs256'.
+NAME_TOKENS = (
+    ('policy.num_simulations', 'ns'),
+    ('policy.update_per_collect', 'upc'),
+    ('policy.replay_ratio', 'rr'),
+    ('policy.reanalyze_ratio', 'rer'),
+    ('policy.num_unroll_steps', 'H'),
+    ('policy.num_unroll_steps', 'Htrain'),
+    ('policy.batch_size', 'bs'),
+    ('policy.game_segment_length', 'gsl'),
+    ('policy.num_segments', 'numsegments-'),
+    ('policy.buffer_reanalyze_freq', 'brf'),
+    ('policy.reanalyze_batch_size', 'rbs'),
+    ('policy.reanalyze_partition', 'rp'),
+    (WM + 'num_layers', 'nlayer'),
+)
+
+
+def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, Any]:
+    """
+    Overview:
+        Complete a change with what follows from it.
+    Arguments:
+        - before (:obj:`Mapping[str, Any]`): Every known path with its value before the change.
+        - changed (:obj:`Mapping[str, Any]`): What the user set.
+    Returns:
+        - complete (:obj:`Dict[str, Any]`): ``changed``, and every path that follows, with its new value.
+    """
+    complete = dict(changed)
+    settled = False
+    while not settled:
+        settled = True
+        for rule in RULES:
+            if rule.target in complete or not any(source in complete for source in rule.sources):
+                continue
+            if not _held(rule, before):
+                continue
+            sources = [complete.get(source, before[source]) for source in rule.sources]
+            if any(source is None for source in sources):
+                continue
+            value = rule.compute(*sources)
+            if value is None:
+                raise ConfigError("{} = {!r}: nothing tells the {} that goes with it; set that as well".format(
+                    rule.sources[0], complete[rule.sources[0]], rule.target))
+            complete[rule.target] = value
+            settled = False
+    name = before.get('exp_name')
+    if isinstance(name, str) and 'exp_name' not in complete:
+        renamed = rename(name, before, complete)
+        if renamed != name:
+            complete['exp_name'] = renamed
+    return complete
+
+
+def rename(name: str, before: Mapping[str, Any], changed: Mapping[str, Any]) -> str:
+    """
+    Overview:
+        An experiment's name with the values in it that changed.
+    Arguments:
+        - name (:obj:`str`): The name, as ``.../Pong_uz_ns50_bs64_seed0``.
+        - before (:obj:`Mapping[str, Any]`), changed (:obj:`Mapping[str, Any]`): As in ``follow``.
+    Returns:
+        - renamed (:obj:`str`): The name; the same one if it spells none of the changed values.
+    """
+    for path, token in NAME_TOKENS:
+        if path in changed and path in before:
+            name = replace_token(name, token, before[path], changed[path])
+    old, new = before.get('env.env_id'), changed.get('env.env_id')
+    if isinstance(old, str) and isinstance(new, str):
+        short = [re.sub(r'(NoFrameskip)?-v\d+$', '', env_id) for env_id in (old, new)]
+        name = name.replace(short[0], short[1]) if short[0] else name
+    return name
+
+
+def replace_token(name: str, token: str, old: Any, new: Any) -> str:
+    """
+    Overview:
+        Replace ``seed0`` by ``seed3``, and never the ``seed0`` of ``seed01``.
+    Arguments:
+        - name (:obj:`str`): An experiment's name.
+        - token (:obj:`str`): What stands before the value.
+        - old (:obj:`Any`), new (:obj:`Any`): The values.
+    Returns:
+        - name (:obj:`str`): The name with the new value.
+    """
+    pattern = r'(?<![A-Za-z]){}{}(?!\d|\.\d)'.format(re.escape(token), re.escape(str(old)))
+    return re.sub(pattern, lambda _: '{}{}'.format(token, new), name)
+
+
+def _held(rule: Rule, before: Mapping[str, Any]) -> bool:
+    if rule.target not in before or any(source not in before for source in rule.sources):
+        return False
+    values = [before[source] for source in rule.sources]
+    if any(value is None for value in values) or before[rule.target] is None:
+        return False
+    try:
+        return bool(rule.compute(*values) == before[rule.target])
+    except TypeError:
+        return False

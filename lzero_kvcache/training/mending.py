@@ -1,0 +1,43 @@
+"""
+Errors that a user can mend with one command, told from their exceptions. What cannot be told stays a traceback.
+"""
+import re
+from typing import Optional
+
+# Packages whose module is called otherwise, or of which LightZero 0.2.0 needs a certain version.
+PACKAGES = {
+    'ale_py': "'gym[atari]==0.25.1' 'ale-py==0.8.1'",
+    'atari_py': "'gym[atari]==0.25.1' 'ale-py==0.8.1'",
+    'Box2D': 'box2d-py',
+    'cv2': "'opencv-python-headless<4.11'",
+    'ding': "'DI-engine>=0.5.3'",
+    'gym': "'gym==0.25.1'",
+    'gymnasium': "'gymnasium==0.28.0'",
+    'lzero': "'LightZero>=0.2.0'",
+    'pycolab': "'pycolab==1.2'",
+    'zoo': "'LightZero>=0.2.0'",
+}
+ROMS = "pip install --target atari_roms --no-deps ale-py==0.10.1 && ale-import-roms atari_roms/ale_py/roms"
+_ROM_MESSAGE = re.compile(r"unable to find (the )?game|ROM.{0,80}(not (found|supported)|missing)|ale-import-roms", re.I)
+
+
+def mend(error: BaseException) -> Optional[str]:
+    """
+    Overview:
+        Say in one line what is missing and which command mends it.
+    Arguments:
+        - error (:obj:`BaseException`): What was raised.
+    Returns:
+        - line (:obj:`Optional[str]`): None if the error is of no known kind.
+    """
+    text = ' '.join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        module = error.name.split('.')[0]
+        return "the module '{}' is not installed; pip install {}".format(error.name, PACKAGES.get(module, module))
+    if type(error).__name__ == 'DependencyNotInstalled':
+        return text
+    if _ROM_MESSAGE.search(text):
+        return "the game's ROM file is not installed; {}".format(ROMS)
+    if isinstance(error, TypeError) and 'Descriptors cannot be created directly' in text:
+        return "wandb is too old for the installed protobuf; pip install 'wandb>=0.16,<=0.19.0' tensorboard"
+    return None

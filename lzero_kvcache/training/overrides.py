@@ -1,0 +1,195 @@
+"""
+``--set KEY=VALUE``: values are parsed, never evaluated; a key must exist; what follows from a value follows (``derived.py``).
+"""
+import ast
+import difflib
+from typing import Any, Dict, Iterable, List, Mapping
+
+from easydict import EasyDict
+
+from lzero_kvcache.config import FLAG, KV_CACHE_CFG, OPTIONS, PREFIX, ConfigError
+
+from .derived import follow
+
+CREATE = 'create_config'
+# Keys of world_model_cfg that no default of LightZero's names.
+CACHE_KEYS: Dict[str, Any] = {
+    FLAG: False,
+    'game_segment_length': None,
+    'num_simulations': None,
+    'env_num': None,
+    **{'{}.{}'.format(OPTIONS, key): None for key in KV_CACHE_CFG},
+}
+ADD = '+'
+
+
+def apply_overrides(
+        main_config: EasyDict,
+        create_config: EasyDict,
+        assignments: Iterable[str],
+        defaults: Mapping[str, Any],
+) -> Dict[str, Any]:
+    """
+    Overview:
+        Change configs in place as ``--set`` asks for, and with every value the copies that LightZero keeps of it.
+    Arguments:
+        - main_config (:obj:`EasyDict`), create_config (:obj:`EasyDict`): The configs.
+        - assignments (:obj:`Iterable[str]`): ``policy.num_simulations=25``; a path that begins with ``create_config.`` is
+          one of ``create_config``; one that begins with ``+`` may be new.
+        - defaults (:obj:`Mapping[str, Any]`): ``main_config`` completed with every default of LightZero's.
+    Returns:
+        - changed (:obj:`Dict[str, Any]`): Every path that has a new value, those that followed included.
+    """
+    known = known_leaves(main_config, create_config, defaults)
+    changed: Dict[str, Any] = {}
+    for assignment in assignments:
+        changed.update(_parse(assignment, known))
+    followed = follow(known, changed)
+    for path, value in followed.items():
+        _assign(main_config, create_config, path, value)
+    return followed
+
+
+def known_leaves(main_config: EasyDict, create_config: EasyDict, defaults: Mapping[str, Any]) -> Dict[str, Any]:
+    """
+    Overview:
+        Every path that a config can set, with the value it has now.
+    Arguments:
+        - main_config (:obj:`EasyDict`), create_config (:obj:`EasyDict`): The configs.
+        - defaults (:obj:`Mapping[str, Any]`): As in ``apply_overrides``.
+    Returns:
+        - known (:obj:`Dict[str, Any]`): From dotted path to value; an empty dict is a value.
+    """
+    known = {'{}.{}'.format(PREFIX, key): value for key, value in CACHE_KEYS.items()}
+    known.update(_leaves(defaults))
+    known.update(_leaves(main_config))
+    known.update(_leaves({CREATE: create_config}))
+    return known
+
+
+def _parse(assignment: str, known: Mapping[str, Any]) -> Dict[str, Any]:
+    path, equals, text = assignment.partition('=')
+    path = path.strip()
+    if not equals or not path.strip(ADD):
+        raise ConfigError("--set {}: write KEY=VALUE, as in --set policy.num_simulations=25".format(assignment))
+    value = _literal(text.strip())
+    if path.startswith(ADD):
+        return {path[len(ADD):]: value}
+    children = [key for key in known if key.startswith(path + '.')]
+    if children and isinstance(value, dict):
+        changed: Dict[str, Any] = {}
+        for key, child in _leaves(value).items():
+            changed.update(_checked(assignment, '{}.{}'.format(path, key), child, repr(child), known))
+        return changed
+    if children:
+        raise ConfigError("--set {}: {} holds {} keys; set one of them, as {}".format(
+            assignment, path, len(children), children[0]))
+    return _checked(assignment, path, value, text.strip(), known)
+
+
+def _checked(assignment: str, path: str, value: Any, text: str, known: Mapping[str, Any]) -> Dict[str, Any]:
+    if path in known:
+        return {path: _like(known[path], value, text, assignment)}
+    parents = [path.rsplit('.', depth)[0] for depth in range(1, path.count('.') + 1)]
+    if any(known.get(parent) == {} for parent in parents):
+        return {path: value}
+    nearest = nearest_key(path, known)
+    hint = "; did you mean '{}'?".format(nearest) if nearest else ''
+    raise ConfigError("--set {}: there is no key '{}'{} ('+{}=...' adds a new one)".format(
+        assignment, path, hint, path))
+
+
+def nearest_key(path: str, known: Iterable[str]) -> str:
+    """
+    Overview:
+        The key that was probably meant.
+    Arguments:
+        - path (:obj:`str`): What was written, perhaps the last part of a path alone.
+        - known (:obj:`Iterable[str]`): What could have been written.
+    Returns:
+        - key (:obj:`str`): Empty if nothing is near.
+    """
+    known = list(known)
+    last = path.rsplit('.', 1)[-1]
+    same_name = [key for key in known if key.rsplit('.', 1)[-1] == last]
+    # A right name in a wrong place is nearer than any other spelling.
+    candidates = sorted(same_name, key=len) if '.' not in path else difflib.get_close_matches(path, same_name, 1, 0.0)
+    close = candidates or difflib.get_close_matches(path, known, 1, 0.6)
+    if close:
+        return close[0]
+    names = {key.rsplit('.', 1)[-1]: key for key in sorted(known, key=len, reverse=True)}
+    by_name = difflib.get_close_matches(last, list(names), 1, 0.6)
+    return names[by_name[0]] if by_name else ''
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _like(present: Any, value: Any, text: str, assignment: str) -> Any:
+    """A value of the kind that the key has now; numbers are taken for one another, since configs write 0 for 0.0."""
+    if present is None or value is None:
+        return value
+    if isinstance(present, bool):
+        answer = {'true': True, 'false': False, '1': True, '0': False}.get(text.lower())
+        if answer is None:
+            raise ConfigError("--set {}: it is True or False, not {!r}".format(assignment, value))
+        return answer
+    if isinstance(present, (int, float)):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            whole = isinstance(present, int) and isinstance(value, float) and value.is_integer()
+            return int(value) if whole else value
+        if isinstance(value, (list, tuple)):
+            return value
+        raise ConfigError("--set {}: it is a number ({!r} now), not {!r}".format(assignment, present, value))
+    if isinstance(present, str):
+        return value if isinstance(value, str) else text
+    if isinstance(present, (list, tuple)):
+        if isinstance(value, (list, tuple)):
+            return type(present)(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return value
+        raise ConfigError("--set {}: it is a list ({!r} now), not {!r}".format(assignment, present, value))
+    return value
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = '') -> Dict[str, Any]:
+    leaves: Dict[str, Any] = {}
+    for key, value in tree.items():
+        path = '{}{}'.format(prefix, key)
+        if isinstance(value, dict) and value:
+            leaves.update(_leaves(value, path + '.'))
+        else:
+            leaves[path] = value
+    return leaves
+
+
+def _assign(main_config: EasyDict, create_config: EasyDict, path: str, value: Any) -> None:
+    keys: List[str] = path.split('.')
+    node = main_config
+    if keys[0] == CREATE:
+        node, keys = create_config, keys[1:]
+    parents, last = keys[:-1], keys[-1]
+    for key in parents:
+        if not isinstance(node.get(key), dict):
+            node[key] = EasyDict()
+        node = node[key]
+    node[last] = value
+
+
+def split_assignments(values: Iterable[Any]) -> List[str]:
+    """
+    Overview:
+        Flatten what argparse collects when ``--set`` is given several times, each time with one or more values.
+    Arguments:
+        - values (:obj:`Iterable[Any]`): Strings and lists of strings.
+    Returns:
+        - assignments (:obj:`List[str]`): The strings, in order.
+    """
+    flat: List[str] = []
+    for value in values:
+        flat.extend(value if isinstance(value, (list, tuple)) else [value])
+    return flat

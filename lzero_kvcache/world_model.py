@@ -1,0 +1,405 @@
+"""LightZero's world model with the caching of either system. Joins the manager and the engine; knows LightZero."""
+import logging
+import numbers
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import xxhash
+from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
+
+from .base_manager import PagedCacheManager
+from .config import CacheConfig
+from .engine import Engine, StepOutput, Weights
+from .manager import COLLECT
+from .pages import Rows, extend
+from .registry import KV_CACHE_REGISTRY
+
+logger = logging.getLogger(__name__)
+
+
+class OldWorldModel(LightZeroWorldModel):
+    """
+    Overview:
+        LightZero's world model with its own caching; nothing but the flag, the log line and the counts are added.
+    Arguments:
+        - config (:obj:`Any`): A ``world_model_cfg``.
+        - tokenizer (:obj:`Any`): LightZero's tokenizer.
+    """
+    use_new_cache_manager = False
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        options = CacheConfig.read(config, KV_CACHE_REGISTRY)
+        logger.info('Using OLD cache system (original implementation)')
+        super().__init__(config, tokenizer)
+        self.kv_cache_manager = KV_CACHE_REGISTRY['old'](config, self.env_num, options.enable_stats)
+        self.kv_cache_manager.attach(self)
+
+    def clear_caches(self) -> None:
+        """
+        Overview:
+            Clear as LightZero does, and say which system was cleared.
+        """
+        for cache in self.past_kv_cache_init_infer_envs:
+            cache.clear()
+        self.past_kv_cache_recurrent_infer.clear()
+        self.keys_values_wm_list.clear()
+        print('Cleared WorldModel past_kv_cache (OLD system).')
+
+
+class Serving(NamedTuple):
+    """
+    Overview:
+        Whose rows the next root inference and its search have.
+    """
+    mode: str  # 'collect' or 'eval'
+    env_ids: List[int]  # [B]
+
+
+class NewWorldModel(LightZeroWorldModel):
+    """
+    Overview:
+        LightZero's world model whose contexts live in pages. Training is LightZero's own; root, recurrent and
+        reanalysis inference run on the engine, for any batch at once.
+    Arguments:
+        - config (:obj:`Any`): A ``world_model_cfg``.
+        - tokenizer (:obj:`Any`): LightZero's tokenizer.
+    Raises:
+        - ConfigError: An option is wrong.
+        - ValueError: The new cache cannot serve this model.
+    """
+    use_new_cache_manager = True
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        options = CacheConfig.read(config, KV_CACHE_REGISTRY)
+        logger.info('✓ Using NEW KVCacheManager for cache management')
+        super().__init__(config, tokenizer)
+        for name in ('shared_pool_recur_infer', 'shared_pool_init_infer', 'shared_pool_wm'):
+            del self.__dict__[name]
+        self.cache_engine = Engine(self)
+        self.kv_cache_manager: PagedCacheManager = KV_CACHE_REGISTRY[options.type](
+            config, self.env_num, options.enable_stats
+        )
+        self.kv_cache_manager.storage.shift = self._shift
+        self.kv_cache_manager.storage.blank = self._blank
+        self._serving: Optional[Serving] = None
+        self._last_keys: Dict[Tuple[str, int], int] = {}
+
+    # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
+
+    def _initialize_cache_structures(self) -> None:
+        """The pools are the manager's."""
+
+    def _initialize_transformer_keys_values(self) -> None:
+        """The working batch is gathered anew for each step."""
+
+    def precompute_pos_emb_diff_kv(self) -> None:
+        """
+        Overview:
+            Nothing to precompute: positions come from the weights as they are at each step.
+        """
+
+    @property
+    def past_kv_cache_init_infer_envs(self) -> List['CacheView']:
+        """A view for each environment's root contexts."""
+        return [CacheView(self.kv_cache_manager.clear_init_caches, env_id=i) for i in range(self.env_num)]
+
+    @property
+    def past_kv_cache_recurrent_infer(self) -> 'CacheView':
+        """A view on the running search's contexts."""
+        return CacheView(self.kv_cache_manager.clear_recur_cache)
+
+    @property
+    def keys_values_wm_list(self) -> 'CacheView':
+        """A view on the working batch, which no step leaves behind."""
+        return CacheView(lambda: None)
+
+    def clear_caches(self) -> None:
+        """
+        Overview:
+            Forget every context, and say which system was cleared.
+        """
+        self.forget()
+        print('Cleared WorldModel KV caches (NEW system).')
+
+    def forget(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
+        """
+        Overview:
+            Forget the contexts of one environment, of a mode, or everything.
+        Arguments:
+            - mode (:obj:`Optional[str]`): 'collect' or 'eval'; None for both.
+            - env_id (:obj:`Optional[int]`): The environment; None for all.
+        """
+        if mode is None and env_id is None:
+            self.kv_cache_manager.clear_all()
+        else:
+            self.kv_cache_manager.clear_init_caches(mode, env_id)
+        for key in [key for key in self._last_keys if mode in (None, key[0]) and env_id in (None, key[1])]:
+            del self._last_keys[key]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget()  # contexts made under other weights
+
+    def _shift(self) -> Optional[torch.Tensor]:
+        with torch.no_grad():
+            return self.cache_engine.weights().shift
+
+    def _blank(self) -> Any:
+        return self.transformer.generate_empty_keys_values(n=1, max_tokens=self.context_length)
+
+    # ---- inference -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def serving(self, mode: str, env_ids: Iterable[int]) -> Iterator[None]:
+        """
+        Overview:
+            Say whose rows the root inference inside has, and the search that follows it. Outside, row ``i`` is
+            environment ``i`` of collection.
+        Arguments:
+            - mode (:obj:`str`): 'collect' or 'eval'.
+            - env_ids (:obj:`Iterable[int]`): The environment of each row.
+        """
+        self._serving = Serving(mode, [int(env_id) for env_id in env_ids])
+        try:
+            yield
+        finally:
+            self._serving = None
+
+    @torch.no_grad()
+    def forward_initial_inference(self, obs_act_dict: Dict[str, Any], start_pos: Any = 0) -> Tuple[Any, ...]:
+        """
+        Overview:
+            The root inference of a search, or the targets of a training batch (then ``current_obs`` is None, and it
+            is LightZero's own).
+        Arguments:
+            - obs_act_dict (:obj:`Dict[str, Any]`): ``obs`` and ``action`` of the last step, ``current_obs``; an action \
+                of -1 starts an episode in its row.
+            - start_pos (:obj:`Any`): Timesteps of the current observations ``[B]``, or one for all.
+        Returns:
+            - outputs (:obj:`Tuple`): Output sequence ``[B, 1, E]``, latent state ``[B, 1, E]``, and the logits of \
+                reward (empty), policy and value ``[B, 1, ...]``.
+        Raises:
+            - ValueError: More rows than environments; the message names the key to raise.
+        """
+        if obs_act_dict['current_obs'] is None:
+            return super().forward_initial_inference(obs_act_dict, start_pos)
+        self.kv_cache_manager.clear_recur_cache()
+        output = self._root_step(obs_act_dict['obs'], obs_act_dict['action'], obs_act_dict['current_obs'], start_pos)
+        no_reward = output.logits_value.new_zeros(len(output.logits_value), 0, self.support_size)
+        return output.output_sequence, output.latent_state, no_reward, output.logits_policy, output.logits_value
+
+    @torch.no_grad()
+    def forward_recurrent_inference(self, state_action_history: Sequence[Any], simulation_index: int = 0,
+                                    search_depth: Sequence[int] = (), start_pos: Any = 0) -> Tuple[Any, ...]:
+        """
+        Overview:
+            One simulation: the node of each row, an action, and the node that follows.
+        Arguments:
+            - state_action_history (:obj:`Sequence`): Its last item is the latent states ``[B, 1, E]`` (numpy) and \
+                the actions ``[B]``, or ``[B, A]`` for continuous ones.
+            - simulation_index (:obj:`int`): Unused; LightZero's signature.
+            - search_depth (:obj:`Sequence[int]`): Depth of each row's node, for rotary positions.
+            - start_pos (:obj:`Any`): Timesteps of the roots.
+        Returns:
+            - outputs (:obj:`Tuple`): Output sequence, next latent state ``[B, 1, E]``, and the logits of reward, \
+                policy and value ``[B, 1, ...]``.
+        """
+        latent, action = state_action_history[-1]
+        latent = np.ascontiguousarray(torch.as_tensor(latent).cpu().numpy(), dtype=np.float32)
+        latent = latent.reshape(latent.shape[0], -1)
+        step = self._reanalysis_step if self.reanalyze_phase else self._node_step
+        output = step(latent, action, search_depth, start_pos)
+        return (output.output_sequence, output.latent_state, output.logits_rewards, output.logits_policy,
+                output.logits_value)
+
+    def _root_step(self, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
+                   start_pos: Any) -> StepOutput:
+        rows = current_obs.shape[0]
+        mode, env_ids = self._rows_of(rows)
+        timesteps = _timesteps(start_pos, rows)
+        latent = self.tokenizer.encode_to_obs_embeddings(current_obs).reshape(rows, -1)
+        going = np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
+        keys, last_keys, last_latent = self._root_keys(mode, env_ids, latent, last_obs, going)
+        manager, weights = self.kv_cache_manager, self.cache_engine.weights()
+        try:
+            pages = manager.allocate(rows)
+            tables, counts = np.zeros((rows, manager.width), np.int64), np.zeros(rows, np.int64)
+            continued = np.flatnonzero(going)
+            if len(continued):
+                tables[continued], counts[continued] = manager.find_init(
+                    mode, [env_ids[row] for row in continued], [last_keys[row] for row in continued]
+                )
+            lost = np.flatnonzero(going & (counts == 0))
+            manager.count_queries('init', len(continued), len(continued) - len(lost))
+            if len(lost):
+                self._begin(weights, (tables, counts), lost, last_latent(lost), 2 * timesteps[lost])
+            if len(continued):
+                actions = [last_actions[row] if going[row] else self._no_action() for row in range(rows)]
+                output = self._step(
+                    weights, (tables, counts), pages, np.asarray(actions), 2 * timesteps - 1, 2 * timesteps, latent
+                )
+            else:
+                slab = manager.storage.ready(self.cache_engine.device)
+                sent = self._send(np.stack([pages, self._angle(2 * timesteps)]))
+                output = self.cache_engine.first(weights, slab, sent[0], latent, sent[1])
+            manager.store_init(mode, env_ids, keys, extend((tables, counts), pages))
+        finally:
+            manager.release()
+        if self._serving is not None:
+            self._last_keys.update({(mode, env_id): key for env_id, key in zip(env_ids, keys)})
+        return output
+
+    def _root_keys(self, mode: str, env_ids: List[int], latent: torch.Tensor, last_obs: torch.Tensor,
+                   going: np.ndarray) -> Tuple[List[int], Dict[int, int], Callable[[np.ndarray], torch.Tensor]]:
+        """Keys of the roots, keys of their predecessors, and a function that encodes some rows' last observations.
+
+        An environment that the policy follows has the key of its last root remembered, and its last observation is
+        encoded only if that context is gone.
+        """
+        def encode(rows: np.ndarray) -> torch.Tensor:
+            chosen = last_obs[torch.from_numpy(rows).to(last_obs.device)]
+            return self.tokenizer.encode_to_obs_embeddings(chosen).reshape(len(rows), -1)
+
+        followed = self._last_keys if self._serving is not None else {}
+        last_keys = {row: followed.get((mode, env_ids[row])) for row in np.flatnonzero(going)}
+        unknown = np.array([row for row, key in last_keys.items() if key is None], dtype=np.int64)
+        if not len(unknown):
+            return _hash_rows(latent), last_keys, encode  # type: ignore[return-value]
+        last = encode(unknown)
+        keys = _hash_rows(torch.cat([last, latent]))  # one copy to the host for both
+        last_keys.update(zip(unknown.tolist(), keys))
+        place = {row: index for index, row in enumerate(unknown.tolist())}
+
+        def encoded(rows: np.ndarray) -> torch.Tensor:
+            if all(row in place for row in rows.tolist()):
+                return last[torch.tensor([place[row] for row in rows.tolist()], device=last.device)]
+            return encode(rows)
+
+        return keys[len(unknown):], last_keys, encoded  # type: ignore[return-value]
+
+    def _node_step(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
+                   start_pos: Any) -> StepOutput:
+        rows = len(latent)
+        mode, env_ids = self._rows_of(rows)
+        timesteps = _timesteps(start_pos, rows)
+        depths = timesteps + (np.asarray(search_depth, dtype=np.int64) if len(search_depth) else 0)
+        manager, weights = self.kv_cache_manager, self.cache_engine.weights()
+        try:
+            pages = manager.allocate(rows)
+            tables, counts = manager.find_recur(mode, env_ids, _hash_host_rows(latent))
+            lost = np.flatnonzero(counts == 0)
+            manager.count_queries('recur', rows, rows - len(lost))
+            if len(lost):
+                rebuilt = torch.from_numpy(latent[lost]).to(self.cache_engine.device)
+                self._begin(weights, (tables, counts), lost, rebuilt, 2 * timesteps[lost])
+            output = self._step(weights, (tables, counts), pages, action, 2 * depths + 1, 2 * depths + 2)
+            keys = _hash_rows(output.latent_state.reshape(rows, -1))
+            manager.store_recur(env_ids, keys, extend((tables, counts), pages))
+        finally:
+            manager.release()
+        return output
+
+    def _reanalysis_step(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
+                         start_pos: Any) -> StepOutput:
+        """Every row stands alone here: LightZero looks nothing up during reanalysis."""
+        engine = self.cache_engine
+        state = torch.from_numpy(latent).to(engine.device)
+        state_angle = angles = None
+        if self.config.rotary_emb:
+            timesteps = _reanalysis_timesteps(start_pos, len(latent))
+            # Both tokens have the action's angle, as in LightZero's reanalysis.
+            after = 2 * (np.asarray(search_depth, dtype=np.int64) + timesteps + 1) + 1
+            sent = self._send(np.stack([self._angle(2 * timesteps), self._angle(after)]))
+            state_angle, angles = sent[0], sent[1].expand(2, -1)
+        return engine.step_alone(engine.weights(), state, self._action_on_device(action), state_angle, angles)
+
+    def _begin(self, weights: Weights, rows: Rows, lost: np.ndarray, latent: torch.Tensor, angle: np.ndarray) -> None:
+        """Make the contexts of ``lost`` rows anew from their latents, in one forward, as LightZero would one by one."""
+        tables, counts = rows
+        manager = self.kv_cache_manager
+        manager.hold(tables)
+        pages = manager.allocate(len(lost))
+        slab = manager.storage.ready(self.cache_engine.device)
+        sent = self._send(np.stack([pages, self._angle(angle)]))
+        self.cache_engine.begin(weights, slab, sent[0], latent, sent[1])
+        tables[lost, 0], counts[lost] = pages, 1
+
+    def _step(self, weights: Weights, rows: Rows, pages: np.ndarray, action: Any, action_angle: np.ndarray,
+              observation_angle: np.ndarray, latent: Optional[torch.Tensor] = None) -> StepOutput:
+        """One step of the engine; page ids, counts, positions and discrete actions travel in one transfer."""
+        tables, counts = rows
+        slab = self.kv_cache_manager.storage.ready(self.cache_engine.device)
+        columns = [*tables.T, pages, counts, self._angle(action_angle), self._angle(observation_angle)]
+        on_host = isinstance(action, np.ndarray) and not self.continuous_action_space
+        sent = self._send(np.stack(columns + [action.reshape(-1)] if on_host else columns))
+        width = tables.shape[1] + 1
+        return self.cache_engine.step(
+            weights, slab, sent[:width].T, sent[width],
+            sent[width + 3] if on_host else self._action_on_device(action),
+            sent[width + 1:width + 3] if self.config.rotary_emb else None, latent
+        )
+
+    def _send(self, numbers: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(numbers.astype(np.int64, copy=False)).to(self.cache_engine.device, non_blocking=True)
+
+    def _action_on_device(self, action: Any) -> torch.Tensor:
+        return torch.as_tensor(action).to(self.cache_engine.device)
+
+    def _angle(self, position: np.ndarray) -> np.ndarray:
+        return position % self.config.max_seq_len if self.config.rotary_emb else position
+
+    def _is_first(self, action: Any) -> bool:
+        return not isinstance(action, np.ndarray) if self.continuous_action_space else int(action) == -1
+
+    def _no_action(self) -> Any:
+        return np.zeros(self.action_space_size, np.float32) if self.continuous_action_space else 0
+
+    def _rows_of(self, rows: int) -> Tuple[str, List[int]]:
+        serving = self._serving or Serving(COLLECT, list(range(rows)))
+        if len(serving.env_ids) != rows:
+            raise ValueError(f'{rows} rows for {len(serving.env_ids)} environments {serving.env_ids}')
+        return serving.mode, serving.env_ids
+
+
+class CacheView:
+    """
+    Overview:
+        What is left of a LightZero cache that others reach for: something to clear.
+    """
+
+    def __init__(self, clear: Callable[..., None], **kwargs: Any) -> None:
+        self._clear, self._kwargs = clear, kwargs
+
+    def clear(self) -> None:
+        """
+        Overview:
+            Forget what the view stands for.
+        """
+        self._clear(**self._kwargs)
+
+
+def _hash_rows(latent: torch.Tensor) -> List[int]:
+    return _hash_host_rows(latent.cpu().numpy())
+
+
+def _hash_host_rows(latent: np.ndarray) -> List[int]:
+    """xxh64 of each row of ``[B, E]``."""
+    data = memoryview(np.ascontiguousarray(latent)).cast('B')
+    size = latent.shape[1] * latent.itemsize
+    return [xxhash.xxh64_intdigest(data[start:start + size]) for start in range(0, len(latent) * size, size)]
+
+
+def _timesteps(start_pos: Any, rows: int) -> np.ndarray:
+    if isinstance(start_pos, numbers.Number):
+        return np.full(rows, int(start_pos), dtype=np.int64)
+    return np.array([int(np.asarray(pos).reshape(-1)[0]) for pos in start_pos[:rows]], dtype=np.int64)
+
+
+def _reanalysis_timesteps(start_pos: Any, rows: int) -> np.ndarray:
+    """Timesteps ``[batch, unroll]`` with the 0 that LightZero appends to each sequence, as one row ``[rows]``."""
+    if isinstance(start_pos, numbers.Number):
+        return np.full(rows, int(start_pos), dtype=np.int64)
+    start_pos = np.asarray(start_pos)
+    return np.pad(start_pos, ((0, 0), (0, 1))).reshape(-1).astype(np.int64)

@@ -1,0 +1,751 @@
+"""
+What is right: LightZero's own world model asked about one environment at a time, and the machinery to ask it.
+
+Here live small models, random search traces, the players that put a trace to a model, and the comparison of answers.
+No test lives here, and nothing here knows how a cache under test is built.
+
+A model is asked only through ``initial_inference`` and ``recurrent_inference``, with the arguments that LightZero's
+policies and tree searches pass. ``B`` is the number of environments (rows), ``E`` the width of a latent state, ``A``
+the size of the action space, ``T`` a number of tokens.
+"""
+import contextlib
+import copy
+import functools
+import io
+import math
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from unittest import mock
+
+import lzero.model.sampled_unizero_model as sampled_unizero_model
+import lzero.model.unizero_model as unizero_model
+import numpy as np
+import torch
+import torch.nn as nn
+from ding.utils import MODEL_REGISTRY
+from easydict import EasyDict
+from lzero.model.common import SimNorm
+from lzero.model.unizero_world_models.tokenizer import Tokenizer
+
+#: Largest relative error that still counts as the same answer, in float32.
+TOLERANCE = 1e-4
+
+#: Shape of one observation, by ``obs_type``; a text observation is a row of token ids.
+OBS_SHAPES = {'vector': (5, ), 'image': (3, 64, 64), 'image_memory': (3, 5, 5), 'text': (7, )}
+VOCABULARY = 23
+
+#: Size of random weights. Larger ones make answers depend chaotically on rounding; smaller ones, less on the context.
+GAIN = 0.7
+
+#: LightZero's own classes, bound before any plugin can replace them in the registry.
+ORIGINAL_MODELS = {
+    'UniZeroModel': unizero_model.UniZeroModel,
+    'SampledUniZeroModel': sampled_unizero_model.SampledUniZeroModel,
+}
+
+#: What a model answers, by name: 'latent' [B, 1, E], 'policy', 'value', and (not for roots) 'reward' [B, ...].
+Answer = Dict[str, torch.Tensor]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    Overview:
+        The make of a model. Small on purpose: each head of LightZero's world model precomputes ``max_tokens ** 2``
+        slices at construction.
+    Arguments:
+        - sampled (:obj:`bool`): Use SampledUniZeroModel, as continuous actions always do.
+        - equal_latents (:obj:`bool`): Leave the last layer of the latent head at zero, as in a fresh model, where
+            every predicted latent state is the same vector.
+        - unroll (:obj:`int`): Time steps that a full forward (reanalysis) must hold.
+    """
+    rotary: bool = False
+    num_layers: int = 2
+    num_heads: int = 2
+    embed_dim: int = 32
+    context_length: int = 8
+    gru_gating: bool = False
+    continuous: bool = False
+    sampled: bool = False
+    obs_type: str = 'vector'
+    action_space_size: int = 3
+    max_seq_len: int = 8192
+    equal_latents: bool = False
+    unroll: int = 3
+
+    @property
+    def model_name(self) -> str:
+        """The name under which LightZero registers the model."""
+        return 'SampledUniZeroModel' if self.sampled or self.continuous else 'UniZeroModel'
+
+    @property
+    def obs_shape(self) -> Tuple[int, ...]:
+        """The shape of one observation."""
+        return OBS_SHAPES[self.obs_type]
+
+
+class SmallTextEncoder(nn.Module):
+    """Stands in for LightZero's language encoder, which wants pretrained weights: mean of embeddings, one layer."""
+
+    def __init__(self, model_path: str = '', embedding_size: int = 32, group_size: int = 8, **kwargs: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, embedding_size)
+        self.linear = nn.Linear(embedding_size, embedding_size)
+        self.norm = SimNorm(simnorm_dim=group_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(self.embedding(x).mean(dim=1)))
+
+
+class TokenizerWithEmptyLpips(Tokenizer):
+    """
+    For 'image_memory' LightZero's UniZeroModel counts the parameters of ``tokenizer.lpips``, which it made None, and
+    SampledUniZeroModel wants torchvision for it. Inference never touches it, so an empty module serves both.
+    """
+
+    def __init__(self, encoder: nn.Module = None, decoder_network: nn.Module = None, with_lpips: bool = False) -> None:
+        super().__init__(encoder, decoder_network, with_lpips=False)
+        self.lpips = nn.Identity()
+
+
+@contextlib.contextmanager
+def _constructible(case: Case) -> Iterator[None]:
+    """Silence LightZero's constructors, and hand them what an observation type wants but a test cannot have."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if case.obs_type == 'text':
+            stack.enter_context(mock.patch.object(unizero_model, 'HFLanguageRepresentationNetwork', SmallTextEncoder))
+        if case.obs_type in ('image', 'image_memory'):
+            for module in (unizero_model, sampled_unizero_model):
+                stack.enter_context(mock.patch.object(module, 'Tokenizer', TokenizerWithEmptyLpips))
+        yield
+
+
+def world_model_cfg(case: Case, env_num: int, **overrides: Any) -> EasyDict:
+    """A ``world_model_cfg`` with the keys and values of LightZero's default one, but for the case's shape."""
+    blocks = max(case.context_length // 2, case.unroll)
+    cfg = dict(
+        continuous_action_space=case.continuous,
+        tokens_per_block=2,
+        max_blocks=blocks,
+        max_tokens=2 * blocks,
+        context_length=case.context_length,
+        gru_gating=case.gru_gating,
+        device='cpu',
+        analysis_sim_norm=False,
+        analysis_dormant_ratio=False,
+        action_space_size=case.action_space_size,
+        group_size=8,
+        attention='causal',
+        num_layers=case.num_layers,
+        num_heads=case.num_heads,
+        embed_dim=case.embed_dim,
+        embed_pdrop=0.1,
+        resid_pdrop=0.1,
+        attn_pdrop=0.1,
+        support_size=11,
+        max_cache_size=5000,
+        env_num=env_num,
+        num_simulations=64,
+        latent_recon_loss_weight=0.,
+        perceptual_loss_weight=0.,
+        policy_entropy_weight=0,
+        predict_latent_loss_type='group_kl',
+        obs_type=case.obs_type,
+        gamma=1,
+        dormant_threshold=0.025,
+        rotary_emb=case.rotary,
+        rope_theta=10000,
+        max_seq_len=case.max_seq_len,
+    )
+    if case.continuous:
+        cfg.update(sigma_type='conditioned', bound_type=None, fixed_sigma_value=0.3, policy_loss_type='kl')
+    cfg.update(overrides)
+    return EasyDict(cfg)
+
+
+def construct(model_class: type, case: Case, env_num: int, **overrides: Any) -> nn.Module:
+    """Construct a model of a class as a policy would, and put it into evaluation mode."""
+    obs_shape = case.obs_shape[0] if case.obs_type == 'vector' else case.obs_shape
+    with _constructible(case):
+        model = model_class(
+            observation_shape=obs_shape,
+            action_space_size=case.action_space_size,
+            world_model_cfg=world_model_cfg(case, env_num, **overrides),
+            encoder_url='none',
+        )
+    return model.eval()
+
+
+def randomise(model: nn.Module, case: Case, seed: int) -> nn.Module:
+    """
+    Overview:
+        Replace all weights by random ones under which latent states differ from node to node and every answer depends
+        on its whole context. (A fresh model will not do: the last layers of its heads are zero, and its weights of
+        size 0.02 make attention almost uniform.)
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(parameter: torch.Tensor, std: float, mean: float = 0.) -> None:
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std + mean)
+
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            normal(module.weight, GAIN / math.sqrt(module.weight[0].numel()))
+            if module.bias is not None:
+                normal(module.bias, 0.1)
+        elif isinstance(module, nn.Embedding):
+            normal(module.weight, 0.7)
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)):
+            normal(module.weight, 0.1, mean=1.)
+            normal(module.bias, 0.1)
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            normal(module.running_mean, 0.1)
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+        elif type(module).__name__ == 'GRUGatingUnit':
+            normal(module.bg, 0.1, mean=0.5)  # LightZero's 2 nearly closes the gates
+    if case.equal_latents:
+        last_layer = [m for m in model.world_model.head_observations.modules() if isinstance(m, nn.Linear)][-1]
+        nn.init.zeros_(last_layer.weight)
+        nn.init.zeros_(last_layer.bias)
+    return model
+
+
+@functools.lru_cache(maxsize=None)
+def _prototype(case: Case, env_num: int) -> nn.Module:
+    return construct(ORIGINAL_MODELS[case.model_name], case, env_num)
+
+
+def original_model(case: Case, env_num: int, seed: int) -> nn.Module:
+    """LightZero's own model, as it is, with random weights and position differences made from these weights."""
+    model = randomise(copy.deepcopy(_prototype(case, env_num)), case, seed)
+    if not case.rotary:
+        model.world_model.precompute_pos_emb_diff_kv()
+    return model
+
+
+def cached_model(case: Case, env_num: int, seed: int, **overrides: Any) -> nn.Module:
+    """The registered model in new mode, with the weights of ``original_model`` of the same case and seed."""
+    model_class = MODEL_REGISTRY.get(case.model_name)
+    model = construct(model_class, case, env_num, use_new_cache_manager=True, **overrides)
+    model.load_state_dict(original_model(case, 1, seed).state_dict())
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Traces
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Root(NamedTuple):
+    """
+    One root inference. An environment whose action is None starts a new episode in this step.
+
+    Shapes: last_obs, obs [B, ...]; actions B of None, int or array [A]; timesteps B of int.
+    """
+    last_obs: np.ndarray
+    actions: Sequence[Any]
+    obs: np.ndarray
+    timesteps: Sequence[int]
+
+
+class Expand(NamedTuple):
+    """
+    One simulation: every environment expands one known node of its own tree. Nodes are numbered in the order in which
+    they were made since the last root inference, the root being 0. Depths are what the tree search would pass.
+
+    Shapes: parents, actions (int, or array [A]), depths: B each.
+    """
+    parents: Sequence[int]
+    actions: Sequence[Any]
+    depths: Sequence[int]
+
+
+class ClearEnv(NamedTuple):
+    """Throw away one environment's root contexts."""
+    env: int
+
+
+class ClearSearch(NamedTuple):
+    """Throw away the contexts of all nodes below the roots."""
+
+
+class Reanalysis(NamedTuple):
+    """
+    A search below every time step of N unrolled samples, as the replay buffer makes it with the target model: root
+    inference without predecessors, then simulations. It concerns no environment. Rows are samples times (U + 1) steps.
+
+    Shapes: obs [N * (U + 1), ...]; actions [N, U] or [N, U, A]; timesteps [N, U].
+    """
+    obs: np.ndarray
+    actions: np.ndarray
+    timesteps: np.ndarray
+    simulations: Sequence[Expand]
+
+
+Event = Union[Root, Expand, ClearEnv, ClearSearch, Reanalysis]
+
+
+class Trace(NamedTuple):
+    """What a batch of environments lives through: a sequence of events, over B environments."""
+    env_num: int
+    events: List[Event]
+
+    def alone(self, env: int) -> 'Trace':
+        """The same for one environment, as if there were no other."""
+        events: List[Event] = []
+        for event in self.events:
+            if isinstance(event, ClearEnv):
+                if event.env == env:
+                    events.append(ClearEnv(0))
+            elif isinstance(event, (Root, Expand)):
+                events.append(type(event)(*(field[env:env + 1] for field in event)))
+            elif isinstance(event, ClearSearch):
+                events.append(event)
+        return Trace(1, events)
+
+
+def random_trace(
+        rng: np.random.Generator,
+        case: Case,
+        env_num: int,
+        root_steps: int,
+        simulations: int,
+        clears: float = 0.,
+        episodes: float = 0.,
+        unknown: float = 0.,
+        repeats: float = 0.,
+) -> Trace:
+    """
+    Overview:
+        A random sequence of root steps, each with a random search below it. Half of all expansions go on from the
+        newest node, so that trees are deep enough for windows to slide; the others start from any known node, so that
+        depths in a batch are unequal. No node is expanded twice by the same (discrete) action.
+    Arguments:
+        - clears (:obj:`float`): Probability, per simulation, that contexts are thrown away before it.
+        - episodes (:obj:`float`): Probability, per environment and root step, that a new episode starts there.
+        - unknown (:obj:`float`): Probability, per environment, that the trace starts in the middle of an episode.
+        - repeats (:obj:`float`): Probability, per environment and root step, that the last observation is seen again.
+    """
+    events: List[Event] = []
+    timesteps = rng.choice([0, 1, 30, case.max_seq_len // 2 - 2], size=env_num)
+    last_obs = _random_obs(rng, case, env_num)
+    for step in range(root_steps):
+        fresh = rng.random(env_num) < (episodes if step else 1. - unknown)
+        timesteps = np.where(fresh, rng.choice([0, 0, 17], size=env_num), timesteps + 1) if step else timesteps
+        actions = [None if is_fresh else _random_action(rng, case) for is_fresh in fresh]
+        obs = _random_obs(rng, case, env_num)
+        seen_again = rng.random(env_num) < repeats
+        obs[seen_again] = last_obs[seen_again]
+        events.append(Root(last_obs, actions, obs, [int(t) for t in timesteps]))
+        events.extend(_random_search(rng, case, env_num, simulations, clears))
+        last_obs = obs
+    return Trace(env_num, events)
+
+
+def random_reanalysis(rng: np.random.Generator, case: Case, samples: int, simulations: int) -> Reanalysis:
+    """A random batch to reanalyze, ``case.unroll`` steps long."""
+    rows = samples * (case.unroll + 1)
+    shape = (samples, case.unroll)
+    first = rng.integers(case.max_seq_len // 2, size=(samples, 1))
+    actions = rng.uniform(-1., 1., (*shape, case.action_space_size)) if case.continuous else \
+        rng.integers(case.action_space_size, size=shape)
+    search = _random_search(rng, case, rows, simulations, 0.)
+    return Reanalysis(_random_obs(rng, case, rows), actions, first + np.arange(case.unroll), search)
+
+
+def _random_search(rng: np.random.Generator, case: Case, env_num: int, simulations: int, clears: float) -> List[Event]:
+    """The events below one root inference."""
+    events: List[Event] = []
+    depths = [[0] for _ in range(env_num)]  # of every node, by environment
+    tried = [set() for _ in range(env_num)]
+    for simulation in range(simulations):
+        if rng.random() < clears:
+            events.append(ClearSearch() if rng.random() < 0.3 else ClearEnv(int(rng.integers(env_num))))
+        parents, actions = [], []
+        for env in range(env_num):
+            parent, action = _random_leaf(rng, case, simulation + 1, tried[env])
+            parents.append(parent)
+            actions.append(action)
+        # UniZero's search passes the length of the path to the new node, Sampled UniZero's the number of its parent.
+        new_depths = [depths[env][parents[env]] + 1 for env in range(env_num)]
+        events.append(Expand(parents, actions, parents if case.model_name.startswith('Sampled') else new_depths))
+        for env in range(env_num):
+            depths[env].append(new_depths[env])
+    if rng.random() < clears:
+        events.append(ClearEnv(int(rng.integers(env_num))))
+    return events
+
+
+def _random_leaf(rng: np.random.Generator, case: Case, nodes: int, tried: set) -> Tuple[int, Any]:
+    """A node to expand and an action that was not yet tried there, if it has one."""
+    for _ in range(20):
+        parent = nodes - 1 if rng.random() < 0.5 else int(rng.integers(nodes))
+        action = _random_action(rng, case)
+        if case.continuous or (parent, action) not in tried:
+            break
+    if not case.continuous:
+        tried.add((parent, action))
+    return parent, action
+
+
+def _random_action(rng: np.random.Generator, case: Case) -> Any:
+    if case.continuous:
+        return rng.uniform(-1., 1., size=case.action_space_size)
+    return int(rng.integers(case.action_space_size))
+
+
+def _random_obs(rng: np.random.Generator, case: Case, rows: int) -> np.ndarray:
+    if case.obs_type == 'text':
+        return rng.integers(VOCABULARY, size=(rows, *case.obs_shape))
+    return rng.normal(size=(rows, *case.obs_shape)).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Players
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Batch:
+    """
+    Overview:
+        Puts a whole batch to a model, argument for argument as LightZero's policies and tree searches do: timesteps are
+        0-d arrays, actions of a continuing discrete episode numpy integers, those of a fresh one the int -1; a search
+        passes latent states as one array, actions as one tensor (int64 [B], or float64 [B, A]), and keeps what the
+        model returned without copying it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.world_model = model.world_model
+        self._latents: List[np.ndarray] = []  # of the nodes since the last root inference, [B, 1, E] each
+        self._history: List[Tuple[np.ndarray, torch.Tensor]] = []
+        self._timesteps: List[np.ndarray] = []
+
+    def play(self, event: Event) -> Union[Answer, None]:
+        """Play one event; inferences have an answer."""
+        with torch.no_grad():
+            if isinstance(event, Root):
+                return self.root(event)
+            if isinstance(event, Expand):
+                return self.expand(event)
+            if isinstance(event, Reanalysis):
+                return self.reanalyze(event)
+            if isinstance(event, ClearEnv):
+                return self.clear(event.env)
+            return self.clear_search()
+
+    def root(self, event: Root) -> Answer:
+        """A root inference, as ``_forward_collect`` and ``_forward_eval`` make it."""
+        self._timesteps = [np.array(t) for t in event.timesteps]
+        output = self.model.initial_inference(
+            torch.from_numpy(event.last_obs), self._root_actions(event.actions), torch.from_numpy(event.obs),
+            self._timesteps
+        )
+        self._latents = [output.latent_state.detach().cpu().numpy()]
+        self._history = []
+        return dict(latent=output.latent_state, policy=output.policy_logits, value=output.value)
+
+    def expand(self, event: Expand) -> Answer:
+        """A simulation, as ``UniZeroMCTSCtree.search`` and ``SampledUniZeroMCTSCtree.search`` make it."""
+        latents = np.asarray([self._latents[parent][row] for row, parent in enumerate(event.parents)])
+        actions = torch.from_numpy(np.asarray(event.actions))
+        self._history.append((latents, actions))
+        output = self.model.recurrent_inference(
+            self._history, len(self._history) - 1, list(event.depths), self._timesteps
+        )
+        self._latents.append(output.latent_state.detach().cpu().numpy())
+        return dict(
+            latent=output.latent_state, policy=output.policy_logits, value=output.value, reward=output.reward
+        )
+
+    def reanalyze(self, event: Reanalysis) -> Answer:
+        """A reanalysis, as ``_compute_target_policy_reanalyzed`` makes it; answers are numbered by simulation."""
+        self.world_model.reanalyze_phase = True
+        self._timesteps = event.timesteps
+        output = self.model.initial_inference(torch.from_numpy(event.obs), event.actions, start_pos=event.timesteps)
+        self._latents, self._history = [output.latent_state.detach().cpu().numpy()], []
+        answer = dict(latent=output.latent_state, policy=output.policy_logits, value=output.value)
+        for number, simulation in enumerate(event.simulations):
+            for name, tensor in self.expand(simulation).items():
+                answer['{} {}'.format(name, number)] = tensor
+        self.world_model.reanalyze_phase = False
+        return answer
+
+    def clear(self, env: int) -> None:
+        """Throw one environment's root contexts away, as the policies' ``_reset_collect`` does for all."""
+        self.world_model.past_kv_cache_init_infer_envs[env].clear()
+
+    def clear_search(self) -> None:
+        """Throw the contexts of all inner nodes away."""
+        self.world_model.past_kv_cache_recurrent_infer.clear()
+
+    @staticmethod
+    def _root_actions(actions: Sequence[Any]) -> List[Any]:
+        return [-1 if a is None else a if isinstance(a, np.ndarray) else np.int64(a) for a in actions]
+
+
+class OriginalBatch(Batch):
+    """
+    LightZero's own model on the whole batch, driven as LightZero drives it: one environment's new episode puts all rows
+    back to the first step, because its workers then call ``policy.reset`` without saying for whom.
+    """
+
+    def root(self, event: Root) -> Answer:
+        if any(action is None for action in event.actions):
+            event = event._replace(actions=[None] * len(event.actions))
+        return super().root(event)
+
+
+class _EndlessSlots(list):
+    """A pool in which no slot is ever used twice, and a slot that nobody found (None) is empty."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(index) if index is not None and index < len(self) else None
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        assert index == len(self)
+        self.append(value)
+
+
+class LightZeroAlone(Batch):
+    """
+    Overview:
+        The oracle: LightZero's own model with one environment, whose slots are never overwritten. A context that a
+        search does not find raises TypeError in LightZero, because it indexes its pool by None; here that slot is
+        empty, and so LightZero's own code goes on to rebuild the context from the latent state, as it was meant to.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        assert self.world_model.env_num == 1
+        self.world_model.shared_pool_size = self.world_model.shared_pool_size_init = 2 ** 62
+        self.world_model.shared_pool_recur_infer = _EndlessSlots()
+        self.world_model.shared_pool_init_infer = [_EndlessSlots()]
+
+
+class PathReference(Batch):
+    """
+    Overview:
+        One environment's answers without any cache: every node is computed by one forward of the transformer's weights
+        over all tokens of the node's true path, each token seeing the window that it had when it came. This is what
+        LightZero means, computed another way; it asks by node, so equal latent states are not mixed.
+
+        Only the arithmetic of layers and heads is LightZero's. Angles of rotary positions are those of its calls.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        assert self.world_model.env_num == 1
+        self._nodes: List['Path'] = []
+        self._found: List[bool] = []
+
+    def root(self, event: Root) -> Answer:
+        self._timestep, = event.timesteps
+        action, = event.actions
+        latent = self._encode(event.obs)
+        if action is None:
+            path = Path(self.world_model).begin(latent, 2 * self._timestep)
+        else:
+            if self._found and self._found[0]:
+                path = self._nodes[0]
+            else:
+                path = Path(self.world_model).begin(self._encode(event.last_obs), 2 * self._timestep)
+            path = path.add(self._embed(action), 2 * self._timestep - 1).add(latent, 2 * self._timestep)
+        answer = dict(latent=latent.view(1, 1, -1), **path.predictions())
+        self._nodes, self._found, self._latents = [path.slide()], [True], [latent]
+        return answer
+
+    def expand(self, event: Expand) -> Answer:
+        (parent, ), (action, ), (depth, ) = event
+        if self._found[parent]:
+            path = self._nodes[parent]
+        else:
+            path = Path(self.world_model).begin(self._latents[parent], 2 * self._timestep)
+        angle = 2 * (self._timestep + depth)
+        path = path.add(self._embed(action), angle + 1)
+        latent, reward = path.next_latent(), path.reward()
+        path = path.add(latent, angle + 2)
+        answer = dict(latent=latent.view(1, 1, -1), reward=reward, **path.predictions())
+        self._nodes.append(path.slide())
+        self._found.append(True)
+        self._latents.append(latent)
+        return answer
+
+    def clear(self, env: int) -> None:
+        self._found[0] = False
+
+    def clear_search(self) -> None:
+        self._found[1:] = [False] * len(self._found[1:])
+
+    def _encode(self, obs: np.ndarray) -> torch.Tensor:
+        return self.world_model.tokenizer.encode_to_obs_embeddings(torch.from_numpy(obs)).view(-1)
+
+    def _embed(self, action: Any) -> torch.Tensor:
+        action = torch.from_numpy(np.asarray([action]))  # [1], or [1, A]
+        return self.world_model.act_embedding_table(action.float() if action.ndim == 2 else action).view(-1)
+
+
+class Token(NamedTuple):
+    """One token of a path: its embedding [E], its rotary angle, and the first token that it could see."""
+    embedding: torch.Tensor
+    angle: int
+    start: int
+
+
+class Path:
+    """All tokens from where a context was begun to a node, and the first that the next token will see."""
+
+    def __init__(self, world_model: nn.Module, tokens: Tuple[Token, ...] = (), start: int = 0) -> None:
+        self.world_model, self.tokens, self.start = world_model, tokens, start
+
+    def begin(self, latent: torch.Tensor, angle: int) -> 'Path':
+        """The path that consists of one observation."""
+        return Path(self.world_model, (Token(latent, angle, 0), ))
+
+    def add(self, embedding: torch.Tensor, angle: int) -> 'Path':
+        """The path with one more token."""
+        return Path(self.world_model, self.tokens + (Token(embedding, angle, self.start), ), self.start)
+
+    def slide(self) -> 'Path':
+        """The path after it was stored: a window of ``context_length - 1`` tokens loses its two oldest."""
+        full = len(self.tokens) - self.start >= self.world_model.context_length - 1
+        return Path(self.world_model, self.tokens, self.start + 2 if full else self.start)
+
+    def predictions(self) -> Answer:
+        """Policy and value after a path that ends with an observation, [1, ...] each."""
+        x = self._output()
+        return dict(policy=self.world_model.head_policy(x, num_steps=1, prev_steps=0)[:, 0],
+                    value=self.world_model.head_value(x, num_steps=1, prev_steps=0)[:, 0])
+
+    def next_latent(self) -> torch.Tensor:
+        """The latent state [E] that follows a path that ends with an action."""
+        return self.world_model.head_observations(self._output(), num_steps=1, prev_steps=1).view(-1)
+
+    def reward(self) -> torch.Tensor:
+        """The reward of the action with which a path ends, [1, ...]."""
+        return self.world_model.head_rewards(self._output(), num_steps=1, prev_steps=1)[:, 0]
+
+    def _output(self) -> torch.Tensor:
+        """The transformer's output for the last token, [1, 1, E]."""
+        model, transformer = self.world_model, self.world_model.transformer
+        count = len(self.tokens)
+        index = torch.arange(count)
+        starts = torch.tensor([token.start for token in self.tokens])
+        x = torch.stack([token.embedding for token in self.tokens])  # [T, E]
+        visible = (index[None, :] >= starts[:, None]) & (index[None, :] <= index[:, None])  # [T query, T key]
+        shifts = None
+        if model.config.rotary_emb:
+            angles = torch.tensor([token.angle for token in self.tokens]) % model.config.max_seq_len
+        else:
+            # A token takes the position embedding of its place in the window that it came into. When the window slides,
+            # its keys and values are moved to the place that it has then.
+            table = model.pos_emb.weight
+            places_then = index - starts
+            places_now = (index[None, :] - starts[:, None]).clamp(0, len(table) - 1)  # [T query, T key]
+            x = x + table[places_then]
+            shifts = table[places_now] - table[places_then][None, :]  # [T query, T key, E]
+        for block in transformer.blocks:
+            attention, h = block.attn, block.ln1(x)
+            query, key, value = attention.query(h), attention.key(h), attention.value(h)  # [T, E]
+            if shifts is None:
+                query, key = (self._rotate(t, angles) for t in (query, key))
+                key, value = (t.expand(count, count, -1) for t in (key, value))
+            else:
+                key = key + shifts @ attention.key.weight.T  # [T query, T key, E]
+                value = value + shifts @ attention.value.weight.T
+            h = attention.proj(self._attend(query, key, value, visible))
+            if block.gru_gating:
+                x = block.gate1(x, h)
+                x = block.gate2(x, block.mlp(block.ln2(x)))
+            else:
+                x = x + h
+                x = x + block.mlp(block.ln2(x))
+        return transformer.ln_f(x)[-1].view(1, 1, -1)
+
+    def _rotate(self, t: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        """Turn the pairs of every head by the tokens' angles; t is [T, E]."""
+        turned = torch.view_as_complex(t.view(len(t), self.world_model.num_heads, -1, 2))
+        turned = turned * self.world_model.transformer.freqs_cis[angles][:, None]
+        return torch.view_as_real(turned).reshape(t.shape)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor
+                ) -> torch.Tensor:
+        """Attention in which every query sees keys and values of its own: query [T, E], key and value [T, T, E]."""
+        heads = self.world_model.num_heads
+        query = query.view(len(query), 1, heads, -1)
+        key, value = (t.view(*t.shape[:2], heads, -1) for t in (key, value))
+        scores = (query * key).sum(-1) / math.sqrt(key.shape[-1])  # [T query, T key, heads]
+        weights = scores.masked_fill(~visible[..., None], float('-inf')).softmax(dim=1)
+        return (weights[..., None] * value).sum(1).flatten(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparison
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """How far one answer of one environment is from what it should be: max |a - b| / max |b|."""
+    error: float
+    event: int
+    kind: str
+    env: int
+    answer: str
+
+
+def play(player: Batch, trace: Trace) -> List[Union[Answer, None]]:
+    """Play a trace; one answer, or None, for every event. Answers are copied as soon as they are given."""
+    answers = []
+    for event in trace.events:
+        answer = player.play(event)
+        answers.append(answer and {name: t.detach().clone() for name, t in answer.items()})
+    return answers
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, in units of the expected tensor's largest entry; infinite for anything not comparable."""
+    if actual.shape != expected.shape or not torch.isfinite(actual).all():
+        return math.inf
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def differences(trace: Trace, batch: Batch, alone: Sequence[Batch]) -> List[Difference]:
+    """Play a trace to a batch, and to every environment alone; all differences, in the order of the trace."""
+    actual = play(batch, trace)
+    found = []
+    for env, player in enumerate(alone):
+        expected = iter([answer for answer in play(player, trace.alone(env)) if answer is not None])
+        for number, (event, answers) in enumerate(zip(trace.events, actual)):
+            if not isinstance(event, (Root, Expand)):
+                continue
+            for name, right in next(expected).items():
+                error = relative_error(answers[name][env:env + 1], right)
+                found.append(Difference(error, number, type(event).__name__, env, name))
+    return sorted(found, key=lambda d: (d.event, d.env))
+
+
+def row_differences(actual: Answer, expected: Answer) -> List[Difference]:
+    """All differences between two answers to one and the same batch, row by row."""
+    assert actual.keys() == expected.keys()
+    return [
+        Difference(relative_error(actual[name][row], right[row]), 0, 'row', row, name)
+        for name, right in expected.items() for row in range(len(right))
+    ]
+
+
+def worst(found: Sequence[Difference]) -> Difference:
+    """The largest of some differences."""
+    return max(found, key=lambda d: d.error)
+
+
+def assert_same(found: Sequence[Difference], tolerance: float = TOLERANCE) -> None:
+    """Every answer is right, or the first wrong one and the worst one are told."""
+    wrong = [d for d in found if not d.error <= tolerance]
+    assert not wrong, '{} of {} answers are wrong\nfirst: {}\nworst: {}'.format(
+        len(wrong), len(found), wrong[0], worst(found)
+    )
