@@ -1,6 +1,7 @@
 """
-What LightZero's own caching gets right for one environment, and wrong for a batch. Each fault that the new mode mends is
-shown here on the installed LightZero; should LightZero mend one, its test fails and the fault can be struck off.
+What LightZero's own caching gets right for one environment, and wrong for a batch.
+
+Each fault that the new mode mends is shown on the installed LightZero; should LightZero mend one, its test fails.
 """
 import inspect
 import logging
@@ -12,9 +13,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import (
-    ORIGINAL_MODELS, TOLERANCE, Batch, Case, ClearEnv, ClearSearch, Expand, LightZeroAlone, OriginalBatch,
-    PathReference, Reanalysis, Root, Trace, assert_same, differences, original_model, random_reanalysis, random_trace,
-    row_differences, world_model_cfg, worst
+    ORIGINAL_MODELS,
+    TOLERANCE,
+    Batch,
+    Case,
+    ClearEnv,
+    ClearSearch,
+    Expand,
+    LightZeroAlone,
+    OriginalBatch,
+    PathReference,
+    Reanalysis,
+    Root,
+    Trace,
+    assert_same,
+    differences,
+    original_model,
+    random_reanalysis,
+    random_trace,
+    row_differences,
+    world_model_cfg,
+    worst,
 )
 
 # LightZero's main branch has the same version number, a cache manager of its own, and fewer faults.
