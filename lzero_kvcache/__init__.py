@@ -1,13 +1,16 @@
 """A key-value cache for LightZero's UniZero, picked by one flag in ``world_model_cfg``."""
+import logging
+
 from .base_manager import BaseCacheManager, PagedCacheManager
 from .config import CacheConfig, ConfigError
 from .eviction import EvictionStrategy
+from .loading import check_config, disable, enable
 from .manager import KVCacheManager
 from .old_manager import OldCacheManager
 from .pool import KVCachePool
 from .registry import KV_CACHE_REGISTRY
 from .stats import CacheStats
-from . import models  # noqa: F401  (registers with DI-engine)
+from . import models, policies, telemetry  # noqa: F401  (these register with DI-engine)
 
 __version__ = '0.1.0'
 
@@ -22,4 +25,11 @@ __all__ = [
     'KV_CACHE_REGISTRY',
     'OldCacheManager',
     'PagedCacheManager',
+    'check_config',
+    'disable',
+    'enable',
 ]
+
+# LightZero sets the root logger to DEBUG; a line for every miss is for those who ask for it.
+if logging.getLogger(__name__).level == logging.NOTSET:
+    logging.getLogger(__name__).setLevel(logging.INFO)

@@ -199,3 +199,51 @@ def _check_context_length(world_model_cfg: Any) -> None:
     max_tokens = lookup(world_model_cfg, 'max_tokens')
     if isinstance(max_tokens, numbers.Integral) and length > max_tokens:
         raise ConfigError(f'{PREFIX}.context_length={length} must not exceed max_tokens={max_tokens}')
+
+
+def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None) -> CacheConfig:
+    """
+    Overview:
+        Validate what a policy config says about caching. In new mode, fill in the sizes that its ``world_model_cfg``
+        lacks from the policy's own, and refuse those that would make a pool too small.
+    Arguments:
+        - policy_cfg (:obj:`Any`): A policy config, merged with its policy's defaults; changed in place.
+        - managers (:obj:`Optional[Iterable[str]]`): Registered manager names.
+    Returns:
+        - config (:obj:`CacheConfig`): What the world model will read.
+    Raises:
+        - ConfigError: A key is unknown, has a wrong value or contradicts another.
+    """
+    if not policy_cfg['mcts_ctree']:
+        raise ConfigError('policy.mcts_ctree=False cannot work: LightZero has no Python search for UniZero; set it True')
+    if policy_cfg['random_collect_episode_num'] > 0:
+        raise ConfigError(
+            f'policy.random_collect_episode_num={policy_cfg["random_collect_episode_num"]} cannot work: LightZero has no '
+            'random policy for UniZero; set it to 0'
+        )
+    world_model_cfg = policy_cfg['model']['world_model_cfg']
+    options = CacheConfig.read(world_model_cfg, managers)
+    if not options.use_new:
+        # LightZero's own default, which our policies leave out to see whether a user gave it.
+        world_model_cfg.setdefault('env_num', DEFAULT_ENV_NUM)
+        return options
+    env_num = max(policy_cfg['collector_env_num'], policy_cfg['evaluator_env_num'])
+    needed = {'env_num': env_num, 'num_simulations': policy_cfg['num_simulations']}
+    sources = {'env_num': 'collector_env_num and policy.evaluator_env_num', 'num_simulations': 'num_simulations'}
+    for key, least in needed.items():
+        given = world_model_cfg.get(key)
+        if given is None:
+            world_model_cfg[key] = least
+        elif given < least:
+            raise ConfigError(
+                f'{PREFIX}.{key}={given} is too small for policy.{sources[key]}: it must be at least {least}'
+            )
+    world_model_cfg['evaluator_env_num'] = policy_cfg['evaluator_env_num']
+    options = CacheConfig.read(world_model_cfg, managers)
+    nodes = env_num * policy_cfg['num_simulations']
+    if options.recurrent_pool_size < nodes:
+        raise ConfigError(
+            f'{PREFIX}.{OPTIONS}.recurrent_pool_size={options.recurrent_pool_size} is too small for one search of '
+            f'{env_num} environments: it must be at least {nodes}'
+        )
+    return options

@@ -6,7 +6,7 @@ import numpy as np
 
 from .base_manager import PagedCacheManager
 from .config import PREFIX, CacheConfig, ConfigError, lookup
-from .pages import PageAllocator, Rows
+from .pages import NULL_PAGE, PageAllocator, Rows
 from .pool import KVCachePool, PagedPool
 from .registry import KV_CACHE_REGISTRY
 from .slab import MIB
@@ -88,7 +88,7 @@ class KVCacheManager(PagedCacheManager):
 
     def hold(self, tables: np.ndarray) -> None:
         self._pages.retain(tables)
-        self._lease.append(tables)
+        self._lease.append(tables.copy())
 
     def release(self) -> None:
         for pages in self._lease:
@@ -96,27 +96,52 @@ class KVCacheManager(PagedCacheManager):
         self._lease.clear()
 
     def find_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
-        tables = np.zeros((len(keys), self.width), dtype=np.int64)
-        counts = np.zeros(len(keys), dtype=np.int64)
+        rows = self._no_rows(len(keys))
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
-            tables[row:row + 1], counts[row:row + 1] = self._init_pool(mode, env_id).lookup([key])
-        return tables, counts
+            pool = self._init_pool(mode, env_id)
+            _read(rows, row, pool, pool.slot(key))
+        return rows
 
     def store_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
         tables, counts = rows
+        self._pages.retain(tables)
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
-            self._init_pool(mode, env_id).store([key], tables[row:row + 1], counts[row:row + 1])
+            pool = self._init_pool(mode, env_id)
+            slot = pool.claim(key)
+            pool.tables[slot], pool.counts[slot] = tables[row], counts[row]
             self._current[mode, env_id] = key
 
     def find_recur(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
-        tables, counts = self.find_init(mode, env_ids, keys)
-        rest = np.flatnonzero(counts == 0)
-        if len(rest):
-            tables[rest], counts[rest] = self.recur_pool.lookup([(env_ids[row], keys[row]) for row in rest])
-        return tables, counts
+        rows = self._no_rows(len(keys))
+        nodes, slots = [], []
+        for row, (env_id, key) in enumerate(zip(env_ids, keys)):
+            pool = self._init_pool(mode, env_id)
+            slot = pool.slot(key)
+            if slot < 0:
+                nodes.append(row)
+                slots.append(self.recur_pool.slot((env_id, key)))
+            else:
+                _read(rows, row, pool, slot)
+        if nodes:
+            found = np.array(slots)
+            rows[0][nodes], rows[1][nodes] = self.recur_pool.tables[found], self.recur_pool.counts[found]
+            rows[1][nodes] *= found >= 0
+            rows[0][rows[1] == 0] = NULL_PAGE
+        return rows
 
     def store_recur(self, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
-        self.recur_pool.store(list(zip(env_ids, keys)), *rows)
+        pool, pairs = self.recur_pool, list(zip(env_ids, keys))
+        self._pages.retain(rows[0])
+        if len(pool) + len(pairs) <= pool.pool_size:
+            pool.put(np.array([pool.claim(pair) for pair in pairs]), rows)
+            return
+        self._warn_once(
+            'recurrent', f"KVCachePool 'recurrent' is full at {pool.pool_size} entries in the middle of a search: "
+            'evicted nodes are rebuilt without their context; raise kv_cache_cfg.recurrent_pool_size'
+        )
+        for pair, table, count in zip(pairs, *rows):
+            slot = pool.claim(pair)
+            pool.tables[slot], pool.counts[slot] = table, count
 
     def count_queries(self, pool: str, queries: int, hits: int) -> None:
         if self.enable_stats:
@@ -259,6 +284,9 @@ class KVCacheManager(PagedCacheManager):
         """Pages that the slab must have room for."""
         return self._pages.capacity
 
+    def _no_rows(self, count: int) -> Rows:
+        return np.zeros((count, self.width), np.int64), np.zeros(count, np.int64)
+
     def take(self, count: int) -> np.ndarray:
         """
         Overview:
@@ -306,6 +334,11 @@ class KVCacheManager(PagedCacheManager):
         if topic not in self._told:
             self._told.add(topic)
             logger.warning(message)
+
+
+def _read(rows: Rows, row: int, pool: PagedPool, slot: int) -> None:
+    if slot >= 0:
+        rows[0][row], rows[1][row] = pool.tables[slot], pool.counts[slot]
 
 
 def _pool_summary(pool: KVCachePool) -> Dict[str, Any]:

@@ -60,7 +60,7 @@ class KVCachePool:
         Returns:
             - value (:obj:`Optional[Any]`): What was stored, or None.
         """
-        slot = int(self.find([cache_key])[0])
+        slot = self.slot(cache_key)
         return None if slot < 0 else self._load(slot)
 
     def set(self, cache_key: Hashable, kv_cache: Any, priority: Optional[float] = None) -> int:
@@ -79,24 +79,22 @@ class KVCachePool:
         self._save(slot, kv_cache)
         return slot
 
-    def find(self, keys: Sequence[Hashable]) -> np.ndarray:
+    def slot(self, key: Hashable) -> int:
         """
         Overview:
-            Look many keys up at once and count them.
+            Look a key up and count it.
         Arguments:
-            - keys (:obj:`Sequence[Hashable]`): ``B`` keys.
+            - key (:obj:`Hashable`): The key.
         Returns:
-            - slots (:obj:`np.ndarray`): ``[B]``, the slot of each key, -1 where it is not there.
+            - slot (:obj:`int`): Where its value is, -1 if it is not there.
         """
         index = self._index
-        slots = np.fromiter((index[key] if key in index else -1 for key in keys), dtype=np.int64, count=len(keys))
+        found = index[key] if key in index else -1
         if self.stats is not None:
-            self.stats.record(len(keys), int(np.count_nonzero(slots >= 0)))
-        if logger.isEnabledFor(logging.DEBUG):
-            for key, slot in zip(keys, slots):
-                if slot < 0:
-                    logger.debug(f"Miss in KVCachePool '{self.name}': key={key}")
-        return slots
+            self.stats.record(1, found >= 0)
+        if found < 0:
+            logger.debug("Miss in KVCachePool '%s': key=%s", self.name, key)
+        return found
 
     def claim(self, key: Hashable) -> int:
         """
@@ -204,38 +202,15 @@ class PagedPool(KVCachePool):
             self.counts.fill(0)
             super().clear()
 
-    def lookup(self, keys: Sequence[Hashable]) -> Rows:
+    def put(self, slots: np.ndarray, rows: Rows) -> None:
         """
         Overview:
-            Page tables of many keys at once.
+            Write entries to slots that were claimed; the caller has retained their pages.
         Arguments:
-            - keys (:obj:`Sequence[Hashable]`): ``B`` keys.
-        Returns:
-            - rows (:obj:`Rows`): Tables ``[B, width]`` and page counts ``[B]``, both 0 for a miss.
+            - slots (:obj:`np.ndarray`): Distinct slots ``[B]``.
+            - rows (:obj:`Rows`): Tables ``[B, width]`` and counts ``[B]``, at least 1.
         """
-        slots = self.find(keys)
-        tables, counts = self.tables[slots], self.counts[slots]
-        counts[slots < 0] = 0
-        tables[counts == 0] = NULL_PAGE
-        return tables, counts
-
-    def store(self, keys: Sequence[Hashable], tables: np.ndarray, counts: np.ndarray) -> None:
-        """
-        Overview:
-            Store many entries; each takes a reference to each of its pages.
-        Arguments:
-            - keys (:obj:`Sequence[Hashable]`): ``B`` keys; of equal ones the last wins.
-            - tables (:obj:`np.ndarray`): Page ids ``[B, width]``, padded with the null page.
-            - counts (:obj:`np.ndarray`): Pages in use ``[B]``, at least 1.
-        """
-        self._pages.retain(tables)
-        if len(keys) <= len(self._unused) and len(set(keys)) == len(keys):  # nobody's slot is taken on the way
-            slots = np.fromiter((self.claim(key) for key in keys), dtype=np.int64, count=len(keys))
-            self.tables[slots], self.counts[slots] = tables, counts
-        else:
-            for key, table, count in zip(keys, tables, counts):
-                slot = self.claim(key)
-                self.tables[slot], self.counts[slot] = table, count
+        self.tables[slots], self.counts[slots] = rows
 
     def _save(self, slot: int, value: Any) -> None:
         pages = self._codec.write(value)

@@ -258,26 +258,18 @@ class NewWorldModel(LightZeroWorldModel):
         An environment that the policy follows has the key of its last root remembered, and its last observation is
         encoded only if that context is gone.
         """
-        def encode(rows: np.ndarray) -> torch.Tensor:
-            chosen = last_obs[torch.from_numpy(rows).to(last_obs.device)]
-            return self.tokenizer.encode_to_obs_embeddings(chosen).reshape(len(rows), -1)
+        def encode() -> torch.Tensor:
+            # All rows at once, as they were encoded when they were current: another batch size would change last bits.
+            return self.tokenizer.encode_to_obs_embeddings(last_obs).reshape(len(last_obs), -1)
 
         followed = self._last_keys if self._serving is not None else {}
-        last_keys = {row: followed.get((mode, env_ids[row])) for row in np.flatnonzero(going)}
-        unknown = np.array([row for row, key in last_keys.items() if key is None], dtype=np.int64)
-        if not len(unknown):
-            return _hash_rows(latent), last_keys, encode  # type: ignore[return-value]
-        last = encode(unknown)
-        keys = _hash_rows(torch.cat([last, latent]))  # one copy to the host for both
-        last_keys.update(zip(unknown.tolist(), keys))
-        place = {row: index for index, row in enumerate(unknown.tolist())}
-
-        def encoded(rows: np.ndarray) -> torch.Tensor:
-            if all(row in place for row in rows.tolist()):
-                return last[torch.tensor([place[row] for row in rows.tolist()], device=last.device)]
-            return encode(rows)
-
-        return keys[len(unknown):], last_keys, encoded  # type: ignore[return-value]
+        last_keys = {row: followed.get((mode, env_ids[row])) for row in np.flatnonzero(going).tolist()}
+        if None not in last_keys.values():
+            return _hash_rows(latent), last_keys, lambda rows: encode()[self._send(rows)]  # type: ignore[return-value]
+        last = encode()
+        hashed = _hash_rows(torch.cat([last, latent]))  # one copy to the host for both
+        last_keys = {row: hashed[row] if key is None else key for row, key in last_keys.items()}
+        return hashed[len(last):], last_keys, lambda rows: last[self._send(rows)]  # type: ignore[return-value]
 
     def _node_step(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
                    start_pos: Any) -> StepOutput:

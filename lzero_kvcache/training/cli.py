@@ -4,6 +4,7 @@ The command line of ``train.py``: options, what they override, and exit codes. 0
 """
 import argparse
 import logging
+import os
 import re
 import sys
 import traceback
@@ -16,12 +17,12 @@ from lzero_kvcache import check_config, disable, enable
 from lzero_kvcache.config import FLAG, ConfigError
 
 from . import lightzero
-from .config_file import LoadedConfig, load_config, whole_number
+from .config_file import load_config, whole_number
 from .derived import replace_token
 from .mending import mend
 from .output import PACKAGE_LOGGER, Output
 from .overrides import apply_overrides
-from .runner import Plan, run
+from .runner import EVALUATE, TRAIN, Plan, run
 from .terminal import Terminal
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -30,7 +31,8 @@ EPILOG = """
 examples:
   python train.py --config config_new.py
   python train.py --config cartpole_unizero_config.py --cache old --max-env-step 5000 --seed 1
-  python train.py --config config_new.py --set policy.num_simulations=10 policy.model.world_model_cfg.kv_cache_cfg.eviction=lru
+  python train.py --config config_new.py --set policy.num_simulations=10
+  policy.model.world_model_cfg.kv_cache_cfg.eviction=lru
 """
 
 
@@ -38,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError('{} (--help lists the options)'.format(message))
+        raise ConfigError(f'{message} (--help lists the options)')
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,8 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--max-env-step', type=_count(1), metavar='N', help='environment steps to stop after '
                         '(default: max_env_step of the config)')
     parser.add_argument('--max-train-iter', type=_count(1), metavar='N', help='training iterations to stop after')
-    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), help='auto: the GPU if there is one (default: what '
-                        'the config says, and the CPU where there is no GPU)')
+    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), help='auto: the GPU if there is one (default: '
+                        'what the config says, and the CPU where there is no GPU)')
+    checkpoint = parser.add_mutually_exclusive_group()
+    checkpoint.add_argument('--resume', metavar='CKPT', help='go on from a checkpoint of either cache system; '
+                            'steps and iterations go on, and --max-env-step counts all of them')
+    checkpoint.add_argument('--eval', metavar='CKPT', help='evaluate a checkpoint, and train nothing')
+    parser.add_argument('--threads', type=_count(1), metavar='N', help="CPU threads of torch (default: threads of the "
+                        "config, or torch's own choice)")
     parser.add_argument('--set', nargs='+', action='append', default=[], metavar='KEY=VALUE', dest='assignments',
                         help='set any key of the config; what follows from a value follows')
     parser.add_argument('--verbose', action='store_true', help="show LightZero's own output as well")
@@ -87,7 +95,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return _bad_usage(str(error), sys.stderr)
     with Output(options.verbose) as output:
         terminal = Terminal(output.terminal, live=not options.verbose)
-        output.on_line = terminal.line
+        output.on_log, output.on_printed = terminal.line, terminal.repeated
         logging.getLogger(PACKAGE_LOGGER).setLevel(options.log_level.upper())
         try:
             return run(make_plan(options), output, terminal).exit_code
@@ -102,7 +110,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 return _bad_usage(line, output.errors)
             output.errors.write(traceback.format_exc())
             if output.path:
-                output.errors.write("what led to it is in {}\n".format(output.path))
+                output.errors.write(f"what led to it is in {output.path}\n")
             return FAILED
 
 
@@ -120,7 +128,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     load_plugin(create_config)
     if options.cache:
         set_cache(options.cache, main_config, create_config)
-    main_config.exp_name = str(main_config.get('exp_name') or 'data_unizero/' + _stem(loaded))
+    main_config.exp_name = str(main_config.get('exp_name') or 'data_unizero/' + _stem(loaded.path))
     if options.assignments:
         assignments = [assignment for group in options.assignments for assignment in group]
         apply_overrides(main_config, create_config, assignments, lightzero.default_tree(main_config, create_config))
@@ -128,6 +136,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     seed = loaded.seed if options.seed is None else options.seed
     if options.exp_name:
         main_config.exp_name = options.exp_name
+    elif options.eval:
+        main_config.exp_name += '_eval'
     else:
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', loaded.seed, seed)
     check_config(main_config, create_config)
@@ -135,6 +145,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
         main_config=main_config, create_config=create_config, entry=loaded.entry, config=loaded.path, seed=seed,
         max_env_step=options.max_env_step or loaded.max_env_step,
         max_train_iter=options.max_train_iter or loaded.max_train_iter,
+        threads=options.threads or loaded.threads, task=EVALUATE if options.eval else TRAIN,
+        checkpoint=options.eval or options.resume,
     )
 
 
@@ -162,7 +174,7 @@ def set_cache(cache: str, main_config: EasyDict, create_config: EasyDict) -> Non
     (enable if cache == 'new' else disable)(main_config, create_config)
     name = main_config.get('exp_name')
     if isinstance(name, str) and was != cache:
-        main_config.exp_name = re.sub(r'(?<![A-Za-z0-9]){}(?![A-Za-z0-9])'.format(was), cache, name)
+        main_config.exp_name = re.sub(rf'(?<![A-Za-z0-9]){was}(?![A-Za-z0-9])', cache, name)
 
 
 def set_device(device: Optional[str], main_config: EasyDict) -> None:
@@ -191,15 +203,15 @@ def _count(minimum: int):  # type: ignore[no-untyped-def]
         try:
             value = whole_number(float(text), 'value', 'option', minimum)
         except (ValueError, ConfigError):
-            raise argparse.ArgumentTypeError('{!r} is not a whole number of at least {}'.format(text, minimum))
+            raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least {minimum}') from None
         assert value is not None
         return value
 
     return count
 
 
-def _stem(loaded: LoadedConfig) -> str:
-    return re.sub(r'.*[\\/]|\.py$', '', loaded.path)
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _bad_usage(line: str, stream) -> int:  # type: ignore[no-untyped-def]

@@ -1,6 +1,6 @@
 """
-Finds a LightZero config file and loads what it declares. Loading runs the file, which is Python code, but never a training.
-Changing what was loaded is the business of ``overrides.py``.
+Finds a LightZero config file and loads what it declares. Loading runs the file, which is Python code, but never a
+training. Changing what was loaded is the business of ``overrides.py``.
 """
 import contextlib
 import copy
@@ -41,6 +41,7 @@ class LoadedConfig:
     seed: int = 0
     max_env_step: Optional[int] = None
     max_train_iter: Optional[int] = None
+    threads: Optional[int] = None
 
 
 class _EntryCalled(BaseException):
@@ -75,20 +76,20 @@ def find_config(name: str) -> str:
         for entry in os.listdir(folder) if entry.endswith('.py') and not entry.startswith('_')
     })
     nearest = difflib.get_close_matches(os.path.basename(name), known, n=1, cutoff=0.5)
-    hint = "did you mean '{}'?".format(nearest[0]) if nearest else \
+    hint = f"did you mean '{nearest[0]}'?" if nearest else \
         "give a path, or one of: {}".format(', '.join(known) or 'none here')
-    raise ConfigError("--config {}: no such file here, in configs/ or in zoo_configs/; {}".format(name, hint))
+    raise ConfigError(f"--config {name}: no such file here, in configs/ or in zoo_configs/; {hint}")
 
 
 def load_config(name: str) -> LoadedConfig:
     """
     Overview:
-        Load a config file that declares ``main_config`` and ``create_config``, or, as LightZero's Atari files do, builds
-        them in a function ``main`` that ends in a training. No training starts.
+        Load a config file that declares ``main_config`` and ``create_config``, or, as LightZero's Atari files do,
+        builds them in a function ``main`` that ends in a training. No training starts.
     Arguments:
         - name (:obj:`str`): As in ``find_config``.
     Returns:
-        - loaded (:obj:`LoadedConfig`): The configs, and the file's ``max_env_step``, ``seed`` and ``entry``.
+        - loaded (:obj:`LoadedConfig`): The configs, and the file's ``max_env_step``, ``seed``, ``entry``, ...
     """
     path = find_config(name)
     declared = _run_file(path)
@@ -105,6 +106,7 @@ def load_config(name: str) -> LoadedConfig:
         seed=whole_number(declared.get('seed', 0), 'seed', path, minimum=0) or 0,
         max_env_step=whole_number(declared.get('max_env_step'), 'max_env_step', path),
         max_train_iter=whole_number(declared.get('max_train_iter'), 'max_train_iter', path),
+        threads=whole_number(declared.get('threads'), 'threads', path),
     )
 
 
@@ -124,7 +126,7 @@ def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[st
             function(*args, **kwargs)
         except _EntryCalled as call:
             main_config, create_config = call.arguments.pop('input_cfg')
-            wanted = {key: call.arguments[key] for key in ('seed', 'max_env_step') if key in call.arguments}
+            wanted: Dict[str, Any] = {key: call.arguments[key] for key in ('seed', 'max_env_step') if key in call.arguments}
             return dict(main_config=main_config, create_config=create_config, entry=call.entry, **wanted)
     raise ConfigError("{}() calls none of {}".format(function.__name__, ', '.join(ENTRIES)))
 
@@ -161,7 +163,7 @@ def _run_file(path: str) -> Dict[str, Any]:
     name = 'lzero_kvcache_config_' + os.path.splitext(os.path.basename(path))[0]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ConfigError("--config {}: not a Python file".format(path))
+        raise ConfigError(f"--config {path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     folder = os.path.dirname(path)
     present = set(sys.modules)
@@ -171,7 +173,7 @@ def _run_file(path: str) -> Dict[str, Any]:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError("--config {}: {}".format(_where(path, error), mend(error) or _one_line(error))) from error
+        raise ConfigError(f"--config {_where(path, error)}: {mend(error) or _one_line(error)}") from error
     finally:
         sys.path.remove(folder)
         # A neighbour that it imported, as config_old.py, must not stand for another folder's file of that name.
@@ -195,7 +197,7 @@ def _captured_from_main(path: str, declared: Dict[str, Any]) -> Dict[str, Any]:
         if name in MAIN_DEFAULTS and parameter.default is parameter.empty:
             arguments[name] = MAIN_DEFAULTS[name]
         elif parameter.default is parameter.empty:
-            raise ConfigError("--config {}: its main() needs '{}', which nothing gives".format(path, name))
+            raise ConfigError(f"--config {path}: its main() needs '{name}', which nothing gives")
     return capture_entry_call(main, **arguments)
 
 
@@ -216,19 +218,19 @@ def _check_shape(main_config: EasyDict, create_config: EasyDict, path: str) -> N
                              (create_config, 'create_config', ('env', 'env_manager', 'policy'))):
         for key in keys:
             if not isinstance(tree.get(key), dict):
-                raise ConfigError("{}: {}.{} is missing; LightZero's configs have it".format(path, name, key))
+                raise ConfigError(f"{path}: {name}.{key} is missing; LightZero's configs have it")
     policy = create_config.policy.get('type')
     if policy not in POLICIES:
         raise ConfigError(
             "{}: create_config.policy.type is {!r}; this trains {}".format(path, policy, ' and '.join(POLICIES))
         )
     if not isinstance(main_config.policy.get('model', {}).get('world_model_cfg'), dict):
-        raise ConfigError("{}: main_config.policy.model.world_model_cfg is missing".format(path))
+        raise ConfigError(f"{path}: main_config.policy.model.world_model_cfg is missing")
 
 
 def _as_config(value: Any, name: str, path: str) -> EasyDict:
     if not isinstance(value, dict):
-        raise ConfigError("{}: {} is a {}, not a dict".format(path, name, type(value).__name__))
+        raise ConfigError(f"{path}: {name} is a {type(value).__name__}, not a dict")
     return EasyDict(copy.deepcopy(value))
 
 
@@ -247,17 +249,17 @@ def whole_number(value: Any, name: str, path: str, minimum: int = 1) -> Optional
         return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or value != value or value in (float('inf'), float('-inf')) or value != int(value):
-        raise ConfigError("{}: {} = {!r} is not a whole number".format(path, name, value))
+        raise ConfigError(f"{path}: {name} = {value!r} is not a whole number")
     if value < minimum:
-        raise ConfigError("{}: {} = {!r}; it must be at least {}".format(path, name, value, minimum))
+        raise ConfigError(f"{path}: {name} = {value!r}; it must be at least {minimum}")
     return int(value)
 
 
 def _where(path: str, error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.lineno:
-        return '{}:{}'.format(path, error.lineno)
+        return f'{path}:{error.lineno}'
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return '{}:{}'.format(path, lines[-1]) if lines else path
+    return f'{path}:{lines[-1]}' if lines else path
 
 
 def _one_line(error: BaseException) -> str:

@@ -115,8 +115,10 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
                 continue
             value = rule.compute(*sources)
             if value is None:
-                raise ConfigError("{} = {!r}: nothing tells the {} that goes with it; set that as well".format(
-                    rule.sources[0], complete[rule.sources[0]], rule.target))
+                raise ConfigError(
+                    f"{rule.sources[0]} = {complete[rule.sources[0]]!r}: nothing tells the {rule.target} that goes with it; "
+                    "set that as well"
+                )
             complete[rule.target] = value
             settled = False
     name = before.get('exp_name')
@@ -158,8 +160,8 @@ def replace_token(name: str, token: str, old: Any, new: Any) -> str:
     Returns:
         - name (:obj:`str`): The name with the new value.
     """
-    pattern = r'(?<![A-Za-z]){}{}(?!\d|\.\d)'.format(re.escape(token), re.escape(str(old)))
-    return re.sub(pattern, lambda _: '{}{}'.format(token, new), name)
+    pattern = rf'(?<![A-Za-z]){re.escape(token)}{re.escape(str(old))}(?!\d|\.\d)'
+    return re.sub(pattern, lambda _: f'{token}{new}', name)
 
 
 def _held(rule: Rule, before: Mapping[str, Any]) -> bool:

@@ -6,12 +6,12 @@ import contextlib
 import functools
 import importlib
 import os
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
-import torch
 from easydict import EasyDict
 
+from .checkpoints import Checkpoint, atomic_checkpoints, load_state
 from .status import Evaluation
 
 NAMES = ('compile_config', 'BaseLearner', 'Collector', 'Evaluator')
@@ -61,31 +61,57 @@ class Watch:
         self.learner: Any = None
         self.collector: Any = None
         self.evaluator: Any = None
-        self.phase = 'starting'
+        self.phase = 'start'
         self.updating = False
         self.stopped = False
         self.steps_in_collect = 0
         self.evaluations: List[Evaluation] = []
-        self._resume: Optional[str] = None
+        self.checkpoint: Optional[Checkpoint] = None
 
     @property
     def env_step(self) -> int:
-        done = int(self.collector.envstep) if self.collector is not None else 0
-        return done + self.steps_in_collect
+        if self.collector is None or self.checkpoint is not None:
+            return self.checkpoint.env_step if self.checkpoint is not None else 0
+        return int(self.collector.envstep) + self.steps_in_collect
 
     @property
     def train_iter(self) -> int:
-        return int(self.learner.train_iter) if self.learner is not None else 0
+        if self.learner is None or self.checkpoint is not None:
+            return self.checkpoint.train_iter if self.checkpoint is not None else 0
+        return int(self.learner.train_iter)
 
     @property
     def cache(self) -> Any:
         """The model's cache manager, None while there is no model."""
-        model = None if self.learner is None else self.learner.policy.get_attribute('model')
+        policy = None if self.evaluator is None else self.evaluator.policy
+        model = None if policy is None else policy.get_attribute('model')
         return getattr(getattr(model, 'world_model', None), 'kv_cache_manager', None)
+
+    def restore(self) -> None:
+        """
+        Overview:
+            Put a new training where the checkpoint stood. LightZero itself would restore the weights alone.
+        """
+        if self.checkpoint is None:
+            return
+        checkpoint, self.checkpoint = self.checkpoint, None
+        load_state(self.learner.policy, checkpoint)
+        self.learner.last_iter.update(checkpoint.train_iter)
+        self.learner.collector_envstep = checkpoint.env_step
+        self.collector._total_envstep_count = checkpoint.env_step
 
     def enter(self, phase: str) -> None:
         self.phase = phase
         self.on_change()
+
+    def evaluate_last(self) -> None:
+        """
+        Overview:
+            Evaluate what the training ended with. LightZero's entries do not, so that the last reward would be one of
+            before the last training phase. A run too short for any evaluation, as of Atari on a CPU, stays without.
+        """
+        if self.evaluations and self.evaluations[-1].train_iter < self.train_iter:
+            self.evaluator.eval(self.learner.save_checkpoint, self.train_iter, self.env_step)
 
     def save_checkpoint(self) -> Optional[str]:
         """
@@ -97,14 +123,14 @@ class Watch:
         if self.learner is None or self.collector is None:
             return None
         self.learner.collector_envstep = int(self.collector.envstep)
-        with _atomic_checkpoints():
+        with atomic_checkpoints():
             self.learner.save_checkpoint()
         return self.latest_checkpoint()
 
     def latest_checkpoint(self) -> Optional[str]:
         if self.learner is None:
             return None
-        path = os.path.join(self.learner.exp_name, 'ckpt', 'iteration_{}.pth.tar'.format(self.train_iter))
+        path = os.path.join(self.learner.exp_name, 'ckpt', f'iteration_{self.train_iter}.pth.tar')
         return path if os.path.isfile(path) else None
 
     def close(self) -> None:
@@ -128,8 +154,45 @@ def run_entry(entry: str, configs: Tuple[EasyDict, EasyDict], watch: Watch, **ar
         - policy (:obj:`Any`): The trained policy.
     """
     module = importlib.import_module('lzero.entry.' + entry)
-    with _watched(module, watch), _atomic_checkpoints():
-        return getattr(module, entry)(list(configs), **arguments)
+    with _watched(module, watch), atomic_checkpoints():
+        policy = getattr(module, entry)(list(configs), **arguments)
+        watch.evaluate_last()
+    return policy
+
+
+def evaluate(configs: Tuple[EasyDict, EasyDict], watch: Watch, seed: int) -> None:
+    """
+    Overview:
+        Evaluate the watch's checkpoint with LightZero's evaluator, and nothing else around it: LightZero's own entry
+        for that refuses sampled UniZero. The outcome is in ``watch.evaluations``.
+    Arguments:
+        - configs (:obj:`Tuple[EasyDict, EasyDict]`): main_config and create_config.
+        - watch (:obj:`Watch`): Holds the checkpoint.
+        - seed (:obj:`int`): Of the environments.
+    """
+    from ding.config import compile_config
+    from ding.envs import create_env_manager, get_vec_env_setting
+    from ding.policy import create_policy
+    from ding.utils import set_pkg_seed
+    from lzero.worker import MuZeroEvaluator
+    from torch.utils.tensorboard import SummaryWriter
+    assert watch.checkpoint is not None
+    checkpoint = watch.checkpoint
+    cfg = compile_config(
+        configs[0], seed=seed, env=None, auto=True, create_cfg=configs[1], save_cfg=True, renew_dir=False
+    )
+    env_fn, _, env_configs = get_vec_env_setting(cfg.env, collect=False)
+    env = create_env_manager(cfg.env.manager, [functools.partial(env_fn, cfg=c) for c in env_configs])
+    env.seed(seed, dynamic_seed=False)
+    set_pkg_seed(seed, use_cuda=cfg.policy.cuda)
+    policy = create_policy(cfg.policy, enable_field=['learn', 'collect', 'eval'])
+    load_state(policy.learn_mode, checkpoint)
+    _watched_evaluator(MuZeroEvaluator, watch)(
+        eval_freq=cfg.policy.eval_freq, n_evaluator_episode=cfg.env.n_evaluator_episode, stop_value=cfg.env.stop_value,
+        env=env, policy=policy.eval_mode, tb_logger=SummaryWriter(os.path.join(cfg.exp_name, 'log', 'serial')),
+        exp_name=cfg.exp_name, policy_config=cfg.policy,
+    )
+    watch.evaluator.eval(None, checkpoint.train_iter, checkpoint.env_step)
 
 
 @contextlib.contextmanager
@@ -154,6 +217,12 @@ def _watched_learner(base: type, watch: Watch) -> type:
             super().__init__(*args, **kwargs)
             watch.learner = self
 
+        def call_hook(self, name: str) -> None:
+            super().call_hook(name)
+            # The entries call this when all parts stand, and before anything is collected.
+            if name == 'before_run':
+                watch.restore()
+
         def train(self, *args: Any, **kwargs: Any) -> Any:
             # Stopping inside an update would leave weights of two iterations in one checkpoint.
             watch.updating = True
@@ -161,7 +230,7 @@ def _watched_learner(base: type, watch: Watch) -> type:
                 log_vars = super().train(*args, **kwargs)
             finally:
                 watch.updating = False
-            watch.enter('training')
+            watch.enter('train')
             watch.interrupted()
             return log_vars
 
@@ -180,7 +249,7 @@ def _watched_collector(base: type, watch: Watch) -> type:
             super().reset_policy(None if _policy is None else _policy._replace(forward=self._counted(_policy.forward)))
 
         def collect(self, *args: Any, **kwargs: Any) -> Any:
-            watch.enter('collecting')
+            watch.enter('collect')
             try:
                 return super().collect(*args, **kwargs)
             finally:
@@ -208,11 +277,12 @@ def _watched_evaluator(base: type, watch: Watch) -> type:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            self.policy = kwargs['policy']
             watch.evaluator = self
 
         def eval(self, save_ckpt_fn: Optional[Callable] = None, train_iter: int = -1, envstep: int = -1,
                  *args: Any, **kwargs: Any) -> Any:
-            watch.enter('evaluating')
+            watch.enter('evaluate')
             stop, info = super().eval(save_ckpt_fn, train_iter, envstep, *args, **kwargs)
             watch.stopped = bool(stop)
             if info is not None:
@@ -224,39 +294,6 @@ def _watched_evaluator(base: type, watch: Watch) -> type:
     return WatchedEvaluator
 
 
-@contextlib.contextmanager
-def _atomic_checkpoints() -> Iterator[None]:
-    """Let every checkpoint of DI-engine's learner appear whole or not at all."""
-    from ding.worker.learner import learner_hook
-    original = learner_hook.save_file
-    learner_hook.save_file = lambda path, data, *args, **kwargs: save_atomically(data, path)
-    try:
-        yield
-    finally:
-        learner_hook.save_file = original
-
-
-def save_atomically(data: Mapping[str, Any], path: str) -> None:
-    """
-    Overview:
-        Replace a checkpoint by a new one in a single step.
-    Arguments:
-        - data (:obj:`Mapping[str, Any]`): What to save.
-        - path (:obj:`str`): Where.
-    """
-    temporary = '{}.{}.tmp'.format(path, os.getpid())
-    try:
-        with open(temporary, 'wb') as file:
-            torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
 def cache_counters(cache: Any) -> Dict[str, Any]:
     """
     Overview:
@@ -264,7 +301,7 @@ def cache_counters(cache: Any) -> Dict[str, Any]:
     Arguments:
         - cache (:obj:`Any`): A manager, or None.
     Returns:
-        - counters (:obj:`Dict[str, Any]`): 'init', 'recur' and 'total', each with 'queries' and 'hits', and 'memory_mb'.
+        - counters (:obj:`Dict[str, Any]`): 'init', 'recur', 'total', each with 'queries' and 'hits', and 'memory_mb'.
     """
     read = getattr(cache, 'counters', None)
     return dict(read()) if callable(read) else {}

@@ -33,11 +33,11 @@ def mend(error: BaseException) -> Optional[str]:
     text = ' '.join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.split('.')[0]
-        return "the module '{}' is not installed; pip install {}".format(error.name, PACKAGES.get(module, module))
+        return f"the module '{error.name}' is not installed; pip install {PACKAGES.get(module, module)}"
     if type(error).__name__ == 'DependencyNotInstalled':
         return text
     if _ROM_MESSAGE.search(text):
-        return "the game's ROM file is not installed; {}".format(ROMS)
+        return f"the game's ROM file is not installed; {ROMS}"
     if isinstance(error, TypeError) and 'Descriptors cannot be created directly' in text:
         return "wandb is too old for the installed protobuf; pip install 'wandb>=0.16,<=0.19.0' tensorboard"
     return None

@@ -1,6 +1,6 @@
 """
-Where output goes: LightZero, DI-engine and their worker processes write to a log file; only what this package has to say
-reaches the terminal. Done on file descriptors, since environments in processes of their own print as well.
+Where output goes: LightZero, DI-engine and their worker processes write to a log file; only what this package has to
+say reaches the terminal. Done on file descriptors, since environments in processes of their own print as well.
 """
 import io
 import logging
@@ -18,8 +18,8 @@ PRINTED = re.compile(r'^Cleared WorldModel ')
 class Output:
     """
     Overview:
-        Takes standard output and error over for the time of a run. What is written before the experiment's folder is known
-        waits in a temporary file.
+        Takes standard output and error over for the time of a run. What is written before the experiment's folder is
+        known waits in a temporary file.
     Arguments:
         - verbose (:obj:`bool`): Show everything on the terminal as well.
     """
@@ -27,7 +27,8 @@ class Output:
     def __init__(self, verbose: bool = False) -> None:
         self.verbose = verbose
         self.path: Optional[str] = None
-        self.on_line: Callable[[str], None] = lambda line: None
+        self.on_log: Callable[[str], None] = lambda line: None
+        self.on_printed: Callable[[str], None] = lambda line: None
         encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
         self._saved = (os.dup(1), os.dup(2))
         self._streams = (sys.stdout, sys.stderr)
@@ -40,6 +41,7 @@ class Output:
     def __enter__(self) -> 'Output':
         for stream in self._streams:
             stream.flush()
+        self._temporary: Optional[str]
         handle, self._temporary = tempfile.mkstemp(prefix='lzero_kvcache_', suffix='.log')
         self._use(handle)
         sys.stdout, sys.stderr = _Lines(self, self._saved[0], True), _Lines(self, self._saved[1], False)
@@ -121,7 +123,7 @@ class _Lines(io.TextIOBase):
             *lines, self._rest = (self._rest + text).split('\n')
             for line in lines:
                 if PRINTED.match(line):
-                    self._output.on_line(line)
+                    self._output.on_printed(line)
         return len(text)
 
 
@@ -134,6 +136,6 @@ class _TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._output.on_line('{}: {}'.format(record.levelname, record.getMessage()))
+            self._output.on_log(f'{record.levelname}: {record.getMessage()}')
         except Exception:
             self.handleError(record)

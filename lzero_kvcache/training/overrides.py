@@ -1,5 +1,6 @@
 """
-``--set KEY=VALUE``: values are parsed, never evaluated; a key must exist; what follows from a value follows (``derived.py``).
+``--set KEY=VALUE``: values are parsed, never evaluated; a key must exist; what follows from a value follows
+(``derived.py``).
 """
 import ast
 import difflib
@@ -18,7 +19,7 @@ CACHE_KEYS: Dict[str, Any] = {
     'game_segment_length': None,
     'num_simulations': None,
     'env_num': None,
-    **{'{}.{}'.format(OPTIONS, key): None for key in KV_CACHE_CFG},
+    **{f'{OPTIONS}.{key}': None for key in KV_CACHE_CFG},
 }
 ADD = '+'
 
@@ -34,8 +35,8 @@ def apply_overrides(
         Change configs in place as ``--set`` asks for, and with every value the copies that LightZero keeps of it.
     Arguments:
         - main_config (:obj:`EasyDict`), create_config (:obj:`EasyDict`): The configs.
-        - assignments (:obj:`Iterable[str]`): ``policy.num_simulations=25``; a path that begins with ``create_config.`` is
-          one of ``create_config``; one that begins with ``+`` may be new.
+        - assignments (:obj:`Iterable[str]`): ``policy.num_simulations=25``; a path that begins with ``create_config.``
+          is one of ``create_config``; one that begins with ``+`` may be new.
         - defaults (:obj:`Mapping[str, Any]`): ``main_config`` completed with every default of LightZero's.
     Returns:
         - changed (:obj:`Dict[str, Any]`): Every path that has a new value, those that followed included.
@@ -60,7 +61,7 @@ def known_leaves(main_config: EasyDict, create_config: EasyDict, defaults: Mappi
     Returns:
         - known (:obj:`Dict[str, Any]`): From dotted path to value; an empty dict is a value.
     """
-    known = {'{}.{}'.format(PREFIX, key): value for key, value in CACHE_KEYS.items()}
+    known = {f'{PREFIX}.{key}': value for key, value in CACHE_KEYS.items()}
     known.update(_leaves(defaults))
     known.update(_leaves(main_config))
     known.update(_leaves({CREATE: create_config}))
@@ -71,7 +72,7 @@ def _parse(assignment: str, known: Mapping[str, Any]) -> Dict[str, Any]:
     path, equals, text = assignment.partition('=')
     path = path.strip()
     if not equals or not path.strip(ADD):
-        raise ConfigError("--set {}: write KEY=VALUE, as in --set policy.num_simulations=25".format(assignment))
+        raise ConfigError(f"--set {assignment}: write KEY=VALUE, as in --set policy.num_simulations=25")
     value = _literal(text.strip())
     if path.startswith(ADD):
         return {path[len(ADD):]: value}
@@ -79,11 +80,10 @@ def _parse(assignment: str, known: Mapping[str, Any]) -> Dict[str, Any]:
     if children and isinstance(value, dict):
         changed: Dict[str, Any] = {}
         for key, child in _leaves(value).items():
-            changed.update(_checked(assignment, '{}.{}'.format(path, key), child, repr(child), known))
+            changed.update(_checked(assignment, f'{path}.{key}', child, repr(child), known))
         return changed
     if children:
-        raise ConfigError("--set {}: {} holds {} keys; set one of them, as {}".format(
-            assignment, path, len(children), children[0]))
+        raise ConfigError(f"--set {assignment}: {path} holds {len(children)} keys; set one of them, as {children[0]}")
     return _checked(assignment, path, value, text.strip(), known)
 
 
@@ -94,9 +94,8 @@ def _checked(assignment: str, path: str, value: Any, text: str, known: Mapping[s
     if any(known.get(parent) == {} for parent in parents):
         return {path: value}
     nearest = nearest_key(path, known)
-    hint = "; did you mean '{}'?".format(nearest) if nearest else ''
-    raise ConfigError("--set {}: there is no key '{}'{} ('+{}=...' adds a new one)".format(
-        assignment, path, hint, path))
+    hint = f"; did you mean '{nearest}'?" if nearest else ''
+    raise ConfigError(f"--set {assignment}: there is no key '{path}'{hint} ('+{path}=...' adds a new one)")
 
 
 def nearest_key(path: str, known: Iterable[str]) -> str:
@@ -136,7 +135,7 @@ def _like(present: Any, value: Any, text: str, assignment: str) -> Any:
     if isinstance(present, bool):
         answer = {'true': True, 'false': False, '1': True, '0': False}.get(text.lower())
         if answer is None:
-            raise ConfigError("--set {}: it is True or False, not {!r}".format(assignment, value))
+            raise ConfigError(f"--set {assignment}: it is True or False, not {value!r}")
         return answer
     if isinstance(present, (int, float)):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -144,7 +143,7 @@ def _like(present: Any, value: Any, text: str, assignment: str) -> Any:
             return int(value) if whole else value
         if isinstance(value, (list, tuple)):
             return value
-        raise ConfigError("--set {}: it is a number ({!r} now), not {!r}".format(assignment, present, value))
+        raise ConfigError(f"--set {assignment}: it is a number ({present!r} now), not {value!r}")
     if isinstance(present, str):
         return value if isinstance(value, str) else text
     if isinstance(present, (list, tuple)):
@@ -152,14 +151,14 @@ def _like(present: Any, value: Any, text: str, assignment: str) -> Any:
             return type(present)(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return value
-        raise ConfigError("--set {}: it is a list ({!r} now), not {!r}".format(assignment, present, value))
+        raise ConfigError(f"--set {assignment}: it is a list ({present!r} now), not {value!r}")
     return value
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = '') -> Dict[str, Any]:
     leaves: Dict[str, Any] = {}
     for key, value in tree.items():
-        path = '{}{}'.format(prefix, key)
+        path = f'{prefix}{key}'
         if isinstance(value, dict) and value:
             leaves.update(_leaves(value, path + '.'))
         else:

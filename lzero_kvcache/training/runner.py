@@ -1,30 +1,39 @@
 """
-Runs one training from a plan to a result: claims the experiment's folder, routes output, ends cleanly when interrupted, and
-writes ``summary.json`` next to the event files.
+Runs one plan to its result: claims the experiment's folder, routes output, ends cleanly when interrupted, and leaves a
+summary next to the event files.
 """
 import contextlib
 import datetime
-import json
 import os
 import signal
-import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 from easydict import EasyDict
 
+from lzero_kvcache.config import ConfigError
+
 from . import lightzero
+from .checkpoints import read_checkpoint
 from .output import Output
 from .status import Result, Status
-from .terminal import Terminal, number_text, rate_text
+from .summary import (
+    POOLS,
+    cache_type,
+    hit_rate,
+    peak_device_memory_mb,
+    peak_host_memory_mb,
+    summary_rows,
+    write_summary,
+)
+from .terminal import Terminal, number_text
 
 UNBOUNDED = int(1e10)
-SUMMARY = 'summary.json'
 LOG_FILE = os.path.join('log', 'train.log')
-POOLS = ('total', 'init', 'recur')
+TRAIN, EVALUATE = 'train', 'evaluate'
 # The bar is redrawn four times a second; asking for counters more often than that is for nothing.
 REFRESH_SECONDS = 0.25
 
@@ -33,7 +42,8 @@ REFRESH_SECONDS = 0.25
 class Plan:
     """
     Overview:
-        All that a run needs to know, checked and complete.
+        All that a run needs to know, checked and complete. ``checkpoint`` is what a training goes on from, or what is
+        evaluated.
     """
     main_config: EasyDict
     create_config: EasyDict
@@ -42,6 +52,9 @@ class Plan:
     seed: int = 0
     max_env_step: Optional[int] = None
     max_train_iter: Optional[int] = None
+    threads: Optional[int] = None
+    task: str = TRAIN
+    checkpoint: Optional[str] = None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -55,7 +68,7 @@ class Interrupted(KeyboardInterrupt):
 def run(plan: Plan, output: Output, terminal: Terminal) -> Result:
     """
     Overview:
-        Train.
+        Train or evaluate.
     Arguments:
         - plan (:obj:`Plan`): What to run.
         - output (:obj:`Output`): Where LightZero's output goes.
@@ -84,8 +97,12 @@ def claim_folder(exp_name: str) -> str:
             os.makedirs(name)
             return name
         except FileExistsError:
-            name = exp_name + stamp + ('_{}'.format(attempt) if attempt else '')
+            name = exp_name + stamp + (f'_{attempt}' if attempt else '')
             attempt += 1
+        except OSError as error:
+            raise ConfigError(
+                f'{exp_name}: the folder of the experiment cannot be made ({error.strerror}); give another --exp-name'
+            ) from error
 
 
 class _Run:
@@ -96,36 +113,24 @@ class _Run:
         self.terminal = terminal
         self.status = Status()
         self.watch = lightzero.Watch(self._refresh, self._stop_if_asked)
+        self._pid = os.getpid()
         self._asked: Optional[int] = None
         self._saving = False
-        self._pid = os.getpid()
         self._started = time.monotonic()
         self._next_refresh = 0.0
 
     def run(self) -> Result:
         plan = self.plan
-        lightzero.try_environment(plan.main_config, plan.create_config)
-        exp_name = claim_folder(plan.main_config.exp_name)
-        plan.main_config.exp_name = exp_name
-        self.output.attach(os.path.join(exp_name, LOG_FILE))
-        self.terminal.line('Training {} with {} into {}'.format(plan.config, plan.entry, exp_name))
-        if plan.max_env_step is None and plan.max_train_iter is None:
-            self.terminal.line('No max_env_step in the config and none given: it trains until interrupted (Ctrl-C)')
-        checkpoint = None
+        self._prepare()
         with self._signals():
-            self.terminal.start(plan.max_env_step)
+            self.terminal.start(plan.max_env_step if plan.task == TRAIN else None, self.status.first_env_step)
             try:
-                lightzero.run_entry(
-                    plan.entry, (plan.main_config, plan.create_config), self.watch, seed=plan.seed,
-                    model_path=plan.main_config.policy.get('model_path'),
-                    max_train_iter=plan.max_train_iter or UNBOUNDED, max_env_step=plan.max_env_step or UNBOUNDED,
-                )
-                outcome, code = ('reward reached env.stop_value' if self.watch.stopped else 'done'), 0
+                outcome, code = self._work(), 0
                 checkpoint = self.watch.latest_checkpoint()
             except Interrupted as interrupt:
-                outcome, code = 'interrupted by {}'.format(interrupt), 128 + interrupt.signum
+                outcome, code = f'interrupted by {interrupt}', 128 + interrupt.signum
                 self._saving = True
-                checkpoint = self.watch.save_checkpoint()
+                checkpoint = self.watch.save_checkpoint() if plan.task == TRAIN else None
             except BaseException:
                 self.output.write_log(traceback.format_exc())
                 raise
@@ -134,13 +139,58 @@ class _Run:
                 self.terminal.finish(self.status)
                 self.watch.close()
         result = self._result(outcome, code, checkpoint)
-        _write_json(os.path.join(exp_name, SUMMARY), asdict(result))
-        self.terminal.table('Training {}'.format(outcome), summary_rows(result))
+        write_summary(result)
+        self.terminal.table('Training: ' + outcome if plan.task == TRAIN else 'Evaluation: ' + outcome,
+                            summary_rows(result))
         return result
+
+    def _prepare(self) -> None:
+        """All that may turn out to be impossible comes before the folder; the folder comes before the work."""
+        plan = self.plan
+        if plan.threads:
+            torch.set_num_threads(plan.threads)
+        if plan.checkpoint is not None:
+            self.watch.checkpoint = read_checkpoint(plan.checkpoint)
+            self.status.first_env_step = self.status.env_step = self.watch.checkpoint.env_step
+            self.status.first_train_iter = self.status.train_iter = self.watch.checkpoint.train_iter
+        done = self.status.first_env_step
+        if plan.task == TRAIN and done >= (plan.max_env_step or UNBOUNDED):
+            raise ConfigError(
+                f'--resume {plan.checkpoint}: it stands at {done} environment steps, and max_env_step is '
+                f'{plan.max_env_step}; give a higher --max-env-step'
+            )
+        lightzero.try_environment(plan.main_config, plan.create_config)
+        exp_name = plan.main_config.exp_name = claim_folder(plan.main_config.exp_name)
+        self.output.attach(os.path.join(exp_name, LOG_FILE))
+        if plan.task == EVALUATE:
+            self.terminal.line(f'Evaluating {plan.checkpoint} into {exp_name}')
+            return
+        self.terminal.line(f'Training {plan.config} with {plan.entry} into {exp_name}')
+        if plan.checkpoint is not None:
+            self.terminal.line(
+                f'Going on from {plan.checkpoint}: {done:,} env steps, {self.status.first_train_iter:,} iterations. '
+                'A checkpoint holds no replay buffer, so collection begins with an empty one'
+            )
+        if plan.max_env_step is None and plan.max_train_iter is None:
+            self.terminal.line('No max_env_step in the config and none given: it trains until interrupted (Ctrl-C)')
+
+    def _work(self) -> str:
+        plan = self.plan
+        configs = (plan.main_config, plan.create_config)
+        if plan.task == EVALUATE:
+            lightzero.evaluate(configs, self.watch, plan.seed)
+            return 'done'
+        lightzero.run_entry(
+            plan.entry, configs, self.watch, seed=plan.seed, model_path=plan.main_config.policy.get('model_path'),
+            max_train_iter=plan.max_train_iter or UNBOUNDED, max_env_step=plan.max_env_step or UNBOUNDED,
+        )
+        return 'reward reached env.stop_value' if self.watch.stopped else 'done'
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous: Dict[int, Any] = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
@@ -174,8 +224,10 @@ class _Run:
         fresh = watch.evaluations[len(status.evaluations):]
         status.evaluations = list(watch.evaluations)
         for evaluation in fresh:
-            self.terminal.line('Evaluation after {:,} env steps, iteration {:,}: reward {}'.format(
-                evaluation.env_step, evaluation.train_iter, number_text(evaluation.reward)))
+            self.terminal.line(
+                f'Evaluation after {evaluation.env_step:,} env steps, iteration {evaluation.train_iter:,}: '
+                f'reward {number_text(evaluation.reward)}'
+            )
         self.terminal.update(status)
 
     def _result(self, outcome: str, code: int, checkpoint: Optional[str]) -> Result:
@@ -184,109 +236,13 @@ class _Run:
         counters = lightzero.cache_counters(self.watch.cache)
         exp_name = plan.main_config.exp_name
         return Result(
-            outcome=outcome, exit_code=code, exp_name=exp_name, config=plan.config, entry=plan.entry,
+            outcome=outcome, exit_code=code, exp_name=exp_name, config=plan.config, entry=plan.entry, task=plan.task,
             cache=cache_type(world_model), seed=plan.seed, device=str(world_model.device),
             env_step=status.env_step, train_iter=status.train_iter, seconds=status.seconds,
             env_steps_per_second=status.speed, host_memory_mb=peak_host_memory_mb(),
             device_memory_mb=peak_device_memory_mb(), cache_memory_mb=counters.get('memory_mb'),
             hit_rates={pool: hit_rate(counters, pool) for pool in POOLS}, counters=counters,
             last_reward=status.last_reward, best_reward=status.best_reward, evaluations=status.evaluations,
-            event_files=os.path.join(exp_name, 'log', 'serial'), checkpoint=checkpoint, log_file=self.output.path,
+            event_files=os.path.join(exp_name, 'log', 'serial'), checkpoint=checkpoint or plan.checkpoint,
+            log_file=self.output.path,
         )
-
-
-def cache_type(world_model_cfg: EasyDict) -> str:
-    """
-    Overview:
-        Which cache a config picks.
-    Arguments:
-        - world_model_cfg (:obj:`EasyDict`): The world model's config.
-    Returns:
-        - name (:obj:`str`): 'old', 'new', or the name of a registered manager.
-    """
-    if not world_model_cfg.get('use_new_cache_manager', False):
-        return 'old'
-    return (world_model_cfg.get('kv_cache_cfg') or {}).get('type') or 'new'
-
-
-def hit_rate(counters: Dict[str, Any], pool: str) -> Optional[float]:
-    """
-    Overview:
-        The share of look-ups that found something.
-    Arguments:
-        - counters (:obj:`Dict[str, Any]`): As from ``lightzero.cache_counters``.
-        - pool (:obj:`str`): 'init', 'recur' or 'total'.
-    Returns:
-        - rate (:obj:`Optional[float]`): None before the first look-up.
-    """
-    pool_counters = counters.get(pool) or {}
-    queries = pool_counters.get('queries')
-    return pool_counters.get('hits', 0) / queries if queries else None
-
-
-def peak_host_memory_mb() -> Optional[float]:
-    """
-    Overview:
-        The most memory that this process has held.
-    Returns:
-        - megabytes (:obj:`Optional[float]`): None where the system does not tell.
-    """
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024. ** 2 if sys.platform == 'darwin' else 1024.)
-
-
-def peak_device_memory_mb() -> Optional[float]:
-    """
-    Overview:
-        The most memory that torch has held on the GPU.
-    Returns:
-        - megabytes (:obj:`Optional[float]`): None if no GPU was used.
-    """
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return None
-    return torch.cuda.max_memory_allocated() / 1024. ** 2
-
-
-def summary_rows(result: Result) -> List[Tuple[str, str]]:
-    """
-    Overview:
-        The table at the end of a run.
-    Arguments:
-        - result (:obj:`Result`): The run.
-    Returns:
-        - rows (:obj:`List[Tuple[str, str]]`): Names and values.
-    """
-    def megabytes(value: Optional[float]) -> str:
-        return '-' if value is None else '{} MB'.format(number_text(value))
-
-    last = result.evaluations[-1] if result.evaluations else None
-    reward = '- (no evaluation yet; policy.eval_freq says how often)' if last is None else '{} after {:,} steps'.format(
-        number_text(last.reward), last.env_step)
-    rates = '  '.join('{} {}'.format(pool, rate_text(result.hit_rates[pool])) for pool in POOLS)
-    return [
-        ('cache system', result.cache),
-        ('time', str(datetime.timedelta(seconds=round(result.seconds)))),
-        ('environment steps', '{:,}'.format(result.env_step)),
-        ('training iterations', '{:,}'.format(result.train_iter)),
-        ('steps per second', number_text(result.env_steps_per_second)),
-        ('peak memory, host', megabytes(result.host_memory_mb)),
-        ('peak memory, device', megabytes(result.device_memory_mb)),
-        ('cache memory', megabytes(result.cache_memory_mb)),
-        ('hit rates', rates),
-        ('last reward', reward),
-        ('best reward', number_text(result.best_reward)),
-        ('event files', result.event_files),
-        ('checkpoint', result.checkpoint or '-'),
-        ('log', result.log_file or '-'),
-    ]
-
-
-def _write_json(path: str, content: Dict[str, Any]) -> None:
-    temporary = path + '.tmp'
-    with open(temporary, 'w', encoding='utf-8') as file:
-        json.dump(content, file, indent=2, default=str)
-    os.replace(temporary, path)

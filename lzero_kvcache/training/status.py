@@ -1,4 +1,4 @@
-"""The numbers of a run: while it goes on, and when it has ended. Nothing here knows where they come from or who shows them."""
+"""The numbers of a run: while it goes on, and when it has ended. Where they come from and who shows them is elsewhere."""
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
@@ -14,7 +14,7 @@ class Evaluation:
 @dataclass
 class Status:
     """How far a run is. A resumed run starts at ``first_env_step``; speeds are of this run alone."""
-    phase: str = 'starting'
+    phase: str = 'start'
     env_step: int = 0
     train_iter: int = 0
     first_env_step: int = 0
@@ -45,6 +45,7 @@ class Result:
     exp_name: str
     config: str
     entry: str
+    task: str
     cache: str
     seed: int
     device: str

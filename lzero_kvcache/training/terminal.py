@@ -1,18 +1,20 @@
 """
-What a run shows on the terminal: log lines, a progress bar over environment steps, a table at the end. On anything that is no
-terminal, and beside LightZero's own output, plain lines take the place of the bar.
+What a run shows on the terminal: log lines, a progress bar over environment steps, a table at the end. On anything
+that is no terminal, and beside LightZero's own output, plain lines take the place of the bar.
 """
 import time
-from typing import List, Optional, TextIO, Tuple
+from typing import Dict, List, Optional, TextIO, Tuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from .status import Status
 
 PLAIN_WIDTH = 120
+# Below this, the bar and the remaining time give way to the numbers.
+WIDE = 110
 PLAIN_EVERY_SECONDS = 15.0
 
 
@@ -25,7 +27,7 @@ def rate_text(rate: Optional[float]) -> str:
     Returns:
         - text (:obj:`str`): As ``87.5%``, ``-`` for None.
     """
-    return '-' if rate is None else '{:.1%}'.format(rate)
+    return '-' if rate is None else f'{rate:.1%}'
 
 
 def number_text(number: Optional[float], digits: int = 1) -> str:
@@ -57,24 +59,29 @@ class Terminal:
         self._live = live and is_terminal and not self.console.is_dumb_terminal
         self._progress: Optional[Progress] = None
         self._total: Optional[int] = None
-        self._last_line = ''
-        self._repeats = 0
+        self._repeated: Dict[str, int] = {}
         self._next_plain = 0.0
         self._last_plain = ''
 
     def line(self, text: str) -> None:
         """
         Overview:
-            Show one line, above the bar. A line that repeats the one before is counted, not shown.
+            Show one line, above the bar.
         Arguments:
             - text (:obj:`str`): The line.
         """
-        if text == self._last_line:
-            self._repeats += 1
-            return
-        self._show_repeats()
-        self._last_line = text
         self.console.print(Text(text))
+
+    def repeated(self, text: str) -> None:
+        """
+        Overview:
+            Show a line that comes after every training phase: the first time in full, and at the end how often.
+        Arguments:
+            - text (:obj:`str`): The line.
+        """
+        self._repeated[text] = self._repeated.get(text, 0) + 1
+        if self._repeated[text] == 1:
+            self.line(text)
 
     def start(self, total: Optional[int], done: int = 0) -> None:
         """
@@ -88,15 +95,16 @@ class Terminal:
         self._next_plain = time.monotonic() + PLAIN_EVERY_SECONDS
         if not self._live:
             return
+        wide = self.console.width >= WIDE
         columns = [
-            SpinnerColumn(), TextColumn('{task.description}'), BarColumn(bar_width=None),
+            TextColumn('{task.description}'), BarColumn(bar_width=None if wide else 8),
             TextColumn('{task.fields[steps]}'), TextColumn('{task.fields[facts]}'), TimeElapsedColumn(),
         ]
-        if total is not None:
+        if wide and total is not None:
             columns.append(TimeRemainingColumn())
-        self._progress = Progress(*columns, console=self.console, refresh_per_second=4, transient=True, expand=True,
+        self._progress = Progress(*columns, console=self.console, refresh_per_second=4, transient=True, expand=wide,
                                   redirect_stdout=False, redirect_stderr=False)
-        self._task = self._progress.add_task('starting', total=total, completed=done, steps='', facts='')
+        self._task = self._progress.add_task('start', total=total, completed=done, steps='', facts='')
         self._progress.start()
 
     def update(self, status: Status) -> None:
@@ -108,7 +116,7 @@ class Terminal:
         """
         if self._progress is not None:
             self._progress.update(
-                self._task, completed=status.env_step, description='{:<10}'.format(status.phase),
+                self._task, completed=status.env_step, description=f'{status.phase:<8}',
                 steps=self._steps(status), facts=self._facts(status)
             )
         elif time.monotonic() >= self._next_plain:
@@ -126,7 +134,10 @@ class Terminal:
             self._progress = None
         elif status is not None and self._total is not None:
             self._plain(status)
-        self._show_repeats()
+        for text, count in self._repeated.items():
+            if count > 1:
+                self.line(f'{text} ({count:,} times)')
+        self._repeated = {}
 
     def table(self, title: str, rows: List[Tuple[str, str]]) -> None:
         """
@@ -144,25 +155,17 @@ class Terminal:
         self.console.print(table, soft_wrap=False)
 
     def _plain(self, status: Status) -> None:
-        text = '{} env steps, {}'.format(self._steps(status), self._facts(status))
+        text = f'{self._steps(status)} env steps, {status.train_iter:,} iterations  {self._facts(status)}'
         self._next_plain = time.monotonic() + PLAIN_EVERY_SECONDS
         if text != self._last_plain:
             self._last_plain = text
             self.line(text)
 
     def _steps(self, status: Status) -> str:
-        total = '' if self._total is None else '/{:,}'.format(self._total)
-        return '{:,}{}'.format(status.env_step, total)
+        total = '' if self._total is None else f'/{self._total:,}'
+        return f'{status.env_step:,}{total}'
 
     @staticmethod
     def _facts(status: Status) -> str:
-        return 'iter {:,}  reward {}  hit rate {}  {} steps/s'.format(
-            status.train_iter, number_text(status.last_reward), rate_text(status.hit_rate), number_text(status.speed)
-        )
-
-    def _show_repeats(self) -> None:
-        if self._repeats:
-            self.console.print(Text('  (the line above {} more time{})'.format(
-                self._repeats, '' if self._repeats == 1 else 's')))
-        self._repeats = 0
-        self._last_line = ''
+        reward, rate, speed = number_text(status.last_reward), rate_text(status.hit_rate), number_text(status.speed)
+        return f'reward {reward}  hit rate {rate}  {speed} steps/s'

@@ -1,0 +1,117 @@
+"""What the benchmarks share: the same model under both systems, interleaved timing, a table and JSON."""
+import argparse
+import contextlib
+import io
+import json
+import platform
+import statistics
+import time
+from typing import Any, Callable, Dict, List, Sequence
+
+import torch
+from ding.utils import MODEL_REGISTRY
+from easydict import EasyDict
+from rich.console import Console
+from rich.table import Table
+
+import lzero_kvcache  # noqa: F401  (registers the models)
+
+# The sizes of LightZero's own configs; everything else is the default of its UniZero policy.
+PRESETS: Dict[str, Dict[str, Any]] = {
+    'cartpole': dict(
+        model=dict(observation_shape=4, action_space_size=2),
+        world_model=dict(embed_dim=64, num_heads=2, obs_type='vector', rotary_emb=True, action_space_size=2),
+    ),
+    'atari': dict(
+        model=dict(observation_shape=(3, 64, 64), action_space_size=6, downsample=True, norm_type='LN'),
+        world_model=dict(embed_dim=768, num_heads=8, obs_type='image', rotary_emb=False, action_space_size=6),
+    ),
+    'memory': dict(
+        model=dict(observation_shape=75, action_space_size=4),
+        world_model=dict(embed_dim=64, num_heads=4, obs_type='vector', rotary_emb=False, action_space_size=4),
+    ),
+}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    options.add_argument('--model', choices=sorted(PRESETS), default='cartpole')
+    options.add_argument('--context', type=int, default=8, help='context_length')
+    options.add_argument('--layers', type=int, default=2)
+    options.add_argument('--repeats', type=int, default=5, help='how often the measured unit is repeated')
+    options.add_argument('--json', metavar='FILE', help='also write the numbers there')
+    return options
+
+
+def world_model_cfg(args: argparse.Namespace, env_num: int, num_simulations: int, **changes: Any) -> EasyDict:
+    """A complete ``world_model_cfg`` of the chosen preset."""
+    from lzero.policy.unizero import UniZeroPolicy
+    config = EasyDict(UniZeroPolicy.default_config().model.world_model_cfg)
+    blocks = max(10, args.context // 2 + 2)
+    config.update(
+        context_length=args.context, max_blocks=blocks, max_tokens=2 * blocks, num_layers=args.layers,
+        device=args.device, env_num=env_num, num_simulations=num_simulations,
+    )
+    config.update(PRESETS[args.model]['world_model'])
+    config.update(changes)
+    return config
+
+
+def build_models(args: argparse.Namespace, env_num: int, num_simulations: int) -> Dict[str, Any]:
+    """The same weights under both systems, in eval mode."""
+    models = {}
+    torch.manual_seed(0)
+    for name, flag in (('old', False), ('new', True)):
+        config = world_model_cfg(args, env_num, num_simulations, use_new_cache_manager=flag, game_segment_length=8)
+        with contextlib.redirect_stdout(io.StringIO()):
+            models[name] = MODEL_REGISTRY.build(
+                'UniZeroModel', world_model_cfg=config, **PRESETS[args.model]['model']
+            ).to(args.device).eval()
+    spread_latents(models['old'])
+    models['new'].load_state_dict(models['old'].state_dict())
+    if not models['old'].world_model.config.rotary_emb:
+        models['old'].world_model.precompute_pos_emb_diff_kv()
+    return models
+
+
+def spread_latents(model: torch.nn.Module) -> None:
+    """Fresh heads are zero, so that every predicted latent is the same vector; trained ones are not."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.5)
+
+
+def timed(function: Callable[[], Any], device: str) -> float:
+    """Milliseconds of one call, work on the device included."""
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def median(values: Sequence[float]) -> float:
+    """The median, robust against what else the machine does."""
+    return statistics.median(values)
+
+
+def report(title: str, rows: List[Dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print a table and write the JSON that was asked for."""
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify='right')
+    for row in rows:
+        table.add_row(*(f'{value:.3g}' if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=140).print(table)
+    if args.json:
+        machine = torch.cuda.get_device_name() if args.device == 'cuda' else platform.processor() or platform.machine()
+        with open(args.json, 'w') as file:
+            json.dump({
+                'title': title, 'rows': rows, 'options': vars(args), 'torch': torch.__version__, 'machine': machine,
+                'threads': torch.get_num_threads(),
+            }, file, indent=2)

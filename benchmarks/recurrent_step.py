@@ -1,0 +1,116 @@
+"""One recurrent inference of a search, old against new, interleaved in one process.
+
+    python benchmarks/recurrent_step.py --device cpu --model cartpole --envs 8 64 256
+"""
+from typing import Any, Dict, List
+
+import numpy as np
+import torch
+from common import PRESETS, build_models, median, parser, report, timed
+
+
+class Search:
+    """
+    Overview:
+        A search's sequence of recurrent inferences without the tree: in each simulation every environment expands a
+        random node that it already has, so that depths are unequal as in a real search.
+    """
+
+    def __init__(self, models: Dict[str, Any], rows: int, args: Any) -> None:
+        self.models, self.rows, self.device = models, rows, args.device
+        self.rng = np.random.default_rng(0)
+        shape = PRESETS[args.model]['model']['observation_shape']
+        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.actions = PRESETS[args.model]['model']['action_space_size']
+
+    def run(self, simulations: int) -> Dict[str, List[float]]:
+        """Milliseconds of each simulation under each system."""
+        obs = torch.randn((self.rows,) + self.shape, device=self.device)
+        nodes: Dict[str, List[np.ndarray]] = {}
+        for name, model in self.models.items():
+            output = model.initial_inference(obs, [-1] * self.rows, obs, [0] * self.rows)
+            nodes[name] = [output.latent_state.cpu().numpy()]
+        depths = [np.zeros(self.rows, dtype=int)]
+        times: Dict[str, List[float]] = {name: [] for name in self.models}
+        columns = np.arange(self.rows)
+        for simulation in range(simulations):
+            parents = self.rng.integers(0, len(depths), self.rows)
+            action = torch.from_numpy(self.rng.integers(0, self.actions, self.rows)).to(self.device)
+            depth = np.stack(depths)[parents, columns]
+            names = list(self.models) if simulation % 2 else list(self.models)[::-1]
+            for name in names:
+                latent = np.stack([nodes[name][parent][row] for row, parent in enumerate(parents)])
+                result: List[Any] = []
+
+                def step() -> None:
+                    result.append(self.models[name].recurrent_inference(
+                        [(latent, action)], simulation, depth.tolist(), [0] * self.rows
+                    ))
+
+                times[name].append(timed(step, self.device))
+                nodes[name].append(result[0].latent_state.cpu().numpy())
+            depths.append(depth + 1)
+        return times
+
+
+def forward_alone(model: Any, rows: int, device: str, simulations: int) -> float:
+    """Milliseconds of the two tokens and the heads, with contexts that are already in place."""
+    world_model = model.world_model
+    action = torch.zeros(rows, 1, dtype=torch.long, device=device)
+    depth, start = [1] * rows, [0] * rows
+    if world_model.use_new_cache_manager:
+        engine = world_model.cache_engine
+        weights = engine.weights()
+        window = torch.zeros(rows, 2 * engine.width, engine.layers, 2, engine.embed_dim, device=device)
+        counts = torch.full((rows,), engine.width - 1, device=device)
+        angles = torch.zeros(2, rows, dtype=torch.long, device=device)
+
+        def run() -> None:
+            engine._two_tokens(weights, window, counts, action, angles if engine.rotary else None, None)
+    else:
+        size = world_model.context_length - 3
+        keys_values = world_model.transformer.generate_empty_keys_values(rows, world_model.context_length)
+
+        def run() -> None:
+            for layer in keys_values:
+                layer._k_cache._size = layer._v_cache._size = size
+            world_model.keys_values_wm_size_list_current = [size] * rows
+            output = world_model.forward(
+                {'act_tokens': action}, keys_values, is_init_infer=False, start_pos=start, search_depth=depth)
+            world_model.keys_values_wm_size_list_current = [size + 1] * rows
+            world_model.forward(
+                {'obs_embeddings': output.logits_observations}, keys_values, is_init_infer=False, start_pos=start,
+                search_depth=depth)
+    with torch.no_grad():
+        return median([timed(run, device) for _ in range(simulations)][3:])
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument('--envs', type=int, nargs='+', default=[8, 64, 256])
+    options.add_argument('--simulations', type=int, default=25)
+    args = options.parse_args()
+    rows = []
+    for envs in args.envs:
+        models = build_models(args, envs, args.simulations)
+        search = Search(models, envs, args)
+        search.run(3)
+        times: Dict[str, List[float]] = {'old': [], 'new': []}
+        for _ in range(args.repeats):
+            for name, values in search.run(args.simulations).items():
+                times[name] += values
+        old, new = median(times['old']), median(times['new'])
+        forward = {name: forward_alone(model, envs, args.device, args.simulations) for name, model in models.items()}
+        memory = {name: model.world_model.kv_cache_manager.counters()['memory_mb'] for name, model in models.items()}
+        rows.append({
+            'envs': envs, 'old ms': old, 'new ms': new, 'old / new': old / new,
+            'old caching %': 100 * max(0.0, 1 - forward['old'] / old),
+            'new caching %': 100 * max(0.0, 1 - forward['new'] / new),
+            'old MiB': memory['old'], 'new MiB': memory['new'],
+        })
+    report(
+        f'Recurrent step, {args.model}, context {args.context}, {args.layers} layers, {args.device}', rows, args)
+
+
+if __name__ == '__main__':
+    main()

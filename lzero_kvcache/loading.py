@@ -1,0 +1,70 @@
+"""Switching a LightZero config between the two systems, and checking it before anything starts."""
+import copy
+from typing import Any
+
+from ding.utils import POLICY_REGISTRY, deep_merge_dicts
+from easydict import EasyDict
+
+from .config import FLAG, OPTIONS, CacheConfig, ConfigError, nearest, settle
+from .registry import KV_CACHE_REGISTRY
+
+PLUGIN = 'lzero_kvcache'
+POLICIES = ('unizero', 'sampled_unizero')
+
+
+def enable(main_config: EasyDict, create_config: EasyDict, **kv_cache_cfg: Any) -> None:
+    """
+    Overview:
+        Make a LightZero UniZero config use the new cache: sets the flag and adds the import name, in place.
+    Arguments:
+        - main_config (:obj:`EasyDict`): LightZero's ``main_config``.
+        - create_config (:obj:`EasyDict`): LightZero's ``create_config``.
+        - kv_cache_cfg (:obj:`Any`): Options of ``world_model_cfg.kv_cache_cfg``; those not named stay as they are.
+    Raises:
+        - ConfigError: An option is wrong; the configs are then as they were.
+    """
+    trial_main, trial_create = copy.deepcopy(main_config), copy.deepcopy(create_config)
+    _switch(trial_main, trial_create, True, kv_cache_cfg)
+    check_config(trial_main, trial_create)
+    _switch(main_config, create_config, True, kv_cache_cfg)
+
+
+def disable(main_config: EasyDict, create_config: EasyDict) -> None:
+    """
+    Overview:
+        Make a config use LightZero's own caching again: turns the flag off, in place. The plugin stays loaded, so
+        that both systems write the same tensorboard tags.
+    Arguments:
+        - main_config (:obj:`EasyDict`): LightZero's ``main_config``.
+        - create_config (:obj:`EasyDict`): LightZero's ``create_config``.
+    """
+    _switch(main_config, create_config, False, {})
+
+
+def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
+    """
+    Overview:
+        Validate a config before anything starts; it is not changed.
+    Arguments:
+        - main_config (:obj:`EasyDict`): LightZero's ``main_config``.
+        - create_config (:obj:`EasyDict`): LightZero's ``create_config``.
+    Returns:
+        - config (:obj:`CacheConfig`): The caching options as they will be read.
+    Raises:
+        - ConfigError: The message is one line that says which key to change to what.
+    """
+    name = create_config.policy.type
+    if name not in POLICIES:
+        raise ConfigError(f'create_config.policy.type={name!r} is not a UniZero policy: {nearest(name, POLICIES)}')
+    defaults = POLICY_REGISTRY.get(name).default_config()
+    return settle(deep_merge_dicts(defaults, copy.deepcopy(main_config.policy)), KV_CACHE_REGISTRY)
+
+
+def _switch(main_config: EasyDict, create_config: EasyDict, flag: bool, options: Any) -> None:
+    names = create_config.policy.setdefault('import_names', [])
+    if PLUGIN not in names:
+        create_config.policy['import_names'] = list(names) + [PLUGIN]
+    world_model_cfg = main_config.policy.model.world_model_cfg
+    world_model_cfg[FLAG] = flag
+    if options:
+        world_model_cfg[OPTIONS] = EasyDict({**world_model_cfg.get(OPTIONS, {}), **options})

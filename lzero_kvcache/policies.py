@@ -1,0 +1,177 @@
+"""LightZero's policies with the plugin's configuration, counts and, in new mode, contexts that belong to environments.
+
+LightZero keeps the last observations and actions as rows of a batch, shared by collection and evaluation; new mode
+keeps them for each (mode, environment) and lays the rows out for LightZero's own code to run on.
+"""
+import inspect
+import logging
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+from ding.utils import POLICY_REGISTRY, deep_merge_dicts
+from easydict import EasyDict
+from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
+from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
+
+from .config import settle
+from .manager import COLLECT, EVAL
+from .registry import KV_CACHE_REGISTRY
+from .telemetry import HOOK_CONFIG, HOOK_KEY
+
+logger = logging.getLogger(__name__)
+
+
+class LastSteps:
+    """
+    Overview:
+        The last observation and action of each environment that is inside an episode.
+    """
+
+    def __init__(self) -> None:
+        self._steps: Dict[int, Tuple[torch.Tensor, Any]] = {}
+
+    def __contains__(self, env_id: int) -> bool:
+        return env_id in self._steps
+
+    def rows(self, env_ids: Sequence[int], observations: torch.Tensor) -> Tuple[torch.Tensor, List[Any]]:
+        """
+        Overview:
+            What LightZero calls ``last_batch_obs`` and ``last_batch_action``, for the environments of this batch.
+        Arguments:
+            - env_ids (:obj:`Sequence[int]`): The environment of each row.
+            - observations (:obj:`torch.Tensor`): Their current observations ``[B, ...]``.
+        Returns:
+            - last_obs (:obj:`torch.Tensor`): ``[B, ...]``, zeros where an episode starts.
+            - last_action (:obj:`List[Any]`): ``B`` actions, -1 where an episode starts.
+        """
+        fresh = (torch.zeros_like(observations[0]), -1)
+        steps = [self._steps.get(env_id, fresh) for env_id in env_ids]
+        return torch.stack([obs for obs, _ in steps]), [action for _, action in steps]
+
+    def remember(self, env_ids: Sequence[int], observations: torch.Tensor, output: Dict[int, Any]) -> None:
+        """
+        Overview:
+            Note what each environment saw and did.
+        """
+        for env_id, observation in zip(env_ids, observations):
+            self._steps[env_id] = (observation, output[env_id]['action'])
+
+    def forget(self, env_ids: Optional[Sequence[int]]) -> None:
+        """
+        Overview:
+            End the episodes of some environments, or of all.
+        """
+        for env_id in list(self._steps) if env_ids is None else env_ids:
+            self._steps.pop(env_id, None)
+
+
+class KVCachePolicy:
+    """
+    Overview:
+        What the plugin adds to a LightZero UniZero policy, in front of it in the method resolution order.
+    """
+
+    @classmethod
+    def default_config(cls) -> EasyDict:
+        """
+        Overview:
+            LightZero's default config with the plugin's learner hook, and without the default ``env_num``, which would
+            hide whether a user gave one.
+        Returns:
+            - config (:obj:`EasyDict`): The default config.
+        """
+        if cls.__base__ is not KVCachePolicy:
+            return super().default_config()  # type: ignore[misc]
+        config = cls.__bases__[1].default_config()
+        config.cfg_type = cls.__name__ + 'Dict'
+        config.model.world_model_cfg.pop('env_num', None)
+        return deep_merge_dicts(config, EasyDict(learn=dict(learner=dict(hook={HOOK_KEY: HOOK_CONFIG}))))
+
+    def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        settle(cfg, KV_CACHE_REGISTRY)
+        self._last_steps = {COLLECT: LastSteps(), EVAL: LastSteps()}
+        self._searching = False
+        super().__init__(cfg, *args, **kwargs)
+
+    def _forward_learn(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._forward_learn(*args, **kwargs)  # type: ignore[misc]
+        for model in (self._model, self._target_model):
+            _weights_changed(model.world_model)
+        return output
+
+    def _forward_collect(self, *args: Any, **kwargs: Any) -> Dict[int, Any]:
+        return self._search(COLLECT, super()._forward_collect, args, kwargs)  # type: ignore[misc]
+
+    def _forward_eval(self, *args: Any, **kwargs: Any) -> Dict[int, Any]:
+        return self._search(EVAL, super()._forward_eval, args, kwargs)  # type: ignore[misc]
+
+    def _reset_collect(self, env_id: Union[None, int, List[int]] = None, *args: Any, **kwargs: Any) -> None:
+        self._reset(COLLECT, super()._reset_collect, env_id, args, kwargs)  # type: ignore[misc]
+
+    def _reset_eval(self, env_id: Union[None, int, List[int]] = None, *args: Any, **kwargs: Any) -> None:
+        self._reset(EVAL, super()._reset_eval, env_id, args, kwargs)  # type: ignore[misc]
+
+    def _search(self, mode: str, forward: Callable[..., Dict[int, Any]], args: Any, kwargs: Any) -> Dict[int, Any]:
+        arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
+        observations, ready = arguments['data'], arguments.get('ready_env_id')
+        env_ids = [int(env_id) for env_id in (range(len(observations)) if ready is None else ready)]
+        world_model = self._model.world_model
+        steps = self._last_steps[mode]
+        self._searching = True
+        try:
+            if _is_new(world_model):
+                self.last_batch_obs, self.last_batch_action = steps.rows(env_ids, observations)
+                with world_model.serving(mode, env_ids):
+                    output = forward(*args, **kwargs)
+            else:
+                following = sum(env_id in steps for env_id in env_ids)
+                hits = world_model.root_hit_cnt
+                output = forward(*args, **kwargs)
+                manager = getattr(world_model, 'kv_cache_manager', None)
+                if manager is not None:
+                    manager.count_queries('init', following, min(following, world_model.root_hit_cnt - hits))
+        finally:
+            self._searching = False
+        steps.remember(env_ids, observations, output)
+        return output
+
+    def _reset(self, mode: str, reset: Callable[..., None], env_id: Union[None, int, List[int]], args: Any,
+               kwargs: Any) -> None:
+        """A list names environments whose episode ended, None means all; a number is LightZero's periodic clearing."""
+        ended = env_id is None or not isinstance(env_id, int)
+        if self._searching:  # LightZero resets every row when fewer environments are ready than usual
+            ended = False
+        if ended:
+            self._last_steps[mode].forget(env_id)  # type: ignore[arg-type]
+        if not _is_new(self._model.world_model):
+            reset(env_id, *args, **kwargs)
+        elif ended:
+            for index in [None] if env_id is None else env_id:  # type: ignore[union-attr]
+                self._model.world_model.forget(mode, index)
+
+
+def _is_new(world_model: Any) -> bool:
+    return getattr(world_model, 'use_new_cache_manager', False)
+
+
+def _weights_changed(world_model: Any) -> None:
+    if _is_new(world_model):
+        world_model.forget()
+
+
+class UniZeroPolicy(KVCachePolicy, LightZeroUniZeroPolicy):
+    """
+    Overview:
+        LightZero's ``UniZeroPolicy`` with the plugin.
+    """
+
+
+class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
+    """
+    Overview:
+        LightZero's ``SampledUniZeroPolicy`` with the plugin.
+    """
+
+
+POLICY_REGISTRY.register('unizero', UniZeroPolicy, force_overwrite=True)
+POLICY_REGISTRY.register('sampled_unizero', SampledUniZeroPolicy, force_overwrite=True)

@@ -1,0 +1,95 @@
+"""
+Checkpoints of DI-engine's learner: read without running what they may contain, replaced in one step, loaded into a
+policy.
+"""
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, Mapping
+
+import torch
+
+from lzero_kvcache.config import ConfigError
+
+STATE = ('model', 'target_model', 'optimizer_world_model')
+
+
+@dataclass
+class Checkpoint:
+    """Where a training stood: the policy's state, and the counts that DI-engine's learner saves beside it."""
+    state: Dict[str, Any]
+    train_iter: int
+    env_step: int
+
+
+def read_checkpoint(path: str) -> Checkpoint:
+    """
+    Overview:
+        Read a checkpoint of a UniZero training, on the CPU, without running anything that it may contain.
+    Arguments:
+        - path (:obj:`str`): As ``EXPERIMENT/ckpt/ckpt_best.pth.tar``.
+    Returns:
+        - checkpoint (:obj:`Checkpoint`): What it holds.
+    """
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f'{path}: no such checkpoint; an experiment has them in its folder ckpt/') from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f'{path}: cannot be read as a checkpoint ({reason}); take another one') from error
+    missing = [key for key in STATE if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ConfigError('{}: is no checkpoint of a UniZero training; it lacks {}'.format(path, ', '.join(missing)))
+    return Checkpoint(content, int(content.pop('last_iter', 0)), int(content.pop('last_step', 0)))
+
+
+@contextlib.contextmanager
+def atomic_checkpoints() -> Iterator[None]:
+    """
+    Overview:
+        A context in which every checkpoint of DI-engine's learner appears whole or not at all.
+    """
+    from ding.worker.learner import learner_hook
+    original = learner_hook.save_file
+    learner_hook.save_file = lambda path, data, *args, **kwargs: save_atomically(data, path)
+    try:
+        yield
+    finally:
+        learner_hook.save_file = original
+
+
+def save_atomically(data: Mapping[str, Any], path: str) -> None:
+    """
+    Overview:
+        Replace a checkpoint by a new one in a single step.
+    Arguments:
+        - data (:obj:`Mapping[str, Any]`): What to save.
+        - path (:obj:`str`): Where.
+    """
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def load_state(learn_mode: Any, checkpoint: Checkpoint) -> None:
+    """
+    Overview:
+        Load a checkpoint into a policy.
+    Arguments:
+        - learn_mode (:obj:`Any`): DI-engine's view on the policy.
+        - checkpoint (:obj:`Checkpoint`): Of either cache system.
+    """
+    try:
+        learn_mode.load_state_dict(checkpoint.state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError('the checkpoint is of another model: {}; use the config that it was trained with'.format(
+            ' '.join(str(error).split())[:300]))

@@ -1,0 +1,126 @@
+"""What a run has come to: its numbers as a table for the terminal and as ``summary.json`` for other programs."""
+import datetime
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from easydict import EasyDict
+
+from lzero_kvcache.config import FLAG, OPTIONS
+
+from .status import Result
+from .terminal import number_text, rate_text
+
+SUMMARY = 'summary.json'
+POOLS = ('total', 'init', 'recur')
+
+
+def cache_type(world_model_cfg: EasyDict) -> str:
+    """
+    Overview:
+        Which cache a config picks.
+    Arguments:
+        - world_model_cfg (:obj:`EasyDict`): The world model's config.
+    Returns:
+        - name (:obj:`str`): 'old', 'new', or the name of a registered manager.
+    """
+    if not world_model_cfg.get(FLAG, False):
+        return 'old'
+    return (world_model_cfg.get(OPTIONS) or {}).get('type') or 'new'
+
+
+def hit_rate(counters: Dict[str, Any], pool: str) -> Optional[float]:
+    """
+    Overview:
+        The share of look-ups that found something.
+    Arguments:
+        - counters (:obj:`Dict[str, Any]`): As from ``lightzero.cache_counters``.
+        - pool (:obj:`str`): 'init', 'recur' or 'total'.
+    Returns:
+        - rate (:obj:`Optional[float]`): None before the first look-up.
+    """
+    pool_counters = counters.get(pool) or {}
+    queries = pool_counters.get('queries')
+    return pool_counters.get('hits', 0) / queries if queries else None
+
+
+def peak_host_memory_mb() -> Optional[float]:
+    """
+    Overview:
+        The most memory that this process has held.
+    Returns:
+        - megabytes (:obj:`Optional[float]`): None where the system does not tell.
+    """
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024. ** 2 if sys.platform == 'darwin' else 1024.)
+
+
+def peak_device_memory_mb() -> Optional[float]:
+    """
+    Overview:
+        The most memory that torch has held on the GPU.
+    Returns:
+        - megabytes (:obj:`Optional[float]`): None if no GPU was used.
+    """
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return torch.cuda.max_memory_allocated() / 1024. ** 2
+
+
+def summary_rows(result: Result) -> List[Tuple[str, str]]:
+    """
+    Overview:
+        The table at the end of a run.
+    Arguments:
+        - result (:obj:`Result`): The run.
+    Returns:
+        - rows (:obj:`List[Tuple[str, str]]`): Names and values.
+    """
+    def megabytes(value: Optional[float]) -> str:
+        return '-' if value is None else f'{number_text(value)} MB'
+
+    last = result.evaluations[-1] if result.evaluations else None
+    reward = '- (no evaluation yet; policy.eval_freq says how often)'
+    if last is not None:
+        reward = f'{number_text(last.reward)} after {last.env_step:,} steps'
+    rates = '  '.join(f'{pool} {rate_text(result.hit_rates[pool])}' for pool in POOLS)
+    return [
+        ('cache system', result.cache),
+        ('time', str(datetime.timedelta(seconds=round(result.seconds)))),
+        ('environment steps', f'{result.env_step:,}'),
+        ('training iterations', f'{result.train_iter:,}'),
+        ('steps per second', number_text(result.env_steps_per_second)),
+        ('peak memory, host', megabytes(result.host_memory_mb)),
+        ('peak memory, device', megabytes(result.device_memory_mb)),
+        ('cache memory', megabytes(result.cache_memory_mb)),
+        ('hit rates', rates),
+        ('last reward', reward),
+        ('best reward', number_text(result.best_reward)),
+        ('event files', result.event_files),
+        ('checkpoint', result.checkpoint or '-'),
+        ('log', result.log_file or '-'),
+    ]
+
+
+def write_summary(result: Result) -> str:
+    """
+    Overview:
+        Leave the run's numbers in its folder.
+    Arguments:
+        - result (:obj:`Result`): The run.
+    Returns:
+        - path (:obj:`str`): The file.
+    """
+    path = os.path.join(result.exp_name, SUMMARY)
+    temporary = path + '.tmp'
+    with open(temporary, 'w', encoding='utf-8') as file:
+        json.dump(asdict(result), file, indent=2, default=str)
+    os.replace(temporary, path)
+    return path
