@@ -30,12 +30,22 @@ class Search:
         for name, model in self.models.items():
             output = model.initial_inference(obs, [-1] * self.rows, obs, [0] * self.rows)
             nodes[name] = [output.latent_state.cpu().numpy()]
-        depths = [np.zeros(self.rows, dtype=int)]
         times: Dict[str, List[float]] = {name: [] for name in self.models}
+        # As the policy does for the length of a search.
+        serving = self.models['new'].world_model.serving('collect', range(self.rows))
+        with serving:
+            return self.simulate(simulations, nodes, times)
+
+    def simulate(self, simulations: int, nodes: Dict[str, List[np.ndarray]],
+                 times: Dict[str, List[float]]) -> Dict[str, List[float]]:
+        """The simulations of one search whose roots are there."""
+        depths = [np.zeros(self.rows, dtype=int)]
         columns = np.arange(self.rows)
+        unexpanded = [[(0, move) for move in range(self.actions)] for _ in range(self.rows)]
         for simulation in range(simulations):
-            parents = self.rng.integers(0, len(depths), self.rows)
-            action = torch.from_numpy(self.rng.integers(0, self.actions, self.rows)).to(self.device)
+            chosen = [leaves.pop(self.rng.integers(len(leaves))) for leaves in unexpanded]
+            parents, moves = (np.array(column) for column in zip(*chosen))
+            action = torch.from_numpy(moves).to(self.device)
             depth = np.stack(depths)[parents, columns]
             names = list(self.models) if simulation % 2 else list(self.models)[::-1]
             for name in names:
@@ -50,6 +60,8 @@ class Search:
                 times[name].append(timed(step, self.device))
                 nodes[name].append(result[0].latent_state.cpu().numpy())
             depths.append(depth + 1)
+            for leaves in unexpanded:
+                leaves += [(simulation + 1, move) for move in range(self.actions)]
         return times
 
 

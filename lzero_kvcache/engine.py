@@ -5,12 +5,15 @@ window: the context's, left-aligned, and in the last column the page that the st
 ``[-, o0, a0, o1, ..., action, observation]``; slot 0 belongs to an action that was never there and is never read, so
 that the token at position ``p`` of a context stands in slot ``p + 1``.
 """
-from typing import Any, List, NamedTuple, Optional
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .slab import Slab
+
+Function = Callable[..., Any]
 
 
 class StepOutput(NamedTuple):
@@ -26,18 +29,46 @@ class StepOutput(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    block: Any
-    weight: torch.Tensor  # [3E, E]: query, key, value
-    bias: torch.Tensor  # [3E]
+    norm1: Function
+    qkv: Tuple[torch.Tensor, torch.Tensor]  # [3E, E] and [3E]: query, key, value
+    proj: Function
+    norm2: Function
+    mlp: Function
+    gates: Optional[Tuple[Function, Function]]
 
 
 class Weights(NamedTuple):
     """
     Overview:
-        The projections of every layer as they are now, fused; made anew for each step, so that they are never stale.
+        The model as it is now, laid out for one search: fused projections, and modules as plain functions.
     """
     layers: List[_Layer]
+    norm: Function
+    rewards: Function
+    observations: Function
+    policy: Function
+    value: Function
     shift: Optional[torch.Tensor]  # [2W, L, 2, E]: what learned positions add to keys and values; None with rotary
+
+
+def _function(module: nn.Module) -> Function:
+    """A module without the cost of calling modules, which is as long as a small layer takes: its hooks do not run."""
+    if isinstance(module, nn.Sequential):
+        functions = [_function(part) for part in module if module.training or not isinstance(part, nn.Dropout)]
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            for function in functions:
+                x = function(x)
+            return x
+
+        return run
+    if type(module) is nn.Linear:
+        weight, bias = module.weight, module.bias
+        return lambda x: F.linear(x, weight, bias)
+    if type(module) is nn.LayerNorm:
+        shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
+        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+    return module.forward
 
 
 class Engine:
@@ -75,21 +106,33 @@ class Engine:
         Overview:
             The projections as they are now.
         """
-        layers = []
-        for block in self._wm.transformer.blocks:
+        wm, layers = self._wm, []
+        for block in wm.transformer.blocks:
             attn = block.attn
             layers.append(_Layer(
-                block,
-                torch.cat([attn.query.weight, attn.key.weight, attn.value.weight]),
-                torch.cat([attn.query.bias, attn.key.bias, attn.value.bias]),
+                norm1=_function(block.ln1),
+                qkv=(
+                    torch.cat([attn.query.weight, attn.key.weight, attn.value.weight]),
+                    torch.cat([attn.query.bias, attn.key.bias, attn.value.bias]),
+                ),
+                proj=_function(attn.proj if not attn.training else nn.Sequential(attn.proj, attn.resid_drop)),
+                norm2=_function(block.ln2),
+                mlp=_function(block.mlp),
+                gates=(block.gate1.forward, block.gate2.forward) if block.gru_gating else None,
             ))
-        if self.rotary:
-            return Weights(layers, None)
-        # LightZero moves a kept key from position p to p - 2 by adding W pos(p - 2) - W pos(p) (``pos_emb_diff_k``).
-        # These differences telescope: pages hold k - W pos(p), and W pos(p) is added for the place a token has now.
-        positions = self._wm.pos_emb.weight[:2 * self.width]
-        shift = torch.stack([F.linear(positions, layer.weight[self.embed_dim:]) for layer in layers], dim=1)
-        return Weights(layers, shift.view(2 * self.width, self.layers, 2, self.embed_dim))
+        shift = None
+        if not self.rotary:
+            # LightZero moves a kept key from position p to p - 2 by adding W pos(p - 2) - W pos(p), its
+            # ``pos_emb_diff_k``. These differences telescope: pages hold k - W pos(p), and W pos(p) is added for the
+            # place that a token has now.
+            positions = wm.pos_emb.weight[:2 * self.width]
+            shift = torch.stack([F.linear(positions, layer.qkv[0][self.embed_dim:]) for layer in layers], dim=1)
+            shift = shift.view(2 * self.width, self.layers, 2, self.embed_dim)
+        return Weights(
+            layers, _function(wm.transformer.ln_f), _function(wm.head_rewards.head_module),
+            _function(wm.head_observations.head_module), _function(wm.head_policy.head_module),
+            _function(wm.head_value.head_module), shift
+        )
 
     def embed_action(self, action: torch.Tensor) -> torch.Tensor:
         """
@@ -134,7 +177,7 @@ class Engine:
         if weights.shift is not None:
             window[:, 1] -= weights.shift[0]
         slab.write(pages, window)
-        return self._predict(x, latent, None)
+        return self._predict(weights, x, latent, None)
 
     def _observe_alone(self, weights: Weights, window: torch.Tensor, latent: torch.Tensor,
                        angle: Optional[torch.Tensor]) -> torch.Tensor:
@@ -198,62 +241,62 @@ class Engine:
         else:
             seen_by_observation = context | (slot == slots - 1) | ((slot == slots - 2) & (counts > 0).unsqueeze(1))
         x = self.embed_action(action)
+        positions = None
         if not self.rotary:
-            positions = self._positions(counts)
-            x = x + self._wm.pos_emb.weight[positions[:, 0]]
-        rotations = [None, None] if angles is None else [self._rotation(angle) for angle in angles]
+            positions = self._wm.pos_emb.weight[self._positions(counts)]
+            x = x + positions[:, 0]
+        rotations = [None, None] if angles is None else self._rotation(angles)
         x = self._token(weights, window, slots - 1, x, _bias(seen), rotations[0])
-        rewards = self._wm.head_rewards.head_module(x.unsqueeze(1))
+        token = x.unsqueeze(1)
+        rewards = weights.rewards(token)
         if latent is None:
-            latent = self._wm.head_observations.head_module(x.unsqueeze(1)).squeeze(1)
-        y = latent if self.rotary else latent + self._wm.pos_emb.weight[positions[:, 1]]
+            latent = weights.observations(token).squeeze(1)
+        y = latent if positions is None else latent + positions[:, 1]
         x = self._token(weights, window, slots, y, _bias(seen_by_observation), rotations[1])
-        return self._predict(x, latent, rewards)
+        return self._predict(weights, x, latent, rewards)
 
-    def _predict(self, x: torch.Tensor, latent: torch.Tensor, rewards: Optional[torch.Tensor]) -> StepOutput:
+    def _predict(self, weights: Weights, x: torch.Tensor, latent: torch.Tensor,
+                 rewards: Optional[torch.Tensor]) -> StepOutput:
         x = x.unsqueeze(1)
-        policy = self._wm.head_policy.head_module(x)
+        policy = weights.policy(x)
         if isinstance(policy, dict):
             policy = torch.cat([policy['mu'], policy['sigma']], dim=-1)
-        return StepOutput(x, latent.unsqueeze(1), rewards, policy, self._wm.head_value.head_module(x))
+        return StepOutput(x, latent.unsqueeze(1), rewards, policy, weights.value(x))
 
     def _token(self, weights: Weights, window: torch.Tensor, end: int, x: torch.Tensor, bias: Optional[torch.Tensor],
                rotation: Optional[torch.Tensor]) -> torch.Tensor:
         """One token ``x [B, E]`` in slot ``end - 1``, over slots 1 to ``end - 1``; writes its keys and values there."""
-        rows, dim, heads = x.shape[0], self.embed_dim, self.heads
-        transformer = self._wm.transformer
-        x = transformer.drop(x)
+        rows, dim, heads, head_dim = x.shape[0], self.embed_dim, self.heads, self.head_dim
+        training = self._wm.training
+        if training:
+            x = self._wm.transformer.drop(x)
         if bias is not None:
             bias = bias[..., 1:end]
-        for index, (block, weight, projection_bias) in enumerate(weights.layers):
-            qkv = F.linear(block.ln1(x), weight, projection_bias)
+        for index, layer in enumerate(weights.layers):
+            qkv = F.linear(layer.norm1(x), *layer.qkv)
             slot = window[:, end - 1, index]
             if rotation is None:
                 query = qkv[:, :dim]
                 slot.copy_(qkv[:, dim:].view(rows, 2, dim))
             else:
-                pairs = torch.view_as_complex(qkv[:, :2 * dim].reshape(rows, 2 * heads, self.head_dim // 2, 2))
+                pairs = torch.view_as_complex(qkv.view(rows, 3 * heads, head_dim // 2, 2)[:, :2 * heads])
                 turned = torch.view_as_real(pairs * rotation).view(rows, 2 * dim)
                 query = turned[:, :dim]
-                slot[:, 0].copy_(turned[:, dim:])
-                slot[:, 1].copy_(qkv[:, 2 * dim:])
-            context = window[:, 1:end, index].view(rows, end - 1, 2, heads, self.head_dim)
-            attn = block.attn
+                slot[:, 0] = turned[:, dim:]
+                slot[:, 1] = qkv[:, 2 * dim:]
+            context = window[:, 1:end, index].view(rows, end - 1, 2, heads, head_dim).permute(2, 0, 3, 1, 4)
             y = F.scaled_dot_product_attention(
-                query.view(rows, heads, 1, self.head_dim),
-                context[:, :, 0].transpose(1, 2),
-                context[:, :, 1].transpose(1, 2),
-                attn_mask=bias,
-                dropout_p=attn.attn_drop.p if attn.training else 0.0,
+                query.view(rows, heads, 1, head_dim), context[0], context[1], attn_mask=bias,
+                dropout_p=self._wm.config.attn_pdrop if training else 0.0,
             )
-            y = attn.resid_drop(attn.proj(y.reshape(rows, dim)))
-            if block.gru_gating:
-                x = block.gate1(x, y)
-                x = block.gate2(x, block.mlp(block.ln2(x)))
-            else:
+            y = layer.proj(y.view(rows, dim))
+            if layer.gates is None:
                 x = x + y
-                x = x + block.mlp(block.ln2(x))
-        return transformer.ln_f(x)
+                x = x + layer.mlp(layer.norm2(x))
+            else:
+                x = layer.gates[0](x, y)
+                x = layer.gates[1](x, layer.mlp(layer.norm2(x)))
+        return weights.norm(x)
 
     def _positions(self, counts: torch.Tensor) -> torch.Tensor:
         """Learned positions ``[B, 2]`` of the action and the observation that follow ``counts`` pages."""
@@ -261,8 +304,8 @@ class Engine:
         return torch.stack([(observation - 1).clamp_(min=0), observation], dim=1)
 
     def _rotation(self, angle: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-        """Rotary factors ``[B, 1, D / 2]`` of positions ``[B]``."""
-        return self._wm.transformer.freqs_cis[angle].unsqueeze(1) if self.rotary else None
+        """Rotary factors ``[..., B, 1, D / 2]`` of positions ``[..., B]``."""
+        return self._wm.transformer.freqs_cis[angle].unsqueeze(-2) if self.rotary else None
 
 
 def _bias(seen: torch.Tensor) -> torch.Tensor:

@@ -104,11 +104,8 @@ class KVCacheManager(PagedCacheManager):
 
     def store_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
         tables, counts = rows
-        self._pages.retain(tables)
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
-            pool = self._init_pool(mode, env_id)
-            slot = pool.claim(key)
-            pool.tables[slot], pool.counts[slot] = tables[row], counts[row]
+            self._init_pool(mode, env_id).store([key], (tables[row:row + 1], counts[row:row + 1]))
             self._current[mode, env_id] = key
 
     def find_recur(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
@@ -130,18 +127,12 @@ class KVCacheManager(PagedCacheManager):
         return rows
 
     def store_recur(self, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
-        pool, pairs = self.recur_pool, list(zip(env_ids, keys))
-        self._pages.retain(rows[0])
-        if len(pool) + len(pairs) <= pool.pool_size:
-            pool.put(np.array([pool.claim(pair) for pair in pairs]), rows)
-            return
-        self._warn_once(
-            'recurrent', f"KVCachePool 'recurrent' is full at {pool.pool_size} entries in the middle of a search: "
-            'evicted nodes are rebuilt without their context; raise kv_cache_cfg.recurrent_pool_size'
-        )
-        for pair, table, count in zip(pairs, *rows):
-            slot = pool.claim(pair)
-            pool.tables[slot], pool.counts[slot] = table, count
+        if len(self.recur_pool) + len(keys) > self.recur_pool.pool_size:
+            self._warn_once(
+                'recurrent', f"KVCachePool 'recurrent' is full at {self.recur_pool.pool_size} entries in the middle of a "
+                'search: evicted nodes are rebuilt without their context; raise kv_cache_cfg.recurrent_pool_size'
+            )
+        self.recur_pool.store(list(zip(env_ids, keys)), rows)
 
     def count_queries(self, pool: str, queries: int, hits: int) -> None:
         if self.enable_stats:

@@ -2,7 +2,7 @@
 import copy
 import logging
 from abc import ABC, abstractmethod
-from typing import Any, Hashable, List, Optional, Sequence, Union
+from typing import Any, Dict, Hashable, Optional, Sequence, Union
 
 import numpy as np
 
@@ -47,9 +47,12 @@ class KVCachePool:
         )
 
     def _reset_index(self) -> None:
-        self._index = make_index(self.eviction_strategy, self.pool_size)
+        # Two views of the same keys: a plain dict to look up, and the strategy's own order of eviction.
+        self._slots: Dict[Hashable, int] = {}
+        self._order = make_index(self.eviction_strategy, self.pool_size)
+        self._reads_count = self.eviction_strategy is not EvictionStrategy.FIFO
         self._unused = list(range(self.pool_size - 1, -1, -1))
-        self._values: List[Any] = [None] * self.pool_size
+        self._values: Dict[int, Any] = {}
 
     def get(self, cache_key: Hashable) -> Optional[Any]:
         """
@@ -75,7 +78,7 @@ class KVCachePool:
             - slot (:obj:`int`): The slot that it is stored in, from 0 to ``pool_size - 1``.
         """
         slot = self.claim(cache_key)
-        rank(self._index, cache_key, priority)
+        rank(self._order, cache_key, priority)
         self._save(slot, kv_cache)
         return slot
 
@@ -88,27 +91,34 @@ class KVCachePool:
         Returns:
             - slot (:obj:`int`): Where its value is, -1 if it is not there.
         """
-        index = self._index
-        found = index[key] if key in index else -1
-        if self.stats is not None:
-            self.stats.record(1, found >= 0)
-        if found < 0:
+        slot, stats = self._slots.get(key, -1), self.stats
+        if stats is not None:
+            stats.total_queries += 1
+            if slot < 0:
+                stats.misses += 1
+            else:
+                stats.hits += 1
+        if slot < 0:
             logger.debug("Miss in KVCachePool '%s': key=%s", self.name, key)
-        return found
+        elif self._reads_count:
+            self._order[key]
+        return slot
 
     def claim(self, key: Hashable) -> int:
         """
         Overview:
             The slot to write a key's value to: its own if it is stored, else an unused one, else an evicted one's.
+            Of equal keys the newest wins, and counts as new.
         """
-        if key in self._index:
-            slot = self._index.pop(key)  # as a new entry: the newest of equal keys is the youngest, too
+        slot = self._slots.pop(key, None)
+        if slot is not None:
+            del self._order[key]
             self._drop(slot)
         else:
             if not self._unused:
                 self.evict()
             slot = self._unused.pop()
-        self._index[key] = slot
+        self._slots[key] = self._order[key] = slot
         return slot
 
     def evict(self) -> None:
@@ -116,7 +126,8 @@ class KVCachePool:
         Overview:
             Let the strategy's next entry go.
         """
-        key, slot = self._index.popitem()
+        key, slot = self._order.popitem()
+        del self._slots[key]
         self._drop(slot)
         self._unused.append(slot)
         if self.stats is not None:
@@ -128,12 +139,12 @@ class KVCachePool:
         Overview:
             Let the strategy's next entry go, but never that of ``kept``; False where there is no other.
         """
-        slot = self._index.pop(kept, None)
-        found = len(self._index) > 0
+        slot = self._order.pop(kept, None)
+        found = len(self._order) > 0
         if found:
             self.evict()
         if slot is not None:
-            self._index[kept] = slot
+            self._order[kept] = slot
         return found
 
     def clear(self) -> None:
@@ -141,15 +152,15 @@ class KVCachePool:
         Overview:
             Forget every entry; counts stay.
         """
-        if len(self._index):
-            logger.debug("Clear of KVCachePool '%s': %s entries", self.name, len(self._index))
+        if self._slots:
+            logger.debug("Clear of KVCachePool '%s': %s entries", self.name, len(self._slots))
             self._reset_index()
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._slots)
 
     def __contains__(self, cache_key: Hashable) -> bool:
-        return cache_key in self._index
+        return cache_key in self._slots
 
     def __repr__(self) -> str:
         return (
@@ -164,7 +175,7 @@ class KVCachePool:
         return private_copy(self._values[slot])
 
     def _drop(self, slot: int) -> None:
-        self._values[slot] = None
+        self._values.pop(slot, None)
 
 
 def private_copy(value: Any) -> Any:
@@ -197,20 +208,31 @@ class PagedPool(KVCachePool):
         Overview:
             Forget every entry and give its pages back in one go; counts stay.
         """
-        if len(self._index):
+        if self._slots:
             self._pages.release(self.tables[self.counts > 0])
             self.counts.fill(0)
             super().clear()
 
-    def put(self, slots: np.ndarray, rows: Rows) -> None:
+    def store(self, keys: Sequence[Hashable], rows: Rows) -> None:
         """
         Overview:
-            Write entries to slots that were claimed; the caller has retained their pages.
+            Store many entries; each takes a reference to each of its pages.
         Arguments:
-            - slots (:obj:`np.ndarray`): Distinct slots ``[B]``.
+            - keys (:obj:`Sequence[Hashable]`): ``B`` distinct keys.
             - rows (:obj:`Rows`): Tables ``[B, width]`` and counts ``[B]``, at least 1.
         """
-        self.tables[slots], self.counts[slots] = rows
+        self._pages.retain(rows[0])
+        if self._slots.keys().isdisjoint(keys) and len(keys) <= len(self._unused):
+            slots = self._unused[-len(keys):]
+            del self._unused[-len(keys):]
+            self._slots.update(zip(keys, slots))
+            for key, slot in zip(keys, slots):
+                self._order[key] = slot
+            self.tables[slots], self.counts[slots] = rows
+        else:
+            for key, table, count in zip(keys, *rows):
+                slot = self.claim(key)
+                self.tables[slot], self.counts[slot] = table, count
 
     def _save(self, slot: int, value: Any) -> None:
         pages = self._codec.write(value)

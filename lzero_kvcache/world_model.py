@@ -51,10 +51,11 @@ class OldWorldModel(LightZeroWorldModel):
 class Serving(NamedTuple):
     """
     Overview:
-        Whose rows the next root inference and its search have.
+        Whose rows a root inference and its search have, and the model for as long as they take.
     """
     mode: str  # 'collect' or 'eval'
     env_ids: List[int]  # [B]
+    weights: Weights
 
 
 class NewWorldModel(LightZeroWorldModel):
@@ -159,9 +160,13 @@ class NewWorldModel(LightZeroWorldModel):
             environment ``i`` of collection.
         Arguments:
             - mode (:obj:`str`): 'collect' or 'eval'.
-            - env_ids (:obj:`Iterable[int]`): The environment of each row.
+            - env_ids (:obj:`Iterable[int]`): The environment of each row; no environment twice.
         """
-        self._serving = Serving(mode, [int(env_id) for env_id in env_ids])
+        env_ids = [int(env_id) for env_id in env_ids]
+        if len(set(env_ids)) < len(env_ids):
+            raise ValueError(f'an environment has two rows: {env_ids}')
+        with torch.no_grad():
+            self._serving = Serving(mode, env_ids, self.cache_engine.weights())
         try:
             yield
         finally:
@@ -222,7 +227,7 @@ class NewWorldModel(LightZeroWorldModel):
         latent = self.tokenizer.encode_to_obs_embeddings(current_obs).reshape(rows, -1)
         going = np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
         keys, last_keys, last_latent = self._root_keys(mode, env_ids, latent, last_obs, going)
-        manager, weights = self.kv_cache_manager, self.cache_engine.weights()
+        manager, weights = self.kv_cache_manager, self._weights()
         try:
             pages = manager.allocate(rows)
             tables, counts = np.zeros((rows, manager.width), np.int64), np.zeros(rows, np.int64)
@@ -277,7 +282,7 @@ class NewWorldModel(LightZeroWorldModel):
         mode, env_ids = self._rows_of(rows)
         timesteps = _timesteps(start_pos, rows)
         depths = timesteps + (np.asarray(search_depth, dtype=np.int64) if len(search_depth) else 0)
-        manager, weights = self.kv_cache_manager, self.cache_engine.weights()
+        manager, weights = self.kv_cache_manager, self._weights()
         try:
             pages = manager.allocate(rows)
             tables, counts = manager.find_recur(mode, env_ids, _hash_host_rows(latent))
@@ -323,14 +328,17 @@ class NewWorldModel(LightZeroWorldModel):
         """One step of the engine; page ids, counts, positions and discrete actions travel in one transfer."""
         tables, counts = rows
         slab = self.kv_cache_manager.storage.ready(self.cache_engine.device)
-        columns = [*tables.T, pages, counts, self._angle(action_angle), self._angle(observation_angle)]
         on_host = isinstance(action, np.ndarray) and not self.continuous_action_space
-        sent = self._send(np.stack(columns + [action.reshape(-1)] if on_host else columns))
-        width = tables.shape[1] + 1
+        width = tables.shape[1]
+        numbers = np.empty((width + 5, len(tables)), dtype=np.int64)
+        numbers[:width], numbers[width], numbers[width + 1] = tables.T, pages, counts
+        numbers[width + 2], numbers[width + 3] = self._angle(action_angle), self._angle(observation_angle)
+        numbers[width + 4] = action.reshape(-1) if on_host else 0
+        sent = self._send(numbers)
         return self.cache_engine.step(
-            weights, slab, sent[:width].T, sent[width],
-            sent[width + 3] if on_host else self._action_on_device(action),
-            sent[width + 1:width + 3] if self.config.rotary_emb else None, latent
+            weights, slab, sent[:width + 1].T, sent[width + 1],
+            sent[width + 4] if on_host else self._action_on_device(action),
+            sent[width + 2:width + 4] if self.config.rotary_emb else None, latent
         )
 
     def _send(self, numbers: np.ndarray) -> torch.Tensor:
@@ -348,11 +356,17 @@ class NewWorldModel(LightZeroWorldModel):
     def _no_action(self) -> Any:
         return np.zeros(self.action_space_size, np.float32) if self.continuous_action_space else 0
 
+    def _weights(self) -> Weights:
+        """As they are now; nobody changes them inside a search that the policy serves."""
+        return self.cache_engine.weights() if self._serving is None else self._serving.weights
+
     def _rows_of(self, rows: int) -> Tuple[str, List[int]]:
-        serving = self._serving or Serving(COLLECT, list(range(rows)))
-        if len(serving.env_ids) != rows:
-            raise ValueError(f'{rows} rows for {len(serving.env_ids)} environments {serving.env_ids}')
-        return serving.mode, serving.env_ids
+        if self._serving is None:
+            return COLLECT, list(range(rows))
+        mode, env_ids, _ = self._serving
+        if len(env_ids) != rows:
+            raise ValueError(f'{rows} rows for {len(env_ids)} environments {env_ids}')
+        return mode, env_ids
 
 
 class CacheView:

@@ -36,8 +36,9 @@ def read_checkpoint(path: str) -> Checkpoint:
     except FileNotFoundError:
         raise ConfigError(f'{path}: no such checkpoint; an experiment has them in its folder ckpt/') from None
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f'{path}: cannot be read as a checkpoint ({reason}); take another one') from error
+        raise ConfigError(
+            f'{path}: is torn, or holds more than weights and counts ({type(error).__name__}); take another checkpoint'
+        ) from error
     missing = [key for key in STATE if not isinstance(content, dict) or key not in content]
     if missing:
         raise ConfigError('{}: is no checkpoint of a UniZero training; it lacks {}'.format(path, ', '.join(missing)))
@@ -91,5 +92,7 @@ def load_state(learn_mode: Any, checkpoint: Checkpoint) -> None:
     try:
         learn_mode.load_state_dict(checkpoint.state)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ConfigError('the checkpoint is of another model: {}; use the config that it was trained with'.format(
-            ' '.join(str(error).split())[:300]))
+        reason = ' '.join(str(error).split())[:300]
+        raise ConfigError(
+            f'the checkpoint is of another model: {reason}; use the config that it was trained with'
+        ) from error

@@ -126,7 +126,8 @@ def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[st
             function(*args, **kwargs)
         except _EntryCalled as call:
             main_config, create_config = call.arguments.pop('input_cfg')
-            wanted: Dict[str, Any] = {key: call.arguments[key] for key in ('seed', 'max_env_step') if key in call.arguments}
+            arguments = call.arguments
+            wanted: Dict[str, Any] = {key: arguments[key] for key in ('seed', 'max_env_step') if key in arguments}
             return dict(main_config=main_config, create_config=create_config, entry=call.entry, **wanted)
     raise ConfigError("{}() calls none of {}".format(function.__name__, ', '.join(ENTRIES)))
 

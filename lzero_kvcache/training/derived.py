@@ -116,8 +116,8 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
             value = rule.compute(*sources)
             if value is None:
                 raise ConfigError(
-                    f"{rule.sources[0]} = {complete[rule.sources[0]]!r}: nothing tells the {rule.target} that goes with it; "
-                    "set that as well"
+                    f"{rule.sources[0]} = {complete[rule.sources[0]]!r}: nothing tells the {rule.target} that "
+                    "goes with it; set that as well"
                 )
             complete[rule.target] = value
             settled = False

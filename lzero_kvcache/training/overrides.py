@@ -177,18 +177,3 @@ def _assign(main_config: EasyDict, create_config: EasyDict, path: str, value: An
             node[key] = EasyDict()
         node = node[key]
     node[last] = value
-
-
-def split_assignments(values: Iterable[Any]) -> List[str]:
-    """
-    Overview:
-        Flatten what argparse collects when ``--set`` is given several times, each time with one or more values.
-    Arguments:
-        - values (:obj:`Iterable[Any]`): Strings and lists of strings.
-    Returns:
-        - assignments (:obj:`List[str]`): The strings, in order.
-    """
-    flat: List[str] = []
-    for value in values:
-        flat.extend(value if isinstance(value, (list, tuple)) else [value])
-    return flat

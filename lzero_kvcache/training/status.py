@@ -1,4 +1,4 @@
-"""The numbers of a run: while it goes on, and when it has ended. Where they come from and who shows them is elsewhere."""
+"""The numbers of a run: while it goes on, and when it has ended. They come from elsewhere, and are shown elsewhere."""
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
