@@ -11,7 +11,7 @@ def main() -> int:
         with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
             from lzero_kvcache.training.cli import main as run
     except ModuleNotFoundError as error:
-        print("train.py: error: the module '{}' is missing; pip install -e .".format(error.name), file=sys.stderr)
+        print(f"train.py: error: the module '{error.name}' is missing; pip install -e .", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -3,8 +3,8 @@ CartPole with UniZero and the OLD KV cache: LightZero's own config, sized for a 
 
     python train.py --config config_old.py
 
-Learns to balance the pole (a reward of 150 to 200 out of 200) in some 5,000 environment steps, in less than five minutes on
-two CPU cores. Needs nothing but this package. config_new.py is the same training with the flag on.
+Learns to balance the pole (a reward of 150 to 200 out of 200) in some 5,000 environment steps, in less than five
+minutes on two CPU cores. Needs nothing but this package. config_new.py is the same training with the flag on.
 """
 import copy
 
@@ -13,6 +13,8 @@ from zoo.classic_control.cartpole.config import cartpole_unizero_config as light
 entry = 'train_unizero'
 max_env_step = 5000
 seed = 0
+# A model this small gains nothing from a second thread, and waits for it whenever the core is busy.
+threads = 1
 
 main_config = copy.deepcopy(lightzero.main_config)
 create_config = copy.deepcopy(lightzero.create_config)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .status import Status
 
-PLAIN_WIDTH = 120
+PLAIN_WIDTH = 240
 # Below this, the bar and the remaining time give way to the numbers.
 WIDE = 110
 PLAIN_EVERY_SECONDS = 15.0
