@@ -5,10 +5,12 @@ window: the context's, left-aligned, and in the last column the page that the st
 ``[-, o0, a0, o1, ..., action, observation]``; slot 0 belongs to an action that was never there and is never read, so
 that the token at position ``p`` of a context stands in slot ``p + 1``.
 """
+import functools
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from lzero.model.common import SimNorm
 from torch import nn
 
 from .slab import Slab
@@ -68,7 +70,18 @@ def _function(module: nn.Module) -> Function:
     if type(module) is nn.LayerNorm:
         shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
         return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+    if type(module) is SimNorm:
+        return functools.partial(_sim_norm, dim=module.dim)
     return module.forward
+
+
+def _sim_norm(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """SimNorm's softmax over groups; PyTorch's own takes four times as long for short groups on a CPU."""
+    groups = x.reshape(x.shape[:-1] + (-1, dim))
+    if x.is_cuda:
+        return groups.softmax(-1).view(x.shape)
+    groups = (groups - groups.amax(-1, keepdim=True)).exp_()
+    return groups.div_(groups.sum(-1, keepdim=True)).view(x.shape)
 
 
 class Engine:

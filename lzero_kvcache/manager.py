@@ -96,10 +96,12 @@ class KVCacheManager(PagedCacheManager):
         self._lease.clear()
 
     def find_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
-        rows = self._no_rows(len(keys))
+        rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
             pool = self._init_pool(mode, env_id)
-            _read(rows, row, pool, pool.slot(key))
+            slot = pool.slot(key)
+            if slot >= 0:
+                rows[0][row], rows[1][row] = pool.tables[slot], pool.counts[slot]
         return rows
 
     def store_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
@@ -109,21 +111,18 @@ class KVCacheManager(PagedCacheManager):
             self._current[mode, env_id] = key
 
     def find_recur(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
-        rows = self._no_rows(len(keys))
-        nodes, slots = [], []
-        for row, (env_id, key) in enumerate(zip(env_ids, keys)):
-            pool = self._init_pool(mode, env_id)
-            slot = pool.slot(key)
-            if slot < 0:
-                nodes.append(row)
-                slots.append(self.recur_pool.slot((env_id, key)))
-            else:
-                _read(rows, row, pool, slot)
-        if nodes:
-            found = np.array(slots)
-            rows[0][nodes], rows[1][nodes] = self.recur_pool.tables[found], self.recur_pool.counts[found]
-            rows[1][nodes] *= found >= 0
-            rows[0][rows[1] == 0] = NULL_PAGE
+        # A node that is no root is not a miss of its environment's init pool: that is asked only for what it has.
+        pairs = list(zip(env_ids, keys))
+        roots = [row for row, (env_id, key) in enumerate(pairs) if key in self._init_pool(mode, env_id)]
+        nodes = np.delete(np.arange(len(pairs)), roots)
+        slots = np.array(self.recur_pool.slots([pairs[row] for row in nodes] if roots else pairs), dtype=np.int64)
+        rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
+        rows[0][nodes], rows[1][nodes] = self.recur_pool.tables[slots], self.recur_pool.counts[slots] * (slots >= 0)
+        rows[0][rows[1] == 0] = NULL_PAGE
+        if roots:
+            rows[0][roots], rows[1][roots] = self.find_init(
+                mode, [env_ids[row] for row in roots], [keys[row] for row in roots]
+            )
         return rows
 
     def store_recur(self, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
@@ -275,9 +274,6 @@ class KVCacheManager(PagedCacheManager):
         """Pages that the slab must have room for."""
         return self._pages.capacity
 
-    def _no_rows(self, count: int) -> Rows:
-        return np.zeros((count, self.width), np.int64), np.zeros(count, np.int64)
-
     def take(self, count: int) -> np.ndarray:
         """
         Overview:
@@ -290,13 +286,14 @@ class KVCacheManager(PagedCacheManager):
         return self._pages.allocate(count)
 
     def _init_pool(self, mode: str, env_id: int) -> PagedPool:
+        pools = self.init_pools if mode == COLLECT else self.eval_pools
+        if 0 <= env_id < len(pools):
+            return pools[env_id]
         if not 0 <= env_id < self.env_num:
             raise ValueError(
                 f'environment {env_id} is outside [0, {self.env_num}): '
                 f'raise policy.model.world_model_cfg.env_num={self.env_num}'
             )
-        if mode == COLLECT:
-            return self.init_pools[env_id]
         while len(self.eval_pools) <= env_id:
             self.eval_pools.append(self._paged(self.config.init_pool_size, f'eval_env{len(self.eval_pools)}'))
         return self.eval_pools[env_id]
@@ -325,11 +322,6 @@ class KVCacheManager(PagedCacheManager):
         if topic not in self._told:
             self._told.add(topic)
             logger.warning(message)
-
-
-def _read(rows: Rows, row: int, pool: PagedPool, slot: int) -> None:
-    if slot >= 0:
-        rows[0][row], rows[1][row] = pool.tables[slot], pool.counts[slot]
 
 
 def _pool_summary(pool: KVCachePool) -> Dict[str, Any]:

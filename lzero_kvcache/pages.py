@@ -117,8 +117,9 @@ def extend(rows: Rows, pages: np.ndarray) -> Rows:
     """
     tables, counts = rows
     width = tables.shape[1]
+    child = np.zeros((len(pages), width + 1), dtype=np.int64)
+    child[:, :width] = tables
+    child[np.arange(len(pages)), counts] = pages
     full = counts == width
-    child = tables.copy()
-    child[full, :-1] = tables[full, 1:]
-    child[np.arange(len(pages)), np.where(full, width - 1, counts)] = pages
-    return child, np.where(full, width, counts + 1)
+    shifted = np.where(full[:, None], child[:, 1:], child[:, :width]) if full.any() else child[:, :width]
+    return shifted, np.minimum(counts + 1, width)

@@ -2,7 +2,7 @@
 import copy
 import logging
 from abc import ABC, abstractmethod
-from typing import Any, Dict, Hashable, Optional, Sequence, Union
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Union
 
 import numpy as np
 
@@ -91,18 +91,27 @@ class KVCachePool:
         Returns:
             - slot (:obj:`int`): Where its value is, -1 if it is not there.
         """
-        slot, stats = self._slots.get(key, -1), self.stats
-        if stats is not None:
-            stats.total_queries += 1
-            if slot < 0:
-                stats.misses += 1
-            else:
-                stats.hits += 1
-        if slot < 0:
-            logger.debug("Miss in KVCachePool '%s': key=%s", self.name, key)
-        elif self._reads_count:
-            self._order[key]
-        return slot
+        return self.slots([key])[0]
+
+    def slots(self, keys: Sequence[Hashable]) -> List[int]:
+        """
+        Overview:
+            :meth:`slot` of many keys.
+        """
+        get = self._slots.get
+        slots = [get(key, -1) for key in keys]
+        misses = slots.count(-1)
+        if self.stats is not None:
+            self.stats.record(len(keys), len(keys) - misses)
+        if misses and logger.isEnabledFor(logging.DEBUG):
+            for key, slot in zip(keys, slots):
+                if slot < 0:
+                    logger.debug("Miss in KVCachePool '%s': key=%s", self.name, key)
+        if self._reads_count:
+            for key, slot in zip(keys, slots):
+                if slot >= 0:
+                    self._order[key]
+        return slots
 
     def claim(self, key: Hashable) -> int:
         """

@@ -400,7 +400,7 @@ def _hash_host_rows(latent: np.ndarray) -> List[int]:
 def _timesteps(start_pos: Any, rows: int) -> np.ndarray:
     if isinstance(start_pos, numbers.Number):
         return np.full(rows, int(start_pos), dtype=np.int64)
-    return np.array([int(np.asarray(pos).reshape(-1)[0]) for pos in start_pos[:rows]], dtype=np.int64)
+    return np.asarray(start_pos[:rows], dtype=np.int64).reshape(rows, -1)[:, 0]
 
 
 def _reanalysis_timesteps(start_pos: Any, rows: int) -> np.ndarray:

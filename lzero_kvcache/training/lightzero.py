@@ -211,7 +211,7 @@ def _watched(module: Any, watch: Watch) -> Iterator[None]:
 
 def _watched_learner(base: type, watch: Watch) -> type:
 
-    class WatchedLearner(base):  # type: ignore[misc,valid-type]
+    class WatchedLearner(base):
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -239,7 +239,7 @@ def _watched_learner(base: type, watch: Watch) -> type:
 
 def _watched_collector(base: type, watch: Watch) -> type:
 
-    class WatchedCollector(base):  # type: ignore[misc,valid-type]
+    class WatchedCollector(base):
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -273,7 +273,7 @@ def _watched_collector(base: type, watch: Watch) -> type:
 
 def _watched_evaluator(base: type, watch: Watch) -> type:
 
-    class WatchedEvaluator(base):  # type: ignore[misc,valid-type]
+    class WatchedEvaluator(base):
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)

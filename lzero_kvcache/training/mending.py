@@ -39,5 +39,5 @@ def mend(error: BaseException) -> Optional[str]:
     if _ROM_MESSAGE.search(text):
         return f"the game's ROM file is not installed; {ROMS}"
     if isinstance(error, TypeError) and 'Descriptors cannot be created directly' in text:
-        return "wandb is too old for the installed protobuf; pip install 'wandb>=0.16,<=0.19.0' tensorboard"
+        return "wandb is too old for this protobuf; pip install 'wandb>=0.16,<=0.19.0' 'protobuf<6' 'tensorboard<2.21'"
     return None

@@ -33,8 +33,8 @@ class Output:
         self._saved = (os.dup(1), os.dup(2))
         self._streams = (sys.stdout, sys.stderr)
         # A terminal that cannot show a character shows '?' for it, and the run goes on.
-        self.terminal: TextIO = open(os.dup(1), 'w', encoding=encoding, errors='replace', buffering=1)
-        self.errors: TextIO = open(os.dup(2), 'w', encoding=encoding, errors='replace', buffering=1)
+        self.terminal = _text(os.dup(1), encoding)
+        self.errors = _text(os.dup(2), encoding)
         self._log: int = -1
         self._handler: Optional[logging.Handler] = None
 
@@ -97,6 +97,10 @@ class Output:
         if not self.verbose:
             os.dup2(handle, 1)
             os.dup2(handle, 2)
+
+
+def _text(descriptor: int, encoding: str) -> TextIO:
+    return open(descriptor, 'w', encoding=encoding, errors='replace', buffering=1)
 
 
 class _Lines(io.TextIOBase):

@@ -24,6 +24,7 @@ from .summary import (
     POOLS,
     cache_type,
     hit_rate,
+    machine,
     peak_device_memory_mb,
     peak_host_memory_mb,
     summary_rows,
@@ -244,5 +245,5 @@ class _Run:
             hit_rates={pool: hit_rate(counters, pool) for pool in POOLS}, counters=counters,
             last_reward=status.last_reward, best_reward=status.best_reward, evaluations=status.evaluations,
             event_files=os.path.join(exp_name, 'log', 'serial'), checkpoint=checkpoint or plan.checkpoint,
-            log_file=self.output.path,
+            log_file=self.output.path, machine=machine(),
         )

@@ -64,3 +64,4 @@ class Result:
     event_files: str
     checkpoint: Optional[str]
     log_file: Optional[str]
+    machine: Dict[str, Any]

@@ -2,10 +2,12 @@
 import datetime
 import json
 import os
+import platform
 import sys
 from dataclasses import asdict
 from typing import Any, Dict, List, Optional, Tuple
 
+import ding
 import torch
 from easydict import EasyDict
 
@@ -72,6 +74,20 @@ def peak_device_memory_mb() -> Optional[float]:
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
     return torch.cuda.max_memory_allocated() / 1024. ** 2
+
+
+def machine() -> Dict[str, Any]:
+    """
+    Overview:
+        What two runs must share for their speeds to be comparable.
+    Returns:
+        - machine (:obj:`Dict[str, Any]`): Processor, GPU, threads and versions.
+    """
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return dict(
+        system=platform.system(), processor=platform.machine(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
+        gpu=gpu, python=platform.python_version(), torch=torch.__version__, ding=ding.__version__,
+    )
 
 
 def summary_rows(result: Result) -> List[Tuple[str, str]]:
