@@ -1,0 +1,181 @@
+"""Finding and loading config files: what they declare is honoured, and loading one never starts a training."""
+import copy
+import importlib
+import os
+
+import pytest
+
+from lzero_kvcache import ConfigError
+from lzero_kvcache.training import capture_entry_call, find_config, load_config
+from lzero_kvcache.training.config_file import ENTRIES, PROJECT_ROOT
+
+BODY = """
+main_config = dict(
+    exp_name='data/x_seed0', env=dict(),
+    policy=dict({policy} model=dict(world_model_cfg=dict(device='cpu'))),
+)
+create_config = dict(env=dict(type='e'), env_manager=dict(type='base'), policy=dict(type={type!r}))
+{rest}
+"""
+
+
+@pytest.fixture()
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write_config(name='mine.py', policy='', type='unizero', rest='', body=BODY):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(body.format(policy=policy, type=type, rest=rest))
+        return str(path)
+
+    return write_config
+
+
+@pytest.mark.parametrize('name', ['config_new.py', 'config_new', 'atari_unizero_segment_config.py'])
+def test_a_bare_name_is_found_in_the_project(name, write):
+    path = find_config(name)
+    assert os.path.isabs(path)
+    assert path.startswith(PROJECT_ROOT)
+
+
+def test_the_current_folder_comes_before_the_project(write):
+    path = write('config_new.py')
+    assert find_config('config_new') == path
+
+
+@pytest.mark.parametrize('folder', ['configs', 'zoo_configs'])
+def test_folders_of_the_current_folder_are_searched(folder, write):
+    path = write(folder + '/other.py')
+    assert find_config('other.py') == path
+
+
+def test_an_unknown_name_gets_the_nearest_one(write):
+    with pytest.raises(ConfigError, match="did you mean 'config_old.py'"):
+        find_config('confg_old.py')
+
+
+def test_a_name_near_to_none_gets_them_all(write):
+    with pytest.raises(ConfigError, match='config_new.py, config_old.py') as caught:
+        find_config('qqqqqqqqqqqq')
+    assert '\n' not in str(caught.value)
+
+
+def test_module_variables_are_honoured(write):
+    loaded = load_config(write(rest="max_env_step = 2e5\nseed = 3\nentry = 'train_unizero_segment'\nthreads = 2"))
+    assert (loaded.max_env_step, loaded.seed, loaded.entry, loaded.threads) == (
+        200000, 3, 'train_unizero_segment', 2)
+    assert isinstance(loaded.max_env_step, int)
+
+
+def test_without_module_variables(write):
+    loaded = load_config(write())
+    assert (loaded.max_env_step, loaded.max_train_iter, loaded.seed) == (None, None, 0)
+
+
+@pytest.mark.parametrize(('policy', 'entry'), [
+    ('', 'train_unizero'),
+    ('num_segments=8,', 'train_unizero_segment'),
+    ('buffer_reanalyze_freq=1/50,', 'train_unizero_segment'),
+])
+def test_the_entry_is_told_from_the_config(policy, entry, write):
+    assert load_config(write(policy=policy)).entry == entry
+
+
+def test_the_entry_may_be_the_function_itself(write):
+    rest = 'from lzero.entry import train_unizero as entry'
+    assert load_config(write(rest=rest, policy='num_segments=8,')).entry == 'train_unizero'
+
+
+@pytest.mark.parametrize(('kwargs', 'message'), [
+    (dict(rest="entry = 'train_muzero'"), "'train_muzero'.*'train_unizero'"),
+    (dict(rest='max_env_step = 0'), 'max_env_step = 0.*at least 1'),
+    (dict(rest="max_env_step = 'all'"), "'all' is not a whole number"),
+    (dict(rest='max_env_step = float("inf")'), 'inf is not a whole number'),
+    (dict(rest='seed = -1'), 'seed = -1.*at least 0'),
+    (dict(type='muzero'), "'muzero'.*unizero and sampled_unizero"),
+    (dict(rest='del create_config'), 'no create_config'),
+    (dict(rest='main_config = 3'), 'main_config is a int'),
+    (dict(rest='del main_config["policy"]'), 'main_config.policy is missing'),
+    (dict(rest='main_config["policy"]["model"] = dict()'), 'world_model_cfg is missing'),
+    (dict(rest='import surely_not_installed'), r"mine.py:7: .*'surely_not_installed' is not installed; pip install"),
+    (dict(rest='1 / 0'), 'mine.py:7: ZeroDivisionError'),
+    (dict(rest='def ('), 'mine.py:7: SyntaxError'),
+])
+def test_what_is_wrong_is_said_in_one_line(kwargs, message, write):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(write(**kwargs))
+    assert '\n' not in str(caught.value)
+
+
+def test_loading_runs_nothing_under_main(write):
+    load_config(write(rest="if __name__ == '__main__':\n    raise AssertionError('a training would start')"))
+
+
+def test_a_neighbour_is_imported_afresh(write):
+    write('a/neighbour.py', rest='seed = 1')
+    write('b/neighbour.py', rest='seed = 2')
+    first = write('a/mine.py', body='from neighbour import *')
+    second = write('b/mine.py', body='from neighbour import *')
+    assert [load_config(path).seed for path in (first, second)] == [1, 2]
+
+
+def test_changing_what_was_loaded_changes_no_module():
+    loaded = load_config('cartpole_unizero_config.py')
+    original = importlib.import_module('zoo.classic_control.cartpole.config.cartpole_unizero_config')
+    loaded.main_config.policy.num_simulations = -1
+    assert original.main_config.policy.num_simulations != -1
+
+
+def test_the_two_configs_differ_in_the_flag_alone():
+    old, new = load_config('config_old'), load_config('config_new')
+    assert new.main_config.policy.model.world_model_cfg.use_new_cache_manager is True
+    assert old.main_config.policy.model.world_model_cfg.use_new_cache_manager is False
+    assert new.main_config.exp_name != old.main_config.exp_name
+    same = copy.deepcopy(old)
+    same.path, same.main_config.exp_name = new.path, new.main_config.exp_name
+    same.main_config.policy.model.world_model_cfg.use_new_cache_manager = True
+    assert same == new
+
+
+@pytest.mark.parametrize('name', sorted(
+    name for name in os.listdir(os.path.join(PROJECT_ROOT, 'zoo_configs')) if name.endswith('.py')))
+def test_every_zoo_config_is_lightzeros_own_and_the_flag(name):
+    loaded = load_config(name)
+    assert loaded.path == os.path.join(PROJECT_ROOT, 'zoo_configs', name)
+    assert loaded.main_config.policy.model.world_model_cfg.use_new_cache_manager is True
+    assert 'lzero_kvcache' in loaded.create_config.policy.import_names
+    assert loaded.max_env_step > 0
+
+
+def test_lightzeros_own_files_load_as_they_are():
+    from zoo.atari.config import atari_unizero_segment_config as atari
+    from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
+    assert load_config(cartpole.__file__).max_env_step == 200000
+    loaded = load_config(atari.__file__)
+    assert (loaded.entry, loaded.max_env_step, loaded.main_config.env.env_id) == (
+        'train_unizero_segment', 500000, 'PongNoFrameskip-v4')
+
+
+def test_a_main_that_needs_more_than_is_known(write):
+    body = 'from lzero.entry import train_unizero\ndef main(env_id, colour): train_unizero(None)'
+    with pytest.raises(ConfigError, match="'colour', which nothing gives"):
+        load_config(write(body=body))
+
+
+def test_capturing_a_call_puts_the_entries_back():
+    import lzero.entry
+    before = [getattr(lzero.entry, name) for name in ENTRIES]
+
+    def main():
+        lzero.entry.train_unizero([dict(a=1), dict(b=2)], seed=5)
+        raise AssertionError('the call must not return')
+
+    call = capture_entry_call(main)
+    assert call == dict(main_config=dict(a=1), create_config=dict(b=2), entry='train_unizero', seed=5)
+    assert [getattr(lzero.entry, name) for name in ENTRIES] == before
+
+
+def test_capturing_from_a_function_that_trains_nothing():
+    with pytest.raises(ConfigError, match='calls none of train_unizero'):
+        capture_entry_call(lambda: None)
