@@ -1,0 +1,70 @@
+"""Installs lzero_kvcache: ``pip install -e .``, or ``".[test]"`` and ``".[atari]"`` with what tests and Atari need."""
+import re
+import sys
+
+# The interpreters that LightZero 0.2.0 has wheels for. Nothing in this file may need a newer one to be parsed.
+if not (3, 8) <= sys.version_info[:2] <= (3, 11):
+    sys.exit('lzero_kvcache needs Python 3.8 to 3.11, as LightZero does; this is ' + sys.version.split()[0])
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+README = HERE / 'README.md'
+
+
+def version():
+    """What the package calls itself, read without importing it (and torch)."""
+    source = (HERE / 'lzero_kvcache' / '__init__.py').read_text(encoding='utf-8')
+    return re.search(r"^__version__ = '([^']+)'$", source, re.MULTILINE).group(1)
+
+
+setup(
+    name='lzero_kvcache',
+    version=version(),
+    description="A paged key-value cache for LightZero's UniZero, picked by one flag.",
+    long_description=README.read_text(encoding='utf-8') if README.exists() else '',
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
+        'Operating System :: MacOS',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.8',
+        'Programming Language :: Python :: 3.9',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Typing :: Typed',
+    ],
+    packages=find_packages(include=['lzero_kvcache', 'lzero_kvcache.*']),
+    package_data={'lzero_kvcache': ['py.typed']},
+    zip_safe=False,
+    python_requires='>=3.8,<3.12',
+    install_requires=[
+        # torch 2.13 needs setuptools>=77, DI-engine setuptools<=66.1.1: unbounded, pip downloads several torch wheels
+        # of 500 MB each before it finds one that fits.
+        'torch>=2.0,<2.13',
+        'DI-engine>=0.5.3',
+        'LightZero>=0.2.0',
+        'numpy<2',
+        # DI-engine needs wandb<=0.19.0, which needs protobuf<6; tensorboard 2.21 needs protobuf>=6. Unbounded, pip goes
+        # back to a wandb of 2022 that cannot be imported.
+        'tensorboard<2.21',
+        'protobuf<6',
+        'tensorboardX>=2.2',
+        'easydict',
+        'cachetools>=5',
+        'xxhash',
+        'matplotlib',
+        'rich>=12.2',
+    ],
+    extras_require={
+        'test': ['pytest>=8', 'pytest-timeout', 'hypothesis', 'ruff', 'mypy'],
+        # gymnasium[atari], which LightZero needs, brings ale-py 0.8.1. The ROM files are the user's to add.
+        'atari': ['opencv-python-headless<4.11'],
+    },
+)
