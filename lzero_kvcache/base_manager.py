@@ -4,6 +4,7 @@ from typing import Any, Dict, Hashable, Optional, Sequence
 
 import numpy as np
 
+from .nodes import NodeTable
 from .pages import Rows
 
 
@@ -39,7 +40,7 @@ class BaseCacheManager(ABC):
         """
 
     @abstractmethod
-    def count_queries(self, pool: str, queries: int, hits: int) -> None:
+    def count_queries(self, pool: str, queries: int, hits: int, by_node: bool = False) -> None:
         """
         Overview:
             Count a batch of what both systems call a query and a hit.
@@ -48,6 +49,7 @@ class BaseCacheManager(ABC):
                 episode. 'recur': one row of one recurrent inference of a search.
             - queries (:obj:`int`): Rows.
             - hits (:obj:`int`): Rows whose context was there.
+            - by_node (:obj:`bool`): Whether they were found by node, so that no pool has counted them.
         """
 
     @abstractmethod
@@ -159,3 +161,16 @@ class PagedCacheManager(BaseCacheManager):
         Overview:
             Store the contexts of the nodes that a simulation made.
         """
+
+    def open_search(self, roots: Rows, simulations: int) -> NodeTable:
+        """
+        Overview:
+            Begin a search whose contexts are found by node; ``release`` ends it.
+        Arguments:
+            - roots (:obj:`Rows`): The contexts of the roots.
+            - simulations (:obj:`int`): Nodes that each row will get.
+        Returns:
+            - nodes (:obj:`NodeTable`): The contexts by node.
+        """
+        self.hold(roots[0])
+        return NodeTable(roots, self.allocate(simulations * len(roots[1])))

@@ -13,6 +13,7 @@ PREFIX = 'policy.model.world_model_cfg'
 
 EVICTIONS = ('fifo', 'lru', 'priority')
 DTYPES = ('float32', 'bfloat16', 'float16')
+BACKENDS = ('auto', 'eager', 'cudagraph', 'compile')
 
 # What LightZero's own code assumes where the key is absent.
 DEFAULT_NUM_SIMULATIONS = 50
@@ -99,6 +100,7 @@ class CacheConfig:
         - enable_stats (:obj:`bool`): Whether hits, misses and evictions are counted.
         - dtype (:obj:`str`): Storage type of keys and values: 'float32', 'bfloat16' or 'float16'.
         - max_memory_mb (:obj:`Optional[float]`): Upper bound of the page storage in MiB; None for no bound.
+        - backend (:obj:`str`): How a recurrent step is launched: 'auto', 'eager', 'cudagraph' or 'compile'.
     """
     use_new: bool
     type: str
@@ -110,6 +112,7 @@ class CacheConfig:
     enable_stats: bool
     dtype: str
     max_memory_mb: Optional[float]
+    backend: str
 
     @classmethod
     def read(cls, world_model_cfg: Any, managers: Optional[Iterable[str]] = None) -> 'CacheConfig':
@@ -160,6 +163,7 @@ class CacheConfig:
             enable_stats=option('enable_stats', True, _flag),
             dtype=option('dtype', 'float32', _choice, DTYPES),
             max_memory_mb=option('max_memory_mb', None, _positive_number),
+            backend=option('backend', 'auto', _choice, BACKENDS),
         )
 
 
@@ -172,6 +176,7 @@ KV_CACHE_CFG: Dict[str, str] = {
     'enable_stats': 'count hits, misses and evictions',
     'dtype': "storage of keys and values: 'float32', 'bfloat16' or 'float16'",
     'max_memory_mb': 'upper bound of the page storage, in MiB',
+    'backend': "how a recurrent step is launched: 'auto', 'eager', 'cudagraph' or 'compile'",
 }
 
 

@@ -8,11 +8,13 @@ that the token at position ``p`` of a context stands in slot ``p + 1``.
 import functools
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lzero.model.common import SimNorm
 from torch import nn
 
+from .pages import Rows
 from .slab import Slab
 
 Function = Callable[..., Any]
@@ -108,6 +110,25 @@ class Engine:
         self.rotary = config.rotary_emb
         self.width = config.context_length // 2
         self.max_seq_len = config.max_seq_len if self.rotary else 0
+        self._action_rows = (config.action_space_size + 1) // 2 if config.continuous_action_space else 1
+
+    @property
+    def training(self) -> bool:
+        """Whether dropout is live."""
+        return self._wm.training
+
+    def addresses(self) -> Tuple[int, ...]:
+        """
+        Overview:
+            Where every weight is that a step reads; it changes when storage moves, not when values do.
+        """
+        wm = self._wm
+        modules = [wm.transformer, wm.act_embedding_table, wm.head_rewards, wm.head_observations, wm.head_policy,
+                   wm.head_value] + ([] if self.rotary else [wm.pos_emb])
+        return tuple(
+            tensor.data_ptr() for module in modules for group in (module.parameters(), module.buffers())
+            for tensor in group
+        )
 
     @property
     def device(self) -> torch.device:
@@ -160,6 +181,81 @@ class Engine:
             # SimNorm needs the time dimension that LightZero gives it.
             return self._wm.act_embedding_table(action.float().reshape(action.shape[0], 1, -1)).squeeze(1)
         return self._wm.act_embedding_table(action.reshape(-1))
+
+    # ---- numbers that travel to the device together ----------------------------------------------------------------
+
+    def pack(self, rows: Rows, pages: np.ndarray, angles: Tuple[np.ndarray, np.ndarray],
+             action: Optional[np.ndarray]) -> np.ndarray:
+        """
+        Overview:
+            Everything that a step needs from the host as one array.
+        Arguments:
+            - rows (:obj:`Rows`): The contexts, tables ``[B, W - 1]`` and counts ``[B]``.
+            - pages (:obj:`np.ndarray`): The page that each row writes ``[B]``.
+            - angles (:obj:`Tuple`): Rotary positions of the action and the observation, ``[B]`` each.
+            - action (:obj:`Optional[np.ndarray]`): ``[B]`` or ``[B, A]``; None if it is on the device already.
+        Returns:
+            - numbers (:obj:`np.ndarray`): ``[N, B]``, int64.
+        """
+        tables, counts = rows
+        width = self.width
+        numbers = np.zeros((width + 3 + self._action_rows, len(counts)), dtype=np.int64)
+        numbers[:width - 1], numbers[width - 1], numbers[width] = tables.T, pages, counts
+        if self.rotary:
+            numbers[width + 1], numbers[width + 2] = angles[0] % self.max_seq_len, angles[1] % self.max_seq_len
+        if action is None:
+            return numbers
+        if not self._wm.continuous_action_space:
+            numbers[width + 3] = np.asarray(action).reshape(-1)
+        else:  # two float32 in one int64
+            padded = np.zeros((len(counts), 2 * self._action_rows), dtype=np.float32)
+            padded[:, :self._wm.action_space_size] = np.asarray(action).reshape(len(counts), -1)
+            numbers[width + 3:] = padded.view(np.int64).T
+        return numbers
+
+    def unpack(self, numbers: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
+        """
+        Overview:
+            Tables ``[B, W]``, counts ``[B]``, angles ``[2, B]`` and actions of what :meth:`pack` made.
+        """
+        width = self.width
+        action = numbers[width + 3]
+        if self._wm.continuous_action_space:
+            action = numbers[width + 3:].T.contiguous().view(torch.float32)[:, :self._wm.action_space_size]
+        angles = numbers[width + 1:width + 3] if self.rotary else None
+        return numbers[:width].T, numbers[width], angles, action
+
+    def filler(self, page: int, count: int) -> np.ndarray:
+        """
+        Overview:
+            A column ``[N, 1]`` of packed numbers for rows that only fill up a batch, writing to ``page``.
+        """
+        column = np.zeros((count, 1), dtype=np.int64)
+        column[self.width - 1], column[self.width] = page, 1
+        return column
+
+    def for_search(self, output: StepOutput) -> torch.Tensor:
+        """
+        Overview:
+            What a search takes to the host: reward and value as scalars, and policy logits.
+        Returns:
+            - packed (:obj:`torch.Tensor`): ``[B, 2 + P]``.
+        """
+        parts = [output.logits_policy.squeeze(1)]
+        for logits in (output.logits_value, output.logits_rewards):
+            if logits is not None:
+                parts.insert(0, self._to_scalar(logits.squeeze(1)))
+        return torch.cat(parts, dim=1)
+
+    def _to_scalar(self, logits: torch.Tensor) -> torch.Tensor:
+        """The expectation over the support, and the inverse of the value rescaling: MuZero, appendix F (network)."""
+        epsilon, size = 0.001, logits.shape[1]
+        support = torch.arange(size, device=logits.device, dtype=logits.dtype) - (size - 1) // 2
+        value = (logits.softmax(1) * support).sum(1, keepdim=True)
+        root = ((1 + 4 * epsilon * (value.abs() + 1 + epsilon)).sqrt() - 1) / (2 * epsilon)
+        return value.sign() * (root * root - 1)
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
 
     def begin(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
               angle: Optional[torch.Tensor]) -> None:

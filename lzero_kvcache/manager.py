@@ -6,7 +6,8 @@ import numpy as np
 
 from .base_manager import PagedCacheManager
 from .config import PREFIX, CacheConfig, ConfigError, lookup
-from .pages import NULL_PAGE, PageAllocator, Rows
+from .nodes import NodeTable
+from .pages import NULL_PAGE, RESERVED_PAGES, PageAllocator, Rows
 from .pool import KVCachePool, PagedPool
 from .registry import KV_CACHE_REGISTRY
 from .slab import MIB
@@ -54,6 +55,8 @@ class KVCacheManager(PagedCacheManager):
         # Evaluation has contexts of its own, made at its first search, so that it cannot evict collection's.
         self.eval_pools: List[PagedPool] = []
         self._asked = {'init': CacheStats(), 'recur': CacheStats()}
+        # As the last step left the pools: by the time that they are asked, an update has emptied them.
+        self._filled = {'init': 0.0, 'recur': 0.0}
         logger.info(f'Initialized KVCacheManager for {self.env_num} environments')
 
     def _paged(self, size: int, name: str) -> PagedPool:
@@ -63,9 +66,9 @@ class KVCacheManager(PagedCacheManager):
         )
 
     def _pages_wanted(self, nodes: int) -> int:
-        """One page for each entry, the rest of each environment's oldest context, a step's own, and the null page."""
+        """One for each entry, the rest of each environment's oldest context, a step's own, and the reserved ones."""
         environments = self.env_num + self._eval_env_num
-        fixed = 1 + environments * self.width + nodes + 2 * max(self.env_num, self._eval_env_num)
+        fixed = RESERVED_PAGES + environments * self.width + nodes + 2 * max(self.env_num, self._eval_env_num)
         if fixed + environments > self._page_limit():
             least = (fixed + environments) * self.storage.slab.page_bytes / MIB
             raise ConfigError(
@@ -109,6 +112,7 @@ class KVCacheManager(PagedCacheManager):
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
             self._init_pool(mode, env_id).store([key], (tables[row:row + 1], counts[row:row + 1]))
             self._current[mode, env_id] = key
+        self._filled['init'] = _filled(self.init_pools + self.eval_pools)
 
     def find_recur(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
         # A node that is no root is not a miss of its environment's init pool: that is asked only for what it has.
@@ -132,12 +136,20 @@ class KVCacheManager(PagedCacheManager):
                 'search: evicted nodes are rebuilt without their context; raise kv_cache_cfg.recurrent_pool_size'
             )
         self.recur_pool.store(list(zip(env_ids, keys)), rows)
+        self._filled['recur'] = _filled([self.recur_pool])
 
-    def count_queries(self, pool: str, queries: int, hits: int) -> None:
+    def open_search(self, roots: Rows, simulations: int) -> NodeTable:
+        nodes = super().open_search(roots, simulations)
+        self._filled['recur'] = min(1.0, simulations * len(roots[1]) / self.recur_pool.pool_size)
+        return nodes
+
+    def count_queries(self, pool: str, queries: int, hits: int, by_node: bool = False) -> None:
         if self.enable_stats:
             self._asked[pool].record(queries, hits)
             if self.wm_pool.stats is not None:
                 self.wm_pool.stats.record(queries, hits)
+            if by_node and self.recur_pool.stats is not None:
+                self.recur_pool.stats.record(queries, hits)
 
     def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
         for name, pools in ((COLLECT, self.init_pools), (EVAL, self.eval_pools)):
@@ -240,13 +252,17 @@ class KVCacheManager(PagedCacheManager):
         counters: Dict[str, Any] = {'memory_mb': self.memory_mb}
         if self.enable_stats:
             init_pools = self.init_pools + self.eval_pools
-            counters['init'] = _counts(self._asked['init'], init_pools)
-            counters['recur'] = _counts(self._asked['recur'], [self.recur_pool])
+            counters['init'] = _counts(self._asked['init'], init_pools, self._filled['init'])
+            counters['recur'] = _counts(self._asked['recur'], [self.recur_pool], self._filled['recur'])
             total = CacheStats(**{
                 field: getattr(self._asked['init'], field) + getattr(self._asked['recur'], field)
                 for field in ('hits', 'misses', 'total_queries')
             })
-            counters['total'] = _counts(total, init_pools + [self.recur_pool])
+            init_size = sum(pool.pool_size for pool in init_pools)
+            filled = self._filled['init'] * init_size + self._filled['recur'] * self.recur_pool.pool_size
+            counters['total'] = _counts(
+                total, init_pools + [self.recur_pool], filled / (init_size + self.recur_pool.pool_size)
+            )
         return counters
 
     @property
@@ -264,7 +280,7 @@ class KVCacheManager(PagedCacheManager):
     def __repr__(self) -> str:
         return (
             f'KVCacheManager(env_num={self.env_num}, init_pools={[len(pool) for pool in self.init_pools]}, '
-            f'recur_pool={self.recur_pool!r}, pages={self._pages.used}/{self._pages.capacity - 1})'
+            f'recur_pool={self.recur_pool!r}, pages={self._pages.used}/{self._pages.used + self._pages.free})'
         )
 
     # ---- pages -----------------------------------------------------------------------------------------------------
@@ -329,12 +345,15 @@ def _pool_summary(pool: KVCachePool) -> Dict[str, Any]:
     return {**pool.stats.summary(), 'size': len(pool), 'capacity': pool.pool_size}
 
 
-def _counts(asked: CacheStats, pools: List[PagedPool]) -> Dict[str, Any]:
-    capacity = sum(pool.pool_size for pool in pools)
+def _filled(pools: List[PagedPool]) -> float:
+    return sum(map(len, pools)) / sum(pool.pool_size for pool in pools)
+
+
+def _counts(asked: CacheStats, pools: List[PagedPool], filled: float) -> Dict[str, Any]:
     return {
         'queries': asked.total_queries,
         'hits': asked.hits,
         'misses': asked.misses,
         'evictions': sum(pool.stats.evictions for pool in pools if pool.stats is not None),
-        'occupancy': sum(len(pool) for pool in pools) / capacity,
+        'occupancy': filled,
     }

@@ -45,7 +45,7 @@ class OldCacheManager(BaseCacheManager):
         self.clear_recur_cache()
         self._world_model.keys_values_wm_list.clear()
 
-    def count_queries(self, pool: str, queries: int, hits: int) -> None:
+    def count_queries(self, pool: str, queries: int, hits: int, by_node: bool = False) -> None:
         assert pool == 'init', 'LightZero counts recurrent queries itself'
         self._roots.record(queries, hits)
 

@@ -9,6 +9,11 @@ Rows = Tuple[np.ndarray, np.ndarray]
 NULL_PAGE = 0
 """Padding of page tables; it exists in every slab, is never allocated and never written."""
 
+SCRATCH_PAGE = 1
+"""What the rows that only fill up a batch write to; never allocated and never read."""
+
+RESERVED_PAGES = 2
+
 
 class OutOfPages(RuntimeError):
     """
@@ -22,18 +27,18 @@ class PageAllocator:
     Overview:
         Hands out page ids and counts who refers to them. A page is free when nobody does.
     Arguments:
-        - capacity (:obj:`int`): How many pages there are, the null page included.
+        - capacity (:obj:`int`): How many pages there are, the reserved ones included.
     """
 
     def __init__(self, capacity: int) -> None:
         self.references = np.zeros(capacity, dtype=np.int64)
-        self.references[NULL_PAGE] = 1
-        self._stack = np.arange(capacity - 1, 0, -1, dtype=np.int64)
-        self._top = capacity - 1
+        self.references[:RESERVED_PAGES] = 1
+        self._stack = np.arange(capacity - 1, RESERVED_PAGES - 1, -1, dtype=np.int64)
+        self._top = capacity - RESERVED_PAGES
 
     @property
     def capacity(self) -> int:
-        """How many pages there are, the null page included."""
+        """How many pages there are, the reserved ones included."""
         return len(self.references)
 
     @property
@@ -43,8 +48,8 @@ class PageAllocator:
 
     @property
     def used(self) -> int:
-        """How many pages somebody refers to, the null page apart."""
-        return self.capacity - 1 - self._top
+        """How many pages somebody refers to, the reserved ones apart."""
+        return self.capacity - RESERVED_PAGES - self._top
 
     def allocate(self, count: int) -> np.ndarray:
         """
@@ -95,10 +100,10 @@ class PageAllocator:
         Overview:
             Add pages; existing ones keep their ids and references.
         Arguments:
-            - capacity (:obj:`int`): The new number of pages, the null page included.
+            - capacity (:obj:`int`): The new number of pages, the reserved ones included.
         """
         added = np.arange(capacity - 1, self.capacity - 1, -1, dtype=np.int64)
-        stack = np.empty(capacity - 1, dtype=np.int64)
+        stack = np.empty(capacity - RESERVED_PAGES, dtype=np.int64)
         stack[:len(added)] = added
         stack[len(added):len(added) + self._top] = self._stack[:self._top]
         self._stack, self._top = stack, self._top + len(added)

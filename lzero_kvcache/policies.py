@@ -5,6 +5,7 @@ keeps them for each (mode, environment) and lays the rows out for LightZero's ow
 """
 import inspect
 import logging
+import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -16,6 +17,8 @@ from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 from .config import settle
 from .manager import COLLECT, EVAL
 from .registry import KV_CACHE_REGISTRY
+from .search import NodeSearch, SampledNodeSearch
+from .stats import Timing
 from .telemetry import HOOK_CONFIG, HOOK_KEY
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,7 @@ class KVCachePolicy:
     Overview:
         What the plugin adds to a LightZero UniZero policy, in front of it in the method resolution order.
     """
+    node_search: Any  # the search by node that goes with the policy
 
     @classmethod
     def default_config(cls) -> EasyDict:
@@ -92,6 +96,24 @@ class KVCachePolicy:
         self._last_steps = {COLLECT: LastSteps(), EVAL: LastSteps()}
         self._searching = False
         super().__init__(cfg, *args, **kwargs)
+
+    def _init_collect(self) -> None:
+        super()._init_collect()  # type: ignore[misc]
+        self._mcts_collect = self._mcts_of(self._mcts_collect)
+
+    def _init_eval(self) -> None:
+        super()._init_eval()  # type: ignore[misc]
+        self._mcts_eval = self._mcts_of(self._mcts_eval)
+
+    def _mcts_of(self, mcts: Any) -> Any:
+        """By node in new mode; LightZero's own, timed from outside, in old mode and where it has other scalars."""
+        world_model = self._model.world_model
+        if _is_new(world_model) and self._cfg.model.categorical_distribution:
+            return self.node_search(self._cfg)
+        timings = getattr(world_model, 'timings', None)
+        if timings is not None:
+            mcts.search = _timed(mcts.search, timings['search'])
+        return mcts
 
     def _forward_learn(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._forward_learn(*args, **kwargs)  # type: ignore[misc]
@@ -150,6 +172,16 @@ class KVCachePolicy:
                 self._model.world_model.forget(mode, index)
 
 
+def _timed(function: Callable[..., Any], timing: Timing) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        output = function(*args, **kwargs)
+        timing.record(time.perf_counter() - start)
+        return output
+
+    return run
+
+
 def _is_new(world_model: Any) -> bool:
     return getattr(world_model, 'use_new_cache_manager', False)
 
@@ -164,6 +196,7 @@ class UniZeroPolicy(KVCachePolicy, LightZeroUniZeroPolicy):
     Overview:
         LightZero's ``UniZeroPolicy`` with the plugin.
     """
+    node_search = NodeSearch
 
 
 class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
@@ -171,6 +204,7 @@ class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
     Overview:
         LightZero's ``SampledUniZeroPolicy`` with the plugin.
     """
+    node_search = SampledNodeSearch
 
 
 POLICY_REGISTRY.register('unizero', UniZeroPolicy, force_overwrite=True)

@@ -33,6 +33,11 @@ class Slab:
         """MiB that are allocated now."""
         return 0.0 if self.data is None else self.data.numel() * self.data.element_size() / MIB
 
+    @property
+    def address(self) -> int:
+        """Where the pages are; it changes when the slab moves or grows."""
+        return 0 if self.data is None else self.data.data_ptr()
+
     def ensure(self, pages: int, device: torch.device) -> None:
         """
         Overview:

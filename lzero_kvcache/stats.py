@@ -49,3 +49,21 @@ class CacheStats:
             The counts and the rate as plain numbers, ready for JSON.
         """
         return {**asdict(self), 'hit_rate': self.hit_rate}
+
+
+@dataclass
+class Timing:
+    """
+    Overview:
+        How often something ran, and for how long in all.
+    """
+    count: int = 0
+    seconds: float = 0.0
+
+    def record(self, seconds: float) -> None:
+        """
+        Overview:
+            Count one run.
+        """
+        self.count += 1
+        self.seconds += seconds

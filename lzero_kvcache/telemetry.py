@@ -3,6 +3,8 @@ from typing import Any, Dict, Tuple
 
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
+from .stats import Timing
+
 HOOK_KEY = 'kv_cache_stats'
 HOOK_CONFIG = {'type': HOOK_KEY, 'name': HOOK_KEY, 'priority': 30, 'position': 'after_iter'}
 POOLS = ('init', 'recur', 'total')
@@ -19,6 +21,7 @@ LAYOUT = {
             for title, metrics in _SHOWN_TOGETHER.items()
         },
         'memory': ['Multiline', ['kv_cache_iter/memory_mb']],
+        'time': ['Multiline', ['kv_cache_iter/search_ms', 'kv_cache_iter/step_ms']],
     }
 }
 
@@ -36,6 +39,8 @@ class KVCacheStatsHook(LearnerHook):
         super().__init__(*args, **kwargs)
         self._seen: Dict[str, Tuple[int, int]] = {}
         self._rates: Dict[str, float] = {}
+        self._timed: Dict[str, Timing] = {}
+        self._means: Dict[str, float] = {}
         self._laid_out = False
 
     def __call__(self, engine: Any) -> None:
@@ -45,13 +50,14 @@ class KVCacheStatsHook(LearnerHook):
         Arguments:
             - engine (:obj:`Any`): DI-engine's learner.
         """
-        manager = getattr(engine.policy.get_attribute('model').world_model, 'kv_cache_manager', None)
+        world_model = engine.policy.get_attribute('model').world_model
+        manager = getattr(world_model, 'kv_cache_manager', None)
         if manager is None or engine.tb_logger is None:
             return
         if not self._laid_out:
             engine.tb_logger.add_custom_scalars(LAYOUT)
             self._laid_out = True
-        values = self.values(manager.counters())
+        values = {**self.values(manager.counters()), **self.times(world_model.timings)}
         iteration, step = engine.last_iter.val, engine.collector_envstep
         for name, value in values.items():
             engine.tb_logger.add_scalar(f'kv_cache_iter/{name}', value, iteration)
@@ -85,6 +91,22 @@ class KVCacheStatsHook(LearnerHook):
             if pool in self._rates:
                 values[f'{pool}_hit_rate'] = self._rates[pool]
         return values
+
+    def times(self, timings: Dict[str, Timing]) -> Dict[str, float]:
+        """
+        Overview:
+            Mean milliseconds of a search and of a recurrent step since there were last new ones.
+        Arguments:
+            - timings (:obj:`Dict[str, Timing]`): What a world model recorded, cumulative.
+        Returns:
+            - values (:obj:`Dict[str, float]`): ``search_ms`` and ``step_ms``; left out before the first.
+        """
+        for name, timing in timings.items():
+            before = self._timed.get(name, Timing())
+            if timing.count > before.count:
+                self._means[f'{name}_ms'] = 1e3 * (timing.seconds - before.seconds) / (timing.count - before.count)
+                self._timed[name] = Timing(timing.count, timing.seconds)
+        return self._means
 
 
 register_learner_hook(HOOK_KEY, KVCacheStatsHook)

@@ -1,6 +1,7 @@
 """LightZero's world model with the caching of either system. Joins the manager and the engine; knows LightZero."""
 import logging
 import numbers
+import time
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -9,12 +10,15 @@ import torch
 import xxhash
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
+from .backend import Result, make_backend
 from .base_manager import PagedCacheManager
 from .config import CacheConfig
 from .engine import Engine, StepOutput, Weights
 from .manager import COLLECT
+from .nodes import NodeTable
 from .pages import Rows, extend
 from .registry import KV_CACHE_REGISTRY
+from .stats import Timing
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,18 @@ class OldWorldModel(LightZeroWorldModel):
         super().__init__(config, tokenizer)
         self.kv_cache_manager = KV_CACHE_REGISTRY['old'](config, self.env_num, options.enable_stats)
         self.kv_cache_manager.attach(self)
+        self.timings = {'search': Timing(), 'step': Timing()}
+
+    def forward_recurrent_inference(self, *args: Any, **kwargs: Any) -> Tuple[Any, ...]:
+        """
+        Overview:
+            LightZero's own, timed.
+        """
+        start = time.perf_counter()
+        output = super().forward_recurrent_inference(*args, **kwargs)
+        if not self.reanalyze_phase:
+            self.timings['step'].record(time.perf_counter() - start)
+        return output
 
     def clear_caches(self) -> None:
         """
@@ -84,7 +100,10 @@ class NewWorldModel(LightZeroWorldModel):
         )
         self.kv_cache_manager.storage.shift = self._shift
         self.kv_cache_manager.storage.blank = self._blank
+        self._backend = make_backend(options.backend, self.cache_engine)
         self._serving: Optional[Serving] = None
+        self._roots: Optional[Tuple[Rows, np.ndarray]] = None
+        self.timings = {'search': Timing(), 'step': Timing()}
         self._last_keys: Dict[Tuple[str, int], int] = {}
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
@@ -170,7 +189,7 @@ class NewWorldModel(LightZeroWorldModel):
         try:
             yield
         finally:
-            self._serving = None
+            self._serving = self._roots = None
 
     @torch.no_grad()
     def forward_initial_inference(self, obs_act_dict: Dict[str, Any], start_pos: Any = 0) -> Tuple[Any, ...]:
@@ -214,8 +233,12 @@ class NewWorldModel(LightZeroWorldModel):
         latent, action = state_action_history[-1]
         latent = np.ascontiguousarray(torch.as_tensor(latent).cpu().numpy(), dtype=np.float32)
         latent = latent.reshape(latent.shape[0], -1)
-        step = self._reanalysis_step if self.reanalyze_phase else self._node_step
-        output = step(latent, action, search_depth, start_pos)
+        if self.reanalyze_phase:
+            output = self._reanalysis_step(latent, action, search_depth, start_pos)
+        else:
+            start = time.perf_counter()
+            output = self._node_step(latent, action, search_depth, start_pos)
+            self.timings['step'].record(time.perf_counter() - start)
         return (output.output_sequence, output.latent_state, output.logits_rewards, output.logits_policy,
                 output.logits_value)
 
@@ -227,7 +250,7 @@ class NewWorldModel(LightZeroWorldModel):
         latent = self.tokenizer.encode_to_obs_embeddings(current_obs).reshape(rows, -1)
         going = np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
         keys, last_keys, last_latent = self._root_keys(mode, env_ids, latent, last_obs, going)
-        manager, weights = self.kv_cache_manager, self._weights()
+        manager, engine, weights = self.kv_cache_manager, self.cache_engine, self._weights()
         try:
             pages = manager.allocate(rows)
             tables, counts = np.zeros((rows, manager.width), np.int64), np.zeros(rows, np.int64)
@@ -240,19 +263,23 @@ class NewWorldModel(LightZeroWorldModel):
             manager.count_queries('init', len(continued), len(continued) - len(lost))
             if len(lost):
                 self._begin(weights, (tables, counts), lost, last_latent(lost), 2 * timesteps[lost])
+            slab = manager.storage.ready(engine.device)
             if len(continued):
                 actions = [last_actions[row] if going[row] else self._no_action() for row in range(rows)]
-                output = self._step(
-                    weights, (tables, counts), pages, np.asarray(actions), 2 * timesteps - 1, 2 * timesteps, latent
+                numbers = engine.pack(
+                    (tables, counts), pages, (2 * timesteps - 1, 2 * timesteps), np.asarray(actions)
                 )
+                page_ids, page_counts, angles, action = engine.unpack(self._send(numbers))
+                output = engine.step(weights, slab, page_ids, page_counts, action, angles, latent)
             else:
-                slab = manager.storage.ready(self.cache_engine.device)
                 sent = self._send(np.stack([pages, self._angle(2 * timesteps)]))
-                output = self.cache_engine.first(weights, slab, sent[0], latent, sent[1])
-            manager.store_init(mode, env_ids, keys, extend((tables, counts), pages))
+                output = engine.first(weights, slab, sent[0], latent, sent[1])
+            roots = extend((tables, counts), pages)
+            manager.store_init(mode, env_ids, keys, roots)
         finally:
             manager.release()
         if self._serving is not None:
+            self._roots = roots, timesteps
             self._last_keys.update({(mode, env_id): key for env_id, key in zip(env_ids, keys)})
         return output
 
@@ -291,12 +318,51 @@ class NewWorldModel(LightZeroWorldModel):
             if len(lost):
                 rebuilt = torch.from_numpy(latent[lost]).to(self.cache_engine.device)
                 self._begin(weights, (tables, counts), lost, rebuilt, 2 * timesteps[lost])
-            output = self._step(weights, (tables, counts), pages, action, 2 * depths + 1, 2 * depths + 2)
+            output = self._step(weights, (tables, counts), pages, action, (2 * depths + 1, 2 * depths + 2)).output
+            if self._backend.reuses_output:
+                output = StepOutput(*(part.clone() for part in output))
             keys = _hash_rows(output.latent_state.reshape(rows, -1))
             manager.store_recur(env_ids, keys, extend((tables, counts), pages))
         finally:
             manager.release()
         return output
+
+    @contextmanager
+    def search_by_node(self, simulations: int) -> Iterator['NodeExpansion']:
+        """
+        Overview:
+            Search from the roots that were just served.
+        Arguments:
+            - simulations (:obj:`int`): How many nodes each row will get.
+        Raises:
+            - RuntimeError: No root inference was served.
+        """
+        if self._roots is None:
+            raise RuntimeError('a search by node follows a root inference inside `serving`')
+        rows, timesteps = self._roots
+        start = time.perf_counter()
+        try:
+            nodes = self.kv_cache_manager.open_search(rows, simulations)
+            yield NodeExpansion(self, nodes, timesteps)
+        finally:
+            self.kv_cache_manager.release()
+        self.timings['search'].record(time.perf_counter() - start)
+
+    def expand(self, rows: Rows, pages: np.ndarray, actions: np.ndarray, depths: np.ndarray) -> np.ndarray:
+        """
+        Overview:
+            One simulation of a search by node: one transfer there, one back.
+        Arguments:
+            - rows (:obj:`Rows`): The contexts of the nodes that are expanded.
+            - pages (:obj:`np.ndarray`): The pages of their children ``[B]``.
+            - actions (:obj:`np.ndarray`): ``[B]``, or ``[B, A]`` for continuous ones.
+            - depths (:obj:`np.ndarray`): Timestep of the root plus depth ``[B]``.
+        Returns:
+            - predicted (:obj:`np.ndarray`): Reward, value and policy logits ``[B, 2 + P]``.
+        """
+        result = self._step(self._weights(), rows, pages, actions, (2 * depths + 1, 2 * depths + 2))
+        self.kv_cache_manager.count_queries('recur', len(pages), len(pages), by_node=True)
+        return result.search.cpu().numpy()
 
     def _reanalysis_step(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
                          start_pos: Any) -> StepOutput:
@@ -323,23 +389,13 @@ class NewWorldModel(LightZeroWorldModel):
         self.cache_engine.begin(weights, slab, sent[0], latent, sent[1])
         tables[lost, 0], counts[lost] = pages, 1
 
-    def _step(self, weights: Weights, rows: Rows, pages: np.ndarray, action: Any, action_angle: np.ndarray,
-              observation_angle: np.ndarray, latent: Optional[torch.Tensor] = None) -> StepOutput:
-        """One step of the engine; page ids, counts, positions and discrete actions travel in one transfer."""
-        tables, counts = rows
+    def _step(self, weights: Weights, rows: Rows, pages: np.ndarray, action: Any,
+              angles: Tuple[np.ndarray, np.ndarray]) -> Result:
+        """A recurrent step; everything that comes from the host travels in one transfer."""
         slab = self.kv_cache_manager.storage.ready(self.cache_engine.device)
-        on_host = isinstance(action, np.ndarray) and not self.continuous_action_space
-        width = tables.shape[1]
-        numbers = np.empty((width + 5, len(tables)), dtype=np.int64)
-        numbers[:width], numbers[width], numbers[width + 1] = tables.T, pages, counts
-        numbers[width + 2], numbers[width + 3] = self._angle(action_angle), self._angle(observation_angle)
-        numbers[width + 4] = action.reshape(-1) if on_host else 0
-        sent = self._send(numbers)
-        return self.cache_engine.step(
-            weights, slab, sent[:width + 1].T, sent[width + 1],
-            sent[width + 4] if on_host else self._action_on_device(action),
-            sent[width + 2:width + 4] if self.config.rotary_emb else None, latent
-        )
+        given = torch.is_tensor(action)
+        numbers = self.cache_engine.pack(rows, pages, angles, None if given else action)
+        return self._backend.step(weights, slab, numbers, action.to(self.cache_engine.device) if given else None)
 
     def _send(self, numbers: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(numbers.astype(np.int64, copy=False)).to(self.cache_engine.device, non_blocking=True)
@@ -367,6 +423,42 @@ class NewWorldModel(LightZeroWorldModel):
         if len(env_ids) != rows:
             raise ValueError(f'{rows} rows for {len(env_ids)} environments {env_ids}')
         return mode, env_ids
+
+
+class NodeExpansion:
+    """
+    Overview:
+        A search by node that is under way.
+    Arguments:
+        - world_model (:obj:`NewWorldModel`): Whose.
+        - nodes (:obj:`NodeTable`): The contexts of its nodes.
+        - timesteps (:obj:`np.ndarray`): Timesteps of the roots ``[B]``.
+    """
+
+    def __init__(self, world_model: NewWorldModel, nodes: NodeTable, timesteps: np.ndarray) -> None:
+        self._world_model, self._nodes, self._timesteps = world_model, nodes, timesteps
+
+    def expand(self, simulation: int, path: np.ndarray, columns: np.ndarray, actions: np.ndarray,
+               depths: Sequence[int]) -> np.ndarray:
+        """
+        Overview:
+            Expand one node of each row.
+        Arguments:
+            - simulation (:obj:`int`): Which simulation.
+            - path (:obj:`np.ndarray`): Index in the search path of each row's node ``[B]``.
+            - columns (:obj:`np.ndarray`): Its row ``[B]``.
+            - actions (:obj:`np.ndarray`): The actions taken there.
+            - depths (:obj:`Sequence[int]`): What LightZero's tree passes as depth.
+        Returns:
+            - predicted (:obj:`np.ndarray`): Reward, value and policy logits ``[B, 2 + P]``.
+        """
+        start = time.perf_counter()
+        rows = self._nodes.expand(simulation, path, columns)
+        predicted = self._world_model.expand(
+            rows, self._nodes.pages[simulation], actions, self._timesteps + np.asarray(depths, dtype=np.int64)
+        )
+        self._world_model.timings['step'].record(time.perf_counter() - start)
+        return predicted
 
 
 class CacheView:

@@ -1,0 +1,210 @@
+"""How a recurrent step is launched: eagerly, as a replayed CUDA graph, or compiled. Knows the engine and the slab."""
+import copy
+import logging
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+
+from .engine import Engine, StepOutput, Weights
+from .pages import SCRATCH_PAGE
+from .slab import MIB, Slab
+
+logger = logging.getLogger(__name__)
+
+MAX_CAPTURES = 16
+"""Captures after which a model is taken for one whose storage always moves, and stays eager."""
+
+
+class Result(NamedTuple):
+    """
+    Overview:
+        A step's predictions, and the part of them that a search takes to the host.
+    """
+    output: StepOutput
+    search: torch.Tensor  # [B, 2 + P]: reward and value as scalars, policy logits
+
+
+class EagerBackend:
+    """
+    Overview:
+        Launches every operation of a step from Python.
+    Arguments:
+        - engine (:obj:`Engine`): What to run.
+    """
+    name = 'eager'
+    reuses_output = False  # whether the next step overwrites what this one returned
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.memory_mb = 0.0  # held beside the slab
+
+    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
+        """
+        Overview:
+            One recurrent step.
+        Arguments:
+            - weights (:obj:`Weights`): The engine's weights.
+            - slab (:obj:`Slab`): Where the pages are.
+            - numbers (:obj:`np.ndarray`): What :meth:`Engine.pack` made ``[N, B]``.
+            - action (:obj:`Optional[torch.Tensor]`): Actions that are on the device already, else they are packed.
+        Returns:
+            - result (:obj:`Result`): The predictions.
+        """
+        sent = torch.from_numpy(numbers).to(self.engine.device, non_blocking=True)
+        return _run(self.engine, weights, slab, sent, action)
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> 'EagerBackend':
+        return type(self)(copy.deepcopy(self.engine, memo))
+
+
+class CompiledBackend(EagerBackend):
+    """
+    Overview:
+        Runs the step through ``torch.compile``.
+    """
+    name = 'compile'
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._compiled: Optional[Callable[..., Result]] = torch.compile(_run_fresh, dynamic=False)
+
+    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
+        if self._compiled is not None and not self.engine.training:
+            sent = torch.from_numpy(numbers).to(self.engine.device, non_blocking=True)
+            try:
+                return self._compiled(self.engine, slab, sent, action)
+            except Exception as error:  # whatever the compiler raises
+                _warn_eager(self.name, error)
+                self._compiled = None
+        return super().step(weights, slab, numbers, action)
+
+
+class _Graph(NamedTuple):
+    graph: Any
+    host: torch.Tensor  # pinned [N, rows]
+    device: torch.Tensor  # [N, rows]
+    action: Optional[torch.Tensor]
+    result: Result
+
+
+class CudaGraphBackend(EagerBackend):
+    """
+    Overview:
+        Replays a captured step. Weights that change in place are seen by the next replay; storage that moved is
+        noticed by its address and captured anew.
+    """
+    name = 'cudagraph'
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._graphs: Dict[Tuple[int, bool], _Graph] = {}
+        self._addresses: Tuple[int, ...] = ()
+        self._checked: Optional[Weights] = None
+        self._captures = 0
+        self._usable = True
+
+    @property
+    def reuses_output(self) -> bool:  # type: ignore[override]
+        return bool(self._graphs)
+
+    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
+        graph = self._graph(weights, slab, numbers, action)
+        if graph is None:
+            return super().step(weights, slab, numbers, action)
+        rows = numbers.shape[1]
+        host = graph.host.numpy()
+        host[:, :rows] = numbers
+        if rows < host.shape[1]:
+            host[:, rows:] = self.engine.filler(SCRATCH_PAGE, len(numbers))
+        graph.device.copy_(graph.host, non_blocking=True)
+        if action is not None:
+            assert graph.action is not None
+            graph.action[:rows] = action.reshape(graph.action[:rows].shape)
+        graph.graph.replay()
+        output = StepOutput(*(None if part is None else part[:rows] for part in graph.result.output))
+        return Result(output, graph.result.search[:rows])
+
+    def _graph(self, weights: Weights, slab: Slab, numbers: np.ndarray,
+               action: Optional[torch.Tensor]) -> Optional[_Graph]:
+        if not self._usable or self.engine.training or self.engine.device.type != 'cuda':
+            return None
+        if weights is not self._checked or slab.address not in self._addresses:  # once per search
+            addresses = self.engine.addresses() + (slab.address,)
+            if addresses != self._addresses:
+                self._graphs.clear()
+                self._addresses, self.memory_mb = addresses, 0.0
+            self._checked = weights
+        rows = numbers.shape[1]
+        fitting = [key for key in self._graphs if key[0] >= rows and key[1] == (action is not None)]
+        if fitting:
+            return self._graphs[min(fitting)]
+        if self._captures >= MAX_CAPTURES:
+            return self._give_up('its storage keeps moving')
+        try:
+            self._captures += 1
+            graph = self._capture(slab, rows, len(numbers), action)
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            return self._give_up(error)
+        self._graphs[rows, action is not None] = graph
+        return graph
+
+    def _give_up(self, reason: Any) -> None:
+        self._usable = False
+        self._graphs.clear()
+        _warn_eager(self.name, reason)
+
+    def _capture(self, slab: Slab, rows: int, count: int, action: Optional[torch.Tensor]) -> _Graph:
+        device = self.engine.device
+        before = torch.cuda.memory_allocated(device)
+        host = torch.empty(count, rows, dtype=torch.int64, pin_memory=True)
+        host.numpy()[:] = self.engine.filler(SCRATCH_PAGE, count)
+        sent = host.to(device)
+        held = None if action is None else torch.zeros_like(action)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # libraries allocate their workspaces before the capture
+            for _ in range(3):
+                _run_fresh(self.engine, slab, sent, held)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = _run_fresh(self.engine, slab, sent, held)
+        held_mb = (torch.cuda.memory_allocated(device) - before) / MIB
+        self.memory_mb += held_mb
+        logger.info(f'Captured a CUDA graph of a recurrent step for {rows} rows ({held_mb:.1f} MiB)')
+        return _Graph(graph, host, sent, held, result)
+
+
+_BACKENDS = {backend.name: backend for backend in (EagerBackend, CompiledBackend, CudaGraphBackend)}
+
+
+def make_backend(name: str, engine: Engine) -> EagerBackend:
+    """
+    Overview:
+        The backend of a model.
+    Arguments:
+        - name (:obj:`str`): 'eager', 'cudagraph', 'compile', or 'auto': a CUDA graph on a GPU, eager on a CPU.
+        - engine (:obj:`Engine`): What it runs.
+    Returns:
+        - backend (:obj:`EagerBackend`): A CUDA graph runs eagerly for as long as the model is on a CPU.
+    """
+    return _BACKENDS['cudagraph' if name == 'auto' else name](engine)
+
+
+def _run(engine: Engine, weights: Weights, slab: Slab, numbers: torch.Tensor,
+         action: Optional[torch.Tensor]) -> Result:
+    tables, counts, angles, packed_action = engine.unpack(numbers)
+    output = engine.step(weights, slab, tables, counts, packed_action if action is None else action, angles)
+    return Result(output, engine.for_search(output))
+
+
+def _run_fresh(engine: Engine, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
+    """With the weights read inside, so that a capture reads them anew in each replay."""
+    return _run(engine, engine.weights(), slab, numbers, action)
+
+
+def _warn_eager(name: str, reason: Any) -> None:
+    first_line = str(reason).split('\n', maxsplit=1)[0]
+    logger.warning(f"kv_cache_cfg.backend='{name}' does not work here ({first_line}): running eagerly from now on")

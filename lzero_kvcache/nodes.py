@@ -1,0 +1,36 @@
+"""The contexts of one search by node: (index in the search path, row). Knows page ids."""
+import numpy as np
+
+from .pages import Rows, extend
+
+
+class NodeTable:
+    """
+    Overview:
+        Index 0 of the search path is the roots, index ``i + 1`` what simulation ``i`` made.
+    Arguments:
+        - roots (:obj:`Rows`): The contexts of the roots, tables ``[B, R]`` and counts ``[B]``.
+        - pages (:obj:`np.ndarray`): Page ids ``[S x B]`` for the nodes to come.
+    """
+
+    def __init__(self, roots: Rows, pages: np.ndarray) -> None:
+        rows, width = roots[0].shape
+        self.pages = pages.reshape(-1, rows)
+        self._tables = np.empty((len(self.pages) + 1, rows, width), dtype=np.int64)
+        self._counts = np.empty((len(self.pages) + 1, rows), dtype=np.int64)
+        self._tables[0], self._counts[0] = roots
+
+    def expand(self, simulation: int, path: np.ndarray, rows: np.ndarray) -> Rows:
+        """
+        Overview:
+            The contexts of the nodes that a simulation expands, while those of their children are noted.
+        Arguments:
+            - simulation (:obj:`int`): Which simulation.
+            - path (:obj:`np.ndarray`): Index in the search path of each row's node ``[B]``.
+            - rows (:obj:`np.ndarray`): Its row ``[B]``.
+        Returns:
+            - parents (:obj:`Rows`): Tables ``[B, R]`` and counts ``[B]``; the page to write is ``pages[simulation]``.
+        """
+        parents = self._tables[path, rows], self._counts[path, rows]
+        self._tables[simulation + 1], self._counts[simulation + 1] = extend(parents, self.pages[simulation])
+        return parents
