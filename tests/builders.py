@@ -1,0 +1,169 @@
+"""Small things that several test files build: ``KeysValues``, managers, LightZero configs and policies, and an audit.
+
+No test lives here. ``oracle.py`` has the models and what is right for them.
+"""
+import contextlib
+import copy
+import io
+from typing import Any, Dict, List, Sequence
+
+import numpy as np
+import torch
+from ding.config import compile_config
+from ding.policy import create_policy
+from easydict import EasyDict
+from lzero.model.unizero_world_models.kv_caching import KeysValues
+from oracle import Case, randomise
+from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
+
+from lzero_kvcache import KVCacheManager
+
+LAYERS, HEADS, HEAD_DIM, CONTEXT_LENGTH = 2, 2, 4, 8
+
+
+def keys_values(size: int, seed: int = 0, layers: int = LAYERS, heads: int = HEADS, head_dim: int = HEAD_DIM,
+                max_tokens: int = CONTEXT_LENGTH, rows: int = 1) -> KeysValues:
+    """LightZero's container with ``size`` tokens of random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    value = KeysValues(rows, heads, max_tokens, heads * head_dim, layers, torch.device('cpu'))
+    for layer in value:
+        layer.update(*torch.randn(2, rows, heads, size, head_dim, generator=generator))
+    return value
+
+
+def tokens(value: Any) -> torch.Tensor:
+    """All that a ``KeysValues`` holds, ``[layers, 2, rows, heads, size, head_dim]``; a copy."""
+    return torch.stack([torch.stack(layer.get()) for layer in value]).detach().clone()
+
+
+def cache_cfg(**overrides: Any) -> EasyDict:
+    """A ``world_model_cfg`` for a manager that is used by hand, to fit ``keys_values``."""
+    return EasyDict({
+        **dict(num_layers=LAYERS, num_heads=HEADS, embed_dim=HEADS * HEAD_DIM, context_length=CONTEXT_LENGTH,
+               env_num=2, num_simulations=4),
+        **overrides
+    })
+
+
+def manager(**overrides: Any) -> KVCacheManager:
+    """A manager for ``cache_cfg``; options of ``kv_cache_cfg`` are told by ``kv_cache_cfg=dict(...)``."""
+    return KVCacheManager(cache_cfg(**overrides))
+
+
+def audit(used: KVCacheManager) -> None:
+    """
+    Overview:
+        No page is lost and none is used twice: between two steps a page's references are as many as entries name it,
+        no entry names it twice, and the pages that can be allocated are those without any.
+    """
+    pages = used._pages
+    reserved = pages.capacity - pages.used - pages.free  # the first ones, which no entry may name
+    mentions = np.zeros(pages.capacity, dtype=np.int64)
+    for pool in [*used.init_pools, *used.eval_pools, used.recur_pool]:
+        stored = pool.counts > 0
+        assert stored.sum() <= len(pool)
+        for table, count in zip(pool.tables[stored], pool.counts[stored]):
+            entry = table[:count]
+            assert (entry >= reserved).all(), 'an entry names a reserved page'
+            assert len(set(entry.tolist())) == count, 'an entry names a page twice'
+            mentions[entry] += 1
+    assert pages.references[reserved:].tolist() == mentions[reserved:].tolist()
+    assert pages.free == int((mentions[reserved:] == 0).sum())
+
+
+def small_cartpole(new: bool, collectors: int = 3, evaluators: int = 2, simulations: int = 4, rotary: bool = True,
+                   **world_model_cfg: Any) -> EasyDict:
+    """
+    LightZero's CartPole config, made small, with the plugin. Its search is deterministic: no noise at the root, and the
+    most visited action is taken.
+    """
+    main = copy.deepcopy(cartpole.main_config)
+    main.env.update(collector_env_num=collectors, evaluator_env_num=evaluators, n_evaluator_episode=evaluators)
+    main.policy.update(
+        cuda=False, device='cpu', num_simulations=simulations, batch_size=4, collector_env_num=collectors,
+        evaluator_env_num=evaluators, n_episode=collectors, num_unroll_steps=3, root_noise_weight=0.,
+        update_per_collect=2, eps=dict(eps_greedy_exploration_in_collect=True, start=0., end=0.)
+    )
+    main.policy.model.world_model_cfg.update(
+        device='cpu', embed_dim=32, num_layers=2, max_blocks=4, max_tokens=8, context_length=8, rotary_emb=rotary,
+        env_num=max(collectors, evaluators), use_new_cache_manager=new
+    )
+    main.policy.model.world_model_cfg.update(world_model_cfg)
+    return main
+
+
+def compiled(main: EasyDict, policy_type: str = 'unizero') -> EasyDict:
+    """The config as LightZero's entries compile it, with every default merged in."""
+    create = copy.deepcopy(cartpole.create_config)
+    create.env_manager.type = 'base'
+    create.policy.type = policy_type
+    create.policy.import_names = ['lzero.policy.unizero', 'lzero.policy.sampled_unizero', 'lzero_kvcache']
+    return compile_config(main, seed=0, env=None, auto=True, create_cfg=create, save_cfg=False)
+
+
+def make_policy(new: bool, seed: int = 0, **options: Any) -> Any:
+    """A policy for ``small_cartpole`` with random weights, made as LightZero's entries make it."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        policy = create_policy(
+            compiled(small_cartpole(new, **options)).policy, enable_field=['learn', 'collect', 'eval']
+        )
+    for model in (policy._model, policy._target_model):
+        randomise(model, Case(), seed)
+        if not new and not model.world_model.config.rotary_emb:
+            model.world_model.precompute_pos_emb_diff_kv()
+    return policy
+
+
+class Worker:
+    """
+    Overview:
+        Drives a policy as LightZero's collectors and evaluators do: environments with observations of their own, which
+        depend on nothing but the environment and its timestep.
+    """
+
+    def __init__(self, policy: Any, mode: str = 'collect') -> None:
+        self.mode, self.policy = mode, getattr(policy, mode + '_mode')
+        self._timestep: Dict[int, int] = {}
+        self._episode: Dict[int, int] = {}
+
+    def step(self, env_ids: Sequence[int]) -> Dict[int, Any]:
+        """One step of some environments; what the policy returned for each."""
+        observations = torch.from_numpy(np.stack([self._observe(env_id) for env_id in env_ids]))
+        arguments = dict(temperature=1., epsilon=0.) if self.mode == 'collect' else {}
+        with contextlib.redirect_stdout(io.StringIO()):
+            output = self.policy.forward(
+                observations, [np.ones(2, np.int8) for _ in env_ids], to_play=[-1] * len(env_ids), ready_env_id=env_ids,
+                timestep=[np.array(self._timestep.get(env_id, 0)) for env_id in env_ids], **arguments
+            )
+        for env_id in env_ids:
+            self._timestep[env_id] = self._timestep.get(env_id, 0) + 1
+        return output
+
+    def done(self, env_id: int) -> None:
+        """An environment's episode ends, and the next one begins."""
+        self._timestep[env_id] = 0
+        self._episode[env_id] = self._episode.get(env_id, 0) + 1
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.policy.reset([env_id])
+
+    def _observe(self, env_id: int) -> np.ndarray:
+        seed = [env_id, self._episode.get(env_id, 0), self._timestep.get(env_id, 0), len(self.mode)]
+        return np.random.default_rng(seed).normal(size=4).astype(np.float32)
+
+
+def assert_same_outputs(actual: Dict[int, Any], expected: Dict[int, Any], env_ids: Sequence[int]) -> None:
+    """What a policy returned for some environments is the same, to float tolerance."""
+    for env_id in env_ids:
+        for name in ('predicted_value', 'predicted_policy_logits', 'searched_value'):
+            np.testing.assert_allclose(
+                actual[env_id][name], expected[env_id][name], rtol=1e-4, atol=1e-5, err_msg=f'{name} of {env_id}'
+            )
+        assert actual[env_id]['visit_count_distributions'] == expected[env_id]['visit_count_distributions']
+
+
+def differs(actual: Dict[int, Any], expected: Dict[int, Any], env_ids: Sequence[int]) -> List[int]:
+    """The environments whose predicted value is another."""
+    return [
+        env_id for env_id in env_ids
+        if abs(float(actual[env_id]['predicted_value']) - float(expected[env_id]['predicted_value'])) > 1e-3
+    ]

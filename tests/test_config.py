@@ -1,0 +1,350 @@
+"""What a user may write into ``world_model_cfg`` about caching, what it means, and what is refused in which words."""
+import copy
+import dataclasses
+import gc
+import types
+
+import numpy as np
+import pytest
+from builders import cache_cfg, compiled, make_policy, small_cartpole
+from ding.utils import POLICY_REGISTRY
+from easydict import EasyDict
+
+from lzero_kvcache import KV_CACHE_REGISTRY, CacheConfig, ConfigError, KVCacheManager, models
+from lzero_kvcache.config import KV_CACHE_CFG, settle
+
+BOTH_FLAGS = pytest.mark.parametrize('flag', [False, True], ids=['old', 'new'])
+
+
+def read(flag=None, kv_cache_cfg=None, **world_model_cfg):
+    cfg = EasyDict(world_model_cfg)
+    if flag is not None:
+        cfg.use_new_cache_manager = flag
+    if kv_cache_cfg is not None:
+        cfg.kv_cache_cfg = kv_cache_cfg
+    return CacheConfig.read(cfg, KV_CACHE_REGISTRY)
+
+
+class TestDefaults:
+
+    def test_of_an_empty_config(self):
+        assert dataclasses.asdict(read()) == dict(
+            use_new=False, type='new', eviction='fifo', env_num=8, num_simulations=50, init_pool_size=256,
+            recurrent_pool_size=400, enable_stats=True, dtype='float32', max_memory_mb=None, backend='auto'
+        )
+
+    def test_of_the_users_document(self):
+        options = read(True, env_num=8, num_simulations=50, game_segment_length=400)
+        assert (options.use_new, options.init_pool_size, options.recurrent_pool_size) == (True, 400, 400)
+
+    @pytest.mark.parametrize(('sizes', 'expected'), [
+        (dict(num_simulations=128), 256),
+        (dict(num_simulations=129), 258),
+        (dict(num_simulations=25), 256),
+        (dict(game_segment_length=20), 20),
+        (dict(game_segment_length=1, num_simulations=400), 1),
+        (dict(game_segment_length=None, num_simulations=400), 800),
+    ])
+    def test_init_pool_size(self, sizes, expected):
+        assert read(**sizes).init_pool_size == expected
+
+    @pytest.mark.parametrize(('sizes', 'expected'), [
+        (dict(num_simulations=25), 200),
+        (dict(env_num=3), 150),
+        (dict(num_simulations=7, env_num=5), 35),
+    ])
+    def test_recurrent_pool_size(self, sizes, expected):
+        assert read(**sizes).recurrent_pool_size == expected
+
+    def test_sizes_that_are_given_win(self):
+        options = read(
+            True, dict(init_pool_size=3, recurrent_pool_size=9), game_segment_length=400, num_simulations=50, env_num=8
+        )
+        assert (options.init_pool_size, options.recurrent_pool_size) == (3, 9)
+
+    def test_every_option_is_documented(self):
+        assert set(KV_CACHE_CFG) == {
+            'type', 'eviction', 'init_pool_size', 'recurrent_pool_size', 'enable_stats', 'dtype', 'max_memory_mb',
+            'backend'
+        }
+        assert all(KV_CACHE_CFG.values())
+
+
+class TestAccepted:
+
+    @BOTH_FLAGS
+    @pytest.mark.parametrize(('key', 'value'), [
+        ('eviction', 'fifo'), ('eviction', 'lru'), ('eviction', 'priority'), ('init_pool_size', 1),
+        ('recurrent_pool_size', 12345), ('enable_stats', False), ('dtype', 'float32'), ('dtype', 'bfloat16'),
+        ('dtype', 'float16'), ('max_memory_mb', 100), ('max_memory_mb', 0.5), ('type', 'new'),
+        ('backend', 'auto'), ('backend', 'eager'), ('backend', 'cudagraph'), ('backend', 'compile'),
+    ])
+    def test_options(self, flag, key, value):
+        assert getattr(read(flag, {key: value}), key) == value
+
+    def test_numpy_numbers(self):
+        options = read(True, dict(init_pool_size=np.int64(5), max_memory_mb=np.float32(2)), env_num=np.int32(3))
+        assert (options.init_pool_size, options.max_memory_mb, options.env_num) == (5, 2.0, 3)
+        assert all(type(number) in (int, float) for number in (
+            options.init_pool_size, options.max_memory_mb, options.env_num, options.recurrent_pool_size
+        ))
+
+    def test_none_is_the_default(self):
+        assert read(True, dict.fromkeys(KV_CACHE_CFG)) == read(True)
+        assert read(True, {}, num_simulations=None, env_num=None) == read(True)
+
+    @pytest.mark.parametrize('make', [dict, EasyDict, lambda cfg: types.SimpleNamespace(**cfg)])
+    def test_dicts_and_objects(self, make):
+        cfg = dict(use_new_cache_manager=True, num_simulations=3, env_num=2, kv_cache_cfg=dict(eviction='lru'))
+        options = CacheConfig.read(make(cfg), KV_CACHE_REGISTRY)
+        assert (options.use_new, options.recurrent_pool_size, options.eviction) == (True, 6, 'lru')
+
+    def test_a_registered_manager(self, registered):
+        registered('mine', KVCacheManager)
+        assert read(True, dict(type='mine')).type == 'mine'
+
+    @BOTH_FLAGS
+    def test_reading_changes_nothing(self, flag):
+        cfg = cache_cfg(use_new_cache_manager=flag, kv_cache_cfg=dict(eviction='lru'))
+        before = copy.deepcopy(cfg)
+        CacheConfig.read(cfg, KV_CACHE_REGISTRY)
+        assert cfg == before
+
+    def test_old_by_name_without_the_flag(self):
+        assert read(False, dict(type='old')).use_new is False
+
+
+class TestRefused:
+    """One line that names the key, its value and what would be right, whichever way the flag stands."""
+
+    @staticmethod
+    def message(flag, kv_cache_cfg=None, **world_model_cfg):
+        with pytest.raises(ConfigError) as error:
+            read(flag, kv_cache_cfg, **world_model_cfg)
+        assert '\n' not in str(error.value)
+        return str(error.value)
+
+    @BOTH_FLAGS
+    @pytest.mark.parametrize(('key', 'nearest'), [
+        ('evicton', 'eviction'), ('enable_stat', 'enable_stats'), ('init_size', 'init_pool_size'), ('dtpye', 'dtype'),
+        ('recurrent_size', 'recurrent_pool_size'), ('recur_pool_size', 'recurrent_pool_size'), ('typ', 'type'),
+        ('max_memory', 'max_memory_mb'),
+    ])
+    def test_unknown_key(self, flag, key, nearest):
+        message = self.message(flag, {key: 1})
+        assert f'kv_cache_cfg.{key}=1' in message
+        assert f'did you mean {nearest!r}?' in message
+
+    @BOTH_FLAGS
+    def test_unknown_key_that_is_near_to_nothing(self, flag):
+        message = self.message(flag, dict(xyz=1))
+        assert 'kv_cache_cfg.xyz=1' in message
+        assert all(repr(key) in message for key in KV_CACHE_CFG)
+
+    @BOTH_FLAGS
+    @pytest.mark.parametrize(('key', 'value', 'right'), [
+        ('eviction', 'fifoo', "'fifo'"),
+        ('eviction', 'LRU', "'lru'"),
+        ('eviction', 3, "'priority'"),
+        ('eviction', ['lru'], "'lru'"),
+        ('dtype', 'float64', "'float"),
+        ('dtype', 'bfloat', "'bfloat16'"),
+        ('backend', 'cuda', "'cudagraph'"),
+        ('backend', False, "'eager'"),
+        ('type', 'newer', "'new'"),
+        ('type', 5, "'new'"),
+        ('init_pool_size', True, 'whole number'),
+        ('init_pool_size', '400', 'whole number'),
+        ('init_pool_size', 400., 'whole number'),
+        ('init_pool_size', [400], 'whole number'),
+        ('init_pool_size', 0, 'at least 1'),
+        ('init_pool_size', -3, 'at least 1'),
+        ('recurrent_pool_size', False, 'whole number'),
+        ('recurrent_pool_size', '1', 'whole number'),
+        ('recurrent_pool_size', 0, 'at least 1'),
+        ('enable_stats', 1, 'True or False'),
+        ('enable_stats', 'False', 'True or False'),
+        ('max_memory_mb', 0, 'above 0'),
+        ('max_memory_mb', -1.5, 'above 0'),
+        ('max_memory_mb', True, 'above 0'),
+        ('max_memory_mb', '100', 'above 0'),
+        ('max_memory_mb', float('nan'), 'above 0'),
+    ])
+    def test_wrong_value_of_an_option(self, flag, key, value, right):
+        message = self.message(flag, {key: value})
+        assert f'kv_cache_cfg.{key}={value!r}' in message
+        assert right in message
+
+    @BOTH_FLAGS
+    @pytest.mark.parametrize('key', ['num_simulations', 'env_num', 'game_segment_length'])
+    @pytest.mark.parametrize(('value', 'right'), [
+        (True, 'whole number'), ('50', 'whole number'), (2.5, 'whole number'), (0, 'at least 1'), (-1, 'at least 1'),
+    ])
+    def test_wrong_size(self, flag, key, value, right):
+        message = self.message(flag, **{key: value})
+        assert f'world_model_cfg.{key}={value!r}' in message
+        assert right in message
+
+    @pytest.mark.parametrize('value', [1, 0, 'True', None, 'new'])
+    def test_flag_that_is_no_bool(self, value):
+        message = self.message(None, use_new_cache_manager=value)
+        assert f'use_new_cache_manager={value!r}' in message
+        assert 'True or False' in message
+
+    @pytest.mark.parametrize(('key', 'right'), [
+        ('use_new_cache_manger', 'use_new_cache_manager'),
+        ('use_new_cache_manager_', 'use_new_cache_manager'),
+        ('use_new_kv_cache_manager', 'use_new_cache_manager'),
+        ('use_new_cachemanager', 'use_new_cache_manager'),
+        ('use_cache_manager', 'use_new_cache_manager'),
+        ('use_new_manager', 'use_new_cache_manager'),
+        ('use_new_cache', 'use_new_cache_manager'),
+        ('new_cache_manager', 'use_new_cache_manager'),
+        ('kv_cache_config', 'kv_cache_cfg'),
+        ('kv_cach_cfg', 'kv_cache_cfg'),
+        ('kvcache_cfg', 'kv_cache_cfg'),
+        ('kv_cache', 'kv_cache_cfg'),
+    ])
+    def test_misspelt_flag_or_options(self, key, right):
+        message = self.message(None, **{key: True})
+        assert f'world_model_cfg.{key}=True' in message
+        assert f'did you mean {right!r}?' in message
+
+    @BOTH_FLAGS
+    @pytest.mark.parametrize('value', ['lru', 5, ['eviction'], True, [('eviction', 'lru')]])
+    def test_options_that_are_no_dict(self, flag, value):
+        assert f'kv_cache_cfg={value!r}' in self.message(flag, value)
+
+    def test_old_with_the_flag_on(self):
+        message = self.message(True, dict(type='old'))
+        assert "type='old'" in message
+        assert 'use_new_cache_manager=True' in message
+        assert 'use_new_cache_manager=False' in message
+
+    def test_infinite_memory_is_refused_or_no_bound(self):
+        try:
+            cfg = cache_cfg(kv_cache_cfg=dict(max_memory_mb=float('inf')))
+            KVCacheManager(cfg).set_recur_cache('key', 'value')
+        except ConfigError as error:
+            assert 'max_memory_mb=inf' in str(error)
+
+    def test_a_type_is_checked_without_a_registry_too(self):
+        with pytest.raises(ConfigError, match='type=5'):
+            CacheConfig.read(EasyDict(kv_cache_cfg=dict(type=5)))
+
+
+class TestContextLength:
+
+    @pytest.mark.parametrize('length', [4, 6, 8, 20])
+    def test_even_ones_are_served(self, length):
+        read(True, context_length=length, max_tokens=20)
+
+    @pytest.mark.parametrize(('length', 'better'), [
+        (5, 6), (7, 8), (2, 4), (3, 4), (1, 4)
+    ])
+    def test_others_are_refused_in_new_mode(self, length, better):
+        with pytest.raises(ConfigError, match=f'context_length={length} must be even and at least 4.*try {better},'):
+            read(True, context_length=length)
+
+    @pytest.mark.parametrize('length', [0, -4, 8., '8', True])
+    def test_nonsense_is_refused_in_new_mode(self, length):
+        with pytest.raises(ConfigError, match='context_length='):
+            read(True, context_length=length)
+
+    @pytest.mark.parametrize('length', [1, 2, 3, 5, 7])
+    def test_lightzero_may_do_in_old_mode_as_it_likes(self, length):
+        read(False, context_length=length)
+        read(None, context_length=length)
+
+    def test_more_than_the_model_has_positions_for(self):
+        with pytest.raises(ConfigError, match='context_length=22 must not exceed max_tokens=20'):
+            read(True, context_length=22, max_tokens=20)
+
+
+def policy_cfg(new=True, drop=(), policy=None, **world_model_cfg):
+    """A policy's config, merged as LightZero's entries merge it, before a policy has seen it."""
+    main = small_cartpole(new, **world_model_cfg)
+    main.policy.update(policy or {})
+    for key in drop:
+        main.policy.model.world_model_cfg.pop(key)
+    return compiled(main).policy
+
+
+class TestSettle:
+    """What a policy fills in from its own config, and what it refuses."""
+
+    def test_fills_in_what_is_missing(self):
+        cfg = policy_cfg(drop=['env_num'], collectors=3, evaluators=2, simulations=4)
+        assert 'num_simulations' not in cfg.model.world_model_cfg
+        options = settle(cfg, KV_CACHE_REGISTRY)
+        assert cfg.model.world_model_cfg.num_simulations == options.num_simulations == 4
+        assert cfg.model.world_model_cfg.env_num == options.env_num == 3
+        assert options.recurrent_pool_size == 12
+
+    def test_as_many_environments_as_evaluation_needs(self):
+        cfg = policy_cfg(drop=['env_num'], collectors=2, evaluators=5)
+        assert settle(cfg, KV_CACHE_REGISTRY).env_num == 5
+
+    def test_leaves_what_is_enough(self):
+        cfg = policy_cfg(env_num=9, num_simulations=10)
+        options = settle(cfg, KV_CACHE_REGISTRY)
+        assert (options.env_num, options.num_simulations, options.recurrent_pool_size) == (9, 10, 90)
+
+    def test_the_pools_of_a_policy_have_these_sizes(self):
+        manager = make_policy(True, collectors=2, evaluators=3, simulations=5)._model.world_model.kv_cache_manager
+        assert (len(manager.init_pools), manager.recur_pool.pool_size, manager.wm_pool.pool_size) == (3, 15, 3)
+
+    def test_old_mode_is_left_as_lightzero_has_it(self):
+        """Its world model falls back to 50 simulations and 8 environments, whatever the policy does."""
+        cfg = policy_cfg(new=False, drop=['env_num'], collectors=3, simulations=4)
+        settle(cfg, KV_CACHE_REGISTRY)
+        assert 'num_simulations' not in cfg.model.world_model_cfg
+        assert cfg.model.world_model_cfg.env_num == 8
+
+    def test_contradictions_are_lightzeros_business_in_old_mode(self):
+        settle(policy_cfg(new=False, env_num=1, num_simulations=1), KV_CACHE_REGISTRY)
+
+    @pytest.mark.parametrize(('sizes', 'message'), [
+        (dict(env_num=2), r'env_num=2 is too small.*collector_env_num.*at least 3'),
+        (dict(env_num=3, evaluators=4), r'env_num=3 is too small.*evaluator_env_num.*at least 4'),
+        (dict(num_simulations=3), r'num_simulations=3 is too small.*at least 4'),
+        (dict(kv_cache_cfg=dict(recurrent_pool_size=11)), r'recurrent_pool_size=11 is too small.*at least 12'),
+    ])
+    def test_what_makes_a_pool_too_small(self, sizes, message):
+        with pytest.raises(ConfigError, match=message):
+            settle(policy_cfg(**sizes), KV_CACHE_REGISTRY)
+
+    def test_the_smallest_that_is_enough(self):
+        settle(policy_cfg(env_num=3, num_simulations=4, kv_cache_cfg=dict(recurrent_pool_size=12)), KV_CACHE_REGISTRY)
+
+    @BOTH_FLAGS
+    def test_python_search(self, flag):
+        with pytest.raises(ConfigError, match='mcts_ctree=False'):
+            settle(policy_cfg(flag, policy=dict(mcts_ctree=False)), KV_CACHE_REGISTRY)
+
+    @BOTH_FLAGS
+    def test_random_collection(self, flag):
+        with pytest.raises(ConfigError, match='random_collect_episode_num=2'):
+            settle(policy_cfg(flag, policy=dict(random_collect_episode_num=2)), KV_CACHE_REGISTRY)
+
+    @BOTH_FLAGS
+    @pytest.mark.parametrize('wrong', [dict(kv_cache_cfg=dict(evicton='lru')), dict(num_simulations='4')])
+    def test_a_policy_refuses_before_it_builds_a_model(self, flag, wrong, monkeypatch):
+        monkeypatch.setattr(models.UniZeroModel, '__init__', None)
+        with pytest.raises(ConfigError):
+            make_policy(flag, **wrong)
+
+    @pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
+    def test_a_refusal_is_all_that_is_said(self, capfd):
+        """LightZero's destructor must not complain about what a refused policy lacks."""
+        with pytest.raises(ConfigError):
+            make_policy(True, num_simulations='4')
+        gc.collect()
+        assert 'Traceback' not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('policy_type', ['unizero', 'sampled_unizero'])
+def test_no_key_of_lightzero_is_taken_for_a_misspelt_one(policy_type):
+    cfg = POLICY_REGISTRY.get(policy_type).default_config().model.world_model_cfg
+    assert len(cfg) > 20
+    CacheConfig.read(cfg, KV_CACHE_REGISTRY)

@@ -1,0 +1,157 @@
+"""The user's document, to the letter: names, log lines, printed lines, and what its verification snippet does."""
+import json
+import logging
+
+import numpy as np
+import pytest
+from ding.utils import MODEL_REGISTRY
+from oracle import Batch, Case, construct, random_trace
+
+EXAMPLE_2 = dict(
+    max_blocks=10, max_tokens=20, context_length=8, env_num=8, num_simulations=50, game_segment_length=400,
+    use_new_cache_manager=True
+)
+MODELS = [Case(), Case(sampled=True), Case(continuous=True)]
+NEW_LINES = [
+    '✓ Using NEW KVCacheManager for cache management',
+    "Initialized KVCachePool 'init_env0' with size=400, strategy=fifo",
+    "Initialized KVCachePool 'init_env1' with size=400, strategy=fifo",
+    "Initialized KVCachePool 'init_env2' with size=400, strategy=fifo",
+    "Initialized KVCachePool 'init_env3' with size=400, strategy=fifo",
+    "Initialized KVCachePool 'init_env4' with size=400, strategy=fifo",
+    "Initialized KVCachePool 'init_env5' with size=400, strategy=fifo",
+    "Initialized KVCachePool 'init_env6' with size=400, strategy=fifo",
+    "Initialized KVCachePool 'init_env7' with size=400, strategy=fifo",
+    "Initialized KVCachePool 'recurrent' with size=400, strategy=fifo",
+    "Initialized KVCachePool 'world_model' with size=8, strategy=fifo",
+    'Initialized KVCacheManager for 8 environments',
+]
+OLD_LINES = ['Using OLD cache system (original implementation)']
+POOL_KEYS = {'hits', 'misses', 'evictions', 'total_queries', 'hit_rate', 'size', 'capacity'}
+
+
+def build(case=None, **cfg):
+    case = case or Case()
+    return construct(MODEL_REGISTRY.get(case.model_name), case, cfg.pop('env_num', 2), **cfg).world_model
+
+
+@pytest.mark.parametrize('case', MODELS, ids=['UniZero', 'SampledUniZero', 'continuous'])
+class TestLines:
+
+    def test_new_system(self, case, lines):
+        build(case, **EXAMPLE_2)
+        assert lines() == [('INFO', line) for line in NEW_LINES]
+
+    @pytest.mark.parametrize('flag', [{}, {'use_new_cache_manager': False}], ids=['absent', 'False'])
+    def test_old_system(self, case, flag, lines):
+        cfg = {key: value for key, value in EXAMPLE_2.items() if key != 'use_new_cache_manager'}
+        build(case, **cfg, **flag)
+        assert lines() == [('INFO', line) for line in OLD_LINES]
+
+    @pytest.mark.parametrize(('flag', 'line'), [
+        (True, 'Cleared WorldModel KV caches (NEW system).\n'),
+        (False, 'Cleared WorldModel past_kv_cache (OLD system).\n'),
+    ], ids=['new', 'old'])
+    def test_clear_caches_prints_which_system(self, case, flag, line, capsys):
+        world_model = build(case, use_new_cache_manager=flag)
+        capsys.readouterr()
+        world_model.clear_caches()
+        assert capsys.readouterr() == (line, '')
+
+
+def test_the_level_of_the_lines_is_not_the_users_business(lines):
+    """They are there with the levels that importing leaves: LightZero's root at DEBUG, the plugin at INFO."""
+    assert logging.getLogger('lzero_kvcache').level == logging.INFO
+    assert logging.getLogger('lzero_kvcache.pool').getEffectiveLevel() == logging.INFO
+
+
+@pytest.mark.parametrize('case', MODELS, ids=['UniZero', 'SampledUniZero', 'continuous'])
+@pytest.mark.parametrize(('cfg', 'expected'), [
+    ({}, False),
+    (dict(use_new_cache_manager=False), False),
+    (dict(use_new_cache_manager=True), True),
+    (dict(kv_cache_cfg=dict(type='new')), False),
+    (dict(use_new_cache_manager=False, kv_cache_cfg=dict(type='old')), False),
+])
+def test_the_attribute(case, cfg, expected):
+    assert build(case, **cfg).use_new_cache_manager is expected
+
+
+def test_the_snippet_new(capsys):
+    world_model = build(**EXAMPLE_2)
+    capsys.readouterr()
+    print(f"Using new cache manager: {world_model.use_new_cache_manager}")
+    if world_model.use_new_cache_manager:
+        stats = world_model.kv_cache_manager.get_stats_summary()
+        print(f"Cache stats: {stats}")
+    else:
+        print("Using legacy cache system")
+    first, second, *rest = capsys.readouterr().out.split('\n')
+    assert first == 'Using new cache manager: True'
+    assert second.startswith("Cache stats: {'stats_enabled': True, 'init_pools': {'env_0': {'hits': 0, ")
+    assert rest == ['']
+
+
+class TestSummary:
+
+    def test_keys_and_sizes(self):
+        summary = build(**EXAMPLE_2).kv_cache_manager.get_stats_summary()
+        assert summary['stats_enabled'] is True
+        assert list(summary['init_pools']) == [f'env_{i}' for i in range(8)]
+        pools = [*summary['init_pools'].values(), summary['recur_pool'], summary['wm_pool']]
+        assert [pool['capacity'] for pool in pools] == [400] * 8 + [400, 8]
+        for pool in pools:
+            assert POOL_KEYS <= set(pool)
+            assert {pool[key] for key in POOL_KEYS - {'capacity'}} == {0}
+
+    @pytest.mark.parametrize('flag', [False, True], ids=['old', 'new'])
+    def test_can_be_written_as_json(self, flag):
+        """After a search, whose numbers come from numpy and torch."""
+        case = Case()
+        model = construct(MODEL_REGISTRY.get('UniZeroModel'), case, 2, use_new_cache_manager=flag)
+        player = Batch(model)
+        for event in random_trace(np.random.default_rng(0), case, 2, root_steps=2, simulations=2).events:
+            player.play(event)
+        summary = model.world_model.kv_cache_manager.get_stats_summary()
+        assert json.loads(json.dumps(summary)) == summary
+        assert summary['stats_enabled'] is True
+        assert summary['recur_pool']['total_queries'] > 0
+
+    def test_counts_of_a_search(self):
+        """Two environments, two root steps, two simulations below each."""
+        case = Case()
+        model = construct(MODEL_REGISTRY.get('UniZeroModel'), case, 2, use_new_cache_manager=True)
+        player = Batch(model)
+        for event in random_trace(np.random.default_rng(0), case, 2, root_steps=2, simulations=2).events:
+            player.play(event)
+        summary = model.world_model.kv_cache_manager.get_stats_summary()
+        for pool in [*summary['init_pools'].values(), summary['recur_pool'], summary['wm_pool']]:
+            assert pool['hits'] + pool['misses'] == pool['total_queries']
+            assert pool['hit_rate'] == pytest.approx(pool['hits'] / pool['total_queries'])
+        assert [pool['size'] for pool in summary['init_pools'].values()] == [2, 2]
+        # The working batch gathered two rows at the second root step, and two at each of four simulations.
+        assert (summary['wm_pool']['total_queries'], summary['wm_pool']['hits']) == (10, 10)
+
+    @pytest.mark.parametrize('flag', [False, True], ids=['old', 'new'])
+    def test_without_counting(self, flag):
+        world_model = build(use_new_cache_manager=flag, kv_cache_cfg=dict(enable_stats=False))
+        assert world_model.kv_cache_manager.get_stats_summary() == {'stats_enabled': False}
+
+
+def test_the_old_system_has_a_manager_too():
+    summary = build(env_num=3).kv_cache_manager.get_stats_summary()
+    assert summary['stats_enabled'] is True
+    assert {'init_pools', 'recur_pool'} <= set(summary)
+
+
+@pytest.mark.parametrize('case', [Case(), Case(context_length=4, rotary=True)], ids=['learned', 'rotary'])
+def test_a_miss_an_eviction_and_a_clear_are_told_at_debug(case, debug_lines):
+    model = construct(
+        MODEL_REGISTRY.get(case.model_name), case, 2, use_new_cache_manager=True, kv_cache_cfg=dict(init_pool_size=1)
+    )
+    player = Batch(model)
+    for event in random_trace(np.random.default_rng(0), case, 2, root_steps=3, simulations=1, unknown=1.).events:
+        player.play(event)
+    told = [message for level, message in debug_lines() if level == 'DEBUG']
+    for start in ('Miss in', 'Eviction from', 'Clear of'):
+        assert any(message.startswith(start) for message in told), start

@@ -1,0 +1,804 @@
+"""The new manager: by hand, with the names of LightZero's main branch, and over pages, as the world model uses it."""
+import copy
+import gc
+import json
+import re
+import weakref
+from typing import Any, Dict
+
+import numpy as np
+import pytest
+import torch
+from builders import CONTEXT_LENGTH, audit, cache_cfg, keys_values, manager, tokens
+from ding.utils import MODEL_REGISTRY
+from easydict import EasyDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import (
+    Batch,
+    Case,
+    LightZeroAlone,
+    Root,
+    assert_same,
+    cached_model,
+    construct,
+    differences,
+    original_model,
+    play,
+    random_trace,
+    row_differences,
+)
+
+from lzero_kvcache import ConfigError, KVCacheManager, KVCachePool, PagedCacheManager
+from lzero_kvcache.pages import RESERVED_PAGES
+from lzero_kvcache.storage import PageStorage
+
+STRATEGIES = ['fifo', 'lru', 'priority']
+#: Every size that a ``KeysValues`` can have: odd ones up to 5 are stored contexts, the others are kept whole.
+SIZES = range(CONTEXT_LENGTH + 1)
+#: What a page takes in float32: two tokens, two layers, key and value, and the embedding.
+PAGE_MB = 2 * 2 * 2 * 8 * 4 / 2 ** 20
+ROUNDING = {'float32': 0., 'bfloat16': 2 ** -8, 'float16': 2 ** -11}
+
+
+class ByHand:
+    """Both ways to store by hand under one name, so that one suite serves the pools of a manager."""
+
+    def __init__(self, pool: str):
+        self.pool = pool
+
+    def set(self, used, key, value):
+        if self.pool == 'init':
+            return used.set_init_cache(0, key, value)
+        if self.pool == 'recur':
+            return used.set_recur_cache(key, value)
+        if self.pool == 'recur of one':
+            return used.set_recur_cache(key, value, env_id=1)
+        return used.set_wm_cache(key, value)
+
+    def get(self, used, key):
+        if self.pool == 'init':
+            return used.get_init_cache(0, key)
+        if self.pool == 'recur':
+            return used.get_recur_cache(key)
+        if self.pool == 'recur of one':
+            return used.get_recur_cache(key, env_id=1)
+        return used.get_wm_cache(key)
+
+
+@pytest.fixture(params=['init', 'recur', 'recur of one', 'wm'])
+def by_hand(request):
+    return ByHand(request.param)
+
+
+class TestConstruction:
+
+    def test_pools(self):
+        used = KVCacheManager(cache_cfg(game_segment_length=400, num_simulations=50), env_num=8, enable_stats=True)
+        assert [pool.pool_size for pool in used.init_pools] == [400] * 8
+        assert (used.recur_pool.pool_size, used.wm_pool.pool_size) == (100, 8)
+        assert all(isinstance(pool, KVCachePool) for pool in [*used.init_pools, used.recur_pool, used.wm_pool])
+
+    def test_an_empty_config(self):
+        used = KVCacheManager(EasyDict(), env_num=2)
+        assert [pool.pool_size for pool in used.init_pools] == [256, 256]
+        assert used.recur_pool.pool_size == 100
+        used.set_recur_cache('key', 'value')
+        assert used.get_recur_cache('key') == 'value'
+
+    def test_the_environments_of_the_config(self):
+        assert len(manager(env_num=3).init_pools) == 3
+
+    def test_names(self):
+        used = manager()
+        names = [pool.name for pool in [*used.init_pools, used.recur_pool, used.wm_pool]]
+        assert names == ['init_env0', 'init_env1', 'recurrent', 'world_model']
+
+    @pytest.mark.parametrize('strategy', STRATEGIES)
+    def test_strategy(self, strategy):
+        used = manager(kv_cache_cfg=dict(eviction=strategy))
+        pools = [*used.init_pools, used.recur_pool, used.wm_pool]
+        assert {pool.eviction_strategy.value for pool in pools} == {strategy}
+
+    def test_wrong_option(self):
+        with pytest.raises(ConfigError, match='evicton'):
+            manager(kv_cache_cfg=dict(evicton='lru'))
+
+
+class TestByHand:
+
+    def test_a_missing_key_is_none(self, by_hand):
+        assert by_hand.get(manager(), 'nothing') is None
+
+    @pytest.mark.parametrize('value', ['text', 3, (1, 2), [1, 2], {'a': 1}, torch.ones(3), 0, ''])
+    def test_plain_objects(self, by_hand, value):
+        used = manager()
+        assert by_hand.set(used, 'key', value) in range(8)
+        assert by_hand.get(used, 'key') is value
+
+    @pytest.mark.parametrize('size', SIZES)
+    def test_keys_values_are_read_back_equal(self, by_hand, size):
+        used, value = manager(), keys_values(size)
+        by_hand.set(used, 'key', value)
+        found = by_hand.get(used, 'key')
+        assert found.size == size
+        assert len(found) == len(value)
+        assert torch.equal(tokens(found), tokens(value))
+        audit(used)
+
+    @pytest.mark.parametrize('size', SIZES)
+    def test_what_comes_out_can_be_continued(self, by_hand, size):
+        """As LightZero's attention does: there is room for as many tokens as in the original."""
+        used, value = manager(), keys_values(size)
+        by_hand.set(used, 'key', value)
+        found = by_hand.get(used, 'key')
+        assert found[0]._k_cache._cache.shape == value[0]._k_cache._cache.shape
+        if size < CONTEXT_LENGTH:
+            more = torch.randn(2, 1, 2, 1, 4)
+            for layers in (found, value):
+                for layer in layers:
+                    layer.update(*more)
+            assert found.size == size + 1
+            assert torch.equal(tokens(found), tokens(value))
+
+    @pytest.mark.parametrize('size', [1, 4, 5, 8])
+    def test_a_private_copy_goes_in(self, by_hand, size):
+        used, value = manager(), keys_values(size)
+        kept = tokens(value)
+        by_hand.set(used, 'key', value)
+        for layer in value:
+            layer._k_cache._cache.fill_(7)
+            layer._v_cache._size = 0
+        assert torch.equal(tokens(by_hand.get(used, 'key')), kept)
+
+    @pytest.mark.parametrize('size', [1, 4, 5, 8])
+    def test_what_comes_out_corrupts_nothing(self, by_hand, size):
+        used, value = manager(), keys_values(size)
+        by_hand.set(used, 'key', value)
+        for layer in by_hand.get(used, 'key'):
+            layer._k_cache._cache.fill_(7)
+            layer._v_cache._size = 0
+        assert torch.equal(tokens(by_hand.get(used, 'key')), tokens(value))
+
+    @pytest.mark.parametrize('shape', [
+        dict(layers=3), dict(layers=1), dict(heads=1), dict(head_dim=8), dict(max_tokens=6), dict(max_tokens=20),
+        dict(rows=3)
+    ], ids=str)
+    def test_other_shapes_than_the_configs(self, by_hand, shape):
+        used, value = manager(), keys_values(5, **shape)
+        by_hand.set(used, 'key', value)
+        assert torch.equal(tokens(by_hand.get(used, 'key')), tokens(value))
+        assert by_hand.get(used, 'key')[0]._k_cache._cache.shape == value[0]._k_cache._cache.shape
+
+    def test_a_context_that_was_made_with_gradients(self, by_hand):
+        used, value = manager(), keys_values(3)
+        kept = tokens(value)
+        for layer in value:
+            for cache in (layer._k_cache, layer._v_cache):
+                cache._cache = cache._cache.requires_grad_() * 1.
+        by_hand.set(used, 'key', value)
+        found = by_hand.get(used, 'key')
+        assert torch.equal(tokens(found), kept)
+        assert not found[0]._k_cache._cache.requires_grad
+
+    def test_many_of_all_kinds(self, by_hand):
+        """More than there is room for, replaced and evicted; what is there is what was put there last."""
+        used, expected = manager(kv_cache_cfg=dict(init_pool_size=3, recurrent_pool_size=5)), {}
+        for number in range(60):
+            key, value = number % 7, keys_values(number % 9, seed=number) if number % 5 else f'value {number}'
+            by_hand.set(used, key, value)
+            expected[key] = value
+            for stored, right in expected.items():
+                found = by_hand.get(used, stored)
+                if isinstance(right, str):
+                    assert found in (None, right)
+                else:
+                    assert found is None or torch.equal(tokens(found), tokens(right))
+            assert by_hand.get(used, key) is not None
+            audit(used)
+
+    def test_environments_are_apart(self):
+        used = manager(env_num=3)
+        for env_id in range(3):
+            used.set_init_cache(env_id, 'key', keys_values(3, seed=env_id))
+        for env_id in range(3):
+            assert torch.equal(tokens(used.get_init_cache(env_id, 'key')), tokens(keys_values(3, seed=env_id)))
+        used.set_recur_cache('node', 'of 0', env_id=0)
+        used.set_recur_cache('node', 'of 1', env_id=1)
+        assert [used.get_recur_cache('node', env_id=env_id) for env_id in range(3)] == ['of 0', 'of 1', None]
+        assert used.get_recur_cache('node') is None
+
+    def test_one_environments_evictions_are_its_own(self):
+        used = manager(kv_cache_cfg=dict(init_pool_size=2))
+        used.set_init_cache(0, 'key', 'value')
+        for number in range(5):
+            used.set_init_cache(1, number, 'other')
+        assert used.get_init_cache(0, 'key') == 'value'
+        assert (used.init_pools[0].stats.evictions, used.init_pools[1].stats.evictions) == (0, 3)
+
+    @pytest.mark.parametrize('env_id', [2, 17, -1])
+    def test_an_environment_that_is_not_there(self, env_id):
+        used = manager()
+        for call in (
+                lambda: used.get_init_cache(env_id, 'key'),
+                lambda: used.set_init_cache(env_id, 'key', 'value'),
+                lambda: used.hierarchical_get(env_id, 'key'),
+        ):
+            with pytest.raises(ValueError, match=f'environment {env_id} is outside .*world_model_cfg.env_num=2'):
+                call()
+
+    @pytest.mark.parametrize('strategy', STRATEGIES)
+    def test_full_pools(self, by_hand, strategy):
+        used = manager(kv_cache_cfg=dict(eviction=strategy, init_pool_size=2, recurrent_pool_size=2))
+        slots = [by_hand.set(used, key, keys_values(5, seed=key)) for key in range(3)]
+        assert slots[2] == slots[0]
+        assert by_hand.get(used, 0) is None
+        for key in (1, 2):
+            assert torch.equal(tokens(by_hand.get(used, key)), tokens(keys_values(5, seed=key)))
+        audit(used)
+
+    def test_priority(self):
+        """What was asked for most stays; what was given a priority stays by that."""
+        used = manager(kv_cache_cfg=dict(eviction='priority', recurrent_pool_size=3))
+        for key in 'abc':
+            used.set_recur_cache(key, key)
+        for key in 'aac':
+            used.get_recur_cache(key)
+        used.set_recur_cache('d', 'd')
+        assert [used.get_recur_cache(key) for key in 'abcd'] == ['a', None, 'c', 'd']
+        used.recur_pool.set('always', 'kept', priority=1000)
+        for number in range(20):
+            used.set_recur_cache(number, number)
+        assert used.recur_pool.get('always') == 'kept'
+
+
+class TestHierarchicalGet:
+
+    def test_order(self):
+        used = manager()
+        used.set_recur_cache('key', 'of nobody')
+        assert used.hierarchical_get(0, 'key') == 'of nobody'
+        used.set_recur_cache('key', 'of 0', env_id=0)
+        assert used.hierarchical_get(0, 'key') == 'of 0'
+        assert used.hierarchical_get(1, 'key') == 'of nobody'
+        used.set_init_cache(0, 'key', 'root')
+        assert used.hierarchical_get(0, 'key') == 'root'
+        assert used.hierarchical_get(1, 'key') == 'of nobody'
+
+    def test_never_another_environments(self):
+        used = manager()
+        used.set_init_cache(1, 'key', 'root of 1')
+        used.set_recur_cache('key', 'node of 1', env_id=1)
+        assert used.hierarchical_get(0, 'key') is None
+
+    def test_never_the_working_batch(self):
+        used = manager()
+        used.set_wm_cache('key', 'value')
+        assert used.hierarchical_get(0, 'key') is None
+
+    def test_counts(self):
+        """One query of the init pool, and if that has nothing, one of the recurrent pool."""
+        used = manager()
+        used.set_init_cache(0, 'root', 1)
+        used.set_recur_cache('node', 2, env_id=0)
+        for key in ('root', 'node', 'nothing'):
+            used.hierarchical_get(0, key)
+        assert used.init_pools[0].stats.summary() == dict(
+            hits=1, misses=2, evictions=0, total_queries=3, hit_rate=pytest.approx(1 / 3)
+        )
+        assert (used.recur_pool.stats.hits, used.recur_pool.stats.misses) == (1, 1)
+
+
+class TestClearing:
+
+    @staticmethod
+    def filled():
+        used = manager()
+        for env_id in range(2):
+            used.set_init_cache(env_id, 'key', keys_values(3))
+            used.get_init_cache(env_id, 'key')
+        used.set_recur_cache('key', keys_values(5))
+        used.get_recur_cache('nothing')
+        used.set_wm_cache('key', 'value')
+        used.get_wm_cache('key')
+        return used
+
+    @pytest.mark.parametrize(('clear', 'left'), [
+        (lambda used: used.clear_init_caches(), [0, 0, 1, 1]),
+        (lambda used: used.clear_init_caches(env_id=1), [1, 0, 1, 1]),
+        (lambda used: used.clear_init_caches(mode='eval'), [1, 1, 1, 1]),
+        (lambda used: used.clear_init_caches('collect', 0), [0, 1, 1, 1]),
+        (lambda used: used.clear_recur_cache(), [1, 1, 0, 1]),
+        (lambda used: used.clear_all(), [0, 0, 0, 0]),
+        (lambda used: used.reset_stats(), [1, 1, 1, 1]),
+    ])
+    def test_what_is_left(self, clear, left):
+        used = self.filled()
+        clear(used)
+        assert [len(pool) for pool in [*used.init_pools, used.recur_pool, used.wm_pool]] == left
+        audit(used)
+
+    def test_counts_stay(self):
+        used = self.filled()
+        before = used.get_stats_summary()
+        used.clear_all()
+        after = used.get_stats_summary()
+        for pool in (after['init_pools']['env_0'], after['recur_pool'], after['wm_pool']):
+            assert pool['size'] == 0
+            assert pool['total_queries'] == 1
+        for summary in (before, after):
+            for pool in [*summary['init_pools'].values(), summary['recur_pool'], summary['wm_pool']]:
+                del pool['size']
+        assert before == after
+
+    def test_reset_stats_resets_counts_and_nothing_else(self):
+        used = self.filled()
+        used.count_queries('recur', 5, 3)
+        used.reset_stats()
+        summary = used.get_stats_summary()
+        for pool in [*summary['init_pools'].values(), summary['recur_pool'], summary['wm_pool']]:
+            assert {pool[key] for key in ('hits', 'misses', 'evictions', 'total_queries', 'hit_rate')} == {0}
+            assert pool['size'] == 1
+        assert used.counters()['total']['queries'] == 0
+        assert used.get_init_cache(0, 'key').size == 3
+
+    def test_cleared_pages_can_be_used_again(self):
+        used = manager()
+        for _ in range(300):
+            used.set_recur_cache('key', keys_values(5))
+            used.set_init_cache(0, 'key', keys_values(5))
+            used.clear_all()
+        assert used._pages.used == 0
+        assert used.page_capacity == manager().page_capacity
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just('set_init_cache'), st.integers(0, 1), st.integers(0, 4), st.integers(0, 8)),
+        st.tuples(st.just('set_recur_cache'), st.integers(0, 4), st.integers(0, 8), st.sampled_from([None, 0, 1])),
+        st.tuples(st.just('set_wm_cache'), st.integers(0, 4), st.integers(0, 8)),
+        st.tuples(st.just('get_init_cache'), st.integers(0, 1), st.integers(0, 4)),
+        st.tuples(st.just('get_recur_cache'), st.integers(0, 4), st.sampled_from([None, 0, 1])),
+        st.tuples(st.just('get_wm_cache'), st.integers(0, 4)),
+        st.tuples(st.just('hierarchical_get'), st.integers(0, 1), st.integers(0, 4)),
+        st.tuples(st.just('clear_init_caches')),
+        st.tuples(st.just('clear_recur_cache')),
+        st.tuples(st.just('clear_all')),
+    ), max_size=60
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(strategy=st.sampled_from(STRATEGIES), operations=OPERATIONS, limit=st.sampled_from([None, 25 * PAGE_MB]))
+def test_any_use_by_hand(strategy, operations, limit):
+    """
+    Pages are neither lost nor mixed, what was just set is there, and the counts are exact. (25 pages are about the
+    least that one search needs, and fewer than these pools could fill.)
+    """
+    used = manager(kv_cache_cfg=dict(eviction=strategy, init_pool_size=3, recurrent_pool_size=3, max_memory_mb=limit))
+    for name, *arguments in operations:
+        if name.startswith('set'):
+            size = arguments[1 if name != 'set_init_cache' else 2]
+            value = keys_values(size, seed=size)
+            positions = {'set_init_cache': 2, 'set_recur_cache': 1, 'set_wm_cache': 1}
+            arguments[positions[name]] = value
+            getattr(used, name)(*arguments)
+            del arguments[positions[name]]
+            found = getattr(used, 'get' + name[3:])(*arguments)
+            assert torch.equal(tokens(found), tokens(value))
+        else:
+            found = getattr(used, name)(*arguments)
+            if found is not None:
+                assert torch.equal(tokens(found), tokens(keys_values(found.size, seed=found.size)))
+        audit(used)
+        for pool in [*used.init_pools, used.recur_pool, used.wm_pool]:
+            assert pool.stats.hits + pool.stats.misses == pool.stats.total_queries
+            assert len(pool) <= pool.pool_size
+    json.dumps(used.get_stats_summary())
+
+
+class TestStorage:
+
+    @pytest.mark.parametrize('dtype', list(ROUNDING))
+    @pytest.mark.parametrize('size', [1, 3, 5])
+    def test_dtype(self, dtype, size):
+        used, value = manager(kv_cache_cfg=dict(dtype=dtype)), keys_values(size)
+        used.set_init_cache(0, 'key', value)
+        found = tokens(used.get_init_cache(0, 'key'))
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, tokens(value), rtol=ROUNDING[dtype], atol=1e-7 if ROUNDING[dtype] else 0.)
+        assert torch.equal(found, tokens(value).to(getattr(torch, dtype)).float())
+
+    @pytest.mark.parametrize(('dtype', 'share'), [('bfloat16', 0.5), ('float16', 0.5)])
+    def test_half_precision_is_half_the_memory(self, dtype, share):
+        sizes = []
+        for kind in ('float32', dtype):
+            used = manager(kv_cache_cfg=dict(dtype=kind))
+            used.set_init_cache(0, 'key', keys_values(3))
+            sizes.append(used.memory_mb)
+        assert sizes[1] == pytest.approx(share * sizes[0])
+
+    def test_memory_is_what_the_pages_take(self):
+        used = manager()
+        assert used.memory_mb == 0  # nothing is allocated before the first use
+        used.set_init_cache(0, 'key', keys_values(3))
+        assert used.memory_mb == pytest.approx(used.page_capacity * PAGE_MB)
+        assert used.get_stats_summary()['memory_mb'] == used.counters()['memory_mb'] == used.memory_mb
+
+    def test_grows_with_a_line(self, lines):
+        used = manager(kv_cache_cfg=dict(init_pool_size=20, recurrent_pool_size=1))
+        before = used.page_capacity
+        for key in range(20):
+            for env_id in range(2):
+                used.set_init_cache(env_id, key, keys_values(5, seed=2 * key + env_id))
+        assert used.page_capacity > before
+        for key in range(20):
+            for env_id in range(2):
+                assert torch.equal(
+                    tokens(used.get_init_cache(env_id, key)), tokens(keys_values(5, seed=2 * key + env_id))
+                )
+        grown = [message for level, message in lines() if message.startswith('Grew the page storage')]
+        assert grown
+        assert grown[0].startswith(f'Grew the page storage from {before} to ')
+        assert len(grown) <= 3
+        audit(used)
+
+    @pytest.mark.parametrize('strategy', STRATEGIES)
+    def test_a_limit_is_kept(self, strategy, lines):
+        """Beyond it root contexts are evicted, warned of once; what was set last is there."""
+        limit = 50 * PAGE_MB
+        used = manager(kv_cache_cfg=dict(
+            eviction=strategy, init_pool_size=50, recurrent_pool_size=1, max_memory_mb=limit
+        ))
+        for key in range(60):
+            value = keys_values(5, seed=key)
+            used.set_init_cache(key % 2, key, value)
+            for _ in range(3):
+                assert torch.equal(tokens(used.get_init_cache(key % 2, key)), tokens(value))
+            assert used.memory_mb <= limit
+            audit(used)
+        assert sum(pool.stats.evictions for pool in used.init_pools) > 0
+        assert sum(len(pool) for pool in used.init_pools) >= 10
+        assert len([line for line in lines() if line[0] == 'WARNING']) == 1
+        assert 'kv_cache_cfg.max_memory_mb' in next(message for level, message in lines() if level == 'WARNING')
+
+    def test_nodes_are_not_evicted_for_roots(self):
+        limit = 50 * PAGE_MB
+        used = manager(kv_cache_cfg=dict(init_pool_size=50, recurrent_pool_size=2, max_memory_mb=limit))
+        used.set_recur_cache('node', keys_values(5))
+        for key in range(60):
+            used.set_init_cache(0, key, keys_values(5, seed=key))
+        assert torch.equal(tokens(used.get_recur_cache('node')), tokens(keys_values(5)))
+
+    def test_nodes_that_do_not_fit(self):
+        """By hand a node takes all its pages. Too many are refused with the key to change, and nothing is lost."""
+        used = manager(kv_cache_cfg=dict(init_pool_size=1, recurrent_pool_size=40, max_memory_mb=70 * PAGE_MB))
+        with pytest.raises(RuntimeError, match='max_memory_mb'):
+            for key in range(40):
+                used.set_recur_cache(key, keys_values(5, seed=key))
+        audit(used)
+        assert key > 10
+        for stored in range(key):
+            assert torch.equal(tokens(used.get_recur_cache(stored)), tokens(keys_values(5, seed=stored)))
+        assert used.get_recur_cache(key) is None
+
+    @pytest.mark.parametrize('cfg', [
+        dict(), dict(num_simulations=50), dict(num_simulations=3, embed_dim=16), dict(num_layers=1, env_num=3),
+        dict(num_simulations=77, num_layers=5), dict(context_length=20, num_heads=1), dict(evaluator_env_num=9),
+    ], ids=str)
+    def test_a_limit_that_is_too_small(self, cfg):
+        """The message says what would do, and that does."""
+        with pytest.raises(ConfigError, match='max_memory_mb=0.001 is too small') as error:
+            manager(kv_cache_cfg=dict(max_memory_mb=0.001), **cfg)
+        least = float(re.search(r'at least ([\d.]+)', str(error.value)).group(1))
+        manager(kv_cache_cfg=dict(max_memory_mb=least), **cfg)
+
+
+class TestCopies:
+
+    def test_a_deep_copy_is_independent(self):
+        used = manager()
+        used.set_init_cache(0, 'both', keys_values(3, seed=1))
+        other = copy.deepcopy(used)
+        used.set_init_cache(0, 'one', keys_values(3, seed=2))
+        other.set_init_cache(0, 'other', keys_values(3, seed=3))
+        other.set_init_cache(0, 'both', keys_values(5, seed=4))
+        assert torch.equal(tokens(used.get_init_cache(0, 'both')), tokens(keys_values(3, seed=1)))
+        assert torch.equal(tokens(other.get_init_cache(0, 'both')), tokens(keys_values(5, seed=4)))
+        assert used.get_init_cache(0, 'other') is None
+        assert other.get_init_cache(0, 'one') is None
+        assert torch.equal(tokens(used.get_init_cache(0, 'one')), tokens(keys_values(3, seed=2)))
+        used.clear_all()
+        assert torch.equal(tokens(other.get_init_cache(0, 'other')), tokens(keys_values(3, seed=3)))
+        used.get_init_cache(0, 'nothing')
+        assert (used.init_pools[0].stats.misses, other.init_pools[0].stats.misses) == (2, 1)
+        for each in (used, other):
+            audit(each)
+
+    def test_a_copy_holds_nothing_of_its_original(self):
+        used = manager()
+        used.set_init_cache(0, 'key', keys_values(3))
+        other = copy.deepcopy(used)
+        gone = [weakref.ref(used), weakref.ref(used.storage.slab), weakref.ref(used.init_pools[0])]
+        del used
+        gc.collect()
+        assert [reference() for reference in gone] == [None] * 3
+        assert other.get_init_cache(0, 'key').size == 3
+
+    @pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+    def test_a_models_copy_has_a_manager_that_looks_at_the_copy(self, rotary):
+        model = cached_model(Case(rotary=rotary), 2, 0)
+        Batch(model).play(random_trace(np.random.default_rng(0), Case(rotary=rotary), 2, 1, 0).events[0])
+        target = copy.deepcopy(model)
+        ours, theirs = model.world_model.kv_cache_manager, target.world_model.kv_cache_manager
+        assert theirs is not ours
+        assert theirs.storage.slab.data.data_ptr() != ours.storage.slab.data.data_ptr()
+        gone = weakref.ref(model.world_model)
+        del model, ours
+        gc.collect()
+        assert gone() is None
+        Batch(target).play(random_trace(np.random.default_rng(0), Case(rotary=rotary), 2, 1, 0).events[0])
+
+
+class TestInAWorldModel:
+    """By hand, while a world model uses the same manager."""
+
+    @staticmethod
+    def context(model, size):
+        """Keys and values as LightZero's transformer makes them."""
+        value = model.world_model.transformer.generate_empty_keys_values(n=1, max_tokens=8)
+        with torch.no_grad():
+            model.world_model.transformer(torch.randn(1, size, 32), value, start_pos=0)
+        return value
+
+    @pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+    @pytest.mark.parametrize('size', range(1, 9))
+    def test_read_back_equal(self, rotary, size):
+        """To float tolerance where pages hold what is left without the positions."""
+        model = cached_model(Case(rotary=rotary), 2, 0)
+        value = self.context(model, size)
+        kept, used = tokens(value), model.world_model.kv_cache_manager
+        used.set_init_cache(1, 'key', value)
+        used.set_recur_cache('key', value)
+        for found in (used.get_init_cache(1, 'key'), used.get_recur_cache('key'), used.hierarchical_get(1, 'key')):
+            torch.testing.assert_close(tokens(found), kept, rtol=1e-5, atol=1e-6)
+            assert not tokens(found).requires_grad
+
+    def test_what_the_model_stored_is_what_lightzero_stores(self):
+        """A root's context, read by hand."""
+        case = Case()
+        trace = random_trace(np.random.default_rng(0), case, 1, root_steps=3, simulations=0)
+        ours, theirs = Batch(cached_model(case, 1, 0)), LightZeroAlone(original_model(case, 1, 0))
+        for event in trace.events:
+            ours.play(event)
+            theirs.play(event)
+            pool = theirs.world_model.past_kv_cache_init_infer_envs[0]
+            key, slot = list(pool.items())[-1]
+            right = theirs.world_model.shared_pool_init_infer[0][slot]
+            used = ours.world_model.kv_cache_manager
+            found = used.init_pools[0].get(list(used.init_pools[0]._slots)[-1])
+            torch.testing.assert_close(tokens(found), tokens(right), rtol=1e-4, atol=1e-5)
+
+    def test_a_search_goes_on_beside_it(self):
+        case = Case()
+        trace = random_trace(np.random.default_rng(0), case, 2, root_steps=3, simulations=4)
+        model = cached_model(case, 2, 0)
+
+        class Meddler(Batch):
+
+            def play(self, event):
+                used = self.world_model.kv_cache_manager
+                used.set_init_cache(0, 'mine', 'plain')
+                used.set_init_cache(1, 'mine', self.world_model._blank())
+                used.set_recur_cache('mine', 'plain', env_id=0)
+                return super().play(event)
+
+        alone = [LightZeroAlone(original_model(case, 1, 0)) for _ in range(2)]
+        assert_same(differences(trace, Meddler(model), alone))
+        audit(model.world_model.kv_cache_manager)
+
+
+class TestUnderALimit:
+
+    @pytest.mark.parametrize('strategy', STRATEGIES)
+    @pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+    def test_long_episodes_in_the_least_memory(self, rotary, strategy):
+        """What a running search and the current steps need is never evicted, so nothing is answered otherwise."""
+        case = Case(rotary=rotary)
+        with pytest.raises(ConfigError) as error:
+            cached_model(case, 3, 0, num_simulations=4, kv_cache_cfg=dict(max_memory_mb=1e-6))
+        least = float(re.search(r'at least ([\d.]+)', str(error.value)).group(1))
+        model = cached_model(
+            case, 3, 0, num_simulations=4, kv_cache_cfg=dict(max_memory_mb=least + 0.01, eviction=strategy)
+        )
+        used = model.world_model.kv_cache_manager
+        trace = random_trace(np.random.default_rng(0), case, 3, root_steps=30, simulations=4, episodes=0.1)
+        alone = [LightZeroAlone(original_model(case, 1, 0)) for _ in range(3)]
+        assert_same(differences(trace, Batch(model), alone))
+        assert used.memory_mb <= least + 0.01
+        assert sum(pool.stats.evictions for pool in used.init_pools) > 0
+        audit(used)
+
+    def test_a_small_recurrent_pool_loses_nodes_but_no_page(self, lines):
+        case = Case()
+        model = construct(
+            MODEL_REGISTRY.get('UniZeroModel'), case, 2, use_new_cache_manager=True,
+            kv_cache_cfg=dict(recurrent_pool_size=3)
+        )
+        player = Batch(model)
+        for event in random_trace(np.random.default_rng(0), case, 2, root_steps=2, simulations=8).events:
+            player.play(event)
+            audit(model.world_model.kv_cache_manager)
+        assert len([line for line in lines() if line[0] == 'WARNING' and 'recurrent_pool_size' in line[1]]) == 1
+
+
+class TestPagesOfASearch:
+
+    def test_no_page_is_lost_on_the_way(self):
+        case = Case()
+        model = cached_model(case, 3, 0)
+        trace = random_trace(
+            np.random.default_rng(1), case, 3, root_steps=8, simulations=6, clears=0.2, episodes=0.2, unknown=0.3
+        )
+        player = Batch(model)
+        for event in trace.events:
+            player.play(event)
+            audit(model.world_model.kv_cache_manager)
+
+    def test_a_node_costs_one_page(self):
+        case = Case(context_length=20)
+        model = cached_model(case, 3, 0)
+        used, player, before = model.world_model.kv_cache_manager, Batch(model), 0
+        for event in random_trace(np.random.default_rng(1), case, 3, root_steps=1, simulations=6).events:
+            player.play(event)
+            assert used._pages.used == before + 3
+            before = used._pages.used
+        used.clear_recur_cache()
+        assert used._pages.used == 3
+
+    def test_a_step_that_fails_gives_its_pages_back(self):
+        case = Case()
+        model = cached_model(case, 2, 0)
+        trace = random_trace(np.random.default_rng(1), case, 3, root_steps=1, simulations=1)
+        root, expand = trace.events
+        with pytest.raises(ValueError, match='world_model_cfg.env_num=2'):
+            Batch(model).play(root)
+        audit(model.world_model.kv_cache_manager)
+        player = Batch(model)
+        player.play(Root(*(field[:2] for field in root)))
+        player._latents[0] = np.concatenate([player._latents[0], player._latents[0][:1]])
+        with pytest.raises((ValueError, IndexError)):
+            player.play(expand)
+        audit(model.world_model.kv_cache_manager)
+
+
+class PlainManager(PagedCacheManager):
+    """A manager as the base class describes it and no cleverer: dicts that forget nothing but what is cleared."""
+
+    def __init__(self, config: Any, env_num: int, enable_stats: bool) -> None:
+        self.arguments = (config, env_num, enable_stats)
+        self.width = config.context_length // 2 - 1
+        self.roots: Dict[Any, Any] = {}
+        self.nodes: Dict[Any, Any] = {}
+        self.asked = dict(init=[0, 0], recur=[0, 0])
+        self.made = RESERVED_PAGES
+        self.storage = PageStorage(config, self)
+
+    @property
+    def page_capacity(self) -> int:
+        return 2000
+
+    def allocate(self, count: int) -> np.ndarray:
+        self.made += count
+        return np.arange(self.made - count, self.made)
+
+    def hold(self, tables):
+        pass
+
+    def release(self):
+        pass
+
+    def find_init(self, mode, env_ids, keys):
+        return self._find([self.roots.get((mode, env_id, key)) for env_id, key in zip(env_ids, keys)])
+
+    def store_init(self, mode, env_ids, keys, rows):
+        self.roots.update({(mode, env_id, key): row for env_id, key, *row in zip(env_ids, keys, *rows)})
+
+    def find_recur(self, mode, env_ids, keys):
+        return self._find([
+            self.roots.get((mode, env_id, key)) or self.nodes.get((env_id, key)) for env_id, key in zip(env_ids, keys)
+        ])
+
+    def store_recur(self, env_ids, keys, rows):
+        self.nodes.update({(env_id, key): row for env_id, key, *row in zip(env_ids, keys, *rows)})
+
+    def clear_init_caches(self, mode=None, env_id=None):
+        self.roots = {
+            key: row for key, row in self.roots.items() if mode not in (None, key[0]) or env_id not in (None, key[1])
+        }
+
+    def clear_recur_cache(self):
+        self.nodes.clear()
+
+    def clear_all(self):
+        self.clear_init_caches()
+        self.clear_recur_cache()
+
+    def count_queries(self, pool, queries, hits, by_node=False):
+        self.asked[pool][0] += queries
+        self.asked[pool][1] += hits
+
+    def counters(self):
+        return {'memory_mb': self.storage.slab.memory_mb}
+
+    def get_stats_summary(self):
+        return {'stats_enabled': False}
+
+    def reset_stats(self):
+        self.asked = dict(init=[0, 0], recur=[0, 0])
+
+    def _find(self, found):
+        tables, counts = np.zeros((len(found), self.width), np.int64), np.zeros(len(found), np.int64)
+        for row, entry in enumerate(found):
+            if entry is not None:
+                tables[row], counts[row] = entry
+        return tables, counts
+
+
+class TestCustomManagers:
+
+    def test_a_registered_one_is_used(self, registered):
+        registered('plain', PlainManager)
+        model = cached_model(Case(), 3, 0, kv_cache_cfg=dict(type='plain'))
+        used = model.world_model.kv_cache_manager
+        assert type(used) is PlainManager
+        config, env_num, enable_stats = used.arguments
+        assert (config.context_length, env_num, enable_stats) == (8, 3, True)
+
+    def test_the_flag_still_decides(self, registered):
+        registered('plain', PlainManager)
+        model = construct(
+            MODEL_REGISTRY.get('UniZeroModel'), Case(), 2, use_new_cache_manager=False, kv_cache_cfg=dict(type='plain')
+        )
+        assert type(model.world_model.kv_cache_manager) is not PlainManager
+
+    @pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+    def test_the_base_class_says_all_that_is_needed(self, registered, rotary):
+        """A manager that was written from its docstrings answers as the plugin's own does."""
+        registered('plain', PlainManager)
+        case = Case(rotary=rotary)
+        trace = random_trace(
+            np.random.default_rng(2), case, 3, root_steps=5, simulations=5, clears=0.2, episodes=0.2, unknown=0.3
+        )
+        model = cached_model(case, 3, 0, kv_cache_cfg=dict(type='plain'))
+        own = cached_model(case, 3, 0)
+        for actual, expected in zip(play(Batch(model), trace), play(Batch(own), trace)):
+            if expected is not None:
+                assert_same(row_differences(actual, expected))
+        counters = own.world_model.kv_cache_manager.counters()
+        for pool, (queries, hits) in model.world_model.kv_cache_manager.asked.items():
+            assert (counters[pool]['queries'], counters[pool]['hits']) == (queries, hits)
+            assert 0 < hits < queries
+
+    def test_a_subclass_that_changes_a_part(self, registered):
+        class Forgetful(KVCacheManager):
+
+            def store_recur(self, env_ids, keys, rows):
+                pass
+
+        registered('forgetful', Forgetful)
+        case = Case()
+        player = Batch(cached_model(case, 2, 0, kv_cache_cfg=dict(type='forgetful')))
+        for event in random_trace(np.random.default_rng(2), case, 2, root_steps=1, simulations=8).events:
+            player.play(event)
+        used = player.world_model.kv_cache_manager
+        assert len(used.recur_pool) == 0
+        assert 0 < used.counters()['recur']['hits'] < used.counters()['recur']['queries'] == 16
+        audit(used)
+
+    def test_a_manager_that_lacks_something_cannot_be_made(self):
+        class Half(PagedCacheManager):
+            pass
+
+        with pytest.raises(TypeError, match='abstract'):
+            Half()
