@@ -5,6 +5,7 @@
 import contextlib
 import io
 import time
+from functools import partial
 from typing import Any, Dict, List
 
 import numpy as np
@@ -54,10 +55,10 @@ def collect(policies: Dict[str, Any], args: Any, envs: int, steps: int) -> Dict[
         timestep = [np.array(step)] * envs
         for name in sorted(policies, reverse=step % 2 == 0):
             np.random.seed(step)
-            times[name].append(timed(lambda: policies[name].collect_mode.forward(  # noqa: B023 (runs at once)
-                observation, action_mask=mask, temperature=1.0, to_play=[-1] * envs, epsilon=0.0,
-                ready_env_id=np.arange(envs), timestep=timestep,
-            ), args.device))
+            times[name].append(timed(partial(
+                policies[name].collect_mode.forward, observation, action_mask=mask, temperature=1.0,
+                to_play=[-1] * envs, epsilon=0.0, ready_env_id=np.arange(envs), timestep=timestep,
+            ), args.device)[1])
     return times
 
 

@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 import time
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 from ding.utils import MODEL_REGISTRY
@@ -84,15 +84,15 @@ def spread_latents(model: torch.nn.Module) -> None:
                 torch.nn.init.normal_(parameter, std=0.5)
 
 
-def timed(function: Callable[[], Any], device: str) -> float:
-    """Milliseconds of one call, work on the device included."""
+def timed(function: Callable[[], Any], device: str) -> Tuple[Any, float]:
+    """What one call returns, and its milliseconds, work on the device included."""
     if device == 'cuda':
         torch.cuda.synchronize()
     start = time.perf_counter()
-    function()
+    result = function()
     if device == 'cuda':
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
+    return result, (time.perf_counter() - start) * 1e3
 
 
 def median(values: Sequence[float]) -> float:

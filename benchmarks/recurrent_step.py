@@ -2,6 +2,7 @@
 
     python benchmarks/recurrent_step.py --device cpu --model cartpole --envs 8 64 256
 """
+from functools import partial
 from typing import Any, Dict, List
 
 import numpy as np
@@ -50,15 +51,12 @@ class Search:
             names = list(self.models) if simulation % 2 else list(self.models)[::-1]
             for name in names:
                 latent = np.stack([nodes[name][parent][row] for row, parent in enumerate(parents)])
-                result: List[Any] = []
-
-                def step() -> None:
-                    result.append(self.models[name].recurrent_inference(
-                        [(latent, action)], simulation, depth.tolist(), [0] * self.rows
-                    ))
-
-                times[name].append(timed(step, self.device))
-                nodes[name].append(result[0].latent_state.cpu().numpy())
+                result, milliseconds = timed(partial(
+                    self.models[name].recurrent_inference, [(latent, action)], simulation, depth.tolist(),
+                    [0] * self.rows
+                ), self.device)
+                times[name].append(milliseconds)
+                nodes[name].append(result.latent_state.cpu().numpy())
             depths.append(depth + 1)
             for leaves in unexpanded:
                 leaves += [(simulation + 1, move) for move in range(self.actions)]
@@ -94,7 +92,7 @@ def forward_alone(model: Any, rows: int, device: str, simulations: int) -> float
                 {'obs_embeddings': output.logits_observations}, keys_values, is_init_infer=False, start_pos=start,
                 search_depth=depth)
     with torch.no_grad():
-        return median([timed(run, device) for _ in range(simulations)][3:])
+        return median([timed(run, device)[1] for _ in range(simulations)][3:])
 
 
 def main() -> None:

@@ -1,16 +1,16 @@
 """A key-value cache for LightZero's UniZero, picked by one flag in ``world_model_cfg``."""
 import logging
 
+from . import models, policies, telemetry  # noqa: F401  (these register with DI-engine)
 from .base_manager import BaseCacheManager, PagedCacheManager
 from .config import CacheConfig, ConfigError
 from .eviction import EvictionStrategy
 from .loading import check_config, disable, enable
 from .manager import KVCacheManager
-from .old_manager import OldCacheManager
+from .old_system import OldCacheManager
 from .pool import KVCachePool
 from .registry import KV_CACHE_REGISTRY
 from .stats import CacheStats
-from . import models, policies, telemetry  # noqa: F401  (these register with DI-engine)
 
 __version__ = '0.1.0'
 

@@ -6,9 +6,10 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 import numpy as np
 import torch
 
-from .engine import Engine, StepOutput, Weights
+from .engine import Engine, StepOutput
 from .pages import SCRATCH_PAGE
 from .slab import MIB, Slab
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +123,7 @@ class CudaGraphBackend(EagerBackend):
             assert graph.action is not None
             graph.action[:rows] = action.reshape(graph.action[:rows].shape)
         graph.graph.replay()
-        output = StepOutput(*(None if part is None else part[:rows] for part in graph.result.output))
-        return Result(output, graph.result.search[:rows])
+        return Result(graph.result.output.map(lambda part: part[:rows]), graph.result.search[:rows])
 
     def _graph(self, weights: Weights, slab: Slab, numbers: np.ndarray,
                action: Optional[torch.Tensor]) -> Optional[_Graph]:
@@ -140,13 +140,15 @@ class CudaGraphBackend(EagerBackend):
         if fitting:
             return self._graphs[min(fitting)]
         if self._captures >= MAX_CAPTURES:
-            return self._give_up('its storage keeps moving')
+            self._give_up('its storage keeps moving')
+            return None
         try:
             self._captures += 1
             graph = self._capture(slab, rows, len(numbers), action)
         except RuntimeError as error:
             torch.cuda.synchronize()
-            return self._give_up(error)
+            self._give_up(error)
+            return None
         self._graphs[rows, action is not None] = graph
         return graph
 

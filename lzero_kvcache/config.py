@@ -13,6 +13,7 @@ PREFIX = 'policy.model.world_model_cfg'
 
 EVICTIONS = ('fifo', 'lru', 'priority')
 DTYPES = ('float32', 'bfloat16', 'float16')
+ON_NAN = ('raise', 'skip')
 BACKENDS = ('auto', 'eager', 'cudagraph', 'compile')
 
 # What LightZero's own code assumes where the key is absent.
@@ -79,7 +80,7 @@ def _choice(value: Any, key: str, valid: Iterable[str]) -> str:
 
 
 def _positive_number(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise ConfigError(f'{PREFIX}.{key}={value!r} must be a number above 0')
     return float(value)
 
@@ -101,6 +102,7 @@ class CacheConfig:
         - dtype (:obj:`str`): Storage type of keys and values: 'float32', 'bfloat16' or 'float16'.
         - max_memory_mb (:obj:`Optional[float]`): Upper bound of the page storage in MiB; None for no bound.
         - backend (:obj:`str`): How a recurrent step is launched: 'auto', 'eager', 'cudagraph' or 'compile'.
+        - on_nan (:obj:`str`): What a prediction with nan or inf does: 'raise' an error, or 'skip' storing its context.
     """
     use_new: bool
     type: str
@@ -113,6 +115,7 @@ class CacheConfig:
     dtype: str
     max_memory_mb: Optional[float]
     backend: str
+    on_nan: str
 
     @classmethod
     def read(cls, world_model_cfg: Any, managers: Optional[Iterable[str]] = None) -> 'CacheConfig':
@@ -138,13 +141,13 @@ class CacheConfig:
         def option(key: str, default: Any, check: Any, *args: Any) -> Any:
             return check(given[key], f'{OPTIONS}.{key}', *args) if key in given else default
 
-        def size(key: str, default: Optional[int]) -> Optional[int]:
+        def size(key: str, default: int) -> int:
             value = lookup(world_model_cfg, key)
             return default if value is None else _positive_int(value, key)
 
         num_simulations = size('num_simulations', DEFAULT_NUM_SIMULATIONS)
         env_num = size('env_num', DEFAULT_ENV_NUM)
-        segment = size('game_segment_length', None)
+        roots = size('game_segment_length', max(256, 2 * num_simulations))
         kind = option('type', 'new', _choice, sorted(managers or {'new', 'old', given.get('type', 'new')}))
         if use_new and kind == 'old':
             raise ConfigError(
@@ -158,12 +161,13 @@ class CacheConfig:
             eviction=option('eviction', 'fifo', _choice, EVICTIONS),
             env_num=env_num,
             num_simulations=num_simulations,
-            init_pool_size=option('init_pool_size', segment or max(256, 2 * num_simulations), _positive_int),
+            init_pool_size=option('init_pool_size', roots, _positive_int),
             recurrent_pool_size=option('recurrent_pool_size', num_simulations * env_num, _positive_int),
             enable_stats=option('enable_stats', True, _flag),
             dtype=option('dtype', 'float32', _choice, DTYPES),
             max_memory_mb=option('max_memory_mb', None, _positive_number),
             backend=option('backend', 'auto', _choice, BACKENDS),
+            on_nan=option('on_nan', 'raise', _choice, ON_NAN),
         )
 
 
@@ -177,6 +181,7 @@ KV_CACHE_CFG: Dict[str, str] = {
     'dtype': "storage of keys and values: 'float32', 'bfloat16' or 'float16'",
     'max_memory_mb': 'upper bound of the page storage, in MiB',
     'backend': "how a recurrent step is launched: 'auto', 'eager', 'cudagraph' or 'compile'",
+    'on_nan': "what a prediction with nan or inf does: 'raise' an error or 'skip' storing its context",
 }
 
 
@@ -220,11 +225,11 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None) -> CacheCo
         - ConfigError: A key is unknown, has a wrong value or contradicts another.
     """
     if not policy_cfg['mcts_ctree']:
-        raise ConfigError('policy.mcts_ctree=False cannot work: LightZero has no Python search for UniZero; set it True')
+        raise ConfigError('policy.mcts_ctree=False cannot work: LightZero has no Python search for UniZero; set True')
     if policy_cfg['random_collect_episode_num'] > 0:
         raise ConfigError(
-            f'policy.random_collect_episode_num={policy_cfg["random_collect_episode_num"]} cannot work: LightZero has no '
-            'random policy for UniZero; set it to 0'
+            f'policy.random_collect_episode_num={policy_cfg["random_collect_episode_num"]} cannot work: '
+            'LightZero has no random policy for UniZero; set it to 0'
         )
     world_model_cfg = policy_cfg['model']['world_model_cfg']
     options = CacheConfig.read(world_model_cfg, managers)

@@ -5,19 +5,17 @@ window: the context's, left-aligned, and in the last column the page that the st
 ``[-, o0, a0, o1, ..., action, observation]``; slot 0 belongs to an action that was never there and is never read, so
 that the token at position ``p`` of a context stands in slot ``p + 1``.
 """
-import functools
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lzero.model.common import SimNorm
-from torch import nn
 
 from .pages import Rows
 from .slab import Slab
+from .weights import Weights, read_weights
 
-Function = Callable[..., Any]
+Packed = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], torch.Tensor]
 
 
 class StepOutput(NamedTuple):
@@ -31,59 +29,12 @@ class StepOutput(NamedTuple):
     logits_policy: torch.Tensor  # [B, 1, actions], or [B, 1, 2 x actions]: mu and sigma
     logits_value: torch.Tensor  # [B, 1, support]
 
-
-class _Layer(NamedTuple):
-    norm1: Function
-    qkv: Tuple[torch.Tensor, torch.Tensor]  # [3E, E] and [3E]: query, key, value
-    proj: Function
-    norm2: Function
-    mlp: Function
-    gates: Optional[Tuple[Function, Function]]
-
-
-class Weights(NamedTuple):
-    """
-    Overview:
-        The model as it is now, laid out for one search: fused projections, and modules as plain functions.
-    """
-    layers: List[_Layer]
-    norm: Function
-    rewards: Function
-    observations: Function
-    policy: Function
-    value: Function
-    shift: Optional[torch.Tensor]  # [2W, L, 2, E]: what learned positions add to keys and values; None with rotary
-
-
-def _function(module: nn.Module) -> Function:
-    """A module without the cost of calling modules, which is as long as a small layer takes: its hooks do not run."""
-    if isinstance(module, nn.Sequential):
-        functions = [_function(part) for part in module if module.training or not isinstance(part, nn.Dropout)]
-
-        def run(x: torch.Tensor) -> torch.Tensor:
-            for function in functions:
-                x = function(x)
-            return x
-
-        return run
-    if type(module) is nn.Linear:
-        weight, bias = module.weight, module.bias
-        return lambda x: F.linear(x, weight, bias)
-    if type(module) is nn.LayerNorm:
-        shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
-        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
-    if type(module) is SimNorm:
-        return functools.partial(_sim_norm, dim=module.dim)
-    return module.forward
-
-
-def _sim_norm(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """SimNorm's softmax over groups; PyTorch's own takes four times as long for short groups on a CPU."""
-    groups = x.reshape(x.shape[:-1] + (-1, dim))
-    if x.is_cuda:
-        return groups.softmax(-1).view(x.shape)
-    groups = (groups - groups.amax(-1, keepdim=True)).exp_()
-    return groups.div_(groups.sum(-1, keepdim=True)).view(x.shape)
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> 'StepOutput':
+        """
+        Overview:
+            The same output with a function applied to each of its tensors.
+        """
+        return StepOutput(*(None if part is None else function(part) for part in self))  # type: ignore[arg-type]
 
 
 class Engine:
@@ -138,35 +89,9 @@ class Engine:
     def weights(self) -> Weights:
         """
         Overview:
-            The projections as they are now.
+            The model as it is now.
         """
-        wm, layers = self._wm, []
-        for block in wm.transformer.blocks:
-            attn = block.attn
-            layers.append(_Layer(
-                norm1=_function(block.ln1),
-                qkv=(
-                    torch.cat([attn.query.weight, attn.key.weight, attn.value.weight]),
-                    torch.cat([attn.query.bias, attn.key.bias, attn.value.bias]),
-                ),
-                proj=_function(attn.proj if not attn.training else nn.Sequential(attn.proj, attn.resid_drop)),
-                norm2=_function(block.ln2),
-                mlp=_function(block.mlp),
-                gates=(block.gate1.forward, block.gate2.forward) if block.gru_gating else None,
-            ))
-        shift = None
-        if not self.rotary:
-            # LightZero moves a kept key from position p to p - 2 by adding W pos(p - 2) - W pos(p), its
-            # ``pos_emb_diff_k``. These differences telescope: pages hold k - W pos(p), and W pos(p) is added for the
-            # place that a token has now.
-            positions = wm.pos_emb.weight[:2 * self.width]
-            shift = torch.stack([F.linear(positions, layer.qkv[0][self.embed_dim:]) for layer in layers], dim=1)
-            shift = shift.view(2 * self.width, self.layers, 2, self.embed_dim)
-        return Weights(
-            layers, _function(wm.transformer.ln_f), _function(wm.head_rewards.head_module),
-            _function(wm.head_observations.head_module), _function(wm.head_policy.head_module),
-            _function(wm.head_value.head_module), shift
-        )
+        return read_weights(self._wm, 0 if self.rotary else 2 * self.width)
 
     def embed_action(self, action: torch.Tensor) -> torch.Tensor:
         """
@@ -213,7 +138,7 @@ class Engine:
             numbers[width + 3:] = padded.view(np.int64).T
         return numbers
 
-    def unpack(self, numbers: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
+    def unpack(self, numbers: torch.Tensor) -> Packed:
         """
         Overview:
             Tables ``[B, W]``, counts ``[B]``, angles ``[2, B]`` and actions of what :meth:`pack` made.
@@ -320,8 +245,8 @@ class Engine:
         slab.write(tables[:, -1], page)
         return output
 
-    def step_alone(self, weights: Weights, state: torch.Tensor, action: torch.Tensor, state_angle: Optional[torch.Tensor],
-                   angles: Optional[torch.Tensor]) -> StepOutput:
+    def step_alone(self, weights: Weights, state: torch.Tensor, action: torch.Tensor,
+                   state_angle: Optional[torch.Tensor], angles: Optional[torch.Tensor]) -> StepOutput:
         """
         Overview:
             A state, an action and the predicted observation, with no context and nothing stored: reanalysis.
@@ -354,7 +279,7 @@ class Engine:
         if not self.rotary:
             positions = self._wm.pos_emb.weight[self._positions(counts)]
             x = x + positions[:, 0]
-        rotations = [None, None] if angles is None else self._rotation(angles)
+        rotations: Any = (None, None) if angles is None else self._rotation(angles)
         x = self._token(weights, window, slots - 1, x, _bias(seen), rotations[0])
         token = x.unsqueeze(1)
         rewards = weights.rewards(token)

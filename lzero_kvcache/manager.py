@@ -132,8 +132,8 @@ class KVCacheManager(PagedCacheManager):
     def store_recur(self, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
         if len(self.recur_pool) + len(keys) > self.recur_pool.pool_size:
             self._warn_once(
-                'recurrent', f"KVCachePool 'recurrent' is full at {self.recur_pool.pool_size} entries in the middle of a "
-                'search: evicted nodes are rebuilt without their context; raise kv_cache_cfg.recurrent_pool_size'
+                'recurrent', f"KVCachePool 'recurrent' is full at {self.recur_pool.pool_size} entries in a search: "
+                'evicted nodes are rebuilt without their context; raise kv_cache_cfg.recurrent_pool_size'
             )
         self.recur_pool.store(list(zip(env_ids, keys)), rows)
         self._filled['recur'] = _filled([self.recur_pool])
@@ -231,9 +231,9 @@ class KVCacheManager(PagedCacheManager):
         Overview:
             Every pool's own counts.
         Returns:
-            - summary (:obj:`Dict[str, Any]`): ``stats_enabled``; ``init_pools`` with ``env_0`` and so on, ``recur_pool`` \
-                and ``wm_pool``, each with ``hits``, ``misses``, ``evictions``, ``total_queries``, ``hit_rate``, \
-                ``size`` and ``capacity``; ``eval_pools`` once there was an evaluation; ``memory_mb``.
+            - summary (:obj:`Dict[str, Any]`): ``stats_enabled``; ``init_pools`` with ``env_0`` and so on, \
+                ``recur_pool`` and ``wm_pool``, each with ``hits``, ``misses``, ``evictions``, ``total_queries``, \
+                ``hit_rate``, ``size`` and ``capacity``; ``eval_pools`` once there was an evaluation; ``memory_mb``.
         """
         if not self.enable_stats:
             return {'stats_enabled': False}

@@ -1,19 +1,19 @@
 """LightZero's models with a world model of either system, picked by ``world_model_cfg``."""
 import inspect
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, Iterator
 
 from ding.utils import MODEL_REGISTRY
 from lzero.model import sampled_unizero_model, unizero_model
 
 from .config import CacheConfig
+from .old_system import OldWorldModel
 from .registry import KV_CACHE_REGISTRY
-from .world_model import NewWorldModel, OldWorldModel
+from .world_model import NewWorldModel
 
 
 @contextmanager
-def _world_model_of(module: ModuleType, init: Any, args: Any, kwargs: Any) -> Iterator[None]:
+def _world_model_of(module: Any, init: Any, args: Any, kwargs: Any) -> Iterator[None]:
     """LightZero's models build ``WorldModel`` by the name in their own module; put ours there for that moment."""
     config = inspect.signature(init).bind(*args, **kwargs).arguments['world_model_cfg']
     options = CacheConfig.read(config, KV_CACHE_REGISTRY)

@@ -74,6 +74,11 @@ class KVCachePolicy:
         What the plugin adds to a LightZero UniZero policy, in front of it in the method resolution order.
     """
     node_search: Any  # the search by node that goes with the policy
+    _cfg: Any
+    _model: Any
+    _target_model: Any
+    _mcts_collect: Any
+    _mcts_eval: Any
 
     @classmethod
     def default_config(cls) -> EasyDict:
@@ -86,7 +91,7 @@ class KVCachePolicy:
         """
         if cls.__base__ is not KVCachePolicy:
             return super().default_config()  # type: ignore[misc]
-        config = cls.__bases__[1].default_config()
+        config = cls.__bases__[1].default_config()  # type: ignore[attr-defined]
         config.cfg_type = cls.__name__ + 'Dict'
         config.model.world_model_cfg.pop('env_num', None)
         return deep_merge_dicts(config, EasyDict(learn=dict(learner=dict(hook={HOOK_KEY: HOOK_CONFIG}))))
@@ -95,7 +100,7 @@ class KVCachePolicy:
         settle(cfg, KV_CACHE_REGISTRY)
         self._last_steps = {COLLECT: LastSteps(), EVAL: LastSteps()}
         self._searching = False
-        super().__init__(cfg, *args, **kwargs)
+        super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]
 
     def _init_collect(self) -> None:
         super()._init_collect()  # type: ignore[misc]
@@ -117,8 +122,9 @@ class KVCachePolicy:
 
     def _forward_learn(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._forward_learn(*args, **kwargs)  # type: ignore[misc]
-        for model in (self._model, self._target_model):
-            _weights_changed(model.world_model)
+        for model, reason in ((self._model, 'learner step'), (self._target_model, 'target model updated')):
+            if _is_new(model.world_model):
+                model.world_model.weights_changed(reason)
         return output
 
     def _forward_collect(self, *args: Any, **kwargs: Any) -> Dict[int, Any]:
@@ -184,11 +190,6 @@ def _timed(function: Callable[..., Any], timing: Timing) -> Callable[..., Any]:
 
 def _is_new(world_model: Any) -> bool:
     return getattr(world_model, 'use_new_cache_manager', False)
-
-
-def _weights_changed(world_model: Any) -> None:
-    if _is_new(world_model):
-        world_model.forget()
 
 
 class UniZeroPolicy(KVCachePolicy, LightZeroUniZeroPolicy):

@@ -21,7 +21,7 @@ class _ByNode:
     def _depths(self, results: Any, path: List[int]) -> List[int]:
         return results.get_search_len()
 
-    def search(self, roots: Any, model: torch.nn.Module, latent_state_roots: Any, to_play_batch: Any,
+    def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any,
                timestep: Any) -> None:
         """
         Overview:

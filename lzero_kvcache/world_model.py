@@ -1,6 +1,5 @@
-"""LightZero's world model with the caching of either system. Joins the manager and the engine; knows LightZero."""
+"""LightZero's world model over pages. Joins the manager and the engine; knows LightZero."""
 import logging
-import numbers
 import time
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -13,55 +12,16 @@ from lzero.model.unizero_world_models.world_model import WorldModel as LightZero
 from .backend import Result, make_backend
 from .base_manager import PagedCacheManager
 from .config import CacheConfig
-from .engine import Engine, StepOutput, Weights
+from .engine import Engine, StepOutput
+from .guard import NanGuard
 from .manager import COLLECT
 from .nodes import NodeTable
 from .pages import Rows, extend
 from .registry import KV_CACHE_REGISTRY
 from .stats import Timing
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
-
-
-class OldWorldModel(LightZeroWorldModel):
-    """
-    Overview:
-        LightZero's world model with its own caching; nothing but the flag, the log line and the counts are added.
-    Arguments:
-        - config (:obj:`Any`): A ``world_model_cfg``.
-        - tokenizer (:obj:`Any`): LightZero's tokenizer.
-    """
-    use_new_cache_manager = False
-
-    def __init__(self, config: Any, tokenizer: Any) -> None:
-        options = CacheConfig.read(config, KV_CACHE_REGISTRY)
-        logger.info('Using OLD cache system (original implementation)')
-        super().__init__(config, tokenizer)
-        self.kv_cache_manager = KV_CACHE_REGISTRY['old'](config, self.env_num, options.enable_stats)
-        self.kv_cache_manager.attach(self)
-        self.timings = {'search': Timing(), 'step': Timing()}
-
-    def forward_recurrent_inference(self, *args: Any, **kwargs: Any) -> Tuple[Any, ...]:
-        """
-        Overview:
-            LightZero's own, timed.
-        """
-        start = time.perf_counter()
-        output = super().forward_recurrent_inference(*args, **kwargs)
-        if not self.reanalyze_phase:
-            self.timings['step'].record(time.perf_counter() - start)
-        return output
-
-    def clear_caches(self) -> None:
-        """
-        Overview:
-            Clear as LightZero does, and say which system was cleared.
-        """
-        for cache in self.past_kv_cache_init_infer_envs:
-            cache.clear()
-        self.past_kv_cache_recurrent_infer.clear()
-        self.keys_values_wm_list.clear()
-        print('Cleared WorldModel past_kv_cache (OLD system).')
 
 
 class Serving(NamedTuple):
@@ -105,6 +65,9 @@ class NewWorldModel(LightZeroWorldModel):
         self._roots: Optional[Tuple[Rows, np.ndarray]] = None
         self.timings = {'search': Timing(), 'step': Timing()}
         self._last_keys: Dict[Tuple[str, int], int] = {}
+        self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
+        self._told_weights_changed = False
+        self._guard = NanGuard(options.on_nan)
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
@@ -129,6 +92,11 @@ class NewWorldModel(LightZeroWorldModel):
     def past_kv_cache_recurrent_infer(self) -> 'CacheView':
         """A view on the running search's contexts."""
         return CacheView(self.kv_cache_manager.clear_recur_cache)
+
+    @property
+    def skipped(self) -> int:
+        """Rows with nan or inf that were not stored."""
+        return self._guard.skipped
 
     @property
     def keys_values_wm_list(self) -> 'CacheView':
@@ -158,9 +126,28 @@ class NewWorldModel(LightZeroWorldModel):
         for key in [key for key in self._last_keys if mode in (None, key[0]) and env_id in (None, key[1])]:
             del self._last_keys[key]
 
+    def weights_changed(self, reason: str) -> None:
+        """
+        Overview:
+            Drop the contexts that were made under older weights; the first time, say so.
+        Arguments:
+            - reason (:obj:`str`): What changed them.
+        """
+        if not self._told_weights_changed:
+            self._told_weights_changed = True
+            logger.info(f'Weights changed ({reason}): contexts made under older ones are dropped, now and from now on')
+        self.forget()
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.forget()  # contexts made under other weights
+        self.weights_changed('checkpoint loaded')
+
+    def _notice_moved_weights(self) -> None:
+        """``p.data = ...`` calls nobody, and version counters stand still under fused optimizers: look at addresses."""
+        place = self.cache_engine.device, self.cache_engine.addresses()
+        before, self._weights_place = self._weights_place, place
+        if before is not None and before != place and before[0] == place[0]:  # another device holds the same values
+            self.weights_changed('their storage moved')
 
     def _shift(self) -> Optional[torch.Tensor]:
         with torch.no_grad():
@@ -184,6 +171,7 @@ class NewWorldModel(LightZeroWorldModel):
         env_ids = [int(env_id) for env_id in env_ids]
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')
+        self._notice_moved_weights()
         with torch.no_grad():
             self._serving = Serving(mode, env_ids, self.cache_engine.weights())
         try:
@@ -198,8 +186,8 @@ class NewWorldModel(LightZeroWorldModel):
             The root inference of a search, or the targets of a training batch (then ``current_obs`` is None, and it
             is LightZero's own).
         Arguments:
-            - obs_act_dict (:obj:`Dict[str, Any]`): ``obs`` and ``action`` of the last step, ``current_obs``; an action \
-                of -1 starts an episode in its row.
+            - obs_act_dict (:obj:`Dict[str, Any]`): ``obs`` and ``action`` of the last step, ``current_obs``; an \
+                action of -1 starts an episode in its row.
             - start_pos (:obj:`Any`): Timesteps of the current observations ``[B]``, or one for all.
         Returns:
             - outputs (:obj:`Tuple`): Output sequence ``[B, 1, E]``, latent state ``[B, 1, E]``, and the logits of \
@@ -249,7 +237,9 @@ class NewWorldModel(LightZeroWorldModel):
         timesteps = _timesteps(start_pos, rows)
         latent = self.tokenizer.encode_to_obs_embeddings(current_obs).reshape(rows, -1)
         going = np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
-        keys, last_keys, last_latent = self._root_keys(mode, env_ids, latent, last_obs, going)
+        on_host, last_keys, last_latent = self._root_keys(mode, env_ids, latent, last_obs, going)
+        kept = self._guard.finite(on_host, 'A latent state', mode, env_ids, timesteps)
+        keys = hash_rows(on_host)
         manager, engine, weights = self.kv_cache_manager, self.cache_engine, self._weights()
         try:
             pages = manager.allocate(rows)
@@ -275,17 +265,19 @@ class NewWorldModel(LightZeroWorldModel):
                 sent = self._send(np.stack([pages, self._angle(2 * timesteps)]))
                 output = engine.first(weights, slab, sent[0], latent, sent[1])
             roots = extend((tables, counts), pages)
-            manager.store_init(mode, env_ids, keys, roots)
+            manager.store_init(
+                mode, [env_ids[row] for row in kept], [keys[row] for row in kept], (roots[0][kept], roots[1][kept])
+            )
         finally:
             manager.release()
         if self._serving is not None:
             self._roots = roots, timesteps
-            self._last_keys.update({(mode, env_id): key for env_id, key in zip(env_ids, keys)})
+            self._last_keys.update({(mode, env_ids[row]): keys[row] for row in kept})
         return output
 
     def _root_keys(self, mode: str, env_ids: List[int], latent: torch.Tensor, last_obs: torch.Tensor,
-                   going: np.ndarray) -> Tuple[List[int], Dict[int, int], Callable[[np.ndarray], torch.Tensor]]:
-        """Keys of the roots, keys of their predecessors, and a function that encodes some rows' last observations.
+                   going: np.ndarray) -> Tuple[np.ndarray, Dict[int, Any], Callable[[np.ndarray], torch.Tensor]]:
+        """The roots' latents on the host, keys of their predecessors, and a function that gives some of their latents.
 
         An environment that the policy follows has the key of its last root remembered, and its last observation is
         encoded only if that context is gone.
@@ -297,11 +289,12 @@ class NewWorldModel(LightZeroWorldModel):
         followed = self._last_keys if self._serving is not None else {}
         last_keys = {row: followed.get((mode, env_ids[row])) for row in np.flatnonzero(going).tolist()}
         if None not in last_keys.values():
-            return _hash_rows(latent), last_keys, lambda rows: encode()[self._send(rows)]  # type: ignore[return-value]
+            return latent.cpu().numpy(), last_keys, lambda rows: encode()[self._send(rows)]
         last = encode()
-        hashed = _hash_rows(torch.cat([last, latent]))  # one copy to the host for both
+        on_host = torch.cat([last, latent]).cpu().numpy()  # one copy for both
+        hashed = hash_rows(on_host[:len(last)])
         last_keys = {row: hashed[row] if key is None else key for row, key in last_keys.items()}
-        return hashed[len(last):], last_keys, lambda rows: last[self._send(rows)]  # type: ignore[return-value]
+        return on_host[len(last):], last_keys, lambda rows: last[self._send(rows)]
 
     def _node_step(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
                    start_pos: Any) -> StepOutput:
@@ -312,7 +305,7 @@ class NewWorldModel(LightZeroWorldModel):
         manager, weights = self.kv_cache_manager, self._weights()
         try:
             pages = manager.allocate(rows)
-            tables, counts = manager.find_recur(mode, env_ids, _hash_host_rows(latent))
+            tables, counts = manager.find_recur(mode, env_ids, hash_rows(latent))
             lost = np.flatnonzero(counts == 0)
             manager.count_queries('recur', rows, rows - len(lost))
             if len(lost):
@@ -320,9 +313,13 @@ class NewWorldModel(LightZeroWorldModel):
                 self._begin(weights, (tables, counts), lost, rebuilt, 2 * timesteps[lost])
             output = self._step(weights, (tables, counts), pages, action, (2 * depths + 1, 2 * depths + 2)).output
             if self._backend.reuses_output:
-                output = StepOutput(*(part.clone() for part in output))
-            keys = _hash_rows(output.latent_state.reshape(rows, -1))
-            manager.store_recur(env_ids, keys, extend((tables, counts), pages))
+                output = output.map(torch.clone)
+            on_host = output.latent_state.reshape(rows, -1).cpu().numpy()
+            kept = self._guard.finite(on_host, 'A predicted latent state', mode, env_ids, timesteps)
+            nodes = extend((tables, counts), pages)
+            manager.store_recur(
+                [env_ids[row] for row in kept], hash_rows(on_host[kept]), (nodes[0][kept], nodes[1][kept])
+            )
         finally:
             manager.release()
         return output
@@ -358,11 +355,14 @@ class NewWorldModel(LightZeroWorldModel):
             - actions (:obj:`np.ndarray`): ``[B]``, or ``[B, A]`` for continuous ones.
             - depths (:obj:`np.ndarray`): Timestep of the root plus depth ``[B]``.
         Returns:
-            - predicted (:obj:`np.ndarray`): Reward, value and policy logits ``[B, 2 + P]``.
+            - predicted (:obj:`np.ndarray`): Reward, value and policy logits ``[B, 2 + P]``; 0 for what is skipped.
         """
         result = self._step(self._weights(), rows, pages, actions, (2 * depths + 1, 2 * depths + 2))
         self.kv_cache_manager.count_queries('recur', len(pages), len(pages), by_node=True)
-        return result.search.cpu().numpy()
+        predicted = result.search.cpu().numpy()
+        mode, env_ids = self._rows_of(len(pages))
+        kept = self._guard.finite(predicted, 'A reward, value or policy', mode, env_ids, depths)
+        return predicted if len(kept) == len(predicted) else np.nan_to_num(predicted, posinf=0.0, neginf=0.0)
 
     def _reanalysis_step(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
                          start_pos: Any) -> StepOutput:
@@ -478,26 +478,29 @@ class CacheView:
         self._clear(**self._kwargs)
 
 
-def _hash_rows(latent: torch.Tensor) -> List[int]:
-    return _hash_host_rows(latent.cpu().numpy())
-
-
-def _hash_host_rows(latent: np.ndarray) -> List[int]:
-    """xxh64 of each row of ``[B, E]``."""
-    data = memoryview(np.ascontiguousarray(latent)).cast('B')
+def hash_rows(latent: np.ndarray) -> List[int]:
+    """
+    Overview:
+        The key of each row.
+    Arguments:
+        - latent (:obj:`np.ndarray`): ``[B, E]``.
+    Returns:
+        - keys (:obj:`List[int]`): xxh64 of each row's bytes.
+    """
+    data = memoryview(np.ascontiguousarray(latent).data).cast('B')
     size = latent.shape[1] * latent.itemsize
     return [xxhash.xxh64_intdigest(data[start:start + size]) for start in range(0, len(latent) * size, size)]
 
 
 def _timesteps(start_pos: Any, rows: int) -> np.ndarray:
-    if isinstance(start_pos, numbers.Number):
+    if np.ndim(start_pos) == 0:
         return np.full(rows, int(start_pos), dtype=np.int64)
     return np.asarray(start_pos[:rows], dtype=np.int64).reshape(rows, -1)[:, 0]
 
 
 def _reanalysis_timesteps(start_pos: Any, rows: int) -> np.ndarray:
     """Timesteps ``[batch, unroll]`` with the 0 that LightZero appends to each sequence, as one row ``[rows]``."""
-    if isinstance(start_pos, numbers.Number):
+    if np.ndim(start_pos) == 0:
         return np.full(rows, int(start_pos), dtype=np.int64)
     start_pos = np.asarray(start_pos)
     return np.pad(start_pos, ((0, 0), (0, 1))).reshape(-1).astype(np.int64)

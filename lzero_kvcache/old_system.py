@@ -1,10 +1,17 @@
-"""The old system's numbers, counted from outside LightZero's own code."""
-from typing import Any, Dict, Optional
+"""The old system: LightZero's own code, with numbers that are counted from outside."""
+import logging
+import time
+from typing import Any, Dict, Optional, Tuple
+
+from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
 from .base_manager import BaseCacheManager
+from .config import CacheConfig
 from .registry import KV_CACHE_REGISTRY
 from .slab import MIB
-from .stats import CacheStats
+from .stats import CacheStats, Timing
+
+logger = logging.getLogger(__name__)
 
 
 @KV_CACHE_REGISTRY.register('old')
@@ -105,3 +112,44 @@ class OldCacheManager(BaseCacheManager):
 def _bytes(value: Any) -> int:
     caches = [cache for layer in value for cache in (layer._k_cache, layer._v_cache)]
     return sum(cache._cache.numel() * cache._cache.element_size() for cache in caches)
+
+
+class OldWorldModel(LightZeroWorldModel):
+    """
+    Overview:
+        LightZero's world model with its own caching; nothing but the flag, the log line and the counts are added.
+    Arguments:
+        - config (:obj:`Any`): A ``world_model_cfg``.
+        - tokenizer (:obj:`Any`): LightZero's tokenizer.
+    """
+    use_new_cache_manager = False
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        options = CacheConfig.read(config, KV_CACHE_REGISTRY)
+        logger.info('Using OLD cache system (original implementation)')
+        super().__init__(config, tokenizer)
+        self.kv_cache_manager = OldCacheManager(config, self.env_num, options.enable_stats)
+        self.kv_cache_manager.attach(self)
+        self.timings = {'search': Timing(), 'step': Timing()}
+
+    def forward_recurrent_inference(self, *args: Any, **kwargs: Any) -> Tuple[Any, ...]:
+        """
+        Overview:
+            LightZero's own, timed.
+        """
+        start = time.perf_counter()
+        output = super().forward_recurrent_inference(*args, **kwargs)
+        if not self.reanalyze_phase:
+            self.timings['step'].record(time.perf_counter() - start)
+        return output
+
+    def clear_caches(self) -> None:
+        """
+        Overview:
+            Clear as LightZero does, and say which system was cleared.
+        """
+        for cache in self.past_kv_cache_init_infer_envs:
+            cache.clear()
+        self.past_kv_cache_recurrent_infer.clear()
+        self.keys_values_wm_list.clear()
+        print('Cleared WorldModel past_kv_cache (OLD system).')

@@ -1,0 +1,50 @@
+"""What happens when a prediction is not finite. Knows numbers on the host only."""
+import logging
+from typing import Sequence
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+class NanGuard:
+    """
+    Overview:
+        Looks at what comes back to the host anyway.
+    Arguments:
+        - action (:obj:`str`): 'raise' an error, or 'skip' the rows: their contexts are not stored.
+    """
+
+    def __init__(self, action: str) -> None:
+        self._action = action
+        self.skipped = 0
+
+    def finite(self, values: np.ndarray, what: str, mode: str, env_ids: Sequence[int],
+               timesteps: np.ndarray) -> np.ndarray:
+        """
+        Overview:
+            Tell which rows are finite.
+        Arguments:
+            - values (:obj:`np.ndarray`): ``[B, K]``.
+            - what (:obj:`str`): What they are, for the message.
+            - mode (:obj:`str`): 'collect' or 'eval'.
+            - env_ids (:obj:`Sequence[int]`): The environment of each row.
+            - timesteps (:obj:`np.ndarray`): The step of each environment in its episode ``[B]``.
+        Returns:
+            - rows (:obj:`np.ndarray`): Indices of the finite rows.
+        Raises:
+            - FloatingPointError: A row is not, and the action is 'raise'.
+        """
+        if np.isfinite(values).all():
+            return np.arange(len(values))
+        finite = np.isfinite(values).all(axis=1)
+        row = int(np.argmin(finite))
+        message = f'{what} with nan or inf in {mode}, environment {env_ids[row]}, step {timesteps[row]}'
+        if self._action == 'raise':
+            raise FloatingPointError(
+                f"{message}: the weights have diverged; kv_cache_cfg.on_nan='skip' goes on without such contexts"
+            )
+        if not self.skipped:
+            logger.warning(f'{message}: its context is not stored; further ones are only counted')
+        self.skipped += int(np.count_nonzero(~finite))
+        return np.flatnonzero(finite)

@@ -1,0 +1,103 @@
+"""The transformer's weights laid out for inference. Knows LightZero's modules; holds no copy beyond one search."""
+import functools
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from lzero.model.common import SimNorm
+from torch import nn
+
+Function = Callable[..., Any]
+
+
+class Layer(NamedTuple):
+    norm1: Function
+    qkv: Tuple[torch.Tensor, torch.Tensor]  # [3E, E] and [3E]: query, key, value
+    proj: Function
+    norm2: Function
+    mlp: Function
+    gates: Optional[Tuple[Function, Function]]
+
+
+class Weights(NamedTuple):
+    """
+    Overview:
+        The model as it is now, laid out for one search: fused projections, and modules as plain functions.
+    """
+    layers: List[Layer]
+    norm: Function
+    rewards: Function
+    observations: Function
+    policy: Function
+    value: Function
+    shift: Optional[torch.Tensor]  # [2W, L, 2, E]: what learned positions add to keys and values; None with rotary
+
+
+def _function(module: nn.Module) -> Function:
+    """A module without the cost of calling modules, which is as long as a small layer takes: its hooks do not run."""
+    if isinstance(module, nn.Sequential):
+        functions = [_function(part) for part in module if module.training or not isinstance(part, nn.Dropout)]
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            for function in functions:
+                x = function(x)
+            return x
+
+        return run
+    if type(module) is nn.Linear:
+        weight, bias = module.weight, module.bias
+        return lambda x: F.linear(x, weight, bias)
+    if type(module) is nn.LayerNorm:
+        shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
+        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+    if type(module) is SimNorm:
+        return functools.partial(_sim_norm, dim=module.dim)  # type: ignore[arg-type]
+    return module.forward
+
+
+def _sim_norm(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """SimNorm's softmax over groups; PyTorch's own takes four times as long for short groups on a CPU."""
+    groups = x.reshape(x.shape[:-1] + (-1, dim))
+    if x.is_cuda:
+        return groups.softmax(-1).view(x.shape)
+    groups = (groups - groups.amax(-1, keepdim=True)).exp_()
+    return groups.div_(groups.sum(-1, keepdim=True)).view(x.shape)
+
+
+def read_weights(world_model: Any, positions: int) -> Weights:
+    """
+    Overview:
+        The model as it is now.
+    Arguments:
+        - world_model (:obj:`Any`): A LightZero world model.
+        - positions (:obj:`int`): Learned positions that a window has; 0 with rotary ones.
+    Returns:
+        - weights (:obj:`Weights`): Fused copies of the projections, and functions on everything else in place.
+    """
+    layers = []
+    for block in world_model.transformer.blocks:
+        attn = block.attn
+        layers.append(Layer(
+            norm1=_function(block.ln1),
+            qkv=(
+                torch.cat([attn.query.weight, attn.key.weight, attn.value.weight]),
+                torch.cat([attn.query.bias, attn.key.bias, attn.value.bias]),
+            ),
+            proj=_function(nn.Sequential(attn.proj, attn.resid_drop) if attn.training else attn.proj),
+            norm2=_function(block.ln2),
+            mlp=_function(block.mlp),
+            gates=(block.gate1.forward, block.gate2.forward) if block.gru_gating else None,
+        ))
+    shift = None
+    if positions:
+        # LightZero moves a kept key from position p to p - 2 by adding W pos(p - 2) - W pos(p), ``pos_emb_diff_k``.
+        # These differences telescope: pages hold k - W pos(p), and W pos(p) is added for the place a token has now.
+        embeddings = world_model.pos_emb.weight[:positions]
+        dim = embeddings.shape[1]
+        shift = torch.stack([F.linear(embeddings, layer.qkv[0][dim:]) for layer in layers], dim=1)
+        shift = shift.view(positions, len(layers), 2, dim)
+    return Weights(
+        layers, _function(world_model.transformer.ln_f), _function(world_model.head_rewards.head_module),
+        _function(world_model.head_observations.head_module), _function(world_model.head_policy.head_module),
+        _function(world_model.head_value.head_module), shift
+    )
