@@ -2,7 +2,8 @@
 CartPole, discrete actions, UniZero: LightZero's cartpole_unizero_config.py with the new KV cache.
 
 Install:  pip install -e .
-Cost:     200,000 environment steps; solved (reward 200) after some 10,000. About 25 steps/s on two CPU cores.
+Cost:     up to 200,000 environment steps, in batches of 256. configs/config_new.py is this training for a laptop;
+          here, --threads 1 helps where cores are shared.
 Entry:    train_unizero
 Run:      python train.py --config cartpole_unizero_config.py [--cache old]
 """
