@@ -55,7 +55,7 @@ setup(
         # back to a wandb of 2022 that cannot be imported.
         'tensorboard<2.21',
         'protobuf<6',
-        'tensorboardX>=2.2',
+        'tensorboardX>=2.6',
         'easydict',
         'cachetools>=5',
         'xxhash',
