@@ -80,8 +80,8 @@ def main() -> None:
             'envs': envs, 'old ms': old, 'new ms': new, 'old / new': old / new,
             'old MiB': memory['old'], 'new MiB': memory['new'],
         })
-    report(f'Collect step, {args.model}, {args.simulations} simulations, context {args.context}, {args.device}',
-           rows, args)
+    title = f'Collect step, {args.model}, {args.simulations} simulations, context {args.context}'
+    report(f'{title}, {args.device} {args.backend}', rows, args)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lzero_kvcache  # noqa: F401  (registers the models)
+from lzero_kvcache.config import BACKENDS
 
 # The sizes of LightZero's own configs; everything else is the default of its UniZero policy.
 PRESETS: Dict[str, Dict[str, Any]] = {
@@ -40,6 +41,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument('--model', choices=sorted(PRESETS), default='cartpole')
     options.add_argument('--context', type=int, default=8, help='context_length')
     options.add_argument('--layers', type=int, default=2)
+    options.add_argument('--backend', choices=BACKENDS, default='auto', help='of the new system')
     options.add_argument('--repeats', type=int, default=5, help='how often the measured unit is repeated')
     options.add_argument('--json', metavar='FILE', help='also write the numbers there')
     return options
@@ -53,6 +55,7 @@ def world_model_cfg(args: argparse.Namespace, env_num: int, num_simulations: int
     config.update(
         context_length=args.context, max_blocks=blocks, max_tokens=2 * blocks, num_layers=args.layers,
         device=args.device, env_num=env_num, num_simulations=num_simulations,
+        kv_cache_cfg=dict(backend=args.backend),
     )
     config.update(PRESETS[args.model]['world_model'])
     config.update(changes)

@@ -35,7 +35,7 @@ def main() -> None:
                 )[1])
         old, new = median(times['old'][1:]), median(times['new'][1:])
         table.append({'rows': rows, 'old ms': old, 'new ms': new, 'old / new': old / new})
-    report(f'Reanalysis step, {args.model}, context {args.context}, {args.device}', table, args)
+    report(f'Reanalysis step, {args.model}, context {args.context}, {args.device} {args.backend}', table, args)
 
 
 if __name__ == '__main__':

@@ -118,8 +118,8 @@ def main() -> None:
             'new caching %': 100 * max(0.0, 1 - forward['new'] / new),
             'old MiB': memory['old'], 'new MiB': memory['new'],
         })
-    report(
-        f'Recurrent step, {args.model}, context {args.context}, {args.layers} layers, {args.device}', rows, args)
+    title = f'Recurrent step, {args.model}, context {args.context}, {args.layers} layers'
+    report(f'{title}, {args.device} {args.backend}', rows, args)
 
 
 if __name__ == '__main__':

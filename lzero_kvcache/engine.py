@@ -166,19 +166,16 @@ class Engine:
         Returns:
             - packed (:obj:`torch.Tensor`): ``[B, 2 + P]``.
         """
-        parts = [output.logits_policy.squeeze(1)]
-        for logits in (output.logits_value, output.logits_rewards):
-            if logits is not None:
-                parts.insert(0, self._to_scalar(logits.squeeze(1)))
-        return torch.cat(parts, dim=1)
-
-    def _to_scalar(self, logits: torch.Tensor) -> torch.Tensor:
-        """The expectation over the support, and the inverse of the value rescaling: MuZero, appendix F (network)."""
-        epsilon, size = 0.001, logits.shape[1]
+        assert output.logits_rewards is not None
+        rows = output.logits_value.shape[0]
+        logits = torch.cat([output.logits_rewards.squeeze(1), output.logits_value.squeeze(1)])  # [2B, support]
+        size = logits.shape[1]
         support = torch.arange(size, device=logits.device, dtype=logits.dtype) - (size - 1) // 2
-        value = (logits.softmax(1) * support).sum(1, keepdim=True)
-        root = ((1 + 4 * epsilon * (value.abs() + 1 + epsilon)).sqrt() - 1) / (2 * epsilon)
-        return value.sign() * (root * root - 1)
+        value = logits.softmax(1) @ support
+        # The inverse of the value rescaling: MuZero (https://arxiv.org/abs/1911.08265), appendix F, network architecture.
+        root = ((value.abs() * 0.004 + 1.004004).sqrt() - 1) * 500  # with epsilon = 0.001
+        scalars = value.sign() * (root * root - 1)
+        return torch.cat([scalars.view(2, rows).T, output.logits_policy.squeeze(1)], dim=1)
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -269,24 +266,23 @@ class Engine:
         slots = window.shape[1]
         slot = torch.arange(slots, device=window.device)
         context = slot < 2 * counts.unsqueeze(1)  # [B, 2W]
-        seen = context | (slot >= slots - 2)
-        if latent is None:
-            seen_by_observation = seen
-        else:
-            seen_by_observation = context | (slot == slots - 1) | ((slot == slots - 2) & (counts > 0).unsqueeze(1))
+        bias = bias_of_observation = _bias(context | (slot >= slots - 2))
+        if latent is not None:  # an observation that starts an episode does not see the action before it
+            seen = context | (slot == slots - 1) | ((slot == slots - 2) & (counts > 0).unsqueeze(1))
+            bias_of_observation = _bias(seen)
         x = self.embed_action(action)
         positions = None
         if not self.rotary:
             positions = self._wm.pos_emb.weight[self._positions(counts)]
             x = x + positions[:, 0]
         rotations: Any = (None, None) if angles is None else self._rotation(angles)
-        x = self._token(weights, window, slots - 1, x, _bias(seen), rotations[0])
+        x = self._token(weights, window, slots - 1, x, bias, rotations[0])
         token = x.unsqueeze(1)
         rewards = weights.rewards(token)
         if latent is None:
             latent = weights.observations(token).squeeze(1)
         y = latent if positions is None else latent + positions[:, 1]
-        x = self._token(weights, window, slots, y, _bias(seen_by_observation), rotations[1])
+        x = self._token(weights, window, slots, y, bias_of_observation, rotations[1])
         return self._predict(weights, x, latent, rewards)
 
     def _predict(self, weights: Weights, x: torch.Tensor, latent: torch.Tensor,
