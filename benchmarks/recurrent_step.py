@@ -3,11 +3,13 @@
     python benchmarks/recurrent_step.py --device cpu --model cartpole --envs 8 64 256
 """
 from functools import partial
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import torch
 from common import PRESETS, build_models, median, parser, report, timed
+
+from lzero_kvcache.slab import MIB
 
 
 class Search:
@@ -35,10 +37,19 @@ class Search:
         # As the policy does for the length of a search.
         serving = self.models['new'].world_model.serving('collect', range(self.rows))
         with serving:
-            return self.simulate(simulations, nodes, times)
+            self.simulate(simulations, nodes, times)
+        return times
 
-    def simulate(self, simulations: int, nodes: Dict[str, List[np.ndarray]],
-                 times: Dict[str, List[float]]) -> Dict[str, List[float]]:
+    def memory_of_contexts(self) -> Tuple[float, float]:
+        """MiB of the contexts that the last search stored: as whole copies, and as the pages that they share."""
+        world_model = self.models['new'].world_model
+        manager = world_model.kv_cache_manager
+        contexts = sum(map(len, manager.init_pools + [manager.recur_pool]))
+        page = manager.storage.slab.page_bytes
+        copies = contexts * page * world_model.context_length / 2
+        return copies / MIB, manager.pages_used * page / MIB
+
+    def simulate(self, simulations: int, nodes: Dict[str, List[np.ndarray]], times: Dict[str, List[float]]) -> None:
         """The simulations of one search whose roots are there."""
         depths = [np.zeros(self.rows, dtype=int)]
         columns = np.arange(self.rows)
@@ -60,7 +71,6 @@ class Search:
             depths.append(depth + 1)
             for leaves in unexpanded:
                 leaves += [(simulation + 1, move) for move in range(self.actions)]
-        return times
 
 
 def forward_alone(model: Any, rows: int, device: str, simulations: int) -> float:
@@ -111,12 +121,12 @@ def main() -> None:
                 times[name] += values
         old, new = median(times['old']), median(times['new'])
         forward = {name: forward_alone(model, envs, args.device, args.simulations) for name, model in models.items()}
-        memory = {name: model.world_model.kv_cache_manager.counters()['memory_mb'] for name, model in models.items()}
+        copies, pages = search.memory_of_contexts()
         rows.append({
             'envs': envs, 'old ms': old, 'new ms': new, 'old / new': old / new,
             'old caching %': 100 * max(0.0, 1 - forward['old'] / old),
             'new caching %': 100 * max(0.0, 1 - forward['new'] / new),
-            'old MiB': memory['old'], 'new MiB': memory['new'],
+            'copies MiB': copies, 'pages MiB': pages, 'copies / pages': copies / pages,
         })
     title = f'Recurrent step, {args.model}, context {args.context}, {args.layers} layers'
     report(f'{title}, {args.device} {args.backend}', rows, args)

@@ -172,7 +172,7 @@ class Engine:
         size = logits.shape[1]
         support = torch.arange(size, device=logits.device, dtype=logits.dtype) - (size - 1) // 2
         value = logits.softmax(1) @ support
-        # The inverse of the value rescaling: MuZero (https://arxiv.org/abs/1911.08265), appendix F, network architecture.
+        # The inverse of the value rescaling: MuZero (https://arxiv.org/abs/1911.08265), appendix F.
         root = ((value.abs() * 0.004 + 1.004004).sqrt() - 1) * 500  # with epsilon = 0.001
         scalars = value.sign() * (root * root - 1)
         return torch.cat([scalars.view(2, rows).T, output.logits_policy.squeeze(1)], dim=1)

@@ -270,6 +270,11 @@ class KVCacheManager(PagedCacheManager):
         """MiB that the page storage takes."""
         return self.storage.slab.memory_mb
 
+    @property
+    def pages_used(self) -> int:
+        """Pages that hold a context now; contexts that share a page count it once."""
+        return self._pages.used
+
     def reset_stats(self) -> None:
         for pool in self.init_pools + self.eval_pools + [self.recur_pool, self.wm_pool]:
             if pool.stats is not None:

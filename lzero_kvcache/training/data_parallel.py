@@ -1,0 +1,325 @@
+"""
+Data-parallel training under ``torchrun``, through LightZero's own multi-GPU path: NCCL on GPUs, gloo on CPUs. Where that
+path takes GPUs for granted, or lets ranks part, names of its modules stand for others during a run.
+"""
+import contextlib
+import importlib
+import logging
+import os
+import signal
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+from easydict import EasyDict
+
+from lzero_kvcache.config import ConfigError
+
+COLLECTORS = ('lzero.worker.muzero_collector', 'lzero.worker.muzero_segment_collector')
+BUFFERS = ('UniZeroGameBuffer', 'SampledUniZeroGameBuffer')
+SHARED_OUT = ('batch_size', 'n_episode', 'num_segments')
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to end. LightZero's ``except Exception`` does not catch it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Ranks(NamedTuple):
+    """Which of how many processes this is; alone, it is 0 of 1."""
+    rank: int = 0
+    size: int = 1
+    on_this_machine: int = 1
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> 'Ranks':
+        """
+        Overview:
+            What torchrun tells its processes.
+        Arguments:
+            - environment (:obj:`Mapping[str, str]`): The environment variables.
+        Returns:
+            - ranks (:obj:`Ranks`): Alone where torchrun has not started this process.
+        """
+        names = ('RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')
+        if not all(environment.get(name) for name in names):
+            return cls()
+        return cls(*(int(environment[name]) for name in names[:3]))
+
+
+class DataParallel:
+    """
+    Overview:
+        The processes of one training. Of one alone, every method does nothing.
+
+        An interrupt is agreed on where all ranks meet anyway, so that none of them waits for one that has gone: at the
+        end of a collection, after an evaluation and, one iteration late, after an update.
+    Arguments:
+        - ranks (:obj:`Ranks`): Which of them this is.
+    """
+
+    def __init__(self, ranks: Optional[Ranks] = None) -> None:
+        self.rank, self.size, self._on_this_machine = ranks or Ranks()
+        self.asked: Optional[int] = None
+        self._device = torch.device('cpu')
+        self._pending: Optional[Tuple[Any, torch.Tensor]] = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that speaks and writes."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self.size > 1
+
+    def join(self, device: str) -> None:
+        """
+        Overview:
+            Meet the other ranks.
+        Arguments:
+            - device (:obj:`str`): 'cuda' or 'cpu'.
+        """
+        if not self.several:
+            return
+        if not device.startswith('cuda'):
+            dist.init_process_group('gloo')
+            return
+        gpus = torch.cuda.device_count()
+        if self._on_this_machine > gpus:
+            raise ConfigError(
+                f'{self._on_this_machine} processes need as many GPUs, and there are {gpus}: '
+                f'torchrun --nproc_per_node={gpus}, or --device cpu'
+            )
+        from ding.utils import dist_init
+        dist_init()
+        self._device = torch.device('cuda', torch.cuda.current_device())
+
+    def part(self) -> None:
+        """
+        Overview:
+            Wait for all ranks, since torchrun ends the others as soon as one has failed, and leave.
+        """
+        if self.several:
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
+                dist.destroy_process_group()
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """
+        Overview:
+            Make something on the first rank, for all.
+        Arguments:
+            - make (:obj:`Callable[[], Any]`): What makes it; where that raises a ``ConfigError``, every rank does.
+        Returns:
+            - made (:obj:`Any`): The same on every rank.
+        """
+        if not self.several:
+            return make()
+        made: List[Any] = [None, None]
+        if self.main:
+            try:
+                made[0] = make()
+            except ConfigError as error:
+                made[1] = str(error)
+        dist.broadcast_object_list(made, src=0)
+        if made[1] is not None:
+            raise ConfigError(made[1])
+        return made[0]
+
+    def seed(self, seed: int, environments: int) -> int:
+        """
+        Overview:
+            The seed of this rank's environments. LightZero gives all ranks the same one: they would collect the same.
+        """
+        return seed + self.rank * environments
+
+    # ---- ending together -------------------------------------------------------------------------------------------
+
+    def in_collection(self) -> None:
+        """
+        Overview:
+            Leave a collection where an interrupt was asked for; the others learn of it when they end theirs.
+        """
+        if self.several and self.asked is not None:
+            self._sum(0.0)
+
+    def in_evaluation(self) -> None:
+        """
+        Overview:
+            Leave an evaluation where an interrupt was asked for; the others wait for its outcome.
+        """
+        if self.several and self.asked is not None:
+            self._broadcast([False, None], src=0)
+
+    def after_update(self) -> None:
+        """
+        Overview:
+            Learn whether an interrupt was asked for before the last update. No rank waits for another here: by now all
+            have exchanged the gradients of a later one.
+        """
+        if not self.several:
+            return
+        asked = self._flags()
+        pending, self._pending = self._pending, (dist.all_reduce(asked, async_op=True), asked)
+        if pending is not None:
+            pending[0].wait()
+            self._end_if_asked(pending[1].tolist())
+
+    def _flags(self) -> torch.Tensor:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        return torch.tensor([float(self.asked == number) for number in numbers], device=self._device)
+
+    @staticmethod
+    def _end_if_asked(flags: List[float]) -> None:
+        for flag, number in zip(reversed(flags), (signal.SIGTERM, signal.SIGINT)):
+            if flag:
+                raise Interrupted(number)
+
+    def _sum(self, number: float) -> float:
+        numbers = torch.cat([torch.tensor([number], dtype=torch.float64, device=self._device), self._flags()])
+        dist.all_reduce(numbers)
+        total, *flags = numbers.tolist()
+        self._end_if_asked(flags)
+        return total
+
+    def _least(self, number: int) -> int:
+        least = torch.tensor([number], device=self._device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return int(least.item())
+
+    def _broadcast(self, objects: List[Any], src: int) -> None:
+        told = [*objects, self.asked]
+        dist.broadcast_object_list(told, src=src)
+        *objects[:], asked = told
+        if asked is not None:
+            raise Interrupted(asked)
+
+    # ---- LightZero -------------------------------------------------------------------------------------------------
+
+    def share_out(self, main_config: EasyDict, defaults: EasyDict, entry: str) -> None:
+        """
+        Overview:
+            Give this rank its share, as LightZero's ``lz_to_ddp_config`` has it: the config's batch, episodes and
+            segments are those of all ranks together. So are its environments, of which a collector must not have more.
+        Arguments:
+            - main_config (:obj:`EasyDict`): Changed in place.
+            - defaults (:obj:`EasyDict`): The complete config.
+            - entry (:obj:`str`): The training entry, which collects episodes or segments.
+        """
+        policy = main_config.policy
+        if not self.several:
+            if policy.get('multi_gpu', False):
+                raise ConfigError('policy.multi_gpu=True needs several processes: torchrun --nproc_per_node=N train.py')
+            return
+        from lzero.config.utils import lz_to_ddp_config
+        policy.multi_gpu = True
+        for key in SHARED_OUT:
+            if defaults.policy.get(key) is not None:
+                policy[key] = defaults.policy[key]
+        lz_to_ddp_config(main_config)
+        collected = policy['num_segments' if 'segment' in entry else 'n_episode']
+        environments = min(defaults.env.collector_env_num, collected)
+        for config in (main_config.env, policy, policy.model.world_model_cfg):
+            if config is not policy.model.world_model_cfg or 'collector_env_num' in config:
+                config.collector_env_num = environments
+        if not self.main:
+            policy.use_wandb = False
+
+    @contextlib.contextmanager
+    def mended(self, entry: Any) -> Iterator[None]:
+        """
+        Overview:
+            A context in which LightZero's multi-GPU path works, on CPUs too.
+        Arguments:
+            - entry (:obj:`Any`): The module of the training entry.
+        """
+        if not self.several:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            for module, name, mend in self._mends(entry):
+                original = getattr(module, name, None)
+                if original is not None:
+                    setattr(module, name, mend(original))
+                    stack.callback(setattr, module, name, original)
+            yield
+
+    def _mends(self, entry: Any) -> List[Tuple[Any, str, Callable[[Any], Any]]]:
+        collectors = [importlib.import_module(name) for name in COLLECTORS]
+        learner = importlib.import_module('ding.worker.learner.base_learner')
+        hooks = importlib.import_module('ding.worker.learner.learner_hook')
+        evaluator = importlib.import_module('lzero.worker.muzero_evaluator')
+        buffers = importlib.import_module('lzero.mcts')
+        mends: List[Tuple[Any, str, Callable[[Any], Any]]] = [
+            (evaluator, 'broadcast_object_list', lambda original: self._broadcast),
+            # LogReduceHook moves numbers to the device that has the number of its rank.
+            (hooks, 'get_rank', lambda original: lambda: self._device),
+        ]
+        mends += [(collector, 'allreduce_data', lambda original: self._reduced) for collector in collectors]
+        mends += [(buffers, name, self._counted) for name in BUFFERS]
+        if self._device.type == 'cpu':
+            mends.append((entry, 'calculate_update_per_collect', self._updates))
+        if not self.main:
+            mends += [(module, 'build_logger', lambda original: self._build_logger) for module in [learner, *collectors]]
+        return mends
+
+    def _reduced(self, number: Any, op: str) -> Any:
+        total = self._sum(float(number)) / (self.size if op == 'avg' else 1)
+        return round(total) if isinstance(number, int) and op == 'sum' else total
+
+    def _updates(self, original: Callable[..., int]) -> Callable[..., int]:
+        """LightZero sums up transitions where there are GPUs, and else has each rank count its own."""
+
+        def updates(cfg: EasyDict, new_data: Any, world_size: int = 1) -> int:
+            if cfg.policy.update_per_collect is not None:
+                return original(cfg, new_data)
+            policy = dict(
+                update_per_collect=None, game_segment_length=cfg.policy.game_segment_length, replay_ratio=1
+            )
+            return int(self._sum(original(EasyDict(policy=policy), new_data)) * cfg.policy.replay_ratio)
+
+        return updates
+
+    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: _CommonBuffer(original(*args, **kwargs), self._least)
+
+    def _build_logger(self, path: str, name: Optional[str] = None, *args: Any, **kwargs: Any) -> Tuple[Any, None]:
+        """Without files of its own, which would be those of the first rank."""
+        return logging.getLogger(f'rank{self.rank}.{name}'), None
+
+
+class _CommonBuffer:
+    """A replay buffer that has as much as that of the rank with the least, so that all begin to train at once."""
+
+    def __init__(self, buffer: Any, least: Callable[[int], int]) -> None:
+        self._buffer = buffer
+        self._least = least
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._buffer, name)
+
+    def __repr__(self) -> str:
+        return repr(self._buffer)
+
+    def get_num_of_transitions(self) -> int:
+        return self._least(self._buffer.get_num_of_transitions())
+
+    def get_num_of_game_segments(self) -> int:
+        return self._least(self._buffer.get_num_of_game_segments())
+
+
+def describe(ranks: DataParallel) -> Dict[str, Any]:
+    """
+    Overview:
+        What a summary says of the processes.
+    Arguments:
+        - ranks (:obj:`DataParallel`): The processes.
+    Returns:
+        - description (:obj:`Dict[str, Any]`): How many, and how they talk.
+    """
+    return dict(processes=ranks.size, backend=dist.get_backend() if ranks.several and dist.is_initialized() else None)
