@@ -10,6 +10,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# gymnasium[atari], which LightZero needs, brings ale-py 0.8.1. The ROM files are the user's to add.
+ATARI = ['opencv-python-headless<4.11']
+
 HERE = Path(__file__).resolve().parent
 README = HERE / 'README.md'
 
@@ -63,8 +66,7 @@ setup(
         'rich>=12.2',
     ],
     extras_require={
-        'test': ['pytest>=8', 'pytest-timeout', 'hypothesis', 'ruff', 'mypy'],
-        # gymnasium[atari], which LightZero needs, brings ale-py 0.8.1. The ROM files are the user's to add.
-        'atari': ['opencv-python-headless<4.11'],
+        'atari': ATARI,
+        'test': [*ATARI, 'pytest>=8', 'pytest-timeout', 'hypothesis', 'ruff', 'mypy'],
     },
 )
