@@ -123,7 +123,7 @@ class PagedCacheManager(BaseCacheManager):
     def release(self) -> None:
         """
         Overview:
-            End a step: give back what was allocated or held and no entry has taken over.
+            End a step or a search: give back what was allocated or held and no entry has taken over.
         """
 
     @abstractmethod

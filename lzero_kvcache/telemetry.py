@@ -1,6 +1,8 @@
 """The cache's numbers in tensorboard (and wandb) at every training iteration."""
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+import torch
+import torch.distributed as dist
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
 from .stats import Timing
@@ -26,12 +28,109 @@ LAYOUT = {
 }
 
 
+class Point(NamedTuple):
+    """
+    Overview:
+        What was counted up to a training iteration.
+    """
+    counters: Dict[str, Any]
+    timings: Dict[str, Timing]
+    iteration: int
+    env_step: int
+
+
+class RankSums:
+    """
+    Overview:
+        Sums the numbers of all ranks while these go on training. Every rank must ask equally often.
+    """
+
+    def __init__(self) -> None:
+        self._pending: Optional[Tuple[Any, torch.Tensor, Point]] = None
+
+    def exchange(self, point: Point) -> Optional[Point]:
+        """
+        Overview:
+            Send this rank's numbers off, and get the sums of what all ranks sent before. By then all of them have
+            exchanged the gradients of a later iteration, so that none waits for another.
+        Arguments:
+            - point (:obj:`Point`): This rank's.
+        Returns:
+            - sums (:obj:`Optional[Point]`): Those of the iteration before; None at the first.
+        """
+        numbers = _numbers(point.counters, point.timings)
+        work = dist.all_reduce(numbers, async_op=True)
+        sums = self.last()
+        self._pending = work, numbers, point
+        return sums
+
+    def last(self) -> Optional[Point]:
+        """
+        Overview:
+            The sums that are still to come, once.
+        """
+        if self._pending is None:
+            return None
+        work, numbers, point = self._pending
+        self._pending = None
+        work.wait()
+        return _with_numbers(point, numbers)
+
+
+def several_ranks() -> bool:
+    """
+    Overview:
+        Whether this process trains together with others.
+    """
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sum_counters(counters: Dict[str, Any]) -> Dict[str, Any]:
+    """
+    Overview:
+        The counters of all ranks together, which all of them must ask for.
+    Arguments:
+        - counters (:obj:`Dict[str, Any]`): What this rank's manager counted.
+    Returns:
+        - sums (:obj:`Dict[str, Any]`): In the same form; occupancies are means.
+    """
+    if not several_ranks():
+        return counters
+    numbers = _numbers(counters, {})
+    dist.all_reduce(numbers)
+    return _with_numbers(Point(counters, {}, 0, 0), numbers).counters
+
+
+def _numbers(counters: Dict[str, Any], timings: Dict[str, Timing]) -> torch.Tensor:
+    """In an order that is the same on all ranks, since they have the same config."""
+    numbers: List[float] = [counters.get('memory_mb', 0.)]
+    for pool in POOLS:
+        numbers += [float(value) for _, value in sorted(counters.get(pool, {}).items())]
+    for _, timing in sorted(timings.items()):
+        numbers += [timing.count, timing.seconds]
+    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+def _with_numbers(point: Point, numbers: torch.Tensor) -> Point:
+    values = iter(numbers.tolist())
+    counters: Dict[str, Any] = {'memory_mb': next(values)}
+    for pool in POOLS:
+        if pool in point.counters:
+            counters[pool] = {name: type(value)(next(values)) for name, value in sorted(point.counters[pool].items())}
+            if 'occupancy' in counters[pool]:
+                counters[pool]['occupancy'] /= dist.get_world_size()
+    timings = {name: Timing(int(next(values)), next(values)) for name in sorted(point.timings)}
+    return Point(counters, timings, point.iteration, point.env_step)
+
+
 class KVCacheStatsHook(LearnerHook):
     """
     Overview:
         After each training iteration, write ``kv_cache_iter/POOL_METRIC`` against iterations and
         ``kv_cache_step/POOL_METRIC`` against environment steps. Counters are cumulative; a rate covers the searches
-        since the training phase before, and holds until there are newer ones.
+        since the training phase before, and holds until there are newer ones. In data-parallel training the first rank
+        writes what all ranks counted, one iteration late.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -42,29 +141,59 @@ class KVCacheStatsHook(LearnerHook):
         self._timed: Dict[str, Timing] = {}
         self._means: Dict[str, float] = {}
         self._laid_out = False
+        self._sums: Optional[RankSums] = None
 
     def __call__(self, engine: Any) -> None:
         """
         Overview:
-            Write one point under every tag. Ranks without a logger do nothing.
+            Write one point under every tag. Ranks without a logger write nothing.
         Arguments:
             - engine (:obj:`Any`): DI-engine's learner.
         """
         world_model = engine.policy.get_attribute('model').world_model
         manager = getattr(world_model, 'kv_cache_manager', None)
-        if manager is None or engine.tb_logger is None:
+        if manager is None:
+            return
+        point: Optional[Point] = Point(
+            manager.counters(), world_model.timings, engine.last_iter.val, engine.collector_envstep
+        )
+        if several_ranks():
+            if self._sums is None:
+                self._sums = RankSums()
+                engine.register_hook(_LastPoint(self))
+            point = self._sums.exchange(point)  # type: ignore[arg-type]
+        self.write(engine, point)
+
+    def write_last(self, engine: Any) -> None:
+        """
+        Overview:
+            Write the point that is late.
+        Arguments:
+            - engine (:obj:`Any`): DI-engine's learner.
+        """
+        if self._sums is not None:
+            self.write(engine, self._sums.last())
+
+    def write(self, engine: Any, point: Optional[Point]) -> None:
+        """
+        Overview:
+            Write one point under every tag.
+        Arguments:
+            - engine (:obj:`Any`): DI-engine's learner.
+            - point (:obj:`Optional[Point]`): None for nothing.
+        """
+        if point is None or engine.tb_logger is None:
             return
         if not self._laid_out:
             engine.tb_logger.add_custom_scalars(LAYOUT)
             self._laid_out = True
-        values = {**self.values(manager.counters()), **self.times(world_model.timings)}
-        iteration, step = engine.last_iter.val, engine.collector_envstep
+        values = {**self.values(point.counters), **self.times(point.timings)}
         for name, value in values.items():
-            engine.tb_logger.add_scalar(f'kv_cache_iter/{name}', value, iteration)
-            engine.tb_logger.add_scalar(f'kv_cache_step/{name}', value, step)
+            engine.tb_logger.add_scalar(f'kv_cache_iter/{name}', value, point.iteration)
+            engine.tb_logger.add_scalar(f'kv_cache_step/{name}', value, point.env_step)
         if engine.policy.get_attribute('cfg').get('use_wandb', False):
             import wandb
-            wandb.log({f'kv_cache_step/{name}': value for name, value in values.items()}, step=step)
+            wandb.log({f'kv_cache_step/{name}': value for name, value in values.items()}, step=point.env_step)
 
     def values(self, counters: Dict[str, Any]) -> Dict[str, float]:
         """
@@ -107,6 +236,17 @@ class KVCacheStatsHook(LearnerHook):
                 self._means[f'{name}_ms'] = 1e3 * (timing.seconds - before.seconds) / (timing.count - before.count)
                 self._timed[name] = Timing(timing.count, timing.seconds)
         return self._means
+
+
+class _LastPoint(LearnerHook):
+    """At the end of a data-parallel training."""
+
+    def __init__(self, hook: KVCacheStatsHook) -> None:
+        super().__init__(name=f'{HOOK_KEY}_last', priority=hook.priority, position='after_run')
+        self._hook = hook
+
+    def __call__(self, engine: Any) -> None:
+        self._hook.write_last(engine)
 
 
 register_learner_hook(HOOK_KEY, KVCacheStatsHook)

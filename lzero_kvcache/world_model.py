@@ -178,6 +178,7 @@ class NewWorldModel(LightZeroWorldModel):
             yield
         finally:
             self._serving = self._roots = None
+            self.kv_cache_manager.release()
 
     @torch.no_grad()
     def forward_initial_inference(self, obs_act_dict: Dict[str, Any], start_pos: Any = 0) -> Tuple[Any, ...]:
@@ -268,9 +269,12 @@ class NewWorldModel(LightZeroWorldModel):
             manager.store_init(
                 mode, [env_ids[row] for row in kept], [keys[row] for row in kept], (roots[0][kept], roots[1][kept])
             )
-        finally:
+        except BaseException:
             manager.release()
-        if self._serving is not None:
+            raise
+        if self._serving is None:
+            manager.release()
+        else:  # the search that follows needs the roots' pages, whether a pool has kept them or not, and releases them
             self._roots = roots, timesteps
             self._last_keys.update({(mode, env_ids[row]): keys[row] for row in kept})
         return output

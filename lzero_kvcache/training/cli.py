@@ -18,6 +18,7 @@ from lzero_kvcache.config import FLAG, ConfigError
 
 from . import lightzero
 from .config_file import load_config, whole_number
+from .data_parallel import DataParallel, Ranks
 from .derived import replace_token
 from .mending import mend
 from .output import PACKAGE_LOGGER, Output
@@ -33,6 +34,7 @@ examples:
   python train.py --config cartpole_unizero_config.py --cache old --max-env-step 5000 --seed 1
   python train.py --config config_new.py --set policy.num_simulations=10
   policy.model.world_model_cfg.kv_cache_cfg.eviction=lru
+  torchrun --nproc_per_node=2 train.py --config config_new.py
 """
 
 
@@ -89,25 +91,26 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         - code (:obj:`int`): The exit code.
     """
+    ranks = DataParallel(Ranks.read())
     try:
         options = build_parser().parse_args(argv)
     except ConfigError as error:
-        return _bad_usage(str(error), sys.stderr)
-    with Output(options.verbose) as output:
+        return _bad_usage(str(error), sys.stderr, ranks)
+    with Output(options.verbose, silent=not ranks.main) as output:
         terminal = Terminal(output.terminal, live=not options.verbose)
         output.on_log, output.on_printed = terminal.line, terminal.repeated
         logging.getLogger(PACKAGE_LOGGER).setLevel(options.log_level.upper())
         try:
-            return run(make_plan(options), output, terminal).exit_code
+            return run(make_plan(options), output, terminal, ranks).exit_code
         except ConfigError as error:
-            return _bad_usage(str(error), output.errors)
+            return _bad_usage(str(error), output.errors, ranks)
         except KeyboardInterrupt:
             print('interrupted before the training began; nothing to save', file=output.errors)
             return 130
         except Exception as error:
             line = mend(error)
             if line:
-                return _bad_usage(line, output.errors)
+                return _bad_usage(line, output.errors, ranks)
             output.errors.write(traceback.format_exc())
             if output.path:
                 output.errors.write(f"what led to it is in {output.path}\n")
@@ -214,6 +217,7 @@ def _stem(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def _bad_usage(line: str, stream) -> int:  # type: ignore[no-untyped-def]
-    print('train.py: error: ' + ' '.join(line.split()), file=stream)
+def _bad_usage(line: str, stream, ranks: DataParallel) -> int:  # type: ignore[no-untyped-def]
+    if ranks.main:  # all ranks find the same
+        print('train.py: error: ' + ' '.join(line.split()), file=stream)
     return BAD_USAGE

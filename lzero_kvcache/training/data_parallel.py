@@ -1,13 +1,14 @@
 """
-Data-parallel training under ``torchrun``, through LightZero's own multi-GPU path: NCCL on GPUs, gloo on CPUs. Where that
-path takes GPUs for granted, or lets ranks part, names of its modules stand for others during a run.
+Data-parallel training under ``torchrun``, through LightZero's own multi-GPU path: NCCL on GPUs, gloo on CPUs. Where
+that path takes GPUs for granted, or lets ranks part, names of its modules stand for others during a run.
 """
 import contextlib
 import importlib
 import logging
 import os
 import signal
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from types import SimpleNamespace
+from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,10 @@ SHARED_OUT = ('batch_size', 'n_episode', 'num_segments')
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to end. LightZero's ``except Exception`` does not catch it."""
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, agreed: bool = False) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+        self.agreed = agreed  # by all ranks
 
 
 class Ranks(NamedTuple):
@@ -102,7 +104,7 @@ class DataParallel:
     def part(self) -> None:
         """
         Overview:
-            Wait for all ranks, since torchrun ends the others as soon as one has failed, and leave.
+            Wait for all ranks, since torchrun ends the others as soon as one exits with an error, and leave.
         """
         if self.several:
             with contextlib.suppress(RuntimeError):
@@ -172,13 +174,14 @@ class DataParallel:
 
     def _flags(self) -> torch.Tensor:
         numbers = (signal.SIGINT, signal.SIGTERM)
-        return torch.tensor([float(self.asked == number) for number in numbers], device=self._device)
+        flags = [float(self.asked == number) for number in numbers]
+        return torch.tensor(flags, dtype=torch.float64, device=self._device)
 
     @staticmethod
     def _end_if_asked(flags: List[float]) -> None:
         for flag, number in zip(reversed(flags), (signal.SIGTERM, signal.SIGINT)):
             if flag:
-                raise Interrupted(number)
+                raise Interrupted(number, agreed=True)
 
     def _sum(self, number: float) -> float:
         numbers = torch.cat([torch.tensor([number], dtype=torch.float64, device=self._device), self._flags()])
@@ -197,7 +200,7 @@ class DataParallel:
         dist.broadcast_object_list(told, src=src)
         *objects[:], asked = told
         if asked is not None:
-            raise Interrupted(asked)
+            raise Interrupted(asked, agreed=True)
 
     # ---- LightZero -------------------------------------------------------------------------------------------------
 
@@ -255,8 +258,10 @@ class DataParallel:
         hooks = importlib.import_module('ding.worker.learner.learner_hook')
         evaluator = importlib.import_module('lzero.worker.muzero_evaluator')
         buffers = importlib.import_module('lzero.mcts')
+        policy = importlib.import_module('ding.policy.base_policy').Policy
         mends: List[Tuple[Any, str, Callable[[Any], Any]]] = [
             (evaluator, 'broadcast_object_list', lambda original: self._broadcast),
+            (policy, 'sync_gradients', _synchronize_given),
             # LogReduceHook moves numbers to the device that has the number of its rank.
             (hooks, 'get_rank', lambda original: lambda: self._device),
         ]
@@ -265,7 +270,8 @@ class DataParallel:
         if self._device.type == 'cpu':
             mends.append((entry, 'calculate_update_per_collect', self._updates))
         if not self.main:
-            mends += [(module, 'build_logger', lambda original: self._build_logger) for module in [learner, *collectors]]
+            for module in (learner, *collectors):
+                mends.append((module, 'build_logger', lambda original: self._build_logger))
         return mends
 
     def _reduced(self, number: Any, op: str) -> Any:
@@ -293,6 +299,16 @@ class DataParallel:
         return logging.getLogger(f'rank{self.rank}.{name}'), None
 
 
+def _synchronize_given(original: Callable[..., None]) -> Callable[..., None]:
+    """``zero_grad`` leaves None on parameters that the loss does not reach, which DI-engine takes for tensors."""
+
+    def synchronize(policy: Any, model: torch.nn.Module) -> None:
+        given = [(name, parameter) for name, parameter in model.named_parameters() if parameter.grad is not None]
+        original(policy, SimpleNamespace(named_parameters=lambda: given))
+
+    return synchronize
+
+
 class _CommonBuffer:
     """A replay buffer that has as much as that of the rank with the least, so that all begin to train at once."""
 
@@ -311,15 +327,3 @@ class _CommonBuffer:
 
     def get_num_of_game_segments(self) -> int:
         return self._least(self._buffer.get_num_of_game_segments())
-
-
-def describe(ranks: DataParallel) -> Dict[str, Any]:
-    """
-    Overview:
-        What a summary says of the processes.
-    Arguments:
-        - ranks (:obj:`DataParallel`): The processes.
-    Returns:
-        - description (:obj:`Dict[str, Any]`): How many, and how they talk.
-    """
-    return dict(processes=ranks.size, backend=dist.get_backend() if ranks.several and dist.is_initialized() else None)

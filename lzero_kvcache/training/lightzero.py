@@ -12,6 +12,7 @@ import numpy as np
 from easydict import EasyDict
 
 from .checkpoints import Checkpoint, atomic_checkpoints, load_state
+from .data_parallel import DataParallel
 from .status import Evaluation
 
 NAMES = ('compile_config', 'BaseLearner', 'Collector', 'Evaluator')
@@ -53,11 +54,14 @@ class Watch:
     Arguments:
         - on_change (:obj:`Callable[[], None]`): Called often; it decides itself when to do something.
         - interrupted (:obj:`Callable[[], None]`): Called after each training iteration; it may raise.
+        - ranks (:obj:`Optional[DataParallel]`): The processes of the training; None for this one alone.
     """
 
-    def __init__(self, on_change: Callable[[], None], interrupted: Callable[[], None]) -> None:
+    def __init__(self, on_change: Callable[[], None], interrupted: Callable[[], None],
+                 ranks: Optional[DataParallel] = None) -> None:
         self.on_change = on_change
         self.interrupted = interrupted
+        self.ranks = ranks or DataParallel()
         self.learner: Any = None
         self.collector: Any = None
         self.evaluator: Any = None
@@ -72,7 +76,8 @@ class Watch:
     def env_step(self) -> int:
         if self.collector is None or self.checkpoint is not None:
             return self.checkpoint.env_step if self.checkpoint is not None else 0
-        return int(self.collector.envstep) + self.steps_in_collect
+        # The collector's own count is of all ranks; what is under way, others collect as well.
+        return int(self.collector.envstep) + self.steps_in_collect * self.ranks.size
 
     @property
     def train_iter(self) -> int:
@@ -154,7 +159,7 @@ def run_entry(entry: str, configs: Tuple[EasyDict, EasyDict], watch: Watch, **ar
         - policy (:obj:`Any`): The trained policy.
     """
     module = importlib.import_module('lzero.entry.' + entry)
-    with _watched(module, watch), atomic_checkpoints():
+    with watch.ranks.mended(module), _watched(module, watch), atomic_checkpoints():
         policy = getattr(module, entry)(list(configs), **arguments)
         watch.evaluate_last()
     return policy
@@ -261,6 +266,7 @@ def _watched_collector(base: type, watch: Watch) -> type:
 
             @functools.wraps(forward)
             def counted(*args: Any, **kwargs: Any) -> Any:
+                watch.ranks.in_collection()
                 actions = forward(*args, **kwargs)
                 watch.steps_in_collect += len(actions)
                 watch.on_change()
@@ -279,6 +285,19 @@ def _watched_evaluator(base: type, watch: Watch) -> type:
             super().__init__(*args, **kwargs)
             self.policy = kwargs['policy']
             watch.evaluator = self
+
+        def reset_policy(self, _policy: Any = None) -> None:
+            super().reset_policy(None if _policy is None else _policy._replace(forward=self._left(_policy.forward)))
+
+        @staticmethod
+        def _left(forward: Callable) -> Callable:
+
+            @functools.wraps(forward)
+            def left(*args: Any, **kwargs: Any) -> Any:
+                watch.ranks.in_evaluation()
+                return forward(*args, **kwargs)
+
+            return left
 
         def eval(self, save_ckpt_fn: Optional[Callable] = None, train_iter: int = -1, envstep: int = -1,
                  *args: Any, **kwargs: Any) -> Any:

@@ -22,10 +22,11 @@ class Output:
         known waits in a temporary file.
     Arguments:
         - verbose (:obj:`bool`): Show everything on the terminal as well.
+        - silent (:obj:`bool`): Show nothing but errors.
     """
 
-    def __init__(self, verbose: bool = False) -> None:
-        self.verbose = verbose
+    def __init__(self, verbose: bool = False, silent: bool = False) -> None:
+        self.verbose = verbose and not silent
         self.path: Optional[str] = None
         self.on_log: Callable[[str], None] = lambda line: None
         self.on_printed: Callable[[str], None] = lambda line: None
@@ -33,7 +34,7 @@ class Output:
         self._saved = (os.dup(1), os.dup(2))
         self._streams = (sys.stdout, sys.stderr)
         # A terminal that cannot show a character shows '?' for it, and the run goes on.
-        self.terminal = _text(os.dup(1), encoding)
+        self.terminal = _text(os.open(os.devnull, os.O_WRONLY) if silent else os.dup(1), encoding)
         self.errors = _text(os.dup(2), encoding)
         self._log: int = -1
         self._handler: Optional[logging.Handler] = None

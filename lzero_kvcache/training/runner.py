@@ -15,9 +15,11 @@ import torch
 from easydict import EasyDict
 
 from lzero_kvcache.config import ConfigError
+from lzero_kvcache.telemetry import sum_counters
 
 from . import lightzero
 from .checkpoints import read_checkpoint
+from .data_parallel import DataParallel, Interrupted
 from .output import Output
 from .status import Result, Status
 from .summary import (
@@ -34,6 +36,7 @@ from .terminal import Terminal, number_text
 
 UNBOUNDED = int(1e10)
 LOG_FILE = os.path.join('log', 'train.log')
+LOG_FILE_OF_RANK = os.path.join('log', 'train_rank{}.log')
 TRAIN, EVALUATE = 'train', 'evaluate'
 # The bar is redrawn four times a second; asking for counters more often than that is for nothing.
 REFRESH_SECONDS = 0.25
@@ -58,15 +61,7 @@ class Plan:
     checkpoint: Optional[str] = None
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to end. LightZero's ``except Exception`` does not catch it."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-def run(plan: Plan, output: Output, terminal: Terminal) -> Result:
+def run(plan: Plan, output: Output, terminal: Terminal, ranks: Optional[DataParallel] = None) -> Result:
     """
     Overview:
         Train or evaluate.
@@ -74,10 +69,11 @@ def run(plan: Plan, output: Output, terminal: Terminal) -> Result:
         - plan (:obj:`Plan`): What to run.
         - output (:obj:`Output`): Where LightZero's output goes.
         - terminal (:obj:`Terminal`): Where progress and the summary go.
+        - ranks (:obj:`Optional[DataParallel]`): The processes of the training; None for this one alone.
     Returns:
         - result (:obj:`Result`): How it ended; an error of the training itself is raised.
     """
-    return _Run(plan, output, terminal).run()
+    return _Run(plan, output, terminal, ranks or DataParallel()).run()
 
 
 def claim_folder(exp_name: str) -> str:
@@ -108,12 +104,13 @@ def claim_folder(exp_name: str) -> str:
 
 class _Run:
 
-    def __init__(self, plan: Plan, output: Output, terminal: Terminal) -> None:
+    def __init__(self, plan: Plan, output: Output, terminal: Terminal, ranks: Optional[DataParallel] = None) -> None:
         self.plan = plan
+        self.ranks = ranks or DataParallel()
         self.output = output
         self.terminal = terminal
         self.status = Status()
-        self.watch = lightzero.Watch(self._refresh, self._stop_if_asked)
+        self.watch = lightzero.Watch(self._refresh, self._stop_if_asked, self.ranks)
         self._pid = os.getpid()
         self._asked: Optional[int] = None
         self._saving = False
@@ -125,13 +122,16 @@ class _Run:
         self._prepare()
         with self._signals():
             self.terminal.start(plan.max_env_step if plan.task == TRAIN else None, self.status.first_env_step)
+            together = True
             try:
                 outcome, code = self._work(), 0
+                self._saving = True
                 checkpoint = self.watch.latest_checkpoint()
             except Interrupted as interrupt:
                 outcome, code = f'interrupted by {interrupt}', 128 + interrupt.signum
                 self._saving = True
-                checkpoint = self.watch.save_checkpoint() if plan.task == TRAIN else None
+                together = interrupt.agreed
+                checkpoint = self.watch.save_checkpoint() if plan.task == TRAIN and self.ranks.main else None
             except BaseException:
                 self.output.write_log(traceback.format_exc())
                 raise
@@ -139,8 +139,13 @@ class _Run:
                 self._refresh(now=True)
                 self.terminal.finish(self.status)
                 self.watch.close()
-        result = self._result(outcome, code, checkpoint)
-        write_summary(result)
+            # With ranks that have not agreed on ending, there is nothing to share.
+            counters = lightzero.cache_counters(self.watch.cache)
+            result = self._result(outcome, code, checkpoint, sum_counters(counters) if together else counters)
+            if self.ranks.main:
+                write_summary(result)
+            if together:
+                self.ranks.part()
         self.terminal.table('Training: ' + outcome if plan.task == TRAIN else 'Evaluation: ' + outcome,
                             summary_rows(result))
         return result
@@ -161,8 +166,10 @@ class _Run:
                 f'{plan.max_env_step}; give a higher --max-env-step'
             )
         lightzero.try_environment(plan.main_config, plan.create_config)
-        exp_name = plan.main_config.exp_name = claim_folder(plan.main_config.exp_name)
-        self.output.attach(os.path.join(exp_name, LOG_FILE))
+        self._join()
+        exp_name = plan.main_config.exp_name = self.ranks.from_main(lambda: claim_folder(plan.main_config.exp_name))
+        log_file = LOG_FILE if self.ranks.main else LOG_FILE_OF_RANK.format(self.ranks.rank)
+        self.output.attach(os.path.join(exp_name, log_file))
         if plan.task == EVALUATE:
             self.terminal.line(f'Evaluating {plan.checkpoint} into {exp_name}')
             return
@@ -175,14 +182,22 @@ class _Run:
         if plan.max_env_step is None and plan.max_train_iter is None:
             self.terminal.line('No max_env_step in the config and none given: it trains until interrupted (Ctrl-C)')
 
+    def _join(self) -> None:
+        plan, ranks = self.plan, self.ranks
+        if ranks.several and plan.task == EVALUATE:
+            raise ConfigError('--eval evaluates in one process; run it without torchrun')
+        ranks.join(str(plan.main_config.policy.model.world_model_cfg.device))
+        ranks.share_out(plan.main_config, lightzero.default_tree(plan.main_config, plan.create_config), plan.entry)
+
     def _work(self) -> str:
         plan = self.plan
         configs = (plan.main_config, plan.create_config)
         if plan.task == EVALUATE:
             lightzero.evaluate(configs, self.watch, plan.seed)
             return 'done'
+        seed = self.ranks.seed(plan.seed, plan.main_config.env.collector_env_num) if self.ranks.several else plan.seed
         lightzero.run_entry(
-            plan.entry, configs, self.watch, seed=plan.seed, model_path=plan.main_config.policy.get('model_path'),
+            plan.entry, configs, self.watch, seed=seed, model_path=plan.main_config.policy.get('model_path'),
             max_train_iter=plan.max_train_iter or UNBOUNDED, max_env_step=plan.max_env_step or UNBOUNDED,
         )
         return 'reward reached env.stop_value' if self.watch.stopped else 'done'
@@ -205,12 +220,14 @@ class _Run:
         if os.getpid() != self._pid or self._saving:
             return
         first = self._asked is None
-        self._asked = signum
-        if not (self.watch.updating and first):
+        self._asked = self.ranks.asked = signum
+        wait = self.watch.updating if not self.ranks.several else self.watch.phase != 'start'
+        if not (wait and first):
             raise Interrupted(signum)
 
     def _stop_if_asked(self) -> None:
-        if self._asked is not None:
+        self.ranks.after_update()
+        if self._asked is not None and not self.ranks.several:
             raise Interrupted(self._asked)
 
     def _refresh(self, now: bool = False) -> None:
@@ -231,10 +248,9 @@ class _Run:
             )
         self.terminal.update(status)
 
-    def _result(self, outcome: str, code: int, checkpoint: Optional[str]) -> Result:
+    def _result(self, outcome: str, code: int, checkpoint: Optional[str], counters: Dict[str, Any]) -> Result:
         plan, status = self.plan, self.status
         world_model = plan.main_config.policy.model.world_model_cfg
-        counters = lightzero.cache_counters(self.watch.cache)
         exp_name = plan.main_config.exp_name
         return Result(
             outcome=outcome, exit_code=code, exp_name=exp_name, config=plan.config, entry=plan.entry, task=plan.task,
@@ -245,5 +261,5 @@ class _Run:
             hit_rates={pool: hit_rate(counters, pool) for pool in POOLS}, counters=counters,
             last_reward=status.last_reward, best_reward=status.best_reward, evaluations=status.evaluations,
             event_files=os.path.join(exp_name, 'log', 'serial'), checkpoint=checkpoint or plan.checkpoint,
-            log_file=self.output.path, machine=machine(),
+            log_file=self.output.path, processes=self.ranks.size, machine=machine(),
         )

@@ -64,4 +64,5 @@ class Result:
     event_files: str
     checkpoint: Optional[str]
     log_file: Optional[str]
+    processes: int
     machine: Dict[str, Any]

@@ -109,6 +109,7 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
     rates = '  '.join(f'{pool} {rate_text(result.hit_rates[pool])}' for pool in POOLS)
     return [
         ('cache system', result.cache),
+        *([('processes', str(result.processes))] if result.processes > 1 else []),
         ('time', str(datetime.timedelta(seconds=round(result.seconds)))),
         ('environment steps', f'{result.env_step:,}'),
         ('training iterations', f'{result.train_iter:,}'),
