@@ -14,9 +14,11 @@ from ding.policy import create_policy
 from easydict import EasyDict
 from lzero.model.unizero_world_models.kv_caching import KeysValues
 from oracle import Case, randomise
+from seeded_search import seeded_search
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 from lzero_kvcache import KVCacheManager
+from lzero_kvcache.search import NodeSearch
 
 LAYERS, HEADS, HEAD_DIM, CONTEXT_LENGTH = 2, 2, 4, 8
 
@@ -74,8 +76,8 @@ def audit(used: KVCacheManager) -> None:
 def small_cartpole(new: bool, collectors: int = 3, evaluators: int = 2, simulations: int = 4, rotary: bool = True,
                    **world_model_cfg: Any) -> EasyDict:
     """
-    LightZero's CartPole config, made small, with the plugin. Its search is deterministic: no noise at the root, and the
-    most visited action is taken.
+    LightZero's CartPole config, made small, with the plugin. It draws nothing at random: there is no noise at the root,
+    and the most visited action is taken.
     """
     main = copy.deepcopy(cartpole.main_config)
     main.env.update(collector_env_num=collectors, evaluator_env_num=evaluators, n_evaluator_episode=evaluators)
@@ -123,6 +125,8 @@ class Worker:
 
     def __init__(self, policy: Any, mode: str = 'collect') -> None:
         self.mode, self.policy = mode, getattr(policy, mode + '_mode')
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.policy.reset()
         self._timestep: Dict[int, int] = {}
         self._episode: Dict[int, int] = {}
 
@@ -130,7 +134,7 @@ class Worker:
         """One step of some environments; what the policy returned for each."""
         observations = torch.from_numpy(np.stack([self._observe(env_id) for env_id in env_ids]))
         arguments = dict(temperature=1., epsilon=0.) if self.mode == 'collect' else {}
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), seeded_search(NodeSearch):
             output = self.policy.forward(
                 observations, [np.ones(2, np.int8) for _ in env_ids], to_play=[-1] * len(env_ids), ready_env_id=env_ids,
                 timestep=[np.array(self._timestep.get(env_id, 0)) for env_id in env_ids], **arguments
@@ -152,18 +156,23 @@ class Worker:
 
 
 def assert_same_outputs(actual: Dict[int, Any], expected: Dict[int, Any], env_ids: Sequence[int]) -> None:
-    """What a policy returned for some environments is the same, to float tolerance."""
+    """
+    Overview:
+        What a policy returned for some environments is the same, to float tolerance. A value is a mean over a support
+        from -50 to 50, and rounding in its logits weighs accordingly.
+    """
     for env_id in env_ids:
-        for name in ('predicted_value', 'predicted_policy_logits', 'searched_value'):
+        for name, tolerance in (('predicted_value', 2e-3), ('searched_value', 2e-3), ('predicted_policy_logits', 1e-4)):
             np.testing.assert_allclose(
-                actual[env_id][name], expected[env_id][name], rtol=1e-4, atol=1e-5, err_msg=f'{name} of {env_id}'
+                actual[env_id][name], expected[env_id][name], rtol=tolerance, atol=tolerance,
+                err_msg=f'{name} of {env_id}'
             )
         assert actual[env_id]['visit_count_distributions'] == expected[env_id]['visit_count_distributions']
 
 
 def differs(actual: Dict[int, Any], expected: Dict[int, Any], env_ids: Sequence[int]) -> List[int]:
-    """The environments whose predicted value is another."""
+    """The environments whose predicted value is another, by more than any rounding."""
     return [
         env_id for env_id in env_ids
-        if abs(float(actual[env_id]['predicted_value']) - float(expected[env_id]['predicted_value'])) > 1e-3
+        if abs(actual[env_id]['predicted_value'].item() - expected[env_id]['predicted_value'].item()) > 0.05
     ]

@@ -30,7 +30,8 @@ class TestDefaults:
     def test_of_an_empty_config(self):
         assert dataclasses.asdict(read()) == dict(
             use_new=False, type='new', eviction='fifo', env_num=8, num_simulations=50, init_pool_size=256,
-            recurrent_pool_size=400, enable_stats=True, dtype='float32', max_memory_mb=None, backend='auto'
+            recurrent_pool_size=400, enable_stats=True, dtype='float32', max_memory_mb=None, backend='auto',
+            on_nan='raise'
         )
 
     def test_of_the_users_document(self):
@@ -65,7 +66,7 @@ class TestDefaults:
     def test_every_option_is_documented(self):
         assert set(KV_CACHE_CFG) == {
             'type', 'eviction', 'init_pool_size', 'recurrent_pool_size', 'enable_stats', 'dtype', 'max_memory_mb',
-            'backend'
+            'backend', 'on_nan'
         }
         assert all(KV_CACHE_CFG.values())
 
@@ -78,6 +79,7 @@ class TestAccepted:
         ('recurrent_pool_size', 12345), ('enable_stats', False), ('dtype', 'float32'), ('dtype', 'bfloat16'),
         ('dtype', 'float16'), ('max_memory_mb', 100), ('max_memory_mb', 0.5), ('type', 'new'),
         ('backend', 'auto'), ('backend', 'eager'), ('backend', 'cudagraph'), ('backend', 'compile'),
+        ('on_nan', 'raise'), ('on_nan', 'skip'),
     ])
     def test_options(self, flag, key, value):
         assert getattr(read(flag, {key: value}), key) == value
@@ -149,6 +151,8 @@ class TestRefused:
         ('eviction', ['lru'], "'lru'"),
         ('dtype', 'float64', "'float"),
         ('dtype', 'bfloat', "'bfloat16'"),
+        ('on_nan', 'ignore', "'raise'"),
+        ('on_nan', True, "'skip'"),
         ('backend', 'cuda', "'cudagraph'"),
         ('backend', False, "'eager'"),
         ('type', 'newer', "'new'"),

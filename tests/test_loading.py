@@ -1,0 +1,231 @@
+"""How the plugin gets into a run: import names in any order, ``enable`` and ``disable``, and checks beforehand."""
+import contextlib
+import copy
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lzero.entry
+import pytest
+from builders import compiled
+from ding.policy import create_policy
+from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
+
+import lzero_kvcache
+from lzero_kvcache import ConfigError, KVCacheManager, OldCacheManager, check_config, disable, enable
+
+ROOT = Path(lzero_kvcache.__file__).resolve().parent.parent
+
+IMPORTS = """
+import json
+import torch, ding.policy, ding.worker
+from ding.utils import MODEL_REGISTRY, POLICY_REGISTRY, import_module
+from ding.worker.learner.learner_hook import hook_mapping
+from forks import in_forks
+
+
+def imported(*names):
+    import_module(names)
+    once = {name: POLICY_REGISTRY.get(name) for name in POLICY_REGISTRY}
+    import_module(names)
+    import_module(names[::-1])
+    import lzero_kvcache
+    return dict(
+        same=all(POLICY_REGISTRY.get(name) is cls for name, cls in once.items()),
+        policies={name: POLICY_REGISTRY.get(name).__module__ for name in ('unizero', 'sampled_unizero', 'muzero')},
+        models={name: MODEL_REGISTRY.get(name).__module__ for name in ('UniZeroModel', 'SampledUniZeroModel')},
+        managers=sorted(lzero_kvcache.KV_CACHE_REGISTRY),
+        hook=hook_mapping['kv_cache_stats'].__module__,
+    )
+
+
+print(json.dumps(in_forks({
+    'LightZero first': lambda: imported('lzero.policy.unizero', 'lzero.policy.sampled_unizero', 'lzero_kvcache'),
+    'plugin first': lambda: imported('lzero_kvcache', 'lzero.policy.sampled_unizero', 'lzero.policy.unizero'),
+})))
+"""
+
+
+@pytest.fixture(scope='module')
+def fresh_processes():
+    """What is registered in processes that import LightZero and the plugin in either order."""
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).resolve().parent)])
+    done = subprocess.run(
+        [sys.executable, '-c', IMPORTS], env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1'), timeout=300,
+        capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize('order', ['LightZero first', 'plugin first'])
+def test_import_order(fresh_processes, order):
+    """Once or several times; what the plugin does not serve stays LightZero's."""
+    assert fresh_processes[order] == dict(
+        same=True,
+        policies=dict(
+            unizero='lzero_kvcache.policies', sampled_unizero='lzero_kvcache.policies', muzero='lzero.policy.muzero'
+        ),
+        models=dict(UniZeroModel='lzero_kvcache.models', SampledUniZeroModel='lzero_kvcache.models'),
+        managers=['new', 'old'],
+        hook='lzero_kvcache.telemetry',
+    )
+
+
+def cartpole_configs():
+    """LightZero's own, as it is."""
+    return copy.deepcopy(cartpole.main_config), copy.deepcopy(cartpole.create_config)
+
+
+def atari_configs():
+    """LightZero's own segment config, which hands its configs to the entry and keeps none."""
+    from zoo.atari.config import atari_unizero_segment_config
+    caught = []
+    original = lzero.entry.train_unizero_segment
+    lzero.entry.train_unizero_segment = lambda configs, **kwargs: caught.extend(configs)
+    try:
+        atari_unizero_segment_config.main('PongNoFrameskip-v4', 0)
+    finally:
+        lzero.entry.train_unizero_segment = original
+    main_config, create_config = caught
+    return copy.deepcopy(main_config), copy.deepcopy(create_config)
+
+
+@pytest.fixture(params=[cartpole_configs, atari_configs], ids=['CartPole', 'Atari segment'])
+def configs(request):
+    return request.param()
+
+
+def cfg_of(main_config):
+    return main_config.policy.model.world_model_cfg
+
+
+class TestEnable:
+
+    def test_one_line(self, configs):
+        main_config, create_config = configs
+        before = copy.deepcopy(configs)
+        enable(main_config, create_config)
+        assert cfg_of(main_config).use_new_cache_manager is True
+        assert create_config.policy.import_names == ['lzero.policy.unizero', 'lzero_kvcache']
+        assert 'kv_cache_cfg' not in cfg_of(main_config)
+        del cfg_of(main_config)['use_new_cache_manager']
+        create_config.policy.import_names.remove('lzero_kvcache')
+        assert (main_config, create_config) == before
+
+    def test_options(self, configs):
+        enable(*configs, eviction='lru', init_pool_size=7)
+        assert cfg_of(configs[0]).kv_cache_cfg == dict(eviction='lru', init_pool_size=7)
+        options = check_config(*configs)
+        assert (options.use_new, options.eviction, options.init_pool_size) == (True, 'lru', 7)
+
+    def test_options_are_added_to_those_that_are_there(self, configs):
+        enable(*configs, eviction='lru', init_pool_size=7)
+        enable(*configs, init_pool_size=8, dtype='bfloat16')
+        assert cfg_of(configs[0]).kv_cache_cfg == dict(eviction='lru', init_pool_size=8, dtype='bfloat16')
+
+    def test_twice(self, configs):
+        enable(*configs)
+        once = copy.deepcopy(configs)
+        enable(*configs)
+        assert configs == once
+
+    @pytest.mark.parametrize('names', [None, [], ['lzero_kvcache'], ('lzero.policy.unizero', ), ['a', 'lzero_kvcache']])
+    def test_import_names(self, configs, names):
+        if names is None:
+            del configs[1].policy['import_names']
+        else:
+            configs[1].policy.import_names = names
+        enable(*configs)
+        expected = list(names or [])
+        assert configs[1].policy.import_names == expected + ['lzero_kvcache'] * ('lzero_kvcache' not in expected)
+
+    @pytest.mark.parametrize(('options', 'message'), [
+        (dict(evicton='lru'), 'evicton'),
+        (dict(eviction='newest'), 'newest'),
+        (dict(init_pool_size=0), 'init_pool_size=0'),
+        (dict(enable_stats='no'), 'enable_stats'),
+        (dict(type='old'), "type='old'"),
+        (dict(type='nobody'), 'nobody'),
+        (dict(recurrent_pool_size=3), 'recurrent_pool_size=3'),
+        (dict(eviction='lru', dtype='float64'), 'float64'),
+    ])
+    def test_a_wrong_option_changes_nothing(self, configs, options, message):
+        before = copy.deepcopy(configs)
+        with pytest.raises(ConfigError, match=message):
+            enable(*configs, **options)
+        assert configs == before
+
+    @pytest.mark.parametrize(('key', 'value'), [('context_length', 5), ('num_simulations', 2), ('env_num', 1)])
+    def test_a_config_that_new_mode_cannot_serve_is_left_alone(self, configs, key, value):
+        cfg_of(configs[0])[key] = value
+        before = copy.deepcopy(configs)
+        with pytest.raises(ConfigError, match=f'{key}={value}'):
+            enable(*configs)
+        assert configs == before
+
+    def test_another_policy(self, configs):
+        configs[1].policy.type = 'muzero'
+        with pytest.raises(ConfigError, match=r"create_config\.policy\.type='muzero'"):
+            enable(*configs)
+
+
+class TestDisable:
+
+    def test_turns_the_flag_off_and_keeps_the_plugin(self, configs):
+        """So that both systems write the same tags."""
+        enable(*configs, eviction='lru')
+        disable(*configs)
+        assert cfg_of(configs[0]).use_new_cache_manager is False
+        assert configs[1].policy.import_names == ['lzero.policy.unizero', 'lzero_kvcache']
+        assert check_config(*configs).use_new is False
+
+    def test_of_a_config_that_was_never_enabled(self, configs):
+        disable(*configs)
+        assert cfg_of(configs[0]).use_new_cache_manager is False
+        assert check_config(*configs).use_new is False
+
+    def test_and_back_with_the_options_of_before(self, configs):
+        enable(*configs, eviction='lru')
+        disable(*configs)
+        enable(*configs)
+        assert check_config(*configs).eviction == 'lru'
+
+
+class TestCheck:
+
+    def test_says_what_will_be_read_and_changes_nothing(self, configs):
+        enable(*configs)
+        before = copy.deepcopy(configs)
+        options = check_config(*configs)
+        assert configs == before
+        policy = configs[0].policy
+        env_num = max(policy.collector_env_num, policy.evaluator_env_num)
+        assert (options.env_num, options.num_simulations) == (env_num, policy.num_simulations)
+        assert options.recurrent_pool_size == env_num * policy.num_simulations
+
+    def test_old_mode_is_checked_too(self, configs):
+        cfg_of(configs[0]).kv_cache_cfg = dict(evicton='lru')
+        with pytest.raises(ConfigError, match='evicton'):
+            check_config(*configs)
+
+
+@pytest.mark.parametrize('new', [True, False], ids=['enabled', 'disabled'])
+def test_an_enabled_config_trains_with_the_new_system(new):
+    """LightZero's CartPole config through DI-engine's compilation to the policy."""
+    main_config, create_config = cartpole_configs()
+    main_config.policy.cuda, cfg_of(main_config).device, main_config.policy.device = False, 'cpu', 'cpu'
+    enable(main_config, create_config)
+    if not new:
+        disable(main_config, create_config)
+    with contextlib.redirect_stdout(io.StringIO()):
+        policy = create_policy(compiled(main_config).policy, enable_field=['learn', 'collect', 'eval'])
+    world_model = policy._model.world_model
+    assert world_model.use_new_cache_manager is new
+    assert type(world_model.kv_cache_manager) is (KVCacheManager if new else OldCacheManager)
+    if new:
+        assert len(world_model.kv_cache_manager.init_pools) == 8
+        assert world_model.kv_cache_manager.recur_pool.pool_size == 8 * 25

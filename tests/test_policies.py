@@ -1,0 +1,433 @@
+"""The policies: configuration through DI-engine's own merging, and contexts and counts that belong to environments."""
+import contextlib
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from builders import (
+    Worker,
+    assert_same_outputs,
+    audit,
+    compiled,
+    differs,
+    make_policy,
+    small_cartpole,
+)
+from ding.utils import MODEL_REGISTRY, POLICY_REGISTRY
+from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
+from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
+
+from lzero_kvcache import policies
+from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY
+
+BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
+POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+
+
+def cache(policy):
+    return policy._model.world_model.kv_cache_manager
+
+
+def counts(policy):
+    """(queries, hits) of init, recur and total."""
+    counters = cache(policy).counters()
+    return {pool: (counters[pool]['queries'], counters[pool]['hits']) for pool in ('init', 'recur', 'total')}
+
+
+class TestConfiguration:
+
+    @pytest.mark.parametrize('name', ['unizero', 'sampled_unizero'])
+    def test_the_registered_policies_are_ours(self, name):
+        policy = POLICY_REGISTRY.get(name)
+        assert issubclass(policy, policies.KVCachePolicy)
+        assert issubclass(policy, (LightZeroUniZeroPolicy, LightZeroSampledUniZeroPolicy))
+
+    @pytest.mark.parametrize(('ours', 'theirs'), [
+        (policies.UniZeroPolicy, LightZeroUniZeroPolicy),
+        (policies.SampledUniZeroPolicy, LightZeroSampledUniZeroPolicy),
+    ])
+    def test_the_default_config_is_lightzeros_and_the_hook(self, ours, theirs):
+        config, original = ours.default_config(), theirs.default_config()
+        assert config.learn.learner.hook.pop(HOOK_KEY) == HOOK_CONFIG
+        # Whether a user gave it must be seen; the policy puts LightZero's value back.
+        assert original.model.world_model_cfg.pop('env_num') == 8
+        assert config.cfg_type == original.cfg_type
+        if not original.learn.get('learner'):
+            assert config.learn.pop('learner') == dict(hook={})
+        assert config == original
+
+    def test_asking_twice_changes_nothing(self):
+        first = policies.UniZeroPolicy.default_config()
+        changed = policies.UniZeroPolicy.default_config()
+        changed.learn.learner.hook[HOOK_KEY].priority = 99
+        assert policies.UniZeroPolicy.default_config() == first
+
+    def test_a_subclass_inherits_it(self):
+        class Mine(policies.UniZeroPolicy):
+            config = dict(batch_size=3)
+
+        assert Mine.default_config().learn.learner.hook[HOOK_KEY] == HOOK_CONFIG
+        make = POLICY_REGISTRY.get('unizero')
+        assert make.default_config().learn.learner.hook[HOOK_KEY] == HOOK_CONFIG
+
+    @BOTH_FLAGS
+    @pytest.mark.parametrize('policy_type', ['unizero', 'sampled_unizero'])
+    def test_the_compiled_config_has_one_hook(self, new, policy_type):
+        """However often it is asked for, under its fixed key, and beside DI-engine's own."""
+        for user_hook in ({}, {HOOK_KEY: dict(HOOK_CONFIG)}, {HOOK_KEY: {'priority': 40}, 'log_show_after_iter': 7}):
+            main = small_cartpole(new)
+            main.policy.learn = dict(learner=dict(hook=user_hook))
+            hooks = compiled(main, policy_type).policy.learn.learner.hook
+            ours = [key for key, hook in hooks.items() if isinstance(hook, dict) and hook.get('type') == HOOK_KEY]
+            assert ours == [HOOK_KEY]
+            assert hooks[HOOK_KEY].position == 'after_iter'
+            assert hooks[HOOK_KEY].priority == user_hook.get(HOOK_KEY, {}).get('priority', HOOK_CONFIG['priority'])
+            assert hooks.log_show_after_iter == user_hook.get('log_show_after_iter', 100)
+            assert 'save_ckpt_after_iter' in hooks
+
+    @BOTH_FLAGS
+    def test_which_model_a_policy_builds(self, new):
+        policy = make_policy(new)
+        assert policy._model.world_model.use_new_cache_manager is new
+        assert type(policy._model._orig_mod) is MODEL_REGISTRY.get('UniZeroModel')
+
+    @BOTH_FLAGS
+    def test_the_target_model_has_a_cache_of_its_own(self, new):
+        policy = make_policy(new)
+        ours, theirs = policy._model.world_model, policy._target_model.world_model
+        assert ours.kv_cache_manager is not theirs.kv_cache_manager
+        worker = Worker(policy)
+        for _ in range(2):
+            worker.step([0, 1, 2])
+        assert counts(policy)['init'] == (3, 3)
+        assert theirs.kv_cache_manager.counters()['total']['queries'] == 0
+        with contextlib.redirect_stdout(io.StringIO()):
+            theirs.clear_caches()
+        worker.step([0, 1, 2])
+        assert counts(policy)['init'] == (6, 6)
+
+
+class Twins:
+    """A batch of environments, and each of them in a policy of its own with the same weights."""
+
+    def __init__(self, env_ids, mode='collect', **options):
+        self.env_ids = env_ids
+        self.batch = Worker(make_policy(True, **options), mode)
+        self.alone = {env_id: Worker(make_policy(True, **options), mode) for env_id in env_ids}
+
+    def step(self, env_ids, ready=None):
+        output = self.batch.step(list(env_ids) if ready is None else ready)
+        for env_id in env_ids:
+            assert_same_outputs(output, self.alone[env_id].step([env_id]), [env_id])
+        assert set(output) == set(env_ids)
+        return output
+
+    def done(self, env_id):
+        self.batch.done(env_id)
+        self.alone[env_id].done(env_id)
+
+
+class TestEnvironments:
+    """In new mode a context belongs to an environment, whatever rows there are."""
+
+    @pytest.mark.parametrize('mode', ['collect', 'eval'])
+    @POSITIONS
+    def test_a_batch_is_answered_as_its_environments_alone(self, mode, rotary):
+        """All, then some, in any order, one only; one starts a new episode on the way."""
+        twins = Twins([0, 1, 2], mode, rotary=rotary, evaluators=3)
+        twins.step([0, 1, 2])
+        twins.step([0, 1, 2])
+        twins.step([2, 0])
+        twins.done(1)
+        twins.step([1, 0, 2])
+        twins.step([1])
+        twins.step([0, 1, 2])
+
+    def test_ready_environments_as_a_set(self):
+        """As LightZero's collectors pass them."""
+        twins = Twins([0, 1, 2])
+        for ready in ({0, 1, 2}, {2, 0}, {0, 1, 2}):
+            twins.step(list(ready), ready)
+
+    def test_ready_environments_as_an_array_or_not_at_all(self):
+        twins = Twins([0, 1, 2])
+        twins.step([0, 1, 2], np.arange(3))
+        twins.step([2, 1], np.array([2, 1]))
+        policy = make_policy(True)
+        output = policy.collect_mode.forward(
+            torch.zeros(3, 4), [np.ones(2, np.int8)] * 3, to_play=[-1] * 3, timestep=[np.array(0)] * 3
+        )
+        assert list(output) == [0, 1, 2]
+
+    def test_the_context_matters(self):
+        """Or else nothing above would show anything: an environment without its past is answered otherwise."""
+        with_past, without = Worker(make_policy(True)), Worker(make_policy(True))
+        for worker in (with_past, without):
+            worker.step([0, 1, 2])
+        without.policy.reset([1])
+        assert differs(without.step([0, 1, 2]), with_past.step([0, 1, 2]), [0, 1, 2]) == [1]
+
+    def test_a_reset_of_all(self):
+        worker, fresh = Worker(make_policy(True)), Worker(make_policy(True))
+        worker.step([0, 1, 2])
+        worker.policy.reset()
+        worker._timestep = dict.fromkeys(range(3), 0)
+        assert_same_outputs(worker.step([0, 1, 2]), fresh.step([0, 1, 2]), [0, 1, 2])
+
+    def test_a_reset_touches_one_environments_contexts(self):
+        policy = make_policy(True)
+        worker = Worker(policy)
+        for _ in range(3):
+            worker.step([0, 1, 2])
+        worker.done(1)
+        assert [len(pool) for pool in cache(policy).init_pools] == [3, 0, 3]
+        audit(cache(policy))
+
+    @pytest.mark.parametrize('steps', [200, 2000])
+    def test_the_periodic_clearing_is_no_reset(self, steps):
+        """LightZero clears every cache when one environment's step count divides by 200 (or 2,000)."""
+        policy = make_policy(True)
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        policy.collect_mode.reset(env_id=1, current_steps=steps, reset_init_data=False)
+        policy.eval_mode.reset(env_id=1, current_steps=steps, reset_init_data=False)
+        assert [len(pool) for pool in cache(policy).init_pools] == [1, 1, 1]
+        worker.step([0, 1, 2])
+        assert counts(policy)['init'] == (3, 3)
+
+    @POSITIONS
+    def test_an_evaluation_between_two_collections(self, rotary):
+        """Whole episodes of it change nothing about what collection goes on with."""
+        policy, undisturbed = make_policy(True, rotary=rotary), Worker(make_policy(True, rotary=rotary))
+        worker, evaluator = Worker(policy), Worker(policy, 'eval')
+        for _ in range(4):
+            assert_same_outputs(worker.step([0, 1, 2]), undisturbed.step([0, 1, 2]), [0, 1, 2])
+            evaluator.policy.reset()
+            evaluator._timestep.clear()
+            for _ in range(3):
+                evaluator.step([0, 1])
+            evaluator.done(0)
+            evaluator.step([0])
+        assert [len(pool) for pool in cache(policy).init_pools] == [4, 4, 4]
+
+    def test_a_collection_between_two_evaluations(self):
+        policy, undisturbed = make_policy(True), Worker(make_policy(True), 'eval')
+        worker, evaluator = Worker(policy), Worker(policy, 'eval')
+        for _ in range(4):
+            assert_same_outputs(evaluator.step([0, 1]), undisturbed.step([0, 1]), [0, 1])
+            worker.step([0, 1, 2])
+            worker.done(0)
+
+    @pytest.mark.parametrize('mode', ['collect', 'eval'])
+    def test_more_environments_than_the_config_knows(self, mode):
+        policy = make_policy(True)
+        worker = Worker(policy, mode)
+        worker.step([0, 1])
+        for env_ids in ([0, 1, 2, 3], [5]):
+            with pytest.raises(ValueError, match=r'world_model_cfg\.env_num=3'):
+                worker.step(env_ids)
+        audit(cache(policy))
+        worker.step([0, 1])
+        assert counts(policy)['init'][0] >= 2
+
+    def test_no_page_is_lost(self):
+        policy = make_policy(True)
+        worker, evaluator = Worker(policy), Worker(policy, 'eval')
+        for step in range(6):
+            worker.step([0, 1, 2] if step % 2 else [2, 1])
+            evaluator.step([1])
+            audit(cache(policy))
+            worker.done(step % 3)
+            audit(cache(policy))
+
+    def test_training_forgets_contexts_of_other_weights(self):
+        policy = make_policy(True)
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        with contextlib.redirect_stdout(io.StringIO()):
+            policy.recompute_pos_emb_diff_and_clear_cache()
+        assert [len(pool) for pool in cache(policy).init_pools] == [0, 0, 0]
+        worker.step([0, 1, 2])
+        assert counts(policy)['init'] == (3, 0)  # each has a predecessor, whose context is gone
+
+
+class TestSampledPolicy:
+    """Continuous actions, through the same code."""
+
+    @staticmethod
+    def make(new):
+        main = small_cartpole(new)
+        main.policy.model.update(
+            continuous_action_space=True, num_of_sampled_actions=5, sigma_type='conditioned', action_space_size=2,
+            observation_shape=4, model_type='mlp'
+        )
+        main.policy.model.world_model_cfg.update(
+            continuous_action_space=True, num_of_sampled_actions=5, sigma_type='conditioned', fixed_sigma_value=0.5,
+            bound_type=None, policy_loss_type='kl', action_space_size=2, norm_type='BN'
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            return POLICY_REGISTRY.get('sampled_unizero')(
+                compiled(main, 'sampled_unizero').policy, enable_field=['learn', 'collect', 'eval']
+            )
+
+    def test_environments_keep_their_contexts(self):
+        policy = self.make(True)
+        worker = Worker(policy)
+        for env_ids in ([0, 1, 2], [0, 1, 2], [2, 0], [1]):
+            output = worker.step(env_ids)
+            assert all(np.shape(output[env_id]['action']) == (2, ) for env_id in env_ids)
+        worker.done(1)
+        worker.step([0, 1, 2])
+        assert counts(policy)['init'] == (3 + 2 + 1 + 2, 8)
+        assert [len(pool) for pool in cache(policy).init_pools] == [4, 1, 4]
+        audit(cache(policy))
+
+
+class TestCounts:
+    """The design's table, on a script whose counts are told by hand: three environments, four simulations."""
+
+    @BOTH_FLAGS
+    def test_steps_of_one_episode(self, new):
+        policy = make_policy(new)
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        assert counts(policy) == dict(init=(0, 0), recur=(12, 12), total=(12, 12))
+        worker.step([0, 1, 2])
+        assert counts(policy) == dict(init=(3, 3), recur=(24, 24), total=(27, 27))
+        worker.step([0, 1, 2])
+        assert counts(policy) == dict(init=(6, 6), recur=(36, 36), total=(42, 42))
+
+    @BOTH_FLAGS
+    def test_one_environments_new_episode(self, new):
+        """It has no predecessor. In old mode its end throws the other two contexts away: both are misses."""
+        policy = make_policy(new)
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        worker.done(1)
+        worker.step([0, 1, 2])
+        hits = 2 if new else 0
+        assert counts(policy) == dict(init=(2, hits), recur=(24, 24), total=(26, 24 + hits))
+        worker.step([0, 1, 2])
+        assert counts(policy) == dict(init=(5, hits + 3), recur=(36, 36), total=(41, 39 + hits))
+
+    @BOTH_FLAGS
+    def test_fewer_ready_environments(self, new):
+        """After a step with two of three, old mode puts all rows back to "first step"."""
+        policy = make_policy(new)
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        worker.step([0, 1])
+        assert counts(policy) == dict(init=(2, 2), recur=(20, 20), total=(22, 22))
+        worker.step([0, 1, 2])
+        hits = 3 if new else 0
+        assert counts(policy) == dict(init=(5, 2 + hits), recur=(32, 32), total=(37, 34 + hits))
+
+    @BOTH_FLAGS
+    def test_a_reset_of_all(self, new):
+        policy = make_policy(new)
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        with contextlib.redirect_stdout(io.StringIO()):
+            worker.policy.reset()
+        worker.step([0, 1, 2])
+        assert counts(policy) == dict(init=(0, 0), recur=(24, 24), total=(24, 24))
+
+    @BOTH_FLAGS
+    def test_collection_and_evaluation_together(self, new):
+        policy = make_policy(new)
+        Worker(policy).step([0, 1, 2])
+        evaluator = Worker(policy, 'eval')
+        evaluator.step([0, 1])
+        evaluator.step([0, 1])
+        assert counts(policy) == dict(init=(2, 2), recur=(28, 28), total=(30, 30))
+
+    @BOTH_FLAGS
+    def test_cleared_contexts_are_misses(self, new):
+        """As after every training phase."""
+        policy = make_policy(new)
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        with contextlib.redirect_stdout(io.StringIO()):
+            policy._model.world_model.clear_caches()
+        worker.step([0, 1, 2])
+        assert counts(policy) == dict(init=(3, 0), recur=(24, 24), total=(27, 24))
+
+    def test_the_pools_of_both_modes(self):
+        """The raw counts of the summary: 3 + 2 queries of roots, and what a search found in its nodes."""
+        policy = make_policy(True)
+        worker, evaluator = Worker(policy), Worker(policy, 'eval')
+        worker.step([0, 1, 2])
+        worker.step([0, 1, 2])
+        evaluator.step([0, 1])
+        evaluator.step([0, 1])
+        summary = cache(policy).get_stats_summary()
+        assert list(summary['eval_pools']) == ['env_0', 'env_1']
+        assert sum(pool['size'] for pool in summary['init_pools'].values()) == 6
+        assert sum(pool['size'] for pool in summary['eval_pools'].values()) == 4
+        assert summary['wm_pool']['total_queries'] == 3 + 2 + 6 * 4 + 4 * 4
+        for pool in [*summary['init_pools'].values(), *summary['eval_pools'].values(), summary['recur_pool']]:
+            assert pool['hits'] + pool['misses'] == pool['total_queries']
+            assert pool['misses'] == 0
+
+    @BOTH_FLAGS
+    def test_without_counting(self, new):
+        policy = make_policy(new, kv_cache_cfg=dict(enable_stats=False))
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        worker.step([0, 1, 2])
+        assert set(cache(policy).counters()) == {'memory_mb'}
+        assert cache(policy).get_stats_summary() == {'stats_enabled': False}
+
+    @BOTH_FLAGS
+    def test_resetting(self, new):
+        policy = make_policy(new)
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        cache(policy).reset_stats()
+        assert counts(policy) == dict(init=(0, 0), recur=(0, 0), total=(0, 0))
+        worker.step([0, 1, 2])
+        assert counts(policy) == dict(init=(3, 3), recur=(12, 12), total=(15, 15))
+
+
+class TestCheckpoints:
+
+    def test_same_keys_and_they_load_either_way(self):
+        old, new = make_policy(False, seed=1), make_policy(True, seed=2)
+        states = [copy.deepcopy(policy.learn_mode.state_dict()) for policy in (old, new)]
+        assert states[0].keys() == states[1].keys()
+        for name in ('model', 'target_model'):
+            assert list(states[0][name]) == list(states[1][name])
+        old.learn_mode.load_state_dict(states[1])
+        new.learn_mode.load_state_dict(states[0])
+        for policy, state in ((old, states[1]), (new, states[0])):
+            for key, value in policy._model.state_dict().items():
+                assert torch.equal(value, state['model'][key])
+
+    @BOTH_FLAGS
+    def test_they_hold_no_cache(self, new):
+        """Collecting changes nothing about what a checkpoint holds."""
+        policy = make_policy(new)
+
+        def saved():
+            file = io.BytesIO()
+            torch.save(policy.learn_mode.state_dict(), file)
+            return file.tell()
+
+        before = saved()
+        for _ in range(3):
+            Worker(policy).step([0, 1, 2])
+        assert saved() == before
+
+    def test_loading_forgets_contexts_of_other_weights(self):
+        policy = make_policy(True, seed=1)
+        state = make_policy(False, seed=2).learn_mode.state_dict()
+        worker, fresh = Worker(policy), Worker(make_policy(True, seed=2))
+        worker.step([0, 1, 2])
+        policy.learn_mode.load_state_dict(state)
+        assert [len(pool) for pool in cache(policy).init_pools] == [0, 0, 0]
+        worker.policy.reset()
+        worker._timestep.clear()
+        for _ in range(3):
+            assert_same_outputs(worker.step([0, 1, 2]), fresh.step([0, 1, 2]), [0, 1, 2])

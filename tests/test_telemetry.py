@@ -1,0 +1,226 @@
+"""What tensorboard gets: the hook's values on scripted counters, and a real event file read back."""
+import copy
+import math
+import types
+
+import pytest
+from builders import Worker, make_policy
+from ding.worker.learner.learner_hook import LearnerHook, build_learner_hook_by_cfg
+from easydict import EasyDict
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch.utils.tensorboard import SummaryWriter
+
+from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY, LAYOUT, KVCacheStatsHook
+
+BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
+OLD_TAGS = {
+    f'{pool}_{metric}' for pool in ('init', 'recur', 'total') for metric in ('hit_rate', 'hits', 'misses', 'queries')
+}
+NEW_TAGS = OLD_TAGS | {
+    f'{pool}_{metric}' for pool in ('init', 'recur', 'total') for metric in ('evictions', 'occupancy')
+}
+TIMES = {'search_ms', 'step_ms'}
+
+
+def hook():
+    return KVCacheStatsHook(HOOK_KEY, 30, position='after_iter')
+
+
+def counters(*init_and_recur, **more):
+    """Counters of (queries, hits) of the init and the recurrent pool, as a manager returns them."""
+    pools = dict(zip(('init', 'recur'), init_and_recur))
+    pools['total'] = tuple(map(sum, zip(*init_and_recur)))
+    return {'memory_mb': 1.5, **{
+        pool: {'queries': queries, 'hits': hits, 'misses': queries - hits, **more}
+        for pool, (queries, hits) in pools.items()
+    }}
+
+
+def rates(values):
+    return [values.get(f'{pool}_hit_rate') for pool in ('init', 'recur', 'total')]
+
+
+class TestValues:
+
+    def test_names(self):
+        assert set(hook().values(counters((4, 3), (8, 8)))) == OLD_TAGS | {'memory_mb'}
+        assert set(hook().values(counters((4, 3), (8, 8), evictions=0, occupancy=0.5))) == NEW_TAGS | {'memory_mb'}
+
+    def test_numbers_are_handed_on(self):
+        values = hook().values(counters((4, 3), (8, 8), evictions=2, occupancy=0.5))
+        assert [values[f'init_{name}'] for name in ('queries', 'hits', 'misses', 'evictions', 'occupancy')] == [
+            4, 3, 1, 2, 0.5
+        ]
+        assert (values['total_queries'], values['total_hits'], values['memory_mb']) == (12, 11, 1.5)
+
+    def test_rates_cover_the_searches_since_the_phase_before(self):
+        used = hook()
+        assert rates(used.values(counters((4, 3), (8, 8)))) == [0.75, 1.0, 11 / 12]
+        assert rates(used.values(counters((8, 3), (16, 12)))) == [0., 0.5, 4 / 12]
+
+    def test_rates_hold_between_phases(self):
+        used = hook()
+        used.values(counters((4, 3), (8, 8)))
+        for _ in range(50):
+            assert rates(used.values(counters((4, 3), (8, 8)))) == [0.75, 1.0, 11 / 12]
+        assert rates(used.values(counters((6, 5), (8, 8)))) == [1.0, 1.0, 1.0]
+
+    def test_no_rate_before_the_first_query(self):
+        used = hook()
+        assert rates(used.values(counters((0, 0), (0, 0)))) == [None, None, None]
+        assert rates(used.values(counters((0, 0), (2, 2)))) == [None, 1.0, 1.0]
+        assert rates(used.values(counters((2, 0), (2, 2)))) == [0.0, 1.0, 0.0]
+
+    def test_counters_are_cumulative(self):
+        used, queries = hook(), [2, 5, 5, 9]
+        for number in queries:
+            values = used.values(counters((number, number - 1), (3 * number, number)))
+            assert (values['init_queries'], values['init_hits'], values['recur_misses']) == (
+                number, number - 1, 2 * number
+            )
+
+    @pytest.mark.parametrize('after', [(4, 3), (12, 3), (10, 10), (40, 5), (12, 11)])
+    def test_somebody_resets_the_statistics(self, after):
+        """Rates are of what was counted since then, however much that is: never negative, never above 1."""
+        used = hook()
+        used.values(counters((10, 8), (10, 8)))
+        for rate in rates(used.values(counters(after, after))):
+            assert 0 <= rate <= 1
+
+    def test_without_counting(self):
+        assert hook().values({'memory_mb': 2.5}) == {'memory_mb': 2.5}
+
+    def test_everything_is_a_finite_number(self):
+        used = hook()
+        for queries in (0, 1, 1, 7):
+            values = used.values(counters((queries, 0), (queries, queries), evictions=0, occupancy=0.))
+            assert all(math.isfinite(value) for value in values.values())
+
+
+class Engine:
+    """As much of DI-engine's learner as a hook looks at."""
+
+    def __init__(self, policy, tb_logger):
+        self.policy, self.tb_logger = policy.learn_mode, tb_logger
+        self.last_iter, self.collector_envstep = types.SimpleNamespace(val=0), 0
+
+    def after_iteration(self, hook, envstep):
+        self.collector_envstep = envstep
+        hook(self)
+        self.last_iter.val += 1
+
+
+def read(folder):
+    """Every tag's points (step, value) of an event file."""
+    events = EventAccumulator(str(folder), size_guidance=dict(scalars=0))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
+
+
+def run(new, folder, **options):
+    """Two collections and three training iterations after each."""
+    policy = make_policy(new, **options)
+    worker, used = Worker(policy), hook()
+    with SummaryWriter(str(folder)) as writer:
+        engine = Engine(policy, writer)
+        for phase in (1, 2):
+            for _ in range(2):
+                worker.step([0, 1, 2])
+            for _ in range(3):
+                engine.after_iteration(used, 6 * phase)
+    return policy
+
+
+class TestEventFile:
+
+    @BOTH_FLAGS
+    def test_a_point_at_every_iteration_under_every_tag(self, new, tmp_path):
+        run(new, tmp_path)
+        points = read(tmp_path)
+        tags = (NEW_TAGS if new else OLD_TAGS) | {'memory_mb'} | TIMES
+        assert set(points) == {f'kv_cache_{axis}/{tag}' for axis in ('iter', 'step') for tag in tags}
+        for tag, series in points.items():
+            steps = list(range(6)) if tag.startswith('kv_cache_iter/') else [6] * 3 + [12] * 3
+            assert [step for step, _ in series] == steps
+            assert all(math.isfinite(value) for _, value in series)
+
+    @BOTH_FLAGS
+    def test_the_same_numbers_on_both_axes(self, new, tmp_path):
+        run(new, tmp_path)
+        points = read(tmp_path)
+        for tag, series in points.items():
+            other = points[tag.replace('kv_cache_iter/', 'kv_cache_step/')]
+            assert [value for _, value in series] == [value for _, value in other]
+
+    @BOTH_FLAGS
+    def test_numbers(self, new, tmp_path):
+        """Three environments, four simulations, two steps in each phase, nothing lost."""
+        run(new, tmp_path)
+        points = {tag: [value for _, value in series] for tag, series in read(tmp_path).items()}
+        assert points['kv_cache_iter/init_queries'] == [3.] * 3 + [9.] * 3
+        assert points['kv_cache_iter/recur_hits'] == [24.] * 3 + [48.] * 3
+        assert points['kv_cache_iter/total_misses'] == [0.] * 6
+        assert points['kv_cache_iter/total_hit_rate'] == [1.] * 6
+        assert min(points['kv_cache_iter/memory_mb']) > 0
+        assert min(points['kv_cache_iter/search_ms']) > min(points['kv_cache_iter/step_ms']) > 0
+        if new:
+            assert 0 < min(points['kv_cache_iter/init_occupancy']) <= max(points['kv_cache_iter/init_occupancy']) <= 1
+
+    @BOTH_FLAGS
+    def test_without_counting_only_memory_and_times(self, new, tmp_path):
+        run(new, tmp_path, kv_cache_cfg=dict(enable_stats=False))
+        assert {tag.split('/')[1] for tag in read(tmp_path)} == {'memory_mb'} | TIMES
+
+    @BOTH_FLAGS
+    def test_the_layout_is_written_once_and_groups_the_tags(self, new, tmp_path):
+        run(new, tmp_path)
+        events = EventAccumulator(str(tmp_path), size_guidance=dict(tensors=0))
+        events.Reload()
+        written = events.Tensors('custom_scalars__config__')
+        assert len(written) == 1
+        layout = layout_pb2.Layout.FromString(written[0].tensor_proto.string_val[0])
+        charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+        assert [category.title for category in layout.category] == ['kv_cache']
+        assert charts == {title: tags for title, (_, tags) in LAYOUT['kv_cache'].items()}
+        shown = [tag for tags in charts.values() for tag in tags]
+        assert len(shown) == len(set(shown))
+        assert set(shown) <= {f'kv_cache_iter/{tag}' for tag in NEW_TAGS | TIMES | {'memory_mb'}}
+        assert charts['hit_rate'] == [f'kv_cache_iter/{pool}_hit_rate' for pool in ('init', 'recur', 'total')]
+
+    @BOTH_FLAGS
+    def test_who_has_no_logger_writes_nothing(self, new, tmp_path):
+        """As every rank but the first."""
+        engine = Engine(make_policy(new), None)
+        engine.after_iteration(hook(), 5)
+
+    def test_a_policy_without_the_plugins_model(self, tmp_path):
+        policy = make_policy(False)
+        del policy._model.world_model.kv_cache_manager
+        with SummaryWriter(str(tmp_path)) as writer:
+            Engine(policy, writer).after_iteration(hook(), 5)
+        assert read(tmp_path) == {}
+
+    @BOTH_FLAGS
+    def test_wandb_where_the_config_uses_it(self, new, tmp_path, monkeypatch):
+        import wandb
+        logged = []
+        monkeypatch.setattr(wandb, 'log', lambda values, step: logged.append((step, values)))
+        policy = make_policy(new)
+        Worker(policy).step([0, 1, 2])
+        with SummaryWriter(str(tmp_path)) as writer:
+            Engine(policy, writer).after_iteration(hook(), 5)
+            assert logged == []
+            policy._cfg.use_wandb = True
+            Engine(policy, writer).after_iteration(hook(), 5)
+        (step, values), = logged
+        assert step == 5
+        assert values['kv_cache_step/recur_hits'] == 12
+
+
+def test_di_engine_builds_the_hook_from_the_default_config():
+    hooks = build_learner_hook_by_cfg(EasyDict({HOOK_KEY: copy.deepcopy(HOOK_CONFIG)}))
+    built, = hooks['after_iter']
+    assert isinstance(built, KVCacheStatsHook)
+    assert isinstance(built, LearnerHook)
+    assert [hooks[position] for position in ('before_run', 'after_run', 'before_iter')] == [[], [], []]
