@@ -212,8 +212,8 @@ class KVCacheStatsHook(LearnerHook):
                 continue
             values.update({f'{pool}_{metric}': counts[metric] for metric in METRICS if metric in counts})
             queries, hits = self._seen.get(pool, (0, 0))
-            if counts['queries'] < queries:  # somebody reset the statistics
-                queries, hits = 0, 0
+            if counts['hits'] < hits or counts['queries'] - counts['hits'] < queries - hits:
+                queries, hits = 0, 0  # somebody reset the statistics
             if counts['queries'] > queries:
                 self._rates[pool] = (counts['hits'] - hits) / (counts['queries'] - queries)
             self._seen[pool] = (counts['queries'], counts['hits'])

@@ -1,0 +1,387 @@
+"""Data-parallel training: what ranks agree on, who writes, and two-process runs on the CPU with equal weights."""
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+import torch.distributed as dist
+from easydict import EasyDict
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lzero_kvcache import ConfigError, telemetry
+from lzero_kvcache.stats import Timing
+from lzero_kvcache.training import data_parallel
+from lzero_kvcache.training.checkpoints import read_checkpoint
+from lzero_kvcache.training.cli import build_parser, main, make_plan
+from lzero_kvcache.training.config_file import PROJECT_ROOT
+from lzero_kvcache.training.data_parallel import DataParallel, Interrupted, Ranks
+from lzero_kvcache.training.lightzero import default_tree
+
+SMALL = ['--config', 'config_new', '--exp-name', 'run', '--set', 'policy.num_simulations=3', 'policy.batch_size=8',
+         'env.collector_env_num=4', 'env.evaluator_env_num=1']
+# Trains as train.py does, and keeps what each rank ended with.
+SCRIPT = """
+import os
+import sys
+import torch
+from lzero_kvcache.training import cli, lightzero
+
+run_entry = lightzero.run_entry
+
+
+def run_and_keep(entry, configs, watch, **arguments):
+    policy = run_entry(entry, configs, watch, **arguments)
+    state = policy._learn_model.state_dict(), policy._target_model.state_dict(), policy._optimizer_world_model.state_dict()
+    torch.save(dict(
+        state=state, counters=watch.cache.counters(), train_iter=watch.train_iter, env_step=watch.env_step,
+        seed=arguments['seed'],
+    ), 'rank{}.pt'.format(os.environ['RANK']))
+    return policy
+
+
+lightzero.run_entry = run_and_keep
+sys.exit(cli.main())
+"""
+CONFIG = """
+import sys
+sys.path.insert(0, {!r})
+from config_new import create_config, main_config
+entry = {!r}
+main_config.policy.update(num_segments=4, game_segment_length=10)
+main_config.policy.model.world_model_cfg.game_segment_length = 10
+"""
+
+
+@pytest.fixture()
+def group(tmp_path):
+    """A process group of this process alone, in which a sum is one's own number."""
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------- ranks
+
+
+def test_alone_unless_torchrun_says_otherwise():
+    assert Ranks.read({}) == (0, 1, 1)
+    assert Ranks.read({'RANK': '3', 'WORLD_SIZE': '4'}) == (0, 1, 1)
+    environment = dict(RANK='3', WORLD_SIZE='4', LOCAL_WORLD_SIZE='2', MASTER_ADDR='localhost')
+    assert Ranks.read(environment) == (3, 4, 2)
+
+
+def test_alone_nothing_is_exchanged():
+    alone = DataParallel()
+    alone.asked = signal.SIGINT
+    alone.join('cpu')
+    alone.in_collection()
+    alone.in_evaluation()
+    alone.after_update()
+    alone.part()
+    assert alone.main
+    assert alone.from_main(lambda: 'made') == 'made'
+    assert telemetry.sum_counters({'memory_mb': 1.}) == {'memory_mb': 1.}
+    module = types.SimpleNamespace(calculate_update_per_collect='original')
+    with alone.mended(module):
+        assert module.calculate_update_per_collect == 'original'
+
+
+def test_as_many_gpus_as_processes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    with pytest.raises(ConfigError, match='2 processes need as many GPUs, and there are 1'):
+        DataParallel(Ranks(0, 2, 2)).join('cuda')
+
+
+def test_a_rank_takes_its_share(monkeypatch):
+    plan = make_plan(build_parser().parse_args(['--config', 'config_new']))
+    monkeypatch.setattr('lzero.config.utils.get_world_size', lambda: 3)
+    tree = default_tree(plan.main_config, plan.create_config)
+    DataParallel(Ranks(1, 3, 3)).share_out(plan.main_config, tree, 'train_unizero')
+    policy = plan.main_config.policy
+    assert policy.multi_gpu is True
+    assert policy.use_wandb is False
+    assert (policy.batch_size, policy.n_episode) == (math.ceil(64 / 3), 3)
+    assert plan.main_config.env.collector_env_num == policy.collector_env_num == 3
+    # What compile_config makes of it is what a collector accepts.
+    tree = default_tree(plan.main_config, plan.create_config)
+    assert tree.policy.n_episode >= tree.env.collector_env_num
+
+
+def test_a_config_for_several_processes_is_refused_in_one():
+    plan = make_plan(build_parser().parse_args(['--config', 'config_new', '--set', 'policy.multi_gpu=True']))
+    with pytest.raises(ConfigError, match='torchrun --nproc_per_node'):
+        DataParallel().share_out(plan.main_config, plan.main_config, plan.entry)
+
+
+def test_no_two_environments_have_one_seed():
+    seeds = [DataParallel(Ranks(rank, 3, 3)).seed(5, 4) + index for rank in range(3) for index in range(4)]
+    assert seeds == list(range(5, 17))
+
+
+def test_usage_errors_are_said_once(monkeypatch, capfd):
+    for name, value in (('RANK', '1'), ('WORLD_SIZE', '2'), ('LOCAL_WORLD_SIZE', '2'), ('MASTER_ADDR', 'localhost')):
+        monkeypatch.setenv(name, value)
+    assert main(['--config', 'nosuch']) == 2
+    assert main(['--colour']) == 2
+    assert capfd.readouterr() == ('', '')
+
+
+# ---------------------------------------------------------------------------------------------------- agreement
+
+
+@pytest.mark.usefixtures('group')
+class TestAgreement:
+
+    @pytest.fixture()
+    def ranks(self):
+        return DataParallel(Ranks(0, 2, 2))
+
+    @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+    def test_at_the_end_of_a_collection(self, ranks, signum):
+        assert ranks._reduced(3, 'sum') == 3
+        assert isinstance(ranks._reduced(3, 'sum'), int)
+        assert ranks._reduced(1.5, 'avg') == 0.75
+        ranks.in_collection()
+        ranks.asked = signum
+        for leave in (ranks.in_collection, lambda: ranks._reduced(3, 'sum')):
+            with pytest.raises(Interrupted) as caught:
+                leave()
+            assert (caught.value.signum, caught.value.agreed) == (signum, True)
+
+    def test_after_an_evaluation(self, ranks):
+        outcome = [True, {'eval_episode_return': 2.}]
+        ranks._broadcast(outcome, src=0)
+        assert outcome == [True, {'eval_episode_return': 2.}]
+        ranks.asked = signal.SIGTERM
+        with pytest.raises(Interrupted, match='SIGTERM'):
+            ranks.in_evaluation()
+
+    def test_one_iteration_after_an_update(self, ranks):
+        ranks.after_update()
+        ranks.asked = signal.SIGINT
+        ranks.after_update()
+        with pytest.raises(Interrupted, match='SIGINT'):
+            ranks.after_update()
+
+    def test_an_error_of_the_first_rank_is_everybodys(self, ranks):
+        assert ranks.from_main(lambda: 'folder') == 'folder'
+
+        def fail():
+            raise ConfigError('no room')
+
+        with pytest.raises(ConfigError, match='no room'):
+            ranks.from_main(fail)
+
+    def test_equal_numbers_of_updates(self, ranks):
+        from lzero.entry import train_unizero as package_entry  # noqa: F401
+        entry = sys.modules['lzero.entry.train_unizero']
+        segments = [range(7), range(4)], None
+        config = EasyDict(policy=dict(update_per_collect=None, game_segment_length=5, replay_ratio=0.25))
+        original = entry.calculate_update_per_collect
+        with ranks.mended(entry):
+            assert entry.calculate_update_per_collect(config, segments, world_size=2) == 2
+            config.policy.update_per_collect = 6
+            assert entry.calculate_update_per_collect(config, segments, world_size=2) == 6
+        assert entry.calculate_update_per_collect is original
+
+    def test_gradients_that_are_not_there_are_left_out(self, ranks):
+        from ding.policy.base_policy import Policy
+        model = torch.nn.Linear(2, 1)
+        model.weight.grad = torch.ones_like(model.weight)
+        policy = types.SimpleNamespace(_bp_update_sync=True)
+        with ranks.mended(sys.modules['lzero.entry.train_unizero']):
+            Policy.sync_gradients(policy, model)
+        assert model.bias.grad is None
+        assert model.weight.grad.tolist() == [[1., 1.]]
+
+    def test_a_buffer_counts_as_the_emptiest_does(self, ranks):
+        buffer = types.SimpleNamespace(get_num_of_transitions=lambda: 9, get_num_of_game_segments=lambda: 2, size=4)
+        common = ranks._counted(lambda config: buffer)('config')
+        assert (common.get_num_of_transitions(), common.get_num_of_game_segments(), common.size) == (9, 2, 4)
+
+    def test_other_ranks_have_no_log_files(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        from ding.worker.learner import base_learner
+        with DataParallel(Ranks(1, 2, 2)).mended(sys.modules['lzero.entry.train_unizero']):
+            logger, writer = base_learner.build_logger('./here', 'learner', need_tb=False)
+            logger.info('quiet')
+        assert writer is None
+        assert os.listdir(tmp_path) == ['group']
+
+
+# ---------------------------------------------------------------------------------------------------- telemetry
+
+
+def numbers(queries):
+    pool = {'queries': queries, 'hits': queries - 1, 'misses': 1, 'occupancy': 0.5}
+    return {'memory_mb': 1.5, 'init': pool, 'recur': dict(pool), 'total': dict(pool)}
+
+
+@pytest.mark.usefixtures('group')
+class TestSums:
+
+    def test_one_iteration_late_and_the_last_at_the_end(self):
+        sums = telemetry.RankSums()
+        points = [
+            telemetry.Point(numbers(4 * i), {'search': Timing(i, i / 2)}, i, 10 * i) for i in range(1, 4)
+        ]
+        assert [sums.exchange(point) for point in points] == [None, *points[:2]]
+        assert sums.last() == points[2]
+        assert sums.last() is None
+
+    def test_what_the_hook_writes(self, monkeypatch):
+        monkeypatch.setattr(telemetry, 'several_ranks', lambda: True)
+        written, registered = [], []
+        timings = {'search': Timing(), 'step': Timing()}
+        counted = {}
+        manager = types.SimpleNamespace(counters=lambda: counted)
+        attributes = dict(
+            model=types.SimpleNamespace(world_model=types.SimpleNamespace(kv_cache_manager=manager, timings=timings)),
+            cfg=EasyDict(use_wandb=False)
+        )
+        writer = types.SimpleNamespace(
+            add_custom_scalars=lambda layout: None,
+            add_scalar=lambda tag, value, step: written.append((tag, value, step))
+        )
+        engine = types.SimpleNamespace(
+            policy=types.SimpleNamespace(get_attribute=attributes.get), tb_logger=writer,
+            last_iter=types.SimpleNamespace(val=0), collector_envstep=5, register_hook=registered.append
+        )
+        hook = telemetry.KVCacheStatsHook(telemetry.HOOK_KEY, 30, position='after_iter')
+        for iteration, queries in enumerate((4, 8, 8)):
+            counted.update(numbers(queries))
+            timings['search'].record(0.5)
+            engine.last_iter.val = iteration
+            hook(engine)
+        last, = registered
+        assert last.position == 'after_run'
+        last(engine)
+        points = [(value, step) for tag, value, step in written if tag == 'kv_cache_iter/total_queries']
+        assert points == [(4, 0), (8, 1), (8, 2)]
+        rates = [value for tag, value, _ in written if tag == 'kv_cache_iter/total_hit_rate']
+        assert rates == [0.75, 1., 1.]
+        assert [value for tag, value, _ in written if tag == 'kv_cache_iter/search_ms'] == [500.] * 3
+
+
+# ---------------------------------------------------------------------------------------------------- real trainings
+
+
+def torchrun(folder, *arguments, **kwargs):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *arguments]
+    return subprocess.Popen(
+        command, cwd=str(folder), encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=str(PROJECT_ROOT)), **kwargs)
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder), size_guidance={'scalars': 0})
+    events.Reload()
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()['scalars']}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('entry', ['train_unizero', 'train_unizero_segment'])
+def test_two_processes_end_with_equal_weights(entry, tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT)
+    config = tmp_path / 'config.py'
+    config.write_text(CONFIG.format(os.path.join(PROJECT_ROOT, 'configs'), entry))
+    arguments = ['--config', str(config), *SMALL[2:], '--max-env-step', '80']
+    process = torchrun(tmp_path, str(script), *arguments)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, shown
+    first, second = (torch.load(str(tmp_path / f'rank{rank}.pt')) for rank in range(2))
+    folder = tmp_path / 'run'
+    summary = json.loads((folder / 'summary.json').read_text())
+
+    assert first['train_iter'] == second['train_iter'] == summary['train_iter'] > 10
+    assert first['env_step'] == second['env_step'] == summary['env_step'] >= 80
+    assert first['seed'] != second['seed']
+    (weights, *_), (others, *_) = first['state'], second['state']
+    for one, other in zip(first['state'][:2], second['state'][:2]):
+        for name, value in one.items():
+            # Statistics of batch normalisation are each rank's own.
+            if 'running_' not in name:
+                assert torch.equal(value, other[name]), name
+    saved = read_checkpoint(str(tmp_path / summary['checkpoint'])).state['model']
+    assert all(torch.equal(value, saved[name]) for name, value in weights.items())
+
+    # Only the first rank spoke and wrote, in one folder, and the sums are of both.
+    assert shown.count('Training: done') == shown.count(' into run\n') == 1
+    assert sorted(os.listdir(str(tmp_path))) == ['config.py', 'rank0.pt', 'rank1.pt', 'run', 'script.py']
+    logs = sorted(name for name in os.listdir(str(folder / 'log')) if name.endswith('.log'))
+    assert logs == ['train.log', 'train_rank1.log']
+    assert len(os.listdir(str(folder / 'log' / 'serial'))) == 1
+    assert summary['processes'] == 2
+    points = scalars(folder / 'log' / 'serial')
+    assert [step for step, _ in points['kv_cache_iter/total_queries']] == list(range(first['train_iter']))
+    # An evaluation at the end comes after the last point.
+    assert points['kv_cache_iter/recur_queries'][-1][1] <= summary['counters']['recur']['queries']
+    for pool in ('init', 'recur', 'total'):
+        for name in ('queries', 'hits', 'misses'):
+            together = first['counters'][pool][name] + second['counters'][pool][name]
+            assert summary['counters'][pool][name] == together
+    own = second['counters']['recur']['queries']
+    assert points['kv_cache_iter/recur_queries'][-1][1] > own > 0
+
+
+@contextlib.contextmanager
+def started(tmp_path):
+    process = torchrun(tmp_path, os.path.join(PROJECT_ROOT, 'train.py'), *SMALL)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def worker(process, rank):
+    """The process id of a rank."""
+    children = subprocess.check_output(['ps', '-o', 'pid=', '--ppid', str(process.pid)], encoding='utf-8').split()
+    for child in children:
+        with contextlib.suppress(OSError):
+            with open(f'/proc/{child}/environ', 'rb') as file:
+                if f'RANK={rank}'.encode() in file.read().split(b'\0'):
+                    return int(child)
+    raise AssertionError(f'rank {rank} is not among {children}')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='finds ranks in /proc')
+@pytest.mark.parametrize(('signum', 'whom'), [(signal.SIGINT, 'all'), (signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_ranks_end_together_when_one_is_asked_to(signum, whom, tmp_path):
+    with started(tmp_path) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith('Cleared WorldModel'):
+                break
+        time.sleep(float(torch.rand(())) * 3)
+        os.kill(process.pid if whom == 'all' else worker(process, whom), signum)
+        shown = ''.join(lines) + process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert f'Training: interrupted by {signum.name}' in shown
+    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    assert summary['exit_code'] == 128 + signum
+    checkpoint = read_checkpoint(str(tmp_path / summary['checkpoint']))
+    assert checkpoint.train_iter == summary['train_iter'] > 0
+    assert f'interrupted by {signum.name}' == summary['outcome']
+    assert not [name for name in os.listdir(str(tmp_path / 'run' / 'ckpt')) if name.endswith('.tmp')]
+    other = (tmp_path / 'run' / 'log' / 'train_rank1.log').read_text(encoding='utf-8')
+    assert 'Traceback' not in other
+
+
+def test_the_names_that_are_mended_exist():
+    """Those of LightZero 0.2.0; another LightZero may lack some."""
+    import importlib
+    for name in data_parallel.COLLECTORS:
+        assert hasattr(importlib.import_module(name), 'allreduce_data')
+    buffers = importlib.import_module('lzero.mcts')
+    assert all(hasattr(buffers, name) for name in data_parallel.BUFFERS)
