@@ -393,11 +393,13 @@ class TestPagedPool:
     def test_a_failed_write_leaves_no_trace(self, strategy):
         pages = PageAllocator(RESERVED_PAGES + WIDTH)
         pool = PagedPool(3, strategy, pages=pages, width=WIDTH, codec=ListCodec(pages))
-        pool.set('a', [1, 2])
+        slot = pool.set('a', [1, 2])
         with pytest.raises(RuntimeError):
             pool.set('b', [3, 4])
         assert 'b' not in pool
+        assert len(pool) == 1
         assert pool.get('b') is None
         assert pool.stats.misses == 1
         assert pool.get('a') == [1, 2]
-        assert pool.set('c', [5]) != pool.set('a', [1])
+        assert pool.set('c', [5]) != slot
+        assert pool._pages.free == 0
