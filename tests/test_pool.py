@@ -380,7 +380,7 @@ class TestPagedPool:
     def test_many_entries_at_once(self, strategy):
         """More than fit: the newest stay. Keys that are there are replaced; no entries at all are an easy case."""
         pool = paged_pool(3, strategy)
-        for keys in (['a', 'b'], ['b', 'c'], [], ['d', 'e', 'a'], ['f', 'g', 'h', 'i']):
+        for keys in (['a', 'b'], [], ['b', 'c'], ['d', 'e', 'a'], ['f', 'g', 'h', 'i']):
             count = len(keys)
             made = pool._pages.allocate(count)
             pool.store(keys, (np.pad(made[:, None], ((0, 0), (0, WIDTH - 1))), np.ones(count, np.int64)))
