@@ -1,0 +1,706 @@
+"""
+Contexts found by node: what a search gets this way is right for the node's true path, whatever its latent state is, and
+agrees with the keyed way where latent states differ.
+"""
+import contextlib
+import copy
+import io
+import types
+from unittest import mock
+
+import builders
+import lzero.mcts.tree_search.mcts_ctree as mcts_ctree
+import lzero.mcts.tree_search.mcts_ctree_sampled as mcts_ctree_sampled
+import numpy as np
+import pytest
+import seeded_search
+import torch
+from builders import Worker, audit, compiled, make_policy, small_cartpole
+from ding.policy import create_policy
+from ding.utils import MODEL_REGISTRY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lzero.policy import InverseScalarTransform
+from oracle import (
+    TOLERANCE,
+    Batch,
+    Case,
+    ClearEnv,
+    Difference,
+    Expand,
+    LightZeroAlone,
+    PathReference,
+    Root,
+    Trace,
+    assert_same,
+    cached_model,
+    construct,
+    original_model,
+    play,
+    random_reanalysis,
+    random_trace,
+    randomise,
+    relative_error,
+    worst,
+)
+
+from lzero_kvcache.engine import StepOutput
+from lzero_kvcache.search import NodeSearch, SampledNodeSearch
+
+SEED = 7
+#: An error that no rounding explains.
+WRONG = 1e-2
+
+CASES = st.builds(
+    Case,
+    rotary=st.booleans(),
+    num_layers=st.integers(1, 3),
+    num_heads=st.sampled_from([1, 2, 4]),
+    context_length=st.sampled_from([4, 6, 8, 20]),
+    gru_gating=st.booleans(),
+    continuous=st.booleans(),
+    max_seq_len=st.sampled_from([32, 8192]),
+)
+TRACES = st.fixed_dictionaries(
+    dict(
+        seed=st.integers(0, 2 ** 32 - 1),
+        env_num=st.integers(1, 4),
+        root_steps=st.integers(1, 5),
+        simulations=st.integers(1, 10),
+        episodes=st.sampled_from([0., 0.15, 0.4]),
+        unknown=st.sampled_from([0., 0.3]),
+        repeats=st.sampled_from([0., 0., 0.3]),
+    )
+)
+BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
+BOTH_MODES = pytest.mark.parametrize('mode', ['collect', 'eval'])
+BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Traces
+# ---------------------------------------------------------------------------------------------------------------------
+
+SUPPORT = 5
+TO_SCALAR = InverseScalarTransform(SUPPORT, 'cpu', True)
+
+
+class ByNode(Batch):
+    """Puts a trace to a model as the policies' searches by node do; value and reward of nodes come as scalars."""
+
+    def __init__(self, model, mode='collect'):
+        super().__init__(model)
+        self._mode, self._open = mode, contextlib.ExitStack()
+
+    def root(self, event):
+        self.close()
+        rows = len(event.timesteps)
+        simulations = self.world_model.kv_cache_manager.recur_pool.pool_size // rows
+        self._open.enter_context(self.world_model.serving(self._mode, range(rows)))
+        answer = super().root(event)
+        self._nodes = self._open.enter_context(self.world_model.search_by_node(simulations))
+        self._simulation = 0
+        return answer
+
+    def expand(self, event):
+        rows = np.arange(len(event.parents))
+        predicted = self._nodes.expand(
+            self._simulation, np.asarray(event.parents), rows, np.asarray(event.actions), list(event.depths)
+        )
+        self._simulation += 1
+        predicted = torch.from_numpy(predicted.copy())
+        return dict(reward=predicted[:, :1], value=predicted[:, 1:2], policy=predicted[:, 2:])
+
+    def close(self):
+        """End the search that is under way."""
+        self._open.close()
+
+
+def for_search(answer):
+    """What a search makes of a keyed answer: no latent states, value and reward as scalars."""
+    if 'reward' not in answer:
+        return answer
+    return dict(
+        policy=answer['policy'], value=TO_SCALAR(answer['value'].clone()), reward=TO_SCALAR(answer['reward'].clone())
+    )
+
+
+def error_of(name, actual, expected):
+    """Scalars are told in units of the support: near 0 the rescaling's square root keeps few digits."""
+    if expected.shape[-1] == 1:
+        return float((actual - expected).abs().max()) / SUPPORT if actual.shape == expected.shape else float('inf')
+    return relative_error(actual, expected)
+
+
+def node_differences(trace, batch, alone):
+    """All differences between a batch that is asked by node and each environment alone."""
+    actual = play(batch, trace)
+    batch.close()
+    found = []
+    for env, player in enumerate(alone):
+        expected = iter([answer for answer in play(player, trace.alone(env)) if answer is not None])
+        for number, (event, answers) in enumerate(zip(trace.events, actual)):
+            if not isinstance(event, (Root, Expand)):
+                continue
+            right = for_search(next(expected))
+            assert answers.keys() == right.keys()
+            for name in right:
+                error = error_of(name, answers[name][env:env + 1], right[name])
+                found.append(Difference(error, number, type(event).__name__, env, name))
+    return sorted(found, key=lambda d: (d.event, d.env))
+
+
+def batch_differences(trace, batch, keyed):
+    """All differences between two players of the whole batch, the first one asked by node."""
+    found, actual = [], play(batch, trace)
+    batch.close()
+    for number, (answer, other) in enumerate(zip(actual, play(keyed, trace))):
+        for name, right in for_search(other).items() if answer else ():
+            for row in range(len(right)):
+                error = error_of(name, answer[name][row:row + 1], right[row:row + 1])
+                found.append(Difference(error, number, 'row', row, name))
+    return found
+
+
+def alone(kind, case, trace, seed):
+    prototype = original_model(case, 1, seed)
+    return [kind(copy.deepcopy(prototype)) for _ in range(trace.env_num)]
+
+
+def with_cleared_roots(trace):
+    """Now and then an environment's context is gone when its next root step comes."""
+    for number, event in reversed(list(enumerate(trace.events))):
+        if isinstance(event, Root) and number and number % 3 == 0:
+            trace.events.insert(number, ClearEnv(number % trace.env_num))
+    return trace
+
+
+def check_random(case, parts, player=PathReference):
+    parts = dict(parts)
+    seed = parts.pop('seed')
+    trace = with_cleared_roots(random_trace(np.random.default_rng(seed), case, **parts))
+    model = cached_model(case, trace.env_num, seed)
+    assert_same(node_differences(trace, ByNode(model), alone(player, case, trace, seed)))
+    audit(model.world_model.kv_cache_manager)
+
+
+class TestTraces:
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=CASES, parts=TRACES)
+    def test_every_node_is_answered_for_its_true_path(self, case, parts):
+        check_random(case, parts)
+
+    @pytest.mark.slow
+    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=CASES, parts=TRACES)
+    def test_many_nodes_are_answered_for_their_true_path(self, case, parts):
+        check_random(case, parts)
+
+    @pytest.mark.parametrize('context_length', [4, 8, 20])
+    @BOTH_ACTIONS
+    @BOTH_POSITIONS
+    def test_as_lightzero_alone_and_as_the_keyed_way(self, rotary, continuous, context_length):
+        """Where latent states differ from node to node."""
+        case = Case(rotary=rotary, continuous=continuous, context_length=context_length)
+        trace = random_trace(np.random.default_rng(SEED), case, 4, root_steps=6, simulations=9, episodes=0.2)
+        assert_same(node_differences(
+            trace, ByNode(cached_model(case, 4, SEED)), alone(LightZeroAlone, case, trace, SEED)
+        ))
+        assert_same(batch_differences(trace, ByNode(cached_model(case, 4, SEED)), Batch(cached_model(case, 4, SEED))))
+
+    @BOTH_ACTIONS
+    @BOTH_POSITIONS
+    def test_a_fresh_model(self, rotary, continuous):
+        """All of its predicted latent states are one vector: by node each has its own path, by key the newest one's."""
+        case = Case(rotary=rotary, continuous=continuous, equal_latents=True)
+        trace = random_trace(np.random.default_rng(SEED), case, 3, root_steps=3, simulations=9)
+        assert_same(node_differences(
+            trace, ByNode(cached_model(case, 3, SEED)), alone(PathReference, case, trace, SEED)
+        ))
+        keyed = batch_differences(trace, ByNode(cached_model(case, 3, SEED)), Batch(cached_model(case, 3, SEED)))
+        assert worst(keyed).error > WRONG
+
+    def test_equal_latents_do_show(self):
+        """Or else the test above would show nothing: on that model the path matters."""
+        case = Case(equal_latents=True)
+        trace = random_trace(np.random.default_rng(SEED), case, 1, root_steps=1, simulations=4)
+        trace.events[1:] = [Expand([parent], [0], [depth]) for parent, depth in ((0, 1), (1, 2), (2, 3))]
+        answers = play(ByNode(cached_model(case, 1, SEED)), trace)
+        assert relative_error(answers[3]['policy'], answers[1]['policy']) > WRONG
+
+    def test_the_modes_are_apart(self):
+        """The same trace in collection and in evaluation, one beside the other, event by event."""
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=4, simulations=3, episodes=0.2)
+        model = cached_model(case, 2, SEED)
+        expected = play(ByNode(cached_model(case, 2, SEED)), trace)
+        for mode in ('collect', 'eval'):
+            player, other = ByNode(model, mode), random_trace(
+                np.random.default_rng(SEED + 1), case, 2, root_steps=2, simulations=3
+            )
+            for number, (event, right) in enumerate(zip(trace.events, expected)):
+                if isinstance(event, Root) and number:
+                    player.close()
+                    interloper = ByNode(model, 'eval' if mode == 'collect' else 'collect')
+                    play(interloper, other)
+                    interloper.close()
+                answer = player.play(event)
+                for name in right:
+                    assert error_of(name, answer[name], right[name]) <= TOLERANCE, (mode, number, name)
+            player.close()
+
+    def test_more_simulations_than_pages_were_planned_for(self):
+        """The storage grows before the search starts."""
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=12)
+        player = ByNode(cached_model(case, 2, SEED, num_simulations=2))
+        player.world_model.kv_cache_manager.recur_pool.pool_size = 24
+        assert_same(node_differences(trace, player, alone(PathReference, case, trace, SEED)))
+
+
+class TestMisuse:
+
+    def test_a_search_without_a_root(self):
+        world_model = cached_model(Case(), 2, SEED).world_model
+        with pytest.raises(RuntimeError, match='root inference'), world_model.search_by_node(4):
+            pass
+        with world_model.serving('collect', [0, 1]), pytest.raises(RuntimeError, match='root inference'):
+            with world_model.search_by_node(4):
+                pass
+
+    def test_roots_of_another_time_are_no_roots(self):
+        case = Case()
+        model = cached_model(case, 2, SEED)
+        player = ByNode(model)
+        player.play(random_trace(np.random.default_rng(SEED), case, 2, 1, 0).events[0])
+        player.close()
+        with model.world_model.serving('collect', [0, 1]), pytest.raises(RuntimeError, match='root inference'):
+            with model.world_model.search_by_node(4):
+                pass
+
+    def test_one_environment_in_two_rows(self):
+        world_model = cached_model(Case(), 2, SEED).world_model
+        with pytest.raises(ValueError, match='two rows'), world_model.serving('collect', [1, 1]):
+            pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole searches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make(kind, rotary=True, new=True, simulations=12, **options):
+    """A policy with random weights: 'unizero', or sampled with 'discrete' or 'continuous' actions."""
+    if kind == 'unizero':
+        return make_policy(new, simulations=simulations, rotary=rotary, evaluators=3, **options)
+    continuous = kind == 'continuous'
+    main = small_cartpole(new, simulations=simulations, rotary=rotary, evaluators=3, **options)
+    main.policy.model.update(continuous_action_space=continuous, num_of_sampled_actions=5 if continuous else 2)
+    main.policy.model.world_model_cfg.update(
+        continuous_action_space=continuous, num_of_sampled_actions=5 if continuous else 2, sigma_type='conditioned',
+        fixed_sigma_value=0.5, bound_type=None, policy_loss_type='kl'
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        policy = create_policy(
+            compiled(main, 'sampled_unizero').policy, enable_field=['learn', 'collect', 'eval']
+        )
+    for model in (policy._model, policy._target_model):
+        randomise(model, Case(), SEED)
+        if not new and not rotary:
+            model.world_model.precompute_pos_emb_diff_kv()
+    return policy
+
+
+def cache(policy):
+    return policy._model.world_model.kv_cache_manager
+
+
+KEYED = {
+    'unizero': (mcts_ctree.UniZeroMCTSCtree, mcts_ctree, 'tree_muzero', NodeSearch),
+    'discrete': (
+        mcts_ctree_sampled.SampledUniZeroMCTSCtree, mcts_ctree_sampled, 'tree_sampled_muzero', SampledNodeSearch
+    ),
+}
+KEYED['continuous'] = KEYED['discrete']
+KINDS = pytest.mark.parametrize('kind', ['unizero', 'discrete', 'continuous'])
+
+
+@pytest.fixture
+def lightzeros_tree(monkeypatch):
+    """The tree in C++, as users have it, in place of the one that breaks ties the same way every time."""
+    monkeypatch.setattr(builders, 'seeded_search', lambda *searches: contextlib.nullcontext())
+
+
+class RecordingTree:
+    """LightZero's tree, which notes what it chose and what it was given back."""
+
+    def __init__(self, tree):
+        self.tree, self.chosen, self.given = tree, [], []
+
+    def __getattr__(self, name):
+        return getattr(self.tree, name)
+
+    def batch_traverse(self, *args):
+        chosen = self.tree.batch_traverse(*args)
+        self.chosen.append((*chosen, list(args[5].get_search_len())))
+        return chosen
+
+    def batch_backpropagate(self, number, discount, rewards, values, policies, *args):
+        self.given.append((rewards, values, policies))
+        return self.tree.batch_backpropagate(number, discount, rewards, values, policies, *args)
+
+
+class ReplayedTree(RecordingTree):
+    """Chooses what another tree chose, and only notes what it is given."""
+
+    def __init__(self, recorded):
+        super().__init__(recorded.tree)
+        self._script = iter(recorded.chosen)
+
+    def ResultsWrapper(self, num):
+        return types.SimpleNamespace(get_search_len=lambda: self._lengths)
+
+    def batch_traverse(self, *args):
+        *chosen, self._lengths = next(self._script)
+        return chosen
+
+    def batch_backpropagate(self, number, discount, rewards, values, policies, *args):
+        self.given.append((rewards, values, policies))
+
+
+class Shadowed:
+    """A search by node, after which LightZero's own keyed search is taken the same ways and its numbers compared."""
+
+    def __init__(self, kind, search):
+        self.kind, self.search_by_node, self.searches = kind, search, 0
+        self.differ = 0.
+
+    def search(self, roots, model, latent_state_roots, to_play, timestep):
+        keyed, module, name, _ = KEYED[self.kind]
+        recorded = RecordingTree(getattr(module, name))
+        with mock.patch.object(type(self.search_by_node), 'tree', recorded):
+            self.search_by_node.search(roots, model, latent_state_roots, to_play, timestep)
+        replayed = ReplayedTree(recorded)
+        with mock.patch.object(module, name, replayed):
+            keyed(self.search_by_node._cfg).search(
+                types.SimpleNamespace(num=roots.num), model, latent_state_roots, to_play, timestep
+            )
+        assert len(recorded.given) == len(replayed.given) == self.search_by_node._cfg.num_simulations
+        for ours, theirs in zip(recorded.given, replayed.given):
+            for actual, expected in zip(ours, theirs):
+                assert all(type(number) is float for number in np.asarray(actual, dtype=object).ravel())
+                scale = max(1., np.abs(expected).max())
+                self.differ = max(self.differ, np.abs(np.asarray(actual) - np.asarray(expected)).max() / scale)
+        self.searches += 1
+
+
+class TestSearches:
+
+    @KINDS
+    def test_which_search_a_policy_has(self, kind):
+        policy = make(kind)
+        assert type(policy._mcts_collect) is type(policy._mcts_eval) is KEYED[kind][3]
+        old = make(kind, new=False)
+        assert type(old._mcts_collect) is type(old._mcts_eval) is KEYED[kind][0]
+
+    @pytest.mark.usefixtures('lightzeros_tree')
+    @BOTH_MODES
+    @KINDS
+    @BOTH_POSITIONS
+    def test_the_tree_is_given_what_the_keyed_way_gives(self, kind, mode, rotary):
+        """Along the ways of one and the same tree, since LightZero's draws by the time of day."""
+        policy = make(kind, rotary)
+        shadowed = Shadowed(kind, getattr(policy, '_mcts_' + mode))
+        setattr(policy, '_mcts_' + mode, shadowed)
+        worker = Worker(policy, mode)
+        for env_ids in ([0, 1, 2], [0, 1, 2], [2, 0], [0, 1, 2], [1]):
+            worker.step(env_ids)
+        worker.done(1)
+        worker.step([0, 1, 2])
+        assert shadowed.searches == 6
+        assert shadowed.differ < 2e-4
+        audit(cache(policy))
+
+    @BOTH_MODES
+    @BOTH_POSITIONS
+    def test_the_same_actions_are_visited(self, mode, rotary):
+        """Two policies side by side, each with a tree of its own, in which ties are broken the same way."""
+        by_node, keyed = make('unizero', rotary), make('unizero', rotary)
+        setattr(keyed, '_mcts_' + mode, mcts_ctree.UniZeroMCTSCtree(keyed._cfg))
+        workers = Worker(by_node, mode), Worker(keyed, mode)
+        for number, env_ids in enumerate(([0, 1, 2], [0, 1, 2], [2, 0], [0, 1, 2], [1], [0, 1, 2], [1, 2])):
+            if number == 3:
+                for worker in workers:
+                    worker.done(2)
+            ours, theirs = (worker.step(env_ids) for worker in workers)
+            for env_id in env_ids:
+                for name in ('visit_count_distributions', 'action'):
+                    assert ours[env_id][name] == theirs[env_id][name]
+                for name in ('searched_value', 'predicted_value', 'predicted_policy_logits'):
+                    np.testing.assert_allclose(ours[env_id][name], theirs[env_id][name], rtol=2e-4, atol=2e-4)
+        # and these are searches in which something was chosen
+        assert len({tuple(out['visit_count_distributions']) for out in ours.values()}) > 1
+
+    @pytest.mark.usefixtures('lightzeros_tree')
+    def test_a_fresh_policy(self):
+        """Before the first update all predicted latent states are equal, and then the ways of finding differ."""
+        policy = make('unizero', rotary=False)
+        randomise(policy._model, Case(equal_latents=True), SEED)
+        shadowed = Shadowed('unizero', policy._mcts_collect)
+        policy._mcts_collect = shadowed
+        worker = Worker(policy)
+        for _ in range(3):
+            worker.step([0, 1, 2])
+        assert shadowed.differ > WRONG
+
+    @pytest.mark.usefixtures('lightzeros_tree')
+    @BOTH_MODES
+    def test_board_games_are_given_copies_of_the_players(self, mode):
+        """LightZero's tree changes the players that it is given, and would change the caller's."""
+        policy = make('unizero')
+        getattr(policy, '_mcts_' + mode)._cfg.env_type = 'board_games'
+        given = []
+
+        class Tree(RecordingTree):
+
+            def batch_traverse(self, *args):
+                given.append(args[6])
+                return super().batch_traverse(*args)
+
+        with mock.patch.object(NodeSearch, 'tree', Tree(NodeSearch.tree)):
+            Worker(policy, mode).step([0, 1, 2])
+        assert len({id(players) for players in given}) > 1
+        assert all(players == [-1, -1, -1] for players in given)
+
+    def test_other_scalars_than_categorical_ones_are_searched_by_key(self):
+        """The device knows how to make scalars of categorical logits only."""
+        main = small_cartpole(True)
+        main.policy.model.categorical_distribution = False
+        with contextlib.redirect_stdout(io.StringIO()):
+            policy = create_policy(compiled(main).policy, enable_field=['learn', 'collect', 'eval'])
+        assert type(policy._mcts_collect) is type(policy._mcts_eval) is mcts_ctree.UniZeroMCTSCtree
+
+
+class TestScalars:
+
+    @pytest.mark.parametrize('support', [5, 50, 300])
+    def test_as_lightzeros_transform(self, support):
+        generator = torch.Generator().manual_seed(SEED)
+        engine = cached_model(Case(), 1, SEED).world_model.cache_engine
+        for spread in (0., 0.1, 1., 10., 100.):
+            rewards, values = torch.randn(2, 64, 1, 2 * support + 1, generator=generator) * spread
+            policy = torch.randn(64, 1, 3, generator=generator)
+            packed = engine.for_search(StepOutput(policy, policy, rewards, policy, values))
+            transform = InverseScalarTransform(support, 'cpu', True)
+            expected = torch.cat([transform(rewards[:, 0]), transform(values[:, 0]), policy[:, 0]], dim=1)
+            torch.testing.assert_close(packed, expected, rtol=1e-4, atol=2e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts, times, pages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def counts(policy):
+    """(queries, hits) of init, recur and total."""
+    counters = cache(policy).counters()
+    return {pool: (counters[pool]['queries'], counters[pool]['hits']) for pool in ('init', 'recur', 'total')}
+
+
+class TestCounts:
+
+    @pytest.mark.usefixtures('lightzeros_tree')
+    @BOTH_MODES
+    @KINDS
+    def test_queries_and_hits(self, kind, mode):
+        """A row of a root inference with a predecessor step; a row of a recurrent inference."""
+        policy = make(kind, simulations=4)
+        worker = Worker(policy, mode)
+        worker.step([0, 1, 2])
+        assert counts(policy) == dict(init=(0, 0), recur=(12, 12), total=(12, 12))
+        worker.step([2, 0])
+        assert counts(policy) == dict(init=(2, 2), recur=(20, 20), total=(22, 22))
+        worker.done(0)
+        worker.step([0, 1, 2])
+        assert counts(policy) == dict(init=(4, 4), recur=(32, 32), total=(36, 36))
+        policy._model.world_model.past_kv_cache_init_infer_envs[1].clear()
+        worker.step([1])
+        assert counts(policy)['init'] == (5, 4)  # a context that was thrown away
+
+    def test_as_the_keyed_way_counts(self):
+        by_node, keyed = make('unizero', simulations=4), make('unizero', simulations=4)
+        keyed._mcts_collect = mcts_ctree.UniZeroMCTSCtree(keyed._cfg)
+        workers = Worker(by_node), Worker(keyed)
+        for env_ids in ([0, 1, 2], [0, 1, 2], [1], [0, 1, 2]):
+            for worker in workers:
+                worker.step(env_ids)
+            assert counts(by_node) == counts(keyed)
+        ours, theirs = (cache(policy).get_stats_summary() for policy in (by_node, keyed))
+        assert ours['recur_pool']['total_queries'] == ours['recur_pool']['hits'] == 4 * 10
+        assert ours['wm_pool']['total_queries'] == theirs['wm_pool']['total_queries'] == 4 * 10 + 7
+
+    def test_without_counting(self):
+        policy = make('unizero', kv_cache_cfg=dict(enable_stats=False))
+        worker = Worker(policy)
+        for _ in range(2):
+            worker.step([0, 1, 2])
+        assert set(cache(policy).counters()) == {'memory_mb'}
+
+
+class TestTimes:
+
+    @BOTH_FLAGS
+    @BOTH_MODES
+    @KINDS
+    def test_searches_and_steps_are_timed(self, kind, mode, new):
+        policy = make(kind, new=new, simulations=4)
+        timings = policy._model.world_model.timings
+        assert {name: (timing.count, timing.seconds) for name, timing in timings.items()} == dict(
+            search=(0, 0.), step=(0, 0.)
+        )
+        worker = Worker(policy, mode)
+        for done in range(1, 4):
+            worker.step([0, 1, 2])
+            assert (timings['search'].count, timings['step'].count) == (done, 4 * done)
+        assert 0. < timings['step'].seconds < timings['search'].seconds < 60.
+
+    def test_the_keyed_way_is_timed_by_step(self):
+        policy = make('unizero', simulations=4)
+        policy._mcts_collect = mcts_ctree.UniZeroMCTSCtree(policy._cfg)
+        Worker(policy).step([0, 1, 2])
+        assert policy._model.world_model.timings['step'].count == 4
+
+    @BOTH_FLAGS
+    def test_reanalysis_is_no_step_of_a_search(self, new):
+        case = Case()
+        model = construct(MODEL_REGISTRY.get(case.model_name), case, 2, use_new_cache_manager=new)
+        player = Batch(model)
+        player.play(random_reanalysis(np.random.default_rng(SEED), case, samples=2, simulations=2))
+        assert model.world_model.timings['step'].count == 0
+        play(player, random_trace(np.random.default_rng(SEED), case, 2, root_steps=1, simulations=2))
+        assert model.world_model.timings['step'].count == 2
+
+
+class Broken(Exception):
+    pass
+
+
+def breaking(function, at):
+    """A function that raises at its ``at``-th call, counted from 0."""
+    calls = iter(range(10 ** 9))
+
+    def run(*args, **kwargs):
+        if next(calls) == at:
+            raise Broken
+        return function(*args, **kwargs)
+
+    return run
+
+
+def break_engine(policy, at):
+    engine = policy._model.world_model.cache_engine
+    return mock.patch.object(engine, 'step', breaking(engine.step, at))
+
+
+def break_tree(policy, at):
+    return mock.patch.object(
+        seeded_search.TREE, 'batch_backpropagate', breaking(seeded_search.TREE.batch_backpropagate, at)
+    )
+
+
+def break_slab(policy, at):
+    slab = cache(policy).storage.slab
+    return mock.patch.object(slab, 'write', breaking(slab.write, at))
+
+
+def break_pages(policy, at):
+    return mock.patch.object(cache(policy), 'open_search', breaking(cache(policy).open_search, 0))
+
+
+class TestPages:
+
+    @BOTH_MODES
+    @KINDS
+    def test_a_search_gives_its_pages_back(self, kind, mode):
+        """What is left is one new page for each root, and those of a window."""
+        policy = make(kind)
+        worker = Worker(policy, mode)
+        for step in range(1, 7):
+            worker.step([0, 1, 2])
+            audit(cache(policy))
+            assert cache(policy)._lease == []
+            assert cache(policy)._pages.used == 3 * step
+        assert len(cache(policy).recur_pool) == 0
+
+    @pytest.mark.parametrize('at', [0, 3])
+    @pytest.mark.parametrize('breaks', [break_engine, break_tree, break_slab, break_pages])
+    @BOTH_MODES
+    def test_an_exception_in_a_search(self, mode, breaks, at):
+        """Pages come back, counts are consistent, and the step can be done again as if nothing had been."""
+        policy, unbroken = make('unizero', rotary=False), make('unizero', rotary=False)
+        worker, expected = Worker(policy, mode), Worker(unbroken, mode)
+        for _ in range(2):
+            worker.step([0, 1, 2])
+            expected.step([0, 1, 2])
+        with breaks(policy, at), pytest.raises(Broken):
+            worker.step([0, 1, 2])
+        manager = cache(policy)
+        audit(manager)
+        assert manager._lease == []
+        counters = manager.counters()
+        for pool in ('init', 'recur', 'total'):
+            assert counters[pool]['hits'] + counters[pool]['misses'] == counters[pool]['queries']
+        assert policy._model.world_model.timings['search'].count == 2
+        for _ in range(3):
+            ours, theirs = worker.step([0, 1, 2]), expected.step([0, 1, 2])
+            for env_id in range(3):
+                np.testing.assert_allclose(
+                    ours[env_id]['predicted_value'], theirs[env_id]['predicted_value'], rtol=1e-4, atol=1e-4
+                )
+                assert ours[env_id]['visit_count_distributions'] == theirs[env_id]['visit_count_distributions']
+            audit(manager)
+
+    def test_an_exception_between_two_simulations(self):
+        """By hand: whoever uses ``search_by_node`` may fail inside, and its nodes are then of no more use."""
+        case = Case()
+        model = cached_model(case, 2, SEED)
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=4)
+        expected = play(ByNode(cached_model(case, 2, SEED)), trace)
+        manager = model.world_model.kv_cache_manager
+        root = trace.events[0]
+        with pytest.raises(Broken), model.world_model.serving('collect', [0, 1]), torch.no_grad():
+            Batch(model).root(root)
+            with model.world_model.search_by_node(3):
+                assert manager._pages.used == 2 + 6
+                raise Broken
+        audit(manager)
+        assert manager._pages.used == 2
+        for answer, right in zip(play(ByNode(model), trace), expected):
+            for name in right:
+                assert error_of(name, answer[name], right[name]) <= TOLERANCE
+
+    def test_roots_that_are_cleared_in_the_middle(self):
+        """A running search holds its roots' pages, and nobody else is given them."""
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=3, simulations=6)
+        roots = [number for number, event in enumerate(trace.events) if isinstance(event, Root)]
+        uncleared = Trace(2, list(trace.events))
+        trace.events.insert(roots[1] + 3, ClearEnv(0))
+        model = cached_model(case, 2, SEED)
+        player = ByNode(model)
+        clear = trace.events[:roots[2] + 1]
+        answers = []
+        for event in clear:
+            answers.append(player.play(event))
+            if isinstance(event, ClearEnv):  # somebody else's pages, for as long as this search takes
+                taken = model.world_model.kv_cache_manager.take(5)
+                model.world_model.kv_cache_manager.storage.slab.data[taken] = float('nan')
+        model.world_model.kv_cache_manager._pages.release(taken)
+        player.close()
+        audit(model.world_model.kv_cache_manager)
+        expected = play(ByNode(cached_model(case, 2, SEED)), uncleared)
+        answers = [answer for answer in answers if answer is not None]
+        for number, (answer, right) in enumerate(list(zip(answers, expected))[:roots[2]]):
+            for name in right:
+                assert error_of(name, answer[name], right[name]) <= TOLERANCE, (number, name)
