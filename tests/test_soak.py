@@ -1,0 +1,50 @@
+"""Long runs keep memory flat; ``benchmarks/soak.py`` prints the curve."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / 'benchmarks'
+DEVICES = ['cpu', pytest.param('cuda', marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+])]
+
+
+@pytest.fixture()
+def soak(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import soak
+    yield soak
+    for name in ('soak', 'common'):
+        sys.modules.pop(name, None)
+
+
+def assert_flat(soak, rows, mib):
+    for work in ('look-ups', 'searches'):
+        part = [row for row in rows if row['work'] == work]
+        assert len(part) == 20
+        assert soak.growth(part, 'host RSS, MiB') < mib
+        assert soak.growth(part, 'python, MiB') < mib / 8
+        assert soak.growth(part, 'device, MiB') < mib / 8
+        assert len({row['slab, MiB'] for row in part[10:]}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('device', DEVICES)
+def test_memory_is_flat(device, soak):
+    assert_flat(soak, soak.soak(soak.options().parse_args(['--device', device])), mib=8)
+
+
+def test_a_short_run(soak):
+    rows = soak.soak(soak.options().parse_args(['--look-ups', '2000', '--searches', '20', '--samples', '4']))
+    assert [row['work'] for row in rows] == ['look-ups'] * 4 + ['searches'] * 4
+    assert rows[3]['done'] >= 2000
+    assert rows[7]['done'] == 20
+    assert rows[7]['slab, MiB'] > 0
+
+
+def test_a_leak_shows(soak):
+    rows = [{'a': 10. + 0.1 * index} for index in range(20)]
+    assert 0.5 < soak.growth(rows, 'a') < 0.7
+    assert soak.growth([{'a': 5.}] * 20, 'a') == 0
