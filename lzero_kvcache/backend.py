@@ -23,7 +23,7 @@ class Result(NamedTuple):
         A step's predictions, and the part of them that a search takes to the host.
     """
     output: StepOutput
-    search: torch.Tensor  # [B, 2 + P]: reward and value as scalars, policy logits
+    search: Optional[torch.Tensor]  # [B, 2 + P]: reward and value as scalars, policy logits; None out of a search
 
 
 class EagerBackend:
@@ -43,7 +43,7 @@ class EagerBackend:
     def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
         """
         Overview:
-            One recurrent step.
+            One recurrent step; actions that are packed come from a search, which takes scalars.
         Arguments:
             - weights (:obj:`Weights`): The engine's weights.
             - slab (:obj:`Slab`): Where the pages are.
@@ -123,7 +123,8 @@ class CudaGraphBackend(EagerBackend):
             assert graph.action is not None
             graph.action[:rows] = action.reshape(graph.action[:rows].shape)
         graph.graph.replay()
-        return Result(graph.result.output.map(lambda part: part[:rows]), graph.result.search[:rows])
+        search = graph.result.search
+        return Result(graph.result.output.map(lambda part: part[:rows]), None if search is None else search[:rows])
 
     def _graph(self, weights: Weights, slab: Slab, numbers: np.ndarray,
                action: Optional[torch.Tensor]) -> Optional[_Graph]:
@@ -146,7 +147,6 @@ class CudaGraphBackend(EagerBackend):
             self._captures += 1
             graph = self._capture(slab, rows, len(numbers), action)
         except RuntimeError as error:
-            torch.cuda.synchronize()
             self._give_up(error)
             return None
         self._graphs[rows, action is not None] = graph
@@ -155,6 +155,7 @@ class CudaGraphBackend(EagerBackend):
     def _give_up(self, reason: Any) -> None:
         self._usable = False
         self._graphs.clear()
+        self.memory_mb = 0.0
         _warn_eager(self.name, reason)
 
     def _capture(self, slab: Slab, rows: int, count: int, action: Optional[torch.Tensor]) -> _Graph:
@@ -199,7 +200,7 @@ def _run(engine: Engine, weights: Weights, slab: Slab, numbers: torch.Tensor,
          action: Optional[torch.Tensor]) -> Result:
     tables, counts, angles, packed_action = engine.unpack(numbers)
     output = engine.step(weights, slab, tables, counts, packed_action if action is None else action, angles)
-    return Result(output, engine.for_search(output))
+    return Result(output, engine.for_search(output) if action is None else None)
 
 
 def _run_fresh(engine: Engine, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:

@@ -3,6 +3,7 @@
 Knows configuration only: no tensors, no pools. Every error names the key, the value and what would be right.
 """
 import difflib
+import math
 import numbers
 from dataclasses import dataclass
 from typing import Any, Dict, Iterable, Optional
@@ -80,7 +81,7 @@ def _choice(value: Any, key: str, valid: Iterable[str]) -> str:
 
 
 def _positive_number(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
         raise ConfigError(f'{PREFIX}.{key}={value!r} must be a number above 0')
     return float(value)
 
@@ -132,7 +133,10 @@ class CacheConfig:
         """
         _refuse_misspelt_keys(world_model_cfg)
         use_new = _flag(lookup(world_model_cfg, FLAG, False), FLAG)
-        options = dict(lookup(world_model_cfg, OPTIONS, None) or {})
+        options = lookup(world_model_cfg, OPTIONS, None)
+        options = {} if options is None else options
+        if not isinstance(options, dict):
+            raise ConfigError(f'{PREFIX}.{OPTIONS}={options!r} must be a dict of {", ".join(KV_CACHE_CFG)}')
         for key, value in options.items():
             if key not in KV_CACHE_CFG:
                 raise ConfigError(f'{PREFIX}.{OPTIONS}.{key}={value!r} is unknown: {nearest(key, KV_CACHE_CFG)}')
@@ -148,7 +152,7 @@ class CacheConfig:
         num_simulations = size('num_simulations', DEFAULT_NUM_SIMULATIONS)
         env_num = size('env_num', DEFAULT_ENV_NUM)
         roots = size('game_segment_length', max(256, 2 * num_simulations))
-        kind = option('type', 'new', _choice, sorted(managers or {'new', 'old', given.get('type', 'new')}))
+        kind = option('type', 'new', _choice, _registered(managers, given))
         if use_new and kind == 'old':
             raise ConfigError(
                 f"{PREFIX}.{OPTIONS}.type='old' contradicts {FLAG}=True: set {FLAG}=False for the old system"
@@ -185,12 +189,18 @@ KV_CACHE_CFG: Dict[str, str] = {
 }
 
 
+def _registered(managers: Optional[Iterable[str]], given: Dict[str, Any]) -> Iterable[str]:
+    if managers is not None:
+        return sorted(managers)
+    return ['new', 'old'] + [name for name in [given.get('type')] if isinstance(name, str)]
+
+
 def _refuse_misspelt_keys(world_model_cfg: Any) -> None:
     keys = world_model_cfg.keys() if isinstance(world_model_cfg, dict) else vars(world_model_cfg)
     for key in keys:
         if key in (FLAG, OPTIONS) or not isinstance(key, str):
             continue
-        close = difflib.get_close_matches(key, (FLAG, OPTIONS), n=1, cutoff=0.8)
+        close = difflib.get_close_matches(key, (FLAG, OPTIONS), n=1, cutoff=0.75)
         if close:
             value = lookup(world_model_cfg, key)
             raise ConfigError(f'{PREFIX}.{key}={value!r} is unknown: did you mean {close[0]!r}?')

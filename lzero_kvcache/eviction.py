@@ -111,3 +111,11 @@ def rank(index: Cache, key: Hashable, priority: Optional[float]) -> None:
     """
     if priority is not None and isinstance(index, PriorityCache):
         index.rank(key, priority)
+
+
+def priority_of(index: Cache, key: Hashable) -> Optional[float]:
+    """
+    Overview:
+        What a stored key is worth to an index that uses priorities, else None.
+    """
+    return index._priority(key) if isinstance(index, PriorityCache) and key in index else None

@@ -1,5 +1,6 @@
 """The new cache manager: pools over one set of pages. Knows keys, environments and page ids; not LightZero."""
 import logging
+import math
 from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from .base_manager import PagedCacheManager
 from .config import PREFIX, CacheConfig, ConfigError, lookup
 from .nodes import NodeTable
-from .pages import NULL_PAGE, RESERVED_PAGES, PageAllocator, Rows
+from .pages import NULL_PAGE, RESERVED_PAGES, OutOfPages, PageAllocator, Rows
 from .pool import KVCachePool, PagedPool
 from .registry import KV_CACHE_REGISTRY
 from .slab import MIB
@@ -48,6 +49,7 @@ class KVCacheManager(PagedCacheManager):
         self._lease: List[np.ndarray] = []
         self._current: Dict[Tuple[str, int], Hashable] = {}
         self._told: set = set()
+        self._out_of_memory = False
 
         self.init_pools = [self._paged(self.config.init_pool_size, f'init_env{i}') for i in range(self.env_num)]
         self.recur_pool = self._paged(nodes, 'recurrent')
@@ -73,7 +75,7 @@ class KVCacheManager(PagedCacheManager):
             least = (fixed + environments) * self.storage.slab.page_bytes / MIB
             raise ConfigError(
                 f'{PREFIX}.kv_cache_cfg.max_memory_mb={self.config.max_memory_mb} is too small for one search: '
-                f'it must be at least {least:.2f}'
+                f'it must be at least {math.ceil(1000 * least) / 1000:.3f}'
             )
         return min(fixed + environments * self.config.init_pool_size, self._page_limit())
 
@@ -304,7 +306,13 @@ class KVCacheManager(PagedCacheManager):
         """
         if count > self._pages.free:
             self._make_room(count)
-        return self._pages.allocate(count)
+        try:
+            return self._pages.allocate(count)
+        except OutOfPages as error:
+            raise OutOfPages(
+                f'{error}, and the running search needs the others: raise kv_cache_cfg.max_memory_mb='
+                f'{self.config.max_memory_mb}'
+            ) from None
 
     def _init_pool(self, mode: str, env_id: int) -> PagedPool:
         pools = self.init_pools if mode == COLLECT else self.eval_pools
@@ -321,18 +329,23 @@ class KVCacheManager(PagedCacheManager):
 
     def _make_room(self, count: int) -> None:
         """Grow in one step if the limit allows it, else evict what no search and no current step needs."""
-        wanted = self._pages.capacity + max(count, self._pages.capacity // 2)
-        capacity = min(wanted, self._page_limit())
-        if capacity - self._pages.capacity >= count - self._pages.free and self.storage.grow(capacity):
-            logger.info(
-                f'Grew the page storage from {self._pages.capacity} to {capacity} pages ({self.memory_mb:.1f} MiB)'
+        before = self._pages.capacity
+        wanted = min(before + max(count, before // 2), self._page_limit())
+        if not self._out_of_memory and wanted - before >= count - self._pages.free:
+            if self.storage.grow(wanted):
+                logger.info(f'Grew the page storage from {before} to {wanted} pages ({self.memory_mb:.1f} MiB)')
+                self._pages.grow(wanted)
+                return
+            self._out_of_memory = True
+            logger.warning(
+                f'Out of memory while the page storage grew from {before} to {wanted} pages: it stays as it was, and '
+                'older root contexts are evicted from now on'
             )
-            self._pages.grow(capacity)
-            return
-        self._warn_once(
-            'full', f'The page storage is full at {self._pages.capacity} pages ({self.memory_mb:.1f} MiB): '
-            'evicting older root contexts; raise kv_cache_cfg.max_memory_mb or lower kv_cache_cfg.init_pool_size'
-        )
+        elif not self._out_of_memory:
+            self._warn_once(
+                'full', f'The page storage is full at {before} pages ({self.memory_mb:.1f} MiB): evicting older root '
+                'contexts; raise kv_cache_cfg.max_memory_mb or lower kv_cache_cfg.init_pool_size'
+            )
         current = self._current
         for mode, pools in ((COLLECT, self.init_pools), (EVAL, self.eval_pools)):
             for env_id, pool in enumerate(pools):

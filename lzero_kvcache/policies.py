@@ -97,6 +97,7 @@ class KVCachePolicy:
         return deep_merge_dicts(config, EasyDict(learn=dict(learner=dict(hook={HOOK_KEY: HOOK_CONFIG}))))
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        self._cfg = cfg  # LightZero's destructor looks at it, also where the next line refuses it
         settle(cfg, KV_CACHE_REGISTRY)
         self._last_steps = {COLLECT: LastSteps(), EVAL: LastSteps()}
         self._searching = False

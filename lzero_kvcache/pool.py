@@ -6,7 +6,7 @@ from typing import Any, Dict, Hashable, List, Optional, Sequence, Union
 
 import numpy as np
 
-from .eviction import EvictionStrategy, make_index, rank
+from .eviction import EvictionStrategy, make_index, priority_of, rank
 from .pages import NULL_PAGE, PageAllocator, Rows
 from .stats import CacheStats
 
@@ -77,9 +77,10 @@ class KVCachePool:
         Returns:
             - slot (:obj:`int`): The slot that it is stored in, from 0 to ``pool_size - 1``.
         """
+        stored = self._prepare(kv_cache)  # first: this may fail, or make room by evicting from this very pool
         slot = self.claim(cache_key)
         rank(self._order, cache_key, priority)
-        self._save(slot, kv_cache)
+        self._keep(slot, stored)
         return slot
 
     def slot(self, key: Hashable) -> int:
@@ -148,12 +149,14 @@ class KVCachePool:
         Overview:
             Let the strategy's next entry go, but never that of ``kept``; False where there is no other.
         """
+        priority = priority_of(self._order, kept)
         slot = self._order.pop(kept, None)
         found = len(self._order) > 0
         if found:
             self.evict()
         if slot is not None:
             self._order[kept] = slot
+            rank(self._order, kept, priority)
         return found
 
     def clear(self) -> None:
@@ -177,8 +180,11 @@ class KVCachePool:
             f'strategy={self.eviction_strategy.value}, {self.stats})'
         )
 
-    def _save(self, slot: int, value: Any) -> None:
-        self._values[slot] = private_copy(value)
+    def _prepare(self, value: Any) -> Any:
+        return private_copy(value)
+
+    def _keep(self, slot: int, stored: Any) -> None:
+        self._values[slot] = stored
 
     def _load(self, slot: int) -> Any:
         return private_copy(self._values[slot])
@@ -192,7 +198,11 @@ def private_copy(value: Any) -> Any:
     Overview:
         A deep copy of a ``KeysValues``-like object, and any other object itself.
     """
-    return copy.deepcopy(value) if hasattr(value, '_keys_values') else value
+    if not hasattr(value, '_keys_values'):
+        return value
+    caches = [cache for layer in value for cache in (layer._k_cache, layer._v_cache)]
+    # Tensors that were made with gradients cannot be deep-copied.
+    return copy.deepcopy(value, {id(cache._cache): cache._cache.detach().clone() for cache in caches})
 
 
 class PagedPool(KVCachePool):
@@ -232,8 +242,9 @@ class PagedPool(KVCachePool):
         """
         self._pages.retain(rows[0])
         if self._slots.keys().isdisjoint(keys) and len(keys) <= len(self._unused):
-            slots = self._unused[-len(keys):]
-            del self._unused[-len(keys):]
+            first = len(self._unused) - len(keys)
+            slots = self._unused[first:]
+            del self._unused[first:]
             self._slots.update(zip(keys, slots))
             for key, slot in zip(keys, slots):
                 self._order[key] = slot
@@ -243,10 +254,14 @@ class PagedPool(KVCachePool):
                 slot = self.claim(key)
                 self.tables[slot], self.counts[slot] = table, count
 
-    def _save(self, slot: int, value: Any) -> None:
+    def _prepare(self, value: Any) -> Any:
         pages = self._codec.write(value)
+        return pages, super()._prepare(value) if pages is None else None
+
+    def _keep(self, slot: int, stored: Any) -> None:
+        pages, value = stored
         if pages is None:
-            super()._save(slot, value)
+            super()._keep(slot, value)
         else:
             self.tables[slot] = NULL_PAGE
             self.tables[slot, :len(pages)] = pages

@@ -2,14 +2,13 @@
 
 A ``KeysValues`` is told by what it offers (layers of key and value caches), so that LightZero is not imported here.
 """
-import copy
 from typing import Any, Callable, Optional
 
 import numpy as np
 import torch
 
-from .config import lookup
-from .pool import Codec
+from .config import CacheConfig, lookup
+from .pool import Codec, private_copy
 from .slab import Slab
 
 
@@ -29,7 +28,7 @@ class PageStorage(Codec):
         heads = lookup(config, 'num_heads', 1)
         self.slab = Slab(
             lookup(config, 'num_layers', 1), heads, lookup(config, 'embed_dim', heads) // heads,
-            getattr(torch, manager.config.dtype)
+            getattr(torch, CacheConfig.read(config).dtype)
         )
         # Set by the world model: what learned positions add to keys and values, as the weights are now.
         self.shift: Callable[[], Optional[torch.Tensor]] = _no_shift
@@ -59,6 +58,7 @@ class PageStorage(Codec):
             return False
         return True
 
+    @torch.no_grad()
     def write(self, value: Any) -> Optional[np.ndarray]:
         if not self._is_context(value):
             return None
@@ -110,10 +110,10 @@ class _Template:
     """Copies of one ``KeysValues``; a class and not a closure, so that a manager can be deep-copied and pickled."""
 
     def __init__(self, value: Any) -> None:
-        self._value = copy.deepcopy(value)
+        self._value = private_copy(value)
 
     def __call__(self) -> Any:
-        return copy.deepcopy(self._value)
+        return private_copy(self._value)
 
 
 def _no_shift() -> Optional[torch.Tensor]:

@@ -9,10 +9,13 @@ from torch import nn
 
 Function = Callable[..., Any]
 
+MANY_ROWS = 32
+"""From here on other CUDA kernels are faster; measured on an H200, 768 wide (docs/results.md)."""
+
 
 class Layer(NamedTuple):
     norm1: Function
-    qkv: Tuple[torch.Tensor, torch.Tensor]  # [3E, E] and [3E]: query, key, value
+    qkv: Function  # [B, E] -> [B, 3E]: query, key, value
     proj: Function
     norm2: Function
     mlp: Function
@@ -45,14 +48,20 @@ def _function(module: nn.Module) -> Function:
 
         return run
     if type(module) is nn.Linear:
-        weight, bias = module.weight, module.bias
-        return lambda x: F.linear(x, weight, bias)
+        return _linear(module.weight, module.bias)
     if type(module) is nn.LayerNorm:
         shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
         return lambda x: F.layer_norm(x, shape, weight, bias, eps)
     if type(module) is SimNorm:
         return functools.partial(_sim_norm, dim=module.dim)  # type: ignore[arg-type]
     return module.forward
+
+
+def _linear(weight: torch.Tensor, bias: Optional[torch.Tensor]) -> Function:
+    if bias is None or not weight.is_cuda:
+        return lambda x: F.linear(x, weight, bias)
+    # With the bias fused in, cuBLAS picks float32 kernels that take up to twice as long for many rows.
+    return lambda x: F.linear(x, weight, bias) if x.shape[0] < MANY_ROWS else F.linear(x, weight).add_(bias)
 
 
 def _sim_norm(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -74,12 +83,12 @@ def read_weights(world_model: Any, positions: int) -> Weights:
     Returns:
         - weights (:obj:`Weights`): Fused copies of the projections, and functions on everything else in place.
     """
-    layers = []
+    layers, shifts = [], []
     for block in world_model.transformer.blocks:
         attn = block.attn
         layers.append(Layer(
             norm1=_function(block.ln1),
-            qkv=(
+            qkv=_linear(
                 torch.cat([attn.query.weight, attn.key.weight, attn.value.weight]),
                 torch.cat([attn.query.bias, attn.key.bias, attn.value.bias]),
             ),
@@ -88,14 +97,14 @@ def read_weights(world_model: Any, positions: int) -> Weights:
             mlp=_function(block.mlp),
             gates=(block.gate1.forward, block.gate2.forward) if block.gru_gating else None,
         ))
+        if positions:
+            embeddings = world_model.pos_emb.weight[:positions]
+            shifts += [F.linear(embeddings, attn.key.weight), F.linear(embeddings, attn.value.weight)]
     shift = None
     if positions:
         # LightZero moves a kept key from position p to p - 2 by adding W pos(p - 2) - W pos(p), ``pos_emb_diff_k``.
         # These differences telescope: pages hold k - W pos(p), and W pos(p) is added for the place a token has now.
-        embeddings = world_model.pos_emb.weight[:positions]
-        dim = embeddings.shape[1]
-        shift = torch.stack([F.linear(embeddings, layer.qkv[0][dim:]) for layer in layers], dim=1)
-        shift = shift.view(positions, len(layers), 2, dim)
+        shift = torch.stack(shifts, dim=1).view(positions, len(layers), 2, -1)
     return Weights(
         layers, _function(world_model.transformer.ln_f), _function(world_model.head_rewards.head_module),
         _function(world_model.head_observations.head_module), _function(world_model.head_policy.head_module),

@@ -64,7 +64,7 @@ class NewWorldModel(LightZeroWorldModel):
         self._serving: Optional[Serving] = None
         self._roots: Optional[Tuple[Rows, np.ndarray]] = None
         self.timings = {'search': Timing(), 'step': Timing()}
-        self._last_keys: Dict[Tuple[str, int], int] = {}
+        self._last_keys: Dict[Tuple[str, int], Any] = {}
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
         self._guard = NanGuard(options.on_nan)
@@ -92,6 +92,11 @@ class NewWorldModel(LightZeroWorldModel):
     def past_kv_cache_recurrent_infer(self) -> 'CacheView':
         """A view on the running search's contexts."""
         return CacheView(self.kv_cache_manager.clear_recur_cache)
+
+    @property
+    def graph_memory_mb(self) -> float:
+        """MiB that captured graphs hold beside the pages."""
+        return self._backend.memory_mb
 
     @property
     def skipped(self) -> int:
@@ -174,8 +179,10 @@ class NewWorldModel(LightZeroWorldModel):
         self._notice_moved_weights()
         with torch.no_grad():
             self._serving = Serving(mode, env_ids, self.cache_engine.weights())
+        self._new_keys: Dict[Tuple[str, int], Any] = {}
         try:
             yield
+            self._last_keys.update(self._new_keys)  # a search that failed is no step of its environments
         finally:
             self._serving = self._roots = None
             self.kv_cache_manager.release()
@@ -253,7 +260,12 @@ class NewWorldModel(LightZeroWorldModel):
             lost = np.flatnonzero(going & (counts == 0))
             manager.count_queries('init', len(continued), len(continued) - len(lost))
             if len(lost):
-                self._begin(weights, (tables, counts), lost, last_latent(lost), 2 * timesteps[lost])
+                before = last_latent(lost)
+                sound = before.isfinite().all(dim=1).cpu().numpy()  # from a skipped one an environment starts afresh
+                if sound.any():
+                    lost = lost[sound]
+                    self._begin(weights, (tables, counts), lost, before[self._send(np.flatnonzero(sound))],
+                                2 * timesteps[lost])
             slab = manager.storage.ready(engine.device)
             if len(continued):
                 actions = [last_actions[row] if going[row] else self._no_action() for row in range(rows)]
@@ -276,7 +288,8 @@ class NewWorldModel(LightZeroWorldModel):
             manager.release()
         else:  # the search that follows needs the roots' pages, whether a pool has kept them or not, and releases them
             self._roots = roots, timesteps
-            self._last_keys.update({(mode, env_ids[row]): keys[row] for row in kept})
+            self._new_keys = {(mode, env_id): None for env_id in env_ids}
+            self._new_keys.update({(mode, env_ids[row]): keys[row] for row in kept})
         return output
 
     def _root_keys(self, mode: str, env_ids: List[int], latent: torch.Tensor, last_obs: torch.Tensor,
@@ -349,6 +362,7 @@ class NewWorldModel(LightZeroWorldModel):
             self.kv_cache_manager.release()
         self.timings['search'].record(time.perf_counter() - start)
 
+    @torch.no_grad()
     def expand(self, rows: Rows, pages: np.ndarray, actions: np.ndarray, depths: np.ndarray) -> np.ndarray:
         """
         Overview:
@@ -363,6 +377,7 @@ class NewWorldModel(LightZeroWorldModel):
         """
         result = self._step(self._weights(), rows, pages, actions, (2 * depths + 1, 2 * depths + 2))
         self.kv_cache_manager.count_queries('recur', len(pages), len(pages), by_node=True)
+        assert result.search is not None  # the actions came from the host
         predicted = result.search.cpu().numpy()
         mode, env_ids = self._rows_of(len(pages))
         kept = self._guard.finite(predicted, 'A reward, value or policy', mode, env_ids, depths)
