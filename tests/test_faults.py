@@ -198,31 +198,24 @@ def test_skipping_goes_on_and_stores_again_when_the_weights_are_well():
     audit(world_model.kv_cache_manager)
 
 
+# After the last update of a training phase: an update itself refuses nan in its losses.
 POISONED = """
 import sys
-from lzero_kvcache.training import cli, lightzero
 import torch
+from lzero_kvcache.training import cli, lightzero
 
-watched = lightzero._watched_learner
-
-
-def poisoned(base, watch):
-    learner = watched(base, watch)
-    train = learner.train
-
-    def train_and_poison(self, *args, **kwargs):
-        output = train(self, *args, **kwargs)
-        if self.train_iter == 7:
-            with torch.no_grad():
-                world_model = self.policy.get_attribute('model').world_model
-                world_model.transformer.blocks[0].attn.value.weight.fill_(float('nan'))
-        return output
-
-    learner.train = train_and_poison
-    return learner
+enter = lightzero.Watch.enter
 
 
-lightzero._watched_learner = poisoned
+def enter_and_poison(watch, phase):
+    if phase == 'collect' and watch.train_iter > 6:
+        with torch.no_grad():
+            world_model = watch.evaluator.policy.get_attribute('model').world_model
+            world_model.transformer.blocks[0].attn.value.weight.fill_(float('nan'))
+    enter(watch, phase)
+
+
+lightzero.Watch.enter = enter_and_poison
 sys.exit(cli.main())
 """
 
