@@ -1,0 +1,741 @@
+"""
+How a step is launched: eagerly, replayed or compiled, the answers are the same.
+
+On a CPU a stand-in takes the place of a captured graph: it computes with the storage that was there when it was
+captured, whatever has moved since, and into the same results every time. Where there is a GPU, the graphs are real.
+"""
+import contextlib
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ding.utils import MODEL_REGISTRY
+from lzero.policy import InverseScalarTransform
+from oracle import (
+    ORIGINAL_MODELS,
+    TOLERANCE,
+    Batch,
+    Case,
+    LightZeroAlone,
+    cached_model,
+    construct,
+    original_model,
+    play,
+    random_reanalysis,
+    random_trace,
+    randomise,
+    relative_error,
+)
+
+from lzero_kvcache import backend as backends
+from lzero_kvcache import weights as layouts
+from lzero_kvcache.engine import SHORT_WINDOW, Engine, _attend
+from lzero_kvcache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
+
+SEED, SUPPORT = 5, 5
+BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
+BOTH_WAYS = pytest.mark.parametrize('by_node', [False, True], ids=['keyed', 'by node'])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Players
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Placed:
+    """A model on any device for players that keep what they pass on the host."""
+
+    def __init__(self, model):
+        self._model, self.world_model = model, model.world_model
+
+    def initial_inference(self, last_obs, actions, obs=None, *args, **kwargs):
+        moved = [part.to(self._device) if torch.is_tensor(part) else part for part in (last_obs, actions, obs)]
+        return self._model.initial_inference(*(part for part in moved if part is not None), *args, **kwargs)
+
+    def recurrent_inference(self, history, *args):
+        latents, actions = history[-1]
+        return self._model.recurrent_inference(history[:-1] + [(latents, actions.to(self._device))], *args)
+
+    @property
+    def _device(self):
+        return next(self.world_model.parameters()).device
+
+
+class ByNode(Batch):
+    """Asks by node, as the policies' searches do; value and reward of nodes come as scalars."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self._open = contextlib.ExitStack()
+
+    def root(self, event):
+        self.close()
+        rows = len(event.timesteps)
+        simulations = self.world_model.kv_cache_manager.recur_pool.pool_size // rows
+        self._open.enter_context(self.world_model.serving('collect', range(rows)))
+        answer = super().root(event)
+        self._nodes = self._open.enter_context(self.world_model.search_by_node(simulations))
+        self._simulation = 0
+        return answer
+
+    def expand(self, event):
+        rows = np.arange(len(event.parents))
+        predicted = torch.from_numpy(self._nodes.expand(
+            self._simulation, np.asarray(event.parents), rows, np.asarray(event.actions), list(event.depths)
+        ).copy())
+        self._simulation += 1
+        return dict(reward=predicted[:, :1], value=predicted[:, 1:2], policy=predicted[:, 2:])
+
+    def close(self):
+        """End the search that is under way."""
+        self._open.close()
+
+
+def answers_of(model, trace, by_node=False):
+    """What a model answers to a trace, on the host."""
+    player = (ByNode if by_node else Batch)(Placed(model))
+    answers = [{name: part.cpu() for name, part in answer.items()} for answer in play(player, trace) if answer]
+    if by_node:
+        player.close()
+    return answers
+
+
+def scalar(logits):
+    return InverseScalarTransform(SUPPORT, 'cpu', True)(logits.clone())
+
+
+def largest_error(actual, expected):
+    """Relative, over all answers; where the one player was asked by node, as what it got there."""
+    assert len(actual) == len(expected)
+    errors = []
+    for answer, right in zip(actual, expected):
+        for name, part in answer.items():
+            wanted = right[name]
+            if part.shape[-1] == 1 and part.shape != wanted.shape:
+                errors.append(float((part - scalar(wanted)).abs().max()) / SUPPORT)
+            else:
+                errors.append(relative_error(part, wanted))
+    return max(errors)
+
+
+def rows_of(answers, row):
+    return [{name: part[row:row + 1] for name, part in answer.items()} for answer in answers]
+
+
+def cfg(name):
+    return dict(kv_cache_cfg=dict(backend=name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A stand-in for captures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Device(str):
+    """Tensors are sent to the CPU, and whoever looks takes it for a GPU."""
+    type = 'cuda'
+
+
+class EngineOnGPU(Engine):
+    device = Device('cpu')
+
+
+class StandIn:
+    """A graph that computes over the storage of its capture, and into the results of its capture."""
+
+    def __init__(self, engine, slab, sent, action):
+        self._engine, self._slab, self._inputs = engine, slab, (sent, action)
+        self._parameters = [(parameter, parameter.data) for parameter in engine._wm.parameters()]
+        self._pages = slab.data
+        self.result = self._run()
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        now = [parameter.data for parameter, _ in self._parameters], self._slab.data
+        self._put([data for _, data in self._parameters], self._pages)
+        fresh = self._run()
+        self._put(*now)
+        for old, new in zip([*self.result.output, self.result.search], [*fresh.output, fresh.search]):
+            if old is not None:
+                old.copy_(new)
+
+    def _put(self, data, pages):
+        for (parameter, _), part in zip(self._parameters, data):
+            parameter.data = part
+        self._slab.data = pages
+
+    def _run(self):
+        with torch.no_grad():
+            return backends._run_fresh(self._engine, self._slab, *self._inputs)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """All captures, in turn."""
+    graphs = []
+
+    def capture(self, slab, rows, count, action):
+        host = torch.from_numpy(np.repeat(self.engine.filler(SCRATCH_PAGE, count), rows, axis=1))
+        sent, held = host.clone(), None if action is None else torch.zeros_like(action)
+        graphs.append(StandIn(self.engine, slab, sent, held))
+        self.memory_mb += 1.
+        return backends._Graph(graphs[-1], host, sent, held, graphs[-1].result)
+
+    monkeypatch.setattr(backends.CudaGraphBackend, '_capture', capture)
+    return graphs
+
+
+def on_gpu(model):
+    """Make a model's backend believe that the model is on a GPU."""
+    backend = model.world_model._backend
+    backend.engine = copy.copy(backend.engine)
+    backend.engine.__class__ = EngineOnGPU
+    return model
+
+
+def graph_model(case, env_num, name='cudagraph'):
+    return on_gpu(cached_model(case, env_num, SEED, **cfg(name)))
+
+
+class Steps:
+    """
+    Steps by hand of a model's backend over pages of random numbers, beside the same steps of another one's that runs
+    eagerly.
+    """
+
+    def __init__(self, case=None, pages=64, rows=6, name='cudagraph'):
+        case = case or Case()
+        self.models = [graph_model(case, rows, name), cached_model(case, rows, SEED, **cfg('eager'))]
+        for world_model in self.world_models:
+            slab = world_model.kv_cache_manager.storage.slab
+            slab.ensure(pages, torch.device('cpu'))
+            generator = torch.Generator().manual_seed(SEED)
+            slab.data[RESERVED_PAGES:] = torch.randn(slab.data[RESERVED_PAGES:].shape, generator=generator)
+        self._rng, self._pages = np.random.default_rng(SEED), pages
+        self._weights = [None, None]
+        self.new_search()
+
+    @property
+    def world_models(self):
+        return [model.world_model for model in self.models]
+
+    @property
+    def backend(self):
+        return self.world_models[0]._backend
+
+    @property
+    def slabs(self):
+        return [world_model.kv_cache_manager.storage.slab for world_model in self.world_models]
+
+    def new_search(self):
+        """The policies read the weights once for each search."""
+        with torch.no_grad():
+            self._weights = [world_model.cache_engine.weights() for world_model in self.world_models]
+
+    def change(self, function):
+        """Do the same to both models' parameters."""
+        with torch.no_grad():
+            for model in self.models:
+                for parameter in model.parameters():
+                    function(parameter)
+
+    def numbers(self, rows):
+        engine = self.world_models[0].cache_engine
+        ids = self._rng.permutation(np.arange(RESERVED_PAGES, self._pages))
+        width = engine.width - 1
+        tables = ids[:rows * width].reshape(rows, width)
+        counts = self._rng.integers(1, engine.width, size=rows)
+        tables[np.arange(width) >= counts[:, None]] = NULL_PAGE
+        written = ids[rows * width:rows * (width + 1)]
+        angles = self._rng.integers(100, size=(2, rows))
+        actions = self._rng.integers(3, size=rows)
+        return engine.pack((tables, counts), written, tuple(angles), actions), tables, written
+
+    def step(self, rows=6, numbers=None):
+        """One step of both; whether they agree on what they answer and on what they write."""
+        if numbers is None:
+            numbers, _, _ = self.numbers(rows)
+        with torch.no_grad():
+            ours, theirs = (
+                world_model._backend.step(weights, slab, numbers.copy(), None)
+                for world_model, weights, slab in zip(self.world_models, self._weights, self.slabs)
+            )
+        assert ours.search.shape == theirs.search.shape
+        pages = [slab.data[RESERVED_PAGES:self._pages] for slab in self.slabs]
+        parts = [(ours.search, theirs.search), tuple(pages), *zip(ours.output, theirs.output)]
+        return all(relative_error(actual, expected) <= TOLERANCE for actual, expected in parts)
+
+
+class TestReplays:
+
+    @BOTH_WAYS
+    @BOTH_ACTIONS
+    @BOTH_POSITIONS
+    def test_a_trace(self, rotary, continuous, by_node, captured):
+        case = Case(rotary=rotary, continuous=continuous)
+        trace = random_trace(np.random.default_rng(SEED), case, 3, root_steps=3, simulations=6, episodes=0.2)
+        answers = answers_of(graph_model(case, 3), trace, by_node)
+        expected = answers_of(cached_model(case, 3, SEED, **cfg('eager')), trace, by_node)
+        assert len(captured) == 1
+        assert captured[0].replays == 3 * 6
+        assert largest_error(answers, expected) <= TOLERANCE
+
+    def test_keyed_and_by_node_have_graphs_of_their_own(self, captured):
+        """Actions of the one are on the device, those of the other are packed."""
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=1, simulations=3)
+        model = graph_model(case, 2)
+        expected = [answers_of(cached_model(case, 2, SEED), trace, by_node) for by_node in (False, True)]
+        for by_node in (False, True, False, True):
+            assert largest_error(answers_of(model, trace, by_node), expected[by_node]) <= TOLERANCE
+        assert len(captured) == 2
+
+    def test_a_smaller_batch_is_filled_up(self, captured):
+        steps = Steps()
+        assert steps.step(6)
+        for rows in (5, 1, 6, 3):
+            assert steps.step(rows)
+        assert len(captured) == 1
+
+    def test_a_larger_batch_has_a_graph_of_its_own(self, captured):
+        steps = Steps()
+        for rows in (2, 4, 2, 3, 4):
+            assert steps.step(rows)
+        assert [graph.result.search.shape[0] for graph in captured] == [2, 4]
+        assert [graph.replays for graph in captured] == [2, 3]  # each batch in the smallest that holds it
+
+    @BOTH_POSITIONS
+    def test_rows_that_fill_up_touch_the_scratch_page_alone(self, rotary, captured):
+        """Every page that no real row names is nan: a filling row that read one would be nan as well."""
+        steps = Steps(Case(rotary=rotary))
+        assert steps.step(6)
+        numbers, tables, written = steps.numbers(2)
+        named = set(tables.ravel().tolist()) | set(written.tolist()) | {NULL_PAGE}
+        others = [page for page in range(64) if page not in named]
+        for slab in steps.slabs:
+            slab.data[others] = float('nan')
+        slab = steps.slabs[0]
+        before = slab.data.clone()
+        with torch.no_grad():
+            result = steps.backend.step(steps._weights[0], slab, numbers, None)
+        same = torch.isclose(slab.data, before, rtol=0, atol=0, equal_nan=True).flatten(1).all(1)
+        assert set(np.flatnonzero(~same.numpy()).tolist()) == set(written.tolist()) | {SCRATCH_PAGE}
+        assert not slab.data[NULL_PAGE].any()
+        assert result.search.shape[0] == 2
+        assert torch.isfinite(result.search).all()
+        assert torch.isfinite(captured[0].result.search).all()
+
+    def test_weights_changed_in_place_are_seen(self, captured):
+        steps = Steps()
+        assert steps.step()
+        steps.change(lambda parameter: parameter.mul_(1.1))
+        steps.new_search()
+        assert steps.step()
+        state = {name: value * 0.9 for name, value in steps.models[0].state_dict().items()}
+        for model in steps.models:
+            model.load_state_dict(state)
+        steps.new_search()
+        assert steps.step()
+        assert len(captured) == 1
+
+    def test_the_stand_in_would_show_stale_weights(self, captured):
+        """Or else the tests here would show nothing."""
+        steps = Steps()
+        assert steps.step()
+        steps.change(lambda parameter: setattr(parameter, 'data', parameter.data * 1.1))
+        assert not steps.step()  # in the same search storage does not move, and nobody looks
+
+    def test_weights_whose_storage_moved_are_captured_anew(self, captured):
+        steps = Steps()
+        assert steps.step()
+        steps.change(lambda parameter: setattr(parameter, 'data', parameter.data * 1.1))
+        steps.new_search()
+        assert steps.step()
+        assert len(captured) == 2
+        assert steps.backend.memory_mb == 1  # the first one is gone
+        for _ in range(3):
+            steps.new_search()
+            assert steps.step()
+        assert len(captured) == 2
+
+    def test_a_slab_that_grew_is_captured_anew(self, captured):
+        """Also in the middle of a search."""
+        steps = Steps()
+        assert steps.step()
+        for slab in steps.slabs:
+            slab.ensure(100, torch.device('cpu'))
+        assert steps.step()
+        assert len(captured) == 2
+
+    def test_answers_are_not_overwritten_by_the_next_step(self, captured):
+        """The keyed way hands out tensors; what it gave stays as it was."""
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=1, simulations=2)
+        player = Batch(graph_model(case, 2))
+        player.play(trace.events[0])
+        answer = player.play(trace.events[1])
+        before = {name: part.clone() for name, part in answer.items()}
+        player.play(trace.events[2])
+        assert captured[0].replays == 2
+        assert all(torch.equal(answer[name], part) for name, part in before.items())
+
+    def test_a_deep_copy_starts_without_graphs(self, captured):
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=3)
+        model = graph_model(case, 2)
+        expected = answers_of(model, trace)
+        target = copy.deepcopy(model)
+        backend = target.world_model._backend
+        assert type(backend) is backends.CudaGraphBackend
+        assert backend is not model.world_model._backend
+        assert backend.engine._wm is target.world_model
+        assert not backend._graphs
+        assert backend.memory_mb == target.world_model.graph_memory_mb == 0
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert largest_error(answers_of(target, trace), expected) <= TOLERANCE
+        assert len(captured) == 2
+
+    def test_no_graph_where_dropout_is_live(self, captured):
+        steps = Steps()
+        for model in steps.models:
+            model.train()
+        steps.new_search()
+        assert not steps.step()
+        assert not captured
+        for model in steps.models:
+            model.eval()
+        for own, other in zip(*(slab.data for slab in steps.slabs)):
+            own.copy_(other)
+        steps.new_search()
+        assert steps.step()
+        assert len(captured) == 1
+        steps.models[0].train()
+        steps.new_search()
+        steps.step()
+        assert captured[0].replays == 1
+
+
+def warnings_of(lines):
+    return [message for level, message in lines() if level == 'WARNING']
+
+
+class TestGivingUp:
+
+    def test_storage_that_moves_every_time(self, captured, monkeypatch, lines):
+        monkeypatch.setattr(backends, 'MAX_CAPTURES', 3)
+        steps = Steps()
+        for number in range(6):
+            assert steps.step(), number
+            steps.change(lambda parameter: setattr(parameter, 'data', parameter.data * 1.01))
+            steps.new_search()
+        assert len(captured) == 3
+        assert not steps.backend.reuses_output
+        assert steps.backend.memory_mb == 0
+        warning, = warnings_of(lines)
+        assert "backend='cudagraph'" in warning
+        assert 'its storage keeps moving' in warning
+
+    def test_the_bound_is_a_small_number(self):
+        assert 2 <= backends.MAX_CAPTURES <= 64
+
+    @pytest.mark.parametrize('name', ['cudagraph', 'auto'])
+    def test_a_capture_that_fails(self, name, monkeypatch, lines):
+        tried = []
+
+        def capture(*args):
+            tried.append(args)
+            raise RuntimeError('operation not permitted when stream is capturing\nand a long trace')
+
+        monkeypatch.setattr(backends.CudaGraphBackend, '_capture', capture)
+        steps = Steps(name=name)
+        for _ in range(3):
+            assert steps.step()
+            steps.new_search()
+        assert len(tried) == 1
+        warning, = warnings_of(lines)
+        assert 'operation not permitted when stream is capturing' in warning
+        assert 'long trace' not in warning
+        assert 'eager' in warning
+
+    @BOTH_WAYS
+    def test_a_whole_trace_after_a_capture_that_failed(self, by_node, monkeypatch, lines):
+        def capture(*args):
+            raise RuntimeError('no graph here')
+
+        monkeypatch.setattr(backends.CudaGraphBackend, '_capture', capture)
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=4)
+        answers = answers_of(graph_model(case, 2), trace, by_node)
+        assert largest_error(answers, answers_of(cached_model(case, 2, SEED), trace, by_node)) <= TOLERANCE
+        assert len(warnings_of(lines)) == 1
+
+    @BOTH_WAYS
+    def test_a_broken_compiler(self, by_node, monkeypatch, lines):
+        called = []
+
+        def compiled(*args):
+            called.append(args)
+            raise OSError('no compiler found\nset CXX')
+
+        monkeypatch.setattr(torch, 'compile', lambda *args, **kwargs: compiled)
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=4)
+        answers = answers_of(cached_model(case, 2, SEED, **cfg('compile')), trace, by_node)
+        assert largest_error(answers, answers_of(cached_model(case, 2, SEED), trace, by_node)) <= TOLERANCE
+        assert len(called) == 1
+        warning, = warnings_of(lines)
+        assert "backend='compile'" in warning
+        assert 'no compiler found' in warning
+        assert 'CXX' not in warning
+
+    @pytest.mark.parametrize('name', ['auto', 'cudagraph'])
+    def test_a_graph_on_a_cpu_is_eager_without_a_word(self, name, lines):
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=1, simulations=3)
+        model = cached_model(case, 2, SEED, **cfg(name))
+        expected = answers_of(cached_model(case, 2, SEED, **cfg('eager')), trace)
+        assert largest_error(answers_of(model, trace), expected) == 0
+        assert not warnings_of(lines)
+        assert not model.world_model._backend._graphs
+
+
+class TestCompiled:
+
+    def test_what_is_compiled_is_the_step(self, monkeypatch, lines):
+        """With weights that change in place, move, and are told to drop out."""
+        used = []
+
+        def compile_nothing(function, **kwargs):
+            def run(*args):
+                used.append(args)
+                return function(*args)
+            return run
+
+        monkeypatch.setattr(torch, 'compile', compile_nothing)
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=3)
+        models = [cached_model(case, 2, SEED, **cfg(name)) for name in ('compile', 'eager')]
+        for change in (lambda p: p, lambda p: p.data.mul_(1.1), lambda p: setattr(p, 'data', p.data * 0.9)):
+            for model in models:
+                for parameter in model.parameters():
+                    change(parameter)
+            assert largest_error(*(answers_of(model, trace) for model in models)) <= TOLERANCE
+        assert len(used) == 3 * 2 * 3
+        assert type(copy.deepcopy(models[0]).world_model._backend) is backends.CompiledBackend
+        models[0].train()
+        answers_of(models[0], trace)
+        assert len(used) == 3 * 2 * 3
+        assert not warnings_of(lines)
+
+    @pytest.mark.slow
+    @BOTH_WAYS
+    def test_by_the_real_compiler(self, by_node, lines):
+        case = Case(num_layers=1)
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=3)
+        answers = answers_of(cached_model(case, 2, SEED, **cfg('compile')), trace, by_node)
+        expected = answers_of(cached_model(case, 2, SEED, **cfg('eager')), trace, by_node)
+        assert largest_error(answers, expected) <= TOLERANCE
+        assert len(warnings_of(lines)) <= 1  # where there is no compiler
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels that are chosen by size
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TestKernels:
+
+    @pytest.mark.parametrize('masked', [False, True])
+    @pytest.mark.parametrize(
+        ('rows', 'heads', 'dim', 'length'), [(1, 1, 4, 1), (3, 2, 8, 7), (40, 8, 96, 7), (5, 4, 16, 63)]
+    )
+    def test_attention_over_a_few_tokens(self, rows, heads, dim, length, masked):
+        """Masked or not, over keys and values that are strided as in a window."""
+        query = torch.randn(rows, 1, heads, dim)
+        context = torch.randn(rows, length + 2, 3, 2, heads * dim)[:, 1:1 + length, 1].view(rows, length, 2, heads, dim)
+        bias = None
+        if masked:
+            seen = torch.rand(rows, length) < 0.5
+            seen[:, -1] = True
+            bias = torch.zeros(rows, length).masked_fill(~seen, float('-inf'))[:, None, None]
+        keys, values = context.permute(2, 0, 3, 1, 4)
+        expected = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=bias)
+        torch.testing.assert_close(_attend(query, context, bias), expected[:, :, 0], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize('rows', [1, layouts.MANY_ROWS - 1, layouts.MANY_ROWS, 100])
+    @pytest.mark.parametrize('on_gpu', [False, True], ids=['cpu', 'gpu'])
+    @pytest.mark.parametrize('has_bias', [False, True])
+    def test_a_bias_is_fused_in_for_few_rows_only(self, rows, on_gpu, has_bias, monkeypatch):
+        class Weight(torch.Tensor):
+            is_cuda = on_gpu
+
+        weight, bias = torch.randn(6, 5), torch.randn(6) if has_bias else None
+        x = torch.randn(rows, 1, 5)
+        before = x.clone()
+        expected = F.linear(x, weight, bias)
+        fused, linear = [], F.linear
+
+        def spy(x, weight, bias=None):
+            fused.append(bias is not None)
+            return linear(x, weight, bias)
+
+        monkeypatch.setattr(layouts.F, 'linear', spy)
+        actual = layouts._linear(weight.as_subclass(Weight), bias)(x).as_subclass(torch.Tensor)
+        torch.testing.assert_close(actual, expected)
+        assert torch.equal(x, before)
+        assert fused == [has_bias and (rows < layouts.MANY_ROWS or not on_gpu)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+
+
+def on_cuda(case, env_num, name, **overrides):
+    model = construct(
+        MODEL_REGISTRY.get(case.model_name), case, env_num, use_new_cache_manager=True, device='cuda', **cfg(name),
+        **overrides
+    )
+    model.load_state_dict(original_model(case, 1, SEED).state_dict())
+    return model.to('cuda')
+
+
+def lightzero_on_cuda(case):
+    """LightZero's own model, alone."""
+    model = randomise(construct(ORIGINAL_MODELS[case.model_name], case, 1, device='cuda').to('cuda'), case, SEED)
+    if not case.rotary:
+        model.world_model.precompute_pos_emb_diff_kv()
+    return LightZeroAlone(model)
+
+
+def alone_on_cuda(case, trace, env):
+    player = lightzero_on_cuda(case)
+    player.model = Placed(player.model)
+    return [
+        {name: part.cpu() for name, part in answer.items()} for answer in play(player, trace.alone(env)) if answer
+    ]
+
+
+@pytest.mark.gpu
+@needs_gpu
+class TestOnGPU:
+
+    @pytest.mark.parametrize('rows', [8, 40, 64])
+    @pytest.mark.parametrize('context_length', [8, 80])
+    @BOTH_ACTIONS
+    @BOTH_POSITIONS
+    def test_every_way_gives_one_answer(self, rotary, continuous, context_length, rows):
+        assert 8 <= SHORT_WINDOW < 80 and 8 < layouts.MANY_ROWS < 40
+        case = Case(rotary=rotary, continuous=continuous, context_length=context_length)
+        trace = random_trace(np.random.default_rng(SEED), case, rows, root_steps=3, simulations=5, episodes=0.2)
+        expected = answers_of(cached_model(case, rows, SEED, **cfg('eager')), trace)
+        for name in ('eager', 'cudagraph'):
+            model = on_cuda(case, rows, name)
+            for by_node in (False, True):
+                model.world_model.forget()
+                assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE, (name, by_node)
+            assert bool(model.world_model._backend._graphs) == (name == 'cudagraph')
+            assert (model.world_model.graph_memory_mb > 0) == (name == 'cudagraph')
+        for env in (0, rows - 1):
+            right = alone_on_cuda(case, trace, env)
+            assert largest_error(rows_of(expected, env), right) <= TOLERANCE
+
+    @BOTH_POSITIONS
+    def test_reanalysis(self, rotary):
+        case = Case(rotary=rotary)
+        event = random_reanalysis(np.random.default_rng(SEED), case, samples=12, simulations=4)
+        expected = Batch(cached_model(case, 1, SEED)).play(event)
+        for name in ('eager', 'cudagraph'):
+            answer = Batch(Placed(on_cuda(case, 1, name))).play(event)
+            assert largest_error([{key: part.cpu() for key, part in answer.items()}], [expected]) <= TOLERANCE
+
+    @BOTH_WAYS
+    @BOTH_POSITIONS
+    def test_weights_that_an_optimizer_changes(self, rotary, by_node):
+        """In place and without a word: a fused optimizer moves no version counter."""
+        case = Case(rotary=rotary)
+        trace = random_trace(np.random.default_rng(SEED), case, 4, root_steps=2, simulations=4)
+        model = on_cuda(case, 4, 'cudagraph')
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
+        before = answers_of(model, trace, by_node)
+        graphs = dict(model.world_model._backend._graphs)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        model.world_model.weights_changed('test')  # as the policies do after an update
+        after = answers_of(model, trace, by_node)
+        other = cached_model(case, 4, SEED, **cfg('eager'))
+        other.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
+        assert largest_error(after, answers_of(other, trace, by_node)) <= TOLERANCE
+        assert largest_error(after, before) > 1e-2
+        assert model.world_model._backend._graphs == graphs
+
+    def test_weights_that_are_loaded(self):
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 4, root_steps=2, simulations=4)
+        model, other = on_cuda(case, 4, 'cudagraph'), cached_model(case, 4, SEED + 1, **cfg('eager'))
+        before = answers_of(model, trace, True)
+        graphs = dict(model.world_model._backend._graphs)
+        model.load_state_dict(other.state_dict())
+        after = answers_of(model, trace, True)
+        assert largest_error(after, answers_of(other, trace, True)) <= TOLERANCE
+        assert largest_error(after, before) > 1e-2
+        assert model.world_model._backend._graphs == graphs
+
+    @BOTH_WAYS
+    def test_storage_that_moves(self, by_node, monkeypatch):
+        """Weights of other values in new storage, and a slab that grows."""
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 4, root_steps=2, simulations=4)
+        model, other = on_cuda(case, 4, 'cudagraph'), cached_model(case, 4, SEED, **cfg('eager'))
+        answers_of(model, trace, by_node)
+        captures = model.world_model._backend._captures
+        held = []  # so that no old address is handed out again
+        for each in (model, other):
+            for parameter in each.parameters():
+                held.append(parameter.data)
+                parameter.data = parameter.data * 1.1
+        model.world_model.forget()
+        other.world_model.forget()
+        assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
+        assert model.world_model._backend._captures == captures + 1
+        manager = model.world_model.kv_cache_manager
+        held.append(manager.storage.slab.data)
+        manager._pages.grow(manager.page_capacity + 100)
+        model.world_model.forget()
+        other.world_model.forget()
+        assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
+        assert model.world_model._backend._captures == captures + 2
+
+    @BOTH_WAYS
+    def test_smaller_batches(self, by_node):
+        case = Case()
+        model = on_cuda(case, 8, 'cudagraph')
+        for rows in (8, 5, 1, 8, 3):
+            trace = random_trace(np.random.default_rng(rows), case, rows, root_steps=2, simulations=4)
+            model.world_model.forget()
+            expected = answers_of(cached_model(case, rows, SEED, **cfg('eager')), trace, by_node)
+            assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE
+        assert model.world_model._backend._captures == 1
+
+    def test_no_graph_where_dropout_is_live(self):
+        case = Case()
+        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=1, simulations=3)
+        model = on_cuda(case, 2, 'cudagraph').train()
+        answers_of(model, trace)
+        assert not model.world_model._backend._graphs
+
+    @pytest.mark.parametrize('rows', [1, 31, 40, 256])
+    @pytest.mark.parametrize('length', [1, 7, 64])
+    def test_attention_over_a_few_tokens(self, rows, length):
+        query, context = torch.randn(rows, 1, 8, 96).cuda(), torch.randn(rows, length, 2, 8, 96).cuda()
+        keys, values = context.permute(2, 0, 3, 1, 4)
+        expected = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values)[:, :, 0]
+        torch.testing.assert_close(_attend(query, context, None), expected, rtol=1e-4, atol=1e-5)
