@@ -83,7 +83,7 @@ def searches(world_model: Any, observation_shape: Any, count: int, rows: int, si
         for row in np.flatnonzero(random.random(rows) < 0.02).tolist():
             actions[row], timesteps[row] = -1, 0
             world_model.forget(COLLECT, row)
-        if done % 100 == 0:
+        if done % 70 == 0:
             world_model.weights_changed('soak')
         yield done
 
