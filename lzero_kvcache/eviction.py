@@ -70,6 +70,14 @@ class PriorityCache(Cache):
         self._push(priority, key)
 
     def popitem(self) -> Tuple[Hashable, Any]:
+        return self.pop_but(_NOBODY)
+
+    def pop_but(self, spared: Hashable) -> Tuple[Hashable, Any]:
+        """
+        Overview:
+            As ``popitem``, but never the spared key.
+        """
+        aside = None
         while self._heap:
             priority, birth, key = heapq.heappop(self._heap)
             if self._births.get(key) != birth:
@@ -77,12 +85,18 @@ class PriorityCache(Cache):
             current = self._priority(key)
             if current > priority:
                 self._push(current, key)
+            elif current == priority and key == spared:
+                aside = (priority, birth, key)
             elif current == priority:
+                if aside is not None:
+                    heapq.heappush(self._heap, aside)
                 value = super().__getitem__(key)
                 del self[key]
                 return key, value
-        raise KeyError(f'{type(self).__name__} is empty')
+        raise KeyError(f'{type(self).__name__} has no key to let go')
 
+
+_NOBODY = object()
 
 _CLASSES = {
     EvictionStrategy.FIFO: FIFOCache,
@@ -113,9 +127,21 @@ def rank(index: Cache, key: Hashable, priority: Optional[float]) -> None:
         index.rank(key, priority)
 
 
-def priority_of(index: Cache, key: Hashable) -> Optional[float]:
+def pop_but(index: Cache, spared: Hashable) -> Tuple[Hashable, Any]:
     """
     Overview:
-        What a stored key is worth to an index that uses priorities, else None.
+        Let the strategy's next key go, but not the spared one; with FIFO and LRU that one counts as new if it was next.
+    Arguments:
+        - index (:obj:`Cache`): From :func:`make_index`, with another key beside the spared one.
+        - spared (:obj:`Hashable`): The key to keep.
+    Returns:
+        - item (:obj:`Tuple[Hashable, Any]`): The key that went, and its value.
     """
-    return index._priority(key) if isinstance(index, PriorityCache) and key in index else None
+    if isinstance(index, PriorityCache):
+        return index.pop_but(spared)
+    key, value = index.popitem()
+    if key != spared:
+        return key, value
+    item = index.popitem()
+    index[key] = value
+    return item

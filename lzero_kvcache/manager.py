@@ -1,7 +1,7 @@
 """The new cache manager: pools over one set of pages. Knows keys, environments and page ids; not LightZero."""
 import logging
 import math
-from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Hashable, Iterable, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class KVCacheManager(PagedCacheManager):
         self._current: Dict[Tuple[str, int], Hashable] = {}
         self._told: set = set()
         self._out_of_memory = False
+        self._root_keys: Set[Hashable] = set()  # at least those of all init pools
 
         self.init_pools = [self._paged(self.config.init_pool_size, f'init_env{i}') for i in range(self.env_num)]
         self.recur_pool = self._paged(nodes, 'recurrent')
@@ -114,12 +115,17 @@ class KVCacheManager(PagedCacheManager):
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
             self._init_pool(mode, env_id).store([key], (tables[row:row + 1], counts[row:row + 1]))
             self._current[mode, env_id] = key
+        self._note_roots(keys)
         self._filled['init'] = _filled(self.init_pools + self.eval_pools)
 
     def find_recur(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
         # A node that is no root is not a miss of its environment's init pool: that is asked only for what it has.
         pairs = list(zip(env_ids, keys))
-        roots = [row for row, (env_id, key) in enumerate(pairs) if key in self._init_pool(mode, env_id)]
+        roots: List[int] = []
+        if not self._root_keys.isdisjoint(keys):
+            roots = [row for row, (env_id, key) in enumerate(pairs) if key in self._init_pool(mode, env_id)]
+        elif max(env_ids) >= self.env_num:
+            self._init_pool(mode, max(env_ids))  # raises
         nodes = np.delete(np.arange(len(pairs)), roots)
         slots = np.array(self.recur_pool.slots([pairs[row] for row in nodes] if roots else pairs), dtype=np.int64)
         rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
@@ -186,7 +192,9 @@ class KVCacheManager(PagedCacheManager):
         Raises:
             - ValueError: There is no such environment.
         """
-        return self._init_pool(COLLECT, env_id).set(cache_key, kv_cache)
+        slot = self._init_pool(COLLECT, env_id).set(cache_key, kv_cache)
+        self._note_roots([cache_key])
+        return slot
 
     def get_recur_cache(self, cache_key: Hashable, env_id: Optional[int] = None) -> Any:
         """
@@ -326,6 +334,13 @@ class KVCacheManager(PagedCacheManager):
         while len(self.eval_pools) <= env_id:
             self.eval_pools.append(self._paged(self.config.init_pool_size, f'eval_env{len(self.eval_pools)}'))
         return self.eval_pools[env_id]
+
+    def _note_roots(self, keys: Iterable[Hashable]) -> None:
+        """Remember keys of init pools, so that a batch of nodes is told from roots at once; old ones go in bulk."""
+        self._root_keys.update(keys)
+        pools = self.init_pools + self.eval_pools
+        if len(self._root_keys) > 2 * sum(pool.pool_size for pool in pools):
+            self._root_keys = {key for pool in pools for key in pool.keys()}
 
     def _make_room(self, count: int) -> None:
         """Grow in one step if the limit allows it, else evict what no search and no current step needs."""

@@ -2,11 +2,12 @@
 import copy
 import logging
 from abc import ABC, abstractmethod
-from typing import Any, Dict, Hashable, List, Optional, Sequence, Union
+from typing import Any, Dict, Hashable, Iterable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
+from cachetools import Cache
 
-from .eviction import EvictionStrategy, make_index, priority_of, rank
+from .eviction import EvictionStrategy, make_index, pop_but, rank
 from .pages import NULL_PAGE, PageAllocator, Rows
 from .stats import CacheStats
 
@@ -50,9 +51,17 @@ class KVCachePool:
         # Two views of the same keys: a plain dict to look up, and the strategy's own order of eviction.
         self._slots: Dict[Hashable, int] = {}
         self._order = make_index(self.eviction_strategy, self.pool_size)
+        self._unordered: List[Tuple[Hashable, int]] = []  # stored in bulk, not yet in the order of eviction
         self._reads_count = self.eviction_strategy is not EvictionStrategy.FIFO
         self._unused = list(range(self.pool_size - 1, -1, -1))
         self._values: Dict[int, Any] = {}
+
+    def _ordered(self) -> Cache:
+        """The order of eviction, which a search that is cleared before its pool is full never needs."""
+        for key, slot in self._unordered:
+            self._order[key] = slot
+        self._unordered.clear()
+        return self._order
 
     def get(self, cache_key: Hashable) -> Optional[Any]:
         """
@@ -79,7 +88,7 @@ class KVCachePool:
         """
         stored = self._prepare(kv_cache)  # first: this may fail, or make room by evicting from this very pool
         slot = self.claim(cache_key)
-        rank(self._order, cache_key, priority)
+        rank(self._ordered(), cache_key, priority)
         self._keep(slot, stored)
         return slot
 
@@ -109,9 +118,10 @@ class KVCachePool:
                 if slot < 0:
                     logger.debug("Miss in KVCachePool '%s': key=%s", self.name, key)
         if self._reads_count:
+            order = self._ordered()
             for key, slot in zip(keys, slots):
                 if slot >= 0:
-                    self._order[key]
+                    order[key]
         return slots
 
     def claim(self, key: Hashable) -> int:
@@ -120,15 +130,15 @@ class KVCachePool:
             The slot to write a key's value to: its own if it is stored, else an unused one, else an evicted one's.
             Of equal keys the newest wins, and counts as new.
         """
-        slot = self._slots.pop(key, None)
+        order, slot = self._ordered(), self._slots.pop(key, None)
         if slot is not None:
-            del self._order[key]
+            del order[key]
             self._drop(slot)
         else:
             if not self._unused:
                 self.evict()
             slot = self._unused.pop()
-        self._slots[key] = self._order[key] = slot
+        self._slots[key] = order[key] = slot
         return slot
 
     def evict(self) -> None:
@@ -136,7 +146,9 @@ class KVCachePool:
         Overview:
             Let the strategy's next entry go.
         """
-        key, slot = self._order.popitem()
+        self._let_go(*self._ordered().popitem())
+
+    def _let_go(self, key: Hashable, slot: int) -> None:
         del self._slots[key]
         self._drop(slot)
         self._unused.append(slot)
@@ -149,14 +161,9 @@ class KVCachePool:
         Overview:
             Let the strategy's next entry go, but never that of ``kept``; False where there is no other.
         """
-        priority = priority_of(self._order, kept)
-        slot = self._order.pop(kept, None)
-        found = len(self._order) > 0
+        found = len(self._slots) > (kept in self._slots)
         if found:
-            self.evict()
-        if slot is not None:
-            self._order[kept] = slot
-            rank(self._order, kept, priority)
+            self._let_go(*pop_but(self._ordered(), kept))
         return found
 
     def clear(self) -> None:
@@ -167,6 +174,13 @@ class KVCachePool:
         if self._slots:
             logger.debug("Clear of KVCachePool '%s': %s entries", self.name, len(self._slots))
             self._reset_index()
+
+    def keys(self) -> Iterable[Hashable]:
+        """
+        Overview:
+            The keys that are stored.
+        """
+        return self._slots.keys()
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -246,8 +260,7 @@ class PagedPool(KVCachePool):
             slots = self._unused[first:]
             del self._unused[first:]
             self._slots.update(zip(keys, slots))
-            for key, slot in zip(keys, slots):
-                self._order[key] = slot
+            self._unordered.extend(zip(keys, slots))
             self.tables[slots], self.counts[slots] = rows
         else:
             for key, table, count in zip(keys, *rows):

@@ -363,7 +363,8 @@ class NewWorldModel(LightZeroWorldModel):
         self.timings['search'].record(time.perf_counter() - start)
 
     @torch.no_grad()
-    def expand(self, rows: Rows, pages: np.ndarray, actions: np.ndarray, depths: np.ndarray) -> np.ndarray:
+    def expand(self, rows: Rows, pages: np.ndarray, actions: np.ndarray, depths: Sequence[int],
+               timesteps: np.ndarray) -> np.ndarray:
         """
         Overview:
             One simulation of a search by node: one transfer there, one back.
@@ -371,16 +372,18 @@ class NewWorldModel(LightZeroWorldModel):
             - rows (:obj:`Rows`): The contexts of the nodes that are expanded.
             - pages (:obj:`np.ndarray`): The pages of their children ``[B]``.
             - actions (:obj:`np.ndarray`): ``[B]``, or ``[B, A]`` for continuous ones.
-            - depths (:obj:`np.ndarray`): Timestep of the root plus depth ``[B]``.
+            - depths (:obj:`Sequence[int]`): Depths of the nodes that are expanded ``[B]``.
+            - timesteps (:obj:`np.ndarray`): Timesteps of the roots ``[B]``.
         Returns:
             - predicted (:obj:`np.ndarray`): Reward, value and policy logits ``[B, 2 + P]``; 0 for what is skipped.
         """
-        result = self._step(self._weights(), rows, pages, actions, (2 * depths + 1, 2 * depths + 2))
+        step = timesteps + np.asarray(depths, dtype=np.int64)
+        result = self._step(self._weights(), rows, pages, actions, (2 * step + 1, 2 * step + 2))
         self.kv_cache_manager.count_queries('recur', len(pages), len(pages), by_node=True)
         assert result.search is not None  # the actions came from the host
         predicted = result.search.cpu().numpy()
         mode, env_ids = self._rows_of(len(pages))
-        kept = self._guard.finite(predicted, 'A reward, value or policy', mode, env_ids, depths)
+        kept = self._guard.finite(predicted, 'A reward, value or policy', mode, env_ids, timesteps)
         return predicted if len(kept) == len(predicted) else np.nan_to_num(predicted, posinf=0.0, neginf=0.0)
 
     def _reanalysis_step(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
@@ -474,7 +477,7 @@ class NodeExpansion:
         start = time.perf_counter()
         rows = self._nodes.expand(simulation, path, columns)
         predicted = self._world_model.expand(
-            rows, self._nodes.pages[simulation], actions, self._timesteps + np.asarray(depths, dtype=np.int64)
+            rows, self._nodes.pages[simulation], actions, depths, self._timesteps
         )
         self._world_model.timings['step'].record(time.perf_counter() - start)
         return predicted

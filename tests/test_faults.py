@@ -151,7 +151,6 @@ def test_nan_in_the_weights_is_an_error_that_says_where():
     audit(policy._model.world_model.kv_cache_manager)
 
 
-@pytest.mark.xfail(strict=True, reason='names the step of the node, which is one later than that of its root')
 def test_the_step_is_that_of_the_environment():
     policy = make_policy(True)
     worker = Worker(policy)
