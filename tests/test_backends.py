@@ -645,7 +645,7 @@ class TestOnGPU:
             for by_node in (False, True):
                 model.world_model.forget()
                 assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE, (name, by_node)
-            assert bool(model.world_model._backend._graphs) == (name == 'cudagraph')
+            assert model.world_model._backend.reuses_output == (name == 'cudagraph')
             assert (model.world_model.graph_memory_mb > 0) == (name == 'cudagraph')
         for env in (0, rows - 1):
             right = alone_on_cuda(case, trace, env)
