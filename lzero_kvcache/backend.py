@@ -9,7 +9,7 @@ import torch
 from .engine import Engine, StepOutput
 from .pages import SCRATCH_PAGE
 from .slab import MIB, Slab
-from .weights import Weights
+from .weights import MANY_CAPTURED_ROWS, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -198,14 +198,14 @@ def make_backend(name: str, engine: Engine) -> EagerBackend:
 
 def _run(engine: Engine, weights: Weights, slab: Slab, numbers: torch.Tensor,
          action: Optional[torch.Tensor]) -> Result:
-    tables, counts, angles, packed_action = engine.unpack(numbers)
-    output = engine.step(weights, slab, tables, counts, packed_action if action is None else action, angles)
+    tables, counts, positions, packed_action = engine.unpack(numbers)
+    output = engine.step(weights, slab, tables, counts, packed_action if action is None else action, positions)
     return Result(output, engine.for_search(output) if action is None else None)
 
 
 def _run_fresh(engine: Engine, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
     """With the weights read inside, so that a capture reads them anew in each replay."""
-    return _run(engine, engine.weights(), slab, numbers, action)
+    return _run(engine, engine.weights(MANY_CAPTURED_ROWS), slab, numbers, action)
 
 
 def _warn_eager(name: str, reason: Any) -> None:

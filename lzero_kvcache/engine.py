@@ -5,7 +5,7 @@ window: the context's, left-aligned, and in the last column the page that the st
 ``[-, o0, a0, o1, ..., action, observation]``; slot 0 belongs to an action that was never there and is never read, so
 that the token at position ``p`` of a context stands in slot ``p + 1``.
 """
-from typing import Any, Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from .weights import MANY_ROWS, Weights, read_weights
 
 SHORT_WINDOW = 64
 
-Packed = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], torch.Tensor]
+Packed = Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class StepOutput(NamedTuple):
@@ -63,6 +63,7 @@ class Engine:
         self.rotary = config.rotary_emb
         self.width = config.context_length // 2
         self.max_seq_len = config.max_seq_len if self.rotary else 0
+        self._masks: Dict[Tuple[int, torch.device], torch.Tensor] = {}
         self._action_rows = (config.action_space_size + 1) // 2 if config.continuous_action_space else 1
 
     @property
@@ -88,12 +89,14 @@ class Engine:
         """Where the weights are now."""
         return self._wm.transformer.ln_f.weight.device
 
-    def weights(self) -> Weights:
+    def weights(self, many_rows: int = MANY_ROWS) -> Weights:
         """
         Overview:
             The model as it is now.
+        Arguments:
+            - many_rows (:obj:`int`): From how many rows on to launch more, but faster CUDA kernels.
         """
-        return read_weights(self._wm, 0 if self.rotary else 2 * self.width)
+        return read_weights(self._wm, 0 if self.rotary else 2 * self.width, many_rows)
 
     def embed_action(self, action: torch.Tensor) -> torch.Tensor:
         """
@@ -130,6 +133,8 @@ class Engine:
         numbers[:width - 1], numbers[width - 1], numbers[width] = tables.T, pages, counts
         if self.rotary:
             numbers[width + 1], numbers[width + 2] = angles[0] % self.max_seq_len, angles[1] % self.max_seq_len
+        else:
+            numbers[width + 1], numbers[width + 2] = np.maximum(2 * counts - 1, 0), 2 * counts
         if action is None:
             return numbers
         if not self._wm.continuous_action_space:
@@ -143,15 +148,14 @@ class Engine:
     def unpack(self, numbers: torch.Tensor) -> Packed:
         """
         Overview:
-            Tables ``[B, W]``, counts ``[B]``, angles ``[2, B]`` and actions of what :meth:`pack` made.
+            Tables ``[B, W]``, counts ``[B]``, positions ``[2, B]`` and actions of what :meth:`pack` made.
         """
         width = self.width
         action = numbers[width + 3]
         if self._wm.continuous_action_space:
             pairs = numbers[width + 3:].T.clone(memory_format=torch.contiguous_format)
             action = pairs.view(torch.float32)[:, :self._wm.action_space_size]
-        angles = numbers[width + 1:width + 3] if self.rotary else None
-        return numbers[:width].T, numbers[width], angles, action
+        return numbers[:width].T, numbers[width], numbers[width + 1:width + 3], action
 
     def filler(self, page: int, count: int) -> np.ndarray:
         """
@@ -216,10 +220,10 @@ class Engine:
     def _observe_alone(self, weights: Weights, window: torch.Tensor, latent: torch.Tensor,
                        angle: Optional[torch.Tensor]) -> torch.Tensor:
         x = latent if self.rotary else latent + self._wm.pos_emb.weight[0]
-        return self._token(weights, window, 2, x, None, self._rotation(angle))
+        return self._token(weights, window, 2, x, None, self._rotation(angle) if self.rotary else None)
 
     def step(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
-             angles: Optional[torch.Tensor], latent: Optional[torch.Tensor] = None) -> StepOutput:
+             positions: torch.Tensor, latent: Optional[torch.Tensor] = None) -> StepOutput:
         """
         Overview:
             An action and an observation token for each row; the new page is written to the last column's ids.
@@ -229,7 +233,7 @@ class Engine:
             - tables (:obj:`torch.Tensor`): Page ids ``[B, W]``, the context's left-aligned, the new page last.
             - counts (:obj:`torch.Tensor`): Pages of each context ``[B]``; 0 starts one, its action is not looked at.
             - action (:obj:`torch.Tensor`): Actions as :meth:`embed_action` takes them.
-            - angles (:obj:`Optional[torch.Tensor]`): Rotary positions of both tokens ``[2, B]``; unused with learned.
+            - positions (:obj:`torch.Tensor`): Positions of both tokens ``[2, B]``.
             - latent (:obj:`Optional[torch.Tensor]`): Observed tokens ``[B, E]``; None: the predicted ones.
         Returns:
             - output (:obj:`StepOutput`): The predictions.
@@ -238,15 +242,15 @@ class Engine:
         last = 2 * self.width - 1
         if weights.shift is not None:
             window[:, 1:last - 1] += weights.shift[:last - 2]
-        output = self._two_tokens(weights, window, counts, action, angles, latent)
+        output = self._two_tokens(weights, window, counts, action, positions, latent)
         page = window[:, last - 1:]
         if weights.shift is not None:
-            page = page - weights.shift[self._positions(counts)]
+            page = page - weights.shift[positions.T]
         slab.write(tables[:, -1], page)
         return output
 
     def step_alone(self, weights: Weights, state: torch.Tensor, action: torch.Tensor,
-                   state_angle: Optional[torch.Tensor], angles: Optional[torch.Tensor]) -> StepOutput:
+                   state_angle: Optional[torch.Tensor], positions: Optional[torch.Tensor]) -> StepOutput:
         """
         Overview:
             A state, an action and the predicted observation, with no context and nothing stored: reanalysis.
@@ -255,36 +259,36 @@ class Engine:
             - state (:obj:`torch.Tensor`): Observation tokens ``[B, E]``.
             - action (:obj:`torch.Tensor`): Actions as :meth:`embed_action` takes them.
             - state_angle (:obj:`Optional[torch.Tensor]`): Rotary positions of the states ``[B]``.
-            - angles (:obj:`Optional[torch.Tensor]`): Rotary positions of the other two tokens ``[2, B]``.
+            - positions (:obj:`Optional[torch.Tensor]`): Rotary positions of the other two tokens ``[2, B]``.
         Returns:
             - output (:obj:`StepOutput`): The predictions.
         """
         window = state.new_zeros(state.shape[0], 4, self.layers, 2, self.embed_dim)
         self._observe_alone(weights, window, state, state_angle)
         counts = torch.ones(state.shape[0], dtype=torch.int64, device=state.device)
-        return self._two_tokens(weights, window, counts, action, angles, None)
+        if positions is None:
+            positions = torch.stack([counts, 2 * counts])
+        return self._two_tokens(weights, window, counts, action, positions, None)
 
     def _two_tokens(self, weights: Weights, window: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
-                    angles: Optional[torch.Tensor], latent: Optional[torch.Tensor]) -> StepOutput:
+                    positions: torch.Tensor, latent: Optional[torch.Tensor]) -> StepOutput:
         slots = window.shape[1]
-        slot = torch.arange(slots, device=window.device)
-        context = slot < 2 * counts.unsqueeze(1)  # [B, 2W]
-        bias = bias_of_observation = _bias(context | (slot >= slots - 2))
-        if latent is not None:  # an observation that starts an episode does not see the action before it
-            seen = context | (slot == slots - 1) | ((slot == slots - 2) & (counts > 0).unsqueeze(1))
-            bias_of_observation = _bias(seen)
+        masks = self._masks_of(slots, window.device)
+        bias = masks[0, counts, None, None]
+        bias_of_observation = bias if latent is None else masks[1, counts, None, None]
         x = self.embed_action(action)
-        positions = None
-        if not self.rotary:
-            positions = self._wm.pos_emb.weight[self._positions(counts)]
-            x = x + positions[:, 0]
-        rotations: Any = (None, None) if angles is None else self._rotation(angles)
+        rotations: Any = (None, None)
+        if self.rotary:
+            rotations = self._rotation(positions)
+        else:
+            embeddings = self._wm.pos_emb.weight[positions]
+            x = x + embeddings[0]
         x = self._token(weights, window, slots - 1, x, bias, rotations[0])
         token = x.unsqueeze(1)
         rewards = weights.rewards(token)
         if latent is None:
             latent = weights.observations(token).squeeze(1)
-        y = latent if positions is None else latent + positions[:, 1]
+        y = latent if self.rotary else latent + embeddings[1]
         x = self._token(weights, window, slots, y, bias_of_observation, rotations[1])
         return self._predict(weights, x, latent, rewards)
 
@@ -318,7 +322,7 @@ class Engine:
                 slot[:, 0] = turned[:, dim:]
                 slot[:, 1] = qkv[:, 2 * dim:]
             context = window[:, 1:end, index].view(rows, end - 1, 2, heads, head_dim)
-            if x.is_cuda and not training and rows >= MANY_ROWS and end <= SHORT_WINDOW:
+            if x.is_cuda and not training and rows >= weights.many_rows and end <= SHORT_WINDOW:
                 y = _attend(query.view(rows, 1, heads, head_dim), context, bias)
             else:
                 context = context.permute(2, 0, 3, 1, 4)
@@ -335,14 +339,22 @@ class Engine:
                 x = layer.gates[1](x, layer.mlp(layer.norm2(x)))
         return weights.norm(x)
 
-    def _positions(self, counts: torch.Tensor) -> torch.Tensor:
-        """Learned positions ``[B, 2]`` of the action and the observation that follow ``counts`` pages."""
-        observation = 2 * counts
-        return torch.stack([(observation - 1).clamp_(min=0), observation], dim=1)
-
-    def _rotation(self, angle: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    def _rotation(self, positions: Any) -> torch.Tensor:
         """Rotary factors ``[..., B, 1, D / 2]`` of positions ``[..., B]``."""
-        return self._wm.transformer.freqs_cis[angle].unsqueeze(-2) if self.rotary else None
+        return self._wm.transformer.freqs_cis[positions].unsqueeze(-2)
+
+    def _masks_of(self, slots: int, device: torch.device) -> torch.Tensor:
+        """Additive masks by count of pages, ``[2, W, T]``: of an action, and of an observation that is given."""
+        masks = self._masks.get((slots, device))
+        if masks is None:
+            slot, count = torch.arange(1, slots, device=device), torch.arange(slots // 2, device=device).unsqueeze(1)
+            seen = (slot < 2 * count) | (slot >= slots - 2)
+            given = seen & ((slot != slots - 2) | (count > 0))  # what starts an episode sees no action before it
+            # CUDA's attention reads masks eight numbers at a time.
+            masks = torch.zeros(2, slots // 2, -(-(slots - 1) // 8) * 8, device=device)
+            masks[..., :slots - 1].masked_fill_(~torch.stack([seen, given]), float('-inf'))
+            self._masks[slots, device] = masks
+        return masks
 
 
 def _attend(query: torch.Tensor, context: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
@@ -354,11 +366,3 @@ def _attend(query: torch.Tensor, context: torch.Tensor, bias: Optional[torch.Ten
     if bias is not None:
         scores = scores + bias[:, 0, 0, :, None]
     return (scores.softmax(1).unsqueeze(-1) * context[:, :, 1]).sum(1)
-
-
-def _bias(seen: torch.Tensor) -> torch.Tensor:
-    """An additive attention mask ``[B, 1, 1, T - 1]`` for slots 1 and up, from a boolean one for all, ``[B, T]``."""
-    rows, slots = seen.shape
-    # CUDA's attention reads masks eight numbers at a time.
-    bias = torch.zeros(rows, -(-(slots - 1) // 8) * 8, device=seen.device)[:, :slots - 1]
-    return bias.masked_fill_(~seen[:, 1:], float('-inf'))[:, None, None]

@@ -9,8 +9,11 @@ from torch import nn
 
 Function = Callable[..., Any]
 
-MANY_ROWS = 32
-"""From here on other CUDA kernels are faster; measured on an H200, 768 wide (docs/results.md)."""
+MANY_ROWS = 128
+"""From here on more, but faster CUDA kernels pay although each is launched from Python (docs/results.md)."""
+
+MANY_CAPTURED_ROWS = 32
+"""The same inside a graph, where launches cost little."""
 
 
 class Layer(NamedTuple):
@@ -33,13 +36,15 @@ class Weights(NamedTuple):
     observations: Function
     policy: Function
     value: Function
+    many_rows: int
     shift: Optional[torch.Tensor]  # [2W, L, 2, E]: what learned positions add to keys and values; None with rotary
 
 
-def _function(module: nn.Module) -> Function:
+def _function(module: nn.Module, many_rows: int) -> Function:
     """A module without the cost of calling modules, which is as long as a small layer takes: its hooks do not run."""
     if isinstance(module, nn.Sequential):
-        functions = [_function(part) for part in module if module.training or not isinstance(part, nn.Dropout)]
+        parts = [part for part in module if module.training or not isinstance(part, nn.Dropout)]
+        functions = [_function(part, many_rows) for part in parts]
 
         def run(x: torch.Tensor) -> torch.Tensor:
             for function in functions:
@@ -48,7 +53,7 @@ def _function(module: nn.Module) -> Function:
 
         return run
     if type(module) is nn.Linear:
-        return _linear(module.weight, module.bias)
+        return _linear(module.weight, module.bias, many_rows)
     if type(module) is nn.LayerNorm:
         shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
         return lambda x: F.layer_norm(x, shape, weight, bias, eps)
@@ -57,11 +62,11 @@ def _function(module: nn.Module) -> Function:
     return module.forward
 
 
-def _linear(weight: torch.Tensor, bias: Optional[torch.Tensor]) -> Function:
+def _linear(weight: torch.Tensor, bias: Optional[torch.Tensor], many_rows: int) -> Function:
     if bias is None or not weight.is_cuda:
         return lambda x: F.linear(x, weight, bias)
     # With the bias fused in, cuBLAS picks float32 kernels that take up to twice as long for many rows.
-    return lambda x: F.linear(x, weight, bias) if x.shape[0] < MANY_ROWS else F.linear(x, weight).add_(bias)
+    return lambda x: F.linear(x, weight, bias) if x.shape[0] < many_rows else F.linear(x, weight).add_(bias)
 
 
 def _sim_norm(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -73,28 +78,32 @@ def _sim_norm(x: torch.Tensor, dim: int) -> torch.Tensor:
     return groups.div_(groups.sum(-1, keepdim=True)).view(x.shape)
 
 
-def read_weights(world_model: Any, positions: int) -> Weights:
+def read_weights(world_model: Any, positions: int, many_rows: int) -> Weights:
     """
     Overview:
         The model as it is now.
     Arguments:
         - world_model (:obj:`Any`): A LightZero world model.
         - positions (:obj:`int`): Learned positions that a window has; 0 with rotary ones.
+        - many_rows (:obj:`int`): From how many rows on to launch more, but faster CUDA kernels.
     Returns:
         - weights (:obj:`Weights`): Fused copies of the projections, and functions on everything else in place.
     """
+    def read(module: nn.Module) -> Function:
+        return _function(module, many_rows)
+
     layers, shifts = [], []
     for block in world_model.transformer.blocks:
         attn = block.attn
         layers.append(Layer(
-            norm1=_function(block.ln1),
+            norm1=read(block.ln1),
             qkv=_linear(
                 torch.cat([attn.query.weight, attn.key.weight, attn.value.weight]),
-                torch.cat([attn.query.bias, attn.key.bias, attn.value.bias]),
+                torch.cat([attn.query.bias, attn.key.bias, attn.value.bias]), many_rows
             ),
-            proj=_function(nn.Sequential(attn.proj, attn.resid_drop) if attn.training else attn.proj),
-            norm2=_function(block.ln2),
-            mlp=_function(block.mlp),
+            proj=read(nn.Sequential(attn.proj, attn.resid_drop) if attn.training else attn.proj),
+            norm2=read(block.ln2),
+            mlp=read(block.mlp),
             gates=(block.gate1.forward, block.gate2.forward) if block.gru_gating else None,
         ))
         if positions:
@@ -106,7 +115,7 @@ def read_weights(world_model: Any, positions: int) -> Weights:
         # These differences telescope: pages hold k - W pos(p), and W pos(p) is added for the place a token has now.
         shift = torch.stack(shifts, dim=1).view(positions, len(layers), 2, -1)
     return Weights(
-        layers, _function(world_model.transformer.ln_f), _function(world_model.head_rewards.head_module),
-        _function(world_model.head_observations.head_module), _function(world_model.head_policy.head_module),
-        _function(world_model.head_value.head_module), shift
+        layers, read(world_model.transformer.ln_f), read(world_model.head_rewards.head_module),
+        read(world_model.head_observations.head_module), read(world_model.head_policy.head_module),
+        read(world_model.head_value.head_module), many_rows, shift
     )

@@ -272,8 +272,8 @@ class NewWorldModel(LightZeroWorldModel):
                 numbers = engine.pack(
                     (tables, counts), pages, (2 * timesteps - 1, 2 * timesteps), np.asarray(actions)
                 )
-                page_ids, page_counts, angles, action = engine.unpack(self._send(numbers))
-                output = engine.step(weights, slab, page_ids, page_counts, action, angles, latent)
+                page_ids, page_counts, positions, action = engine.unpack(self._send(numbers))
+                output = engine.step(weights, slab, page_ids, page_counts, action, positions, latent)
             else:
                 sent = self._send(np.stack([pages, self._angle(2 * timesteps)]))
                 output = engine.first(weights, slab, sent[0], latent, sent[1])

@@ -589,7 +589,7 @@ class TestKernels:
             return linear(x, weight, bias)
 
         monkeypatch.setattr(layouts.F, 'linear', spy)
-        actual = layouts._linear(weight.as_subclass(Weight), bias)(x).as_subclass(torch.Tensor)
+        actual = layouts._linear(weight.as_subclass(Weight), bias, layouts.MANY_ROWS)(x).as_subclass(torch.Tensor)
         torch.testing.assert_close(actual, expected)
         assert torch.equal(x, before)
         assert fused == [has_bias and (rows < layouts.MANY_ROWS or not on_gpu)]
@@ -636,7 +636,7 @@ class TestOnGPU:
     @BOTH_ACTIONS
     @BOTH_POSITIONS
     def test_every_way_gives_one_answer(self, rotary, continuous, context_length, rows):
-        assert 8 <= SHORT_WINDOW < 80 and 8 < layouts.MANY_ROWS < 40
+        assert 8 <= SHORT_WINDOW < 80 and 8 < layouts.MANY_CAPTURED_ROWS < 40 < layouts.MANY_ROWS
         case = Case(rotary=rotary, continuous=continuous, context_length=context_length)
         trace = random_trace(np.random.default_rng(SEED), case, rows, root_steps=3, simulations=5, episodes=0.2)
         expected = answers_of(cached_model(case, rows, SEED, **cfg('eager')), trace)
