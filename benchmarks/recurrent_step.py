@@ -86,7 +86,7 @@ def forward_alone(model: Any, rows: int, device: str, simulations: int) -> float
         angles = torch.zeros(2, rows, dtype=torch.long, device=device)
 
         def run() -> None:
-            engine._two_tokens(weights, window, counts, action, angles if engine.rotary else None, None)
+            engine._two_tokens(weights, window, counts, action, angles, None)
     else:
         size = world_model.context_length - 3
         keys_values = world_model.transformer.generate_empty_keys_values(rows, world_model.context_length)
