@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from typing import Any, Dict, Hashable, Iterable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
-from cachetools import Cache
 
 from .eviction import EvictionStrategy, make_index, pop_but, rank
 from .pages import NULL_PAGE, PageAllocator, Rows
@@ -56,7 +55,7 @@ class KVCachePool:
         self._unused = list(range(self.pool_size - 1, -1, -1))
         self._values: Dict[int, Any] = {}
 
-    def _ordered(self) -> Cache:
+    def _ordered(self) -> Any:
         """The order of eviction, which a search that is cleared before its pool is full never needs."""
         for key, slot in self._unordered:
             self._order[key] = slot

@@ -472,7 +472,7 @@ class Batch:
         answer = dict(latent=output.latent_state, policy=output.policy_logits, value=output.value)
         for number, simulation in enumerate(event.simulations):
             for name, tensor in self.expand(simulation).items():
-                answer['{} {}'.format(name, number)] = tensor
+                answer[f'{name} {number}'] = tensor
         self.world_model.reanalyze_phase = False
         return answer
 
@@ -541,7 +541,7 @@ class PathReference(Batch):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         assert self.world_model.env_num == 1
-        self._nodes: List['Path'] = []
+        self._nodes: List[Path] = []
         self._found: List[bool] = []
 
     def root(self, event: Root) -> Answer:
@@ -746,6 +746,4 @@ def worst(found: Sequence[Difference]) -> Difference:
 def assert_same(found: Sequence[Difference], tolerance: float = TOLERANCE) -> None:
     """Every answer is right, or the first wrong one and the worst one are told."""
     wrong = [d for d in found if not d.error <= tolerance]
-    assert not wrong, '{} of {} answers are wrong\nfirst: {}\nworst: {}'.format(
-        len(wrong), len(found), wrong[0], worst(found)
-    )
+    assert not wrong, f'{len(wrong)} of {len(found)} answers are wrong\nfirst: {wrong[0]}\nworst: {worst(found)}'
