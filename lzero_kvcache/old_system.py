@@ -54,7 +54,8 @@ class OldCacheManager(BaseCacheManager):
 
     def count_queries(self, pool: str, queries: int, hits: int, by_node: bool = False) -> None:
         assert pool == 'init', 'LightZero counts recurrent queries itself'
-        self._roots.record(queries, hits)
+        if self.enable_stats:
+            self._roots.record(queries, hits)
 
     def counters(self) -> Dict[str, Any]:
         counters: Dict[str, Any] = {'memory_mb': self.memory_mb}

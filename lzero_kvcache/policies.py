@@ -5,6 +5,7 @@ keeps them for each (mode, environment) and lays the rows out for LightZero's ow
 """
 import inspect
 import logging
+import numbers
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -167,7 +168,7 @@ class KVCachePolicy:
     def _reset(self, mode: str, reset: Callable[..., None], env_id: Union[None, int, List[int]], args: Any,
                kwargs: Any) -> None:
         """A list names environments whose episode ended, None means all; a number is LightZero's periodic clearing."""
-        ended = env_id is None or not isinstance(env_id, int)
+        ended = env_id is None or not isinstance(env_id, numbers.Integral)
         if self._searching:  # LightZero resets every row when fewer environments are ready than usual
             ended = False
         if ended:
