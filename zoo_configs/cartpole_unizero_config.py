@@ -7,11 +7,15 @@ Cost:     up to 200,000 environment steps, in batches of 256. configs/config_new
 Entry:    train_unizero
 Run:      python train.py --config cartpole_unizero_config.py [--cache old]
 """
-from zoo.classic_control.cartpole.config.cartpole_unizero_config import create_config, main_config, max_env_step  # noqa: F401
+import copy
+
+from zoo.classic_control.cartpole.config import cartpole_unizero_config as lightzero
 
 from lzero_kvcache import enable
 
 entry = 'train_unizero'
 seed = 0
+max_env_step = lightzero.max_env_step
 
+main_config, create_config = copy.deepcopy(lightzero.main_config), copy.deepcopy(lightzero.create_config)
 enable(main_config, create_config)
