@@ -192,7 +192,7 @@ class TestTraces:
         check_random(case, parts)
 
     @pytest.mark.slow
-    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=CASES, parts=TRACES)
     def test_many_nodes_are_answered_for_their_true_path(self, case, parts):
         check_random(case, parts)

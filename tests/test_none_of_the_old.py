@@ -1,0 +1,244 @@
+"""In new mode nothing of LightZero's own caching is allocated or called, and what others reach into is still there."""
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from builders import Worker, audit, make_policy, small_cartpole
+from ding.utils import MODEL_REGISTRY
+from lzero.mcts import UniZeroGameBuffer
+from lzero.model.unizero_world_models import kv_caching
+from lzero.model.unizero_world_models import world_model as lightzero_world_model
+from lzero.model.unizero_world_models.transformer import Transformer
+from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
+from lzero.worker import MuZeroEvaluator
+from oracle import Batch, Case, cached_model, construct, play, random_reanalysis, random_trace
+from scripted import COLLECTORS, Life, quiet
+from seeded_search import seeded_search
+
+SEED = 3
+UNROLL = 5  # fewer steps are too few for LightZero's loss
+#: LightZero's helpers and where they are.
+OLD = {
+    'custom_copy_kv_cache_to_shared_init_envs': LightZeroWorldModel,
+    'custom_copy_kv_cache_to_shared_wm': LightZeroWorldModel,
+    'custom_copy_kv_cache_to_shared_recur': LightZeroWorldModel,
+    'trim_and_pad_kv_cache': LightZeroWorldModel,
+    'update_cache_context': LightZeroWorldModel,
+    'retrieve_or_generate_kvcache': LightZeroWorldModel,
+    'generate_empty_keys_values': Transformer,
+}
+#: What LightZero's constructor allocates.
+POOLS = ('shared_pool_recur_infer', 'shared_pool_init_infer', 'shared_pool_wm', 'keys_values_wm_single_env',
+         'keys_values_wm_single_env_tmp', 'keys_values_wm')
+BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """DI-engine puts './' before experiment folders, absolute ones too."""
+    monkeypatch.chdir('/')
+
+
+@pytest.fixture
+def forbidden(monkeypatch):
+    """Whoever calls one of the helpers fails, and so does whoever makes a container of keys and values."""
+
+    def fail(name):
+        def run(*args, **kwargs):
+            raise AssertionError(f'{name} was called')
+        return run
+
+    for name, owner in OLD.items():
+        monkeypatch.setattr(owner, name, fail(name))
+    monkeypatch.setattr(kv_caching.KeysValues, '__init__', fail('KeysValues'))
+
+
+def dormant(model, *args, **kwargs):
+    return torch.tensor(0.5)
+
+
+def whole_life(new, folder, kind='episodes', **options):
+    """Collection, evaluation, two updates with everything reanalyzed, then all again with contexts of before."""
+    life = Life((0, 1, 2), new, folder, analysis_dormant_ratio=True, max_blocks=10, max_tokens=20, **options)
+    config = life.config.policy
+    for each in (config, life.policy._cfg):
+        each.update(reanalyze_ratio=1., batch_size=2, num_unroll_steps=UNROLL)
+    # LightZero's analysis of dormant neurons looks for its encoder under a name that its tokenizer does not have, and
+    # calls the world model without timesteps, which fails; what comes before and after it is what is asked for here.
+    tokenizer = life.policy._model.world_model.tokenizer
+    vars(tokenizer)['representation_network'] = tokenizer.encoder
+    buffer = UniZeroGameBuffer(config)
+    collector, evaluator = life.worker(COLLECTORS[kind]), life.worker(MuZeroEvaluator)
+    for train_iter in range(2):
+        life.evaluate(evaluator, train_iter=train_iter, n_episode=3)
+        segments = life.collect(collector)
+        for segment in segments[0]:  # LightZero pads a target's rewards with scalars
+            segment.reward_segment = np.ravel(segment.reward_segment)
+        with quiet(), seeded_search(), mock.patch.object(lightzero_world_model, 'cal_dormant_ratio', dormant):
+            buffer.push_game_segments(segments)
+            data = buffer.sample(2, life.policy)
+            life.policy.recompute_pos_emb_diff_and_clear_cache()
+            losses = life.policy.learn_mode.forward([*data, train_iter])
+        assert losses['analysis/dormant_ratio_world_model'] == 0.5
+    # The policy's periodic clearing, which reaches into the model.
+    with quiet():
+        life.policy.collect_mode.reset(0, current_steps=200, reset_init_data=False)
+        life.policy.eval_mode.reset(0, current_steps=200, reset_init_data=False)
+    life.close()
+    return life
+
+
+class TestNothingIsCalled:
+
+    @pytest.mark.usefixtures('forbidden')
+    @pytest.mark.parametrize('kind', list(COLLECTORS))
+    @BOTH_POSITIONS
+    def test_a_whole_life(self, rotary, kind, tmp_path):
+        life = whole_life(True, tmp_path, kind, rotary=rotary)
+        counters = life.cache.counters()
+        assert counters['recur']['hits'] > 0
+        assert counters['init']['hits'] > 0
+        audit(life.cache)
+        audit(life.policy._target_model.world_model.kv_cache_manager)
+
+    def test_the_original_calls_every_one(self, tmp_path):
+        """Or else the test above would show nothing."""
+        with mock.patch.multiple(
+            LightZeroWorldModel,
+            **{name: counting(owner, name) for name, owner in OLD.items() if owner is LightZeroWorldModel}
+        ), mock.patch.object(Transformer, 'generate_empty_keys_values', counting(
+            Transformer, 'generate_empty_keys_values'
+        )):
+            whole_life(False, tmp_path)
+            assert [name for name, owner in OLD.items() if not getattr(owner, name).calls] == []
+
+    @pytest.mark.usefixtures('forbidden')
+    @pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
+    @BOTH_POSITIONS
+    def test_a_model_by_key(self, rotary, continuous):
+        """Roots, nodes, contexts that were thrown away and are made anew, and a reanalysis."""
+        case = Case(rotary=rotary, continuous=continuous)
+        model = construct(MODEL_REGISTRY.get(case.model_name), case, 3, use_new_cache_manager=True)
+        rng = np.random.default_rng(SEED)
+        trace = random_trace(rng, case, 3, root_steps=4, simulations=6, clears=0.3, episodes=0.2, unknown=0.5)
+        trace.events.append(random_reanalysis(rng, case, samples=2, simulations=3))
+        answers = [answer for answer in play(Batch(model), trace) if answer]
+        assert len(answers) == 4 * 7 + 1
+        counters = model.world_model.kv_cache_manager.counters()
+        assert counters['init']['misses'] + counters['recur']['misses'] > 0
+
+
+def counting(owner, name):
+    """The same function, which counts its calls."""
+    function = getattr(owner, name)
+
+    def run(*args, **kwargs):
+        run.calls += 1
+        return function(*args, **kwargs)
+
+    run.calls = 0
+    return run
+
+
+class TestNothingIsAllocated:
+
+    def test_the_pools(self):
+        policy = make_policy(True)
+        for model in (policy._model, policy._target_model):
+            for name in POOLS:
+                assert not hasattr(model.world_model, name), name
+        assert not containers(policy._model.world_model)
+
+    def test_the_original_has_them(self):
+        world_model = make_policy(False)._model.world_model
+        assert all(hasattr(world_model, name) for name in POOLS)
+        assert containers(world_model)
+
+    def test_nothing_before_the_first_use(self):
+        world_model = make_policy(True)._model.world_model
+        assert world_model.kv_cache_manager.memory_mb == 0
+
+    def test_after_use_nothing_is_left_but_pages(self):
+        policy = make_policy(True)
+        worker = Worker(policy)
+        for _ in range(3):
+            worker.step([0, 1, 2])
+        assert not containers(policy._model.world_model)
+        assert policy._model.world_model.kv_cache_manager.memory_mb > 0
+
+    def test_position_differences(self):
+        """Of learned positions: the original's table is not made."""
+        assert small_cartpole(True, rotary=False).policy.model.world_model_cfg.rotary_emb is False
+        new, old = make_policy(True, rotary=False), make_policy(False, rotary=False)
+        assert hasattr(old._model.world_model, 'pos_emb_diff_k')
+        assert not hasattr(new._model.world_model, 'pos_emb_diff_k')
+
+
+def containers(world_model):
+    """Names of the attributes that hold a ``KeysValues``, or a list with one."""
+    found = []
+    for name, value in vars(world_model).items():
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        parts = [inner for part in parts for inner in (part if isinstance(part, list) else [part])]
+        if any(isinstance(part, kv_caching.KeysValues) for part in parts):
+            found.append(name)
+    return found
+
+
+class TestViews:
+    """What LightZero's policy and loss reach into."""
+
+    def used(self):
+        model = cached_model(Case(), 3, SEED)
+        trace = random_trace(np.random.default_rng(SEED), Case(), 3, root_steps=2, simulations=4)
+        play(Batch(model), trace)
+        world_model, manager = model.world_model, model.world_model.kv_cache_manager
+        assert [len(pool) for pool in manager.init_pools] == [2, 2, 2]
+        assert len(manager.recur_pool) == 12
+        return world_model, manager
+
+    def test_one_environments_root_contexts(self):
+        world_model, manager = self.used()
+        assert len(world_model.past_kv_cache_init_infer_envs) == 3
+        world_model.past_kv_cache_init_infer_envs[1].clear()
+        assert [len(pool) for pool in manager.init_pools] == [2, 0, 2]
+        assert len(manager.recur_pool) == 12
+        audit(manager)
+
+    def test_all_root_contexts(self):
+        world_model, manager = self.used()
+        for view in world_model.past_kv_cache_init_infer_envs:
+            view.clear()
+        assert [len(pool) for pool in manager.init_pools] == [0, 0, 0]
+        audit(manager)
+
+    def test_nodes(self):
+        world_model, manager = self.used()
+        world_model.past_kv_cache_recurrent_infer.clear()
+        assert [len(pool) for pool in manager.init_pools] == [2, 2, 2]
+        assert len(manager.recur_pool) == 0
+        audit(manager)
+
+    def test_the_working_batch(self):
+        """No step leaves one behind: there is nothing to forget, and nothing else is forgotten."""
+        world_model, manager = self.used()
+        world_model.keys_values_wm_list.clear()
+        assert [len(pool) for pool in manager.init_pools] == [2, 2, 2]
+        assert len(manager.recur_pool) == 12
+
+    def test_everything(self, capsys):
+        world_model, manager = self.used()
+        world_model.clear_caches()
+        assert capsys.readouterr().out == 'Cleared WorldModel KV caches (NEW system).\n'
+        assert [len(pool) for pool in manager.init_pools] == [0, 0, 0]
+        assert len(manager.recur_pool) == 0
+        assert manager.pages_used == 0
+        audit(manager)
+
+    def test_precomputing_positions_changes_nothing(self):
+        world_model, manager = self.used()
+        state = {name: value.clone() for name, value in world_model.state_dict().items()}
+        world_model.precompute_pos_emb_diff_kv()
+        assert all(torch.equal(value, state[name]) for name, value in world_model.state_dict().items())
+        assert [len(pool) for pool in manager.init_pools] == [2, 2, 2]
