@@ -63,7 +63,7 @@ class Engine:
         self.rotary = config.rotary_emb
         self.width = config.context_length // 2
         self.max_seq_len = config.max_seq_len if self.rotary else 0
-        self._masks: Dict[Tuple[int, torch.device], torch.Tensor] = {}
+        self._masks: Dict[Tuple[int, torch.device], Tuple[torch.Tensor, torch.Tensor]] = {}
         self._action_rows = (config.action_space_size + 1) // 2 if config.continuous_action_space else 1
 
     @property
@@ -199,7 +199,7 @@ class Engine:
             - angle (:obj:`Optional[torch.Tensor]`): Rotary positions ``[B]``; unused with learned ones.
         """
         window = latent.new_zeros(latent.shape[0], 2, self.layers, 2, self.embed_dim)
-        self._observe_alone(weights, window, latent, angle)
+        self._observe_alone(weights, window, latent, angle, predicts=False)
         if weights.shift is not None:
             window[:, 1] -= weights.shift[0]
         slab.write(pages, window)
@@ -211,16 +211,16 @@ class Engine:
             The first observations of episodes: as :meth:`begin`, with predictions.
         """
         window = latent.new_zeros(latent.shape[0], 2, self.layers, 2, self.embed_dim)
-        x = self._observe_alone(weights, window, latent, angle)
+        x = self._observe_alone(weights, window, latent, angle, predicts=True)
         if weights.shift is not None:
             window[:, 1] -= weights.shift[0]
         slab.write(pages, window)
         return self._predict(weights, x, latent, None)
 
     def _observe_alone(self, weights: Weights, window: torch.Tensor, latent: torch.Tensor,
-                       angle: Optional[torch.Tensor]) -> torch.Tensor:
+                       angle: Optional[torch.Tensor], predicts: bool) -> torch.Tensor:
         x = latent if self.rotary else latent + self._wm.pos_emb.weight[0]
-        return self._token(weights, window, 2, x, None, self._rotation(angle) if self.rotary else None)
+        return self._token(weights, window, 2, x, None, self._rotation(angle) if self.rotary else None, predicts)
 
     def step(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
              positions: torch.Tensor, latent: Optional[torch.Tensor] = None) -> StepOutput:
@@ -263,8 +263,8 @@ class Engine:
         Returns:
             - output (:obj:`StepOutput`): The predictions.
         """
-        window = state.new_zeros(state.shape[0], 4, self.layers, 2, self.embed_dim)
-        self._observe_alone(weights, window, state, state_angle)
+        window = state.new_empty(state.shape[0], 4, self.layers, 2, self.embed_dim)
+        self._observe_alone(weights, window, state, state_angle, predicts=False)
         counts = torch.ones(state.shape[0], dtype=torch.int64, device=state.device)
         if positions is None:
             positions = torch.stack([counts, 2 * counts])
@@ -273,23 +273,23 @@ class Engine:
     def _two_tokens(self, weights: Weights, window: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
                     positions: torch.Tensor, latent: Optional[torch.Tensor]) -> StepOutput:
         slots = window.shape[1]
-        masks = self._masks_of(slots, window.device)
-        bias = masks[0, counts, None, None]
-        bias_of_observation = bias if latent is None else masks[1, counts, None, None]
+        seen, given = self._masks_of(slots, window.device)
+        bias = seen.index_select(0, counts).view(-1, 1, 1, seen.shape[1])
+        bias_of_observation = bias if latent is None else given.index_select(0, counts).view(bias.shape)
         x = self.embed_action(action)
         rotations: Any = (None, None)
         if self.rotary:
             rotations = self._rotation(positions)
         else:
-            embeddings = self._wm.pos_emb.weight[positions]
+            embeddings = F.embedding(positions, self._wm.pos_emb.weight)
             x = x + embeddings[0]
-        x = self._token(weights, window, slots - 1, x, bias, rotations[0])
+        x = self._token(weights, window, slots - 1, x, bias[..., :slots - 2], rotations[0])
         token = x.unsqueeze(1)
         rewards = weights.rewards(token)
         if latent is None:
             latent = weights.observations(token).squeeze(1)
         y = latent if self.rotary else latent + embeddings[1]
-        x = self._token(weights, window, slots, y, bias_of_observation, rotations[1])
+        x = self._token(weights, window, slots, y, bias_of_observation[..., :slots - 1], rotations[1])
         return self._predict(weights, x, latent, rewards)
 
     def _predict(self, weights: Weights, x: torch.Tensor, latent: torch.Tensor,
@@ -301,17 +301,21 @@ class Engine:
         return StepOutput(x, latent.unsqueeze(1), rewards, policy, weights.value(x))
 
     def _token(self, weights: Weights, window: torch.Tensor, end: int, x: torch.Tensor, bias: Optional[torch.Tensor],
-               rotation: Optional[torch.Tensor]) -> torch.Tensor:
-        """One token ``x [B, E]`` in slot ``end - 1``, over slots 1 to ``end - 1``; writes its keys and values there."""
+               rotation: Optional[torch.Tensor], predicts: bool = True) -> torch.Tensor:
+        """One token ``x [B, E]`` in slot ``end - 1``, over slots 1 to ``end - 1``; writes its keys and values there.
+
+        A token that predicts nothing is done once its keys and values are.
+        """
         rows, dim, heads, head_dim = x.shape[0], self.embed_dim, self.heads, self.head_dim
         training = self._wm.training
         if training:
             x = self._wm.transformer.drop(x)
-        if bias is not None:
-            bias = bias[..., :end - 1]
-        for index, layer in enumerate(weights.layers):
+        alone = end == 2 and not training  # attention of a token over itself is its value
+        elementwise = not training and end <= SHORT_WINDOW and rows >= weights.many_rows
+        slots = window[:, end - 1].unbind(1)
+        contexts = window[:, 1:end].view(rows, end - 1, self.layers, 2, heads, head_dim).unbind(2)
+        for layer, slot, context in zip(weights.layers, slots, contexts):
             qkv = layer.qkv(layer.norm1(x))
-            slot = window[:, end - 1, index]
             if rotation is None:
                 query = qkv[:, :dim]
                 slot.copy_(qkv[:, dim:].view(rows, 2, dim))
@@ -321,13 +325,16 @@ class Engine:
                 query = turned[:, :dim]
                 slot[:, 0] = turned[:, dim:]
                 slot[:, 1] = qkv[:, 2 * dim:]
-            context = window[:, 1:end, index].view(rows, end - 1, 2, heads, head_dim)
-            if x.is_cuda and not training and rows >= weights.many_rows and end <= SHORT_WINDOW:
+            if not predicts and slot is slots[-1]:
+                return x
+            if alone:
+                y = qkv[:, 2 * dim:]
+            elif elementwise:
                 y = _attend(query.view(rows, 1, heads, head_dim), context, bias)
             else:
-                context = context.permute(2, 0, 3, 1, 4)
+                keys, values = context.permute(2, 0, 3, 1, 4).unbind(0)
                 y = F.scaled_dot_product_attention(
-                    query.view(rows, heads, 1, head_dim), context[0], context[1], attn_mask=bias,
+                    query.view(rows, heads, 1, head_dim), keys, values, attn_mask=bias,
                     dropout_p=self._wm.config.attn_pdrop if training else 0.0,
                 )
             y = layer.proj(y.reshape(rows, dim))
@@ -343,26 +350,27 @@ class Engine:
         """Rotary factors ``[..., B, 1, D / 2]`` of positions ``[..., B]``."""
         return self._wm.transformer.freqs_cis[positions].unsqueeze(-2)
 
-    def _masks_of(self, slots: int, device: torch.device) -> torch.Tensor:
-        """Additive masks by count of pages, ``[2, W, T]``: of an action, and of an observation that is given."""
+    def _masks_of(self, slots: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Additive masks by count of pages, ``[W, T]`` each: of an action, and of an observation that is given."""
         masks = self._masks.get((slots, device))
         if masks is None:
             slot, count = torch.arange(1, slots, device=device), torch.arange(slots // 2, device=device).unsqueeze(1)
             seen = (slot < 2 * count) | (slot >= slots - 2)
             given = seen & ((slot != slots - 2) | (count > 0))  # what starts an episode sees no action before it
             # CUDA's attention reads masks eight numbers at a time.
-            masks = torch.zeros(2, slots // 2, -(-(slots - 1) // 8) * 8, device=device)
-            masks[..., :slots - 1].masked_fill_(~torch.stack([seen, given]), float('-inf'))
-            self._masks[slots, device] = masks
+            padded = torch.zeros(2, slots // 2, -(-(slots - 1) // 8) * 8, device=device)
+            padded[..., :slots - 1].masked_fill_(~torch.stack([seen, given]), float('-inf'))
+            self._masks[slots, device] = masks = (padded[0], padded[1])
         return masks
 
 
 def _attend(query: torch.Tensor, context: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """Attention of one token over a few, without a matrix product: six times as fast as CUDA's own for 256 rows.
+    """Attention of one token over a few, without a matrix product: the faster for many rows (docs/results.md).
 
     ``query [B, 1, H, D]``, ``context [B, T, 2, H, D]``, ``bias [B, 1, 1, T]``; returns ``[B, H, D]``.
     """
-    scores = (query * context[:, :, 0]).sum(-1) * query.shape[-1] ** -0.5  # [B, T, H]
+    keys, values = context.unbind(2)
+    scores = (query * keys).sum(-1) * query.shape[-1] ** -0.5  # [B, T, H]
     if bias is not None:
         scores = scores + bias[:, 0, 0, :, None]
-    return (scores.softmax(1).unsqueeze(-1) * context[:, :, 1]).sum(1)
+    return (scores.softmax(1).unsqueeze(-1) * values).sum(1)
