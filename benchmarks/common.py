@@ -62,18 +62,21 @@ def world_model_cfg(args: argparse.Namespace, env_num: int, num_simulations: int
     return config
 
 
-def build_models(args: argparse.Namespace, env_num: int, num_simulations: int) -> Dict[str, Any]:
-    """The same weights under both systems, in eval mode."""
+def build_models(args: argparse.Namespace, env_num: int, num_simulations: int,
+                 names: Sequence[str] = ('old', 'new')) -> Dict[str, Any]:
+    """Models with the same weights, in eval mode: 'old', and under every other name the new system."""
     models = {}
     torch.manual_seed(0)
-    for name, flag in (('old', False), ('new', True)):
-        config = world_model_cfg(args, env_num, num_simulations, use_new_cache_manager=flag, game_segment_length=8)
+    for name in names:
+        config = world_model_cfg(
+            args, env_num, num_simulations, use_new_cache_manager=name != 'old', game_segment_length=8)
         with contextlib.redirect_stdout(io.StringIO()):
             models[name] = MODEL_REGISTRY.build(
                 'UniZeroModel', world_model_cfg=config, **PRESETS[args.model]['model']
             ).to(args.device).eval()
     spread_latents(models['old'])
-    models['new'].load_state_dict(models['old'].state_dict())
+    for model in models.values():
+        model.load_state_dict(models['old'].state_dict())
     if not models['old'].world_model.config.rotary_emb:
         models['old'].world_model.precompute_pos_emb_diff_kv()
     return models

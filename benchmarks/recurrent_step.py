@@ -1,7 +1,11 @@
 """One recurrent inference of a search, old against new, interleaved in one process.
 
+The new system is measured both ways: contexts found by key, as any caller of ``recurrent_inference`` has them, and by
+node, as its policies search; the latter includes the way of the actions there and of the predictions back.
+
     python benchmarks/recurrent_step.py --device cpu --model cartpole --envs 8 64 256
 """
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Dict, List, Tuple
 
@@ -30,26 +34,28 @@ class Search:
         """Milliseconds of each simulation under each system."""
         obs = torch.randn((self.rows,) + self.shape, device=self.device)
         nodes: Dict[str, List[np.ndarray]] = {}
-        for name, model in self.models.items():
-            output = model.initial_inference(obs, [-1] * self.rows, obs, [0] * self.rows)
-            nodes[name] = [output.latent_state.cpu().numpy()]
         times: Dict[str, List[float]] = {name: [] for name in self.models}
-        # As the policy does for the length of a search.
-        serving = self.models['new'].world_model.serving('collect', range(self.rows))
-        with serving:
-            self.simulate(simulations, nodes, times)
+        with ExitStack() as search:
+            for name, model in self.models.items():
+                if name != 'old':  # as the policy does for the length of a search
+                    search.enter_context(model.world_model.serving('collect', range(self.rows)))
+                output = model.initial_inference(obs, [-1] * self.rows, obs, [0] * self.rows)
+                nodes[name] = [output.latent_state.cpu().numpy()]
+            by_node = search.enter_context(self.models['by node'].world_model.search_by_node(simulations))
+            self.simulate(simulations, nodes, by_node, times)
         return times
 
     def memory_of_contexts(self) -> Tuple[float, float]:
         """MiB of the contexts that the last search stored: as whole copies, and as the pages that they share."""
-        world_model = self.models['new'].world_model
+        world_model = self.models['by key'].world_model
         manager = world_model.kv_cache_manager
         contexts = sum(map(len, manager.init_pools + [manager.recur_pool]))
         page = manager.storage.slab.page_bytes
         copies = contexts * page * world_model.context_length / 2
         return copies / MIB, manager.pages_used * page / MIB
 
-    def simulate(self, simulations: int, nodes: Dict[str, List[np.ndarray]], times: Dict[str, List[float]]) -> None:
+    def simulate(self, simulations: int, nodes: Dict[str, List[np.ndarray]], by_node: Any,
+                 times: Dict[str, List[float]]) -> None:
         """The simulations of one search whose roots are there."""
         depths = [np.zeros(self.rows, dtype=int)]
         columns = np.arange(self.rows)
@@ -61,13 +67,16 @@ class Search:
             depth = np.stack(depths)[parents, columns]
             names = list(self.models) if simulation % 2 else list(self.models)[::-1]
             for name in names:
-                latent = np.stack([nodes[name][parent][row] for row, parent in enumerate(parents)])
-                result, milliseconds = timed(partial(
-                    self.models[name].recurrent_inference, [(latent, action)], simulation, depth.tolist(),
-                    [0] * self.rows
-                ), self.device)
+                if name == 'by node':
+                    step = partial(by_node.expand, simulation, parents, columns, moves, depth.tolist())
+                else:
+                    latent = np.stack([nodes[name][parent][row] for row, parent in enumerate(parents)])
+                    step = partial(self.models[name].recurrent_inference, [(latent, action)], simulation,
+                                   depth.tolist(), [0] * self.rows)
+                result, milliseconds = timed(step, self.device)
                 times[name].append(milliseconds)
-                nodes[name].append(result.latent_state.cpu().numpy())
+                if name != 'by node':
+                    nodes[name].append(result.latent_state.cpu().numpy())
             depths.append(depth + 1)
             for leaves in unexpanded:
                 leaves += [(simulation + 1, move) for move in range(self.actions)]
@@ -112,20 +121,22 @@ def main() -> None:
     args = options.parse_args()
     rows = []
     for envs in args.envs:
-        models = build_models(args, envs, args.simulations)
+        models = build_models(args, envs, args.simulations, ('old', 'by key', 'by node'))
         search = Search(models, envs, args)
         search.run(3)
-        times: Dict[str, List[float]] = {'old': [], 'new': []}
+        times: Dict[str, List[float]] = {name: [] for name in models}
         for _ in range(args.repeats):
             for name, values in search.run(args.simulations).items():
                 times[name] += values
-        old, new = median(times['old']), median(times['new'])
-        forward = {name: forward_alone(model, envs, args.device, args.simulations) for name, model in models.items()}
+        milliseconds = {name: median(values) for name, values in times.items()}
+        old = milliseconds['old']
+        forward = {name: forward_alone(models[name], envs, args.device, args.simulations) for name in ('old', 'by key')}
         copies, pages = search.memory_of_contexts()
         rows.append({
-            'envs': envs, 'old ms': old, 'new ms': new, 'old / new': old / new,
+            'envs': envs, **{f'{name} ms': value for name, value in milliseconds.items()},
+            'old / key': old / milliseconds['by key'], 'old / node': old / milliseconds['by node'],
             'old caching %': 100 * max(0.0, 1 - forward['old'] / old),
-            'new caching %': 100 * max(0.0, 1 - forward['new'] / new),
+            'key caching %': 100 * max(0.0, 1 - forward['by key'] / milliseconds['by key']),
             'copies MiB': copies, 'pages MiB': pages, 'copies / pages': copies / pages,
         })
     title = f'Recurrent step, {args.model}, context {args.context}, {args.layers} layers'
