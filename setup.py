@@ -64,6 +64,7 @@ setup(
         'xxhash',
         'matplotlib',
         'rich>=12.2',
+        'scipy',
     ],
     extras_require={
         'atari': ATARI,

@@ -9,7 +9,7 @@ import torch
 from .engine import Engine, StepOutput
 from .pages import SCRATCH_PAGE
 from .slab import MIB, Slab
-from .weights import MANY_CAPTURED_ROWS, Weights
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def _run(engine: Engine, weights: Weights, slab: Slab, numbers: torch.Tensor,
 
 def _run_fresh(engine: Engine, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
     """With the weights read inside, so that a capture reads them anew in each replay."""
-    return _run(engine, engine.weights(MANY_CAPTURED_ROWS), slab, numbers, action)
+    return _run(engine, engine.weights(captured=True), slab, numbers, action)
 
 
 def _warn_eager(name: str, reason: Any) -> None:

@@ -120,12 +120,9 @@ class KVCacheManager(PagedCacheManager):
 
     def find_recur(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
         # A node that is no root is not a miss of its environment's init pool: that is asked only for what it has.
-        pairs = list(zip(env_ids, keys))
-        roots: List[int] = []
-        if not self._root_keys.isdisjoint(keys):
-            roots = [row for row, (env_id, key) in enumerate(pairs) if key in self._init_pool(mode, env_id)]
-        elif max(env_ids) >= self.env_num:
-            self._init_pool(mode, max(env_ids))  # raises
+        pairs, known = list(zip(env_ids, keys)), self._root_keys
+        pools = [self._init_pool(mode, env_id) for env_id in range(max(env_ids) + 1)]
+        roots = [row for row, (env_id, key) in enumerate(pairs) if key in known and key in pools[env_id]]
         nodes = np.delete(np.arange(len(pairs)), roots)
         slots = np.array(self.recur_pool.slots([pairs[row] for row in nodes] if roots else pairs), dtype=np.int64)
         rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)

@@ -5,15 +5,20 @@ keeps them for each (mode, environment) and lays the rows out for LightZero's ow
 """
 import inspect
 import logging
+import math
 import numbers
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from easydict import EasyDict
+from lzero.policy import utils as lightzero_utils
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
+from scipy.special import entr
 
 from .config import settle
 from .manager import COLLECT, EVAL
@@ -151,7 +156,7 @@ class KVCachePolicy:
         try:
             if _is_new(world_model):
                 self.last_batch_obs, self.last_batch_action = steps.rows(env_ids, observations)
-                with world_model.serving(mode, env_ids):
+                with world_model.serving(mode, env_ids), _quick_entropy():
                     output = forward(*args, **kwargs)
             else:
                 following = sum(env_id in steps for env_id in env_ids)
@@ -188,6 +193,31 @@ def _timed(function: Callable[..., Any], timing: Timing) -> Callable[..., Any]:
         return output
 
     return run
+
+
+def entropy(pk: Sequence[float], base: float) -> float:
+    """
+    Overview:
+        The same number as ``scipy.stats.entropy``, without the checks around it, which take many times as long.
+    Arguments:
+        - pk (:obj:`Sequence[float]`): A distribution.
+        - base (:obj:`float`): Of the logarithm.
+    Returns:
+        - entropy (:obj:`float`): Of the distribution.
+    """
+    probabilities = np.asarray(pk)
+    return entr(probabilities / probabilities.sum()).sum() / math.log(base)
+
+
+@contextmanager
+def _quick_entropy() -> Iterator[None]:
+    """LightZero asks for the entropy of every environment's visits: a third of a collect step with scipy's own."""
+    original = lightzero_utils.entropy
+    lightzero_utils.entropy = entropy
+    try:
+        yield
+    finally:
+        lightzero_utils.entropy = original
 
 
 def _is_new(world_model: Any) -> bool:
