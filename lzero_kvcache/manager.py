@@ -58,6 +58,7 @@ class KVCacheManager(PagedCacheManager):
         # Evaluation has contexts of its own, made at its first search, so that it cannot evict collection's.
         self.eval_pools: List[PagedPool] = []
         self._asked = {'init': CacheStats(), 'recur': CacheStats()}
+        self._skipped = 0
         # As the last step left the pools: by the time that they are asked, an update has emptied them.
         self._filled = {'init': 0.0, 'recur': 0.0}
         logger.info(f'Initialized KVCacheManager for {self.env_num} environments')
@@ -158,6 +159,9 @@ class KVCacheManager(PagedCacheManager):
                 self.wm_pool.stats.record(queries, hits)
             if by_node and self.recur_pool.stats is not None:
                 self.recur_pool.stats.record(queries, hits)
+
+    def count_skipped(self, rows: int) -> None:
+        self._skipped += rows
 
     def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
         for name, pools in ((COLLECT, self.init_pools), (EVAL, self.eval_pools)):
@@ -261,6 +265,7 @@ class KVCacheManager(PagedCacheManager):
     def counters(self) -> Dict[str, Any]:
         counters: Dict[str, Any] = {'memory_mb': self.memory_mb}
         if self.enable_stats:
+            counters['skipped'] = self._skipped
             init_pools = self.init_pools + self.eval_pools
             counters['init'] = _counts(self._asked['init'], init_pools, self._filled['init'])
             counters['recur'] = _counts(self._asked['recur'], [self.recur_pool], self._filled['recur'])
@@ -291,6 +296,7 @@ class KVCacheManager(PagedCacheManager):
                 pool.stats.reset()
         for stats in self._asked.values():
             stats.reset()
+        self._skipped = 0
 
     def __repr__(self) -> str:
         return (

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -172,7 +173,7 @@ def test_nan_in_one_environment_names_it_and_leaves_the_others(lines):
     output = worker.step([0, 1, 2])
     assert sorted(output) == [0, 1, 2]
     assert [len(pool) - was for pool, was in zip(manager.init_pools, before)] == [1, 0, 1]
-    assert policy._model.world_model.skipped > 0
+    assert manager.counters()['skipped'] > 0
     warnings = [message for level, message in lines() if level == 'WARNING']
     assert len(warnings) == 1
     assert 'environment 1, step 1' in warnings[0]
@@ -187,12 +188,12 @@ def test_skipping_goes_on_and_stores_again_when_the_weights_are_well():
     poison(policy)
     world_model = policy._model.world_model
     worker.step([0, 1, 2])
-    assert world_model.skipped > 0
-    skipped = world_model.skipped
+    skipped = world_model.kv_cache_manager.counters()['skipped']
+    assert skipped > 0
     policy._model.load_state_dict(state)
     for _ in range(2):
         worker.step([0, 1, 2])
-    assert world_model.skipped == skipped
+    assert world_model.kv_cache_manager.counters()['skipped'] == skipped
     assert [len(pool) for pool in world_model.kv_cache_manager.init_pools] == [2, 2, 2]
     audit(world_model.kv_cache_manager)
 
@@ -219,15 +220,67 @@ sys.exit(cli.main())
 """
 
 
-@pytest.mark.slow
-def test_weights_that_turn_to_nan_end_the_training(tmp_path):
-    script = tmp_path / 'poisoned.py'
-    script.write_text(POISONED)
-    ended = subprocess.run(
-        [sys.executable, str(script), '--config', 'config_new', '--exp-name', 'run', '--max-env-step', '300', *SMALL],
-        cwd=str(tmp_path), encoding='utf-8', timeout=120, capture_output=True, check=False,
+# Weights that are not finite for some collect steps, and are well again before LightZero trains with them.
+POISONED_FOR_A_WHILE = """
+import sys
+import torch
+from lzero_kvcache import policies
+from lzero_kvcache.training import cli
+
+forward, steps = policies.UniZeroPolicy._forward_collect, []
+
+
+def forward_and_poison(policy, *args, **kwargs):
+    steps.append(0)
+    weight = policy._model.world_model.transformer.blocks[0].attn.value.weight
+    well = weight.detach().clone()
+    if 30 <= len(steps) < 40:
+        with torch.no_grad():
+            weight.fill_(float('nan'))
+    output = forward(policy, *args, **kwargs)
+    with torch.no_grad():
+        weight.copy_(well)
+    return output
+
+
+policies.UniZeroPolicy._forward_collect = forward_and_poison
+sys.exit(cli.main())
+"""
+
+
+def run_script(tmp_path, text, *arguments):
+    script = tmp_path / 'script.py'
+    script.write_text(text)
+    return subprocess.run(
+        [sys.executable, str(script), '--config', 'config_new', '--exp-name', 'run', *arguments, *SMALL],
+        cwd=str(tmp_path), encoding='utf-8', timeout=240, capture_output=True, check=False,
         env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(PROJECT_ROOT))
     )
+
+
+@pytest.mark.slow
+def test_skipping_through_train(tmp_path):
+    skip = 'policy.model.world_model_cfg.kv_cache_cfg.on_nan=skip'
+    ended = run_script(tmp_path, POISONED_FOR_A_WHILE, '--max-env-step', '200', '--set', skip)
+    assert ended.returncode == 0, ended.stderr
+    warnings = [line for line in ended.stdout.splitlines() if 'nan or inf' in line and 'WARNING' in line]
+    assert len(warnings) == 1
+    assert 'in collect, environment' in warnings[0]
+    # Counted, and shown in the table, in the summary and in tensorboard.
+    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    skipped = summary['counters']['skipped']
+    assert skipped >= 10
+    assert re.search(rf'skipped for nan or inf\s+│ {skipped:,} rows', ended.stdout)
+    points = {event.step: value.simple_value or value.tensor.float_val[0] for event in events(tmp_path)
+              for value in event.summary.value if value.tag == 'kv_cache_iter/skipped' and event.step > 0}
+    assert points[max(points)] == skipped
+    iteration, _ = assert_whole(tmp_path)
+    assert iteration == summary['train_iter'] > 0
+
+
+@pytest.mark.slow
+def test_weights_that_turn_to_nan_end_the_training(tmp_path):
+    ended = run_script(tmp_path, POISONED, '--max-env-step', '300')
     assert ended.returncode == 1
     assert 'FloatingPointError' in ended.stderr
     assert 'in collect, environment' in ended.stderr

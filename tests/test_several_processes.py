@@ -222,7 +222,7 @@ class TestAgreement:
 
 def numbers(queries):
     pool = {'queries': queries, 'hits': queries - 1, 'misses': 1, 'occupancy': 0.5}
-    return {'memory_mb': 1.5, 'init': pool, 'recur': dict(pool), 'total': dict(pool)}
+    return {'memory_mb': 1.5, 'skipped': queries, 'init': pool, 'recur': dict(pool), 'total': dict(pool)}
 
 
 @pytest.mark.usefixtures('group')
@@ -269,6 +269,7 @@ class TestSums:
         rates = [value for tag, value, _ in written if tag == 'kv_cache_iter/total_hit_rate']
         assert rates == [0.75, 1., 1.]
         assert [value for tag, value, _ in written if tag == 'kv_cache_iter/search_ms'] == [500.] * 3
+        assert [value for tag, value, _ in written if tag == 'kv_cache_iter/skipped'] == [4, 8, 8]
 
 
 # ---------------------------------------------------------------------------------------------------- real trainings
