@@ -45,6 +45,13 @@ def plan_of(*arguments):
     (['--config', 'config_new', '--max-env-step', '1.5'], "'1.5' is not a whole number"),
     (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
     (['--config', 'config_new', '--set', 'policy.model.world_model_cfg.context_length=7'], 'context_length=7'),
+    (['--config', 'config_new', '--set', 'policy.mcts_ctree=False'], 'policy.mcts_ctree=False cannot work'),
+    (['--config', 'config_old', '--set', 'policy.mcts_ctree=False'], 'policy.mcts_ctree=False cannot work'),
+    (['--config', 'config_new', '--set', 'policy.random_collect_episode_num=2'],
+     'policy.random_collect_episode_num=2 cannot work'),
+    (['--config', 'config_old', '--set', 'policy.random_collect_episode_num=2'],
+     'policy.random_collect_episode_num=2 cannot work'),
+    (['--config', 'config_new', '--set', 'policy.model_path=nosuch.pth.tar'], 'nosuch.pth.tar: no such checkpoint'),
     (['--config', 'config_new', '--resume', 'nosuch.pth.tar'], 'nosuch.pth.tar: no such checkpoint'),
     (['--config', 'config_new', '--resume', 'a', '--eval', 'b'], 'not allowed with'),
 ])
@@ -137,6 +144,27 @@ def test_a_checkpoint_runs_nothing(tmp_path):
     with pytest.raises(ConfigError, match='holds more than weights'):
         read_checkpoint(path)
     assert not os.path.exists(marker)
+
+
+@pytest.mark.parametrize('option', [['--resume'], ['--eval'], ['--set', 'policy.model_path=']])
+def test_whichever_way_a_checkpoint_comes_in(option, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'model': Payload('marker'), 'target_model': {}, 'optimizer_world_model': {}}, 'c.pth.tar')
+    arguments = option + ['c.pth.tar'] if len(option) == 1 else ['--set', option[1] + 'c.pth.tar']
+    assert main(['--config', 'config_new', *arguments]) == 2
+    assert 'holds more than weights' in capfd.readouterr().err
+    assert os.listdir(tmp_path) == ['c.pth.tar']
+
+
+def test_a_config_is_named_as_code_that_will_be_run(tmp_path, monkeypatch, capfd):
+    with pytest.raises(SystemExit) as ended:
+        main(['--help'])
+    assert ended.value.code == 0
+    assert 'It is Python code, and it will be run' in ' '.join(capfd.readouterr().out.split())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine.py').write_text("open('was_run', 'w').close()\n")
+    assert main(['--config', 'mine.py']) == 2
+    assert (tmp_path / 'was_run').exists()
 
 
 @pytest.mark.parametrize('content', [{'model': {}}, [1, 2]])
