@@ -323,10 +323,10 @@ class KVCacheManager(PagedCacheManager):
         try:
             return self._pages.allocate(count)
         except OutOfPages as error:
-            raise OutOfPages(
-                f'{error}, and the running search needs the others: raise kv_cache_cfg.max_memory_mb='
-                f'{self.config.max_memory_mb}'
-            ) from None
+            mend = f'raise kv_cache_cfg.max_memory_mb={self.config.max_memory_mb}'
+            if self._out_of_memory:
+                mend = 'memory has run out: lower policy.num_simulations or the number of environments'
+            raise OutOfPages(f'{error}, and the running search needs the others: {mend}') from None
 
     def _init_pool(self, mode: str, env_id: int) -> PagedPool:
         pools = self.init_pools if mode == COLLECT else self.eval_pools
