@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from builders import Worker, audit, make_policy
+from oracle import Batch, Case, assert_same, cached_model, play, random_trace, row_differences
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.config_file import PROJECT_ROOT
 
+SEED = 5
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
          'env.evaluator_env_num=1', 'policy.eval_freq=10', 'policy.learn.learner.hook.save_ckpt_after_iter=5']
 
@@ -30,7 +33,7 @@ def start(folder, *arguments):
 
 def wait_for_training(folder, process):
     """Until the first checkpoint of the training itself is there."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         if any(name.startswith('iteration_') for name in checkpoints(folder)):
             return
@@ -72,7 +75,7 @@ def test_ended_at_any_moment(signum, moment, tmp_path):
         wait_for_training(tmp_path, process)
         time.sleep(random.SystemRandom().uniform(0, 3))
         os.killpg(process.pid, signum)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
             process.kill()
@@ -113,7 +116,7 @@ def test_killed_while_saving_and_gone_on(tmp_path):
         env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(PROJECT_ROOT)), stdout=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while not (tmp_path / 'half').exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -124,8 +127,60 @@ def test_killed_while_saving_and_gone_on(tmp_path):
     iteration, _ = assert_whole(tmp_path)
     checkpoint = tmp_path / 'run' / 'ckpt' / f'iteration_{iteration}.pth.tar'
     resumed = start(tmp_path, '--resume', str(checkpoint), '--max-train-iter', str(iteration + 1))
-    _, errors = resumed.communicate(timeout=90)
+    _, errors = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, errors
+
+
+# ---------------------------------------------------------------------------------------------------- exceptions
+
+
+#: Where a step may fail, by key; ``test_search_by_node.py`` has the same for searches by node.
+PLACES = {
+    'the engine': lambda world_model: (world_model.cache_engine, 'step'),
+    'the slab': lambda world_model: (world_model.kv_cache_manager.storage.slab, 'write'),
+    'a look-up of roots': lambda world_model: (world_model.kv_cache_manager, 'find_init'),
+    'a look-up of nodes': lambda world_model: (world_model.kv_cache_manager, 'find_recur'),
+    'storing roots': lambda world_model: (world_model.kv_cache_manager, 'store_init'),
+    'storing nodes': lambda world_model: (world_model.kv_cache_manager, 'store_recur'),
+}
+
+
+@pytest.mark.parametrize('place', list(PLACES))
+@pytest.mark.parametrize('at', [0, 1, 4])
+def test_an_exception_inside_a_step(place, at):
+    """References and counts are consistent, and the step can be done again as if nothing had been."""
+    case = Case()
+    model = cached_model(case, 3, SEED)
+    trace = random_trace(np.random.default_rng(SEED), case, 3, root_steps=6, simulations=4, clears=0.1, episodes=0.2)
+    expected = play(Batch(cached_model(case, 3, SEED)), trace)
+    owner, name = PLACES[place](model.world_model)
+    function, calls = getattr(owner, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == at + 1:
+            raise ArithmeticError(place)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, failing)
+    player, manager, failures = Batch(model), model.world_model.kv_cache_manager, 0
+    for event, right in zip(trace.events, expected):
+        try:
+            answer = player.play(event)
+        except ArithmeticError:
+            failures += 1
+            assert manager._lease == []
+            audit(manager)
+            counters = manager.counters()
+            for pool in ('init', 'recur', 'total'):
+                assert counters[pool]['hits'] + counters[pool]['misses'] == counters[pool]['queries']
+            for key in ('queries', 'hits'):
+                assert counters['init'][key] + counters['recur'][key] == counters['total'][key]
+            answer = player.play(event)
+        if right is not None:
+            assert_same(row_differences(answer, right))
+    assert failures == 1
+    audit(manager)
 
 
 # ---------------------------------------------------------------------------------------------------- nan
