@@ -68,6 +68,6 @@ setup(
     ],
     extras_require={
         'atari': ATARI,
-        'test': ATARI + ['pytest>=8', 'pytest-timeout', 'hypothesis', 'ruff', 'mypy'],
+        'test': ATARI + ['pytest>=8', 'pytest-timeout', 'pytest-xdist>=3.2', 'hypothesis', 'ruff', 'mypy'],
     },
 )

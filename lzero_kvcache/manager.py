@@ -58,6 +58,7 @@ class KVCacheManager(PagedCacheManager):
         # Evaluation has contexts of its own, made at its first search, so that it cannot evict collection's.
         self.eval_pools: List[PagedPool] = []
         self._asked = {'init': CacheStats(), 'recur': CacheStats()}
+        self._skipped = 0
         # As the last step left the pools: by the time that they are asked, an update has emptied them.
         self._filled = {'init': 0.0, 'recur': 0.0}
         logger.info(f'Initialized KVCacheManager for {self.env_num} environments')
@@ -155,6 +156,9 @@ class KVCacheManager(PagedCacheManager):
                 self.wm_pool.stats.record(queries, hits)
             if by_node and self.recur_pool.stats is not None:
                 self.recur_pool.stats.record(queries, hits)
+
+    def count_skipped(self, rows: int) -> None:
+        self._skipped += rows
 
     def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
         for name, pools in ((COLLECT, self.init_pools), (EVAL, self.eval_pools)):
@@ -258,6 +262,7 @@ class KVCacheManager(PagedCacheManager):
     def counters(self) -> Dict[str, Any]:
         counters: Dict[str, Any] = {'memory_mb': self.memory_mb}
         if self.enable_stats:
+            counters['skipped'] = self._skipped
             init_pools = self.init_pools + self.eval_pools
             counters['init'] = _counts(self._asked['init'], init_pools, self._filled['init'])
             counters['recur'] = _counts(self._asked['recur'], [self.recur_pool], self._filled['recur'])
@@ -288,6 +293,7 @@ class KVCacheManager(PagedCacheManager):
                 pool.stats.reset()
         for stats in self._asked.values():
             stats.reset()
+        self._skipped = 0
 
     def __repr__(self) -> str:
         return (
@@ -314,10 +320,10 @@ class KVCacheManager(PagedCacheManager):
         try:
             return self._pages.allocate(count)
         except OutOfPages as error:
-            raise OutOfPages(
-                f'{error}, and the running search needs the others: raise kv_cache_cfg.max_memory_mb='
-                f'{self.config.max_memory_mb}'
-            ) from None
+            mend = f'raise kv_cache_cfg.max_memory_mb={self.config.max_memory_mb}'
+            if self._out_of_memory:
+                mend = 'memory has run out: lower policy.num_simulations or the number of environments'
+            raise OutOfPages(f'{error}, and the running search needs the others: {mend}') from None
 
     def _init_pool(self, mode: str, env_id: int) -> PagedPool:
         pools = self.init_pools if mode == COLLECT else self.eval_pools

@@ -103,7 +103,7 @@ def sum_counters(counters: Dict[str, Any]) -> Dict[str, Any]:
 
 def _numbers(counters: Dict[str, Any], timings: Dict[str, Timing]) -> torch.Tensor:
     """In an order that is the same on all ranks, since they have the same config."""
-    numbers: List[float] = [counters.get('memory_mb', 0.)]
+    numbers: List[float] = [counters.get('memory_mb', 0.), counters.get('skipped', 0)]
     for pool in POOLS:
         numbers += [float(value) for _, value in sorted(counters.get(pool, {}).items())]
     for _, timing in sorted(timings.items()):
@@ -115,6 +115,9 @@ def _numbers(counters: Dict[str, Any], timings: Dict[str, Timing]) -> torch.Tens
 def _with_numbers(point: Point, numbers: torch.Tensor) -> Point:
     values = iter(numbers.tolist())
     counters: Dict[str, Any] = {'memory_mb': next(values)}
+    skipped = int(next(values))
+    if 'skipped' in point.counters:
+        counters['skipped'] = skipped
     for pool in POOLS:
         if pool in point.counters:
             counters[pool] = {name: type(value)(next(values)) for name, value in sorted(point.counters[pool].items())}
@@ -202,10 +205,10 @@ class KVCacheStatsHook(LearnerHook):
         Arguments:
             - counters (:obj:`Dict[str, Any]`): What a manager's ``counters()`` returns.
         Returns:
-            - values (:obj:`Dict[str, float]`): By ``POOL_METRIC``, and ``memory_mb``. A rate is left out before the \
-                first query.
+            - values (:obj:`Dict[str, float]`): By ``POOL_METRIC``, and those of the cache as a whole. A rate is left \
+                out before the first query.
         """
-        values = {'memory_mb': counters['memory_mb']}
+        values: Dict[str, float] = {name: counters[name] for name in ('memory_mb', 'skipped') if name in counters}
         for pool in POOLS:
             counts = counters.get(pool)
             if counts is None:

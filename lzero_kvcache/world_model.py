@@ -67,7 +67,7 @@ class NewWorldModel(LightZeroWorldModel):
         self._last_keys: Dict[Tuple[str, int], Any] = {}
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
-        self._guard = NanGuard(options.on_nan)
+        self._guard = NanGuard(options.on_nan, self.kv_cache_manager.count_skipped)
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
@@ -97,11 +97,6 @@ class NewWorldModel(LightZeroWorldModel):
     def graph_memory_mb(self) -> float:
         """MiB that captured graphs hold beside the pages."""
         return self._backend.memory_mb
-
-    @property
-    def skipped(self) -> int:
-        """Rows with nan or inf that were not stored."""
-        return self._guard.skipped
 
     @property
     def keys_values_wm_list(self) -> 'CacheView':

@@ -142,7 +142,7 @@ class TestTags:
 
     def test_metrics_and_who_writes_them(self, name):
         rows = {spans(row[0])[0]: row[2] in ('yes', '有') for row in table_with(name, 'hit_rate')}
-        assert list(rows) == [*telemetry.METRICS, 'memory_mb', 'search_ms', 'step_ms']
+        assert list(rows) == [*telemetry.METRICS, 'skipped', 'memory_mb', 'search_ms', 'step_ms']
         for flag in (False, True):
             world_model = construct(
                 MODEL_REGISTRY.get('UniZeroModel'), Case(), 2, use_new_cache_manager=flag).world_model
@@ -153,7 +153,7 @@ class TestTags:
 
     def test_every_tag_that_is_named(self, name):
         for tag in re.findall(r'kv_cache_(?:iter|step)/(\w+)', read(name)):
-            assert tag in {'POOL_METRIC', 'memory_mb', 'search_ms', 'step_ms'}
+            assert tag in {'POOL_METRIC', 'skipped', 'memory_mb', 'search_ms', 'step_ms'}
 
 
 @pytest.mark.parametrize('name', READMES)

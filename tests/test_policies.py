@@ -429,8 +429,9 @@ class TestCheckpoints:
         old.learn_mode.load_state_dict(states[1])
         new.learn_mode.load_state_dict(states[0])
         for policy, state in ((old, states[1]), (new, states[0])):
-            for key, value in policy._model.state_dict().items():
-                assert torch.equal(value, state['model'][key])
+            for model, name in ((policy._model, 'model'), (policy._target_model, 'target_model')):
+                for key, value in model.state_dict().items():
+                    assert torch.equal(value, state[name][key])
 
     @BOTH_FLAGS
     def test_they_hold_no_cache(self, new):

@@ -138,7 +138,7 @@ class TestEventFile:
     def test_a_point_at_every_iteration_under_every_tag(self, new, tmp_path):
         run(new, tmp_path)
         points = read(tmp_path)
-        tags = (NEW_TAGS if new else OLD_TAGS) | {'memory_mb'} | TIMES
+        tags = (NEW_TAGS | {'skipped'} if new else OLD_TAGS) | {'memory_mb'} | TIMES
         assert set(points) == {f'kv_cache_{axis}/{tag}' for axis in ('iter', 'step') for tag in tags}
         for tag, series in points.items():
             steps = list(range(6)) if tag.startswith('kv_cache_iter/') else [6] * 3 + [12] * 3

@@ -107,6 +107,7 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
     if last is not None:
         reward = f'{number_text(last.reward)} after {last.env_step:,} steps'
     rates = '  '.join(f'{pool} {rate_text(result.hit_rates[pool])}' for pool in POOLS)
+    skipped = result.counters.get('skipped')
     return [
         ('cache system', result.cache),
         *([('processes', str(result.processes))] if result.processes > 1 else []),
@@ -118,6 +119,7 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
         ('peak memory, device', megabytes(result.device_memory_mb)),
         ('cache memory', megabytes(result.cache_memory_mb)),
         ('hit rates', rates),
+        *([('skipped for nan or inf', f'{skipped:,} rows')] if skipped else []),
         ('last reward', reward),
         ('best reward', number_text(result.best_reward)),
         ('event files', result.event_files),
