@@ -1,12 +1,25 @@
 """
-Trainings side by side, from what they left behind: event files, saved configs, summaries. Nothing here trains, imports
-a config or knows how the cache works.
+Trainings side by side, from what they left behind: event files, saved configs, summaries. Nothing here trains, runs a
+config or knows how the cache works.
 """
-from typing import Optional, Sequence, Tuple
+import json
+import os
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from rich.console import Console
 
+from ..config import ConfigError
+from .comparison import Comparison, as_json, compare
+from .events import Unreadable
+from .finding import Experiment, find_experiments
+from .plot import draw
+from .report import report_of
+from .runs import Run, read_run
+from .terminal import default_console, line, reading_bar, show
+
 __all__ = ['compare_runs']
+
+PICTURE, PAGE, DATA = 'compare.png', 'report.html', 'compare.json'
 
 
 def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[Tuple[str, str]] = (),
@@ -23,6 +36,45 @@ def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[
     Returns:
         - code (:obj:`int`): 0.
     Raises:
-        - ConfigError: If a path is not there, a pattern matches nothing, or no run can be read.
+        - ConfigError: If a path is not there, a pattern matches nothing, no run can be read, or ``out`` cannot be \
+            written to.
     """
-    raise NotImplementedError
+    console = console or default_console()
+    readable, left_out = _read(find_experiments(runs), console)
+    for name, why in left_out.items():
+        line(console, f'{name} is left out: {why}')
+    if not readable:
+        raise ConfigError('none of these runs can be read')
+    comparison = compare(readable, groups, left_out)
+    show(comparison, console)
+    line(console, f'Wrote {", ".join(_write(comparison, out))}')
+    return 0
+
+
+def _read(experiments: Sequence[Experiment], console: Console) -> Tuple[List[Run], Dict[str, str]]:
+    readable: List[Run] = []
+    left_out: Dict[str, str] = {}
+    total = sum(os.path.getsize(file) for experiment in experiments for file in experiment.event_files)
+    with reading_bar(console, total) as advance:
+        for experiment in experiments:
+            try:
+                readable.append(read_run(experiment, lambda size, name=experiment.name: advance(name, size)))
+            except Unreadable as error:
+                left_out[experiment.name] = str(error)
+    return readable, left_out
+
+
+def _write(comparison: Comparison, out: str) -> List[str]:
+    files = {
+        PICTURE: draw(comparison),
+        PAGE: report_of(comparison).encode('utf-8'),
+        DATA: json.dumps(as_json(comparison), indent=2, allow_nan=False, ensure_ascii=False).encode('utf-8'),
+    }
+    try:
+        os.makedirs(out, exist_ok=True)
+        for name, data in files.items():
+            with open(os.path.join(out, name), 'wb') as file:
+                file.write(data)
+    except OSError as error:
+        raise ConfigError(f'--out {out}: it cannot be written to ({error.strerror})') from error
+    return [os.path.join(out, name) for name in files]
