@@ -1,4 +1,4 @@
-"""``python -m lzero_kvcache COMMAND``: picks the command, and turns how it ended into an exit code. No command is here."""
+"""``python -m lzero_kvcache COMMAND``: picks the command, and makes exit codes. No command is here."""
 import argparse
 import logging
 import sys

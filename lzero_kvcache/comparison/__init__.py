@@ -2,6 +2,7 @@
 Trainings side by side, from what they left behind: event files, saved configs, summaries. Nothing here trains, runs a
 config or knows how the cache works.
 """
+import functools
 import json
 import os
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -58,7 +59,7 @@ def _read(experiments: Sequence[Experiment], console: Console) -> Tuple[List[Run
     with reading_bar(console, total) as advance:
         for experiment in experiments:
             try:
-                readable.append(read_run(experiment, lambda size, name=experiment.name: advance(name, size)))
+                readable.append(read_run(experiment, functools.partial(advance, experiment.name)))
             except Unreadable as error:
                 left_out[experiment.name] = str(error)
     return readable, left_out

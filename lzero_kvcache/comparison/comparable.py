@@ -1,5 +1,6 @@
 """What two sides differ in besides the cache: their configs, and what makes their numbers not comparable."""
 import itertools
+import operator
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence
 
 from .events import host_of
@@ -19,7 +20,7 @@ ENVIRONMENT = ('env.env_id', 'env.env_name', 'env.type')
 class Difference(NamedTuple):
     """
     Overview:
-        A config key and its values: by the name of a side, as text, several joined by '; ' where the side's runs differ.
+        A config key and its values by the name of a side, as text; joined by '; ' where the side's runs differ.
     """
     key: str
     values: Dict[str, str]
@@ -87,8 +88,10 @@ def _seeds(sides: Sequence[Side]) -> List[str]:
 def _budgets(sides: Sequence[Side], runs: Sequence[Run]) -> List[str]:
     early = [f"{run.name} ended early: {run.summary['outcome']}" for run in runs
              if run.summary.get('outcome', 'done') != 'done']
-    asked = [warning for key, title in BUDGETS.items() for warning in
-             _disagreement(sides, f'budgets of {title}', lambda run, key=key: run.summary.get(key), 'times and rewards are not comparable')]
+    asked = []
+    for key, title in BUDGETS.items():
+        asked += _disagreement(sides, f'budgets of {title}', operator.methodcaller('told', key),
+                               'times and rewards are not comparable')
     steps = {run.name: run.recording.env_step for run in runs if run.recording.env_step}
     if asked or not steps:
         return early + asked
@@ -102,10 +105,10 @@ def _machines(sides: Sequence[Side]) -> List[str]:
     effect = 'times and memory are not comparable'
     warnings = [
         *_disagreement(sides, 'devices', _device, effect),
-        *_disagreement(sides, 'numbers of processes', lambda run: run.summary.get('processes'), effect),
+        *_disagreement(sides, 'numbers of processes', operator.methodcaller('told', 'processes'), effect),
     ]
     for key, title in MACHINE.items():
-        warnings += _disagreement(sides, title, lambda run, key=key: run.told('machine', key), effect)
+        warnings += _disagreement(sides, title, operator.methodcaller('told', 'machine', key), effect)
     return warnings or _disagreement(
         sides, 'hosts', lambda run: host_of(run.event_files[0]), 'times are comparable if these are of one kind')
 

@@ -5,7 +5,7 @@ import os
 import re
 from array import array
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -40,8 +40,9 @@ class Curve(NamedTuple):
 class Recording:
     """
     Overview:
-        What the event files of one run hold. ``started`` and ``ended`` are seconds since 1970, ``env_step`` is the last
-        one that anything was written for, ``points`` counts the scalars of all tags.
+        What the event files of one run hold. ``started``, when the first file was begun, and ``ended``, at the last
+        scalar, are seconds since 1970; ``env_step`` is the last one that anything was written for, ``points`` counts the
+        scalars of all tags.
     """
     curves: Dict[str, Curve]
     started: float
@@ -82,12 +83,13 @@ def read_events(files: Sequence[str], tags: Sequence[str], advance: Callable[[in
     env_step: Optional[int] = None
     for file in files:
         for event in _events(file, advance):
-            started, ended = min(started, event.wall_time), max(ended, event.wall_time)
+            started = min(started, event.wall_time)
             for value in event.summary.value:
                 number = _scalar(value)
                 if number is None:
                     continue
                 count += 1
+                ended = max(ended, event.wall_time)
                 if AGAINST_ENV_STEPS in value.tag:
                     env_step = max(env_step or 0, event.step)
                 if value.tag in points:

@@ -16,7 +16,7 @@ class Spread(NamedTuple):
     deviation: Optional[float]
     least: float
     greatest: float
-    count: int
+    runs: int
 
 
 class Row(NamedTuple):

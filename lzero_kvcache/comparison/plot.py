@@ -5,8 +5,9 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from .comparison import Comparison
 from .events import Curve
@@ -27,40 +28,41 @@ SHOWN_POINTS = 200
 class Panel(NamedTuple):
     """
     Overview:
-        What a panel shows: a tag against environment steps or minutes, its values times ``factor``, and the least
-        interval of values shown.
+        What a panel shows: a tag against environment steps or minutes, its values times ``factor``, whether zero
+        is shown, and the greatest value shown.
     """
     title: str
     tag: str
     against: str
     factor: float = 1.
-    bottom: Optional[float] = None
+    from_zero: bool = False
     top: Optional[float] = None
 
 
 PANELS = (
     Panel('Reward of evaluations', REWARD, STEPS),
     Panel('Reward of evaluations', REWARD, MINUTES),
-    Panel('Root contexts found, %', CACHE_BY_STEP + 'init_hit_rate', STEPS, 100., 0., 104.),
-    Panel('Time of a search, ms', CACHE_BY_STEP + 'search_ms', STEPS, bottom=0.),
-    Panel('Memory of the cache, MiB', CACHE_BY_STEP + 'memory_mb', STEPS, bottom=0.),
-    Panel('Memory of the process, MiB', HOST_MEMORY, MINUTES, bottom=0.),
+    Panel('Root contexts found, %', CACHE_BY_STEP + 'init_hit_rate', STEPS, 100., True, 104.),
+    Panel('Time of a search, ms', CACHE_BY_STEP + 'search_ms', STEPS, from_zero=True),
+    Panel('Memory of the cache, MiB', CACHE_BY_STEP + 'memory_mb', STEPS, from_zero=True),
+    Panel('Memory of the process, MiB', HOST_MEMORY, MINUTES, from_zero=True),
 )
 
 
-def draw(comparison: Comparison, dark: bool = False) -> bytes:
+def draw(comparison: Comparison, dark: bool = False, columns: int = COLUMNS) -> bytes:
     """
     Overview:
         Draw all panels that a run has points for.
     Arguments:
         - comparison (:obj:`Comparison`): What to show.
         - dark (:obj:`bool`): Light lines on a dark ground.
+        - columns (:obj:`int`): At most so many panels side by side.
     Returns:
         - png (:obj:`bytes`): The picture.
     """
     paper, ink, rules = (DARK_PAPER, LIGHT_INK, DARK_RULES) if dark else (PAPER, INK, RULES)
     colours = COLOURS_ON_DARK if dark else COLOURS
-    style = {
+    style: Any = {
         'figure.facecolor': paper, 'axes.facecolor': paper, 'savefig.facecolor': paper, 'text.color': ink,
         'axes.labelcolor': ink, 'axes.titlecolor': ink, 'xtick.color': ink, 'ytick.color': ink, 'axes.edgecolor': rules,
         'grid.color': rules, 'axes.grid': True, 'grid.linewidth': 0.6, 'axes.spines.top': False,
@@ -69,11 +71,11 @@ def draw(comparison: Comparison, dark: bool = False) -> bytes:
     }
     panels = shown_panels(comparison)
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **style}):
-        columns = max(1, min(COLUMNS, len(panels)))
+        columns = max(1, min(columns, len(panels)))
         lines = max(1, -(-len(panels) // columns))
         width, height = columns * PANEL_INCHES[0], lines * PANEL_INCHES[1] + 0.7
-        figure = Figure(figsize=(width, height), layout='constrained')
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, rect=(0, 0, 1, 1 - 0.45 / height))
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, rect=(0, 0, 1, 1 - 0.45 / height))
+        figure = Figure(figsize=(width, height), layout=layout)
         for index, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, comparison, colours)
         handles = [Line2D([], [], color=_colour(colours, index), linewidth=2.4)
@@ -154,11 +156,14 @@ def _draw_panel(axes: Any, panel: Panel, comparison: Comparison, colours: Tuple[
             axes.plot(places, mean, color=colour, linewidth=2.2)
             axes.fill_between(places, mean - deviation, mean + deviation, color=colour, alpha=0.16, linewidth=0)
     axes.set_title(panel.title)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel(panel.against)
     axes.set_axisbelow(True)
     axes.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
     axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
-    axes.set_ylim(panel.bottom, panel.top)
+    if panel.from_zero:
+        axes.set_ylim(0, panel.top or 1.08 * axes.dataLim.y1 or None)
+    axes.set_xlim(left=min(0, axes.dataLim.x0))
 
 
 def _line(run: Run, panel: Panel) -> Optional[Tuple[np.ndarray, np.ndarray]]:

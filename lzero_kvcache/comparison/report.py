@@ -4,7 +4,7 @@ from html import escape
 from typing import List
 
 from .comparison import Comparison
-from .plot import draw, shown_panels
+from .plot import COLUMNS, draw, shown_panels
 from .table import Table, config_table, measures_table, runs_table
 
 STYLE = """
@@ -25,23 +25,25 @@ p { margin: .25rem 0; }
 .notes ul { margin: .25rem 0; padding-left: 1.1rem; }
 .scroll { overflow-x: auto; }
 .scroll:focus-visible { outline: 2px solid var(--note-rule); }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--quiet); padding-bottom: .4rem; }
+table { position: relative; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
 thead th { border-bottom: 2px solid var(--rule); }
 tbody tr:nth-child(odd) { background: var(--stripe); }
 tbody th { font-weight: 500; }
 .numbers th:not(:first-child), .numbers td { text-align: right; white-space: nowrap; }
+.keys td { min-width: 6rem; }
 code { font: .92em ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere; }
 figure { margin: 0; }
 img { display: block; width: 100%; height: auto; }
 figcaption { color: var(--quiet); padding-top: .4rem; }
+@media (max-width: 40rem) { th, td { padding: .3rem .45rem; font-size: .9rem; } }
 """
+NARROW, DARK = '(max-width: 40rem)', '(prefers-color-scheme: dark)'
 # The browser itself refuses whatever would have to be fetched.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 CURVES = 'Thick: the mean of all runs of a side; band: one standard deviation; thin: each run.'
-MEASURES = ('The ratio is that of the means. A dash: there is no number, or a ratio would say nothing. Spread needs two '
-            'runs.')
+MEASURES = 'A ratio is that of the means; a dash stands where there is no number, or where a ratio would say nothing.'
 
 
 def report_of(comparison: Comparison) -> str:
@@ -53,14 +55,16 @@ def report_of(comparison: Comparison) -> str:
     Returns:
         - page (:obj:`str`): HTML.
     """
+    title = f'KV cache: {escape(comparison.title)}'
     measures, runs, differences = measures_table(comparison), runs_table(comparison), config_table(comparison)
     baseline, *others = (side.name for side in comparison.sides)
     lead = f"{sum(len(side.runs) for side in comparison.sides)} runs; {_listed(others)} against {baseline}" if others \
         else f'{len(comparison.sides[0].runs)} runs of one side'
     parts = [
-        f'<h1>{escape(comparison.title)}</h1>', f'<p class="quiet">{escape(lead)}</p>',
+        f'<h1>{title}</h1>', f'<p class="quiet">{escape(lead)}</p>',
         _notes(comparison),
-        '<h2 id="measures">Measures</h2>', _table(measures._replace(caption=MEASURES), 'numbers', 'measures'),
+        '<h2 id="measures">Measures</h2>', f'<p class="quiet">{MEASURES}</p>',
+        _table(measures, 'numbers', 'measures'),
         '<h2 id="curves">Curves</h2>', _figure(comparison),
         '<h2 id="configs">Configs</h2>',
         _table(differences, 'keys', 'configs') if differences.rows else f'<p>{_no_differences(comparison)}</p>',
@@ -70,7 +74,7 @@ def report_of(comparison: Comparison) -> str:
         '<!DOCTYPE html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<title>{escape(comparison.title)}</title>', f'<style>{STYLE}</style>', '</head>', '<body>', '<main>',
+        f'<title>{title}</title>', f'<style>{STYLE}</style>', '</head>', '<body>', '<main>',
         *parts, '</main>', '</body>', '</html>', '',
     ])
 
@@ -102,10 +106,13 @@ def _figure(comparison: Comparison) -> str:
     if not panels:
         return '<p>No run wrote a curve that is shown here.</p>'
     shown = '; '.join(f'{panel.title} against {panel.against}' for panel in panels)
-    light, dark = (_data(draw(comparison, dark=dark)) for dark in (False, True))
-    return (f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{escape(f"Curves of {_listed([side.name for side in comparison.sides])}: {shown}.")}">'
-            f'</picture><figcaption>{CURVES}</figcaption></figure>')
+    alt = f'Curves of {_listed([side.name for side in comparison.sides])}: {shown}.'
+    sources = ''.join(
+        f'<source media="{" and ".join(media)}" srcset="{_data(draw(comparison, dark, columns))}">\n'
+        for media, dark, columns in (((NARROW, DARK), True, 1), ((NARROW,), False, 1), ((DARK,), True, COLUMNS))
+    )
+    return (f'<figure><picture>{sources}<img src="{_data(draw(comparison))}" alt="{escape(alt)}"></picture>'
+            f'<figcaption>{CURVES}</figcaption></figure>')
 
 
 def _data(png: bytes) -> str:

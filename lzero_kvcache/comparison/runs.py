@@ -1,4 +1,4 @@
-"""One run: what it was (config, seed, machine, budget) and what it came to, from its summary or else from its events."""
+"""One run: what it was (config, seed, machine) and what it came to, from its summary or else from its events."""
 import json
 import os
 import re
@@ -193,8 +193,8 @@ def divided(one: Optional[float], other: Optional[float]) -> Optional[float]:
     Arguments:
         - one (:obj:`Optional[float]`), other (:obj:`Optional[float]`): The numbers.
     Returns:
-        - ratio (:obj:`Optional[float]`): None where it would say nothing: a number is missing or negative, or the other \
-            is zero.
+        - ratio (:obj:`Optional[float]`): None where it would say nothing: a number is missing or negative, or the \
+            other is zero.
     """
     return one / other if one is not None and one >= 0 and other is not None and other > 0 else None
 

@@ -25,7 +25,7 @@ def sort_into_sides(runs: Sequence[Run], groups: Sequence[Tuple[str, str]] = ())
         Group runs.
     Arguments:
         - runs (:obj:`Sequence[Run]`): The runs.
-        - groups (:obj:`Sequence[Tuple[str, str]]`): (name, pattern) of each side; the first pattern that matches counts.
+        - groups (:obj:`Sequence[Tuple[str, str]]`): (name, pattern) of each side; the first match counts.
     Returns:
         - sides (:obj:`List[Side]`): Those of ``groups`` first, in their order, then those of the old system.
     Raises:
@@ -43,7 +43,8 @@ def sort_into_sides(runs: Sequence[Run], groups: Sequence[Tuple[str, str]] = ())
         else:
             others.setdefault(_likeness(run), []).append(run)
     for name, pattern in unused.values():
-        raise ConfigError(f"--group {name}={pattern}: it matches none of the runs, {', '.join(run.name for run in runs)}")
+        there = ', '.join(run.name for run in runs)
+        raise ConfigError(f'--group {name}={pattern}: it matches none of the runs ({there})')
     automatic = sorted(others.values(), key=lambda group: group[0].cache != OLD)
     sides = [Side(name, members) for name, members in named.items() if members]
     for name, members in zip(_names(automatic, taken=list(named)), automatic):

@@ -43,19 +43,20 @@ def measures_table(comparison: Comparison) -> Table:
 def runs_table(comparison: Comparison) -> Table:
     """
     Overview:
-        The measures by run.
+        The measures of each run.
     Arguments:
         - comparison (:obj:`Comparison`): What to show.
     Returns:
-        - table (:obj:`Table`): A row for each run.
+        - table (:obj:`Table`): A column for each run.
     """
-    headings = ['run', 'side', 'seed', *(row.measure.title for row in comparison.rows)]
+    runs = [(side, run) for side in comparison.sides for run in side.runs]
     rows = [
-        [run.name, side.name, NONE if run.seed is None else str(run.seed),
-         *(value_text(row.values[run.name], row.measure.kind) for row in comparison.rows)]
-        for side in comparison.sides for run in side.runs
+        ['side', *(side.name for side, _ in runs)],
+        ['seed', *(NONE if run.seed is None else str(run.seed) for _, run in runs)],
     ]
-    return Table('Each run', headings, rows)
+    for row in comparison.rows:
+        rows.append([row.measure.title, *(value_text(row.values[run.name], row.measure.kind) for _, run in runs)])
+    return Table('Each run', ['run', *(run.name for _, run in runs)], rows)
 
 
 def config_table(comparison: Comparison) -> Table:

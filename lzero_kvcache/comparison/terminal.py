@@ -1,7 +1,7 @@
 """The comparison on a terminal: a progress bar while files are read, then lines and tables."""
 import contextlib
 import sys
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,7 +25,7 @@ def default_console() -> Console:
 
 
 @contextlib.contextmanager
-def reading_bar(console: Console, total: int) -> Iterator[Callable[[Optional[str], int], None]]:
+def reading_bar(console: Console, total: int) -> Iterator[Callable[[str, int], None]]:
     """
     Overview:
         A bar over bytes, gone when all are read; nothing on what is no terminal.
@@ -33,7 +33,7 @@ def reading_bar(console: Console, total: int) -> Iterator[Callable[[Optional[str
         - console (:obj:`Console`): Where to show it.
         - total (:obj:`int`): How many bytes there are.
     Returns:
-        - advance (:obj:`Callable[[Optional[str], int], None]`): Takes a run's name and how many more bytes were read.
+        - advance (:obj:`Callable[[str, int], None]`): Takes a run's name and how many more bytes were read.
     """
     columns = (TextColumn('reading {task.description}', markup=False), BarColumn(), DownloadColumn(),
                TimeRemainingColumn())

@@ -7,14 +7,14 @@ from .sides import Side
 NONE = '-'
 
 
-def value_text(value: Optional[float], kind: str, digits: int = 1) -> str:
+def value_text(value: Optional[float], kind: str, beside: Optional[float] = None) -> str:
     """
     Overview:
         A value of a measure.
     Arguments:
         - value (:obj:`Optional[float]`): The value.
         - kind (:obj:`str`): As of ``Measure``.
-        - digits (:obj:`int`): Digits after the point of a 'number'.
+        - beside (:obj:`Optional[float]`): Another value, whose digits after the point it gets.
     Returns:
         - text (:obj:`str`): As '1:02:03', '1,234', '12.3' or '57.3%'; a dash for None.
     """
@@ -26,6 +26,7 @@ def value_text(value: Optional[float], kind: str, digits: int = 1) -> str:
         return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
     if kind == 'share':
         return f'{value:.1%}'
+    digits = 2 if abs(value if beside is None else beside) < 10 else 1
     return '{:,.{}f}'.format(value, 0 if kind == 'count' else digits)
 
 
@@ -41,9 +42,8 @@ def spread_text(spread: Optional[Spread], kind: str) -> str:
     """
     if spread is None:
         return NONE
-    digits = 2 if abs(spread.mean) < 10 else 1
-    mean = value_text(spread.mean, kind, digits)
-    return mean if spread.deviation is None else f'{mean} ± {value_text(spread.deviation, kind, digits)}'
+    mean = value_text(spread.mean, kind)
+    return mean if spread.deviation is None else f'{mean} ± {value_text(spread.deviation, kind, spread.mean)}'
 
 
 def ratio_text(ratio: Optional[float]) -> str:
