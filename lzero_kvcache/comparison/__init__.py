@@ -16,6 +16,7 @@ from .finding import Experiment, find_experiments
 from .plot import draw
 from .report import report_of
 from .runs import Run, read_run
+from .sides import check_groups
 from .terminal import default_console, line, reading_bar, show
 
 __all__ = ['compare_runs']
@@ -41,7 +42,9 @@ def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[
             written to.
     """
     console = console or default_console()
-    readable, left_out = _read(find_experiments(runs), console)
+    experiments = find_experiments(runs)
+    check_groups(experiments, groups)
+    readable, left_out = _read(experiments, console)
     for name, why in left_out.items():
         line(console, f'{name} is left out: {why}')
     if not readable:
@@ -66,16 +69,16 @@ def _read(experiments: Sequence[Experiment], console: Console) -> Tuple[List[Run
 
 
 def _write(comparison: Comparison, out: str) -> List[str]:
-    files = {
-        PICTURE: draw(comparison),
-        PAGE: report_of(comparison).encode('utf-8'),
-        DATA: json.dumps(as_json(comparison), indent=2, allow_nan=False, ensure_ascii=False).encode('utf-8'),
-    }
+    data = json.dumps(as_json(comparison), indent=2, allow_nan=False, ensure_ascii=False)
+    paths = []
     try:
         os.makedirs(out, exist_ok=True)
-        for name, data in files.items():
-            with open(os.path.join(out, name), 'wb') as file:
-                file.write(data)
+        for name, content in (
+            (PICTURE, draw(comparison)), (PAGE, report_of(comparison).encode('utf-8')), (DATA, data.encode('utf-8'))
+        ):
+            paths.append(os.path.join(out, name))
+            with open(paths[-1], 'wb') as file:
+                file.write(content)
     except OSError as error:
         raise ConfigError(f'--out {out}: it cannot be written to ({error.strerror})') from error
-    return [os.path.join(out, name) for name in files]
+    return paths

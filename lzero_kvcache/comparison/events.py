@@ -41,8 +41,8 @@ class Recording:
     """
     Overview:
         What the event files of one run hold. ``started``, when the first file was begun, and ``ended``, at the last
-        scalar, are seconds since 1970; ``env_step`` is the last one that anything was written for, ``points`` counts the
-        scalars of all tags.
+        scalar, are seconds since 1970; ``env_step`` is the last one that anything was written for, ``points`` counts
+        the scalars of all tags.
     """
     curves: Dict[str, Curve]
     started: float

@@ -2,11 +2,11 @@
 import io
 from typing import Any, List, NamedTuple, Optional, Tuple
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.style import context
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from .comparison import Comparison
@@ -70,7 +70,7 @@ def draw(comparison: Comparison, dark: bool = False, columns: int = COLUMNS) -> 
         'font.size': 9.5, 'text.parse_math': False, 'xtick.major.size': 0, 'ytick.major.size': 0,
     }
     panels = shown_panels(comparison)
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **style}):
+    with context(['default', style]):
         columns = max(1, min(columns, len(panels)))
         lines = max(1, -(-len(panels) // columns))
         width, height = columns * PANEL_INCHES[0], lines * PANEL_INCHES[1] + 0.7

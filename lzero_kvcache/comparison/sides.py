@@ -1,9 +1,10 @@
 """Which runs are seeds of one side, what the side is called, and which side the others are compared to."""
 import fnmatch
 import os
-from typing import Dict, Hashable, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Hashable, List, NamedTuple, Sequence, Tuple, Union
 
 from ..config import ConfigError
+from .finding import Experiment
 from .runs import Run
 from .saved_config import OF_ONE_RUN
 
@@ -19,6 +20,22 @@ class Side(NamedTuple):
     runs: List[Run]
 
 
+def check_groups(experiments: Sequence[Experiment], groups: Sequence[Tuple[str, str]]) -> None:
+    """
+    Overview:
+        Refuse what cannot have been meant, before anything is read.
+    Arguments:
+        - experiments (:obj:`Sequence[Experiment]`): All runs.
+        - groups (:obj:`Sequence[Tuple[str, str]]`): (name, pattern) of each side.
+    Raises:
+        - ConfigError: If a pattern matches no run.
+    """
+    for name, pattern in groups:
+        if not any(_matches(experiment, pattern) for experiment in experiments):
+            there = ', '.join(experiment.name for experiment in experiments)
+            raise ConfigError(f'--group {name}={pattern}: it matches none of the runs ({there})')
+
+
 def sort_into_sides(runs: Sequence[Run], groups: Sequence[Tuple[str, str]] = ()) -> List[Side]:
     """
     Overview:
@@ -28,23 +45,15 @@ def sort_into_sides(runs: Sequence[Run], groups: Sequence[Tuple[str, str]] = ())
         - groups (:obj:`Sequence[Tuple[str, str]]`): (name, pattern) of each side; the first match counts.
     Returns:
         - sides (:obj:`List[Side]`): Those of ``groups`` first, in their order, then those of the old system.
-    Raises:
-        - ConfigError: If a pattern matches no run.
     """
     named: Dict[str, List[Run]] = {name: [] for name, _ in groups}
     others: Dict[Hashable, List[Run]] = {}
-    unused = dict(enumerate(groups))
     for run in runs:
-        matching = [index for index, (_, pattern) in enumerate(groups) if _matches(run, pattern)]
-        for index in matching:
-            unused.pop(index, None)
+        matching = [name for name, pattern in groups if _matches(run, pattern)]
         if matching:
-            named[groups[matching[0]][0]].append(run)
+            named[matching[0]].append(run)
         else:
             others.setdefault(_likeness(run), []).append(run)
-    for name, pattern in unused.values():
-        there = ', '.join(run.name for run in runs)
-        raise ConfigError(f'--group {name}={pattern}: it matches none of the runs ({there})')
     automatic = sorted(others.values(), key=lambda group: group[0].cache != OLD)
     sides = [Side(name, members) for name, members in named.items() if members]
     for name, members in zip(_names(automatic, taken=list(named)), automatic):
@@ -52,7 +61,7 @@ def sort_into_sides(runs: Sequence[Run], groups: Sequence[Tuple[str, str]] = ())
     return sides
 
 
-def _matches(run: Run, pattern: str) -> bool:
+def _matches(run: Union[Run, Experiment], pattern: str) -> bool:
     names = (run.name, os.path.basename(run.folder), run.folder)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
