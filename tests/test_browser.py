@@ -19,8 +19,8 @@ from lzero_kvcache.comparison.runs import MEASURES
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
-         '--disable-background-networking', '--disable-component-update', '--disable-dev-shm-usage', '--hide-scrollbars',
-         '--host-resolver-rules=MAP * ~NOTFOUND')
+         '--disable-background-networking', '--disable-component-update', '--disable-dev-shm-usage',
+         '--hide-scrollbars', '--host-resolver-rules=MAP * ~NOTFOUND')
 DARK = '--blink-settings=preferredColorScheme=0'
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed")

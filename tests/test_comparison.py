@@ -254,14 +254,31 @@ class TestReading:
 
     def test_several_files_of_one_run(self, tmp_path):
         folder = tmp_path / 'old_s0'
-        for name, wall, reward in (('b', BEGAN + 50, 2.), ('a', BEGAN, 1.), ('c', BEGAN + 75, 3.)):
+        for name, began, rewards in (('b', 500, (3., 4.)), ('a', 0, (1., 2.)), ('c', 520, (5., 6.))):
             with SummaryWriter(str(folder), filename_suffix='.' + name) as writer:
-                writer.add_scalar('evaluator_step/reward_mean', reward, reward * 100, walltime=wall)
+                for index, reward in enumerate(rewards):
+                    writer.add_scalar(runs.REWARD, reward, int(reward * 100), walltime=BEGAN + began + 30 * index)
         [run] = read(str(folder))
-        assert run.curve(runs.REWARD) == Curve(*map(pytest.approx, ([100, 200, 300], [0, 50, 75], [1, 2, 3])))
+        steps, seconds, values = run.curve(runs.REWARD)
+        assert steps.tolist() == [100, 200, 300, 500, 400, 600]
+        assert seconds.tolist() == [0, 30, 30, 50, 60, 80]  # without the time between the first file and the others
+        assert values.tolist() == [1, 2, 3, 5, 4, 6]
         assert len(run.event_files) == 3
-        [measure] = [measure for measure in runs.MEASURES if measure.name == 'seconds']
-        assert measure.sources['events'](run) == 75
+        assert run.recording.seconds == 80
+
+    def test_a_run_that_was_cut_off_and_went_on(self, tmp_path):
+        folder = write_run(tmp_path / 'old_s0', search_ms=range(100))
+        break_off(folder)
+        first = event_file(folder)
+        again = write_run(tmp_path / 'again', env_steps=4000, began=BEGAN + 5000, rewards=(50., 90.))
+        event_file(again).rename(first.with_name('events.out.tfevents.1999999999.vm'))
+        [run] = read(folder)
+        assert run.last(runs.REWARD) == 90
+        assert run.recording.env_step == 4000
+        assert run.recording.seconds == 200
+        [note] = compared(folder).warnings[:1]
+        assert note.startswith('old_s0: events.')
+        assert note.endswith('bytes; the run went on in another file')
 
     def test_scalars_of_the_newer_form(self, tmp_path):
         from torch.utils.tensorboard import SummaryWriter as TorchWriter

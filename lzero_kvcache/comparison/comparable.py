@@ -115,8 +115,10 @@ def _machines(sides: Sequence[Side]) -> List[str]:
 
 def _at_once(runs: Sequence[Run]) -> List[str]:
     """Runs share a machine as long as their hosts are not known to be two."""
-    for one, other in itertools.combinations(sorted(runs, key=lambda run: run.recording.started), 2):
-        if other.recording.started < one.recording.ended and one.recording.host == other.recording.host:
+    for one, other in itertools.combinations(runs, 2):
+        overlap = any(max(span[0], others[0]) < min(span[1], others[1])
+                      for span in one.recording.spans for others in other.recording.spans)
+        if overlap and one.recording.host == other.recording.host:
             return [f'Runs went on at the same time on one machine, as {one.name} and {other.name}: '
                     'they took time from each other']
     return []

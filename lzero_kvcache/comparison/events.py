@@ -5,7 +5,7 @@ import os
 import re
 from array import array
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -20,6 +20,10 @@ ADVANCE_BYTES = 1 << 18
 # LightZero and this package write what they write against environment steps under NAME_step/TAG.
 AGAINST_ENV_STEPS = '_step/'
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
+
+
+# From when to when.
+Span = Tuple[float, float]
 
 
 class Unreadable(Exception):
@@ -40,27 +44,63 @@ class Curve(NamedTuple):
 class Recording:
     """
     Overview:
-        What the event files of one run hold. ``started``, when the first file was begun, and ``ended``, at the last
-        scalar, are seconds since 1970; ``env_step`` is the last one that anything was written for, ``points`` counts
-        the scalars of all tags.
+        What the event files of one run hold. ``spans`` are when it went on, in seconds since 1970, several for a run
+        that was cut off and resumed; ``env_step`` is the last one that anything was written for, ``points`` counts the
+        scalars of all tags; ``notes`` say what was lost.
     """
     curves: Dict[str, Curve]
-    started: float
-    ended: float
+    spans: List[Span]
     env_step: Optional[int]
     points: int
     host: Optional[str]
+    notes: List[str]
+
+    @property
+    def seconds(self) -> float:
+        """How long it went on, without the time between its parts."""
+        return sum(ended - started for started, ended in self.spans)
 
 
 class _Points:
+    """Of one tag."""
 
     def __init__(self) -> None:
         self.steps, self.times, self.values = array('q'), array('d'), array('d')
 
-    def curve(self, started: float) -> Curve:
+    def curve(self, spans: Sequence[Span]) -> Curve:
         times = np.array(self.times)
         order = np.argsort(times, kind='stable')
-        return Curve(np.array(self.steps)[order], times[order] - started, np.array(self.values)[order])
+        return Curve(np.array(self.steps)[order], _seconds_into(spans, times[order]), np.array(self.values)[order])
+
+
+class _File:
+    """What there is to know of one event file; its points go to those of the run."""
+
+    def __init__(self, path: str, points: Dict[str, _Points], advance: Callable[[int], None]) -> None:
+        self.started, self.ended, self.count = float('inf'), float('-inf'), 0
+        self.env_step: Optional[int] = None
+        self.fault: Optional[str] = None
+        try:
+            for event in _events(path, advance):
+                self.started = min(self.started, event.wall_time)
+                for value in event.summary.value:
+                    self._add(event, value, points)
+        except Unreadable as error:
+            self.fault = str(error)
+
+    def _add(self, event: Any, value: Any, points: Dict[str, _Points]) -> None:
+        number = _scalar(value)
+        if number is None:
+            return
+        self.count += 1
+        self.ended = max(self.ended, event.wall_time)
+        if AGAINST_ENV_STEPS in value.tag:
+            self.env_step = max(self.env_step or 0, event.step)
+        if value.tag in points:
+            kept = points[value.tag]
+            kept.steps.append(event.step)
+            kept.times.append(event.wall_time)
+            kept.values.append(number)
 
 
 def read_events(files: Sequence[str], tags: Sequence[str], advance: Callable[[int], None]) -> Recording:
@@ -74,33 +114,25 @@ def read_events(files: Sequence[str], tags: Sequence[str], advance: Callable[[in
     Returns:
         - recording (:obj:`Recording`): Their points together, in the order of time.
     Raises:
-        - Unreadable: If a file is damaged or ends in the middle of a record, or there is no point in any.
+        - Unreadable: If there is no point in any file, or one is damaged or breaks off and the run did not go on in \
+            another.
     """
     if not files:
         raise Unreadable('no event file in it')
     points = {tag: _Points() for tag in tags}
-    started, ended, count = float('inf'), float('-inf'), 0
-    env_step: Optional[int] = None
-    for file in files:
-        for event in _events(file, advance):
-            started = min(started, event.wall_time)
-            for value in event.summary.value:
-                number = _scalar(value)
-                if number is None:
-                    continue
-                count += 1
-                ended = max(ended, event.wall_time)
-                if AGAINST_ENV_STEPS in value.tag:
-                    env_step = max(env_step or 0, event.step)
-                if value.tag in points:
-                    kept = points[value.tag]
-                    kept.steps.append(event.step)
-                    kept.times.append(event.wall_time)
-                    kept.values.append(number)
-    if not count:
+    read = [_File(path, points, advance) for path in files]
+    filled = [file for file in read if file.count]
+    for file in read:
+        if file.fault and not any(other.started >= file.ended for other in filled if other is not file):
+            raise Unreadable(file.fault)
+    if not filled:
         raise Unreadable('no scalar in ' + ', '.join(map(os.path.basename, files)))
-    curves = {tag: kept.curve(started) for tag, kept in points.items() if kept.steps}
-    return Recording(curves, started, ended, env_step, count, host_of(files[0]))
+    spans = _united([(file.started, file.ended) for file in filled])
+    curves = {tag: kept.curve(spans) for tag, kept in points.items() if kept.steps}
+    env_steps = [file.env_step for file in filled if file.env_step is not None]
+    notes = [f'{file.fault}; the run went on in another file' for file in read if file.fault]
+    return Recording(curves, spans, max(env_steps, default=None), sum(file.count for file in filled),
+                     host_of(files[0]), notes)
 
 
 def host_of(file: str) -> Optional[str]:
@@ -145,3 +177,19 @@ def _scalar(value: Any) -> Optional[float]:
     if kind == 'tensor' and value.metadata.plugin_data.plugin_name == 'scalars':
         return float(tensor_util.make_ndarray(value.tensor).item())
     return None
+
+
+def _united(spans: Sequence[Span]) -> List[Span]:
+    """Spans that overlap as one, in their order."""
+    united: List[Span] = []
+    for started, ended in sorted(spans):
+        if united and started <= united[-1][1]:
+            united[-1] = united[-1][0], max(ended, united[-1][1])
+        else:
+            united.append((started, ended))
+    return united
+
+
+def _seconds_into(spans: Sequence[Span], times: np.ndarray) -> np.ndarray:
+    """How long a run had gone on at some moments."""
+    return sum((np.clip(times, *span) - span[0] for span in spans), np.zeros_like(times))

@@ -124,12 +124,12 @@ def _device_memory(run: Run) -> Optional[float]:
 MEASURES = (
     Measure('seconds', 'training time', 'time', {
         'summary': lambda run: run.noted('seconds'),
-        'events': lambda run: run.recording.ended - run.recording.started}),
+        'events': lambda run: run.recording.seconds}),
     Measure('env_step', 'environment steps', 'count', {
         'summary': lambda run: run.noted('env_step'), 'events': lambda run: finite(run.recording.env_step)}),
     Measure('env_steps_per_second', 'environment steps per second', 'number', {
         'summary': lambda run: run.noted('env_steps_per_second'),
-        'events': lambda run: divided(run.recording.env_step, run.recording.ended - run.recording.started)}),
+        'events': lambda run: divided(run.recording.env_step, run.recording.seconds)}),
     Measure('search_ms', 'search, ms', 'number', {'events': lambda run: run.mean(CACHE + 'search_ms')}),
     Measure('step_ms', 'recurrent step, ms', 'number', {'events': lambda run: run.mean(CACHE + 'step_ms')}),
     Measure('host_memory_mb', 'peak host memory, MiB', 'number', {
@@ -162,7 +162,7 @@ def read_run(experiment: Experiment, advance: Callable[[int], None]) -> Run:
         - Unreadable: If its event files are damaged, cut off or empty.
     """
     recording = read_events(experiment.event_files, TAGS, advance)
-    run = Run(experiment.name, experiment.folder, experiment.event_files, recording)
+    run = Run(experiment.name, experiment.folder, experiment.event_files, recording, notes=list(recording.notes))
     try:
         run.config = read_config(experiment.path(CONFIG_FILE)) or {}
     except ValueError as error:
