@@ -257,6 +257,7 @@ class _Run:
         return Result(
             outcome=outcome, exit_code=code, exp_name=exp_name, config=plan.config, entry=plan.entry, task=plan.task,
             cache=cache_type(world_model), seed=plan.seed, device=str(world_model.device),
+            max_env_step=plan.max_env_step, max_train_iter=plan.max_train_iter,
             env_step=status.env_step, train_iter=status.train_iter, seconds=status.seconds,
             env_steps_per_second=status.speed, host_memory_mb=peak_host_memory_mb(),
             device_memory_mb=peak_device_memory_mb(), cache_memory_mb=counters.get('memory_mb'),
