@@ -146,7 +146,10 @@ def test_a_checkpoint_runs_nothing(tmp_path):
     assert not os.path.exists(marker)
 
 
-@pytest.mark.parametrize('option', [['--resume'], ['--eval'], ['--set', 'policy.model_path=']])
+@pytest.mark.parametrize('option', [
+    ['--resume'], ['--eval'], ['--set', 'policy.model_path='],
+    ['--set', 'policy.learn.learner.hook.load_ckpt_before_run='],
+])
 def test_whichever_way_a_checkpoint_comes_in(option, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({'model': Payload('marker'), 'target_model': {}, 'optimizer_world_model': {}}, 'c.pth.tar')

@@ -155,8 +155,11 @@ class _Run:
         plan = self.plan
         if plan.threads:
             torch.set_num_threads(plan.threads)
-        if plan.main_config.policy.get('model_path'):
-            read_checkpoint(plan.main_config.policy.model_path)  # LightZero loads it without looking at what it holds
+        policy = plan.main_config.policy
+        hooks = policy.get('learn', {}).get('learner', {}).get('hook', {})
+        for path in (policy.get('model_path'), hooks.get('load_ckpt_before_run')):
+            if path:
+                read_checkpoint(path)  # LightZero and DI-engine load it without looking at what it holds
         if plan.checkpoint is not None:
             self.watch.checkpoint = read_checkpoint(plan.checkpoint)
             self.status.first_env_step = self.status.env_step = self.watch.checkpoint.env_step
