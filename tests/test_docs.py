@@ -3,6 +3,7 @@ import ast
 import copy
 import importlib.util
 import re
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from oracle import Case, construct
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 from lzero_kvcache import KV_CACHE_REGISTRY, KVCacheManager, config, telemetry
+from lzero_kvcache import __main__ as tools
 from lzero_kvcache.nodes import NodeTable
 from lzero_kvcache.pages import RESERVED_PAGES, extend
 from lzero_kvcache.training.cli import build_parser
@@ -25,7 +27,8 @@ PACKAGE = ROOT / 'lzero_kvcache'
 READMES = ['README.md', 'README.zh.md']
 PAGES = READMES + ['docs/design.md', 'docs/lightzero_main.md']
 # What a run leaves behind.
-OF_A_RUN = {'log/serial', 'log/train.log', 'ckpt', 'summary.json', 'data_unizero'}
+OF_A_RUN = {'log/serial', 'log/train.log', 'ckpt', 'summary.json', 'data_unizero', 'experiment.json',
+            'data_experiment/NAME'}
 INSTALL_AND_TRAIN = 'pip install -e . && python train.py --config config_new.py'
 INSTALL_AND_TEST = 'pip install -e ".[test]" && python -m pytest'
 
@@ -234,6 +237,8 @@ def test_commands(name):
     commands = [line for block in blocks(name, 'bash') for line in block.split('\n')]
     commands += [span for span in spans(read(name)) if span.startswith(('python ', 'pip '))]
     for command in commands:
+        if command.startswith(tools.PROGRAM):
+            tools.build_parser().parse_args(shlex.split(command[len(tools.PROGRAM):]))
         for script in re.findall(r'(?:python|--nproc_per_node=2) (\S+\.py)', command):
             assert (ROOT / script).exists()
             options = read(script) + read('benchmarks/common.py') + read('lzero_kvcache/training/cli.py')
