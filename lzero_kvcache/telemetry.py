@@ -27,7 +27,13 @@ LAYOUT = {
         'time': ['Multiline', ['kv_cache_iter/search_ms', 'kv_cache_iter/step_ms']],
     }
 }
-# By which tensorboard's page of hyperparameters compares runs.
+# What tensorboard's page of hyperparameters tells runs by, each with a value of its type. It takes the list from one of
+# the runs, so all name all of it, those of the old system too.
+HYPERPARAMETERS: Dict[str, Any] = {
+    **dict.fromkeys(('cache_system', 'cache_manager', 'eviction', 'dtype', 'backend'), ''),
+    **dict.fromkeys(('init_pool_size', 'recurrent_pool_size', 'env_num', 'num_simulations', 'context_length'), 0),
+}
+# What it compares them by.
 COMPARED = (
     'kv_cache_iter/total_hit_rate', 'kv_cache_iter/search_ms', 'kv_cache_iter/memory_mb', 'evaluator_iter/reward_mean'
 )
@@ -255,14 +261,13 @@ def write_hyperparameters(tb_logger: Any, values: Dict[str, Any]) -> None:
         another file, and say that the run has ended.
     Arguments:
         - tb_logger (:obj:`Any`): A ``SummaryWriter`` of torch or of tensorboardX.
-        - values (:obj:`Dict[str, Any]`): Names and values.
+        - values (:obj:`Dict[str, Any]`): Those of ``HYPERPARAMETERS`` that the run has.
     """
     writer = tb_logger._get_file_writer()
     # Both have the same function for this beside their writer, each for messages of its own kind.
     summary = importlib.import_module(type(writer).__module__.rpartition('.')[0] + '.summary')
-    experiment, start, _ = summary.hparams(values, dict.fromkeys(COMPARED, 0.))
-    for message in (experiment, start):
-        writer.add_summary(message)
+    writer.add_summary(summary.hparams(HYPERPARAMETERS, dict.fromkeys(COMPARED, 0.))[0])
+    writer.add_summary(summary.hparams(values, {})[1])
 
 
 class _LastPoint(LearnerHook):

@@ -7,12 +7,24 @@ import pytest
 from builders import Worker, make_policy
 from ding.worker.learner.learner_hook import LearnerHook, build_learner_hook_by_cfg
 from easydict import EasyDict
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups, metadata
 from torch.utils.tensorboard import SummaryWriter
 
-from lzero_kvcache.telemetry import COMPARED, HOOK_CONFIG, HOOK_KEY, LAYOUT, KVCacheStatsHook, write_hyperparameters
+from lzero_kvcache.telemetry import (
+    COMPARED,
+    HOOK_CONFIG,
+    HOOK_KEY,
+    HYPERPARAMETERS,
+    LAYOUT,
+    KVCacheStatsHook,
+    write_hyperparameters,
+)
 
 BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
 OLD_TAGS = {
@@ -237,7 +249,7 @@ def hyperparameters(folder):
     start = metadata.parse_session_start_info_plugin_data(held[metadata.SESSION_START_INFO_TAG])
     experiment = metadata.parse_experiment_plugin_data(held[metadata.EXPERIMENT_TAG])
     values = {name: getattr(value, value.WhichOneof('kind')) for name, value in start.hparams.items()}
-    assert {info.name for info in experiment.hparam_infos} == set(values)
+    assert {info.name for info in experiment.hparam_infos} == set(HYPERPARAMETERS) >= set(values)
     return values, [info.name.tag for info in experiment.metric_infos]
 
 
@@ -269,6 +281,33 @@ class TestHyperparameters:
     def test_the_cache_metrics_are_tags_that_are_written(self, new, tmp_path):
         run(new, tmp_path)
         assert {tag for tag in COMPARED if tag.startswith('kv_cache')} < set(read(tmp_path))
+
+    def test_the_page_filters_runs_of_both_systems(self, tmp_path):
+        """As tensorboard's own backend answers, whichever run it takes the list of names from."""
+        run(False, tmp_path / 'a_old')
+        run(True, tmp_path / 'b_new', kv_cache_cfg=dict(eviction='lru'))
+        multiplexer = EventMultiplexer()
+        multiplexer.AddRunsFromDirectory(str(tmp_path))
+        multiplexer.Reload()
+        context = backend_context.Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path))))
+        experiment = get_experiment.Handler(RequestContext(), context, '', api_pb2.GetExperimentRequest()).run()
+        assert {info.name for info in experiment.hparam_infos} == set(HYPERPARAMETERS)
+
+        def found(name, pattern):
+            columns = [api_pb2.ColParams(hparam=name, filter_regexp=pattern, exclude_missing_values=True)]
+            request = api_pb2.ListSessionGroupsRequest(
+                slice_size=9, col_params=columns + [api_pb2.ColParams(metric=info.name)
+                                                    for info in experiment.metric_infos],
+                allowed_statuses=[api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_RUNNING])
+            groups = list_session_groups.Handler(RequestContext(), context, '', request).run().session_groups
+            return {group.name: {metric.name.tag: metric.value for metric in group.metric_values} for group in groups}
+
+        assert list(found('cache_system', 'old')) == ['a_old']
+        assert list(found('eviction', 'lru|fifo')) == list(found('backend', 'eager')) == ['b_new']
+        written = read(tmp_path / 'b_new')
+        assert found('cache_system', 'new')['b_new'] == {
+            tag: pytest.approx(written[tag][-1][1]) for tag in COMPARED if tag.startswith('kv_cache')
+        }
 
     def test_with_the_writer_of_tensorboardx(self, tmp_path):
         tensorboardX = pytest.importorskip('tensorboardX')
