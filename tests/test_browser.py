@@ -17,12 +17,21 @@ from lzero_kvcache.comparison.plot import COLOURS, COLOURS_ON_DARK, DARK_PAPER, 
 from lzero_kvcache.comparison.runs import MEASURES
 
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
          '--disable-background-networking', '--disable-component-update', '--disable-dev-shm-usage',
          '--hide-scrollbars', '--host-resolver-rules=MAP * ~NOTFOUND')
 DARK = '--blink-settings=preferredColorScheme=0'
 
+
+def find_browser():
+    """The first that is there and starts; some systems only have a stub."""
+    for path in filter(None, map(shutil.which, BROWSERS)):
+        if subprocess.run([path, '--version'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
+            return path
+    return None
+
+
+BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed")
 
 
