@@ -238,7 +238,7 @@ def test_commands(name):
     commands = [line for block in blocks(name, 'bash') for line in block.split('\n')]
     commands += [span for span in spans(read(name)) if span.startswith(('python ', 'pip '))]
     for command in commands:
-        if command.startswith(tools.PROGRAM):
+        if command.startswith(tools.PROGRAM + ' '):
             tools.build_parser().parse_args(shlex.split(command[len(tools.PROGRAM):]))
         for script in re.findall(r'(?:python|--nproc_per_node=2) (\S+\.py)', command):
             assert (ROOT / script).exists()
