@@ -4,10 +4,10 @@ import logging
 import sys
 from typing import Optional, Sequence
 
-from .commands import compare
+from .commands import compare, experiment, info
 from .config import ConfigError
 
-COMMANDS = (compare,)
+COMMANDS = (compare, experiment, info)
 BAD_USAGE = 2
 PROGRAM = 'python -m lzero_kvcache'
 

@@ -180,6 +180,21 @@ class CudaGraphBackend(EagerBackend):
         return _Graph(graph, host, sent, held, result)
 
 
+def picked(name: str, device: torch.device) -> str:
+    """
+    Overview:
+        What a backend's name comes to on a device.
+    Arguments:
+        - name (:obj:`str`): As in ``kv_cache_cfg.backend``.
+        - device (:obj:`torch.device`): Where the model runs.
+    Returns:
+        - name (:obj:`str`): 'eager', 'cudagraph' or 'compile'.
+    """
+    if name not in ('auto', CudaGraphBackend.name):
+        return name
+    return CudaGraphBackend.name if device.type == 'cuda' else EagerBackend.name
+
+
 _BACKENDS = {backend.name: backend for backend in (EagerBackend, CompiledBackend, CudaGraphBackend)}
 
 

@@ -1,4 +1,5 @@
-"""The cache's numbers in tensorboard (and wandb) at every training iteration."""
+"""The cache's numbers in tensorboard (and wandb) at every training iteration, and its options, once."""
+import importlib
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -26,6 +27,16 @@ LAYOUT = {
         'time': ['Multiline', ['kv_cache_iter/search_ms', 'kv_cache_iter/step_ms']],
     }
 }
+# What tensorboard's page of hyperparameters tells runs by, each with a value of its type. It takes the list from one of
+# the runs, so all name all of it, those of the old system too.
+HYPERPARAMETERS: Dict[str, Any] = {
+    **dict.fromkeys(('cache_system', 'cache_manager', 'eviction', 'dtype', 'backend'), ''),
+    **dict.fromkeys(('init_pool_size', 'recurrent_pool_size', 'env_num', 'num_simulations', 'context_length'), 0),
+}
+# What it compares them by.
+COMPARED = (
+    'kv_cache_iter/total_hit_rate', 'kv_cache_iter/search_ms', 'kv_cache_iter/memory_mb', 'evaluator_iter/reward_mean'
+)
 
 
 class Point(NamedTuple):
@@ -143,7 +154,7 @@ class KVCacheStatsHook(LearnerHook):
         self._rates: Dict[str, float] = {}
         self._timed: Dict[str, Timing] = {}
         self._means: Dict[str, float] = {}
-        self._laid_out = False
+        self._introduced = False
         self._sums: Optional[RankSums] = None
 
     def __call__(self, engine: Any) -> None:
@@ -187,9 +198,14 @@ class KVCacheStatsHook(LearnerHook):
         """
         if point is None or engine.tb_logger is None:
             return
-        if not self._laid_out:
+        if not self._introduced:
+            self._introduced = True
             engine.tb_logger.add_custom_scalars(LAYOUT)
-            self._laid_out = True
+            policy = engine.policy
+            world_model = policy.get_attribute('model').world_model
+            write_hyperparameters(engine.tb_logger, {
+                **world_model.hyperparameters, 'num_simulations': policy.get_attribute('cfg').num_simulations
+            })
         values = {**self.values(point.counters), **self.times(point.timings)}
         for name, value in values.items():
             engine.tb_logger.add_scalar(f'kv_cache_iter/{name}', value, point.iteration)
@@ -239,6 +255,22 @@ class KVCacheStatsHook(LearnerHook):
                 self._means[f'{name}_ms'] = 1e3 * (timing.seconds - before.seconds) / (timing.count - before.count)
                 self._timed[name] = Timing(timing.count, timing.seconds)
         return self._means
+
+
+def write_hyperparameters(tb_logger: Any, values: Dict[str, Any]) -> None:
+    """
+    Overview:
+        Say in a run's own event file by what it can be told from others. The writers' ``add_hparams`` would begin
+        another file, and say that the run has ended.
+    Arguments:
+        - tb_logger (:obj:`Any`): A ``SummaryWriter`` of torch or of tensorboardX.
+        - values (:obj:`Dict[str, Any]`): Those of ``HYPERPARAMETERS`` that the run has.
+    """
+    writer = tb_logger._get_file_writer()
+    # Both have the same function for this beside their writer, each for messages of its own kind.
+    summary = importlib.import_module(type(writer).__module__.rpartition('.')[0] + '.summary')
+    writer.add_summary(summary.hparams(HYPERPARAMETERS, dict.fromkeys(COMPARED, 0.))[0])
+    writer.add_summary(summary.hparams(values, {})[1])
 
 
 class _LastPoint(LearnerHook):

@@ -9,7 +9,7 @@ import torch
 import xxhash
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
-from .backend import Result, make_backend
+from .backend import Result, make_backend, picked
 from .base_manager import PagedCacheManager
 from .config import CacheConfig
 from .engine import Engine, StepOutput
@@ -60,6 +60,7 @@ class NewWorldModel(LightZeroWorldModel):
         )
         self.kv_cache_manager.storage.shift = self._shift
         self.kv_cache_manager.storage.blank = self._blank
+        self._options = options
         self._backend = make_backend(options.backend, self.cache_engine)
         self._serving: Optional[Serving] = None
         self._roots: Optional[Tuple[Rows, np.ndarray]] = None
@@ -97,6 +98,17 @@ class NewWorldModel(LightZeroWorldModel):
     def graph_memory_mb(self) -> float:
         """MiB that captured graphs hold beside the pages."""
         return self._backend.memory_mb
+
+    @property
+    def hyperparameters(self) -> Dict[str, Any]:
+        """What tells this cache from others."""
+        options = self._options
+        return dict(
+            cache_system='new', cache_manager=options.type, eviction=options.eviction,
+            init_pool_size=options.init_pool_size, recurrent_pool_size=options.recurrent_pool_size,
+            env_num=options.env_num, dtype=options.dtype, context_length=self.context_length,
+            backend=picked(options.backend, self.cache_engine.device),
+        )
 
     @property
     def keys_values_wm_list(self) -> 'CacheView':

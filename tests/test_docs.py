@@ -28,6 +28,7 @@ READMES = ['README.md', 'README.zh.md']
 PAGES = READMES + ['docs/design.md', 'docs/lightzero_main.md']
 # What a run leaves behind.
 OF_A_RUN = {'log/serial', 'log/train.log', 'ckpt', 'summary.json', 'data_unizero', 'total_config.py'}
+OF_AN_EXPERIMENT = {'experiment.json', 'data_experiment/NAME'}
 OF_A_COMPARISON = {'compare.png', 'compare.json'}
 INSTALL_AND_TRAIN = 'pip install -e . && python train.py --config config_new.py'
 INSTALL_AND_TEST = 'pip install -e ".[test]" && python -m pytest'
@@ -229,7 +230,7 @@ def test_paths(name):
     for span in spans(read(name)):
         path = span.split('::')[0]
         if re.fullmatch(r'[.\w-]+(/[.\w-]*)+|[\w-]+\.(py|md|json|toml|png)', path) and not path.startswith('kv_cache_'):
-            assert path in OF_A_RUN | OF_A_COMPARISON or (ROOT / path).exists(), span
+            assert path in OF_A_RUN | OF_AN_EXPERIMENT | OF_A_COMPARISON or (ROOT / path).exists(), span
 
 
 @pytest.mark.parametrize('name', READMES)
@@ -237,7 +238,7 @@ def test_commands(name):
     commands = [line for block in blocks(name, 'bash') for line in block.split('\n')]
     commands += [span for span in spans(read(name)) if span.startswith(('python ', 'pip '))]
     for command in commands:
-        if command.startswith(tools.PROGRAM):
+        if command.startswith(tools.PROGRAM + ' '):
             tools.build_parser().parse_args(shlex.split(command[len(tools.PROGRAM):]))
         for script in re.findall(r'(?:python|--nproc_per_node=2) (\S+\.py)', command):
             assert (ROOT / script).exists()

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.training import lightzero
-from lzero_kvcache.training.checkpoints import read_checkpoint, save_atomically
+from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
 from lzero_kvcache.training.cli import build_parser, main, make_plan
 from lzero_kvcache.training.config_file import PROJECT_ROOT
 from lzero_kvcache.training.mending import mend
@@ -54,6 +55,9 @@ def plan_of(*arguments):
     (['--config', 'config_new', '--set', 'policy.model_path=nosuch.pth.tar'], 'nosuch.pth.tar: no such checkpoint'),
     (['--config', 'config_new', '--resume', 'nosuch.pth.tar'], 'nosuch.pth.tar: no such checkpoint'),
     (['--config', 'config_new', '--resume', 'a', '--eval', 'b'], 'not allowed with'),
+    (['--config', 'config_new', '--in-place'], 'give that, and no --exp-name'),
+    (['--config', 'config_new', '--in-place', '--resume', 'a/ckpt/b', '--exp-name', 'c'], 'and no --exp-name'),
+    (['--config', 'config_new', '--in-place', '--resume', 'a/b.pth.tar'], 'a/b.pth.tar is in no folder ckpt'),
 ])
 def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -85,6 +89,14 @@ def test_options_override_the_config():
     assert plan.main_config.policy.model.world_model_cfg.use_new_cache_manager is False
     assert plan.main_config.exp_name.endswith('cartpole_old_seed3')
     assert plan.main_config.policy.cuda is False
+
+
+def test_in_place_is_in_the_checkpoints_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of('--resume', 'runs/a/ckpt/ckpt_best.pth.tar', '--in-place', '--seed', '3')
+    assert plan.in_place
+    assert plan.main_config.exp_name == str(tmp_path / 'runs' / 'a')
+    assert not plan_of('--resume', 'runs/a/ckpt/ckpt_best.pth.tar').in_place
 
 
 def test_without_options_the_config_stands():
@@ -291,6 +303,25 @@ def test_a_second_interrupt_waits_for_nothing(a_run):
         a_run._on_signal(signal.SIGINT, None)
 
 
+def test_an_interrupt_in_a_step_of_an_environment(a_run):
+    """DI-engine's environment manager retries, and raises an error of its own."""
+    from ding.envs import BaseEnvManager
+
+    class Env:
+        def step(self, action):
+            a_run._on_signal(signal.SIGINT, None)
+
+    manager = BaseEnvManager.__new__(BaseEnvManager)
+    manager._envs, manager._env_states, manager._step_timeout, manager._max_retry = [Env()], {}, None, 1
+    with pytest.raises(RuntimeError) as caught:
+        manager._step(0, 1)
+    assert a_run._interrupt(caught.value).signum == signal.SIGINT
+
+
+def test_an_error_is_no_interrupt(a_run):
+    assert a_run._interrupt(RuntimeError('it broke')) is None
+
+
 def test_saving_is_not_interrupted(a_run):
     a_run._saving = True
     a_run._on_signal(signal.SIGINT, None)
@@ -469,6 +500,22 @@ def test_a_missing_rom_is_said_before_anything_is_written(tmp_path):
     assert ended.returncode == 2
     assert 'ale-import-roms' in ended.stderr
     assert os.listdir(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize('best', [None, 17.])
+def test_a_training_in_place_replaces_only_what_it_betters_and_is_evaluated_at_its_end(best, monkeypatch):
+    monkeypatch.setattr(lightzero, 'load_state', lambda policy, checkpoint: None)
+    watch = lightzero.Watch(lambda: None, lambda: None)
+    last_iter, evaluations = SimpleNamespace(update=lambda value: None), []
+    watch.learner = SimpleNamespace(policy=None, last_iter=last_iter, train_iter=5, save_checkpoint=None)
+    watch.collector = SimpleNamespace(envstep=50)
+    watch.evaluator = SimpleNamespace(_max_episode_return=float('-inf'), policy=None,
+                                      eval=lambda *arguments: evaluations.append(arguments))
+    watch.checkpoint, watch.best_reward = Checkpoint({}, 5, 50), best
+    watch.restore()
+    assert watch.evaluator._max_episode_return == (float('-inf') if best is None else best)
+    watch.evaluate_last()
+    assert evaluations == ([] if best is None else [(None, 5, 50)])
 
 
 def test_the_watch_knows_nothing_before_the_training_does():
