@@ -73,7 +73,6 @@ class ExactShadow:
     Arguments:
         - attributes (:obj:`Dict[str, Any]`): Those of the world model, as LightZero's constructor left them.
     """
-    causes: Tuple[str, ...] = ()
 
     def __init__(self, attributes: Dict[str, Any]) -> None:
         self._attributes = attributes
@@ -123,8 +122,7 @@ class ExactShadow:
             alone = self._alone.get(place)
             if alone is None:
                 alone = self._alone[place] = _Alone(self._attributes)
-            alone.move()
-            vars(alone).update(tables)
+            alone.prepare(tables)
             answers.append(self._follow_one(alone, search, row, before[row:row + 1], latents[row:row + 1]))
             self._kept[place] = alone.root.stored  # type: ignore[assignment]
         blameless: List[FrozenSet[str]] = [frozenset()] * len(search.env_ids)

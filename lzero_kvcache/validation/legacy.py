@@ -1,7 +1,7 @@
 """What LightZero's own caching does with the same batches: its rows, its pools, its clearing. Compares nothing.
 
-Why an answer may differ from the right one is told by what is seen: whose context LightZero found, what sizes it padded,
-which rows it took for an environment. A context hands its causes on to all that is computed from it.
+Why an answer may differ from the right one is told by what is seen: whose context LightZero found, what sizes it
+padded, which rows it took for an environment. A context hands its causes on to all that is computed from it.
 """
 import contextlib
 import io
@@ -80,7 +80,6 @@ class LegacyShadow:
     Arguments:
         - attributes (:obj:`Dict[str, Any]`): Those of the world model, as LightZero's constructor left them.
     """
-    causes = CAUSES
 
     def __init__(self, attributes: Dict[str, Any]) -> None:
         self._shadow = Shadow(attributes, attributes['env_num'])
@@ -143,8 +142,8 @@ class LegacyShadow:
             - replies (:obj:`List[Reply]`): To the root inference, and to each simulation that was noted. Where
                 LightZero's code fails there is no answer, and no further reply.
         """
-        self._shadow.move()
-        vars(self._shadow).update(self._tables)
+        assert search.obs is not None
+        self._shadow.prepare(self._tables)
         if self._stale_tables is None:
             self._stale_tables = not _same(position_tables(world_model), self._tables)
         for row in search.lost:
@@ -159,6 +158,8 @@ class LegacyShadow:
         try:
             self._replay(search, replies)
         except _Failed as failed:
+            if not replies:  # there should be root contexts now
+                self._current.update({place: _Context('') for place in search.places()})
             replies.append(self._failed(search, failed.error))
         self._policy.last_batch_obs, self._policy.last_batch_action = search.obs, list(search.actions)
         self._rows = list(search.places())
@@ -262,7 +263,6 @@ def _of_lookup(key: str, found: Optional[_Context], expected: Optional[_Context]
 def _same(tables: Dict[str, Any], others: Dict[str, Any]) -> bool:
     """Whether windows move by the same differences."""
     return all(
-        torch.equal(table[place], other[place].to(table[place].device))
-        for name in ('pos_emb_diff_k', 'pos_emb_diff_v') if name in tables
-        for table, other in zip(tables[name], others[name]) for place in table
+        torch.equal(layer[place], other[place].to(layer[place].device))
+        for name in tables for layer, other in zip(tables[name], others[name]) for place in layer
     )

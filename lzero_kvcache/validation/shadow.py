@@ -1,11 +1,11 @@
-"""LightZero's own world model on the modules of another: no weights of its own, only caches. Changes none of its code."""
+"""LightZero's own world model on the modules of another: its code, unchanged, with caches and without weights."""
 from typing import Any, Dict, Iterable
 
 import torch
 from lzero.model.unizero_world_models.kv_caching import KeysValues
 from lzero.model.unizero_world_models.world_model import WorldModel
 
-_TABLES = ('positional_embedding_k', 'positional_embedding_v', 'pos_emb_diff_k', 'pos_emb_diff_v')
+_TABLES = ('pos_emb_diff_k', 'pos_emb_diff_v')
 
 
 class Shadow(WorldModel):
@@ -18,10 +18,13 @@ class Shadow(WorldModel):
         - env_num (:obj:`int`): Environments of a batch.
     """
 
+    device: torch.device
+    latent_state: torch.Tensor
+
     def __init__(self, attributes: Dict[str, Any], env_num: int) -> None:
         self.__dict__.update(attributes)
         self.env_num = env_num
-        self.latent_state = None  # LightZero deletes it at each step
+        self.latent_state = torch.empty(0)  # LightZero deletes it at each step
         self._initialize_statistics()
         self._initialize_cache_structures()
         self._initialize_transformer_keys_values()
@@ -34,12 +37,18 @@ class Shadow(WorldModel):
         self.shared_pool_wm = [None] * env_num
         self.shared_pool_index = self.shared_pool_index_wm = 0
 
-    def move(self) -> None:
+    def prepare(self, tables: Dict[str, Any]) -> None:
         """
         Overview:
-            Follow the modules to where they are now.
+            Follow the modules to where they are now, and take tables of positions.
+        Arguments:
+            - tables (:obj:`Dict[str, Any]`): From :func:`position_tables`.
         """
         device = self.transformer.ln_f.weight.device
+        self.__dict__.update({
+            name: [{place: difference.to(device) for place, difference in layer.items()} for layer in table]
+            for name, table in tables.items()
+        })
         if device == self.device:
             return
         self.device = device

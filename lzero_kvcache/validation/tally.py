@@ -1,6 +1,6 @@
 """Differences between two answers, and what has come of them so far. Knows numbers only."""
 from collections import Counter
-from typing import Dict, FrozenSet, List, Sequence, Tuple
+from typing import Dict, FrozenSet, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class Tally:
         self.seconds = 0.0
         self.causes: Counter = Counter(dict.fromkeys(causes, 0))
         self._read_rows = 0
-        self._unread: Dict[str, List[np.ndarray]] = {name: [] for name in QUANTITIES}
+        self._unread: Dict[str, Tuple[float, float, int]] = {}  # largest, sum and number by quantity
 
     def add(self, differences: Dict[str, np.ndarray],
             causes: Sequence[Sequence[FrozenSet[str]]]) -> Tuple[np.ndarray, np.ndarray]:
@@ -79,7 +79,10 @@ class Tally:
             - unexplained (:obj:`np.ndarray`): Whether it is so without a cause ``[I, B]``.
         """
         for name, values in differences.items():
-            self._unread[name].append(values[~np.isnan(values)])
+            values = values[~np.isnan(values)]
+            largest, total, number = self._unread.get(name, (0., 0., 0))
+            if values.size:
+                self._unread[name] = max(largest, float(values.max())), total + float(values.sum()), number + values.size
         over = np.any([values > self._tolerance for values in differences.values()], axis=0)
         unexplained = over & ~np.array([[bool(of_row) for of_row in of_batch] for of_batch in causes])
         self.inferences += len(over)
@@ -117,9 +120,7 @@ class Tally:
             'seconds': self.seconds,
             **{f'cause_{cause}': count for cause, count in self.causes.items()}
         }
-        for name, parts in self._unread.items():
-            unread = np.concatenate(parts) if parts else np.empty(0)
-            if len(unread):
-                values[f'{name}_max'], values[f'{name}_mean'] = float(unread.max()), float(unread.mean())
-            parts.clear()
+        for name, (largest, total, number) in self._unread.items():
+            values[f'{name}_max'], values[f'{name}_mean'] = largest, total / number
+        self._unread.clear()
         return values

@@ -14,7 +14,7 @@ class Node(NamedTuple):
     Overview:
         One simulation: a node of each row was expanded.
     """
-    path: np.ndarray  # [B]: index in the search path of each row's node, 0 for its root; LightZero's trees keep rows apart
+    path: np.ndarray  # [B]: index in the search path of each row's node, 0 for its root
     actions: np.ndarray  # [B], or [B, A]
     depths: Sequence[int]  # [B]: what LightZero's tree passes as depth
     answer: Answer

@@ -8,14 +8,12 @@ import numpy as np
 
 from ..config import CacheConfig
 from .exact import ExactShadow, Reply
-from .legacy import LegacyShadow
+from .legacy import CAUSES, LegacyShadow
 from .shadow import position_tables
 from .tally import QUANTITIES, Tally, compare
 from .trace import Node, Search, answer_of
 
 logger = logging.getLogger(__name__)
-
-_SHADOWS = {'exact': ExactShadow, 'legacy': LegacyShadow}
 
 
 class ValidationError(RuntimeError):
@@ -38,7 +36,7 @@ class Validator:
         self._options = options
         self._tables: Dict[str, Any] = {}
         self._shadow: Any = None  # from the end of LightZero's constructor on
-        self.tally = Tally(options.validation_tol, _SHADOWS[options.validation].causes)
+        self.tally = Tally(options.validation_tol, CAUSES if options.validation == 'legacy' else ())
         self._searches = 0
         self._search: Optional[Search] = None
         self._told = False
@@ -56,7 +54,7 @@ class Validator:
             - world_model (:obj:`Any`): Whose modules the shadow shares.
         """
         attributes = {name: value for name, value in vars(world_model).items() if value is not self}
-        self._shadow = _SHADOWS[self._options.validation](attributes)
+        self._shadow = (LegacyShadow if self._options.validation == 'legacy' else ExactShadow)(attributes)
         self._shadow.set_tables(self._tables)
 
     def open(self, mode: str, env_ids: List[int]) -> None:
@@ -192,8 +190,8 @@ class Validator:
         options, is_wrong = self._options, bool(unexplained.any())
         if is_wrong and options.validation_action == 'raise':
             raise ValidationError(
-                f"kv_cache_cfg.validation={options.validation!r}: {_worst(search, differences, unexplained)}, more than "
-                f"kv_cache_cfg.validation_tol={options.validation_tol:g}"
+                f'kv_cache_cfg.validation={options.validation!r}: {_worst(search, differences, unexplained)}, more '
+                f'than kv_cache_cfg.validation_tol={options.validation_tol:g}'
             )
         if not search.replayed and (self._told or not is_wrong):
             return
@@ -212,7 +210,7 @@ class Validator:
 def _worst(search: Search, differences: Dict[str, np.ndarray], among: np.ndarray) -> str:
     """Where and by how much an answer differs most."""
     stacked = np.where(among, np.stack([differences[name] for name in QUANTITIES]), np.nan)
-    quantity, index, row = np.unravel_index(np.nanargmax(stacked), stacked.shape)
+    quantity, index, row = map(int, np.unravel_index(np.nanargmax(stacked), stacked.shape))
     node = 'the root' if index == 0 else f'simulation {index}'
     return f'in {search.mode}, environment {search.env_ids[row]}, step {search.timesteps[row]}, {node}: ' \
            f'{QUANTITIES[quantity]} differs by {stacked[quantity, index, row]:.2g}'
