@@ -79,10 +79,10 @@ class Tally:
             - unexplained (:obj:`np.ndarray`): Whether it is so without a cause ``[I, B]``.
         """
         for name, values in differences.items():
-            values = values[~np.isnan(values)]
+            known = values[~np.isnan(values)]
             largest, total, number = self._unread.get(name, (0., 0., 0))
-            if values.size:
-                self._unread[name] = max(largest, float(values.max())), total + float(values.sum()), number + values.size
+            if known.size:
+                self._unread[name] = max(largest, float(known.max())), total + float(known.sum()), number + known.size
         over = np.any([values > self._tolerance for values in differences.values()], axis=0)
         unexplained = over & ~np.array([[bool(of_row) for of_row in of_batch] for of_batch in causes])
         self.inferences += len(over)
