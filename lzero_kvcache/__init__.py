@@ -11,6 +11,7 @@ from .old_system import OldCacheManager
 from .pool import KVCachePool
 from .registry import KV_CACHE_REGISTRY
 from .stats import CacheStats
+from .validation import ValidationError
 
 __version__ = '0.1.0'
 
@@ -25,6 +26,7 @@ __all__ = [
     'KV_CACHE_REGISTRY',
     'OldCacheManager',
     'PagedCacheManager',
+    'ValidationError',
     'check_config',
     'disable',
     'enable',

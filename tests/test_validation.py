@@ -375,7 +375,7 @@ class TestCauses:
             world_model.validator._shadow._shadow.shared_pool_size = 3
 
         case = Case()
-        tally = checked(case, below_one_root(case, [0, 1, 2, 0, 1]), prepare, validation='legacy', action='raise')
+        tally = checked(case, below_one_root(case, [0, 1, 2, 3, 1]), prepare, validation='legacy', action='raise')
         assert tally.causes['stale_slot'] == tally.over == 1
         assert sum(tally.causes.values()) == 1
 
@@ -400,7 +400,7 @@ class TestCauses:
                 policy = make_one(True, simulations=8, rotary=rotary, kv_cache_cfg=options('legacy', action='raise'))
                 live_through(policy)
                 assert found(policy)[2] == 0
-                assert found(policy)[1] > 100
+                assert found(policy)[1] > 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------

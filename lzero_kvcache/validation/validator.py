@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any, Dict, FrozenSet, List, Optional, Sequence
 
 import numpy as np
+import torch
 
 from ..config import CacheConfig
 from .exact import ExactShadow, Reply
@@ -152,6 +153,7 @@ class Validator:
         else:
             self._search.resets.append(lambda: self._shadow.reset(reset, *args, **kwargs))
 
+    @torch.no_grad()
     def check(self, world_model: Any, actions: Sequence[Any]) -> None:
         """
         Overview:
