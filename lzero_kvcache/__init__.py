@@ -20,6 +20,7 @@ from .old_system import OldCacheManager
 from .pool import KVCachePool
 from .registry import KV_CACHE_REGISTRY
 from .stats import CacheStats
+from .validation import ValidationError
 
 __version__ = '0.1.0'
 
@@ -34,6 +35,7 @@ __all__ = [
     'KV_CACHE_REGISTRY',
     'OldCacheManager',
     'PagedCacheManager',
+    'ValidationError',
     'check_config',
     'disable',
     'enable',

@@ -158,6 +158,8 @@ class KVCachePolicy:
                 self.last_batch_obs, self.last_batch_action = steps.rows(env_ids, observations)
                 with world_model.serving(mode, env_ids), _quick_entropy():
                     output = forward(*args, **kwargs)
+                    if world_model.validator is not None:
+                        world_model.validator.check(world_model, [output[env_id]['action'] for env_id in env_ids])
             else:
                 following = sum(env_id in steps for env_id in env_ids)
                 hits = world_model.root_hit_cnt
@@ -173,6 +175,9 @@ class KVCachePolicy:
     def _reset(self, mode: str, reset: Callable[..., None], env_id: Union[None, int, List[int]], args: Any,
                kwargs: Any) -> None:
         """A list names environments whose episode ended, None means all; a number is LightZero's periodic clearing."""
+        validator = getattr(self._model.world_model, 'validator', None)
+        if validator is not None:
+            validator.reset(reset, env_id, *args, **kwargs)
         ended = env_id is None or not isinstance(env_id, numbers.Integral)
         if self._searching:  # LightZero resets every row when fewer environments are ready than usual
             ended = False

@@ -11,6 +11,7 @@ from .stats import Timing
 HOOK_KEY = 'kv_cache_stats'
 HOOK_CONFIG = {'type': HOOK_KEY, 'name': HOOK_KEY, 'priority': 30, 'position': 'after_iter'}
 POOLS = ('init', 'recur', 'total')
+VALIDATION = 'kv_cache_validation'
 METRICS = ('hit_rate', 'queries', 'hits', 'misses', 'evictions', 'occupancy')
 
 _SHOWN_TOGETHER = {
@@ -210,9 +211,15 @@ class KVCacheStatsHook(LearnerHook):
         for name, value in values.items():
             engine.tb_logger.add_scalar(f'kv_cache_iter/{name}', value, point.iteration)
             engine.tb_logger.add_scalar(f'kv_cache_step/{name}', value, point.env_step)
+        validator = getattr(engine.policy.get_attribute('model').world_model, 'validator', None)
+        validated = {} if validator is None else validator.tally.read()
+        for name, value in validated.items():
+            engine.tb_logger.add_scalar(f'{VALIDATION}/{name}', value, point.iteration)
         if engine.policy.get_attribute('cfg').get('use_wandb', False):
             import wandb
-            wandb.log({f'kv_cache_step/{name}': value for name, value in values.items()}, step=point.env_step)
+            logged = {f'kv_cache_step/{name}': value for name, value in values.items()}
+            logged.update({f'{VALIDATION}/{name}': value for name, value in validated.items()})
+            wandb.log(logged, step=point.env_step)
 
     def values(self, counters: Dict[str, Any]) -> Dict[str, float]:
         """

@@ -20,12 +20,16 @@ from lzero_kvcache import KV_CACHE_REGISTRY, KVCacheManager, config, telemetry
 from lzero_kvcache import __main__ as tools
 from lzero_kvcache.nodes import NodeTable
 from lzero_kvcache.pages import RESERVED_PAGES, extend
+from lzero_kvcache.telemetry import VALIDATION
 from lzero_kvcache.training.cli import build_parser
+from lzero_kvcache.validation.legacy import CAUSES
+from lzero_kvcache.validation.tally import QUANTITIES, Tally
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'lzero_kvcache'
 READMES = ['README.md', 'README.zh.md']
-PAGES = READMES + ['docs/design.md', 'docs/lightzero_main.md']
+PAGES = READMES + ['docs/design.md', 'docs/lightzero_main.md', 'docs/validation.md']
+FOLDERS = {path.parent.name for path in PACKAGE.glob('*/__init__.py')}
 # What a run leaves behind.
 OF_A_RUN = {'log/serial', 'log/train.log', 'ckpt', 'summary.json', 'data_unizero', 'total_config.py'}
 OF_AN_EXPERIMENT = {'experiment.json', 'data_experiment/NAME'}
@@ -115,7 +119,7 @@ class TestOptions:
 
     @pytest.mark.parametrize(('key', 'choices'), [
         ('eviction', config.EVICTIONS), ('dtype', config.DTYPES), ('backend', config.BACKENDS),
-        ('on_nan', config.ON_NAN),
+        ('on_nan', config.ON_NAN), ('validation', config.VALIDATIONS), ('validation_action', config.VALIDATION_ACTIONS),
     ])
     def test_choices(self, name, key, choices):
         [meaning] = [row[3] for row in table_with(name, 'type') if spans(row[0]) == [key]]
@@ -154,6 +158,18 @@ class TestTags:
             written = set(counters) - set(telemetry.POOLS) | {f'{timing}_ms' for timing in world_model.timings}
             written |= set(counters['init']) | {'hit_rate'}
             assert written == {metric for metric, old in rows.items() if old or flag}
+
+    def test_validation(self, name):
+        rows = table_with(name, f'{VALIDATION}/value_max')
+        first, *others = rows
+        documented = {span.split('/')[1] for row in rows for span in spans(row[0])}
+        documented |= {f'{span}_{kind}' for span in spans(first[1]) for kind in ('max', 'mean')}
+        [causes] = [spans(row[1]) for row in others if spans(row[0]) == [f'{VALIDATION}/cause_padding']]
+        documented |= {f'cause_{span}' for span in causes if span != 'legacy'}
+        tally = Tally(1., CAUSES)
+        nothing = np.zeros((1, 1))
+        tally.add(dict.fromkeys(QUANTITIES, nothing), [[frozenset()]])
+        assert documented == set(tally.read())
 
     def test_every_tag_that_is_named(self, name):
         for tag in re.findall(r'kv_cache_(?:iter|step)/(\w+)', read(name)):
@@ -294,8 +310,7 @@ class TestRooms:
 
     def test_every_module_is_in_one_room(self):
         modules = [module for _, modules, _ in self.ROOMS for module in modules]
-        there = {path.stem for path in PACKAGE.glob('*.py')} - {'__init__'}
-        there |= {path.parent.name for path in PACKAGE.glob('*/__init__.py')}
+        there = {path.stem for path in PACKAGE.glob('*.py')} - {'__init__'} | FOLDERS
         assert sorted(modules) == sorted(there)
 
     def test_imports_run_one_way(self):
@@ -310,7 +325,7 @@ class TestRooms:
     def test_there_are_no_circles(self):
         for _, modules, _ in self.ROOMS:
             left = {module: imports(PACKAGE / f'{module}.py')[0] & set(modules)
-                    for module in modules if not (PACKAGE / module).is_dir()}
+                    for module in modules if module not in FOLDERS}
             while left:
                 free = [module for module, needed in left.items() if not needed & set(left)]
                 assert free, left
