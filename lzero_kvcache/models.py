@@ -3,8 +3,10 @@ import inspect
 from contextlib import contextmanager
 from typing import Any, Iterator
 
+import torch
 from ding.utils import MODEL_REGISTRY
 from lzero.model import sampled_unizero_model, unizero_model
+from lzero.model.unizero_world_models.tokenizer import Tokenizer
 
 from .config import CacheConfig
 from .old_system import OldWorldModel
@@ -17,12 +19,27 @@ def _world_model_of(module: Any, init: Any, args: Any, kwargs: Any) -> Iterator[
     """LightZero's models build ``WorldModel`` by the name in their own module; put ours there for that moment."""
     config = inspect.signature(init).bind(*args, **kwargs).arguments['world_model_cfg']
     options = CacheConfig.read(config, KV_CACHE_REGISTRY)
-    original = module.WorldModel
+    originals = module.WorldModel, module.Tokenizer
     module.WorldModel = NewWorldModel if options.use_new else OldWorldModel
+    if config.obs_type == 'image_memory':
+        module.Tokenizer = MemoryTokenizer
     try:
         yield
     finally:
-        module.WorldModel = original
+        module.WorldModel, module.Tokenizer = originals
+
+
+class MemoryTokenizer(Tokenizer):
+    """
+    Overview:
+        LightZero's tokenizer with a perceptual loss of no parameters in place of none: LightZero's own models for
+        'image_memory' count them, and cannot be constructed without.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.lpips is None:
+            self.lpips = torch.nn.Identity()
 
 
 class UniZeroModel(unizero_model.UniZeroModel):
