@@ -1,4 +1,4 @@
-"""Installs lzero_kvcache: ``pip install -e .``, and with what environments (``".[zoo]"``) or tests (``".[test]"``) need."""
+"""Installs lzero_kvcache: ``pip install -e .``; extras have what environments (``zoo``) and tests (``test``) need."""
 import re
 import sys
 

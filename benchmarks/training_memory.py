@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Dict, List, Sequence, Tuple
 
 from rich.console import Console
@@ -55,12 +56,12 @@ def watch(arguments: Sequence[str]) -> List[Tuple[float, float]]:
 
 
 def report(samples: List[Tuple[float, float]], folder: str) -> None:
-    """The most that was resident in each tenth of the environment steps, and what the cache had allocated."""
+    """What was resident in each tenth of the environment steps, and what of it the cache had allocated."""
     events = EventAccumulator(os.path.join(folder, 'log', 'serial'), size_guidance={'scalars': 0})
     events.Reload()
     points = events.Scalars(TAG)
     last = points[-1].step
-    table = Table('environment steps', 'resident MiB', 'of them the cache', title='Memory of a training')
+    table = Table('environment steps', 'resident MiB, median', 'most', 'of it the cache', title='Memory of a training')
     for row in range(ROWS):
         low, high = last * row // ROWS, last * (row + 1) // ROWS
         here = [point for point in points if low < point.step <= high]
@@ -69,7 +70,8 @@ def report(samples: List[Tuple[float, float]], folder: str) -> None:
         begin, end = here[0].wall_time - SECONDS, here[-1].wall_time + SECONDS
         resident = [mb for moment, mb in samples if begin <= moment <= end]
         if resident:
-            table.add_row(f'{here[0].step} to {here[-1].step}', f'{max(resident):.0f}', f'{here[-1].value:.1f}')
+            numbers = f'{median(resident):.0f}', f'{max(resident):.0f}', f'{here[-1].value:.1f}'
+            table.add_row(f'{here[0].step} to {here[-1].step}', *numbers)
     Console(width=100).print(table)
 
 

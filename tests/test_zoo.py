@@ -1,24 +1,20 @@
 """The configs of ``zoo_configs/``: LightZero's own and nothing but the plugin; a training of each in both systems."""
 import ast
 import copy
-import json
 import os
 import re
 import socket
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 import zoo
-from forks import in_forks
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainings import SMALL, WM, check_run, import_what_trainings_import, short_episodes, trained
 
 from lzero_kvcache import ConfigError, check_config, disable, enable
 from lzero_kvcache.training import load_config
-from lzero_kvcache.training.cli import main
+from lzero_kvcache.training.cli import build_parser, make_plan
 from lzero_kvcache.training.config_file import PROJECT_ROOT
 
 SHIPPED = {path.stem: path for path in Path(zoo.__file__).parent.rglob('*unizero*_config.py')}
@@ -30,7 +26,6 @@ NAMES = sorted(
 OF_OURS = {'memory_key_to_door_unizero_config'}
 ATARI = [name for name in NAMES if name.startswith('atari')]
 SEVERAL = [name for name in NAMES if 'ddp' in name]
-WM = 'policy.model.world_model_cfg'
 SYSTEMS = ['old', 'new']
 
 
@@ -136,7 +131,6 @@ def test_the_header_says_what_a_user_needs(name):
 
 @pytest.mark.parametrize('name', ATARI)
 def test_another_game(name, monkeypatch, tmp_path):
-    from lzero_kvcache.training.cli import build_parser, make_plan
     pytest.importorskip('cv2')
     monkeypatch.chdir(tmp_path)
     plan = make_plan(build_parser().parse_args(['--config', name, '--set', 'env.env_id=BreakoutNoFrameskip-v4']))
@@ -148,22 +142,6 @@ def test_another_game(name, monkeypatch, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- what is missing
-
-
-def trained(tmp_path, arguments, *prepare):
-    """Run ``train.py`` in forks of this process, which has the libraries imported; exit codes and what was printed."""
-
-    def run(name, prepare):
-        os.chdir(str(tmp_path))
-        with open(name, 'w', encoding='utf-8') as printed:
-            os.dup2(printed.fileno(), 1)
-            os.dup2(printed.fileno(), 2)
-            prepare()
-            return main(arguments)
-
-    names = [f'printed{rank}' for rank in range(len(prepare))]
-    codes = in_forks({name: partial(run, name, function) for name, function in zip(names, prepare)})
-    return [(codes[name], (tmp_path / name).read_text(encoding='utf-8')) for name in names]
 
 
 def without(module, *users):
@@ -218,13 +196,6 @@ def test_pygame_is_said_in_one_line(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- real trainings
 
-ITERATIONS = 3
-SMALL = [
-    '--threads', '1', '--device', 'cpu', '--exp-name', 'run', '--max-train-iter', str(ITERATIONS), '--set',
-    'create_config.env_manager.type=base', 'env.collector_env_num=2', 'env.evaluator_env_num=1',
-    'policy.num_simulations=2', 'policy.batch_size=2', f'policy.update_per_collect={ITERATIONS}',
-    f'{WM}.embed_dim=32', f'{WM}.num_layers=1', f'{WM}.num_heads=2',
-]
 # An episode of Pong has a thousand steps, and it must have ended before one is trained on.
 SHORT_ATARI = [
     'env.collect_max_episode_steps=16', 'env.eval_max_episode_steps=16', 'policy.train_start_after_envsteps=0',
@@ -233,7 +204,6 @@ SHORT_ATARI = [
 ONE_PROCESS = ['policy.multi_gpu=False', 'policy.n_episode=2', 'policy.num_segments=2']
 # Of two environments each.
 TWO_PROCESSES = ['policy.n_episode=4', 'policy.num_segments=4', 'policy.batch_size=4']
-EPISODE = 40  # steps; the time limit of gymnasium's environments
 
 
 def changes(name):
@@ -272,24 +242,21 @@ def rom_folder(tmp_path_factory):
     return folder / 'ale_py' / 'roms'
 
 
-def prepare_run(rom_folder):
-    """In the fork, so that nothing of it is left to other tests."""
-    torch.set_num_threads(1)
-    import ding.config.config as saved_configs
-    import gymnasium
-    saved_configs.FormatCode = lambda text: (text, True)  # indenting the saved config would take seconds
-    for spec in gymnasium.registry.values():
-        spec.max_episode_steps = EPISODE
-    if rom_folder is not None:
-        from ale_py import roms
-        roms.register_plugin(roms.plugins.Directory(str(rom_folder)))
+def with_roms(folder):
+    """What to do in a fork before it trains."""
+
+    def prepare():
+        short_episodes()
+        if folder is not None:
+            from ale_py import roms
+            roms.register_plugin(roms.plugins.Directory(str(folder)))
+
+    return prepare
 
 
 @pytest.fixture(scope='module')
 def heavy_imports():
-    """What every training imports when it builds an optimizer and a model, once for all forks."""
-    import torch._dynamo
-    import torch._inductor.compile_fx  # noqa: F401
+    import_what_trainings_import()
 
 
 @pytest.mark.slow
@@ -299,30 +266,10 @@ def test_a_training_in_its_own_environment(name, cache, tmp_path, heavy_imports,
     needed(name)
     roms = request.getfixturevalue('rom_folder') if name in ATARI else None
     arguments = ['--config', name, '--cache', cache, *changes(name), *(ONE_PROCESS if name in SEVERAL else [])]
-    [(code, printed)] = trained(tmp_path, arguments, lambda: prepare_run(roms))
+    [(code, printed)] = trained(tmp_path, arguments, with_roms(roms))
     assert code == 0, printed
-    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
-    assert (summary['cache'], summary['train_iter'], summary['entry']) == (
-        cache, ITERATIONS, load_config(name).entry)
-    told = 'Using NEW KVCacheManager' if cache == 'new' else 'Using OLD cache system'
-    assert told in printed
-    check_events(tmp_path / 'run', summary, cache)
-
-
-def check_events(folder, summary, cache):
-    """A point under every tag of the cache at every iteration; the last ones are the summary's."""
-    events = EventAccumulator(str(folder / 'log' / 'serial'), size_guidance={'scalars': 0})
-    events.Reload()
-    tags = [tag for tag in events.Tags()['scalars'] if tag.startswith('kv_cache_iter/')]
-    assert len(tags) == (3 + 3 * 6 if cache == 'new' else 3 + 3 * 4)
-    for tag in tags:
-        assert [point.step for point in events.Scalars(tag)] == list(range(ITERATIONS)), tag
-    for pool in ('init', 'recur'):
-        queries = events.Scalars(f'kv_cache_iter/{pool}_queries')[-1].value
-        assert 0 < queries <= summary['counters'][pool]['queries']
-        assert events.Scalars(f'kv_cache_iter/{pool}_hits')[-1].value <= queries
-    if cache == 'new':
-        assert summary['hit_rates'] == dict(init=1., recur=1., total=1.)
+    assert ('Using NEW KVCacheManager' if cache == 'new' else 'Using OLD cache system') in printed
+    assert check_run(tmp_path / 'run', cache)['entry'] == load_config(name).entry
 
 
 @pytest.mark.slow
@@ -330,7 +277,7 @@ def check_events(folder, summary, cache):
 def test_data_parallel_configs_need_several_processes(name, tmp_path, request):
     needed(name)
     roms = request.getfixturevalue('rom_folder')
-    [(code, printed)] = trained(tmp_path, ['--config', name], lambda: prepare_run(roms))
+    [(code, printed)] = trained(tmp_path, ['--config', name], with_roms(roms))
     assert code == 2
     assert 'torchrun --nproc_per_node=N train.py' in printed.splitlines()[-1]
 
@@ -347,13 +294,11 @@ def test_two_processes(name, cache, tmp_path, rom_folder, heavy_imports):
         port = free.getsockname()[1]
 
     def prepare(rank):
-        prepare_run(rom_folder)
+        with_roms(rom_folder)()
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
             MASTER_PORT=str(port))
 
     ends = trained(tmp_path, arguments, lambda: prepare(0), lambda: prepare(1))
     assert [code for code, _ in ends] == [0, 0], ends
-    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
-    assert (summary['processes'], summary['cache'], summary['train_iter']) == (2, cache, ITERATIONS)
-    check_events(tmp_path / 'run', summary, cache)
+    assert check_run(tmp_path / 'run', cache)['processes'] == 2
