@@ -23,7 +23,7 @@ from lzero_kvcache.training.cli import build_parser
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'lzero_kvcache'
 READMES = ['README.md', 'README.zh.md']
-PAGES = READMES + ['docs/design.md', 'docs/lightzero_main.md']
+PAGES = READMES + ['docs/design.md', 'docs/lightzero_main.md', 'docs/your_project.md']
 # What a run leaves behind.
 OF_A_RUN = {'log/serial', 'log/train.log', 'ckpt', 'summary.json', 'data_unizero'}
 INSTALL_AND_TRAIN = 'pip install -e . && python train.py --config config_new.py'

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import zoo
+from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from trainings import SMALL, WM, check_run, import_what_trainings_import, short_episodes, trained
 
 from lzero_kvcache import ConfigError, check_config, disable, enable
@@ -127,6 +128,31 @@ def test_the_header_says_what_a_user_needs(name):
     steps = re.search(r'([\d,]+) environment steps', said['Cost']).group(1)
     assert int(steps.replace(',', '')) == loaded.max_env_step
     assert bool(loaded.main_config.policy.get('multi_gpu')) == (name in SEVERAL)
+
+
+@pytest.mark.parametrize('page', ['README.md', 'README.zh.md'])
+def test_the_table_of_the_zoo(page):
+    """Names, observations, actions, positions, contexts and extras; the other columns are what was seen."""
+    text = Path(PROJECT_ROOT, page).read_text(encoding='utf-8')
+    rows = [
+        [cell.strip() for cell in line.strip('|').split('|')] for line in text.split('\n')
+        if re.match(r'\| `\w+_unizero\w*_config` \|', line)
+    ]
+    assert sorted(row[0].strip('`') for row in rows) == NAMES
+    for name, observation, actions, positions, context, extra, *_ in rows:
+        loaded = load_config(name.strip('`'))
+        defaults = POLICY_REGISTRY.get(loaded.create_config.policy.type).default_config()
+        model = deep_merge_dicts(defaults, loaded.main_config.policy).model
+        shape = model.observation_shape
+        assert observation == ' x '.join(map(str, [shape] if isinstance(shape, int) else shape))
+        assert int(re.match(r'\d+', actions).group()) == model.action_space_size
+        continuous = model.world_model_cfg.continuous_action_space
+        assert len(actions.split(' ', 1)) == 1 + continuous
+        assert (positions in ('rotary', '旋转')) == model.world_model_cfg.rotary_emb
+        assert int(context) == model.world_model_cfg.context_length
+        source = Path(loaded.path).read_text(encoding='utf-8')
+        assert re.search(r'pip install -e (?:"\.\[(\w+)\]"|\.)', source).group(1) == (
+            None if extra == '-' else extra.strip('`'))
 
 
 @pytest.mark.parametrize('name', ATARI)
