@@ -1,4 +1,4 @@
-"""Installs lzero_kvcache: ``pip install -e .``, or ``".[test]"`` and ``".[atari]"`` with what tests and Atari need."""
+"""Installs lzero_kvcache: ``pip install -e .``; extras have what environments (``zoo``) and tests (``test``) need."""
 import re
 import sys
 
@@ -12,6 +12,10 @@ from setuptools import find_packages, setup
 
 # gymnasium[atari], which LightZero needs, brings ale-py 0.8.1. The ROM files are the user's to add.
 ATARI = ['opencv-python-headless<4.11']
+# Of box2d-py, which gymnasium's own extra asks for, there are no wheels; gymnasium imports pygame along with it.
+BOX2D = ['Box2D==2.3.10', 'pygame>=2.1.3']
+MEMORY = ['pycolab==1.2', 'six']
+ZOO = ATARI + BOX2D + MEMORY
 
 HERE = Path(__file__).resolve().parent
 README = HERE / 'README.md'
@@ -68,6 +72,9 @@ setup(
     ],
     extras_require={
         'atari': ATARI,
-        'test': ATARI + ['pytest>=8', 'pytest-timeout', 'pytest-xdist>=3.2', 'hypothesis', 'ruff', 'mypy'],
+        'box2d': BOX2D,
+        'memory': MEMORY,
+        'zoo': ZOO,
+        'test': ZOO + ['pytest>=8', 'pytest-timeout', 'pytest-xdist>=3.2', 'hypothesis', 'ruff', 'mypy'],
     },
 )

@@ -1,40 +1,71 @@
 """One collect step, a whole search through the policy, old against new, interleaved in one process.
 
     python benchmarks/collect_step.py --device cpu --model cartpole --envs 8 64
+    python benchmarks/collect_step.py --device cpu --config memory_unizero_config
+
+The second form takes models, searches and numbers of environments as large as the zoo's configs have them; observations
+are random. What is measured begins when contexts are full, so that a window slides at every step.
 """
 import contextlib
+import copy
 import io
 import time
 from functools import partial
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
 from common import PRESETS, median, parser, report, spread_latents, timed, world_model_cfg
-from ding.utils import deep_merge_dicts
+from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from easydict import EasyDict
 
-from lzero_kvcache.policies import UniZeroPolicy
+from lzero_kvcache.training import load_config
+
+SYSTEMS = (('old', False), ('new', True))
+Configs = Dict[str, Tuple[str, EasyDict]]  # by system: the policy's name in the registry, and its config
 
 
-def build_policies(args: Any, envs: int) -> Dict[str, Any]:
+def preset_configs(args: Any, envs: int) -> Configs:
+    """The sizes that ``--model`` names."""
+    preset = PRESETS[args.model]
+    vector = isinstance(preset['model']['observation_shape'], int)
+    model = dict(model_type='mlp' if vector else 'conv', **preset['model'])
+    return {name: ('unizero', EasyDict(
+        model=dict(model, world_model_cfg=world_model_cfg(
+            args, envs, args.simulations, use_new_cache_manager=flag, game_segment_length=50)),
+        num_simulations=args.simulations, collector_env_num=envs, evaluator_env_num=1,
+    )) for name, flag in SYSTEMS}
+
+
+def zoo_configs(config: str, args: Any, envs: Optional[int] = None, **changes: Any) -> Configs:
+    """Those of a file in ``zoo_configs/``; ``changes`` are made to its ``world_model_cfg``."""
+    loaded = load_config(config)
+    policy = loaded.main_config.policy
+    policy.multi_gpu = False
+    if envs is not None:
+        policy.update(collector_env_num=envs, evaluator_env_num=min(envs, policy.evaluator_env_num))
+        changes.update(env_num=envs)
+    if args.simulations is not None:
+        policy.num_simulations = args.simulations
+        changes.update(num_simulations=args.simulations)
+    configs = {}
+    for name, flag in SYSTEMS:
+        policy.model.world_model_cfg.update(
+            changes, device=args.device, use_new_cache_manager=flag, kv_cache_cfg=EasyDict(backend=args.backend))
+        configs[name] = loaded.create_config.policy.type, copy.deepcopy(policy)
+    return configs
+
+
+def build_policies(configs: Configs, device: str) -> Dict[str, Any]:
     """The same weights under both systems."""
     policies = {}
-    for name, flag in (('old', False), ('new', True)):
-        preset = PRESETS[args.model]
-        config = deep_merge_dicts(UniZeroPolicy.default_config(), EasyDict(
-            model=dict(
-                model_type='mlp' if isinstance(preset['model']['observation_shape'], int) else 'conv',
-                world_model_cfg=world_model_cfg(
-                    args, envs, args.simulations, use_new_cache_manager=flag, game_segment_length=50),
-                **preset['model'],
-            ),
-            num_simulations=args.simulations, collector_env_num=envs, evaluator_env_num=1, device=args.device,
-            cuda=args.device == 'cuda', use_wandb=False,
-        ))
+    for name, (kind, changes) in configs.items():
+        policy = POLICY_REGISTRY.get(kind)
+        config = deep_merge_dicts(policy.default_config(), changes)
+        config.update(device=device, cuda=device == 'cuda', use_wandb=False)
         torch.manual_seed(0)
         with contextlib.redirect_stdout(io.StringIO()):
-            policies[name] = UniZeroPolicy(config, enable_field=['learn', 'collect', 'eval'])
+            policies[name] = policy(config, enable_field=['learn', 'collect', 'eval'])
     spread_latents(policies['old']._model)
     policies['new']._model.load_state_dict(policies['old']._model.state_dict())
     if not policies['old']._cfg.model.world_model_cfg.rotary_emb:
@@ -42,46 +73,75 @@ def build_policies(args: Any, envs: int) -> Dict[str, Any]:
     return policies
 
 
-def collect(policies: Dict[str, Any], args: Any, envs: int, steps: int) -> Dict[str, List[float]]:
-    """Milliseconds of each collect step under each system, in episodes that all begin together."""
-    shape = PRESETS[args.model]['model']['observation_shape']
+def collect(policies: Dict[str, Any], envs: int, steps: int, first: int = 0) -> Dict[str, List[float]]:
+    """Milliseconds of each collect step under each system, in episodes that all began together at step 0."""
+    cfg = next(iter(policies.values()))._cfg
+    shape = cfg.model.observation_shape
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    mask = [np.ones(PRESETS[args.model]['model']['action_space_size'])] * envs
+    mask = [None if cfg.model.world_model_cfg.continuous_action_space else np.ones(cfg.model.action_space_size)] * envs
     times: Dict[str, List[float]] = {name: [] for name in policies}
     for policy in policies.values():
-        policy.collect_mode.reset()
-    for step in range(steps):
-        observation = torch.randn((envs,) + shape, device=args.device)
+        if first == 0:
+            policy.collect_mode.reset()
+    for step in range(first, first + steps):
+        observation = torch.randn((envs,) + shape, device=cfg.device)
         timestep = [np.array(step)] * envs
         for name in sorted(policies, reverse=step % 2 == 0):
             np.random.seed(step)
             times[name].append(timed(partial(
                 policies[name].collect_mode.forward, observation, action_mask=mask, temperature=1.0,
                 to_play=[-1] * envs, epsilon=0.0, ready_env_id=np.arange(envs), timestep=timestep,
-            ), args.device)[1])
+            ), cfg.device)[1])
     return times
+
+
+def fill(policies: Dict[str, Any], envs: int, steps: int) -> None:
+    """Begin episodes, and go some steps with searches of a single simulation."""
+    kept = {name: policy._cfg.num_simulations for name, policy in policies.items()}
+    for policy in policies.values():
+        policy._cfg.num_simulations = 1
+    collect(policies, envs, steps)
+    for name, policy in policies.items():
+        policy._cfg.num_simulations = kept[name]
+
+
+def measure(policies: Dict[str, Any], envs: int, steps: int) -> Dict[str, Any]:
+    """Medians of collect steps with full contexts, and what each cache has allocated."""
+    full = next(iter(policies.values()))._model.world_model.context_length // 2
+    with contextlib.redirect_stdout(io.StringIO()):
+        fill(policies, envs, full)
+        collect(policies, envs, 1, first=full)
+        times = collect(policies, envs, steps, first=full + 1)
+    old, new = median(times['old']), median(times['new'])
+    memory = {name: policy._model.world_model.kv_cache_manager.counters()['memory_mb']
+              for name, policy in policies.items()}
+    return {'old ms': old, 'new ms': new, 'old / new': old / new, 'old MiB': memory['old'], 'new MiB': memory['new']}
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument('--envs', type=int, nargs='+', default=[8, 64])
-    options.add_argument('--simulations', type=int, default=25)
+    options.add_argument('--config', nargs='+', default=[], help='files of zoo_configs/, in place of --model')
+    options.add_argument('--envs', type=int, nargs='+', help="default: 8 and 64, or the config's")
+    options.add_argument('--simulations', type=int, help="default: 25, or the config's")
     args = options.parse_args()
     rows = []
-    for envs in args.envs:
-        policies = build_policies(args, envs)
-        with contextlib.redirect_stdout(io.StringIO()):
-            collect(policies, args, envs, 2)
-            times = collect(policies, args, envs, 4 * args.repeats)
-        old, new = median(times['old']), median(times['new'])
-        memory = {name: policy._model.world_model.kv_cache_manager.counters()['memory_mb']
-                  for name, policy in policies.items()}
-        rows.append({
-            'envs': envs, 'old ms': old, 'new ms': new, 'old / new': old / new,
-            'old MiB': memory['old'], 'new MiB': memory['new'],
-        })
-    title = f'Collect step, {args.model}, {args.simulations} simulations, context {args.context}'
-    report(f'{title}, {args.device} {args.backend}', rows, args)
+    for config in args.config:
+        for envs in args.envs or [None]:
+            configs = zoo_configs(config, args, envs)
+            policy = configs['new'][1]
+            rows.append({
+                'config': config, 'envs': policy.collector_env_num, 'simulations': policy.num_simulations,
+                **measure(build_policies(configs, args.device), policy.collector_env_num, 4 * args.repeats),
+            })
+            print(rows[-1], flush=True)
+    title = f'Collect step, {args.device} {args.backend}'
+    if not args.config:
+        args.simulations = args.simulations or 25
+        for envs in args.envs or [8, 64]:
+            policies = build_policies(preset_configs(args, envs), args.device)
+            rows.append({'envs': envs, **measure(policies, envs, 4 * args.repeats)})
+        title += f', {args.model}, {args.simulations} simulations, context {args.context}'
+    report(title, rows, args)
 
 
 if __name__ == '__main__':

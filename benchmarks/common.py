@@ -28,8 +28,8 @@ PRESETS: Dict[str, Dict[str, Any]] = {
         world_model=dict(embed_dim=768, num_heads=8, obs_type='image', rotary_emb=False, action_space_size=6),
     ),
     'memory': dict(
-        model=dict(observation_shape=75, action_space_size=4),
-        world_model=dict(embed_dim=64, num_heads=4, obs_type='vector', rotary_emb=False, action_space_size=4),
+        model=dict(observation_shape=(3, 5, 5), action_space_size=4),
+        world_model=dict(embed_dim=256, num_heads=4, obs_type='image_memory', rotary_emb=False, action_space_size=4),
     ),
 }
 

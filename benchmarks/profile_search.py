@@ -9,7 +9,7 @@ import pstats
 from typing import Any
 
 import torch
-from collect_step import build_policies, collect
+from collect_step import build_policies, collect, preset_configs
 from common import parser
 
 
@@ -19,14 +19,14 @@ def main() -> None:
     options.add_argument('--simulations', type=int, default=25)
     options.add_argument('--rows', type=int, default=15, help='functions and kernels shown')
     args = options.parse_args()
-    policies = build_policies(args, args.envs)
+    policies = build_policies(preset_configs(args, args.envs), args.device)
     for name in policies:
         alone = {name: policies[name]}
         with contextlib.redirect_stdout(io.StringIO()):
-            collect(alone, args, args.envs, 3)
+            collect(alone, args.envs, 3)
             profile = cProfile.Profile()
             profile.enable()
-            milliseconds = collect(alone, args, args.envs, 3)[name]
+            milliseconds = collect(alone, args.envs, 3)[name]
             profile.disable()
         text = io.StringIO()
         pstats.Stats(profile, stream=text).sort_stats('tottime').print_stats(args.rows)
@@ -41,7 +41,7 @@ def kernels(policies: Any, args: Any) -> str:
     """The kernels that take longest, over one collect step."""
     from torch.profiler import ProfilerActivity, profile
     with contextlib.redirect_stdout(io.StringIO()), profile(activities=[ProfilerActivity.CUDA]) as record:
-        collect(policies, args, args.envs, 1)
+        collect(policies, args.envs, 1)
         torch.cuda.synchronize()
     return record.key_averages().table(sort_by='self_cuda_time_total', row_limit=args.rows, max_name_column_width=60)
 

@@ -20,7 +20,7 @@ from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSample
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 from scipy.special import entr
 
-from .config import settle
+from .config import FLAG, PREFIX, ConfigError, settle
 from .manager import COLLECT, EVAL
 from .registry import KV_CACHE_REGISTRY
 from .search import NodeSearch, SampledNodeSearch
@@ -104,10 +104,16 @@ class KVCachePolicy:
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
         self._cfg = cfg  # LightZero's destructor looks at it, also where the next line refuses it
-        settle(cfg, KV_CACHE_REGISTRY)
+        use_new = settle(cfg, KV_CACHE_REGISTRY).use_new
         self._last_steps = {COLLECT: LastSteps(), EVAL: LastSteps()}
         self._searching = False
         super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]
+        if use_new and not _is_new(self._model.world_model):
+            raise ConfigError(
+                f'{PREFIX}.{FLAG}=True, but {type(self._model.world_model).__name__} of policy.model.type='
+                f'{cfg.model.get("type")!r} has LightZero\'s own caching: derive the model from '
+                'lzero_kvcache.models.UniZeroModel or SampledUniZeroModel, and its world model from NewWorldModel'
+            )
 
     def _init_collect(self) -> None:
         super()._init_collect()  # type: ignore[misc]

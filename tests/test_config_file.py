@@ -138,16 +138,6 @@ def test_the_two_configs_differ_in_the_flag_alone():
     assert same == new
 
 
-@pytest.mark.parametrize('name', sorted(
-    name for name in os.listdir(os.path.join(PROJECT_ROOT, 'zoo_configs')) if name.endswith('.py')))
-def test_every_zoo_config_is_lightzeros_own_and_the_flag(name):
-    loaded = load_config(name)
-    assert loaded.path == os.path.join(PROJECT_ROOT, 'zoo_configs', name)
-    assert loaded.main_config.policy.model.world_model_cfg.use_new_cache_manager is True
-    assert 'lzero_kvcache' in loaded.create_config.policy.import_names
-    assert loaded.max_env_step > 0
-
-
 def test_lightzeros_own_files_load_as_they_are():
     from zoo.atari.config import atari_unizero_segment_config as atari
     from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole

@@ -28,7 +28,7 @@ from lzero_kvcache.validation.tally import QUANTITIES, Tally
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'lzero_kvcache'
 READMES = ['README.md', 'README.zh.md']
-PAGES = READMES + ['docs/design.md', 'docs/lightzero_main.md', 'docs/validation.md']
+PAGES = READMES + ['docs/design.md', 'docs/lightzero_main.md', 'docs/validation.md', 'docs/your_project.md']
 FOLDERS = {path.parent.name for path in PACKAGE.glob('*/__init__.py')}
 # What a run leaves behind.
 OF_A_RUN = {'log/serial', 'log/train.log', 'ckpt', 'summary.json', 'data_unizero', 'total_config.py'}

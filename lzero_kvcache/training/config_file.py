@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from easydict import EasyDict
 
@@ -134,16 +134,24 @@ def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[st
 
 @contextlib.contextmanager
 def _recorded_entries(function: Callable) -> Iterator[None]:
-    """Let every name by which ``function`` could reach a training entry record the call instead."""
+    """Let every name by which ``function`` could reach a training entry record the call instead.
+
+    What it does to train on several GPUs, which joins the processes and divides the batch, is left to the run.
+    """
     package = importlib.import_module('lzero.entry')
-    namespaces: List[Dict[str, Any]] = [vars(package), getattr(function, '__globals__', {})]
+    stand_ins: List[Tuple[str, str, Any]] = [
+        ('lzero.entry', name, _recorder(name, getattr(package, name))) for name in ENTRIES
+    ]
+    stand_ins += [
+        ('ding.utils', 'DDPContext', contextlib.nullcontext),
+        ('lzero.config.utils', 'lz_to_ddp_config', lambda main_config: main_config),
+    ]
     replaced = []
-    for name in ENTRIES:
-        recorder = _recorder(name, getattr(package, name))
-        for namespace in namespaces:
+    for module, name, stand_in in stand_ins:
+        for namespace in (vars(importlib.import_module(module)), getattr(function, '__globals__', {})):
             if name in namespace:
                 replaced.append((namespace, name, namespace[name]))
-                namespace[name] = recorder
+                namespace[name] = stand_in
     try:
         yield
     finally:

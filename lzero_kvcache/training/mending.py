@@ -11,7 +11,7 @@ from lzero_kvcache.config import ConfigError
 PACKAGES = {
     'ale_py': "'gym[atari]==0.25.1' 'ale-py==0.8.1'",
     'atari_py': "'gym[atari]==0.25.1' 'ale-py==0.8.1'",
-    'Box2D': 'box2d-py',
+    'Box2D': 'Box2D==2.3.10',
     'cv2': "'opencv-python-headless<4.11'",
     'ding': "'DI-engine>=0.5.3'",
     'gym': "'gym==0.25.1'",
@@ -34,9 +34,10 @@ def mend(error: BaseException) -> Optional[str]:
         - line (:obj:`Optional[str]`): None if the error is of no known kind.
     """
     text = ' '.join(str(error).split())
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        module = error.name.split('.')[0]
-        return f"the module '{error.name}' is not installed; pip install {PACKAGES.get(module, module)}"
+    missing = _missing_module(error)
+    if missing:
+        module = missing.split('.')[0]
+        return f"the module '{missing}' is not installed; pip install {PACKAGES.get(module, module)}"
     if type(error).__name__ == 'DependencyNotInstalled':
         return text
     if _ROM_MESSAGE.search(text):
@@ -59,3 +60,14 @@ def mended() -> Iterator[None]:
         if line is None:
             raise
         raise ConfigError(line) from error
+
+
+def _missing_module(error: Optional[BaseException]) -> Optional[str]:
+    """Environments turn the error of a missing module into one of their own, whose advice is for another version."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return error.name
+        if not isinstance(error, ImportError) and type(error).__name__ != 'DependencyNotInstalled':
+            return None
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,164 @@
+"""What ``docs/your_project.md`` and ``examples/`` say of users' own managers, models and policies."""
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from builders import Worker, compiled, small_cartpole
+from ding.policy import create_policy
+from ding.utils import MODEL_REGISTRY, POLICY_REGISTRY
+from lzero.model.unizero_model import UniZeroModel as LightZerosModel
+from oracle import Case, randomise
+from trainings import SMALL, check_run, import_what_trainings_import, short_episodes, trained
+
+from lzero_kvcache import ConfigError
+from lzero_kvcache.policies import UniZeroPolicy
+from lzero_kvcache.training import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = str(ROOT / 'examples' / 'own_manager.py')
+PAGE = (ROOT / 'docs' / 'your_project.md').read_text(encoding='utf-8')
+
+
+@pytest.fixture
+def registries(registered):
+    """As they were, after a test that registers models and policies."""
+    before = [(registry, dict(registry)) for registry in (MODEL_REGISTRY, POLICY_REGISTRY)]
+    yield
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
+
+
+def policy_of(main_config):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return create_policy(compiled(main_config).policy, enable_field=['learn', 'collect', 'eval'])
+
+
+def shrunk(path, new=True):
+    """The policy and model of a config file, as small as those of other tests."""
+    theirs = load_config(path).main_config.policy.model
+    main_config = small_cartpole(new, kv_cache_cfg=theirs.world_model_cfg.get('kv_cache_cfg', {}))
+    main_config.policy.model.update({key: theirs[key] for key in ('type', 'import_names') if key in theirs})
+    return main_config
+
+
+@pytest.fixture
+def page(tmp_path):
+    """The Python of the page, as a config file."""
+    path = tmp_path / 'mine.py'
+    path.write_text('\n'.join(re.findall(r'^```python\n(.*?)^```$', PAGE, re.DOTALL | re.MULTILINE)))
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------- managers
+
+
+def test_the_example_counts_what_was_lost(registries):
+    policy = policy_of(shrunk(EXAMPLE))
+    manager = policy._model.world_model.kv_cache_manager
+    assert type(manager).__name__ == 'LostRootsManager'
+    assert manager.config.eviction == 'lru'
+    worker = Worker(policy)
+    worker.step([0, 1, 2])
+    worker.step([0, 1, 2])
+    assert not manager.lost
+    manager.clear_init_caches('collect', 1)
+    worker.step([0, 1, 2])
+    assert json.loads(json.dumps(manager.get_stats_summary()))['lost_roots'] == {'collect 1': 1}
+
+
+def test_the_example_is_short():
+    assert len(Path(EXAMPLE).read_text().splitlines()) < 35
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize('new', [False, True])
+def test_the_pages_model_is_used_in_both_systems(new, page, registries):
+    policy = policy_of(shrunk(page, new))
+    model = policy._model._orig_mod  # torch.compile wraps it
+    assert type(model).__name__ == 'MyUniZeroModel'
+    assert type(model.world_model).__name__ == ('MyNewWorldModel' if new else 'MyOldWorldModel')
+    randomise(model, Case(), 0)
+    worker = Worker(policy)
+    worker.step([0, 1, 2])
+    before = worker.step([0, 1, 2])
+    counted = model.world_model.kv_cache_manager.counters()
+    assert counted['init']['hits'] == counted['init']['queries'] == 3
+    assert counted['recur']['hits'] == counted['recur']['queries'] > 0
+    # Its own encoder is the one that is asked.
+    with torch.no_grad():
+        model.tokenizer.encoder.scale.mul_(-3)
+    after = worker.step([0, 1, 2])
+    encoded = model.tokenizer.encode_to_obs_embeddings(torch.ones(1, 4))
+    assert not torch.allclose(encoded, model.tokenizer.encoder.encoder(torch.ones(1, 4)).unsqueeze(1))
+    assert before[0]['predicted_value'] != after[0]['predicted_value']
+
+
+def test_without_changes_a_subclass_answers_as_its_base_does(registries):
+    from lzero_kvcache.models import UniZeroModel
+    MODEL_REGISTRY.register('Subclass', type('Subclass', (UniZeroModel, ), {}))
+    answers = []
+    for name in ('UniZeroModel', 'Subclass'):
+        main_config = small_cartpole(True)
+        main_config.policy.model.update(type=name, import_names=[])
+        torch.manual_seed(1)
+        worker = Worker(policy_of(main_config))
+        answers.append([worker.step([0, 1, 2])[env]['predicted_value'] for env in range(3)])
+    assert answers[0] == answers[1]
+
+
+def test_a_subclass_of_lightzeros_model_is_refused_with_the_flag_and_works_without(registries):
+    MODEL_REGISTRY.register('Direct', type('Direct', (LightZerosModel, ), {}))
+    for new in (False, True):
+        main_config = small_cartpole(new)
+        main_config.policy.model.update(type='Direct', import_names=[])
+        if new:
+            with pytest.raises(ConfigError, match="'Direct' has LightZero's own caching: .*models.UniZeroModel"):
+                policy_of(main_config)
+        else:
+            assert len(Worker(policy_of(main_config)).step([0, 1, 2])) == 3
+
+
+def test_a_policy_of_ones_own(registries):
+    seen = []
+
+    class MyPolicy(UniZeroPolicy):
+
+        def _forward_collect(self, *args, **kwargs):
+            seen.append(kwargs['ready_env_id'])
+            return super()._forward_collect(*args, **kwargs)
+
+    POLICY_REGISTRY.register('unizero', MyPolicy, force_overwrite=True)
+    policy = policy_of(small_cartpole(True))
+    assert type(policy) is MyPolicy
+    worker = Worker(policy)
+    worker.step([0, 1, 2])
+    worker.step([2, 0])
+    assert seen == [[0, 1, 2], [2, 0]]
+    assert policy._model.world_model.kv_cache_manager.counters()['init']['hits'] == 2
+
+
+# ---------------------------------------------------------------------------------------------------- real trainings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cache', ['old', 'new'])
+def test_the_page_trains(cache, page, tmp_path):
+    import_what_trainings_import()
+    [(code, printed)] = trained(tmp_path, ['--config', page, '--cache', cache, *SMALL], short_episodes)
+    assert code == 0, printed
+    check_run(tmp_path / 'run', cache)
+
+
+@pytest.mark.slow
+def test_the_example_trains(tmp_path):
+    import_what_trainings_import()
+    [(code, printed)] = trained(tmp_path, ['--config', EXAMPLE, *SMALL], short_episodes)
+    assert code == 0, printed
+    check_run(tmp_path / 'run', 'lost_roots')

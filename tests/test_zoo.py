@@ -1,0 +1,330 @@
+"""The configs of ``zoo_configs/``: LightZero's own and nothing but the plugin; a training of each in both systems."""
+import ast
+import copy
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zoo
+from ding.utils import POLICY_REGISTRY, deep_merge_dicts
+from trainings import SMALL, WM, check_run, import_what_trainings_import, short_episodes, trained
+
+from lzero_kvcache import ConfigError, check_config, disable, enable
+from lzero_kvcache.training import load_config
+from lzero_kvcache.training.cli import build_parser, make_plan
+from lzero_kvcache.training.config_file import PROJECT_ROOT
+
+SHIPPED = {path.stem: path for path in Path(zoo.__file__).parent.rglob('*unizero*_config.py')}
+NAMES = sorted(
+    name[:-3] for name in os.listdir(os.path.join(PROJECT_ROOT, 'zoo_configs'))
+    if name.endswith('.py') and not name.startswith('_')
+)
+# Of LightZero's Memory config, for the game that it gives other values for in comments.
+OF_OURS = {'memory_key_to_door_unizero_config'}
+ATARI = [name for name in NAMES if name.startswith('atari')]
+SEVERAL = [name for name in NAMES if 'ddp' in name]
+SYSTEMS = ['old', 'new']
+
+
+def leaves(tree, prefix=''):
+    """From dotted path to value."""
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            found.update(leaves(value, f'{prefix}{key}.'))
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def difference(one, other):
+    """The paths that differ, with both values."""
+    one, other = leaves(one), leaves(other)
+    return {key: (one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)}
+
+
+def lightzeros_own(name):
+    """What LightZero's own file declares."""
+    if name != 'atari_unizero_stack4_config':
+        return load_config(str(SHIPPED[name]))
+    with pytest.raises(ConfigError, match='ImportError: cannot import name'):
+        load_config(str(SHIPPED[name]))
+    # The file without the import that fails, on what it would have imported.
+    base = load_config(str(SHIPPED['atari_unizero_config']))
+    source = SHIPPED[name].read_text()
+    names = dict(
+        __name__='stack4', atari_unizero_config=base.main_config, atari_unizero_create_config=base.create_config)
+    exec(re.sub(r'^from zoo.atari.config.atari_unizero_config import .*$', '', source, flags=re.MULTILINE), names)
+    base.main_config, base.create_config = names['main_config'], names['create_config']
+    base.max_env_step = names['max_env_step']
+    return base
+
+
+# ---------------------------------------------------------------------------------------------------- what they declare
+
+
+def test_every_config_that_lightzero_ships_is_there():
+    assert len(SHIPPED) == 12
+    assert set(NAMES) == set(SHIPPED) | OF_OURS
+
+
+@pytest.mark.parametrize('name', sorted(SHIPPED))
+def test_a_config_is_lightzeros_own_and_the_plugin(name):
+    ours, own = load_config(name), lightzeros_own(name)
+    assert difference(own.main_config, ours.main_config) == {f'{WM}.use_new_cache_manager': (None, True)}
+    names = own.create_config.policy.import_names
+    assert difference(own.create_config, ours.create_config) == {
+        'policy.import_names': (names, [*names, 'lzero_kvcache'])}
+    assert (ours.seed, ours.max_env_step) == (own.seed, own.max_env_step)
+    main_config = copy.deepcopy(own.main_config)
+    enable(main_config, own.create_config)
+    assert (main_config, own.create_config) == (ours.main_config, ours.create_config)
+
+
+def test_key_to_door_is_the_other_game_with_its_lengths():
+    ours, match = load_config('memory_key_to_door_unizero_config'), load_config('memory_unizero_config')
+    assert ours.create_config == match.create_config
+    assert (ours.entry, ours.seed, ours.max_env_step) == (match.entry, match.seed, match.max_env_step)
+    assert difference(match.main_config, ours.main_config) == {
+        'env.env_id': ('visual_match', 'key_to_door'),
+        'env.max_frames.explore': (1, 15),
+        'policy.num_unroll_steps': (76, 90),
+        'policy.game_segment_length': (76, 90),
+        'policy.td_steps': (76, 90),
+        f'{WM}.max_blocks': (81, 95),
+        f'{WM}.max_tokens': (162, 190),
+        f'{WM}.context_length': (162, 190),
+    }
+    for loaded in (ours, match):
+        assert loaded.main_config.policy.num_unroll_steps == sum(loaded.main_config.env.max_frames.values())
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_config_is_valid_in_both_systems(name):
+    loaded = load_config(name)
+    for switch, new in ((disable, False), (enable, True)):
+        switch(loaded.main_config, loaded.create_config)
+        options = check_config(loaded.main_config, loaded.create_config)
+        assert options.use_new is new
+    policy = loaded.main_config.policy
+    assert options.num_simulations == policy.num_simulations
+    assert options.env_num == max(policy.collector_env_num, policy.evaluator_env_num)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_header_says_what_a_user_needs(name):
+    source = Path(PROJECT_ROOT, 'zoo_configs', name + '.py').read_text(encoding='utf-8')
+    header = ast.get_docstring(ast.parse(source))
+    said = dict(re.findall(r'^(Install|Cost|Entry|Run): +(.+)$', header, re.MULTILINE))
+    assert list(said) == ['Install', 'Cost', 'Entry', 'Run']
+    loaded = load_config(name)
+    assert said['Entry'] == loaded.entry
+    several = 'torchrun --nproc_per_node=2 train.py' if name in SEVERAL else 'python train.py'
+    assert said['Run'] == f'{several} --config {name}.py [--cache old]'
+    steps = re.search(r'([\d,]+) environment steps', said['Cost']).group(1)
+    assert int(steps.replace(',', '')) == loaded.max_env_step
+    assert bool(loaded.main_config.policy.get('multi_gpu')) == (name in SEVERAL)
+
+
+@pytest.mark.parametrize('page', ['README.md', 'README.zh.md'])
+def test_the_table_of_the_zoo(page):
+    """Names, observations, actions, positions, contexts and extras; the other columns are what was seen."""
+    text = Path(PROJECT_ROOT, page).read_text(encoding='utf-8')
+    rows = [
+        [cell.strip() for cell in line.strip('|').split('|')] for line in text.split('\n')
+        if re.match(r'\| `\w+_unizero\w*_config` \|', line)
+    ]
+    assert sorted(row[0].strip('`') for row in rows) == NAMES
+    for name, observation, actions, positions, context, extra, *_ in rows:
+        loaded = load_config(name.strip('`'))
+        defaults = POLICY_REGISTRY.get(loaded.create_config.policy.type).default_config()
+        model = deep_merge_dicts(defaults, loaded.main_config.policy).model
+        shape = model.observation_shape
+        assert observation == ' x '.join(map(str, [shape] if isinstance(shape, int) else shape))
+        assert int(re.match(r'\d+', actions).group()) == model.action_space_size
+        continuous = model.world_model_cfg.continuous_action_space
+        assert len(actions.split(' ', 1)) == 1 + continuous
+        assert (positions in ('rotary', '旋转')) == model.world_model_cfg.rotary_emb
+        assert int(context) == model.world_model_cfg.context_length
+        source = Path(loaded.path).read_text(encoding='utf-8')
+        assert re.search(r'pip install -e (?:"\.\[(\w+)\]"|\.)', source).group(1) == (
+            None if extra == '-' else extra.strip('`'))
+
+
+@pytest.mark.parametrize('name', ATARI)
+def test_another_game(name, monkeypatch, tmp_path):
+    pytest.importorskip('cv2')
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(build_parser().parse_args(['--config', name, '--set', 'env.env_id=BreakoutNoFrameskip-v4']))
+    model = plan.main_config.policy.model
+    assert plan.main_config.env.env_id == 'BreakoutNoFrameskip-v4'
+    assert model.action_space_size == model.world_model_cfg.action_space_size == 4
+    assert 'Breakout' in plan.main_config.exp_name
+    assert 'Pong' not in plan.main_config.exp_name
+
+
+# ---------------------------------------------------------------------------------------------------- what is missing
+
+
+def without(module, *users):
+    """Let a module be one that is not installed, also for those that have imported it."""
+
+    def prepare():
+        for name in list(sys.modules):
+            if name.split('.')[0] == module or name.startswith(users):
+                del sys.modules[name]
+        sys.modules[module] = None
+
+    return prepare
+
+
+def without_roms():
+    """Let ale-py find no ROM, whatever is installed."""
+    from ale_py import roms
+    roms._ROM_PLUGIN_REGISTRY.clear()
+    roms.__getattr__.cache_clear()
+
+
+BOX2D = ('gymnasium.envs.box2d', )
+MEMORY = ('zoo.memory.envs', )
+MISSING = {
+    'Box2D': ('lunarlander_disc_unizero_config', without('Box2D', *BOX2D), 'pip install Box2D==2.3.10'),
+    'pycolab': ('memory_unizero_config', without('pycolab', *MEMORY), "pip install 'pycolab==1.2'"),
+    'cv2': ('atari_unizero_config', without('cv2', 'zoo.atari.envs'), "pip install 'opencv-python-headless<4.11'"),
+    'ROM': ('atari_unizero_config', without_roms, 'ale-import-roms atari_roms/ale_py/roms'),
+}
+
+
+@pytest.mark.parametrize('missing', MISSING)
+def test_what_is_missing_is_said_in_one_line(missing, tmp_path):
+    name, prepare, command = MISSING[missing]
+    if missing == 'ROM':
+        pytest.importorskip('cv2')
+    [(code, printed)] = trained(tmp_path, ['--config', name], prepare)
+    lines = [line for line in printed.splitlines() if line.startswith('train.py: error: ')]
+    assert code == 2, printed
+    assert len(lines) == 1
+    assert lines[0].endswith(command)
+    assert os.listdir(str(tmp_path)) == ['printed0']
+
+
+def test_pygame_is_said_in_one_line(tmp_path):
+    """Gymnasium looks for it after Box2D."""
+    pytest.importorskip('Box2D')
+    [(code, printed)] = trained(tmp_path, ['--config', 'lunarlander_disc_unizero_config'], without('pygame', *BOX2D))
+    assert code == 2, printed
+    assert printed.splitlines()[-1].endswith("the module 'pygame' is not installed; pip install pygame")
+
+
+# ---------------------------------------------------------------------------------------------------- real trainings
+
+# An episode of Pong has a thousand steps, and it must have ended before one is trained on.
+SHORT_ATARI = [
+    'env.collect_max_episode_steps=16', 'env.eval_max_episode_steps=16', 'policy.train_start_after_envsteps=0',
+    'policy.game_segment_length=16',
+]
+ONE_PROCESS = ['policy.multi_gpu=False', 'policy.n_episode=2', 'policy.num_segments=2']
+# Of two environments each.
+TWO_PROCESSES = ['policy.n_episode=4', 'policy.num_segments=4', 'policy.batch_size=4']
+
+
+def changes(name):
+    """What makes a config one that trains within seconds."""
+    if name in ATARI:
+        return SMALL + SHORT_ATARI
+    if not name.startswith('memory'):
+        return SMALL
+    # Whole episodes are trained on, so that their length stands in four places. Contexts stay as long as they are.
+    steps = sum(load_config(name).main_config.env.max_frames.values()) - 45
+    lengths = [f'policy.{key}={steps}' for key in ('num_unroll_steps', 'game_segment_length', 'td_steps')]
+    return [*SMALL, 'env.max_frames.distractor=15', *lengths, 'env.collector_env_num=3']
+
+
+def needed(name):
+    """Skip where the environment's libraries are not installed."""
+    for prefix, modules in (('atari', ('cv2', )), ('lunarlander', ('Box2D', 'pygame')),
+                            ('bipedalwalker', ('Box2D', 'pygame')), ('memory', ('pycolab', ))):
+        if name.startswith(prefix):
+            for module in modules:
+                pytest.importorskip(module)
+
+
+@pytest.fixture(scope='module')
+def rom_folder(tmp_path_factory):
+    """A folder with Pong's ROM: what ``ale-import-roms`` would import; None where it has been."""
+    from ale_py import roms
+    if hasattr(roms, 'Pong'):
+        return None
+    folder = tmp_path_factory.mktemp('roms')
+    done = subprocess.run(
+        [sys.executable, '-m', 'pip', 'install', '--quiet', '--target', str(folder), '--no-deps', 'ale-py==0.10.1'],
+        encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        pytest.skip('pip finds no ROM files: ' + ' '.join(done.stdout.split())[-200:])
+    return folder / 'ale_py' / 'roms'
+
+
+def with_roms(folder):
+    """What to do in a fork before it trains."""
+
+    def prepare():
+        short_episodes()
+        if folder is not None:
+            from ale_py import roms
+            roms.register_plugin(roms.plugins.Directory(str(folder)))
+
+    return prepare
+
+
+@pytest.fixture(scope='module')
+def heavy_imports():
+    import_what_trainings_import()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cache', SYSTEMS)
+@pytest.mark.parametrize('name', NAMES)
+def test_a_training_in_its_own_environment(name, cache, tmp_path, heavy_imports, request):
+    needed(name)
+    roms = request.getfixturevalue('rom_folder') if name in ATARI else None
+    arguments = ['--config', name, '--cache', cache, *changes(name), *(ONE_PROCESS if name in SEVERAL else [])]
+    [(code, printed)] = trained(tmp_path, arguments, with_roms(roms))
+    assert code == 0, printed
+    assert ('Using NEW KVCacheManager' if cache == 'new' else 'Using OLD cache system') in printed
+    assert check_run(tmp_path / 'run', cache)['entry'] == load_config(name).entry
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SEVERAL)
+def test_data_parallel_configs_need_several_processes(name, tmp_path, request):
+    needed(name)
+    roms = request.getfixturevalue('rom_folder')
+    [(code, printed)] = trained(tmp_path, ['--config', name], with_roms(roms))
+    assert code == 2
+    assert 'torchrun --nproc_per_node=N train.py' in printed.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cache', SYSTEMS)
+@pytest.mark.parametrize('name', SEVERAL)
+def test_two_processes(name, cache, tmp_path, rom_folder, heavy_imports):
+    """As torchrun starts them; ``test_several_processes.py`` has torchrun itself."""
+    needed(name)
+    arguments = ['--config', name, '--cache', cache, *changes(name), *TWO_PROCESSES]
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+
+    def prepare(rank):
+        with_roms(rom_folder)()
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=str(port))
+
+    ends = trained(tmp_path, arguments, lambda: prepare(0), lambda: prepare(1))
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert check_run(tmp_path / 'run', cache)['processes'] == 2

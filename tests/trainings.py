@@ -1,0 +1,72 @@
+"""Trainings by ``train.py`` in forks of this process, which has the libraries imported, and event files read back."""
+import json
+import os
+from functools import partial
+from typing import Any, Callable, List, Tuple
+
+import torch
+from forks import in_forks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lzero_kvcache.training.cli import main
+
+WM = 'policy.model.world_model_cfg'
+ITERATIONS = 3
+SMALL = [
+    '--threads', '1', '--device', 'cpu', '--exp-name', 'run', '--max-train-iter', str(ITERATIONS), '--set',
+    'create_config.env_manager.type=base', 'env.collector_env_num=2', 'env.evaluator_env_num=1',
+    'policy.num_simulations=2', 'policy.batch_size=2', f'policy.update_per_collect={ITERATIONS}',
+    f'{WM}.embed_dim=32', f'{WM}.num_layers=1', f'{WM}.num_heads=2',
+]
+EPISODE = 40  # steps; the time limit of gymnasium's environments
+
+
+def trained(folder: Any, arguments: List[str], *prepare: Callable[[], None]) -> List[Tuple[int, str]]:
+    """The exit code and the output of each of several processes, one for each function that is called in it first."""
+
+    def run(name: str, prepare: Callable[[], None]) -> int:
+        os.chdir(str(folder))
+        with open(name, 'w', encoding='utf-8') as printed:
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+            prepare()
+            return main(arguments)
+
+    names = [f'printed{rank}' for rank in range(len(prepare))]
+    codes = in_forks({name: partial(run, name, function) for name, function in zip(names, prepare)})
+    return [(codes[name], (folder / name).read_text(encoding='utf-8')) for name in names]
+
+
+def short_episodes() -> None:
+    """What makes a training one of seconds, in a fork, so that nothing of it is left to other tests."""
+    torch.set_num_threads(1)
+    import ding.config.config as saved_configs
+    import gymnasium
+    saved_configs.FormatCode = lambda text: (text, True)  # indenting the saved config would take seconds
+    for spec in gymnasium.registry.values():
+        spec.max_episode_steps = EPISODE
+
+
+def import_what_trainings_import() -> None:
+    """With the first optimizer and the first model; here, once for all forks."""
+    import torch._dynamo
+    import torch._inductor.compile_fx  # noqa: F401
+
+
+def check_run(folder: Any, cache: str) -> Any:
+    """A point under every tag of the cache at every iteration, and a summary that fits; returns the summary."""
+    summary = json.loads((folder / 'summary.json').read_text())
+    assert (summary['cache'], summary['train_iter']) == (cache, ITERATIONS)
+    events = EventAccumulator(str(folder / 'log' / 'serial'), size_guidance={'scalars': 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()['scalars'] if tag.startswith('kv_cache_iter/')]
+    assert len(tags) == (3 + 3 * 6 if cache != 'old' else 3 + 3 * 4)
+    for tag in tags:
+        assert [point.step for point in events.Scalars(tag)] == list(range(ITERATIONS)), tag
+    for pool in ('init', 'recur'):
+        queries = events.Scalars(f'kv_cache_iter/{pool}_queries')[-1].value
+        assert 0 < queries <= summary['counters'][pool]['queries']
+        assert events.Scalars(f'kv_cache_iter/{pool}_hits')[-1].value <= queries
+    if cache != 'old':
+        assert summary['hit_rates'] == dict(init=1., recur=1., total=1.)
+    return summary

@@ -1,0 +1,22 @@
+"""
+LunarLander, continuous engines, Sampled UniZero: LightZero's lunarlander_cont_sampled_unizero_config.py with the
+new KV cache.
+
+Install:  pip install -e ".[box2d]"
+Cost:     up to 500,000 environment steps, in batches of 64, for a GPU. On a CPU shrink it:
+          --max-env-step 2000 --set policy.batch_size=32 policy.num_simulations=10
+Entry:    train_unizero
+Run:      python train.py --config lunarlander_cont_sampled_unizero_config.py [--cache old]
+"""
+import copy
+
+from zoo.box2d.lunarlander.config import lunarlander_cont_sampled_unizero_config as lightzero
+
+from lzero_kvcache import enable
+
+entry = 'train_unizero'
+seed = 0
+max_env_step = lightzero.max_env_step
+
+main_config, create_config = copy.deepcopy(lightzero.main_config), copy.deepcopy(lightzero.create_config)
+enable(main_config, create_config)
