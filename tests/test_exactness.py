@@ -108,9 +108,10 @@ def test_random_traces(case, parts):
 
 
 @pytest.mark.slow
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize('half', [1, 2])  # for two processes
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, parts=TRACES)
-def test_many_random_traces(case, parts):
+def test_many_random_traces(half, case, parts):
     check_random(case, parts)
 
 

@@ -1,4 +1,5 @@
 """Long runs keep memory flat; ``benchmarks/soak.py`` prints the curve."""
+import logging
 import sys
 from pathlib import Path
 
@@ -15,7 +16,10 @@ DEVICES = ['cpu', pytest.param('cuda', marks=[
 def soak(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import soak
+    logger = logging.getLogger('lzero_kvcache')
+    level = logger.level
     yield soak
+    logger.setLevel(level)  # a soak is quiet, and so would be whatever comes after it
     for name in ('soak', 'common'):
         sys.modules.pop(name, None)
 
