@@ -374,7 +374,7 @@ class TestCauses:
         def prepare(world_model):
             world_model.validator._shadow._shadow.shared_pool_size = 3
 
-        case = Case()
+        case = Case(rotary=True)
         tally = checked(case, below_one_root(case, [0, 1, 2, 3, 1]), prepare, validation='legacy', action='raise')
         assert tally.causes['stale_slot'] == tally.over == 1
         assert sum(tally.causes.values()) == 1
