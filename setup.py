@@ -68,12 +68,13 @@ setup(
         'xxhash',
         'matplotlib',
         'rich>=12.2',
+        'scipy',
     ],
     extras_require={
         'atari': ATARI,
         'box2d': BOX2D,
         'memory': MEMORY,
         'zoo': ZOO,
-        'test': ZOO + ['pytest>=8', 'pytest-timeout', 'hypothesis', 'ruff', 'mypy'],
+        'test': ZOO + ['pytest>=8', 'pytest-timeout', 'pytest-xdist>=3.2', 'hypothesis', 'ruff', 'mypy'],
     },
 )

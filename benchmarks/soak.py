@@ -10,7 +10,7 @@ import gc
 import io
 import logging
 import statistics
-import tracemalloc
+import sys
 from typing import Any, Dict, Iterator, List
 
 import numpy as np
@@ -28,10 +28,9 @@ MIB = 1024 * 1024
 def sample(work: str, done: int, device: str, manager: Any) -> Dict[str, Any]:
     """Memory now."""
     gc.collect()
-    traced, _ = tracemalloc.get_traced_memory()
     return {
         'work': work, 'done': done, 'host RSS, MiB': psutil.Process().memory_info().rss / MIB,
-        'python, MiB': traced / MIB,
+        'python, 1,000 blocks': sys.getallocatedblocks() / 1000,
         'device, MiB': torch.cuda.memory_allocated() / MIB if device == 'cuda' else 0.0,
         'pages in use': manager._pages.used, 'slab, MiB': manager.memory_mb,
     }
@@ -99,7 +98,7 @@ def curve(work: str, progress: Iterator[int], total: int, samples: int, device: 
 
 
 def growth(rows: List[Dict[str, Any]], column: str) -> float:
-    """MiB that a column grows over the second half: the median of its end less the median of its middle."""
+    """How much a column grows over the second half: the median of its end less the median of its middle."""
     values = [row[column] for row in rows]
     half, part = len(values) // 2, max(1, len(values) // 5)
     return statistics.median(values[-part:]) - statistics.median(values[half:half + part])
@@ -108,7 +107,6 @@ def growth(rows: List[Dict[str, Any]], column: str) -> float:
 def soak(args: argparse.Namespace) -> List[Dict[str, Any]]:
     """Both curves."""
     logging.getLogger('lzero_kvcache').setLevel(logging.ERROR)
-    tracemalloc.start()
     with contextlib.redirect_stdout(io.StringIO()):
         world_model = build_models(args, args.envs, args.simulations)['new'].world_model
     manager = KVCacheManager(dict(
@@ -119,7 +117,6 @@ def soak(args: argparse.Namespace) -> List[Dict[str, Any]]:
     shape = PRESETS[args.model]['model']['observation_shape']
     running = searches(world_model, shape, args.searches, args.envs, args.simulations, args.device)
     rows += curve('searches', running, args.searches, args.samples, args.device, world_model.kv_cache_manager)
-    tracemalloc.stop()
     return rows
 
 
@@ -141,7 +138,8 @@ def main() -> None:
     report('Memory over a long run', rows, args)
     for work in ('look-ups', 'searches'):
         part = [row for row in rows if row['work'] == work]
-        numbers = ', '.join(f'{column} {growth(part, column):+.2f}' for column in part[0] if column.endswith('MiB'))
+        columns = [column for column in part[0] if column.endswith(('MiB', 'blocks'))]
+        numbers = '; '.join(f'{column}: {growth(part, column):+.2f}' for column in columns)
         print(f'growth over the second half of the {work}: {numbers}')
 
 

@@ -1,7 +1,16 @@
 """A key-value cache for LightZero's UniZero, picked by one flag in ``world_model_cfg``."""
+import contextlib
+import io
 import logging
+import sys
 
-from . import models, policies, telemetry  # noqa: F401  (these register with DI-engine)
+# Under ``python -m``, what LightZero, DI-engine and gym say while they are imported is of no use.
+with contextlib.ExitStack() as _quiet:
+    if sys.argv[:1] == ['-m']:
+        _quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        _quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    from . import models, policies, telemetry  # noqa: F401  (these register with DI-engine)
+
 from .base_manager import BaseCacheManager, PagedCacheManager
 from .config import CacheConfig, ConfigError
 from .eviction import EvictionStrategy
@@ -11,6 +20,7 @@ from .old_system import OldCacheManager
 from .pool import KVCachePool
 from .registry import KV_CACHE_REGISTRY
 from .stats import CacheStats
+from .validation import ValidationError
 
 __version__ = '0.1.0'
 
@@ -25,6 +35,7 @@ __all__ = [
     'KV_CACHE_REGISTRY',
     'OldCacheManager',
     'PagedCacheManager',
+    'ValidationError',
     'check_config',
     'disable',
     'enable',

@@ -9,7 +9,7 @@ import torch
 from .engine import Engine, StepOutput
 from .pages import SCRATCH_PAGE
 from .slab import MIB, Slab
-from .weights import MANY_CAPTURED_ROWS, Weights
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +180,21 @@ class CudaGraphBackend(EagerBackend):
         return _Graph(graph, host, sent, held, result)
 
 
+def picked(name: str, device: torch.device) -> str:
+    """
+    Overview:
+        What a backend's name comes to on a device.
+    Arguments:
+        - name (:obj:`str`): As in ``kv_cache_cfg.backend``.
+        - device (:obj:`torch.device`): Where the model runs.
+    Returns:
+        - name (:obj:`str`): 'eager', 'cudagraph' or 'compile'.
+    """
+    if name not in ('auto', CudaGraphBackend.name):
+        return name
+    return CudaGraphBackend.name if device.type == 'cuda' else EagerBackend.name
+
+
 _BACKENDS = {backend.name: backend for backend in (EagerBackend, CompiledBackend, CudaGraphBackend)}
 
 
@@ -205,7 +220,7 @@ def _run(engine: Engine, weights: Weights, slab: Slab, numbers: torch.Tensor,
 
 def _run_fresh(engine: Engine, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
     """With the weights read inside, so that a capture reads them anew in each replay."""
-    return _run(engine, engine.weights(MANY_CAPTURED_ROWS), slab, numbers, action)
+    return _run(engine, engine.weights(captured=True), slab, numbers, action)
 
 
 def _warn_eager(name: str, reason: Any) -> None:

@@ -60,7 +60,8 @@ class BaseCacheManager(ABC):
         Returns:
             - counters (:obj:`Dict[str, Any]`): ``init``, ``recur`` and ``total``, each a dict with ``queries``, \
                 ``hits``, ``misses`` and, where known, ``evictions`` and ``occupancy`` (all cumulative but the last); \
-                and ``memory_mb``. A manager that does not count leaves the first three out.
+                and ``memory_mb``. A manager that does not count leaves the first three out. Where rows with nan or \
+                inf can be skipped, ``skipped``, cumulative.
         """
 
     @abstractmethod
@@ -160,6 +161,12 @@ class PagedCacheManager(BaseCacheManager):
         """
         Overview:
             Store the contexts of the nodes that a simulation made.
+        """
+
+    def count_skipped(self, rows: int) -> None:
+        """
+        Overview:
+            Count rows with nan or inf whose contexts are not stored (``kv_cache_cfg.on_nan='skip'``); here, nowhere.
         """
 
     def open_search(self, roots: Rows, simulations: int) -> NodeTable:

@@ -16,6 +16,8 @@ EVICTIONS = ('fifo', 'lru', 'priority')
 DTYPES = ('float32', 'bfloat16', 'float16')
 ON_NAN = ('raise', 'skip')
 BACKENDS = ('auto', 'eager', 'cudagraph', 'compile')
+VALIDATIONS = ('off', 'legacy', 'exact')
+VALIDATION_ACTIONS = ('warn', 'raise')
 
 # What LightZero's own code assumes where the key is absent.
 DEFAULT_NUM_SIMULATIONS = 50
@@ -104,6 +106,10 @@ class CacheConfig:
         - max_memory_mb (:obj:`Optional[float]`): Upper bound of the page storage in MiB; None for no bound.
         - backend (:obj:`str`): How a recurrent step is launched: 'auto', 'eager', 'cudagraph' or 'compile'.
         - on_nan (:obj:`str`): What a prediction with nan or inf does: 'raise' an error, or 'skip' storing its context.
+        - validation (:obj:`str`): Whether searches are replayed by LightZero's own code: 'off', 'legacy' or 'exact'.
+        - validation_freq (:obj:`int`): Every how many searches one is replayed.
+        - validation_tol (:obj:`float`): The relative difference from which on a row counts as another.
+        - validation_action (:obj:`str`): What such a row does: 'warn' in the log, or 'raise' an error.
     """
     use_new: bool
     type: str
@@ -117,6 +123,10 @@ class CacheConfig:
     max_memory_mb: Optional[float]
     backend: str
     on_nan: str
+    validation: str
+    validation_freq: int
+    validation_tol: float
+    validation_action: str
 
     @classmethod
     def read(cls, world_model_cfg: Any, managers: Optional[Iterable[str]] = None) -> 'CacheConfig':
@@ -159,6 +169,12 @@ class CacheConfig:
             )
         if use_new:
             _check_context_length(world_model_cfg)
+        validation = option('validation', 'off', _choice, VALIDATIONS)
+        if validation != 'off' and not use_new:
+            raise ConfigError(
+                f"{PREFIX}.{OPTIONS}.validation={validation!r} holds the new system against LightZero's own code: "
+                f"set {FLAG}=True for it, or validation='off'"
+            )
         return cls(
             use_new=use_new,
             type=kind,
@@ -172,6 +188,10 @@ class CacheConfig:
             max_memory_mb=option('max_memory_mb', None, _positive_number),
             backend=option('backend', 'auto', _choice, BACKENDS),
             on_nan=option('on_nan', 'raise', _choice, ON_NAN),
+            validation=validation,
+            validation_freq=option('validation_freq', 100, _positive_int),
+            validation_tol=option('validation_tol', 1e-3, _positive_number),
+            validation_action=option('validation_action', 'warn', _choice, VALIDATION_ACTIONS),
         )
 
 
@@ -186,6 +206,10 @@ KV_CACHE_CFG: Dict[str, str] = {
     'max_memory_mb': 'upper bound of the page storage, in MiB',
     'backend': "how a recurrent step is launched: 'auto', 'eager', 'cudagraph' or 'compile'",
     'on_nan': "what a prediction with nan or inf does: 'raise' an error or 'skip' storing its context",
+    'validation': "replay searches by LightZero's own code: 'off', 'legacy' (as it is) or 'exact' (as it should be)",
+    'validation_freq': 'every how many searches one is replayed',
+    'validation_tol': 'the relative difference from which on a row counts as another',
+    'validation_action': "what such a row does: 'warn' in the log or 'raise' an error",
 }
 
 

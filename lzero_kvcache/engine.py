@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .pages import Rows
 from .slab import Slab
-from .weights import MANY_ROWS, Weights, read_weights
+from .weights import MANY_CAPTURED_ROWS, MANY_ROWS, Weights, read_weights
 
 SHORT_WINDOW = 64
 
@@ -89,13 +89,14 @@ class Engine:
         """Where the weights are now."""
         return self._wm.transformer.ln_f.weight.device
 
-    def weights(self, many_rows: int = MANY_ROWS) -> Weights:
+    def weights(self, captured: bool = False) -> Weights:
         """
         Overview:
             The model as it is now.
         Arguments:
-            - many_rows (:obj:`int`): From how many rows on to launch more, but faster CUDA kernels.
+            - captured (:obj:`bool`): For a CUDA graph, where more launches cost little.
         """
+        many_rows = MANY_CAPTURED_ROWS if captured else MANY_ROWS.get(self.device.type, MANY_ROWS['cpu'])
         return read_weights(self._wm, 0 if self.rotary else 2 * self.width, many_rows)
 
     def embed_action(self, action: torch.Tensor) -> torch.Tensor:

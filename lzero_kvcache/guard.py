@@ -1,6 +1,6 @@
 """What happens when a prediction is not finite. Knows numbers on the host only."""
 import logging
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 
@@ -13,11 +13,12 @@ class NanGuard:
         Looks at what comes back to the host anyway.
     Arguments:
         - action (:obj:`str`): 'raise' an error, or 'skip' the rows: their contexts are not stored.
+        - count (:obj:`Callable[[int], None]`): Told how many rows were skipped.
     """
 
-    def __init__(self, action: str) -> None:
-        self._action = action
-        self.skipped = 0
+    def __init__(self, action: str, count: Callable[[int], None]) -> None:
+        self._action, self._count = action, count
+        self._told = False
 
     def finite(self, values: np.ndarray, what: str, mode: str, env_ids: Sequence[int],
                timesteps: np.ndarray) -> np.ndarray:
@@ -45,7 +46,8 @@ class NanGuard:
             raise FloatingPointError(
                 f"{message}: the weights have diverged; kv_cache_cfg.on_nan='skip' goes on without such contexts"
             )
-        if not self.skipped:
+        if not self._told:
+            self._told = True
             logger.warning(f'{message}: its context is not stored; further ones are only counted')
-        self.skipped += int(np.count_nonzero(~finite))
+        self._count(int(np.count_nonzero(~finite)))
         return np.flatnonzero(finite)

@@ -58,6 +58,7 @@ class KVCacheManager(PagedCacheManager):
         # Evaluation has contexts of its own, made at its first search, so that it cannot evict collection's.
         self.eval_pools: List[PagedPool] = []
         self._asked = {'init': CacheStats(), 'recur': CacheStats()}
+        self._skipped = 0
         # As the last step left the pools: by the time that they are asked, an update has emptied them.
         self._filled = {'init': 0.0, 'recur': 0.0}
         logger.info(f'Initialized KVCacheManager for {self.env_num} environments')
@@ -120,12 +121,9 @@ class KVCacheManager(PagedCacheManager):
 
     def find_recur(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
         # A node that is no root is not a miss of its environment's init pool: that is asked only for what it has.
-        pairs = list(zip(env_ids, keys))
-        roots: List[int] = []
-        if not self._root_keys.isdisjoint(keys):
-            roots = [row for row, (env_id, key) in enumerate(pairs) if key in self._init_pool(mode, env_id)]
-        elif max(env_ids) >= self.env_num:
-            self._init_pool(mode, max(env_ids))  # raises
+        pairs, known = list(zip(env_ids, keys)), self._root_keys
+        pools = [self._init_pool(mode, env_id) for env_id in range(max(env_ids) + 1)]
+        roots = [row for row, (env_id, key) in enumerate(pairs) if key in known and key in pools[env_id]]
         nodes = np.delete(np.arange(len(pairs)), roots)
         slots = np.array(self.recur_pool.slots([pairs[row] for row in nodes] if roots else pairs), dtype=np.int64)
         rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
@@ -158,6 +156,9 @@ class KVCacheManager(PagedCacheManager):
                 self.wm_pool.stats.record(queries, hits)
             if by_node and self.recur_pool.stats is not None:
                 self.recur_pool.stats.record(queries, hits)
+
+    def count_skipped(self, rows: int) -> None:
+        self._skipped += rows
 
     def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
         for name, pools in ((COLLECT, self.init_pools), (EVAL, self.eval_pools)):
@@ -261,6 +262,7 @@ class KVCacheManager(PagedCacheManager):
     def counters(self) -> Dict[str, Any]:
         counters: Dict[str, Any] = {'memory_mb': self.memory_mb}
         if self.enable_stats:
+            counters['skipped'] = self._skipped
             init_pools = self.init_pools + self.eval_pools
             counters['init'] = _counts(self._asked['init'], init_pools, self._filled['init'])
             counters['recur'] = _counts(self._asked['recur'], [self.recur_pool], self._filled['recur'])
@@ -291,6 +293,7 @@ class KVCacheManager(PagedCacheManager):
                 pool.stats.reset()
         for stats in self._asked.values():
             stats.reset()
+        self._skipped = 0
 
     def __repr__(self) -> str:
         return (
@@ -317,10 +320,10 @@ class KVCacheManager(PagedCacheManager):
         try:
             return self._pages.allocate(count)
         except OutOfPages as error:
-            raise OutOfPages(
-                f'{error}, and the running search needs the others: raise kv_cache_cfg.max_memory_mb='
-                f'{self.config.max_memory_mb}'
-            ) from None
+            mend = f'raise kv_cache_cfg.max_memory_mb={self.config.max_memory_mb}'
+            if self._out_of_memory:
+                mend = 'memory has run out: lower policy.num_simulations or the number of environments'
+            raise OutOfPages(f'{error}, and the running search needs the others: {mend}') from None
 
     def _init_pool(self, mode: str, env_id: int) -> PagedPool:
         pools = self.init_pools if mode == COLLECT else self.eval_pools

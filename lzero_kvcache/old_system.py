@@ -99,6 +99,14 @@ class OldCacheManager(BaseCacheManager):
             size += len(copies) * _bytes(copies[0])
         return size / MIB
 
+    @property
+    def full_memory_mb(self) -> float:
+        """MiB that they come to once every slot was used; LightZero allocates a slot when it is."""
+        model = self._world_model
+        slots = model.shared_pool_size + model.shared_pool_size_wm + self.env_num * model.shared_pool_size_init
+        # The working batch is of all environments, and of one, twice.
+        return (slots + self.env_num + 2) * _bytes(model.keys_values_wm_single_env_tmp) / MIB
+
     def reset_stats(self) -> None:
         self._roots.reset()
         self._before = (self._world_model.total_query_count, self._world_model.hit_count)
@@ -132,6 +140,14 @@ class OldWorldModel(LightZeroWorldModel):
         self.kv_cache_manager = OldCacheManager(config, self.env_num, options.enable_stats)
         self.kv_cache_manager.attach(self)
         self.timings = {'search': Timing(), 'step': Timing()}
+
+    @property
+    def hyperparameters(self) -> Dict[str, Any]:
+        """What tells this cache from others; LightZero has no other options."""
+        return dict(
+            cache_system='old', cache_manager='old', init_pool_size=self.shared_pool_size_init,
+            recurrent_pool_size=self.shared_pool_size, env_num=self.env_num, context_length=self.context_length,
+        )
 
     def forward_recurrent_inference(self, *args: Any, **kwargs: Any) -> Tuple[Any, ...]:
         """

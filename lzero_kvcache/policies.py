@@ -5,15 +5,20 @@ keeps them for each (mode, environment) and lays the rows out for LightZero's ow
 """
 import inspect
 import logging
+import math
 import numbers
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from easydict import EasyDict
+from lzero.policy import utils as lightzero_utils
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
+from scipy.special import entr
 
 from .config import FLAG, PREFIX, ConfigError, settle
 from .manager import COLLECT, EVAL
@@ -157,8 +162,10 @@ class KVCachePolicy:
         try:
             if _is_new(world_model):
                 self.last_batch_obs, self.last_batch_action = steps.rows(env_ids, observations)
-                with world_model.serving(mode, env_ids):
+                with world_model.serving(mode, env_ids), _quick_entropy():
                     output = forward(*args, **kwargs)
+                    if world_model.validator is not None:
+                        world_model.validator.check(world_model, [output[env_id]['action'] for env_id in env_ids])
             else:
                 following = sum(env_id in steps for env_id in env_ids)
                 hits = world_model.root_hit_cnt
@@ -174,6 +181,9 @@ class KVCachePolicy:
     def _reset(self, mode: str, reset: Callable[..., None], env_id: Union[None, int, List[int]], args: Any,
                kwargs: Any) -> None:
         """A list names environments whose episode ended, None means all; a number is LightZero's periodic clearing."""
+        validator = getattr(self._model.world_model, 'validator', None)
+        if validator is not None:
+            validator.reset(reset, env_id, *args, **kwargs)
         ended = env_id is None or not isinstance(env_id, numbers.Integral)
         if self._searching:  # LightZero resets every row when fewer environments are ready than usual
             ended = False
@@ -194,6 +204,31 @@ def _timed(function: Callable[..., Any], timing: Timing) -> Callable[..., Any]:
         return output
 
     return run
+
+
+def entropy(pk: Sequence[float], base: float) -> float:
+    """
+    Overview:
+        The same number as ``scipy.stats.entropy``, without the checks around it, which take many times as long.
+    Arguments:
+        - pk (:obj:`Sequence[float]`): A distribution.
+        - base (:obj:`float`): Of the logarithm.
+    Returns:
+        - entropy (:obj:`float`): Of the distribution.
+    """
+    probabilities = np.asarray(pk)
+    return entr(probabilities / probabilities.sum()).sum() / math.log(base)
+
+
+@contextmanager
+def _quick_entropy() -> Iterator[None]:
+    """LightZero asks for the entropy of every environment's visits: a third of a collect step with scipy's own."""
+    original = lightzero_utils.entropy
+    lightzero_utils.entropy = entropy
+    try:
+        yield
+    finally:
+        lightzero_utils.entropy = original
 
 
 def _is_new(world_model: Any) -> bool:

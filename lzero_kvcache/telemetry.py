@@ -1,4 +1,5 @@
-"""The cache's numbers in tensorboard (and wandb) at every training iteration."""
+"""The cache's numbers in tensorboard (and wandb) at every training iteration, and its options, once."""
+import importlib
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -10,6 +11,7 @@ from .stats import Timing
 HOOK_KEY = 'kv_cache_stats'
 HOOK_CONFIG = {'type': HOOK_KEY, 'name': HOOK_KEY, 'priority': 30, 'position': 'after_iter'}
 POOLS = ('init', 'recur', 'total')
+VALIDATION = 'kv_cache_validation'
 METRICS = ('hit_rate', 'queries', 'hits', 'misses', 'evictions', 'occupancy')
 
 _SHOWN_TOGETHER = {
@@ -26,6 +28,16 @@ LAYOUT = {
         'time': ['Multiline', ['kv_cache_iter/search_ms', 'kv_cache_iter/step_ms']],
     }
 }
+# What tensorboard's page of hyperparameters tells runs by, each with a value of its type. It takes the list from one of
+# the runs, so all name all of it, those of the old system too.
+HYPERPARAMETERS: Dict[str, Any] = {
+    **dict.fromkeys(('cache_system', 'cache_manager', 'eviction', 'dtype', 'backend'), ''),
+    **dict.fromkeys(('init_pool_size', 'recurrent_pool_size', 'env_num', 'num_simulations', 'context_length'), 0),
+}
+# What it compares them by.
+COMPARED = (
+    'kv_cache_iter/total_hit_rate', 'kv_cache_iter/search_ms', 'kv_cache_iter/memory_mb', 'evaluator_iter/reward_mean'
+)
 
 
 class Point(NamedTuple):
@@ -103,7 +115,7 @@ def sum_counters(counters: Dict[str, Any]) -> Dict[str, Any]:
 
 def _numbers(counters: Dict[str, Any], timings: Dict[str, Timing]) -> torch.Tensor:
     """In an order that is the same on all ranks, since they have the same config."""
-    numbers: List[float] = [counters.get('memory_mb', 0.)]
+    numbers: List[float] = [counters.get('memory_mb', 0.), counters.get('skipped', 0)]
     for pool in POOLS:
         numbers += [float(value) for _, value in sorted(counters.get(pool, {}).items())]
     for _, timing in sorted(timings.items()):
@@ -115,6 +127,9 @@ def _numbers(counters: Dict[str, Any], timings: Dict[str, Timing]) -> torch.Tens
 def _with_numbers(point: Point, numbers: torch.Tensor) -> Point:
     values = iter(numbers.tolist())
     counters: Dict[str, Any] = {'memory_mb': next(values)}
+    skipped = int(next(values))
+    if 'skipped' in point.counters:
+        counters['skipped'] = skipped
     for pool in POOLS:
         if pool in point.counters:
             counters[pool] = {name: type(value)(next(values)) for name, value in sorted(point.counters[pool].items())}
@@ -140,7 +155,7 @@ class KVCacheStatsHook(LearnerHook):
         self._rates: Dict[str, float] = {}
         self._timed: Dict[str, Timing] = {}
         self._means: Dict[str, float] = {}
-        self._laid_out = False
+        self._introduced = False
         self._sums: Optional[RankSums] = None
 
     def __call__(self, engine: Any) -> None:
@@ -184,16 +199,27 @@ class KVCacheStatsHook(LearnerHook):
         """
         if point is None or engine.tb_logger is None:
             return
-        if not self._laid_out:
+        if not self._introduced:
+            self._introduced = True
             engine.tb_logger.add_custom_scalars(LAYOUT)
-            self._laid_out = True
+            policy = engine.policy
+            world_model = policy.get_attribute('model').world_model
+            write_hyperparameters(engine.tb_logger, {
+                **world_model.hyperparameters, 'num_simulations': policy.get_attribute('cfg').num_simulations
+            })
         values = {**self.values(point.counters), **self.times(point.timings)}
         for name, value in values.items():
             engine.tb_logger.add_scalar(f'kv_cache_iter/{name}', value, point.iteration)
             engine.tb_logger.add_scalar(f'kv_cache_step/{name}', value, point.env_step)
+        validator = getattr(engine.policy.get_attribute('model').world_model, 'validator', None)
+        validated = {} if validator is None else validator.tally.read()
+        for name, value in validated.items():
+            engine.tb_logger.add_scalar(f'{VALIDATION}/{name}', value, point.iteration)
         if engine.policy.get_attribute('cfg').get('use_wandb', False):
             import wandb
-            wandb.log({f'kv_cache_step/{name}': value for name, value in values.items()}, step=point.env_step)
+            logged = {f'kv_cache_step/{name}': value for name, value in values.items()}
+            logged.update({f'{VALIDATION}/{name}': value for name, value in validated.items()})
+            wandb.log(logged, step=point.env_step)
 
     def values(self, counters: Dict[str, Any]) -> Dict[str, float]:
         """
@@ -202,10 +228,10 @@ class KVCacheStatsHook(LearnerHook):
         Arguments:
             - counters (:obj:`Dict[str, Any]`): What a manager's ``counters()`` returns.
         Returns:
-            - values (:obj:`Dict[str, float]`): By ``POOL_METRIC``, and ``memory_mb``. A rate is left out before the \
-                first query.
+            - values (:obj:`Dict[str, float]`): By ``POOL_METRIC``, and those of the cache as a whole. A rate is left \
+                out before the first query.
         """
-        values = {'memory_mb': counters['memory_mb']}
+        values: Dict[str, float] = {name: counters[name] for name in ('memory_mb', 'skipped') if name in counters}
         for pool in POOLS:
             counts = counters.get(pool)
             if counts is None:
@@ -236,6 +262,22 @@ class KVCacheStatsHook(LearnerHook):
                 self._means[f'{name}_ms'] = 1e3 * (timing.seconds - before.seconds) / (timing.count - before.count)
                 self._timed[name] = Timing(timing.count, timing.seconds)
         return self._means
+
+
+def write_hyperparameters(tb_logger: Any, values: Dict[str, Any]) -> None:
+    """
+    Overview:
+        Say in a run's own event file by what it can be told from others. The writers' ``add_hparams`` would begin
+        another file, and say that the run has ended.
+    Arguments:
+        - tb_logger (:obj:`Any`): A ``SummaryWriter`` of torch or of tensorboardX.
+        - values (:obj:`Dict[str, Any]`): Those of ``HYPERPARAMETERS`` that the run has.
+    """
+    writer = tb_logger._get_file_writer()
+    # Both have the same function for this beside their writer, each for messages of its own kind.
+    summary = importlib.import_module(type(writer).__module__.rpartition('.')[0] + '.summary')
+    writer.add_summary(summary.hparams(HYPERPARAMETERS, dict.fromkeys(COMPARED, 0.))[0])
+    writer.add_summary(summary.hparams(values, {})[1])
 
 
 class _LastPoint(LearnerHook):

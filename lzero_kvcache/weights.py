@@ -9,11 +9,11 @@ from torch import nn
 
 Function = Callable[..., Any]
 
-MANY_ROWS = 128
-"""From here on more, but faster CUDA kernels pay although each is launched from Python (docs/results.md)."""
+MANY_ROWS = {'cpu': 128, 'cuda': 512}
+"""From here on more, but faster kernels pay although each is launched from Python (docs/results.md)."""
 
 MANY_CAPTURED_ROWS = 32
-"""The same inside a graph, where launches cost little."""
+"""The same inside a CUDA graph, where launches cost little."""
 
 
 class Layer(NamedTuple):
@@ -85,7 +85,7 @@ def read_weights(world_model: Any, positions: int, many_rows: int) -> Weights:
     Arguments:
         - world_model (:obj:`Any`): A LightZero world model.
         - positions (:obj:`int`): Learned positions that a window has; 0 with rotary ones.
-        - many_rows (:obj:`int`): From how many rows on to launch more, but faster CUDA kernels.
+        - many_rows (:obj:`int`): From how many rows on to launch more, but faster kernels.
     Returns:
         - weights (:obj:`Weights`): Fused copies of the projections, and functions on everything else in place.
     """

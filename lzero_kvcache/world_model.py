@@ -9,7 +9,7 @@ import torch
 import xxhash
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
-from .backend import Result, make_backend
+from .backend import Result, make_backend, picked
 from .base_manager import PagedCacheManager
 from .config import CacheConfig
 from .engine import Engine, StepOutput
@@ -19,6 +19,7 @@ from .nodes import NodeTable
 from .pages import Rows, extend
 from .registry import KV_CACHE_REGISTRY
 from .stats import Timing
+from .validation import Validator
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,10 @@ class NewWorldModel(LightZeroWorldModel):
     def __init__(self, config: Any, tokenizer: Any) -> None:
         options = CacheConfig.read(config, KV_CACHE_REGISTRY)
         logger.info('✓ Using NEW KVCacheManager for cache management')
+        self.validator = Validator(options) if options.validation != 'off' else None
         super().__init__(config, tokenizer)
+        if self.validator is not None:
+            self.validator.attach(self)
         for name in ('shared_pool_recur_infer', 'shared_pool_init_infer', 'shared_pool_wm'):
             del self.__dict__[name]
         self.cache_engine = Engine(self)
@@ -60,6 +64,7 @@ class NewWorldModel(LightZeroWorldModel):
         )
         self.kv_cache_manager.storage.shift = self._shift
         self.kv_cache_manager.storage.blank = self._blank
+        self._options = options
         self._backend = make_backend(options.backend, self.cache_engine)
         self._serving: Optional[Serving] = None
         self._roots: Optional[Tuple[Rows, np.ndarray]] = None
@@ -67,7 +72,7 @@ class NewWorldModel(LightZeroWorldModel):
         self._last_keys: Dict[Tuple[str, int], Any] = {}
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
-        self._guard = NanGuard(options.on_nan)
+        self._guard = NanGuard(options.on_nan, self.kv_cache_manager.count_skipped)
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
@@ -82,6 +87,8 @@ class NewWorldModel(LightZeroWorldModel):
         Overview:
             Nothing to precompute: positions come from the weights as they are at each step.
         """
+        if self.validator is not None:
+            self.validator.precompute(self)
 
     @property
     def past_kv_cache_init_infer_envs(self) -> List['CacheView']:
@@ -99,9 +106,15 @@ class NewWorldModel(LightZeroWorldModel):
         return self._backend.memory_mb
 
     @property
-    def skipped(self) -> int:
-        """Rows with nan or inf that were not stored."""
-        return self._guard.skipped
+    def hyperparameters(self) -> Dict[str, Any]:
+        """What tells this cache from others."""
+        options = self._options
+        return dict(
+            cache_system='new', cache_manager=options.type, eviction=options.eviction,
+            init_pool_size=options.init_pool_size, recurrent_pool_size=options.recurrent_pool_size,
+            env_num=options.env_num, dtype=options.dtype, context_length=self.context_length,
+            backend=picked(options.backend, self.cache_engine.device),
+        )
 
     @property
     def keys_values_wm_list(self) -> 'CacheView':
@@ -130,6 +143,8 @@ class NewWorldModel(LightZeroWorldModel):
             self.kv_cache_manager.clear_init_caches(mode, env_id)
         for key in [key for key in self._last_keys if mode in (None, key[0]) and env_id in (None, key[1])]:
             del self._last_keys[key]
+        if self.validator is not None:
+            self.validator.forget(mode, env_id)
 
     def weights_changed(self, reason: str) -> None:
         """
@@ -180,12 +195,16 @@ class NewWorldModel(LightZeroWorldModel):
         with torch.no_grad():
             self._serving = Serving(mode, env_ids, self.cache_engine.weights())
         self._new_keys: Dict[Tuple[str, int], Any] = {}
+        if self.validator is not None:
+            self.validator.open(mode, env_ids)
         try:
             yield
             self._last_keys.update(self._new_keys)  # a search that failed is no step of its environments
         finally:
             self._serving = self._roots = None
             self.kv_cache_manager.release()
+            if self.validator is not None:
+                self.validator.close()
 
     @torch.no_grad()
     def forward_initial_inference(self, obs_act_dict: Dict[str, Any], start_pos: Any = 0) -> Tuple[Any, ...]:
@@ -257,7 +276,7 @@ class NewWorldModel(LightZeroWorldModel):
                 tables[continued], counts[continued] = manager.find_init(
                     mode, [env_ids[row] for row in continued], [last_keys[row] for row in continued]
                 )
-            lost = np.flatnonzero(going & (counts == 0))
+            lost = missing = np.flatnonzero(going & (counts == 0))
             manager.count_queries('init', len(continued), len(continued) - len(lost))
             if len(lost):
                 before = last_latent(lost)
@@ -290,6 +309,8 @@ class NewWorldModel(LightZeroWorldModel):
             self._roots = roots, timesteps
             self._new_keys = {(mode, env_id): None for env_id in env_ids}
             self._new_keys.update({(mode, env_ids[row]): keys[row] for row in kept})
+        if self.validator is not None:
+            self.validator.root(last_obs, last_actions, current_obs, timesteps, missing, output)
         return output
 
     def _root_keys(self, mode: str, env_ids: List[int], latent: torch.Tensor, last_obs: torch.Tensor,
@@ -339,6 +360,8 @@ class NewWorldModel(LightZeroWorldModel):
             )
         finally:
             manager.release()
+        if self.validator is not None:
+            self.validator.keyed_node(latent, action, search_depth, output)
         return output
 
     @contextmanager
@@ -363,7 +386,7 @@ class NewWorldModel(LightZeroWorldModel):
         self.timings['search'].record(time.perf_counter() - start)
 
     @torch.no_grad()
-    def expand(self, rows: Rows, pages: np.ndarray, actions: np.ndarray, depths: Sequence[int],
+    def expand(self, rows: Rows, pages: np.ndarray, path: np.ndarray, actions: np.ndarray, depths: Sequence[int],
                timesteps: np.ndarray) -> np.ndarray:
         """
         Overview:
@@ -371,6 +394,7 @@ class NewWorldModel(LightZeroWorldModel):
         Arguments:
             - rows (:obj:`Rows`): The contexts of the nodes that are expanded.
             - pages (:obj:`np.ndarray`): The pages of their children ``[B]``.
+            - path (:obj:`np.ndarray`): Their indices in the search path ``[B]``.
             - actions (:obj:`np.ndarray`): ``[B]``, or ``[B, A]`` for continuous ones.
             - depths (:obj:`Sequence[int]`): Depths of the nodes that are expanded ``[B]``.
             - timesteps (:obj:`np.ndarray`): Timesteps of the roots ``[B]``.
@@ -382,6 +406,8 @@ class NewWorldModel(LightZeroWorldModel):
         self.kv_cache_manager.count_queries('recur', len(pages), len(pages), by_node=True)
         assert result.search is not None  # the actions came from the host
         predicted = result.search.cpu().numpy()
+        if self.validator is not None:
+            self.validator.node(path, actions, depths, result.output)
         mode, env_ids = self._rows_of(len(pages))
         kept = self._guard.finite(predicted, 'A reward, value or policy', mode, env_ids, timesteps)
         return predicted if len(kept) == len(predicted) else np.nan_to_num(predicted, posinf=0.0, neginf=0.0)
@@ -477,7 +503,7 @@ class NodeExpansion:
         start = time.perf_counter()
         rows = self._nodes.expand(simulation, path, columns)
         predicted = self._world_model.expand(
-            rows, self._nodes.pages[simulation], actions, depths, self._timesteps
+            rows, self._nodes.pages[simulation], path, actions, depths, self._timesteps
         )
         self._world_model.timings['step'].record(time.perf_counter() - start)
         return predicted

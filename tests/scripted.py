@@ -7,6 +7,7 @@ so that it lives through the same whether it is alone or in a batch. No test liv
 import contextlib
 import io
 import logging
+import time
 from typing import Any, Dict, List, NamedTuple, Sequence
 from unittest import mock
 
@@ -148,14 +149,16 @@ class Life:
         - folder (:obj:`Any`): Where workers write their logs.
         - timesteps (:obj:`bool`): Whether environments tell their timesteps.
         - manager (:obj:`str`): DI-engine's environment manager.
+        - n_episode (:obj:`int`): Episodes of one collection; default: as many as environments.
+        - segment (:obj:`int`): Steps of a segment; short ones end a collection in the middle of episodes.
     """
 
     def __init__(self, scripts: Sequence[int], new: bool, folder: Any, seed: int = 0, timesteps: bool = True,
-                 manager: str = 'base', n_episode: int = 0, **options: Any) -> None:
+                 manager: str = 'base', n_episode: int = 0, segment: int = 20, **options: Any) -> None:
         count = len(scripts)
         self.scripts, self.folder, self._timesteps, self._manager = scripts, str(folder), timesteps, manager
         main = small_cartpole(new, collectors=count, evaluators=count, **options)
-        main.policy.update(num_segments=count, game_segment_length=20, n_episode=n_episode or count)
+        main.policy.update(num_segments=count, game_segment_length=segment, n_episode=n_episode or count)
         self.config = compiled(main)
         with contextlib.redirect_stdout(io.StringIO()):
             self.policy = create_policy(self.config.policy, enable_field=['learn', 'collect', 'eval'])
@@ -207,8 +210,11 @@ class Life:
             return worker.eval(**amount)
 
     def close(self) -> None:
-        """End the workers' environments."""
+        """End the workers' environments, once all of them wait: DI-engine does not bear it in the middle of a reset."""
         for worker in self._workers:
+            deadline = time.monotonic() + 30
+            while len(worker._env.ready_obs) < len(self.scripts) and time.monotonic() < deadline:
+                time.sleep(0.01)
             worker.close()
 
 

@@ -571,7 +571,7 @@ class TestKernels:
         expected = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=bias)
         torch.testing.assert_close(_attend(query, context, bias), expected[:, :, 0], rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize('rows', [1, layouts.MANY_ROWS - 1, layouts.MANY_ROWS, 100])
+    @pytest.mark.parametrize('rows', [1, layouts.MANY_CAPTURED_ROWS - 1, layouts.MANY_CAPTURED_ROWS, 100])
     @pytest.mark.parametrize('on_gpu', [False, True], ids=['cpu', 'gpu'])
     @pytest.mark.parametrize('has_bias', [False, True])
     def test_a_bias_is_fused_in_for_few_rows_only(self, rows, on_gpu, has_bias, monkeypatch):
@@ -589,10 +589,11 @@ class TestKernels:
             return linear(x, weight, bias)
 
         monkeypatch.setattr(layouts.F, 'linear', spy)
-        actual = layouts._linear(weight.as_subclass(Weight), bias, layouts.MANY_ROWS)(x).as_subclass(torch.Tensor)
+        linear_layer = layouts._linear(weight.as_subclass(Weight), bias, layouts.MANY_CAPTURED_ROWS)
+        actual = linear_layer(x).as_subclass(torch.Tensor)
         torch.testing.assert_close(actual, expected)
         assert torch.equal(x, before)
-        assert fused == [has_bias and (rows < layouts.MANY_ROWS or not on_gpu)]
+        assert fused == [has_bias and (rows < layouts.MANY_CAPTURED_ROWS or not on_gpu)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -636,7 +637,7 @@ class TestOnGPU:
     @BOTH_ACTIONS
     @BOTH_POSITIONS
     def test_every_way_gives_one_answer(self, rotary, continuous, context_length, rows):
-        assert 8 <= SHORT_WINDOW < 80 and 8 < layouts.MANY_CAPTURED_ROWS < 40 < layouts.MANY_ROWS
+        assert 8 <= SHORT_WINDOW < 80 and 8 < layouts.MANY_CAPTURED_ROWS < 40 < min(layouts.MANY_ROWS.values())
         case = Case(rotary=rotary, continuous=continuous, context_length=context_length)
         trace = random_trace(np.random.default_rng(SEED), case, rows, root_steps=3, simulations=5, episodes=0.2)
         expected = answers_of(cached_model(case, rows, SEED, **cfg('eager')), trace)

@@ -31,7 +31,7 @@ class TestDefaults:
         assert dataclasses.asdict(read()) == dict(
             use_new=False, type='new', eviction='fifo', env_num=8, num_simulations=50, init_pool_size=256,
             recurrent_pool_size=400, enable_stats=True, dtype='float32', max_memory_mb=None, backend='auto',
-            on_nan='raise'
+            on_nan='raise', validation='off', validation_freq=100, validation_tol=1e-3, validation_action='warn'
         )
 
     def test_of_the_users_document(self):
@@ -66,7 +66,7 @@ class TestDefaults:
     def test_every_option_is_documented(self):
         assert set(KV_CACHE_CFG) == {
             'type', 'eviction', 'init_pool_size', 'recurrent_pool_size', 'enable_stats', 'dtype', 'max_memory_mb',
-            'backend', 'on_nan'
+            'backend', 'on_nan', 'validation', 'validation_freq', 'validation_tol', 'validation_action'
         }
         assert all(KV_CACHE_CFG.values())
 
@@ -79,7 +79,8 @@ class TestAccepted:
         ('recurrent_pool_size', 12345), ('enable_stats', False), ('dtype', 'float32'), ('dtype', 'bfloat16'),
         ('dtype', 'float16'), ('max_memory_mb', 100), ('max_memory_mb', 0.5), ('type', 'new'),
         ('backend', 'auto'), ('backend', 'eager'), ('backend', 'cudagraph'), ('backend', 'compile'),
-        ('on_nan', 'raise'), ('on_nan', 'skip'),
+        ('on_nan', 'raise'), ('on_nan', 'skip'), ('validation', 'off'), ('validation_freq', 1),
+        ('validation_tol', 1e-9), ('validation_action', 'raise'),
     ])
     def test_options(self, flag, key, value):
         assert getattr(read(flag, {key: value}), key) == value

@@ -3,6 +3,7 @@ import ast
 import copy
 import importlib.util
 import re
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -16,16 +17,23 @@ from oracle import Case, construct
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 from lzero_kvcache import KV_CACHE_REGISTRY, KVCacheManager, config, telemetry
+from lzero_kvcache import __main__ as tools
 from lzero_kvcache.nodes import NodeTable
 from lzero_kvcache.pages import RESERVED_PAGES, extend
+from lzero_kvcache.telemetry import VALIDATION
 from lzero_kvcache.training.cli import build_parser
+from lzero_kvcache.validation.legacy import CAUSES
+from lzero_kvcache.validation.tally import QUANTITIES, Tally
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'lzero_kvcache'
 READMES = ['README.md', 'README.zh.md']
-PAGES = READMES + ['docs/design.md', 'docs/lightzero_main.md', 'docs/your_project.md']
+PAGES = READMES + ['docs/design.md', 'docs/lightzero_main.md', 'docs/validation.md', 'docs/your_project.md']
+FOLDERS = {path.parent.name for path in PACKAGE.glob('*/__init__.py')}
 # What a run leaves behind.
-OF_A_RUN = {'log/serial', 'log/train.log', 'ckpt', 'summary.json', 'data_unizero'}
+OF_A_RUN = {'log/serial', 'log/train.log', 'ckpt', 'summary.json', 'data_unizero', 'total_config.py'}
+OF_AN_EXPERIMENT = {'experiment.json', 'data_experiment/NAME'}
+OF_A_COMPARISON = {'compare.png', 'compare.json'}
 INSTALL_AND_TRAIN = 'pip install -e . && python train.py --config config_new.py'
 INSTALL_AND_TEST = 'pip install -e ".[test]" && python -m pytest'
 
@@ -111,7 +119,7 @@ class TestOptions:
 
     @pytest.mark.parametrize(('key', 'choices'), [
         ('eviction', config.EVICTIONS), ('dtype', config.DTYPES), ('backend', config.BACKENDS),
-        ('on_nan', config.ON_NAN),
+        ('on_nan', config.ON_NAN), ('validation', config.VALIDATIONS), ('validation_action', config.VALIDATION_ACTIONS),
     ])
     def test_choices(self, name, key, choices):
         [meaning] = [row[3] for row in table_with(name, 'type') if spans(row[0]) == [key]]
@@ -142,7 +150,7 @@ class TestTags:
 
     def test_metrics_and_who_writes_them(self, name):
         rows = {spans(row[0])[0]: row[2] in ('yes', '有') for row in table_with(name, 'hit_rate')}
-        assert list(rows) == [*telemetry.METRICS, 'memory_mb', 'search_ms', 'step_ms']
+        assert list(rows) == [*telemetry.METRICS, 'skipped', 'memory_mb', 'search_ms', 'step_ms']
         for flag in (False, True):
             world_model = construct(
                 MODEL_REGISTRY.get('UniZeroModel'), Case(), 2, use_new_cache_manager=flag).world_model
@@ -151,9 +159,21 @@ class TestTags:
             written |= set(counters['init']) | {'hit_rate'}
             assert written == {metric for metric, old in rows.items() if old or flag}
 
+    def test_validation(self, name):
+        rows = table_with(name, f'{VALIDATION}/value_max')
+        first, *others = rows
+        documented = {span.split('/')[1] for row in rows for span in spans(row[0])}
+        documented |= {f'{span}_{kind}' for span in spans(first[1]) for kind in ('max', 'mean')}
+        [causes] = [spans(row[1]) for row in others if spans(row[0]) == [f'{VALIDATION}/cause_padding']]
+        documented |= {f'cause_{span}' for span in causes if span != 'legacy'}
+        tally = Tally(1., CAUSES)
+        nothing = np.zeros((1, 1))
+        tally.add(dict.fromkeys(QUANTITIES, nothing), [[frozenset()]])
+        assert documented == set(tally.read())
+
     def test_every_tag_that_is_named(self, name):
         for tag in re.findall(r'kv_cache_(?:iter|step)/(\w+)', read(name)):
-            assert tag in {'POOL_METRIC', 'memory_mb', 'search_ms', 'step_ms'}
+            assert tag in {'POOL_METRIC', 'skipped', 'memory_mb', 'search_ms', 'step_ms'}
 
 
 @pytest.mark.parametrize('name', READMES)
@@ -226,7 +246,7 @@ def test_paths(name):
     for span in spans(read(name)):
         path = span.split('::')[0]
         if re.fullmatch(r'[.\w-]+(/[.\w-]*)+|[\w-]+\.(py|md|json|toml|png)', path) and not path.startswith('kv_cache_'):
-            assert path in OF_A_RUN or (ROOT / path).exists(), span
+            assert path in OF_A_RUN | OF_AN_EXPERIMENT | OF_A_COMPARISON or (ROOT / path).exists(), span
 
 
 @pytest.mark.parametrize('name', READMES)
@@ -234,6 +254,8 @@ def test_commands(name):
     commands = [line for block in blocks(name, 'bash') for line in block.split('\n')]
     commands += [span for span in spans(read(name)) if span.startswith(('python ', 'pip '))]
     for command in commands:
+        if command.startswith(tools.PROGRAM + ' '):
+            tools.build_parser().parse_args(shlex.split(command[len(tools.PROGRAM):]))
         for script in re.findall(r'(?:python|--nproc_per_node=2) (\S+\.py)', command):
             assert (ROOT / script).exists()
             options = read(script) + read('benchmarks/common.py') + read('lzero_kvcache/training/cli.py')
@@ -288,7 +310,7 @@ class TestRooms:
 
     def test_every_module_is_in_one_room(self):
         modules = [module for _, modules, _ in self.ROOMS for module in modules]
-        there = {path.stem for path in PACKAGE.glob('*.py')} - {'__init__'} | {'training'}
+        there = {path.stem for path in PACKAGE.glob('*.py')} - {'__init__'} | FOLDERS
         assert sorted(modules) == sorted(there)
 
     def test_imports_run_one_way(self):
@@ -303,7 +325,7 @@ class TestRooms:
     def test_there_are_no_circles(self):
         for _, modules, _ in self.ROOMS:
             left = {module: imports(PACKAGE / f'{module}.py')[0] & set(modules)
-                    for module in modules if module != 'training'}
+                    for module in modules if module not in FOLDERS}
             while left:
                 free = [module for module, needed in left.items() if not needed & set(left)]
                 assert free, left

@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from builders import (
     Worker,
@@ -16,6 +17,9 @@ from builders import (
     small_cartpole,
 )
 from ding.utils import MODEL_REGISTRY, POLICY_REGISTRY
+from hypothesis import given
+from hypothesis import strategies as st
+from lzero.policy import utils as lightzero_utils
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 
@@ -285,6 +289,29 @@ class TestSampledPolicy:
         audit(cache(policy))
 
 
+class TestEntropy:
+
+    @given(st.lists(st.floats(0, 1), min_size=1, max_size=20).filter(any), st.sampled_from([2, 10]))
+    def test_the_same_number_as_scipys(self, pk, base):
+        assert policies.entropy(pk, base=base) == scipy.stats.entropy(pk, base=base)
+
+    @BOTH_FLAGS
+    def test_it_serves_searches_of_new_mode_alone(self, new, monkeypatch):
+        scipys, asked = lightzero_utils.entropy, []
+
+        def counted(*args, **kwargs):
+            asked.append(args)
+            return scipys(*args, **kwargs)
+
+        monkeypatch.setattr(lightzero_utils, 'entropy', counted)
+        output = Worker(make_policy(new)).step([0, 1, 2])
+        assert len(asked) == (0 if new else 3)
+        assert lightzero_utils.entropy is counted
+        for row in output.values():
+            visits = np.asarray(row['visit_count_distributions'], dtype=float)
+            assert row['visit_count_distribution_entropy'] == scipys(visits / visits.sum(), base=2)
+
+
 class TestCounts:
     """The design's table, on a script whose counts are told by hand: three environments, four simulations."""
 
@@ -402,8 +429,9 @@ class TestCheckpoints:
         old.learn_mode.load_state_dict(states[1])
         new.learn_mode.load_state_dict(states[0])
         for policy, state in ((old, states[1]), (new, states[0])):
-            for key, value in policy._model.state_dict().items():
-                assert torch.equal(value, state['model'][key])
+            for model, name in ((policy._model, 'model'), (policy._target_model, 'target_model')):
+                for key, value in model.state_dict().items():
+                    assert torch.equal(value, state[name][key])
 
     @BOTH_FLAGS
     def test_they_hold_no_cache(self, new):

@@ -222,7 +222,7 @@ class TestAgreement:
 
 def numbers(queries):
     pool = {'queries': queries, 'hits': queries - 1, 'misses': 1, 'occupancy': 0.5}
-    return {'memory_mb': 1.5, 'init': pool, 'recur': dict(pool), 'total': dict(pool)}
+    return {'memory_mb': 1.5, 'skipped': queries, 'init': pool, 'recur': dict(pool), 'total': dict(pool)}
 
 
 @pytest.mark.usefixtures('group')
@@ -269,6 +269,7 @@ class TestSums:
         rates = [value for tag, value, _ in written if tag == 'kv_cache_iter/total_hit_rate']
         assert rates == [0.75, 1., 1.]
         assert [value for tag, value, _ in written if tag == 'kv_cache_iter/search_ms'] == [500.] * 3
+        assert [value for tag, value, _ in written if tag == 'kv_cache_iter/skipped'] == [4, 8, 8]
 
 
 # ---------------------------------------------------------------------------------------------------- real trainings
@@ -296,7 +297,7 @@ def test_two_processes_end_with_equal_weights(entry, tmp_path):
     config.write_text(CONFIG.format(os.path.join(PROJECT_ROOT, 'configs'), entry))
     arguments = ['--config', str(config), *SMALL[2:], '--max-env-step', '80']
     process = torchrun(tmp_path, str(script), *arguments)
-    shown, _ = process.communicate(timeout=120)
+    shown, _ = process.communicate(timeout=300)
     assert process.returncode == 0, shown
     first, second = (torch.load(str(tmp_path / f'rank{rank}.pt')) for rank in range(2))
     folder = tmp_path / 'run'
@@ -366,7 +367,7 @@ def test_ranks_end_together_when_one_is_asked_to(signum, whom, tmp_path):
                 break
         time.sleep(float(torch.rand(())) * 3)
         os.kill(process.pid if whom == 'all' else worker(process, whom), signum)
-        shown = ''.join(lines) + process.communicate(timeout=60)[0]
+        shown = ''.join(lines) + process.communicate(timeout=240)[0]
     assert process.returncode != 0
     assert f'Training: interrupted by {signum.name}' in shown
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())

@@ -1,27 +1,38 @@
 """What storage does when it runs out: of its limit, and of the device's memory."""
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from builders import Worker, audit, make_policy
+from builders import Worker, assert_same_outputs, audit, cache_cfg, make_policy
 
-from lzero_kvcache.slab import Slab
+from lzero_kvcache import KVCacheManager, slab
+from lzero_kvcache.pages import OutOfPages, extend
+
+OUT_OF_MEMORY = {
+    'a GPU': torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 1.00 GiB'),
+    'a CPU': RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried "
+                          'to allocate 1073741824 bytes. Error code 12 (Cannot allocate memory)'),
+}
 
 
-def grown_by(policy, monkeypatch, fails):
-    """Use every page up, so that the next step must grow."""
+def allocation_fails(monkeypatch, error):
+    """From here on memory has run out; how often it was asked for."""
+    asked = []
+
+    def zeros(*args, **kwargs):
+        asked.append(args)
+        raise error
+
+    monkeypatch.setattr(slab, 'torch', SimpleNamespace(**{**vars(torch), 'zeros': zeros}))
+    return asked
+
+
+def use_up(policy):
+    """Take every free page, so that the next step must grow or evict."""
     manager = policy._model.world_model.kv_cache_manager
-    if fails:
-        def ensure(self, pages, device):
-            if self.data is not None and pages > self.data.shape[0]:
-                raise RuntimeError('CUDA out of memory. Tried to allocate 1.00 GiB')
-            return whole(self, pages, device)
-
-        whole = Slab.ensure
-        monkeypatch.setattr(Slab, 'ensure', ensure)
-    manager.hold(manager.take(manager._pages.free))
-    return manager
+    return manager, manager.take(manager._pages.free)
 
 
 @pytest.fixture
@@ -29,30 +40,111 @@ def policy():
     return make_policy(True)
 
 
-def test_growth_keeps_what_is_stored(policy, monkeypatch, caplog):
+def test_growth_keeps_what_is_stored(policy, caplog):
     worker, reference = Worker(policy), Worker(make_policy(True))
     worker.step([0, 1, 2]), reference.step([0, 1, 2])
-    manager = grown_by(policy, monkeypatch, fails=False)
+    manager, taken = use_up(policy)
     before = manager.page_capacity
     with caplog.at_level(logging.INFO, 'lzero_kvcache'):
-        grown, right = worker.step([0, 1, 2]), reference.step([0, 1, 2])
+        assert_same_outputs(worker.step([0, 1, 2]), reference.step([0, 1, 2]), [0, 1, 2])
     assert manager.page_capacity > before
     assert sum('Grew the page storage' in line for line in caplog.messages) == 1
-    for env_id in right:
-        np.testing.assert_allclose(grown[env_id]['predicted_value'], right[env_id]['predicted_value'], rtol=1e-4)
+    manager._pages.release(taken)
+    audit(manager)
 
 
-def test_out_of_memory_while_growing(policy, monkeypatch, caplog):
-    worker = Worker(policy)
-    for _ in range(3):
-        worker.step([0, 1, 2])
-    manager = grown_by(policy, monkeypatch, fails=True)
-    data, capacity = manager.storage.slab.data, manager.page_capacity
-    manager._lease.clear()  # what the test holds is nobody's from here on
-    with caplog.at_level(logging.WARNING, 'lzero_kvcache'), pytest.raises(RuntimeError, match='max_memory_mb'):
-        worker.step([0, 1, 2])
+@pytest.mark.parametrize('error', list(OUT_OF_MEMORY.values()), ids=list(OUT_OF_MEMORY))
+def test_out_of_memory_while_growing(error, policy, monkeypatch, lines):
+    """The slab stays as it was, older roots make room, one line says so, and every answer is as with memory left."""
+    worker, reference = Worker(policy), Worker(make_policy(True))
+    for _ in range(12):
+        worker.step([0, 1, 2]), reference.step([0, 1, 2])
+    manager, taken = use_up(policy)
+    asked = allocation_fails(monkeypatch, error)
+    data, contents, capacity = manager.storage.slab.data, manager.storage.slab.data.clone(), manager.page_capacity
+    with pytest.raises(OutOfPages):
+        manager.take(capacity)  # more than there can be
+    assert manager.storage.slab.data is data and torch.equal(data, contents)
+    assert manager.page_capacity == capacity
+    assert [len(pool) for pool in manager.init_pools] == [1, 1, 1]  # the current root of each is kept
+    for _ in range(4):
+        assert_same_outputs(worker.step([0, 1, 2]), reference.step([0, 1, 2]), [0, 1, 2])
     assert manager.storage.slab.data is data and manager.page_capacity == capacity
-    assert sum('Out of memory while the page storage grew' in line for line in caplog.messages) == 1
+    assert len(asked) == 1
+    warnings = [message for level, message in lines(logging.WARNING) if 'Out of memory' in message]
+    assert warnings == [
+        f'Out of memory while the page storage grew from {capacity} to {2 * capacity} pages: '
+        'it stays as it was, and older root contexts are evicted from now on'
+    ]
+    assert manager.counters()['init']['evictions'] > 0
+    manager._pages.release(taken)
+    audit(manager)
+
+
+def test_out_of_memory_with_nothing_to_evict(policy, monkeypatch):
+    """What is left is an error that says what to do; where memory is free again, the step can be done again."""
+    worker, reference = Worker(policy), Worker(make_policy(True))
+    worker.step([0, 1, 2]), reference.step([0, 1, 2])
+    manager, taken = use_up(policy)
+    allocation_fails(monkeypatch, OUT_OF_MEMORY['a GPU'])
+    with pytest.raises(OutOfPages, match='memory has run out: .*num_simulations'):
+        worker.step([0, 1, 2])
+    manager._pages.release(taken)
+    audit(manager)
+    assert_same_outputs(worker.step([0, 1, 2]), reference.step([0, 1, 2]), [0, 1, 2])
+
+
+def test_another_error_while_growing_is_not_hidden(policy, monkeypatch):
+    worker = Worker(policy)
+    worker.step([0, 1, 2])
+    manager, taken = use_up(policy)
+    allocation_fails(monkeypatch, RuntimeError('device-side assert triggered'))
+    with pytest.raises(RuntimeError, match='device-side assert'):
+        worker.step([0, 1, 2])
+    manager._pages.release(taken)
+    audit(manager)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+def test_a_device_that_is_full(lines):
+    """Its memory is really used up; what lies in the slab stays there, and is found."""
+    manager = KVCacheManager(cache_cfg(
+        num_layers=8, num_heads=8, embed_dim=1024, num_simulations=8, kv_cache_cfg=dict(init_pool_size=300)
+    ))
+    cuda = torch.device('cuda')
+    storage = manager.storage.ready(cuda)
+    content = {}
+    for step in range(300):  # an episode of two environments
+        pages = manager.allocate(2)
+        token = torch.randn((2, *storage.page_shape), device=cuda)
+        storage.write(torch.from_numpy(pages).to(cuda), token)
+        roots = extend(manager.find_init('collect', [0, 1], [step - 1] * 2), pages)
+        manager.store_init('collect', [0, 1], [step] * 2, roots)
+        manager.release()
+        content.update(zip(pages.tolist(), token.cpu()))
+    audit(manager)
+    data, capacity = storage.data, manager.page_capacity
+    filler, size = [], 1 << 30
+    while size >= 1 << 20:
+        try:
+            filler.append(torch.empty(size, dtype=torch.uint8, device=cuda))
+        except torch.cuda.OutOfMemoryError:
+            size //= 2
+    held = torch.cuda.memory_allocated()
+    pages = manager.allocate(manager._pages.free + 100)
+    assert storage.data is data and manager.page_capacity == capacity
+    assert torch.cuda.memory_allocated() == held
+    assert sum('Out of memory while the page storage grew' in message for _, message in lines(logging.WARNING)) == 1
+    assert manager.counters()['init']['evictions'] >= 100
+    manager.release()
+    audit(manager)
+    tables, counts = manager.find_init('collect', [0, 1], [299] * 2)
+    assert counts.tolist() == [manager.width] * 2
+    for page in tables.ravel().tolist():
+        assert torch.equal(data[page].cpu(), content[page])
+    filler.clear()
+    torch.cuda.empty_cache()
 
 
 def test_half_precision_is_close(policy):

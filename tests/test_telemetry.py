@@ -7,11 +7,24 @@ import pytest
 from builders import Worker, make_policy
 from ding.worker.learner.learner_hook import LearnerHook, build_learner_hook_by_cfg
 from easydict import EasyDict
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups, metadata
 from torch.utils.tensorboard import SummaryWriter
 
-from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY, LAYOUT, KVCacheStatsHook
+from lzero_kvcache.telemetry import (
+    COMPARED,
+    HOOK_CONFIG,
+    HOOK_KEY,
+    HYPERPARAMETERS,
+    LAYOUT,
+    KVCacheStatsHook,
+    write_hyperparameters,
+)
 
 BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
 OLD_TAGS = {
@@ -138,7 +151,7 @@ class TestEventFile:
     def test_a_point_at_every_iteration_under_every_tag(self, new, tmp_path):
         run(new, tmp_path)
         points = read(tmp_path)
-        tags = (NEW_TAGS if new else OLD_TAGS) | {'memory_mb'} | TIMES
+        tags = (NEW_TAGS | {'skipped'} if new else OLD_TAGS) | {'memory_mb'} | TIMES
         assert set(points) == {f'kv_cache_{axis}/{tag}' for axis in ('iter', 'step') for tag in tags}
         for tag, series in points.items():
             steps = list(range(6)) if tag.startswith('kv_cache_iter/') else [6] * 3 + [12] * 3
@@ -188,6 +201,14 @@ class TestEventFile:
         assert set(shown) <= {f'kv_cache_iter/{tag}' for tag in NEW_TAGS | TIMES | {'memory_mb'}}
         assert charts['hit_rate'] == [f'kv_cache_iter/{pool}_hit_rate' for pool in ('init', 'recur', 'total')]
 
+    def test_the_layout_overlays_what_is_compared(self):
+        charts = {title: tags for title, (_, tags) in LAYOUT['kv_cache'].items()}
+        pools = ('init', 'recur', 'total')
+        assert charts['hits and misses'] == [f'kv_cache_iter/{pool}_{metric}' for pool in pools
+                                             for metric in ('hits', 'misses')]
+        assert charts['memory'] == ['kv_cache_iter/memory_mb']
+        assert 'kv_cache_iter/search_ms' in charts['time']
+
     @BOTH_FLAGS
     def test_who_has_no_logger_writes_nothing(self, new, tmp_path):
         """As every rank but the first."""
@@ -216,6 +237,83 @@ class TestEventFile:
         (step, values), = logged
         assert step == 5
         assert values['kv_cache_step/recur_hits'] == 12
+
+
+def hyperparameters(folder):
+    """Values and metrics as tensorboard's page of hyperparameters reads them, from a run's only event file."""
+    assert len(list(folder.iterdir())) == 1
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    held = events.PluginTagToContent(metadata.PLUGIN_NAME)
+    assert set(held) == {metadata.EXPERIMENT_TAG, metadata.SESSION_START_INFO_TAG}
+    start = metadata.parse_session_start_info_plugin_data(held[metadata.SESSION_START_INFO_TAG])
+    experiment = metadata.parse_experiment_plugin_data(held[metadata.EXPERIMENT_TAG])
+    values = {name: getattr(value, value.WhichOneof('kind')) for name, value in start.hparams.items()}
+    assert {info.name for info in experiment.hparam_infos} == set(HYPERPARAMETERS) >= set(values)
+    return values, [info.name.tag for info in experiment.metric_infos]
+
+
+class TestHyperparameters:
+
+    def test_of_the_new_system(self, tmp_path):
+        policy = run(True, tmp_path, kv_cache_cfg=dict(eviction='lru', init_pool_size=9, dtype='bfloat16'))
+        values, metrics = hyperparameters(tmp_path)
+        manager = policy._model.world_model.kv_cache_manager
+        assert values == dict(
+            cache_system='new', cache_manager='new', eviction='lru', init_pool_size=9,
+            recurrent_pool_size=manager.recur_pool.pool_size, env_num=3, num_simulations=4, dtype='bfloat16',
+            backend='eager', context_length=policy._cfg.model.world_model_cfg.context_length,
+        )
+        assert {pool.pool_size for pool in manager.init_pools} == {9}
+        assert metrics == list(COMPARED)
+
+    def test_of_the_old_system(self, tmp_path):
+        world_model = run(False, tmp_path)._model.world_model
+        values, metrics = hyperparameters(tmp_path)
+        assert values == dict(
+            cache_system='old', cache_manager='old', init_pool_size=len(world_model.shared_pool_init_infer[0]),
+            recurrent_pool_size=len(world_model.shared_pool_recur_infer), env_num=3, num_simulations=4,
+            context_length=world_model.context_length,
+        )
+        assert metrics == list(COMPARED)
+
+    @BOTH_FLAGS
+    def test_the_cache_metrics_are_tags_that_are_written(self, new, tmp_path):
+        run(new, tmp_path)
+        assert {tag for tag in COMPARED if tag.startswith('kv_cache')} < set(read(tmp_path))
+
+    def test_the_page_filters_runs_of_both_systems(self, tmp_path):
+        """As tensorboard's own backend answers, whichever run it takes the list of names from."""
+        run(False, tmp_path / 'a_old')
+        run(True, tmp_path / 'b_new', kv_cache_cfg=dict(eviction='lru'))
+        multiplexer = EventMultiplexer()
+        multiplexer.AddRunsFromDirectory(str(tmp_path))
+        multiplexer.Reload()
+        context = backend_context.Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path))))
+        experiment = get_experiment.Handler(RequestContext(), context, '', api_pb2.GetExperimentRequest()).run()
+        assert {info.name for info in experiment.hparam_infos} == set(HYPERPARAMETERS)
+
+        def found(name, pattern):
+            columns = [api_pb2.ColParams(hparam=name, filter_regexp=pattern, exclude_missing_values=True)]
+            request = api_pb2.ListSessionGroupsRequest(
+                slice_size=9, col_params=columns + [api_pb2.ColParams(metric=info.name)
+                                                    for info in experiment.metric_infos],
+                allowed_statuses=[api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_RUNNING])
+            groups = list_session_groups.Handler(RequestContext(), context, '', request).run().session_groups
+            return {group.name: {metric.name.tag: metric.value for metric in group.metric_values} for group in groups}
+
+        assert list(found('cache_system', 'old')) == ['a_old']
+        assert list(found('eviction', 'lru|fifo')) == list(found('backend', 'eager')) == ['b_new']
+        written = read(tmp_path / 'b_new')
+        assert found('cache_system', 'new')['b_new'] == {
+            tag: pytest.approx(written[tag][-1][1]) for tag in COMPARED if tag.startswith('kv_cache')
+        }
+
+    def test_with_the_writer_of_tensorboardx(self, tmp_path):
+        tensorboardX = pytest.importorskip('tensorboardX')
+        with tensorboardX.SummaryWriter(str(tmp_path)) as writer:
+            write_hyperparameters(writer, dict(cache_system='new', env_num=3))
+        assert hyperparameters(tmp_path) == (dict(cache_system='new', env_num=3), list(COMPARED))
 
 
 def test_di_engine_builds_the_hook_from_the_default_config():

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.training import lightzero
-from lzero_kvcache.training.checkpoints import read_checkpoint, save_atomically
+from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
 from lzero_kvcache.training.cli import build_parser, main, make_plan
 from lzero_kvcache.training.config_file import PROJECT_ROOT
 from lzero_kvcache.training.mending import mend
@@ -45,8 +46,18 @@ def plan_of(*arguments):
     (['--config', 'config_new', '--max-env-step', '1.5'], "'1.5' is not a whole number"),
     (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
     (['--config', 'config_new', '--set', 'policy.model.world_model_cfg.context_length=7'], 'context_length=7'),
+    (['--config', 'config_new', '--set', 'policy.mcts_ctree=False'], 'policy.mcts_ctree=False cannot work'),
+    (['--config', 'config_old', '--set', 'policy.mcts_ctree=False'], 'policy.mcts_ctree=False cannot work'),
+    (['--config', 'config_new', '--set', 'policy.random_collect_episode_num=2'],
+     'policy.random_collect_episode_num=2 cannot work'),
+    (['--config', 'config_old', '--set', 'policy.random_collect_episode_num=2'],
+     'policy.random_collect_episode_num=2 cannot work'),
+    (['--config', 'config_new', '--set', 'policy.model_path=nosuch.pth.tar'], 'nosuch.pth.tar: no such checkpoint'),
     (['--config', 'config_new', '--resume', 'nosuch.pth.tar'], 'nosuch.pth.tar: no such checkpoint'),
     (['--config', 'config_new', '--resume', 'a', '--eval', 'b'], 'not allowed with'),
+    (['--config', 'config_new', '--in-place'], 'give that, and no --exp-name'),
+    (['--config', 'config_new', '--in-place', '--resume', 'a/ckpt/b', '--exp-name', 'c'], 'and no --exp-name'),
+    (['--config', 'config_new', '--in-place', '--resume', 'a/b.pth.tar'], 'a/b.pth.tar is in no folder ckpt'),
 ])
 def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -78,6 +89,14 @@ def test_options_override_the_config():
     assert plan.main_config.policy.model.world_model_cfg.use_new_cache_manager is False
     assert plan.main_config.exp_name.endswith('cartpole_old_seed3')
     assert plan.main_config.policy.cuda is False
+
+
+def test_in_place_is_in_the_checkpoints_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of('--resume', 'runs/a/ckpt/ckpt_best.pth.tar', '--in-place', '--seed', '3')
+    assert plan.in_place
+    assert plan.main_config.exp_name == str(tmp_path / 'runs' / 'a')
+    assert not plan_of('--resume', 'runs/a/ckpt/ckpt_best.pth.tar').in_place
 
 
 def test_without_options_the_config_stands():
@@ -137,6 +156,30 @@ def test_a_checkpoint_runs_nothing(tmp_path):
     with pytest.raises(ConfigError, match='holds more than weights'):
         read_checkpoint(path)
     assert not os.path.exists(marker)
+
+
+@pytest.mark.parametrize('option', [
+    ['--resume'], ['--eval'], ['--set', 'policy.model_path='],
+    ['--set', 'policy.learn.learner.hook.load_ckpt_before_run='],
+])
+def test_whichever_way_a_checkpoint_comes_in(option, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'model': Payload('marker'), 'target_model': {}, 'optimizer_world_model': {}}, 'c.pth.tar')
+    arguments = option + ['c.pth.tar'] if len(option) == 1 else ['--set', option[1] + 'c.pth.tar']
+    assert main(['--config', 'config_new', *arguments]) == 2
+    assert 'holds more than weights' in capfd.readouterr().err
+    assert os.listdir(tmp_path) == ['c.pth.tar']
+
+
+def test_a_config_is_named_as_code_that_will_be_run(tmp_path, monkeypatch, capfd):
+    with pytest.raises(SystemExit) as ended:
+        main(['--help'])
+    assert ended.value.code == 0
+    assert 'It is Python code, and it will be run' in ' '.join(capfd.readouterr().out.split())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine.py').write_text("open('was_run', 'w').close()\n")
+    assert main(['--config', 'mine.py']) == 2
+    assert (tmp_path / 'was_run').exists()
 
 
 @pytest.mark.parametrize('content', [{'model': {}}, [1, 2]])
@@ -260,6 +303,25 @@ def test_a_second_interrupt_waits_for_nothing(a_run):
         a_run._on_signal(signal.SIGINT, None)
 
 
+def test_an_interrupt_in_a_step_of_an_environment(a_run):
+    """DI-engine's environment manager retries, and raises an error of its own."""
+    from ding.envs import BaseEnvManager
+
+    class Env:
+        def step(self, action):
+            a_run._on_signal(signal.SIGINT, None)
+
+    manager = BaseEnvManager.__new__(BaseEnvManager)
+    manager._envs, manager._env_states, manager._step_timeout, manager._max_retry = [Env()], {}, None, 1
+    with pytest.raises(RuntimeError) as caught:
+        manager._step(0, 1)
+    assert a_run._interrupt(caught.value).signum == signal.SIGINT
+
+
+def test_an_error_is_no_interrupt(a_run):
+    assert a_run._interrupt(RuntimeError('it broke')) is None
+
+
 def test_saving_is_not_interrupted(a_run):
     a_run._saving = True
     a_run._on_signal(signal.SIGINT, None)
@@ -295,6 +357,17 @@ def summary_of(folder):
     return json.loads((folder / 'summary.json').read_text())
 
 
+def assert_gone_on(folder, was, now, cache):
+    """Steps, iterations and the optimizer's own count are those of both runs together."""
+    assert now['cache'] == cache
+    assert now['env_step'] > was['env_step']
+    assert now['train_iter'] > was['train_iter']
+    checkpoint = read_checkpoint(str(folder / now['checkpoint']))
+    assert (checkpoint.env_step, checkpoint.train_iter) == (now['env_step'], now['train_iter'])
+    steps = {int(state['step']) for state in checkpoint.state['optimizer_world_model']['state'].values()}
+    assert steps == {now['train_iter']}
+
+
 @pytest.mark.slow
 def test_train_resume_in_the_other_system_and_evaluate(tmp_path):
     first = train(tmp_path, '--config', 'config_old', '--exp-name', str(tmp_path / 'a'), '--max-env-step', '60', *SMALL)
@@ -316,9 +389,8 @@ def test_train_resume_in_the_other_system_and_evaluate(tmp_path):
     assert 'no replay buffer' in second.stdout
     resumed, = (path for path in tmp_path.iterdir() if path.name.startswith('a_'))
     now = summary_of(resumed)
-    assert now['cache'] == 'new'
     assert now['env_step'] >= bound
-    assert now['train_iter'] > was['train_iter']
+    assert_gone_on(tmp_path, was, now, 'new')
     assert now['hit_rates']['total'] is not None
     # Nothing of the first run was touched.
     assert summary_of(tmp_path / 'a') == was
@@ -326,11 +398,46 @@ def test_train_resume_in_the_other_system_and_evaluate(tmp_path):
     steps = scalars(resumed, 'kv_cache_iter/total_hit_rate')
     assert [point.step for point in steps] == list(range(was['train_iter'], now['train_iter']))
 
+    back = train(tmp_path, '--config', 'config_old', '--exp-name', 'b', '--resume', now['checkpoint'],
+                 '--max-train-iter', str(now['train_iter'] + 2), *SMALL)
+    assert back.returncode == 0, back.stderr
+    assert_gone_on(tmp_path, now, summary_of(tmp_path / 'b'), 'old')
+
     third = train(tmp_path, '--config', 'config_new', '--exp-name', 'e', '--eval', str(checkpoint), *SMALL)
     assert third.returncode == 0, third.stderr
     evaluated = summary_of(tmp_path / 'e')
     assert len(evaluated['evaluations']) == 1
     assert evaluated['train_iter'] == was['train_iter']
+
+
+SAMPLED = """
+from zoo.classic_control.pendulum.config.pendulum_cont_sampled_unizero_config import create_config, main_config
+
+main_config.policy.update_per_collect = 2
+main_config.policy.model.num_of_sampled_actions = 4
+main_config.policy.model.world_model_cfg.update(num_of_sampled_actions=4, embed_dim=32, num_heads=2)
+create_config.env_manager.type = 'base'
+"""
+
+
+@pytest.mark.slow
+def test_sampled_unizero_resumes_in_either_system_and_is_evaluated(tmp_path):
+    (tmp_path / 'sampled.py').write_text(SAMPLED)
+
+    def run(name, cache, *arguments):
+        ended = train(tmp_path, '--config', 'sampled.py', '--exp-name', name, '--cache', cache, *arguments, *SMALL)
+        assert ended.returncode == 0, ended.stderr
+        return summary_of(tmp_path / name)
+
+    first = run('a', 'old', '--max-train-iter', '2')
+    second = run('b', 'new', '--resume', first['checkpoint'], '--max-train-iter', '4')
+    assert_gone_on(tmp_path, first, second, 'new')
+    third = run('c', 'old', '--resume', second['checkpoint'], '--max-train-iter', '6')
+    assert_gone_on(tmp_path, second, third, 'old')
+    evaluated = run('e', 'new', '--eval', third['checkpoint'])
+    assert evaluated['train_iter'] == third['train_iter']
+    assert [evaluation['env_step'] for evaluation in evaluated['evaluations']] == [third['env_step']]
+    assert evaluated['hit_rates']['init'] == 1
 
 
 def scalars(folder, tag):
@@ -362,7 +469,7 @@ def test_ctrl_c_on_a_terminal_leaves_a_whole_checkpoint(manager, tmp_path):
         cwd=str(tmp_path), stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
     os.close(slave)
     shown = b''
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     interrupted = False
     while time.monotonic() < deadline:
         try:
@@ -372,7 +479,7 @@ def test_ctrl_c_on_a_terminal_leaves_a_whole_checkpoint(manager, tmp_path):
         if not interrupted and b'Cleared WorldModel' in shown and b'train  ' in shown.rsplit(b'Cleared', 1)[1]:
             os.killpg(process.pid, signal.SIGINT)
             interrupted = True
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=120) == 130
     text = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', shown.decode('utf-8'))
     assert 'interrupted by SIGINT' in text
     assert 'Traceback' not in text
@@ -381,6 +488,22 @@ def test_ctrl_c_on_a_terminal_leaves_a_whole_checkpoint(manager, tmp_path):
     assert checkpoint.train_iter == ended['train_iter'] > 0
     assert checkpoint.env_step == ended['env_step'] > 0
     assert not [name for name in os.listdir(tmp_path / 'a' / 'ckpt') if name.endswith('.tmp')]
+
+
+@pytest.mark.parametrize('best', [None, 17.])
+def test_a_training_in_place_replaces_only_what_it_betters_and_is_evaluated_at_its_end(best, monkeypatch):
+    monkeypatch.setattr(lightzero, 'load_state', lambda policy, checkpoint: None)
+    watch = lightzero.Watch(lambda: None, lambda: None)
+    last_iter, evaluations = SimpleNamespace(update=lambda value: None), []
+    watch.learner = SimpleNamespace(policy=None, last_iter=last_iter, train_iter=5, save_checkpoint=None)
+    watch.collector = SimpleNamespace(envstep=50)
+    watch.evaluator = SimpleNamespace(_max_episode_return=float('-inf'), policy=None,
+                                      eval=lambda *arguments: evaluations.append(arguments))
+    watch.checkpoint, watch.best_reward = Checkpoint({}, 5, 50), best
+    watch.restore()
+    assert watch.evaluator._max_episode_return == (float('-inf') if best is None else best)
+    watch.evaluate_last()
+    assert evaluations == ([] if best is None else [(None, 5, 50)])
 
 
 def test_the_watch_knows_nothing_before_the_training_does():

@@ -11,6 +11,7 @@ import torch
 
 from lzero_kvcache.config import ConfigError
 
+CHECKPOINTS = 'ckpt'
 STATE = ('model', 'target_model', 'optimizer_world_model')
 
 

@@ -17,6 +17,7 @@ from lzero_kvcache import check_config, disable, enable
 from lzero_kvcache.config import FLAG, ConfigError
 
 from . import lightzero
+from .checkpoints import CHECKPOINTS
 from .config_file import load_config, whole_number
 from .data_parallel import DataParallel, Ranks
 from .derived import replace_token
@@ -72,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoint.add_argument('--resume', metavar='CKPT', help='go on from a checkpoint of either cache system; '
                             'steps and iterations go on, and --max-env-step counts all of them')
     checkpoint.add_argument('--eval', metavar='CKPT', help='evaluate a checkpoint, and train nothing')
+    parser.add_argument('--in-place', action='store_true', help='with --resume: go on in the folder that the '
+                        'checkpoint is of, whose summary then covers all of the training')
     parser.add_argument('--threads', type=_count(1), metavar='N', help="CPU threads of torch (default: threads of the "
                         "config, or torch's own choice)")
     parser.add_argument('--set', nargs='+', action='append', default=[], metavar='KEY=VALUE', dest='assignments',
@@ -137,7 +140,9 @@ def make_plan(options: argparse.Namespace) -> Plan:
         apply_overrides(main_config, create_config, assignments, lightzero.default_tree(main_config, create_config))
     set_device(options.device, main_config)
     seed = loaded.seed if options.seed is None else options.seed
-    if options.exp_name:
+    if options.in_place:
+        main_config.exp_name = _folder_of(options)
+    elif options.exp_name:
         main_config.exp_name = options.exp_name
     elif options.eval:
         main_config.exp_name += '_eval'
@@ -149,7 +154,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         max_env_step=options.max_env_step or loaded.max_env_step,
         max_train_iter=options.max_train_iter or loaded.max_train_iter,
         threads=options.threads or loaded.threads, task=EVALUATE if options.eval else TRAIN,
-        checkpoint=options.eval or options.resume,
+        checkpoint=options.eval or options.resume, in_place=options.in_place,
     )
 
 
@@ -211,6 +216,15 @@ def _count(minimum: int):  # type: ignore[no-untyped-def]
         return value
 
     return count
+
+
+def _folder_of(options: argparse.Namespace) -> str:
+    if not options.resume or options.exp_name:
+        raise ConfigError('--in-place goes on where --resume was; give that, and no --exp-name')
+    folder, ckpt = os.path.split(os.path.dirname(os.path.abspath(options.resume)))
+    if ckpt != CHECKPOINTS:
+        raise ConfigError(f'--in-place: {options.resume} is in no folder {CHECKPOINTS} of an experiment')
+    return folder
 
 
 def _stem(path: str) -> str:

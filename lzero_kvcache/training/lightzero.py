@@ -5,11 +5,14 @@ collector and evaluator by names of its own module: for the time of a run those 
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 from easydict import EasyDict
+
+from lzero_kvcache.config import FLAG
 
 from .checkpoints import Checkpoint, atomic_checkpoints, load_state
 from .data_parallel import DataParallel
@@ -47,6 +50,32 @@ def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
         env.close()
 
 
+def build_policy(main_config: EasyDict, create_config: EasyDict) -> Any:
+    """
+    Overview:
+        The policy of a config as its collector has it: without environments, optimizer and target model.
+    Arguments:
+        - main_config (:obj:`EasyDict`), create_config (:obj:`EasyDict`): The configs.
+    Returns:
+        - policy (:obj:`Any`): The policy, on the config's device.
+    """
+    from ding.policy import create_policy
+    return create_policy(default_tree(main_config, create_config).policy, enable_field=['collect'])
+
+
+def which_lightzero() -> Tuple[str, str]:
+    """
+    Overview:
+        Tell the released LightZero from its main branch, which has the same version number, by what it has.
+    Returns:
+        - which (:obj:`str`), sign (:obj:`str`): The name, and what it was told by.
+    """
+    from lzero.model.unizero_world_models import world_model
+    if FLAG in inspect.getsource(world_model):
+        return 'main branch', f'its own world_model.py reads {FLAG}'
+    return 'released 0.2.0', f'its world_model.py knows no {FLAG}'
+
+
 class Watch:
     """
     Overview:
@@ -71,6 +100,7 @@ class Watch:
         self.steps_in_collect = 0
         self.evaluations: List[Evaluation] = []
         self.checkpoint: Optional[Checkpoint] = None
+        self.best_reward: Optional[float] = None  # of what the checkpoint was saved by
 
     @property
     def env_step(self) -> int:
@@ -104,6 +134,8 @@ class Watch:
         self.learner.last_iter.update(checkpoint.train_iter)
         self.learner.collector_envstep = checkpoint.env_step
         self.collector._total_envstep_count = checkpoint.env_step
+        if self.best_reward is not None:  # else the next evaluation, whatever it is, would replace ckpt_best
+            self.evaluator._max_episode_return = self.best_reward
 
     def enter(self, phase: str) -> None:
         self.phase = phase
@@ -115,7 +147,9 @@ class Watch:
             Evaluate what the training ended with. LightZero's entries do not, so that the last reward would be one of
             before the last training phase. A run too short for any evaluation, as of Atari on a CPU, stays without.
         """
-        if self.evaluations and self.evaluations[-1].train_iter < self.train_iter:
+        evaluated = bool(self.evaluations) or self.best_reward is not None
+        last = self.evaluations[-1].train_iter if self.evaluations else -1
+        if evaluated and last < self.train_iter:
             self.evaluator.eval(self.learner.save_checkpoint, self.train_iter, self.env_step)
 
     def save_checkpoint(self) -> Optional[str]:

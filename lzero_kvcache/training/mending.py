@@ -1,8 +1,11 @@
 """
 Errors that a user can mend with one command, told from their exceptions. What cannot be told stays a traceback.
 """
+import contextlib
 import re
-from typing import Optional
+from typing import Iterator, Optional
+
+from lzero_kvcache.config import ConfigError
 
 # Packages whose module is called otherwise, or of which LightZero 0.2.0 needs a certain version.
 PACKAGES = {
@@ -42,6 +45,21 @@ def mend(error: BaseException) -> Optional[str]:
     if isinstance(error, TypeError) and 'Descriptors cannot be created directly' in text:
         return "wandb is too old for this protobuf; pip install 'wandb>=0.16,<=0.19.0' 'protobuf<6' 'tensorboard<2.21'"
     return None
+
+
+@contextlib.contextmanager
+def mended() -> Iterator[None]:
+    """
+    Overview:
+        A context out of which an error that a user can mend comes as a ``ConfigError`` that says how.
+    """
+    try:
+        yield
+    except Exception as error:
+        line = mend(error)
+        if line is None:
+            raise
+        raise ConfigError(line) from error
 
 
 def _missing_module(error: Optional[BaseException]) -> Optional[str]:

@@ -24,11 +24,13 @@ from .output import Output
 from .status import Result, Status
 from .summary import (
     POOLS,
+    add_up,
     cache_type,
     hit_rate,
     machine,
     peak_device_memory_mb,
     peak_host_memory_mb,
+    read_summary,
     summary_rows,
     write_summary,
 )
@@ -47,7 +49,7 @@ class Plan:
     """
     Overview:
         All that a run needs to know, checked and complete. ``checkpoint`` is what a training goes on from, or what is
-        evaluated.
+        evaluated; ``in_place`` training goes on in the checkpoint's own folder.
     """
     main_config: EasyDict
     create_config: EasyDict
@@ -59,6 +61,7 @@ class Plan:
     threads: Optional[int] = None
     task: str = TRAIN
     checkpoint: Optional[str] = None
+    in_place: bool = False
 
 
 def run(plan: Plan, output: Output, terminal: Terminal, ranks: Optional[DataParallel] = None) -> Result:
@@ -116,6 +119,7 @@ class _Run:
         self._saving = False
         self._started = time.monotonic()
         self._next_refresh = 0.0
+        self._before: Optional[Result] = None  # what a training in place goes on from
 
     def run(self) -> Result:
         plan = self.plan
@@ -127,14 +131,15 @@ class _Run:
                 outcome, code = self._work(), 0
                 self._saving = True
                 checkpoint = self.watch.latest_checkpoint()
-            except Interrupted as interrupt:
+            except BaseException as error:
+                interrupt = self._interrupt(error)
+                if interrupt is None:
+                    self.output.write_log(traceback.format_exc())
+                    raise
                 outcome, code = f'interrupted by {interrupt}', 128 + interrupt.signum
                 self._saving = True
                 together = interrupt.agreed
                 checkpoint = self.watch.save_checkpoint() if plan.task == TRAIN and self.ranks.main else None
-            except BaseException:
-                self.output.write_log(traceback.format_exc())
-                raise
             finally:
                 self._refresh(now=True)
                 self.terminal.finish(self.status)
@@ -155,6 +160,11 @@ class _Run:
         plan = self.plan
         if plan.threads:
             torch.set_num_threads(plan.threads)
+        policy = plan.main_config.policy
+        hooks = policy.get('learn', {}).get('learner', {}).get('hook', {})
+        for path in (policy.get('model_path'), hooks.get('load_ckpt_before_run')):
+            if path:
+                read_checkpoint(path)  # LightZero and DI-engine load it without looking at what it holds
         if plan.checkpoint is not None:
             self.watch.checkpoint = read_checkpoint(plan.checkpoint)
             self.status.first_env_step = self.status.env_step = self.watch.checkpoint.env_step
@@ -167,7 +177,10 @@ class _Run:
             )
         lightzero.try_environment(plan.main_config, plan.create_config)
         self._join()
-        exp_name = plan.main_config.exp_name = self.ranks.from_main(lambda: claim_folder(plan.main_config.exp_name))
+        place = os.path.relpath if plan.in_place else claim_folder
+        exp_name = plan.main_config.exp_name = self.ranks.from_main(lambda: place(plan.main_config.exp_name))
+        self._before = read_summary(exp_name) if plan.in_place else None
+        self.watch.best_reward = None if self._before is None else self._before.best_reward
         log_file = LOG_FILE if self.ranks.main else LOG_FILE_OF_RANK.format(self.ranks.rank)
         self.output.attach(os.path.join(exp_name, log_file))
         if plan.task == EVALUATE:
@@ -225,6 +238,12 @@ class _Run:
         if not (wait and first):
             raise Interrupted(signum)
 
+    def _interrupt(self, error: BaseException) -> Optional[Interrupted]:
+        """The interrupt that an error is: DI-engine's environments make their own of what is raised in a step."""
+        if isinstance(error, Interrupted):
+            return error
+        return None if self._asked is None else Interrupted(self._asked)
+
     def _stop_if_asked(self) -> None:
         self.ranks.after_update()
         if self._asked is not None and not self.ranks.several:
@@ -252,9 +271,10 @@ class _Run:
         plan, status = self.plan, self.status
         world_model = plan.main_config.policy.model.world_model_cfg
         exp_name = plan.main_config.exp_name
-        return Result(
+        result = Result(
             outcome=outcome, exit_code=code, exp_name=exp_name, config=plan.config, entry=plan.entry, task=plan.task,
             cache=cache_type(world_model), seed=plan.seed, device=str(world_model.device),
+            max_env_step=plan.max_env_step, max_train_iter=plan.max_train_iter,
             env_step=status.env_step, train_iter=status.train_iter, seconds=status.seconds,
             env_steps_per_second=status.speed, host_memory_mb=peak_host_memory_mb(),
             device_memory_mb=peak_device_memory_mb(), cache_memory_mb=counters.get('memory_mb'),
@@ -263,3 +283,4 @@ class _Run:
             event_files=os.path.join(exp_name, 'log', 'serial'), checkpoint=checkpoint or plan.checkpoint,
             log_file=self.output.path, processes=self.ranks.size, machine=machine(),
         )
+        return result if self._before is None else add_up(self._before, result)

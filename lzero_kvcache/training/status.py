@@ -49,6 +49,8 @@ class Result:
     cache: str
     seed: int
     device: str
+    max_env_step: Optional[int]
+    max_train_iter: Optional[int]
     env_step: int
     train_iter: int
     seconds: float

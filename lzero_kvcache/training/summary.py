@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from typing import Any, Dict, List, Optional, Tuple
 
 import ding
@@ -13,7 +13,7 @@ from easydict import EasyDict
 
 from lzero_kvcache.config import FLAG, OPTIONS
 
-from .status import Result
+from .status import Evaluation, Result
 from .terminal import number_text, rate_text
 
 SUMMARY = 'summary.json'
@@ -107,6 +107,7 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
     if last is not None:
         reward = f'{number_text(last.reward)} after {last.env_step:,} steps'
     rates = '  '.join(f'{pool} {rate_text(result.hit_rates[pool])}' for pool in POOLS)
+    skipped = result.counters.get('skipped')
     return [
         ('cache system', result.cache),
         *([('processes', str(result.processes))] if result.processes > 1 else []),
@@ -118,6 +119,7 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
         ('peak memory, device', megabytes(result.device_memory_mb)),
         ('cache memory', megabytes(result.cache_memory_mb)),
         ('hit rates', rates),
+        *([('skipped for nan or inf', f'{skipped:,} rows')] if skipped else []),
         ('last reward', reward),
         ('best reward', number_text(result.best_reward)),
         ('event files', result.event_files),
@@ -141,3 +143,55 @@ def write_summary(result: Result) -> str:
         json.dump(asdict(result), file, indent=2, default=str)
     os.replace(temporary, path)
     return path
+
+
+def read_summary(exp_name: str) -> Optional[Result]:
+    """
+    Overview:
+        What ``write_summary`` left.
+    Arguments:
+        - exp_name (:obj:`str`): The run's folder.
+    Returns:
+        - result (:obj:`Optional[Result]`): None if there is no summary, or no whole one.
+    """
+    try:
+        with open(os.path.join(exp_name, SUMMARY), encoding='utf-8') as file:
+            held = json.load(file)
+        held['evaluations'] = [Evaluation(**evaluation) for evaluation in held['evaluations']]
+        assert isinstance(held['exit_code'], int)
+        # An earlier version may have left out what a later one added.
+        return Result(**{field.name: held.get(field.name) for field in fields(Result)})
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        return None
+
+
+def add_up(before: Result, after: Result) -> Result:
+    """
+    Overview:
+        The result of a training that was cut off and went on.
+    Arguments:
+        - before (:obj:`Result`), after (:obj:`Result`): Of its two parts.
+    Returns:
+        - result (:obj:`Result`): What adds up is added up; the rest is the second part's.
+    """
+    parts = (before, after)
+    seconds = before.seconds + after.seconds
+    steps = sum((part.env_steps_per_second or 0.) * part.seconds for part in parts)
+    counters = dict(after.counters)
+    for pool in POOLS:
+        if pool in before.counters and pool in after.counters:
+            earlier, later = before.counters[pool], after.counters[pool]
+            counters[pool] = {
+                name: value if name == 'occupancy' else value + earlier.get(name, 0) for name, value in later.items()
+            }
+
+    def most(name: str) -> Optional[float]:
+        return max((getattr(part, name) for part in parts if getattr(part, name) is not None), default=None)
+
+    return replace(
+        after, seconds=seconds, env_steps_per_second=steps / seconds if steps else None,
+        host_memory_mb=most('host_memory_mb'), device_memory_mb=most('device_memory_mb'),
+        counters=counters, hit_rates={pool: hit_rate(counters, pool) for pool in POOLS},
+        last_reward=before.last_reward if after.last_reward is None else after.last_reward,
+        best_reward=most('best_reward'), evaluations=before.evaluations + after.evaluations,
+    )

@@ -56,7 +56,7 @@ class Terminal:
         is_terminal = file.isatty()
         self.console = Console(file=file, highlight=False, markup=False, soft_wrap=True,
                                width=None if is_terminal else PLAIN_WIDTH)
-        self._live = live and is_terminal and not self.console.is_dumb_terminal
+        self.live = live and is_terminal and not self.console.is_dumb_terminal
         self._progress: Optional[Progress] = None
         self._total: Optional[int] = None
         self._repeated: Dict[str, int] = {}
@@ -93,7 +93,7 @@ class Terminal:
         """
         self._total = total
         self._next_plain = time.monotonic() + PLAIN_EVERY_SECONDS
-        if not self._live:
+        if not self.live:
             return
         wide = self.console.width >= WIDE
         columns = [

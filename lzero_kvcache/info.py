@@ -1,0 +1,99 @@
+"""What is installed, and what the cache of a config will take. Builds a policy, and allocates nothing."""
+import os
+import platform
+from importlib import metadata
+from typing import List, Tuple
+
+import torch
+
+from .backend import picked
+from .loading import check_config
+from .slab import MIB
+from .training.cli import build_parser, make_plan, set_cache, set_device
+from .training.lightzero import build_policy, which_lightzero
+
+Rows = List[Tuple[str, str]]
+
+
+def installed() -> Rows:
+    """
+    Overview:
+        Versions, and what runs are made on.
+    Returns:
+        - rows (:obj:`Rows`): Names and values.
+    """
+    which, sign = which_lightzero()
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    on_device = f'cpu, {os.cpu_count()} processors'
+    if device.type == 'cuda':
+        on_device = f'cuda, {torch.cuda.get_device_name()}'
+    return [
+        ('lzero_kvcache', _version('lzero_kvcache')),
+        ('python', platform.python_version()),
+        ('torch', torch.__version__),
+        ('LightZero', f"{_version('LightZero')}, {which}: {sign}"),
+        ('DI-engine', _version('DI-engine')),
+        ('device', on_device),
+        ("backend 'auto'", picked('auto', device)),
+    ]
+
+
+def of_config(config: str, assignments: List[str]) -> Rows:
+    """
+    Overview:
+        What a config's cache is, and what it will take.
+    Arguments:
+        - config (:obj:`str`): A LightZero config file.
+        - assignments (:obj:`List[str]`): As for ``--set``.
+    Returns:
+        - rows (:obj:`Rows`): Names and values.
+    """
+    arguments = ['--config', config, *(['--set', *assignments] if assignments else [])]
+    plan = make_plan(build_parser().parse_args(arguments))
+    configs = plan.main_config, plan.create_config
+    device = str(plan.main_config.policy.model.world_model_cfg.device)
+    options = check_config(*configs)
+    set_device('cpu', plan.main_config)
+    policy = build_policy(*configs)
+    model = policy._model.world_model
+    manager = model.kv_cache_manager
+    set_cache('old', *configs)
+    old = build_policy(*configs)._model.world_model.kv_cache_manager
+    at_most = f'{old.full_memory_mb:,.2f} MiB, once every slot was used'
+    rows: Rows = [('config', plan.config), ('policy', str(plan.create_config.policy.type)), ('device', device)]
+    if not options.use_new:
+        return [
+            *rows,
+            ('cache system', 'old'),
+            ('init pools', f'{model.env_num} x {model.shared_pool_size_init} contexts'),
+            ('recurrent pool', f'{model.shared_pool_size:,} contexts'),
+            ('working batch', f'{model.env_num} contexts'),
+            ('context', f'{model.context_length} tokens'),
+            ('memory now', f'{manager.memory_mb:,.2f} MiB'),
+            ('memory at the most', at_most),
+        ]
+    slab, pages = manager.storage.slab, manager.page_capacity
+    bound = 'none' if options.max_memory_mb is None else f'{options.max_memory_mb:,.2f} MiB'
+    return [
+        *rows,
+        ('cache system', f'new, with manager {options.type!r}'),
+        ('backend', f'{picked(options.backend, torch.device(device))}, of {options.backend!r}'),
+        ('eviction', options.eviction),
+        ('init pools', f'{options.env_num} x {options.init_pool_size} contexts'),
+        ('of evaluation', f'{policy._cfg.evaluator_env_num} x {options.init_pool_size} contexts'),
+        ('recurrent pool', f'{options.recurrent_pool_size:,} contexts'),
+        ('working batch', f'{options.env_num} contexts'),
+        ('context', f'{model.context_length} tokens, stored as {manager.width} pages at the most'),
+        ('pages', f'{pages:,} of {slab.page_bytes:,} bytes, {options.dtype}'),
+        ('memory now', f'{manager.memory_mb:,.2f} MiB'),
+        ('memory from first use', f'{pages * slab.page_bytes / MIB:,.2f} MiB'),
+        ('bound of memory', bound),
+        ('memory of the old system', at_most),
+    ]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return 'not installed as a package'

@@ -1,0 +1,196 @@
+"""
+An experiment on disk: a training for each cache system and seed, all of one set of settings, and how far each of them
+is. What starts and watches them is in ``children.py``.
+"""
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+from lzero_kvcache.config import ConfigError
+
+from .checkpoints import CHECKPOINTS, read_checkpoint
+from .cli import build_parser, make_plan
+from .overrides import known_leaves
+from .runner import TRAIN, Plan
+from .status import Result
+from .summary import read_summary
+
+PROGRAM = (sys.executable, '-m', 'lzero_kvcache.training')
+EXPERIMENT = 'experiment.json'
+LOCK = 'experiment.lock'
+# What a later call may add to, and what must be as it was.
+GROWING = ('caches', 'seeds')
+FIXED = ('max_env_step', 'max_train_iter', 'device', 'threads', 'values')
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of an experiment."""
+    cache: str
+    seed: int
+    folder: str
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.folder)
+
+    @property
+    def log(self) -> str:
+        """Where what its process prints goes."""
+        return self.folder + '.log'
+
+    @property
+    def result(self) -> Optional[Result]:
+        """How it ended; None while it has not, or was cut off."""
+        result = read_summary(self.folder)
+        if result is None or result.exit_code != 0 or result.task != TRAIN:
+            return None
+        same = result.seed == self.seed and (result.cache == 'old') == (self.cache == 'old')
+        return result if same else None
+
+
+class Experiment:
+    """
+    Overview:
+        Trainings that differ in cache system and seed alone, below one folder.
+    Arguments:
+        - folder (:obj:`str`): Where it is, or will be.
+        - config (:obj:`str`): A LightZero config file, as for ``train.py``.
+        - caches (:obj:`Sequence[str]`): 'old', 'new' or both.
+        - seeds (:obj:`Sequence[int]`): The seeds.
+        - options (:obj:`Sequence[str]`): Further options of ``train.py`` for every training.
+    Raises:
+        - ConfigError: A training could not be started like this.
+    """
+
+    def __init__(self, folder: str, config: str, caches: Sequence[str], seeds: Sequence[int],
+                 options: Sequence[str] = ()) -> None:
+        self.folder = folder
+        self.caches, self.seeds = list(dict.fromkeys(caches)), list(dict.fromkeys(seeds))
+        self._options = ['--config', config, *options]
+        plans = [self._plan(cache) for cache in self.caches]
+        if plans[0].max_env_step is None:
+            raise ConfigError(f'{plans[0].config} has no max_env_step, and every run must end; give --max-env-step')
+        self.max_env_step: int = plans[0].max_env_step
+        # Seeds outside: what else a machine does meanwhile falls on both systems.
+        self.runs = [
+            Run(cache, seed, os.path.join(folder, f'{cache}_seed{seed}'))
+            for seed in self.seeds for cache in self.caches
+        ]
+
+    @property
+    def settings(self) -> Dict[str, Any]:
+        """What ``experiment.json`` holds."""
+        plan = self._plan('old')  # whichever systems are asked for
+        values = [
+            f'{path}={getattr(value, "__qualname__", None) or repr(value)}'
+            for path, value in known_leaves(plan.main_config, plan.create_config, {}).items()
+        ]
+        return dict(
+            config=plan.config, caches=self.caches, seeds=self.seeds, max_env_step=plan.max_env_step,
+            max_train_iter=plan.max_train_iter, threads=plan.threads,
+            device=str(plan.main_config.policy.model.world_model_cfg.device), options=self._options[2:],
+            values=hashlib.sha256('\n'.join([plan.entry, *sorted(values)]).encode()).hexdigest(),
+        )
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[int]:
+        """
+        Overview:
+            A context in which no other process works on this experiment, and its settings are on disk.
+        Returns:
+            - lock (:obj:`int`): A file descriptor; the experiment is taken for as long as any process holds it.
+        Raises:
+            - ConfigError: The folder is another experiment's, or something else, or others are working on it.
+        """
+        path = os.path.join(self.folder, EXPERIMENT)
+        settings = self._agreed(path)
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            lock = os.open(os.path.join(self.folder, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(f'--out {self.folder}: cannot be written ({error.strerror}); give another') from error
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f'--out {self.folder}: its runs are still going on; wait, or end them') from None
+            with open(path + '.tmp', 'w', encoding='utf-8') as file:
+                json.dump(settings, file, indent=2)
+            os.replace(path + '.tmp', path)
+            yield lock
+        finally:
+            os.close(lock)
+
+    def command(self, run: Run) -> List[str]:
+        """
+        Overview:
+            What trains a run that is not done: from its last whole checkpoint in its own folder, or from the start;
+            then a folder that is in the way is renamed.
+        Arguments:
+            - run (:obj:`Run`): One of ``runs``.
+        Returns:
+            - command (:obj:`List[str]`): A program and its arguments.
+        """
+        command = [*PROGRAM, *self._options, '--cache', run.cache, '--seed', str(run.seed)]
+        checkpoint = last_checkpoint(run.folder, self.max_env_step)
+        if checkpoint is not None:
+            return command + ['--resume', checkpoint, '--in-place']
+        if os.path.exists(run.folder):
+            attempt = 1
+            while os.path.exists(f'{run.folder}_cut_off{attempt}'):
+                attempt += 1
+            os.rename(run.folder, f'{run.folder}_cut_off{attempt}')
+        return command + ['--exp-name', run.folder]
+
+    def _plan(self, cache: str) -> Plan:
+        return make_plan(build_parser().parse_args([*self._options, '--cache', cache, '--exp-name', EXPERIMENT]))
+
+    def _agreed(self, path: str) -> Dict[str, Any]:
+        """The settings, with the seeds and systems that are there already."""
+        settings = self.settings
+        if not os.path.exists(path):
+            there = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+            if set(there) - {LOCK}:
+                raise ConfigError(f'--out {self.folder}: is not empty, and no experiment; give another')
+            return settings
+        try:
+            with open(path, encoding='utf-8') as file:
+                held = dict(json.load(file))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f'{path}: cannot be read ({error}); give another --out') from error
+        for name in FIXED:
+            was, now = held.get(name), settings[name]
+            if was != now:
+                said = f'{name} {was}, not {now}'
+                if name == 'values':
+                    said = f"{held.get('config')} as it was then, with the options {held.get('options')}"
+                raise ConfigError(f'--out {self.folder}: is an experiment with {said}; give another --out')
+        for name in GROWING:
+            settings[name] = list(dict.fromkeys([*held.get(name, []), *settings[name]]))
+        return settings
+
+
+def last_checkpoint(folder: str, max_env_step: int) -> Optional[str]:
+    """
+    Overview:
+        What a training that was cut off can go on from.
+    Arguments:
+        - folder (:obj:`str`): The training's folder.
+        - max_env_step (:obj:`int`): Where it is to end.
+    Returns:
+        - path (:obj:`Optional[str]`): The last whole checkpoint from within the training; None if there is none.
+    """
+    paths = glob.glob(os.path.join(glob.escape(folder), CHECKPOINTS, '*.pth.tar'))
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+        with contextlib.suppress(ConfigError):
+            held = read_checkpoint(path)
+            if held.train_iter > 0 and held.env_step < max_env_step:
+                return path
+    return None

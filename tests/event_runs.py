@@ -1,0 +1,95 @@
+"""Runs that never ran, whose numbers can be calculated by hand: event files, configs and summaries as of real ones."""
+import json
+from pathlib import Path
+
+from ding.config.config import save_config_py
+from tensorboardX import SummaryWriter
+
+from lzero_kvcache.comparison import finding, runs
+from lzero_kvcache.comparison.comparison import compare
+
+# Some moment in the past; every value below is exact in the 32 bits of an event file.
+BEGAN = 1_700_000_000.
+MACHINE = dict(system='Linux', processor='x86_64', cpus=2, threads=1, gpu=None, python='3.11.7', torch='2.12.1',
+               ding='v0.5.3')
+
+
+def write_run(folder, new=False, seed=0, seconds=100., env_steps=1000, rewards=(10., 150.), search_ms=(80., 40.),
+              step_ms=(4., 2.), hits=(60, 120), queries=(100, 200), evictions=(0., 8.), memory_mb=(2., 2.),
+              began=BEGAN, env_id='CartPole-v0', summary=None, config=True, cache_tags=True):
+    """
+    A training of as many evaluations as ``rewards`` and as many points of a cache tag as there are values, evenly over
+    the time. ``summary`` holds what differs from the events; None for a run without ``summary.json``.
+    """
+    folder = Path(folder)
+    serial = folder / 'log' / 'serial'
+    serial.mkdir(parents=True)
+    writer = SummaryWriter(str(serial))
+
+    def add(tag, values, iterations=None):
+        for index, value in enumerate(values):
+            part = index / max(1, len(values) - 1)
+            step = index if iterations else round(part * env_steps)
+            writer.add_scalar(tag, value, step, walltime=began + part * seconds)
+
+    add('evaluator_step/reward_mean', rewards)
+    add('Buffer/memory_usage/process', (512., 640., 600.), iterations=True)
+    if cache_tags:
+        tags = dict(search_ms=search_ms, step_ms=step_ms, memory_mb=memory_mb, init_hits=hits, init_queries=queries,
+                    init_hit_rate=[hit / query for hit, query in zip(hits, queries)])
+        if new:
+            tags['total_evictions'] = evictions
+        for name, values in tags.items():
+            add(f'kv_cache_iter/{name}', values, iterations=True)
+            add(f'kv_cache_step/{name}', values)
+    writer.close()
+    if config:
+        world_model = dict(context_length=8, device='cpu', use_new_cache_manager=new)
+        save_config_py(dict(
+            env=dict(env_id=env_id, manager=dict(episode_num=float('inf'))),
+            policy=dict(model=dict(world_model_cfg=world_model), learning_rate=1e-4),
+            exp_name=str(folder), seed=seed,
+        ), str(folder / 'total_config.py'))
+    if summary is not None:
+        known = dict(outcome='done', task='train', cache='new' if new else 'old', seed=seed, device='cpu', processes=1,
+                     max_env_step=env_steps, max_train_iter=None, env_step=env_steps, seconds=seconds,
+                     env_steps_per_second=env_steps / seconds, host_memory_mb=700., device_memory_mb=None,
+                     machine=MACHINE, **{f'{which}_reward': choose(rewards) for which, choose in
+                                         (('last', lambda all_of: all_of[-1]), ('best', max))})
+        (folder / 'summary.json').write_text(json.dumps({**known, **summary}))
+    return str(folder)
+
+
+def event_file(folder):
+    """The only one of a run."""
+    [path] = Path(folder).rglob('*tfevents*')
+    return path
+
+
+def break_off(folder, share=0.5):
+    """Cut a run's event file off, as a kill or a copy that was interrupted does."""
+    path = event_file(folder)
+    data = path.read_bytes()
+    path.write_bytes(data[:int(len(data) * share)])
+
+
+def read(*paths):
+    """The runs that paths stand for."""
+    return [runs.read_run(experiment, lambda size: None) for experiment in finding.find_experiments(paths)]
+
+
+def compared(*paths, groups=()):
+    """Their comparison."""
+    return compare(read(*paths), groups, {})
+
+
+def row(comparison, name):
+    """That of a measure."""
+    [found] = [row for row in comparison.rows if row.measure.name == name]
+    return found
+
+
+def pair(folder, old=None, new=None):
+    """An old and a new run that are comparable but for what is given."""
+    return [write_run(folder / 'old_seed0', summary={}, **(old or {})),
+            write_run(folder / 'new_seed0', new=True, summary={}, began=BEGAN + 1000, **(new or {}))]

@@ -1,0 +1,44 @@
+"""Stands for a training in the tests of experiments: it ends, fails or waits for a signal, as its script says."""
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+
+
+def main() -> int:
+    given = dict(zip(sys.argv[1:], sys.argv[2:]))
+    folder = given.get('--exp-name') or os.path.dirname(os.path.dirname(given['--resume']))
+    with open(os.environ['FAKE_TRAINER']) as file:
+        script = json.load(file)
+    name = os.path.basename(folder)
+    with open(script['started'], 'a') as file:
+        file.write(json.dumps([name, sys.argv[1:]]) + '\n')
+    what = script['runs'].get(name, 'done')
+    if what == 'fail':
+        print('Traceback: it broke')
+        return 1
+    os.makedirs(os.path.join(folder, 'ckpt'), exist_ok=True)
+    summary = dict(script['summary'], cache=given['--cache'], seed=int(given['--seed']), exp_name=folder)
+    if what == 'wait':
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+        print('30/60 env steps, 3 iterations  reward 12.0', flush=True)
+        try:
+            while True:
+                time.sleep(0.05)
+        finally:
+            shutil.copy(script['checkpoint'], os.path.join(folder, 'ckpt', 'iteration_3.pth.tar'))
+            write(folder, dict(summary, exit_code=130, outcome='interrupted by SIGINT', env_step=30))
+    print('60/60 env steps, 6 iterations  reward 15.0', flush=True)
+    write(folder, summary)
+    return 0
+
+
+def write(folder: str, summary: dict) -> None:
+    with open(os.path.join(folder, 'summary.json'), 'w') as file:
+        json.dump(summary, file)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

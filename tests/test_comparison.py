@@ -1,0 +1,354 @@
+"""Comparing runs: exact numbers, sides, warnings, and what is printed and written."""
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from event_runs import BEGAN, MACHINE, break_off, compared, event_file, pair, read, write_run
+from rich.console import Console
+
+from lzero_kvcache import ConfigError
+from lzero_kvcache.__main__ import main
+from lzero_kvcache.comparison import compare_runs, runs
+from lzero_kvcache.comparison.table import measures_table, runs_table
+
+FLAG = 'policy.model.world_model_cfg.use_new_cache_manager'
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# ---- a whole comparison: three seeds a side, one broken off, one empty, one of another environment -------------------
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('runs')
+    for seed in range(3):
+        write_run(folder / f'cartpole_old_seed{seed}', seed=seed, seconds=100. + 10 * seed, began=BEGAN + 1000 * seed,
+                  rewards=(10., 190. - 20 * seed, 150. + 10 * seed), hits=(50, 100 + 8 * seed), queries=(100, 200),
+                  search_ms=(90., 70., 80.), step_ms=(4. + seed, 2. + seed))
+        write_run(folder / f'cartpole_new_seed{seed}', new=True, seed=seed, seconds=50. + 5 * seed,
+                  began=BEGAN + 1000 * seed + 500, rewards=(20., 100. + 50 * seed), hits=(99, 200), queries=(99, 200),
+                  search_ms=(20., 20., 20.), step_ms=(1., 1.5), memory_mb=(1., 1.5, 1.25), evictions=(0., 10. * seed))
+    write_run(folder / 'cartpole_old_seed3', seed=3)
+    break_off(folder / 'cartpole_old_seed3')
+    write_run(folder / 'cartpole_new_seed3', new=True, seed=3)
+    event_file(folder / 'cartpole_new_seed3').write_bytes(b'')
+    write_run(folder / 'pong_new_seed0', new=True, env_id='PongNoFrameskip-v4', began=BEGAN + 9000,
+              rewards=(-21., -20.))
+    printed = io.StringIO()
+    code = compare_runs([str(folder)], str(folder / 'out'), console=Console(file=printed, width=200))
+    return folder / 'out', printed.getvalue(), code
+
+
+def refuse(constant):
+    raise AssertionError(f'{constant} is not JSON')
+
+
+@pytest.fixture(scope='module')
+def data(whole):
+    return json.loads((whole[0] / 'compare.json').read_text(encoding='utf-8'), parse_constant=refuse)
+
+
+class TestWhole:
+
+    def test_sides(self, whole, data):
+        assert whole[2] == 0
+        assert data['baseline'] == 'old'
+        assert [(side['name'], [run['seed'] for run in side['runs']]) for side in data['sides']] == [
+            ('old', [0, 1, 2]), ('cartpole_new', [0, 1, 2]), ('pong_new', [0])
+        ]
+
+    @pytest.mark.parametrize(('name', 'old', 'new', 'ratio'), [
+        # mean, sample deviation, least, greatest
+        ('seconds', (110, 10, 100, 120), (55, 5, 50, 60), 2),
+        ('env_step', (1000, 0, 1000, 1000), (1000, 0, 1000, 1000), 1),
+        ('search_ms', (80, 0, 80, 80), (20, 0, 20, 20), 4),
+        ('step_ms', (4, 1, 3, 5), (1.25, 0, 1.25, 1.25), 3.2),
+        ('host_memory_mb', (640, 0, 640, 640), (640, 0, 640, 640), 1),
+        ('cache_memory_mb', (2, 0, 2, 2), (1.5, 0, 1.5, 1.5), 4 / 3),
+        ('init_hit_rate', (0.54, 0.04, 0.5, 0.58), (1, 0, 1, 1), 0.54),
+        ('last_reward', (160, 10, 150, 170), (150, 50, 100, 200), 160 / 150),
+        ('best_reward', (530 / 3, 11.547005, 170, 190), (150, 50, 100, 200), 530 / 450),
+    ])
+    def test_numbers(self, data, name, old, new, ratio):
+        [measure] = [measure for measure in data['measures'] if measure['name'] == name]
+        for side, expected in (('old', old), ('cartpole_new', new)):
+            spread = measure['sides'][side]
+            assert [spread[key] for key in ('mean', 'deviation', 'least', 'greatest')] == pytest.approx(expected)
+            assert spread['runs'] == 3
+        assert measure['ratios']['cartpole_new'] == pytest.approx(ratio)
+
+    def test_steps_per_second(self, data):
+        [measure] = [measure for measure in data['measures'] if measure['name'] == 'env_steps_per_second']
+        assert measure['sides']['old']['mean'] == pytest.approx((1000 / 100 + 1000 / 110 + 1000 / 120) / 3)
+
+    def test_what_one_side_does_not_have(self, data):
+        measures = {measure['name']: measure for measure in data['measures']}
+        assert measures['evictions']['sides']['old'] is None
+        assert measures['evictions']['sides']['cartpole_new']['mean'] == 10
+        assert measures['evictions']['ratios']['cartpole_new'] is None
+        assert measures['device_memory_mb']['sides'] == dict.fromkeys(('old', 'cartpole_new', 'pong_new'))
+        assert measures['last_reward']['ratios']['pong_new'] is None  # -20 is not 8 times worse than 160
+        assert measures['seconds']['sides']['pong_new']['deviation'] is None
+
+    def test_the_table(self, whole):
+        lines = [[cell.strip() for cell in re.split('[│┃]', line)[1:-1]] for line in whole[1].split('\n')]
+        assert ['training time', '1:50 ± 0:10', '0:55 ± 0:05', '2.00', '1:40', '1.10'] in lines
+        assert ['search, ms', '80.0 ± 0.0', '20.0 ± 0.0', '4.00', '60.0', '1.33'] in lines
+        assert ['hit rate, roots', '54.0% ± 4.0%', '100.0% ± 0.0%', '0.54', '60.0%', '0.90'] in lines
+        assert ['evictions', '-', '10 ± 10', '-', '8', '-'] in lines
+        assert ['peak device memory, MiB', '-', '-', '-', '-', '-'] in lines
+
+    def test_config_differences(self, whole, data):
+        assert data['config_differences'] == [
+            dict(key='env.env_id', values={'old': "'CartPole-v0'", 'cartpole_new': "'CartPole-v0'",
+                                           'pong_new': "'PongNoFrameskip-v4'"}),
+            dict(key=FLAG, values={'old': 'False', 'cartpole_new': 'True', 'pong_new': 'True'}),
+        ]
+        assert FLAG in whole[1]
+
+    def test_one_line_for_each_run_that_cannot_be_read(self, whole, data):
+        lines = [line for line in whole[1].split('\n') if 'left out' in line]
+        assert len(lines) == 2
+        assert re.fullmatch(r'cartpole_new_seed3 is left out: no scalar in events\.\S+', lines[0])
+        assert re.fullmatch(r'cartpole_old_seed3 is left out: events\.\S+ breaks off or is damaged after [\d,]+ of '
+                            r'[\d,]+ bytes', lines[1])
+        assert list(data['left_out']) == ['cartpole_new_seed3', 'cartpole_old_seed3']
+
+    def test_warnings(self, whole, data):
+        assert data['warnings'] == [
+            'Other environments (old: CartPole-v0; cartpole_new: CartPole-v0; pong_new: PongNoFrameskip-v4): nothing '
+            'here is comparable',
+            'Other seeds: old: 0, 1, 2; cartpole_new: 0, 1, 2; pong_new: 0',
+            "One run of 'pong_new': without a spread, chance cannot be told from effect",
+        ]
+        for warning in data['warnings']:
+            assert f'WARNING: {warning}' in whole[1].split('\n')
+
+
+class Page(HTMLParser):
+    """The page's tables, whatever it refers to, and what its tags hold."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.references, self.tags, self._text = [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        self.references += [attributes[name] for name in ('src', 'srcset', 'href') if name in attributes]
+        if tag == 'table':
+            self.tables.append([])
+        elif tag == 'tr':
+            self.tables[-1].append([])
+        elif tag in ('td', 'th'):
+            self.tables[-1][-1].append('')
+            self._text = True
+
+    def handle_endtag(self, tag):
+        if tag in ('td', 'th'):
+            self._text = None
+
+    def handle_data(self, data):
+        if self._text:
+            self.tables[-1][-1][-1] += data
+
+
+class TestPage:
+
+    @pytest.fixture(scope='class')
+    def text(self, whole):
+        return (whole[0] / 'report.html').read_text(encoding='utf-8')
+
+    @pytest.fixture(scope='class')
+    def page(self, text):
+        return Page(text)
+
+    def test_every_row_of_the_terminal(self, whole, page):
+        printed = [[cell.strip() for cell in re.split('[│┃]', line)[1:-1]] for line in whole[1].split('\n')]
+        printed = [row for row in printed if row]
+        measures, configs, _ = page.tables
+        assert measures + configs == printed
+        assert len(measures) == 1 + len(runs.MEASURES)
+
+    def test_every_run(self, page):
+        names = [f'cartpole_{side}_seed{seed}' for side in ('old', 'new') for seed in range(3)]
+        runs_of_page = page.tables[2]
+        assert runs_of_page[0] == ['run', *names, 'pong_new_seed0']
+        assert runs_of_page[2] == ['seed', '0', '1', '2', '0', '1', '2', '0']
+        assert runs_of_page[3] == ['training time', '1:40', '1:50', '2:00', '0:50', '0:55', '1:00', '1:40']
+
+    def test_every_warning(self, text, data):
+        for line in [*data['warnings'], *data['left_out'].values()]:
+            assert line.replace("'", '&#x27;') in text
+
+    def test_it_needs_nothing_but_itself(self, page, text):
+        assert page.references and all(link.startswith('data:image/png;base64,') for link in page.references)
+        assert not re.search(r'url\(|@import|https?:', text)
+        assert not [tag for tag, _ in page.tags if tag in ('script', 'link', 'iframe')]
+        assert ('meta', {'http-equiv': 'Content-Security-Policy',
+                         'content': "default-src 'none'; img-src data:; style-src 'unsafe-inline'"}) in page.tags
+
+    def test_who_cannot_see_it(self, page):
+        tags = page.tags
+        assert ('html', {'lang': 'en'}) in tags
+        assert [tag for tag, _ in tags].count('caption') == [tag for tag, _ in tags].count('table') == 3
+        assert all(attributes.get('scope') in ('col', 'row') for tag, attributes in tags if tag == 'th')
+        [image] = [attributes for tag, attributes in tags if tag == 'img']
+        assert 'Reward of evaluations against environment steps' in image['alt']
+
+    def test_names_are_text(self, tmp_path):
+        paths = [write_run(tmp_path / '<b>$old_{s0', config=False), write_run(tmp_path / '_[red]new_s0', config=False)]
+        printed = io.StringIO()
+        compare_runs(paths, str(tmp_path / 'out'), console=Console(file=printed, width=200))
+        assert '_[red]new' in printed.getvalue()
+        page = (tmp_path / 'out' / 'report.html').read_text(encoding='utf-8')
+        assert '<b>' not in page
+        assert '&lt;b&gt;$old_{s0, 1 run' in page
+
+
+# ---- sides and warnings ----------------------------------------------------------------------------------------------
+
+class TestSides:
+
+    def sides(self, folder, names, groups=(), **settings):
+        for number, name in enumerate(names):
+            write_run(folder / name, began=BEGAN + 1000 * number, config=False, **settings)
+        comparison = compared(*(str(folder / name) for name in names), groups=groups)
+        return {side.name: [run.name for run in side.runs] for side in comparison.sides}
+
+    def test_names_without_their_seed(self, tmp_path):
+        names = ['cartpole_lru_seed1', 'cartpole_lru_seed0_260101_120000', 'fifo-s3', 'fifo-s12', 'seed7', 'v2']
+        assert self.sides(tmp_path, names) == {
+            'cartpole_lru': names[:2], 'fifo': names[2:4], 'seed7': ['seed7'], 'v2': ['v2']
+        }
+        seeds = [run.seed for run in read(*(str(tmp_path / name) for name in names))]
+        assert seeds == [1, 0, 3, 12, 7, None]
+
+    def test_groups(self, tmp_path):
+        names = ['x_lru_0', 'x_fifo_0', 'x_fifo_1', 'other']
+        assert self.sides(tmp_path, names, groups=[('FIFO', '*_fifo_*'), ('LRU', '*lru*'), ('LRU', '*/x_*')]) == {
+            'FIFO': names[1:3], 'LRU': names[:1], 'other': ['other']
+        }
+
+    def test_a_group_that_names_nothing(self, tmp_path):
+        write_run(tmp_path / 'old_s0')
+        with pytest.raises(ConfigError, match=r"--group a=b\*: it matches none of the runs \(old_s0\)"):
+            compare_runs([str(tmp_path)], groups=[('a', 'b*')])
+
+    def test_the_old_system_comes_first(self, tmp_path):
+        paths = pair(tmp_path)
+        assert [side.name for side in compared(*reversed(paths)).sides] == ['old', 'new']
+        groups = [('ours', 'new*')]
+        comparison = compared(*paths, groups=groups)
+        assert [side.name for side in comparison.sides] == ['ours', 'old']
+        assert measures_table(comparison).headings[-1] == 'ours / old'
+
+
+class TestWarnings:
+
+    def warnings(self, *paths):
+        return [warning for warning in compared(*paths).warnings if not warning.startswith('One run of')]
+
+    def test_nothing_to_say(self, tmp_path):
+        assert self.warnings(*pair(tmp_path)) == []
+
+    @pytest.mark.parametrize(('new', 'expected'), [
+        (dict(seed=4), 'Other seeds: old: 0; new: 4'),
+        (dict(env_id='MsPacman-v0'), 'Other environments (old: CartPole-v0; new: MsPacman-v0): nothing here is '
+         'comparable'),
+        (dict(env_steps=2000), 'Other budgets of environment steps (old: 1,000; new: 2,000): times and rewards are not '
+         'comparable'),
+    ])
+    def test_what_a_run_was(self, tmp_path, new, expected):
+        assert self.warnings(*pair(tmp_path, new=new)) == [expected]
+
+    @pytest.mark.parametrize(('summary', 'expected'), [
+        (dict(machine={**MACHINE, 'cpus': 64}), ['Other numbers of CPUs (old: 2; new: 64): times and memory are not '
+                                                 'comparable']),
+        (dict(machine={**MACHINE, 'gpu': 'H100'}), ['Other GPUs (old: none; new: H100): times and memory are not '
+                                                    'comparable']),
+        (dict(device='cuda'), ['Other devices (old: cpu; new: cuda): times and memory are not comparable']),
+        (dict(processes=2), ['Other numbers of processes (old: 1; new: 2): times and memory are not comparable']),
+        (dict(outcome='interrupted by SIGINT'), ['new_seed0 ended early: interrupted by SIGINT']),
+        (dict(max_train_iter=50), []),
+    ])
+    def test_what_a_summary_says(self, tmp_path, summary, expected):
+        paths = pair(tmp_path)
+        path = tmp_path / 'new_seed0' / 'summary.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), **summary}))
+        assert self.warnings(*paths) == expected
+
+    def test_budgets_of_runs_without_a_summary(self, tmp_path):
+        paths = [write_run(tmp_path / 'old_s0'),
+                 write_run(tmp_path / 'new_s0', new=True, env_steps=740, began=BEGAN + 500)]
+        assert self.warnings(*paths) == ['Other budgets: new_s0 has 740 environment steps, old_s0 1,000']
+
+    def test_hosts(self, tmp_path):
+        paths = pair(tmp_path)
+        path = event_file(paths[1])
+        path.rename(path.with_name('events.out.tfevents.1700000000.far.away.12.0'))
+        [warning] = self.warnings(*paths)
+        assert warning.startswith('Other hosts (old: ')
+        assert warning.endswith('; new: far.away): times are comparable if these are of one kind')
+
+    def test_runs_at_the_same_time(self, tmp_path):
+        paths = [write_run(tmp_path / 'old_s0'), write_run(tmp_path / 'new_s0', new=True, began=BEGAN + 99)]
+        assert self.warnings(*paths) == [
+            'Runs went on at the same time on one machine, as old_s0 and new_s0: they took time from each other'
+        ]
+
+    def test_one_side(self, tmp_path):
+        paths = [write_run(tmp_path / f'old_s{seed}', seed=seed, began=BEGAN + 1000 * seed) for seed in range(2)]
+        comparison = compared(*paths)
+        assert comparison.warnings == ["All runs are of one side, 'old': there is nothing to compare it to (--group "
+                                       'makes sides)']
+        assert measures_table(comparison).headings == ['mean ± standard deviation', 'old, 2 runs']
+        assert runs_table(comparison).headings == ['run', 'old_s0', 'old_s1']
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+class TestCommand:
+
+    @pytest.mark.parametrize(('arguments', 'message'), [
+        ([], 'COMMAND'),
+        (['compere'], "'compere'"),
+        (['compare'], 'RUN'),
+        (['compare', 'nosuch'], 'nosuch: no such folder or event file'),
+        (['compare', '.', '--group', 'old'], "'old' is not NAME=PATTERN"),
+        (['compare', '.', '--colour'], '--colour'),
+        (['compare', '.'], 'none of these runs can be read'),
+    ])
+    def test_bad_usage_is_one_line_and_exit_code_2(self, arguments, message, capsys, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.count('\n') == 1
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_that_cannot_be_written_to(self, capsys, tmp_path):
+        paths = pair(tmp_path)
+        (tmp_path / 'file').touch()
+        assert main(['compare', *paths, '--out', str(tmp_path / 'file')]) == 2
+        assert capsys.readouterr().err.endswith('it cannot be written to (File exists)\n')
+
+    def test_from_a_shell(self, tmp_path):
+        """Nothing is printed but what was asked for, neither by LightZero nor by anything it imports."""
+        pair(tmp_path)
+        command = ['compare', 'old_seed0', 'new_seed0', '--group', 'B=old*', 'A=new*']
+        done = subprocess.run([sys.executable, '-m', 'lzero_kvcache', *command], cwd=str(tmp_path), text=True,
+                              capture_output=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        assert (done.returncode, done.stderr) == (0, '')
+        lines = done.stdout.rstrip('\n').split('\n')
+        assert lines[0].strip() == 'Comparison: B / A'
+        assert lines[-1] == 'Wrote comparison/compare.png, comparison/report.html, comparison/compare.json'
+        assert sorted(path.name for path in (tmp_path / 'comparison').iterdir()) == [
+            'compare.json', 'compare.png', 'report.html'
+        ]

@@ -1,0 +1,428 @@
+"""``python -m lzero_kvcache experiment``: what is begun, gone on with, left alone and refused; a real one, cut off."""
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lzero_kvcache import ConfigError, comparison
+from lzero_kvcache.__main__ import main
+from lzero_kvcache.training import children, experiment
+from lzero_kvcache.training.children import Board, Child
+from lzero_kvcache.training.config_file import PROJECT_ROOT
+from lzero_kvcache.training.experiment import Experiment, Run, last_checkpoint
+from lzero_kvcache.training.status import Evaluation, Result, Status
+from lzero_kvcache.training.summary import add_up, read_summary, write_summary
+from lzero_kvcache.training.terminal import Terminal
+
+SMALL = ['policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2', 'env.evaluator_env_num=1']
+
+
+def result(**changes):
+    return Result(**{**dict(
+        outcome='done', exit_code=0, exp_name='', config='c', entry='train_unizero', task='train', cache='new', seed=0,
+        device='cpu', max_env_step=60, max_train_iter=None, env_step=60, train_iter=6, seconds=12.,
+        env_steps_per_second=5., host_memory_mb=10., device_memory_mb=None, cache_memory_mb=1.,
+        hit_rates={}, counters={}, last_reward=15., best_reward=15.,
+        evaluations=[], event_files='e', checkpoint=None, log_file=None, processes=1, machine={},
+    ), **changes})
+
+
+def checkpoint(path, env_step):
+    os.makedirs(os.path.dirname(str(path)), exist_ok=True)
+    torch.save(dict(model={}, target_model={}, optimizer_world_model={}, last_iter=env_step // 10, last_step=env_step),
+               str(path))
+    return str(path)
+
+
+def make(folder, caches=('old', 'new'), seeds=(0, 1), config='config_new', options=('--max-env-step', '60')):
+    return Experiment(str(folder), config, caches, seeds, options)
+
+
+# ---------------------------------------------------------------------------------------------------- what is run
+
+
+def test_every_system_and_seed_once_in_a_folder_of_its_own(tmp_path):
+    made = make(tmp_path, caches=['old', 'new', 'old'], seeds=[3, 1, 3])
+    assert [(run.name, run.cache, run.seed) for run in made.runs] == [
+        ('old_seed3', 'old', 3), ('new_seed3', 'new', 3), ('old_seed1', 'old', 1), ('new_seed1', 'new', 1)
+    ]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_is_begun_with_all_that_was_asked_for(tmp_path):
+    made = make(tmp_path, options=['--max-env-step', '60', '--device', 'cpu', '--set', *SMALL])
+    assert made.command(made.runs[0]) == [
+        sys.executable, '-m', 'lzero_kvcache.training', '--config', 'config_new', '--max-env-step', '60', '--device',
+        'cpu', '--set', *SMALL, '--cache', 'old', '--seed', '0', '--exp-name', str(tmp_path / 'old_seed0')
+    ]
+
+
+def test_it_goes_on_from_the_last_whole_checkpoint(tmp_path):
+    made = make(tmp_path)
+    run, folder = made.runs[1], tmp_path / 'new_seed0' / 'ckpt'
+    paths = [checkpoint(folder / f'iteration_{step}.pth.tar', step) for step in (0, 20, 40, 50, 60)]
+    with open(paths[3], 'r+b') as file:
+        file.truncate(100)
+    for age, path in enumerate(reversed(paths)):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert made.command(run)[-3:] == ['--resume', paths[2], '--in-place']
+    assert '--exp-name' not in made.command(run)
+    assert last_checkpoint(run.folder, 61) == paths[4]
+    assert last_checkpoint(run.folder, 20) is None
+
+
+def test_it_begins_anew_beside_what_is_left_of_one_that_nothing_can_go_on_from(tmp_path):
+    made = make(tmp_path)
+    run = made.runs[0]
+    for attempt in (1, 2):
+        checkpoint(tmp_path / 'old_seed0' / 'ckpt' / 'iteration_0.pth.tar', 0)
+        assert made.command(run)[-2:] == ['--exp-name', run.folder]
+        assert not os.path.exists(run.folder)
+        assert (tmp_path / f'old_seed0_cut_off{attempt}' / 'ckpt' / 'iteration_0.pth.tar').exists()
+
+
+@pytest.mark.parametrize(('changes', 'is_done'), [
+    (dict(), True), (dict(outcome='reward reached env.stop_value'), True), (dict(exit_code=130), False),
+    (dict(seed=1), False), (dict(cache='old'), False), (dict(task='evaluate'), False), (dict(cache='mine'), True),
+])
+def test_which_runs_are_done(changes, is_done, tmp_path):
+    run = Run('new', 0, str(tmp_path))
+    assert run.result is None
+    write_summary(result(exp_name=str(tmp_path), **changes))
+    assert (run.result is not None) == is_done
+    whole = (tmp_path / 'summary.json').read_text()
+    (tmp_path / 'summary.json').write_text(whole[:len(whole) // 2])
+    assert run.result is None
+
+
+# ---------------------------------------------------------------------------------------------------- its folder
+
+
+def test_the_settings_are_on_disk(tmp_path):
+    made = make(tmp_path / 'deep' / 'experiment', options=['--max-env-step', '60', '--threads', '1'])
+    with made.opened():
+        held = json.loads((tmp_path / 'deep' / 'experiment' / 'experiment.json').read_text())
+    assert held['config'] == os.path.join(PROJECT_ROOT, 'configs', 'config_new.py')
+    assert (held['max_env_step'], held['threads'], held['seeds'], held['caches']) == (60, 1, [0, 1], ['old', 'new'])
+    assert held['options'] == ['--max-env-step', '60', '--threads', '1']
+
+
+def opened(made):
+    with made.opened():
+        pass
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(options=['--max-env-step', '70']), 'max_env_step 60, not 70'),
+    (dict(options=['--max-env-step', '60', '--threads', '2']), 'threads 1, not 2'),
+    (dict(options=['--max-env-step', '60', '--set', 'policy.num_simulations=3']), "options .'--max-env-step', '60'"),
+    (dict(config='cartpole_unizero_config', options=['--max-env-step', '60', '--threads', '1']), 'config_new.py as it'),
+])
+def test_an_experiment_of_other_settings_is_refused(changes, message, tmp_path):
+    opened(make(tmp_path))
+    before = (tmp_path / 'experiment.json').read_text()
+    with pytest.raises(ConfigError, match=message):
+        opened(make(tmp_path, **changes))
+    assert (tmp_path / 'experiment.json').read_text() == before
+
+
+def test_seeds_and_systems_can_be_added(tmp_path):
+    opened(make(tmp_path, caches=['new'], seeds=[0]))
+    opened(make(tmp_path, caches=['old'], seeds=[2, 0]))
+    held = json.loads((tmp_path / 'experiment.json').read_text())
+    assert (held['caches'], held['seeds']) == (['new', 'old'], [0, 2])
+
+
+def test_a_folder_that_is_something_else_is_refused(tmp_path):
+    (tmp_path / 'work').write_text('')
+    with pytest.raises(ConfigError, match='not empty, and no experiment'):
+        opened(make(tmp_path))
+    (tmp_path / 'experiment.json').write_text('{"caches": [')
+    with pytest.raises(ConfigError, match='experiment.json: cannot be read'):
+        opened(make(tmp_path))
+    with pytest.raises(ConfigError, match='cannot be written'):
+        opened(make(tmp_path / 'work' / 'below'))
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ([], '--config'),
+    (['--config', 'nosuch'], 'nosuch: no such file'),
+    (['--config', 'config_new', '--cache', 'both'], "'both'"),
+    (['--config', 'config_new', '--seeds', '-1'], '-1'),
+    (['--config', 'config_new', '--jobs', '0'], "'0' is not a whole number of at least 1"),
+    (['--config', 'config_new', '--max-env-step', 'many'], "'many' is not a whole number"),
+    (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
+])
+def test_bad_usage_is_one_line_and_writes_nothing(arguments, message, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(['experiment', *arguments]) == 2
+    captured = capfd.readouterr()
+    assert message in captured.err
+    assert captured.err.count('\n') == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_config_that_never_ends_is_refused(tmp_path):
+    config = tmp_path / 'endless.py'
+    config.write_text('from zoo.classic_control.cartpole.config.cartpole_unizero_config import '
+                      'create_config, main_config\n')
+    with pytest.raises(ConfigError, match='--max-env-step'):
+        make(tmp_path, config=str(config), options=())
+
+
+# ---------------------------------------------------------------------------------------------------- its processes
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Trainings that are ``fake_trainer.py``; a function that says what they do, and one that says which were begun."""
+    script, started = tmp_path / 'script.json', tmp_path / 'started'
+    monkeypatch.setenv('FAKE_TRAINER', str(script))
+    monkeypatch.setattr(experiment, 'PROGRAM', (sys.executable, os.path.join(os.path.dirname(__file__),
+                                                                              'fake_trainer.py')))
+    monkeypatch.setattr(children, 'POLL_SECONDS', 0.02)
+    compared = []
+    monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: compared.append(arguments) or 0)
+
+    def do(**runs):
+        script.write_text(json.dumps(dict(
+            runs=runs, started=str(started), summary=asdict(result()),
+            checkpoint=checkpoint(tmp_path / 'a.pth.tar', 30))))
+
+    def begun():
+        lines = started.read_text().split('\n')[:-1] if started.exists() else []
+        return [json.loads(line) for line in lines]
+
+    do()
+    return SimpleNamespace(do=do, begun=begun, compared=compared, folder=str(tmp_path / 'e'))
+
+
+def run_experiment(fake, *arguments):
+    return main(['experiment', '--config', 'config_new', '--max-env-step', '60', '--out', fake.folder, *arguments])
+
+
+def test_all_are_run_and_compared(fake, capfd):
+    assert run_experiment(fake, '--seeds', '0', '1') == 0
+    names = ['old_seed0', 'new_seed0', 'old_seed1', 'new_seed1']
+    assert [name for name, _ in fake.begun()] == names
+    assert fake.compared == [(
+        [os.path.join(fake.folder, name) for name in names], fake.folder,
+        [('old', 'old_seed*'), ('new', 'new_seed*')]
+    )]
+    said = capfd.readouterr().out
+    assert all(f'{name}: done, 60 env steps in 0:00:12, last reward 15.0' in said for name in names)
+    assert '4 of 4 runs are done' in said
+    assert '\x1b' not in said
+
+
+def test_what_is_done_is_left_alone(fake, capfd):
+    assert run_experiment(fake, '--seeds', '0') == 0
+    assert run_experiment(fake, '--seeds', '0', '1') == 0
+    assert [name for name, _ in fake.begun()] == ['old_seed0', 'new_seed0', 'old_seed1', 'new_seed1']
+    assert 'new_seed0: is done already' in capfd.readouterr().out
+
+
+def test_one_that_fails_does_not_stop_the_others(fake, capfd):
+    fake.do(old_seed0='fail')
+    assert run_experiment(fake, '--seeds', '0', '1') == 1
+    log = os.path.join(fake.folder, 'old_seed0.log')
+    said = capfd.readouterr().out
+    assert f'old_seed0: failed with exit code 1; {log} says why' in said
+    assert 'it broke' in open(log).read()
+    assert '3 of 4 runs are done' in said
+    (folders, _, groups), = fake.compared
+    assert len(folders) == 3
+    assert [name for name, _ in groups] == ['old', 'new']
+    fake.do()
+    assert run_experiment(fake, '--seeds', '0', '1') == 0
+    assert [name for name, _ in fake.begun()][4:] == ['old_seed0']
+
+
+def when(condition, action):
+    """Do something in another thread as soon as a condition holds."""
+
+    def wait():
+        deadline = time.monotonic() + 60
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        action()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def log_has(folder, name, text):
+    path = os.path.join(folder, name + '.log')
+    return os.path.exists(path) and text in open(path).read()
+
+
+def test_an_interrupt_ends_all_and_the_same_command_goes_on(fake, capfd):
+    fake.do(old_seed0='wait', new_seed0='wait')
+    thread = when(lambda: all(log_has(fake.folder, f'{cache}_seed0', '30/60') for cache in ('old', 'new')),
+                  lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert run_experiment(fake, '--seeds', '0', '1', '--jobs', '2') == 130
+    thread.join()
+    said = capfd.readouterr().out
+    assert said.count(': interrupted') == 2
+    assert '0 of 4 runs are done' in said
+    assert fake.compared == []
+    assert sorted(name for name, _ in fake.begun()) == ['new_seed0', 'old_seed0']
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    fake.do()
+    assert run_experiment(fake, '--seeds', '0', '1') == 0
+    again = dict(fake.begun()[2:])
+    for name in ('old_seed0', 'new_seed0'):
+        path = os.path.join(fake.folder, name, 'ckpt', 'iteration_3.pth.tar')
+        assert again[name][-3:] == ['--resume', path, '--in-place']
+        assert f'{name}: goes on from {path}' in capfd.readouterr().out or name == 'new_seed0'
+    assert '--resume' not in again['old_seed1']
+    assert len(fake.compared[0][0]) == 4
+
+
+def test_no_more_run_at_once_than_jobs(fake, tmp_path, monkeypatch):
+    at_once = []
+    update = Board.update
+    monkeypatch.setattr(Board, 'update', lambda self, running: at_once.append(len(running)) or update(self, running))
+    assert run_experiment(fake, '--seeds', '0', '1', '2', '--jobs', '2') == 0
+    assert max(at_once) == 2
+    assert len(fake.begun()) == 6
+
+
+def test_nobody_else_works_on_it_while_any_of_its_processes_lives(fake):
+    fake.do(old_seed0='wait')
+    made = make(fake.folder)
+    with made.opened() as lock:
+        with pytest.raises(ConfigError, match='still going on'):
+            opened(make(fake.folder))
+        child = Child(made.runs[0], made.command(made.runs[0]), lock)
+    try:
+        with pytest.raises(ConfigError, match='still going on'):
+            opened(make(fake.folder))
+    finally:
+        child.process.kill()
+        child.process.wait()
+    opened(make(fake.folder))
+
+
+def test_what_a_training_prints_says_how_far_it_is(fake, tmp_path):
+    """The lines are those of ``Terminal``."""
+    made = make(fake.folder)
+    with made.opened() as lock:
+        child = Child(made.runs[0], [sys.executable, '-c', 'pass'], lock)
+        child.process.wait()
+        with open(made.runs[0].log, 'a', encoding='utf-8') as file:
+            terminal = Terminal(file)
+            terminal.start(5000)
+            terminal.line('unrelated 9,999')
+            terminal.finish(Status(env_step=1234))
+            file.write('6,0')
+    assert child.look() == 0
+    assert child.env_step == 1234
+
+
+def test_bars_on_a_terminal(tmp_path):
+    reader, writer = pty.openpty()
+    made = make(tmp_path, seeds=[0])
+    with open(writer, 'w') as file:
+        board = Board(file, made)
+        running = [SimpleNamespace(run=made.runs[1], env_step=45)]
+        board.done()
+        board.update(running)
+        board.line('a line')
+        time.sleep(0.3)
+        board.update([])
+        board.close()
+        shown = os.read(reader, 65536).decode()
+    assert '1 of 2 runs done' in shown
+    assert 'new_seed0' in shown and '45/60' in shown and '105/120' in shown
+    assert 'a line' in shown
+    os.close(reader)
+
+
+# ---------------------------------------------------------------------------------------------------- going on in place
+
+
+def test_two_parts_add_up():
+    counts = dict(queries=10, hits=5, misses=5, occupancy=0.5)
+    before = result(seconds=10., env_steps_per_second=4., host_memory_mb=9., best_reward=20., last_reward=20.,
+                    counters=dict(total=counts), evaluations=[Evaluation(0, 0, 20.)], exit_code=130)
+    after = result(seconds=30., env_steps_per_second=2., host_memory_mb=7., best_reward=12., last_reward=12.,
+                   counters=dict(total=dict(counts, hits=10, misses=0), memory_mb=2.),
+                   evaluations=[Evaluation(60, 6, 12.)])
+    both = add_up(before, after)
+    assert (both.seconds, both.env_steps_per_second, both.host_memory_mb) == (40., 2.5, 9.)
+    assert (both.best_reward, both.last_reward, both.exit_code, both.outcome) == (20., 12., 0, 'done')
+    assert both.counters == dict(total=dict(queries=20, hits=15, misses=5, occupancy=0.5), memory_mb=2.)
+    assert both.hit_rates == dict(init=None, recur=None, total=0.75)
+    assert [evaluation.reward for evaluation in both.evaluations] == [20., 12.]
+
+
+def test_a_part_without_steps_or_evaluations_adds_nothing():
+    after = result(seconds=2., env_steps_per_second=None, best_reward=None, last_reward=None)
+    both = add_up(result(), after)
+    assert (both.last_reward, both.best_reward) == (15., 15.)
+    assert both.env_steps_per_second == pytest.approx(60 / 14)
+
+
+def test_a_summary_is_read_as_it_was_written(tmp_path):
+    written = result(exp_name=str(tmp_path), evaluations=[Evaluation(1, 2, 3.)])
+    write_summary(written)
+    assert read_summary(str(tmp_path)) == written
+    assert read_summary(str(tmp_path / 'nowhere')) is None
+
+
+def test_a_summary_of_an_earlier_version_counts(tmp_path):
+    write_summary(result(exp_name=str(tmp_path)))
+    held = json.loads((tmp_path / 'summary.json').read_text())
+    del held['max_env_step']
+    (tmp_path / 'summary.json').write_text(json.dumps(held))
+    assert read_summary(str(tmp_path)).env_step == 60
+    assert Run('new', 0, str(tmp_path)).result is not None
+    (tmp_path / 'summary.json').write_text('{"evaluations": []}')
+    assert read_summary(str(tmp_path)) is None
+
+
+# ---------------------------------------------------------------------------------------------------- a real one
+
+
+@pytest.mark.slow
+def test_a_real_experiment_is_cut_off_and_goes_on(tmp_path):
+    command = [sys.executable, '-m', 'lzero_kvcache', 'experiment', '--config', 'config_new', '--seeds', '0',
+               '--threads', '1', '--max-env-step', '300', '--out', str(tmp_path / 'e'), '--set', *SMALL,
+               'policy.eval_freq=1000']
+    environment = dict(os.environ, PYTHONPATH=PROJECT_ROOT)
+    process = subprocess.Popen(command, cwd=str(tmp_path), env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, encoding='utf-8')
+    thread = when(lambda: log_has(str(tmp_path / 'e'), 'old_seed0', 'Cleared WorldModel'),
+                  lambda: process.send_signal(signal.SIGINT))
+    said, _ = process.communicate(timeout=120)
+    thread.join()
+    assert process.returncode == 130, said
+    cut_off = read_summary(str(tmp_path / 'e' / 'old_seed0'))
+    assert cut_off.outcome == 'interrupted by SIGINT' and 0 < cut_off.env_step < 300
+
+    ended = subprocess.run([*command, '--jobs', '2'], cwd=str(tmp_path), env=environment, stdout=subprocess.PIPE,
+                           encoding='utf-8', timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout
+    assert 'old_seed0: goes on from' in ended.stdout and 'new_seed0: begins' in ended.stdout
+    old, new = (read_summary(str(tmp_path / 'e' / f'{cache}_seed0')) for cache in ('old', 'new'))
+    assert old.env_step >= 300 and new.env_step >= 300
+    assert (old.cache, new.cache) == ('old', 'new')
+    assert old.seconds > cut_off.seconds
+    assert old.counters['total']['queries'] > cut_off.counters['total']['queries']
+    assert old.evaluations[:len(cut_off.evaluations)] == cut_off.evaluations
+    assert old.evaluations[-1].train_iter == old.train_iter
+    events = tmp_path / 'e' / 'old_seed0' / 'log' / 'serial'
+    assert len(list(events.iterdir())) == 2
+    assert (tmp_path / 'e' / 'compare.json').exists()

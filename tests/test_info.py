@@ -1,0 +1,143 @@
+"""``python -m lzero_kvcache info``: each line against the manager of a policy that is built and used."""
+import pytest
+import torch
+from builders import Worker, make_policy
+
+from lzero_kvcache import __version__, backend, info
+from lzero_kvcache.__main__ import main
+from lzero_kvcache.slab import MIB
+from lzero_kvcache.training import lightzero
+
+WM = 'policy.model.world_model_cfg.'
+SMALL = ['policy.num_simulations=6', 'env.collector_env_num=3', 'env.evaluator_env_num=2',
+         WM + 'context_length=6', WM + 'env_num=3']
+
+
+def cache_rows(*assignments):
+    rows = info.of_config('config_new', [*SMALL, *assignments])
+    assert len(dict(rows)) == len(rows)
+    return dict(rows)
+
+
+@pytest.fixture(scope='module')
+def new():
+    """What info says of a config, and the world model that collects with that config, after some steps."""
+    rows = cache_rows(WM + 'kv_cache_cfg.init_pool_size=7', WM + 'kv_cache_cfg.eviction=lru',
+                      WM + 'kv_cache_cfg.dtype=bfloat16')
+    policy = make_policy(True, simulations=6, context_length=6, embed_dim=64, game_segment_length=50,
+                         kv_cache_cfg=dict(init_pool_size=7, eviction='lru', dtype='bfloat16'))
+    Worker(policy).step([0, 1, 2])
+    Worker(policy, 'eval').step([0, 1])
+    return rows, policy._model.world_model
+
+
+class TestNew:
+
+    def test_pools(self, new):
+        rows, world_model = new
+        manager = world_model.kv_cache_manager
+        assert rows['cache system'] == "new, with manager 'new'"
+        assert rows['eviction'] == manager.config.eviction == 'lru'
+        sizes = {pool.pool_size for pool in manager.init_pools}
+        assert rows['init pools'] == f'{len(manager.init_pools)} x {sizes.pop()} contexts' == '3 x 7 contexts'
+        sizes = {pool.pool_size for pool in manager.eval_pools}
+        assert rows['of evaluation'] == f'{len(manager.eval_pools)} x {sizes.pop()} contexts' == '2 x 7 contexts'
+        assert rows['recurrent pool'] == f'{manager.recur_pool.pool_size} contexts' == '18 contexts'
+        assert rows['working batch'] == f'{manager.wm_pool.pool_size} contexts'
+
+    def test_pages_and_memory_are_those_of_the_first_use(self, new):
+        rows, world_model = new
+        manager = world_model.kv_cache_manager
+        data = manager.storage.slab.data
+        page_bytes = data[0].numel() * data.element_size()
+        assert rows['pages'] == f'{data.shape[0]:,} of {page_bytes:,} bytes, bfloat16'
+        assert rows['memory from first use'] == f'{manager.memory_mb:,.2f} MiB' == (
+            f'{data.shape[0] * page_bytes / MIB:,.2f} MiB')
+        assert rows['memory now'] == '0.00 MiB'
+        assert rows['bound of memory'] == 'none'
+        assert rows['context'] == f'{world_model.context_length} tokens, stored as 2 pages at the most'
+
+    def test_backend_and_device(self, new):
+        rows, _ = new
+        assert rows['device'] == ('cuda' if torch.cuda.is_available() else 'cpu')
+        assert rows['backend'].endswith(", of 'auto'")
+        assert rows['backend'].split(',')[0] in ('eager', 'cudagraph')
+
+    def test_the_old_system_beside_it(self, new):
+        assert new[0]['memory of the old system'] == cache_rows(WM + 'use_new_cache_manager=False')[
+            'memory at the most']
+
+
+def test_a_bound_of_memory():
+    rows = cache_rows(WM + 'kv_cache_cfg.max_memory_mb=0.25', WM + 'kv_cache_cfg.backend=compile')
+    assert rows['bound of memory'] == '0.25 MiB'
+    assert float(rows['memory from first use'].split()[0]) <= 0.25
+    assert rows['backend'] == "compile, of 'compile'"
+
+
+def test_the_old_system_fills_its_slots():
+    """What is said to be the most is what LightZero has allocated once every slot of its pools was used."""
+    rows = cache_rows(WM + 'use_new_cache_manager=False')
+    policy = make_policy(False, simulations=6, context_length=6, embed_dim=64, num_simulations=6)
+    world_model = policy._model.world_model
+    manager = world_model.kv_cache_manager
+    assert rows['cache system'] == 'old'
+    assert rows['memory now'] == f'{manager.memory_mb:,.2f} MiB'
+    worker = Worker(policy)
+    for _ in range(3):
+        worker.step([0, 1, 2])
+    pools = [world_model.shared_pool_recur_infer, world_model.shared_pool_wm, *world_model.shared_pool_init_infer]
+    assert all(slot is not None for pool in pools for slot in pool)
+    assert manager.full_memory_mb == manager.memory_mb
+    assert rows['memory at the most'] == f'{manager.memory_mb:,.2f} MiB, once every slot was used'
+    assert rows['init pools'] == f'{len(world_model.shared_pool_init_infer)} x 2 contexts'
+    assert rows['recurrent pool'] == f'{len(world_model.shared_pool_recur_infer)} contexts'
+
+
+def test_what_is_installed():
+    rows = dict(info.installed())
+    assert rows['lzero_kvcache'] == __version__
+    assert rows['torch'] == torch.__version__
+    assert rows["backend 'auto'"] == ('cudagraph' if torch.cuda.is_available() else 'eager')
+    assert lightzero.which_lightzero()[0] in rows['LightZero']
+
+
+@pytest.mark.parametrize(('source', 'which'), [
+    ("use_new = getattr(config, 'use_new_cache_manager', False)", 'main branch'), ('pool = []', 'released 0.2.0'),
+])
+def test_lightzeros_are_told_apart_by_what_they_have(source, which, monkeypatch):
+    monkeypatch.setattr(lightzero.inspect, 'getsource', lambda module: source)
+    assert lightzero.which_lightzero()[0] == which
+
+
+@pytest.mark.parametrize(('name', 'device', 'expected'), [
+    ('auto', 'cpu', 'eager'), ('auto', 'cuda', 'cudagraph'), ('cudagraph', 'cpu', 'eager'), ('eager', 'cuda', 'eager'),
+    ('compile', 'cpu', 'compile'),
+])
+def test_what_is_picked(name, device, expected):
+    assert backend.picked(name, torch.device(device)) == expected
+
+
+def test_the_command_prints_both_tables_and_nothing_else(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(['info', '--config', 'config_new', '--set', *SMALL]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == ''
+    assert [line for line in captured.out.split('\n') if line and line[0] not in '│┌├└'] == [
+        line for line in captured.out.split('\n') if line.strip() in ('installed', 'cache')
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['--set', 'policy.num_simulations=3'], 'give --config too'),
+    (['--config', 'nosuch'], 'nosuch: no such file'),
+    (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
+    (['--config', 'config_new', '--set', WM + 'context_length=7'], 'context_length=7'),
+])
+def test_bad_usage_is_one_line(arguments, message, capfd):
+    assert main(['info', *arguments]) == 2
+    captured = capfd.readouterr()
+    assert message in captured.err
+    assert captured.err.count('\n') == 1
+    assert captured.out == ''

@@ -1,0 +1,149 @@
+"""Weights that change: contexts made under older ones are not used, whoever changed them."""
+import contextlib
+import io
+
+import numpy as np
+import pytest
+import torch
+from builders import Worker, assert_same_outputs, audit, differs, make_policy
+from lzero.mcts import UniZeroGameBuffer
+from scripted import COLLECTORS, Life, quiet
+from seeded_search import seeded_search
+
+UNROLL = 5  # fewer steps are too few for LightZero's loss
+LINE = 'contexts made under older ones are dropped, now and from now on'
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """DI-engine puts './' before experiment folders, absolute ones too."""
+    monkeypatch.chdir('/')
+
+
+def contexts(policy):
+    """Root contexts that are stored in each environment."""
+    return [len(pool) for pool in policy._model.world_model.kv_cache_manager.init_pools]
+
+
+def told(lines):
+    return [message for level, message in lines() if level == 'INFO' and LINE in message]
+
+
+class Training:
+    """A policy whose environments are in the middle of episodes, and a batch to train on."""
+
+    def __init__(self, new, folder):
+        self.life = life = Life((0, 1, 2), new, folder, max_blocks=10, max_tokens=20, segment=3)
+        self.policy, config = life.policy, life.config.policy
+        for each in (config, life.policy._cfg):
+            each.update(reanalyze_ratio=1., batch_size=2, num_unroll_steps=UNROLL)
+        self.collector = life.worker(COLLECTORS['segments'])
+        buffer = UniZeroGameBuffer(config)
+        for _ in range(3):
+            segments = life.collect(self.collector)
+            for segment in segments[0]:  # LightZero pads a target's rewards with scalars
+                segment.reward_segment = np.ravel(segment.reward_segment)
+            buffer.push_game_segments(segments)
+        with quiet(), seeded_search():
+            self.data = buffer.sample(2, self.policy)
+
+    def update(self):
+        with contextlib.redirect_stdout(io.StringIO()), seeded_search():
+            self.policy.learn_mode.forward([*self.data, 0])
+
+
+def test_a_learner_step(tmp_path, lines):
+    """Without anybody clearing anything, and told once however many there are."""
+    training = Training(True, tmp_path)
+    policy = training.policy
+    assert sum(contexts(policy)) > 2  # sampling, which moves the target model about, has cleared nothing
+    assert told(lines) == []
+    for _ in range(2):
+        training.update()
+        assert contexts(policy) == [0, 0, 0]
+        training.life.collect(training.collector)
+    assert 'Weights changed (learner step)' in told(lines)[0]
+    assert len(told(lines)) == 2  # one for each model
+    assert sum('learner step' in message for message in told(lines)) == 1
+    audit(policy._model.world_model.kv_cache_manager)
+    training.life.close()
+
+
+def test_the_target_model_of_an_update(tmp_path):
+    """Whoever searches with it finds no context of its older weights."""
+    training = Training(True, tmp_path)
+    target = training.policy._target_model.world_model
+    with torch.no_grad(), target.serving('collect', [0, 1]):
+        target.forward_initial_inference(dict(obs=torch.zeros(2, 4), action=[-1, -1], current_obs=torch.ones(2, 4)))
+    assert [len(pool) for pool in target.kv_cache_manager.init_pools] == [1, 1, 0]
+    training.update()
+    assert [len(pool) for pool in target.kv_cache_manager.init_pools] == [0, 0, 0]
+    training.life.close()
+
+
+def test_the_original_goes_on_with_contexts_of_older_weights(tmp_path):
+    """Or else the tests above would show nothing."""
+    training = Training(False, tmp_path)
+    pools = training.policy._model.world_model.past_kv_cache_init_infer_envs
+    before = [dict(pool) for pool in pools]
+    assert sum(map(len, before)) > 2
+    training.update()
+    assert [dict(pool) for pool in pools] == before
+    training.life.close()
+
+
+def moved(policy):
+    """As the target model's update does it: new storage, and nobody is told."""
+    for parameter in policy._model.parameters():
+        parameter.data = parameter.data * 1.05
+
+
+def loaded(policy):
+    policy._model.load_state_dict({name: value * 1.05 if value.is_floating_point() else value
+                                   for name, value in policy._model.state_dict().items()})
+
+
+@pytest.mark.parametrize(('change', 'reason'), [(moved, 'their storage moved'), (loaded, 'checkpoint loaded')])
+def test_answers_are_those_of_the_new_weights(change, reason, lines):
+    """Those of a policy that had them when its episodes were at this step, and has nothing stored."""
+    policy, other = make_policy(True), make_policy(True)
+    before = len(told(lines))
+    worker, expected = Worker(policy), Worker(other)
+    for _ in range(2):
+        worker.step([0, 1, 2])
+        expected.step([0, 1, 2])
+    change(other)
+    other._model.world_model.clear_caches()
+    change(policy)
+    output, right = worker.step([0, 1, 2]), expected.step([0, 1, 2])
+    assert_same_outputs(output, right, [0, 1, 2])
+    assert contexts(policy) == [1, 1, 1]
+    assert any(reason in message for message in told(lines)[before:]) or reason == 'checkpoint loaded'
+    for _ in range(2):
+        assert_same_outputs(worker.step([0, 1, 2]), expected.step([0, 1, 2]), [0, 1, 2])
+
+
+def test_contexts_of_older_weights_would_show(monkeypatch):
+    """Or else the test above would show nothing: with the old contexts, the answers are others."""
+    policy, other = make_policy(True), make_policy(True)
+    worker, expected = Worker(policy), Worker(other)
+    for _ in range(2):
+        worker.step([0, 1, 2])
+        expected.step([0, 1, 2])
+    moved(other)
+    monkeypatch.setattr(policy._model.world_model, 'forget', lambda *args: None)
+    moved(policy)
+    assert differs(worker.step([0, 1, 2]), expected.step([0, 1, 2]), [0, 1, 2])
+    assert contexts(policy) == [3, 3, 3]
+
+
+def test_the_same_weights_elsewhere_are_no_change():
+    """``to`` and ``eval``, which LightZero's buffer calls at every sample, and a step of evaluation."""
+    policy = make_policy(True)
+    worker = Worker(policy)
+    worker.step([0, 1, 2])
+    policy._model.to('cpu')
+    policy._model.eval()
+    Worker(policy, 'eval').step([0])
+    worker.step([0, 1, 2])
+    assert contexts(policy) == [2, 2, 2]

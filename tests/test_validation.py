@@ -1,0 +1,643 @@
+"""Validation while training: what the shadows find, what they do not touch, and that a wrong answer is caught."""
+import copy
+import random
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from builders import Worker, make_policy
+from ding.worker.learner.learner_hook import build_learner_hook_by_cfg
+from easydict import EasyDict
+from lzero.mcts import UniZeroGameBuffer
+from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
+from lzero.worker import MuZeroEvaluator
+from oracle import Case, ClearEnv, Expand, cached_model, play, random_trace, randomise
+from scripted import COLLECTORS, Life, quiet
+from seeded_search import seeded_search
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_backends import Placed
+from test_search_by_node import ByNode, make
+from torch.utils.tensorboard import SummaryWriter
+
+from lzero_kvcache import ConfigError, validation
+from lzero_kvcache.backend import EagerBackend
+from lzero_kvcache.config import CacheConfig
+from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY, VALIDATION
+from lzero_kvcache.validation import ValidationError, shadow
+from lzero_kvcache.validation.legacy import CAUSES
+from lzero_kvcache.validation.tally import QUANTITIES, Tally, compare, relative_differences
+
+SEED = 11
+#: What rounding may come to.
+TOLERANCE = 1e-4
+BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+BOTH_KINDS = pytest.mark.parametrize('validated', ['legacy', 'exact'])
+
+
+def options(validation='exact', freq=1, action='warn', **more):
+    return dict(validation=validation, validation_freq=freq, validation_tol=TOLERANCE, validation_action=action, **more)
+
+
+def validator(policy):
+    return policy._model.world_model.validator
+
+
+def found(policy):
+    """Causes that were counted, rows over the tolerance, and those without a cause."""
+    tally = validator(policy).tally
+    return {cause for cause, count in tally.causes.items() if count}, tally.over, tally.unexplained
+
+
+def fresh_policy(**kwargs):
+    """With the weights that LightZero's constructor gives."""
+    with mock.patch('builders.randomise'):
+        return make_policy(True, **kwargs)
+
+
+def live_through(policy, environments=(0, 1, 2)):
+    """Episodes that end at different times, fewer ready environments, another order, an evaluation, new weights."""
+    worker, evaluator = Worker(policy), Worker(policy, 'eval')
+    everybody = list(environments)
+    for step in range(9):
+        if step in (2, 5):
+            worker.done(everybody[step % len(everybody)])
+        worker.step(everybody[::-1] if step == 3 else everybody[1:] if step == 4 else everybody)
+        if step == 6:
+            for _ in range(2):
+                evaluator.step(everybody[:2])
+            randomise(policy._model, Case(), SEED)
+            policy._model.world_model.weights_changed('a test')
+
+
+class Checked(ByNode):
+    """Puts a trace to a model whose searches are validated."""
+    _acted = ()
+
+    def root(self, event):
+        """A root inference, before which the environments acted."""
+        self._acted = event.actions
+        return super().root(event)
+
+    def close(self):
+        """End the search that is under way."""
+        if self.world_model.validator._search is not None:
+            self.world_model.validator.check(self.world_model, self._root_actions(self._acted))
+        super().close()
+
+
+def checked(case, trace, prepare=lambda world_model: None, **changed):
+    """The tally of a trace."""
+    player = Checked(cached_model(case, trace.env_num, SEED, kv_cache_cfg=options(**changed)))
+    prepare(player.world_model)
+    play(player, trace)
+    player.close()
+    return player.world_model.validator.tally
+
+
+def below_one_root(case, *rows):
+    """A search whose simulations expand, in each row, children of the given nodes."""
+    trace = random_trace(np.random.default_rng(SEED), case, len(rows), root_steps=1, simulations=0)
+    depths = [[0] for _ in rows]
+    for number, parents in enumerate(zip(*rows)):
+        for of_row, parent in zip(depths, parents):
+            of_row.append(of_row[parent] + 1)
+        trace.events.append(Expand(parents, [number % case.action_space_size] * len(rows), [d[-1] for d in depths]))
+    return trace
+
+
+class TestOptions:
+
+    @pytest.mark.parametrize(('key', 'value', 'right'), [
+        ('validation', 'exakt', "did you mean 'exact'"), ('validation', True, "'legacy'"),
+        ('validation_freq', 0, 'at least 1'), ('validation_freq', 1.5, 'whole number'),
+        ('validation_tol', 0, 'above 0'), ('validation_tol', float('nan'), 'above 0'),
+        ('validation_action', 'stop', "'raise'"),
+    ])
+    def test_what_is_refused(self, key, value, right):
+        with pytest.raises(ConfigError) as error:
+            CacheConfig.read(dict(use_new_cache_manager=True, kv_cache_cfg={key: value}))
+        assert f'kv_cache_cfg.{key}={value!r}' in str(error.value)
+        assert right in str(error.value)
+
+    @BOTH_KINDS
+    def test_the_old_system_has_nothing_to_validate(self, validated):
+        with pytest.raises(ConfigError, match='validation=.*use_new_cache_manager=True'):
+            CacheConfig.read(dict(kv_cache_cfg=dict(validation=validated)))
+        assert CacheConfig.read(dict(kv_cache_cfg=dict(validation='off', validation_freq=3))).validation_freq == 3
+
+    def test_off_constructs_nothing(self, monkeypatch):
+        for owner in (validation.Validator, shadow.Shadow):
+            monkeypatch.setattr(owner, '__init__', mock.Mock(side_effect=AssertionError('constructed')))
+        policy = make_policy(True, kv_cache_cfg=dict(validation='off'))
+        Worker(policy).step([0, 1, 2])
+        assert validator(policy) is None
+        with pytest.raises(AssertionError, match='constructed'):
+            make_policy(True, kv_cache_cfg=options())
+
+
+class TestExact:
+
+    @pytest.mark.parametrize('kind', ['unizero', 'discrete', 'continuous'])
+    @BOTH_POSITIONS
+    def test_policies(self, kind, rotary):
+        policy = make(kind, rotary=rotary, simulations=6, kv_cache_cfg=options(action='raise'))
+        live_through(policy)
+        tally = validator(policy).tally
+        assert (tally.over, tally.lost, tally.searches, tally.inferences) == (0, 0, 11, 11 * 7)
+        assert tally.rows == 7 * (8 * 3 + 1 * 2 + 2 * 2)
+        assert set(QUANTITIES) <= {tag.replace('_max', '') for tag, value in tally.read().items() if value > 0}
+
+    @pytest.mark.parametrize('case', [
+        Case(), Case(rotary=True, gru_gating=True), Case(continuous=True, context_length=4),
+        Case(rotary=True, max_seq_len=32), Case(equal_latents=True), Case(equal_latents=True, rotary=True),
+        Case(obs_type='text'), Case(obs_type='image', rotary=True, context_length=20),
+    ], ids=lambda case: f'{case.obs_type}-{case.rotary}-{case.continuous}-{case.context_length}-{case.equal_latents}')
+    def test_random_traces(self, case):
+        trace = random_trace(
+            np.random.default_rng(SEED), case, 3, root_steps=6, simulations=8, episodes=0.2, unknown=0.3, repeats=0.3
+        )
+        trace.events.insert(20, ClearEnv(1))
+        tally = checked(case, trace)
+        assert (tally.over, tally.searches, tally.inferences, tally.rows) == (0, 6, 6 * 9, 6 * 9 * 3)
+        assert tally.lost == 1
+
+    def test_a_fresh_policy(self):
+        """Every predicted latent state is the same vector."""
+        policy = fresh_policy(simulations=8, kv_cache_cfg=options(action='raise'))
+        live_through(policy)
+        assert found(policy) == (set(), 0, 0)
+        assert validator(policy).tally.rows > 200
+
+    def test_a_search_by_key(self):
+        policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise'))
+        policy._mcts_collect = UniZeroMCTSCtree(policy._cfg)
+        worker = Worker(policy)
+        for _ in range(3):
+            worker.step([0, 1, 2])
+        assert (validator(policy).tally.inferences, validator(policy).tally.over) == (3 * 7, 0)
+
+    def test_a_latent_that_no_node_has(self):
+        """A search that does not go by its own tree is not replayed, but its root is followed."""
+        world_model = cached_model(Case(), 2, SEED, kv_cache_cfg=options()).world_model
+        trace = random_trace(np.random.default_rng(SEED), Case(), 2, root_steps=1, simulations=0)
+        last_obs, obs = (torch.from_numpy(part) for part in (trace.events[0].last_obs, trace.events[0].obs))
+        nowhere = np.ones((2, 1, 32), np.float32), torch.zeros(2).long()
+        with world_model.serving('collect', [0, 1]):
+            world_model.forward_initial_inference(dict(obs=last_obs, action=[-1, -1], current_obs=obs), [0, 0])
+            world_model.forward_recurrent_inference([nowhere], 0, [1, 1], [0, 0])
+            world_model.validator.check(world_model, [0, 0])
+        assert (world_model.validator.tally.inferences, world_model.validator.tally.searches) == (1, 0)
+
+    def test_every_nth_search(self):
+        policy = make_policy(True, simulations=4, kv_cache_cfg=options(freq=3))
+        worker = Worker(policy)
+        for _ in range(7):
+            worker.step([0, 1, 2])
+        assert (validator(policy).tally.searches, validator(policy).tally.inferences) == (2, 7 + 2 * 4)
+
+    def test_skipped_rows_are_not_compared(self):
+        """Rows that are nan on both sides are no difference, and an environment that was one starts afresh on both."""
+        policy = make_policy(True, kv_cache_cfg=options(on_nan='skip'))
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        observe = worker._observe
+        worker._observe = lambda env_id: observe(env_id) * (np.nan if env_id == 1 else 1.).__float__()
+        worker.step([0, 1, 2])
+        worker._observe = observe
+        for _ in range(3):
+            worker.step([0, 1, 2])
+        assert found(policy) == (set(), 0, 0)
+
+
+class TestCaught:
+    """A wrong answer of the new system is seen, or else all of the above would show nothing."""
+
+    @staticmethod
+    def spoil_a_page(policy):
+        manager = policy._model.world_model.kv_cache_manager
+        page = manager.init_pools[1].tables[manager.init_pools[1].counts > 0][0, 0]
+        manager.storage.slab.data[page] += 0.5
+
+    @staticmethod
+    def swap_contexts(policy):
+        manager = policy._model.world_model.kv_cache_manager
+        find = manager.find_init
+        manager.find_init = lambda *args: tuple(part[::-1].copy() for part in find(*args))
+
+    @staticmethod
+    def shift_angles(policy):
+        engine = policy._model.world_model.cache_engine
+        pack = engine.pack
+        engine.pack = lambda rows, pages, angles, action: pack(rows, pages, (angles[0], angles[1] + 1), action)
+
+    @pytest.mark.parametrize('spoil', ['spoil_a_page', 'swap_contexts', 'shift_angles'])
+    def test_it_is_counted_and_told(self, spoil, lines):
+        policy = make_policy(True, kv_cache_cfg=options())
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        assert found(policy) == (set(), 0, 0)
+        getattr(self, spoil)(policy)
+        worker.step([0, 1, 2])
+        _, over, unexplained = found(policy)
+        assert over == unexplained > 0
+        warning, = [line for level, line in lines() if level == 'WARNING']
+        assert warning.startswith(f"Validation 'exact', search 2: {over} of 15 rows over 0.0001 (unexplained {over})")
+
+    def test_of_one_environment(self):
+        """The others are not blamed."""
+        policy = make_policy(True, simulations=4, kv_cache_cfg=options(action='raise'))
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        self.spoil_a_page(policy)
+        worker.step([0, 2])
+        with pytest.raises(ValidationError, match='environment 1'):
+            worker.step([0, 1, 2])
+
+    def test_the_error_says_where_and_how_much(self):
+        policy = make_policy(True, kv_cache_cfg=options(action='raise'))
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        self.swap_contexts(policy)
+        with pytest.raises(ValidationError, match=(
+            r"validation='exact': in collect, environment [02], step 1, (the root|simulation \d+): "
+            r'(value|policy|reward|latent) differs by [\d.e+-]+, more than kv_cache_cfg.validation_tol=0.0001'
+        )):
+            worker.step([0, 1, 2])
+
+    def test_a_legacy_shadow_sees_what_no_cause_explains(self):
+        policy = make_policy(True, collectors=1, evaluators=1, kv_cache_cfg=options('legacy', action='raise'))
+        worker = Worker(policy)
+        worker.step([0])
+        worker.step([0])
+        self.shift_angles(policy)
+        with pytest.raises(ValidationError, match="validation='legacy'.*environment 0, step 2"):
+            worker.step([0])
+
+
+class TestCauses:
+    """What LightZero's own code gets wrong, each by a case of its own; ``raise`` would tell of anything unexplained."""
+
+    def test_none(self):
+        """One environment, deep enough to slide, with right tables: LightZero alone is right."""
+        for rotary in (False, True):
+            policy = make_policy(True, collectors=1, evaluators=1, simulations=12, rotary=rotary,
+                                 kv_cache_cfg=options('legacy', action='raise'))
+            policy._model.world_model.precompute_pos_emb_diff_kv()
+            worker = Worker(policy)
+            for _ in range(6):
+                worker.step([0])
+            assert found(policy) == (set(), 0, 0)
+            assert validator(policy).tally.rows == 6 * 13
+
+    def test_positions(self):
+        """As before the first training phase has ended: differences of other weights."""
+        policy = make_policy(True, collectors=1, evaluators=1, simulations=12, rotary=False,
+                             kv_cache_cfg=options('legacy', action='raise'))
+        worker = Worker(policy)
+        for _ in range(4):
+            worker.step([0])
+        causes, over, unexplained = found(policy)
+        assert (causes, unexplained) == ({'positions'}, 0)
+        assert over > 10
+
+    @BOTH_POSITIONS
+    def test_padding(self, rotary):
+        case = Case(rotary=rotary)
+        tally = checked(
+            case, below_one_root(case, [0, 1, 2], [0, 0, 0], [0, 1, 1]), lambda one: one.precompute_pos_emb_diff_kv(),
+            validation='legacy', action='raise'
+        )
+        assert tally.causes['padding'] == tally.over == 3  # the shorter rows: one of three, then two
+        assert sum(tally.causes.values()) == tally.over
+
+    def test_roots_of_another_length(self):
+        """A root that is made anew is padded, and learned positions then take the longest row's."""
+        policy = make_policy(True, rotary=False, simulations=1, kv_cache_cfg=options('legacy', action='raise'))
+        worker = Worker(policy)
+        for step in range(3):
+            if step == 2:
+                policy._model.world_model.past_kv_cache_init_infer_envs[1].clear()
+            worker.step([0, 1, 2])
+        causes, over, _ = found(policy)
+        assert causes == {'padding', 'positions'}
+        assert over >= 1
+        assert validator(policy).tally.lost == 1
+
+    def test_rows(self):
+        """Somebody's end puts everybody back."""
+        policy = make_policy(True, simulations=2, kv_cache_cfg=options('legacy', action='raise'))
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        worker.done(1)
+        worker.step([0, 1, 2])
+        tally = validator(policy).tally
+        assert tally.causes['rows'] == tally.over == 2 * 3  # root and nodes of the other two
+
+    def test_rows_of_a_smaller_batch(self):
+        policy = make_policy(True, simulations=2, kv_cache_cfg=options('legacy', action='raise'))
+        evaluator = Worker(policy, 'eval')
+        evaluator.step([0, 1])
+        evaluator.step([1])
+        assert validator(policy).tally.causes['rows'] == validator(policy).tally.over == 3
+
+    def test_an_evaluation_between(self):
+        """The two share everything in LightZero."""
+        policy = make_policy(True, simulations=2, kv_cache_cfg=options('legacy', action='raise'))
+        worker, evaluator = Worker(policy), Worker(policy, 'eval')
+        worker.step([0, 1, 2])
+        evaluator.step([0, 1, 2])
+        assert found(policy)[1] == 0 or validator(policy).tally.causes['rows'] > 0
+        worker.step([0, 1, 2])
+        assert validator(policy).tally.causes['rows'] >= 3
+
+    def test_periodic_clearing(self):
+        policy = make_policy(True, simulations=1, kv_cache_cfg=options('legacy', action='raise'))
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        policy.collect_mode.reset(env_id=1, current_steps=200, reset_init_data=False)
+        worker.step([0, 1, 2])
+        tally = validator(policy).tally
+        assert tally.causes['rows'] == tally.over == 2 * 3
+
+    def test_equal_latents(self):
+        policy = make_policy(True, collectors=1, evaluators=1, simulations=12,
+                             kv_cache_cfg=options('legacy', action='raise'))
+        randomise(policy._model, Case(equal_latents=True), SEED)
+        Worker(policy).step([0])
+        causes, over, unexplained = found(policy)
+        assert (causes, unexplained) == ({'equal_latents'}, 0)
+        assert over > 3
+
+    def test_stale_slots(self):
+        """A search of more simulations than LightZero's pool has slots for."""
+        def prepare(world_model):
+            world_model.validator._shadow._shadow.shared_pool_size = 3
+
+        case = Case()
+        tally = checked(case, below_one_root(case, [0, 1, 2, 3, 1]), prepare, validation='legacy', action='raise')
+        assert tally.causes['stale_slot'] == tally.over == 1
+        assert sum(tally.causes.values()) == 1
+
+    def test_misses(self, lines):
+        """Where a node is not stored, the simulation that expands it raises, and the training goes on."""
+        def prepare(world_model):
+            one = world_model.validator._shadow._shadow
+            update = one.update_cache_context
+            one.update_cache_context = lambda *args, is_init_infer, **kw: is_init_infer and update(*args, is_init_infer)
+
+        case = Case()
+        tally = checked(case, below_one_root(case, [0, 0, 1], [0, 0, 0]), prepare, validation='legacy', action='raise')
+        assert (tally.causes['miss'], tally.failures, tally.inferences, tally.over) == (1, 1, 3, 0)
+        warning, = [line for level, line in lines() if level == 'WARNING']
+        assert 'TypeError' in warning
+        assert 'a context that it does not find' in warning
+
+    def test_everything(self):
+        """Nothing of a whole life is left unexplained."""
+        for rotary in (False, True):
+            for make_one in (make_policy, lambda new, **kwargs: fresh_policy(**kwargs)):
+                policy = make_one(True, simulations=8, rotary=rotary, kv_cache_cfg=options('legacy', action='raise'))
+                live_through(policy)
+                assert found(policy)[2] == 0
+                assert found(policy)[1] > 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What validation leaves alone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TestModel:
+
+    @BOTH_KINDS
+    def test_checkpoints_and_parameters(self, validated):
+        with_one = make_policy(True, rotary=False, kv_cache_cfg=options(validated))
+        Worker(with_one).step([0, 1, 2])
+        without = make_policy(True, rotary=False)
+        assert list(with_one._model.state_dict()) == list(without._model.state_dict())
+        assert len(list(with_one._model.parameters())) == len(list(without._model.parameters()))
+        assert len(list(with_one._model.modules())) == len(list(without._model.modules()))
+        without._model.load_state_dict(with_one._model.state_dict())
+
+    @BOTH_KINDS
+    def test_the_weights_are_shared(self, validated):
+        policy = make_policy(True, kv_cache_cfg=options(validated))
+        Worker(policy).step([0, 1, 2])
+        inside = validator(policy)._shadow
+        shadows = [inside._shadow] if validated == 'legacy' else list(inside._alone.values())
+        ours = {id(parameter) for parameter in policy._model.world_model.parameters()}
+        for one in shadows:
+            assert {id(parameter) for parameter in one.parameters()} == ours
+        assert all(parameter.grad is None for parameter in policy._model.parameters())
+
+    @BOTH_KINDS
+    def test_copies_do_not_validate(self, validated):
+        policy = make_policy(True, kv_cache_cfg=options(validated))
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        twin = copy.deepcopy(policy._model)
+        assert twin.world_model.validator is None
+        assert policy._target_model.world_model.validator is None
+        twin.world_model.forget()
+        twin.to('cpu')
+        worker.step([0, 1, 2])
+        assert validator(policy).tally.searches == 2
+
+    def test_a_model_in_training_mode_is_not_compared(self):
+        """Dropout is live in it, and a shadow must draw nothing."""
+        player = Checked(cached_model(Case(), 2, SEED, kv_cache_cfg=options()))
+        player.world_model.train()
+        play(player, random_trace(np.random.default_rng(SEED), Case(), 2, root_steps=2, simulations=2))
+        assert player.world_model.validator.tally.rows == 0
+
+    @BOTH_KINDS
+    def test_a_search_that_fails_is_no_step(self, validated):
+        policy = make_policy(True, kv_cache_cfg=options(validated))
+        worker = Worker(policy)
+        for step in range(4):
+            if step == 2:
+                with mock.patch.object(policy._mcts_collect, 'search', side_effect=KeyError), pytest.raises(KeyError):
+                    worker.step([0, 1, 2])
+            worker.step([0, 1, 2])
+        assert found(policy)[2] == 0
+        assert validator(policy).tally.searches == 4
+
+    def test_storage_that_moves(self):
+        """As the target model's update assigns ``p.data``."""
+        policy = make_policy(True, rotary=False, kv_cache_cfg=options(action='raise'))
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        for parameter in policy._model.parameters():
+            parameter.data = parameter.data * 1.1
+        for _ in range(2):
+            worker.step([0, 1, 2])
+        assert found(policy) == (set(), 0, 0)
+
+
+class Overwriting(EagerBackend):
+    """Hands out what the next step overwrites, as a replayed graph does."""
+    reuses_output = True
+    _held = None
+
+    def step(self, *args):
+        result = super().step(*args)
+        if self._held is None:
+            self._held = result
+        for held, new in zip((*self._held.output, self._held.search), (*result.output, result.search)):
+            if held is not None and held is not new:
+                held.copy_(new)
+        return self._held
+
+
+class TestBackends:
+
+    def test_results_that_are_overwritten(self):
+        policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise'))
+        world_model = policy._model.world_model
+        world_model._backend = Overwriting(world_model.cache_engine)
+        worker = Worker(policy)
+        for _ in range(3):
+            worker.step([0, 1, 2])
+        assert (validator(policy).tally.inferences, validator(policy).tally.over) == (3 * 7, 0)
+
+    @pytest.mark.parametrize('name', ['eager', 'cudagraph', 'compile'])
+    def test_each(self, name, monkeypatch):
+        monkeypatch.setattr(torch, 'compile', lambda function, **kwargs: function)
+        policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise', backend=name))
+        assert policy._model.world_model._backend.name == name
+        live_through(policy)
+        assert found(policy) == (set(), 0, 0)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+    @BOTH_KINDS
+    @BOTH_POSITIONS
+    def test_a_graph(self, rotary, validated):
+        case = Case(rotary=rotary)
+        cfg = options(validated, action='raise', backend='cudagraph')
+        player = Checked(cached_model(case, 3, SEED, device='cuda', kv_cache_cfg=cfg).to('cuda'))
+        player.model = Placed(player.model)
+        play(player, random_trace(np.random.default_rng(SEED), case, 3, root_steps=4, simulations=8))
+        player.close()
+        tally = player.world_model.validator.tally
+        assert player.world_model._backend.memory_mb > 0
+        assert (tally.unexplained, tally.inferences) == (0, 4 * 9)
+
+
+def trained(folder, kind, rotary, **kv_cache_cfg):
+    """Collection, evaluation and an update, twice: all that has come of it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    life = Life((0, 1, 2), True, folder, rotary=rotary, max_blocks=10, max_tokens=20, kv_cache_cfg=kv_cache_cfg)
+    for config in (life.config.policy, life.policy._cfg):
+        config.update(batch_size=2, num_unroll_steps=5, reanalyze_ratio=1.)
+    buffer = UniZeroGameBuffer(life.config.policy)
+    collector, evaluator = life.worker(COLLECTORS[kind]), life.worker(MuZeroEvaluator)
+    losses = []
+    for train_iter in range(2):
+        life.evaluate(evaluator, train_iter=train_iter, n_episode=3)
+        segments = life.collect(collector)
+        for segment in segments[0]:  # LightZero pads a target's rewards with scalars
+            segment.reward_segment = np.ravel(segment.reward_segment)
+        with quiet(), seeded_search():
+            buffer.push_game_segments(segments)
+            losses.append(life.policy.learn_mode.forward([*buffer.sample(2, life.policy), train_iter]))
+            life.policy.recompute_pos_emb_diff_and_clear_cache()
+    life.close()
+    world_model = life.policy._model.world_model
+    states = {**life.policy._model.state_dict(), **{
+        f'target.{name}': value for name, value in life.policy._target_model.state_dict().items()
+    }}
+    counts = {name: value for name, value in vars(world_model).items() if name.endswith(('_cnt', '_count'))}
+    numbers = (
+        [worker.noted.searches for worker in (collector, evaluator)], losses, counts, life.cache.counters(),
+        life.cache.get_stats_summary(), random.getstate(), [np.array(part) for part in np.random.get_state()[1:]],
+        {name: timing.count for name, timing in world_model.timings.items()},
+    )
+    return life, states, torch.get_rng_state(), numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', list(COLLECTORS))
+@BOTH_POSITIONS
+def test_a_training_is_the_same_with_and_without(rotary, kind, tmp_path, monkeypatch):
+    """Bit for bit: weights, losses, searches, counts, and what the generators draw next."""
+    monkeypatch.chdir('/')
+    _, states, rng, numbers = trained(tmp_path, kind, rotary)
+    for validated in ('legacy', 'exact'):
+        life, with_one, rng_with_one, numbers_with_one = trained(tmp_path, kind, rotary, **options(validated))
+        tally = validator(life.policy).tally
+        assert tally.searches > 20
+        assert tally.unexplained == 0
+        assert (tally.over > 0) == (validated == 'legacy')
+        assert all(torch.equal(value, with_one[name]) for name, value in states.items())
+        assert torch.equal(rng, rng_with_one)
+        np.testing.assert_equal(numbers_with_one, numbers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TestTally:
+
+    def test_relative_differences(self):
+        inf, nan = float('inf'), float('nan')
+        actual = torch.tensor([[1., 2.], [0., 0.], [1., nan], [nan, 1.], [1., -4.], [1e-3, 0.]])
+        right = torch.tensor([[1., 4.], [0., 0.], [nan, 1.], [1., 1.], [1., 4.], [0., 0.]])
+        assert relative_differences(actual, right).tolist()[:2] == [.5, 0.]
+        np.testing.assert_equal(relative_differences(actual, right).numpy(), np.float32([.5, 0., nan, inf, 2., inf]))
+
+    def test_roots_have_no_reward(self):
+        rows = dict(value=torch.ones(2, 3), policy=torch.ones(2, 3), latent=torch.ones(2, 3))
+        found = compare([{**rows, 'reward': torch.ones(2, 3)}, rows], [rows, rows])
+        assert np.isnan(found['reward']).all()
+        assert found['value'].shape == (2, 2)
+
+    def test_counts_are_cumulative_and_differences_since_the_last_point(self):
+        tally = Tally(0.1, ['a', 'b'])
+        nothing = np.full((1, 2), np.nan)
+        causes = [[frozenset('ab'), frozenset()]]
+        rest = dict(policy=nothing, reward=nothing, latent=nothing)
+        assert tally.read() == {}
+        over, unexplained = tally.add(dict(value=np.array([[.5, .3]]), **rest), causes)
+        assert (over.tolist(), unexplained.tolist()) == ([[True, True]], [[False, True]])
+        values = tally.read()
+        assert (values['value_max'], values['value_mean']) == (.5, .4)
+        assert 'policy_max' not in values
+        assert tally.read() == {}
+        tally.add(dict(value=np.array([[.05, .2]]), **rest), causes)
+        values = tally.read()
+        assert [values[name] for name in ('rows_compared', 'rows_over', 'unexplained', 'inferences')] == [4, 3, 2, 2]
+        assert (values['cause_a'], values['cause_b'], values['value_max']) == (1, 1, .2)
+
+
+@BOTH_KINDS
+def test_tags(validated, tmp_path):
+    policy = make_policy(True, simulations=2, kv_cache_cfg=options(validated))
+    worker = Worker(policy)
+    hook, = build_learner_hook_by_cfg(EasyDict({HOOK_KEY: copy.deepcopy(HOOK_CONFIG)}))['after_iter']
+    with SummaryWriter(str(tmp_path)) as writer:
+        engine = mock.Mock(
+            tb_logger=writer, collector_envstep=5,
+            policy=mock.Mock(get_attribute=lambda name: {'model': policy._model, 'cfg': policy._cfg}[name])
+        )
+        for iteration in range(4):
+            if iteration in (0, 2):
+                worker.step([0, 1, 2])
+            engine.last_iter.val = iteration
+            hook(engine)
+    events = EventAccumulator(str(tmp_path), size_guidance=dict(scalars=0))
+    events.Reload()
+    points = {tag.split('/')[1]: [(point.step, point.value) for point in events.Scalars(tag)]
+              for tag in events.Tags()['scalars'] if tag.startswith(f'{VALIDATION}/')}
+    causes = {f'cause_{cause}' for cause in CAUSES} if validated == 'legacy' else set()
+    assert set(points) == causes | {f'{name}_{kind}' for name in QUANTITIES for kind in ('max', 'mean')} | {
+        'searches_replayed', 'inferences', 'rows_compared', 'rows_over', 'unexplained', 'lost', 'failures', 'seconds'
+    }
+    assert points['rows_compared'] == [(0, 9.), (2, 18.)]
+    assert points['searches_replayed'] == [(0, 1.), (2, 2.)]
+    assert 0 < points['seconds'][0][1] < points['seconds'][1][1]
