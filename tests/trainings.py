@@ -8,6 +8,7 @@ import torch
 from forks import in_forks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lzero_kvcache.telemetry import METRICS, POOLS
 from lzero_kvcache.training.cli import main
 
 WM = 'policy.model.world_model_cfg'
@@ -59,8 +60,10 @@ def check_run(folder: Any, cache: str) -> Any:
     assert (summary['cache'], summary['train_iter']) == (cache, ITERATIONS)
     events = EventAccumulator(str(folder / 'log' / 'serial'), size_guidance={'scalars': 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()['scalars'] if tag.startswith('kv_cache_iter/')]
-    assert len(tags) == (3 + 3 * 6 if cache != 'old' else 3 + 3 * 4)
+    tags = {tag for tag in events.Tags()['scalars'] if tag.startswith('kv_cache_iter/')}
+    metrics = [metric for metric in METRICS if cache != 'old' or metric not in ('evictions', 'occupancy')]
+    names = [f'{pool}_{metric}' for pool in POOLS for metric in metrics]
+    assert tags >= {f'kv_cache_iter/{name}' for name in [*names, 'memory_mb', 'search_ms', 'step_ms']}
     for tag in tags:
         assert [point.step for point in events.Scalars(tag)] == list(range(ITERATIONS)), tag
     for pool in ('init', 'recur'):
