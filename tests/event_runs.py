@@ -5,6 +5,9 @@ from pathlib import Path
 from ding.config.config import save_config_py
 from tensorboardX import SummaryWriter
 
+from lzero_kvcache.comparison import finding, runs
+from lzero_kvcache.comparison.comparison import compare
+
 # Some moment in the past; every value below is exact in the 32 bits of an event file.
 BEGAN = 1_700_000_000.
 MACHINE = dict(system='Linux', processor='x86_64', cpus=2, threads=1, gpu=None, python='3.11.7', torch='2.12.1',
@@ -68,3 +71,25 @@ def break_off(folder, share=0.5):
     path = event_file(folder)
     data = path.read_bytes()
     path.write_bytes(data[:int(len(data) * share)])
+
+
+def read(*paths):
+    """The runs that paths stand for."""
+    return [runs.read_run(experiment, lambda size: None) for experiment in finding.find_experiments(paths)]
+
+
+def compared(*paths, groups=()):
+    """Their comparison."""
+    return compare(read(*paths), groups, {})
+
+
+def row(comparison, name):
+    """That of a measure."""
+    [found] = [row for row in comparison.rows if row.measure.name == name]
+    return found
+
+
+def pair(folder, old=None, new=None):
+    """An old and a new run that are comparable but for what is given."""
+    return [write_run(folder / 'old_seed0', summary={}, **(old or {})),
+            write_run(folder / 'new_seed0', new=True, summary={}, began=BEGAN + 1000, **(new or {}))]

@@ -1,4 +1,4 @@
-"""Comparing runs: exact numbers, sides, warnings, runs that cannot be read, and what is printed and written."""
+"""Comparing runs: exact numbers, sides, warnings, and what is printed and written."""
 import io
 import json
 import os
@@ -8,45 +8,17 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
-from event_runs import BEGAN, MACHINE, break_off, event_file, write_run
+from event_runs import BEGAN, MACHINE, break_off, compared, event_file, pair, read, write_run
 from rich.console import Console
-from tensorboardX import SummaryWriter
 
 from lzero_kvcache import ConfigError
-from lzero_kvcache import comparison as package
 from lzero_kvcache.__main__ import main
-from lzero_kvcache.comparison import compare_runs, finding, runs
-from lzero_kvcache.comparison.comparison import compare
-from lzero_kvcache.comparison.events import Curve, Unreadable, read_events
-from lzero_kvcache.comparison.plot import PANELS, band_of, draw, line_of
-from lzero_kvcache.comparison.saved_config import read_config
+from lzero_kvcache.comparison import compare_runs, runs
 from lzero_kvcache.comparison.table import measures_table, runs_table
 
 FLAG = 'policy.model.world_model_cfg.use_new_cache_manager'
-
-
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def read(*paths):
-    return [runs.read_run(experiment, lambda size: None) for experiment in finding.find_experiments(paths)]
-
-
-def compared(*paths, groups=()):
-    return compare(read(*paths), groups, {})
-
-
-def row(comparison, name):
-    [found] = [row for row in comparison.rows if row.measure.name == name]
-    return found
-
-
-def pair(folder, old=None, new=None):
-    """An old and a new run that are comparable but for what is given."""
-    return [write_run(folder / 'old_seed0', summary={}, **(old or {})),
-            write_run(folder / 'new_seed0', new=True, summary={}, began=BEGAN + 1000, **(new or {}))]
 
 
 # ---- a whole comparison: three seeds a side, one broken off, one empty, one of another environment -------------------
@@ -240,210 +212,6 @@ class TestPage:
         assert '&lt;b&gt;$old_{s0, 1 run' in page
 
 
-# ---- what is read ----------------------------------------------------------------------------------------------------
-
-class TestReading:
-
-    def test_every_point_and_not_a_sample(self, tmp_path):
-        values = np.arange(12_000) % 1000
-        folder = write_run(tmp_path / 'old_s0', search_ms=values)
-        [run] = read(folder)
-        assert run.curve('kv_cache_iter/search_ms').values.tolist() == values.tolist()
-        assert run.mean('kv_cache_iter/search_ms') == 499.5
-        assert run.recording.points == 2 + 3 + 2 * (12_000 + 5 * 2)
-
-    def test_several_files_of_one_run(self, tmp_path):
-        folder = tmp_path / 'old_s0'
-        for name, began, rewards in (('b', 500, (3., 4.)), ('a', 0, (1., 2.)), ('c', 520, (5., 6.))):
-            with SummaryWriter(str(folder), filename_suffix='.' + name) as writer:
-                for index, reward in enumerate(rewards):
-                    writer.add_scalar(runs.REWARD, reward, int(reward * 100), walltime=BEGAN + began + 30 * index)
-        [run] = read(str(folder))
-        steps, seconds, values = run.curve(runs.REWARD)
-        assert steps.tolist() == [100, 200, 300, 500, 400, 600]
-        assert seconds.tolist() == [0, 30, 30, 50, 60, 80]  # without the time between the first file and the others
-        assert values.tolist() == [1, 2, 3, 5, 4, 6]
-        assert len(run.event_files) == 3
-        assert run.recording.seconds == 80
-
-    def test_a_run_that_was_cut_off_and_went_on(self, tmp_path):
-        folder = write_run(tmp_path / 'old_s0', search_ms=range(100))
-        break_off(folder)
-        first = event_file(folder)
-        again = write_run(tmp_path / 'again', env_steps=4000, began=BEGAN + 5000, rewards=(50., 90.))
-        event_file(again).rename(first.with_name('events.out.tfevents.1999999999.vm'))
-        [run] = read(folder)
-        assert run.last(runs.REWARD) == 90
-        assert run.recording.env_step == 4000
-        assert run.recording.seconds == 200
-        [note] = compared(folder).warnings[:1]
-        assert note.startswith('old_s0: events.')
-        assert note.endswith('bytes; the run went on in another file')
-
-    def test_scalars_of_the_newer_form(self, tmp_path):
-        from torch.utils.tensorboard import SummaryWriter as TorchWriter
-        with TorchWriter(str(tmp_path / 'old_s0')) as writer:
-            writer.add_scalar(runs.REWARD, 12.5, 30, new_style=True)
-            writer.add_text('config', 'evaluator_step/reward_mean')
-            writer.add_histogram('weights', np.arange(9.))
-        [run] = read(str(tmp_path))
-        assert run.last(runs.REWARD) == 12.5
-        assert run.recording.points == 1
-
-    def test_a_file_damaged_in_the_middle(self, tmp_path):
-        path = event_file(write_run(tmp_path / 'old_s0'))
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 0xff
-        path.write_bytes(data)
-        with pytest.raises(Unreadable, match=r'is damaged after [\d,]+ of [\d,]+ bytes'):
-            read(str(tmp_path))
-
-    @pytest.mark.parametrize('share', [0.02, 0.3, 0.9, 0.999])
-    def test_a_file_that_breaks_off(self, tmp_path, share):
-        break_off(write_run(tmp_path / 'old_s0'), share)
-        with pytest.raises(Unreadable, match='breaks off'):
-            read(str(tmp_path))
-
-    def test_a_file_that_is_something_else(self, tmp_path):
-        (tmp_path / 'events.out.tfevents.1.host').write_text('no event file')
-        with pytest.raises(Unreadable, match='after 0 of 13 bytes'):
-            read(str(tmp_path))
-
-    def test_the_bar_counts_bytes(self, tmp_path):
-        folder = write_run(tmp_path / 'old_s0', search_ms=range(8000))
-        sizes = []
-        read_events([str(event_file(folder))], runs.TAGS, sizes.append)
-        assert sum(sizes) == event_file(folder).stat().st_size
-        assert len(sizes) > 2
-
-    def test_the_bar_is_shown_on_a_terminal_and_gone_after(self, tmp_path, monkeypatch):
-        paths = pair(tmp_path)
-        monkeypatch.setattr(package, '_write', lambda *_: [])
-        for terminal in (True, False):
-            printed = io.StringIO()
-            console = Console(file=printed, width=120, force_terminal=terminal, force_interactive=terminal)
-            compare_runs(paths, str(tmp_path / 'out'), console=console)
-            assert ('reading ' in printed.getvalue()) is terminal
-
-    def test_numbers_that_are_none(self, tmp_path):
-        paths = pair(tmp_path, new=dict(rewards=(5., float('nan')), search_ms=(float('nan'), 7.),
-                                        step_ms=(float('inf'), 1.)))
-        comparison = compared(*paths)
-        for name, expected in (('search_ms', 7), ('step_ms', None), ('last_reward', None)):
-            spread = row(comparison, name).spreads['new']
-            assert (spread and spread.mean) == expected
-        assert compare_runs(paths, str(tmp_path / 'out'), console=Console(file=io.StringIO())) == 0
-        json.loads((tmp_path / 'out' / 'compare.json').read_text(), parse_constant=refuse)
-
-
-class TestFinding:
-
-    def test_what_stands_for_a_run(self, tmp_path):
-        folder = Path(write_run(tmp_path / 'data' / 'old_s0'))
-        other = write_run(tmp_path / 'data' / 'new_s0', config=False)
-        for path in (folder, folder / 'log', folder / 'log' / 'serial', event_file(folder)):
-            [found] = finding.find_experiments([str(path)])
-            assert (found.name, Path(found.folder)) == ('old_s0', folder)
-        names = [found.name for found in finding.find_experiments([str(tmp_path / 'data')])]
-        assert names == ['new_s0', 'old_s0']
-        found = finding.find_experiments([other, str(folder), str(event_file(folder)), str(tmp_path)])
-        assert [(one.name, len(one.event_files)) for one in found] == [('new_s0', 1), ('old_s0', 1)]
-
-    def test_equal_names_are_told_apart(self, tmp_path):
-        paths = [write_run(tmp_path / side / 'seed0') for side in ('a', 'b')]
-        assert [found.name for found in finding.find_experiments(paths)] == ['a/seed0', 'b/seed0']
-
-    def test_a_run_that_never_wrote_anything(self, tmp_path, monkeypatch):
-        write_run(tmp_path / 'old_s0')
-        (tmp_path / 'new_s0').mkdir()
-        (tmp_path / 'new_s0' / 'total_config.py').write_text('exp_config = {}')
-        printed = io.StringIO()
-        monkeypatch.setattr(package, '_write', lambda *_: [])
-        assert compare_runs([str(tmp_path)], console=Console(file=printed, width=200)) == 0
-        assert 'new_s0 is left out: no event file in it' in printed.getvalue().split('\n')
-
-
-class TestConfig:
-
-    def test_it_is_parsed_and_never_run(self, tmp_path):
-        path = tmp_path / 'total_config.py'
-        trace = tmp_path / 'trace'
-        path.write_text(f"import os\nopen({str(trace)!r}, 'w')\nexp_config = {{'a': {{'b': [1, 'x'], 'c': {{}}}}, "
-                        f"'d': float(\"inf\"), 'e': open({str(trace)!r}, 'w'), 7: -1.5}}\nraise SystemExit")
-        config = read_config(str(path))
-        assert config.pop('e').startswith('open(')
-        assert {key: repr(value) for key, value in config.items()} == {
-            'a.b': "[1, 'x']", 'a.c': '{}', 'd': 'float("inf")', '7': '-1.5'
-        }
-        assert not trace.exists()
-
-    @pytest.mark.parametrize('text', ['exp_config = {', "exp_config = {'a': <function f at 0x7f>}", 'x = 1', '\0'])
-    def test_what_cannot_be_parsed_is_said_and_the_run_compared(self, tmp_path, text):
-        paths = pair(tmp_path)
-        (tmp_path / 'new_seed0' / 'total_config.py').write_text(text)
-        comparison = compared(*paths)
-        assert [side.name for side in comparison.sides] == ['old', 'new']
-        assert comparison.differences == []
-        assert comparison.warnings[0].startswith('new_seed0: total_config.py ')
-
-    def test_what_the_runs_of_a_side_differ_in(self, tmp_path):
-        paths = pair(tmp_path)
-        other = Path(write_run(tmp_path / 'new_seed1', new=True, seed=1))
-        source = (other / 'total_config.py').read_text()
-        (other / 'total_config.py').write_text(source.replace("'context_length': 8", "'context_length': 4"))
-        apart = compared(*paths, str(other))
-        assert [[run.seed for run in side.runs] for side in apart.sides] == [[0], [0], [1]]
-        assert [side.name for side in apart.sides] == ['old', 'new', 'new (2)']
-        grouped = compared(*paths, str(other), groups=[('all new', 'new_*')])
-        values = {difference.key: difference.values for difference in grouped.differences}
-        assert values['policy.model.world_model_cfg.context_length'] == {'all new': '8; 4', 'old': '8'}
-
-
-class TestSources:
-    """train.py's summary where all runs have one; else what LightZero itself leaves behind."""
-
-    def test_the_summary(self, tmp_path):
-        comparison = compared(*pair(tmp_path, old=dict(seconds=100.)))
-        seconds = row(comparison, 'seconds')
-        assert (seconds.source, seconds.spreads['old'].mean) == ('summary', 100)
-        assert row(comparison, 'host_memory_mb').spreads['old'].mean == 700
-
-    def test_one_source_for_all_runs(self, tmp_path):
-        paths = [write_run(tmp_path / 'old_s0', summary=dict(seconds=130., host_memory_mb=900.)),
-                 write_run(tmp_path / 'new_s0', new=True)]
-        comparison = compared(*paths)
-        for name, expected in (('seconds', 100), ('host_memory_mb', 640)):
-            assert row(comparison, name).source == 'events'
-            assert row(comparison, name).values == {'old_s0': expected, 'new_s0': expected}
-
-    def test_a_run_of_lightzero_alone(self, tmp_path):
-        paths = [write_run(tmp_path / 'lightzero', cache_tags=False, config=False),
-                 write_run(tmp_path / 'new_s0', new=True, summary={}, began=BEGAN + 1000)]
-        comparison = compared(*paths)
-        assert [side.name for side in comparison.sides] == ['lightzero', 'new']
-        cells = {cells[0]: cells[1:] for cells in measures_table(comparison).rows}
-        assert cells['training time'] == ['1:40', '1:40', '1.00']
-        assert cells['search, ms'] == ['-', '60.0', '-']
-        assert cells['hit rate, roots'] == ['-', '60.0%', '-']
-        assert cells['last reward'] == ['150.0', '150.0', '1.00']
-        assert draw(comparison).startswith(b'\x89PNG')
-
-    def test_memory_of_the_device(self, tmp_path):
-        for name, gigabytes in (('old_s0', (1., 1.5)), ('new_s0', (0., 0.))):
-            with SummaryWriter(str(tmp_path / name)) as writer:
-                for step, value in enumerate(gigabytes):
-                    writer.add_scalar('learner_iter/Max_GPU_avg', value, step)
-        values = row(compared(str(tmp_path)), 'device_memory_mb').values
-        assert values == {'old_s0': 1536, 'new_s0': None}
-
-    @pytest.mark.parametrize('text', ['{', '[]', '{"seconds": "long", "hit_rates": 7, "machine": null, "seed": "x"}'])
-    def test_a_summary_that_says_nothing(self, tmp_path, text):
-        paths = pair(tmp_path)
-        (tmp_path / 'new_seed0' / 'summary.json').write_text(text)
-        comparison = compared(*paths)
-        assert row(comparison, 'seconds').values == {'old_seed0': 100, 'new_seed0': 100}
-
-
 # ---- sides and warnings ----------------------------------------------------------------------------------------------
 
 class TestSides:
@@ -503,7 +271,8 @@ class TestWarnings:
     @pytest.mark.parametrize(('summary', 'expected'), [
         (dict(machine={**MACHINE, 'cpus': 64}), ['Other numbers of CPUs (old: 2; new: 64): times and memory are not '
                                                  'comparable']),
-        (dict(machine={**MACHINE, 'gpu': 'H100'}), []),
+        (dict(machine={**MACHINE, 'gpu': 'H100'}), ['Other GPUs (old: none; new: H100): times and memory are not '
+                                                    'comparable']),
         (dict(device='cuda'), ['Other devices (old: cpu; new: cuda): times and memory are not comparable']),
         (dict(processes=2), ['Other numbers of processes (old: 1; new: 2): times and memory are not comparable']),
         (dict(outcome='interrupted by SIGINT'), ['new_seed0 ended early: interrupted by SIGINT']),
@@ -541,33 +310,6 @@ class TestWarnings:
                                        'makes sides)']
         assert measures_table(comparison).headings == ['mean ± standard deviation', 'old, 2 runs']
         assert runs_table(comparison).headings == ['run', 'old_s0', 'old_s1']
-
-
-# ---- the picture -----------------------------------------------------------------------------------------------------
-
-class TestPicture:
-
-    def test_points_at_one_place_are_averaged(self):
-        curve = Curve(np.array([0, 100, 100, 300]), np.array([0., 60, 60, 120]), np.array([1., 2, 4, np.nan]))
-        x, y = line_of(curve, PANELS[0])
-        assert (x.tolist(), y.tolist()) == ([0, 100], [1, 3])
-        x, y = line_of(curve, PANELS[1])
-        assert (x.tolist(), y.tolist()) == ([0, 1], [1, 3])
-
-    def test_many_points_are_averaged_and_not_picked(self):
-        steps = np.arange(10_000)
-        x, y = line_of(Curve(steps, steps / 1., steps % 2 * 10.), PANELS[0])
-        assert len(x) == 200
-        assert y == pytest.approx(np.full(200, 5.), abs=0.2)
-
-    def test_the_band(self):
-        lines = [(np.array([0., 10.]), np.array([0., 10.])), (np.array([5., 25.]), np.array([9., 49.]))]
-        places, mean, deviation = band_of(lines)
-        assert (places[0], places[-1]) == (5, 10)
-        assert mean[[0, -1]] == pytest.approx([7, 14.5])
-        assert deviation[[0, -1]] == pytest.approx([8 ** 0.5, 40.5 ** 0.5])
-        assert band_of(lines[:1]) is None
-        assert band_of([lines[0], (np.array([11., 12.]), np.array([1., 1.]))]) is None
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """What two sides differ in besides the cache: their configs, and what makes their numbers not comparable."""
+import functools
 import itertools
 import operator
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence
@@ -108,7 +109,7 @@ def _machines(sides: Sequence[Side]) -> List[str]:
         *_disagreement(sides, 'numbers of processes', operator.methodcaller('told', 'processes'), effect),
     ]
     for key, title in MACHINE.items():
-        warnings += _disagreement(sides, title, operator.methodcaller('told', 'machine', key), effect)
+        warnings += _disagreement(sides, title, functools.partial(_of_machine, key=key), effect)
     return warnings or _disagreement(
         sides, 'hosts', lambda run: host_of(run.event_files[0]), 'times are comparable if these are of one kind')
 
@@ -140,6 +141,12 @@ def _environment(run: Run) -> Any:
 
 def _device(run: Run) -> Any:
     return run.summary.get('device') or run.config.get(WORLD_MODEL + 'device')
+
+
+def _of_machine(run: Run, key: str) -> Any:
+    """A machine without a GPU says so."""
+    machine = run.told('machine')
+    return (machine[key] or 'none') if isinstance(machine, dict) and key in machine else None
 
 
 def _distinct(texts: Iterable[str]) -> List[str]:

@@ -6,6 +6,7 @@ from typing import List
 from .comparison import Comparison
 from .plot import COLUMNS, draw, shown_panels
 from .table import Table, config_table, measures_table, runs_table
+from .wording import runs_text
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --quiet: #59636e; --rule: #d7dce1;
@@ -58,8 +59,8 @@ def report_of(comparison: Comparison) -> str:
     title = f'KV cache: {escape(comparison.title)}'
     measures, runs, differences = measures_table(comparison), runs_table(comparison), config_table(comparison)
     baseline, *others = (side.name for side in comparison.sides)
-    lead = f"{sum(len(side.runs) for side in comparison.sides)} runs; {_listed(others)} against {baseline}" if others \
-        else f'{len(comparison.sides[0].runs)} runs of one side'
+    lead = runs_text(sum(len(side.runs) for side in comparison.sides))
+    lead += f'; {_listed(others)} against {baseline}' if others else ' of one side'
     parts = [
         f'<h1>{title}</h1>', f'<p class="quiet">{escape(lead)}</p>',
         _notes(comparison),

@@ -67,4 +67,16 @@ def side_text(side: Side) -> str:
     Returns:
         - text (:obj:`str`): As 'old, 3 runs'.
     """
-    return f"{side.name}, {len(side.runs)} run{'s' if len(side.runs) > 1 else ''}"
+    return f'{side.name}, {runs_text(len(side.runs))}'
+
+
+def runs_text(count: int) -> str:
+    """
+    Overview:
+        How many runs.
+    Arguments:
+        - count (:obj:`int`): The number.
+    Returns:
+        - text (:obj:`str`): As '1 run' or '3 runs'.
+    """
+    return f"{count} run{'' if count == 1 else 's'}"
