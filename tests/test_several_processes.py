@@ -244,9 +244,12 @@ class TestSums:
         counted = {}
         manager = types.SimpleNamespace(counters=lambda: counted)
         attributes = dict(
-            model=types.SimpleNamespace(world_model=types.SimpleNamespace(kv_cache_manager=manager, timings=timings)),
-            cfg=EasyDict(use_wandb=False)
+            model=types.SimpleNamespace(world_model=types.SimpleNamespace(
+                kv_cache_manager=manager, timings=timings, hyperparameters=dict(cache_system='new'))),
+            cfg=EasyDict(use_wandb=False, num_simulations=4)
         )
+        introduced = []
+        monkeypatch.setattr(telemetry, 'write_hyperparameters', lambda _, values: introduced.append(values))
         writer = types.SimpleNamespace(
             add_custom_scalars=lambda layout: None,
             add_scalar=lambda tag, value, step: written.append((tag, value, step))
@@ -270,6 +273,7 @@ class TestSums:
         assert rates == [0.75, 1., 1.]
         assert [value for tag, value, _ in written if tag == 'kv_cache_iter/search_ms'] == [500.] * 3
         assert [value for tag, value, _ in written if tag == 'kv_cache_iter/skipped'] == [4, 8, 8]
+        assert introduced == [dict(cache_system='new', num_simulations=4)]
 
 
 # ---------------------------------------------------------------------------------------------------- real trainings
