@@ -66,7 +66,7 @@ setup(
         'easydict',
         'cachetools>=5',
         'xxhash',
-        'matplotlib',
+        'matplotlib>=3.6',
         'rich>=12.2',
         'scipy',
     ],

@@ -26,7 +26,7 @@ def write_run(folder, new=False, seed=0, seconds=100., env_steps=1000, rewards=(
     serial.mkdir(parents=True)
     writer = SummaryWriter(str(serial))
 
-    def add(tag, values, iterations=None):
+    def add(tag, values, iterations=False):
         for index, value in enumerate(values):
             part = index / max(1, len(values) - 1)
             step = index if iterations else round(part * env_steps)
