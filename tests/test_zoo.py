@@ -239,9 +239,9 @@ def changes(name):
     if not name.startswith('memory'):
         return SMALL
     # Whole episodes are trained on, so that their length stands in four places. Contexts stay as long as they are.
-    steps = sum(load_config(name).main_config.env.max_frames.values()) - 45
+    steps = sum(load_config(name).main_config.env.max_frames.values()) - 55
     lengths = [f'policy.{key}={steps}' for key in ('num_unroll_steps', 'game_segment_length', 'td_steps')]
-    return [*SMALL, 'env.max_frames.distractor=15', *lengths, 'env.collector_env_num=3']
+    return [*SMALL, 'env.max_frames.distractor=5', *lengths, 'env.collector_env_num=3']
 
 
 def needed(name):
@@ -309,8 +309,7 @@ def test_data_parallel_configs_need_several_processes(name, tmp_path, request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('cache', SYSTEMS)
-@pytest.mark.parametrize('name', SEVERAL)
+@pytest.mark.parametrize(('name', 'cache'), list(zip(SEVERAL, SYSTEMS)))
 def test_two_processes(name, cache, tmp_path, rom_folder, heavy_imports):
     """As torchrun starts them; ``test_several_processes.py`` has torchrun itself."""
     needed(name)
