@@ -411,8 +411,10 @@ def test_train_resume_in_the_other_system_and_evaluate(tmp_path):
 
 
 SAMPLED = """
+import gymnasium
 from zoo.classic_control.pendulum.config.pendulum_cont_sampled_unizero_config import create_config, main_config
 
+gymnasium.spec('Pendulum-v1').max_episode_steps = 40
 main_config.policy.update_per_collect = 2
 main_config.policy.model.num_of_sampled_actions = 4
 main_config.policy.model.world_model_cfg.update(num_of_sampled_actions=4, embed_dim=32, num_heads=2)
