@@ -22,6 +22,7 @@ class Slab:
         self.page_shape = (2, layers, 2, heads, head_dim)
         self.dtype = dtype
         self.data: Optional[torch.Tensor] = None
+        self._kept: Optional[torch.Tensor] = None
 
     @property
     def page_bytes(self) -> int:
@@ -65,13 +66,24 @@ class Slab:
         Arguments:
             - tables (:obj:`torch.Tensor`): Page ids ``[B, W]``, int64, on the slab's device.
         Returns:
-            - window (:obj:`torch.Tensor`): A new tensor ``[B, 2W, layers, 2, heads * head_dim]``, float32.
+            - window (:obj:`torch.Tensor`): ``[B, 2W, layers, 2, heads * head_dim]``, float32, to write on; until the \
+                next call.
         """
         assert self.data is not None
-        rows = self.data.index_select(0, tables.reshape(-1))
+        pages = tables.reshape(-1)
+        rows = torch.index_select(self.data, 0, pages, out=self._room(len(pages)))
         _, layers, _, heads, head_dim = self.page_shape
         window = rows.view(tables.shape[0], 2 * tables.shape[1], layers, 2, heads * head_dim)
         return window.to(torch.float32)
+
+    def _room(self, pages: int) -> Optional[torch.Tensor]:
+        """On a CPU new memory for a long window takes several times as long as the gather: the last one's is kept."""
+        assert self.data is not None
+        if self.data.device.type != 'cpu':
+            return None
+        if self._kept is None or len(self._kept) < pages:
+            self._kept = self.data.new_empty((pages,) + self.page_shape)
+        return self._kept[:pages]
 
     def write(self, pages: torch.Tensor, tokens: torch.Tensor) -> None:
         """

@@ -27,6 +27,8 @@ from easydict import EasyDict
 from lzero.model.common import SimNorm
 from lzero.model.unizero_world_models.tokenizer import Tokenizer
 
+from lzero_kvcache import models
+
 #: Largest relative error that still counts as the same answer, in float32.
 TOLERANCE = 1e-4
 
@@ -122,6 +124,7 @@ def _constructible(case: Case) -> Iterator[None]:
         if case.obs_type in ('image', 'image_memory'):
             for module in (unizero_model, sampled_unizero_model):
                 stack.enter_context(mock.patch.object(module, 'Tokenizer', TokenizerWithEmptyLpips))
+            stack.enter_context(mock.patch.object(models, 'MemoryTokenizer', TokenizerWithEmptyLpips))
         yield
 
 

@@ -29,6 +29,18 @@ def allocation_fails(monkeypatch, error):
     return asked
 
 
+def test_a_window_takes_the_memory_of_the_last_one():
+    pages = slab.Slab(layers=2, heads=1, head_dim=4)
+    pages.ensure(6, torch.device('cpu'))
+    pages.data.copy_(torch.arange(6.).view(6, 1, 1, 1, 1, 1).expand_as(pages.data))
+    first = pages.read(torch.tensor([[1, 2], [3, 4]]))
+    assert first.shape == (2, 4, 2, 2, 4)
+    first.zero_()  # a step writes on its window, and the pages stay as they are
+    second = pages.read(torch.tensor([[5, 3]]))
+    assert second.data_ptr() == first.data_ptr()
+    assert second[0, :, 0, 0, 0].tolist() == [5, 5, 3, 3]
+
+
 def use_up(policy):
     """Take every free page, so that the next step must grow or evict."""
     manager = policy._model.world_model.kv_cache_manager
