@@ -27,8 +27,6 @@ from easydict import EasyDict
 from lzero.model.common import SimNorm
 from lzero.model.unizero_world_models.tokenizer import Tokenizer
 
-from lzero_kvcache import models
-
 #: Largest relative error that still counts as the same answer, in float32.
 TOLERANCE = 1e-4
 
@@ -124,6 +122,7 @@ def _constructible(case: Case) -> Iterator[None]:
         if case.obs_type in ('image', 'image_memory'):
             for module in (unizero_model, sampled_unizero_model):
                 stack.enter_context(mock.patch.object(module, 'Tokenizer', TokenizerWithEmptyLpips))
+            from lzero_kvcache import models  # here, since this module is also imported where the plugin is not
             stack.enter_context(mock.patch.object(models, 'MemoryTokenizer', TokenizerWithEmptyLpips))
         yield
 

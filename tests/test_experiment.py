@@ -266,7 +266,15 @@ def log_has(folder, name, text):
     return os.path.exists(path) and text in open(path).read()
 
 
-def test_an_interrupt_ends_all_and_the_same_command_goes_on(fake, capfd):
+@pytest.fixture
+def interruptible():
+    """Tests that run in the background of a shell are born deaf to interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_all_and_the_same_command_goes_on(fake, capfd, interruptible):
     fake.do(old_seed0='wait', new_seed0='wait')
     thread = when(lambda: all(log_has(fake.folder, f'{cache}_seed0', '30/60') for cache in ('old', 'new')),
                   lambda: os.kill(os.getpid(), signal.SIGINT))
