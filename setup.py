@@ -54,7 +54,7 @@ setup(
     install_requires=[
         # torch 2.13 needs setuptools>=77, DI-engine setuptools<=66.1.1: unbounded, pip downloads several torch wheels
         # of 500 MB each before it finds one that fits.
-        'torch>=2.0,<2.13',
+        'torch>=2.1,<2.13',
         'DI-engine>=0.5.3',
         'LightZero>=0.2.0',
         'numpy<2',

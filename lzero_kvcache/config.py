@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterable, Optional
 
 FLAG = 'use_new_cache_manager'
+SIZES = ('game_segment_length', 'num_simulations', 'env_num')
 OPTIONS = 'kv_cache_cfg'
 PREFIX = 'policy.model.world_model_cfg'
 
@@ -170,11 +171,6 @@ class CacheConfig:
         if use_new:
             _check_context_length(world_model_cfg)
         validation = option('validation', 'off', _choice, VALIDATIONS)
-        if validation != 'off' and not use_new:
-            raise ConfigError(
-                f"{PREFIX}.{OPTIONS}.validation={validation!r} holds the new system against LightZero's own code: "
-                f"set {FLAG}=True for it, or validation='off'"
-            )
         return cls(
             use_new=use_new,
             type=kind,
@@ -188,7 +184,7 @@ class CacheConfig:
             max_memory_mb=option('max_memory_mb', None, _positive_number),
             backend=option('backend', 'auto', _choice, BACKENDS),
             on_nan=option('on_nan', 'raise', _choice, ON_NAN),
-            validation=validation,
+            validation=validation if use_new else 'off',  # switching back takes the flag alone
             validation_freq=option('validation_freq', 100, _positive_int),
             validation_tol=option('validation_tol', 1e-3, _positive_number),
             validation_action=option('validation_action', 'warn', _choice, VALIDATION_ACTIONS),
@@ -225,6 +221,8 @@ def _refuse_misspelt_keys(world_model_cfg: Any) -> None:
         if key in (FLAG, OPTIONS) or not isinstance(key, str):
             continue
         close = difflib.get_close_matches(key, (FLAG, OPTIONS), n=1, cutoff=0.75)
+        if key not in SIZES:
+            close = close or difflib.get_close_matches(key, SIZES, n=1, cutoff=0.85)
         if close:
             value = lookup(world_model_cfg, key)
             raise ConfigError(f'{PREFIX}.{key}={value!r} is unknown: did you mean {close[0]!r}?')

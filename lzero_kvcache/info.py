@@ -69,7 +69,7 @@ def of_config(config: str, assignments: List[str]) -> Rows:
             ('recurrent pool', f'{model.shared_pool_size:,} contexts'),
             ('working batch', f'{model.env_num} contexts'),
             ('context', f'{model.context_length} tokens'),
-            ('memory now', f'{manager.memory_mb:,.2f} MiB'),
+            ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB'),
             ('memory at the most', at_most),
         ]
     slab, pages = manager.storage.slab, manager.page_capacity
@@ -85,7 +85,7 @@ def of_config(config: str, assignments: List[str]) -> Rows:
         ('working batch', f'{options.env_num} contexts'),
         ('context', f'{model.context_length} tokens, stored as {manager.width} pages at the most'),
         ('pages', f'{pages:,} of {slab.page_bytes:,} bytes, {options.dtype}'),
-        ('memory now', f'{manager.memory_mb:,.2f} MiB'),
+        ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB'),
         ('memory from first use', f'{pages * slab.page_bytes / MIB:,.2f} MiB'),
         ('bound of memory', bound),
         ('memory of the old system', at_most),

@@ -1,5 +1,5 @@
 """The tensor that holds every page. Knows tensors and page ids; no keys, no pools, no transformer."""
-from typing import Optional
+from typing import Any, Dict, Optional
 
 import torch
 
@@ -23,6 +23,9 @@ class Slab:
         self.dtype = dtype
         self.data: Optional[torch.Tensor] = None
         self._kept: Optional[torch.Tensor] = None
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_kept': None}
 
     @property
     def page_bytes(self) -> int:
@@ -79,7 +82,7 @@ class Slab:
     def _room(self, pages: int) -> Optional[torch.Tensor]:
         """On a CPU new memory for a long window takes several times as long as the gather: the last one's is kept."""
         assert self.data is not None
-        if self.data.device.type != 'cpu':
+        if self.data.device.type != 'cpu' or torch.compiler.is_compiling():
             return None
         if self._kept is None or len(self._kept) < pages:
             self._kept = self.data.new_empty((pages,) + self.page_shape)

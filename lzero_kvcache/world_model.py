@@ -296,6 +296,7 @@ class NewWorldModel(LightZeroWorldModel):
             else:
                 sent = self._send(np.stack([pages, self._angle(2 * timesteps)]))
                 output = engine.first(weights, slab, sent[0], latent, sent[1])
+            kept = self._sound(output, kept, mode, env_ids, timesteps)
             roots = extend((tables, counts), pages)
             manager.store_init(
                 mode, [env_ids[row] for row in kept], [keys[row] for row in kept], (roots[0][kept], roots[1][kept])
@@ -311,7 +312,7 @@ class NewWorldModel(LightZeroWorldModel):
             self._new_keys.update({(mode, env_ids[row]): keys[row] for row in kept})
         if self.validator is not None:
             self.validator.root(last_obs, last_actions, current_obs, timesteps, missing, output)
-        return output
+        return output if len(kept) == rows else output.map(_zero_for_nan)
 
     def _root_keys(self, mode: str, env_ids: List[int], latent: torch.Tensor, last_obs: torch.Tensor,
                    going: np.ndarray) -> Tuple[np.ndarray, Dict[int, Any], Callable[[np.ndarray], torch.Tensor]]:
@@ -354,6 +355,7 @@ class NewWorldModel(LightZeroWorldModel):
                 output = output.map(torch.clone)
             on_host = output.latent_state.reshape(rows, -1).cpu().numpy()
             kept = self._guard.finite(on_host, 'A predicted latent state', mode, env_ids, timesteps)
+            kept = self._sound(output, kept, mode, env_ids, timesteps)
             nodes = extend((tables, counts), pages)
             manager.store_recur(
                 [env_ids[row] for row in kept], hash_rows(on_host[kept]), (nodes[0][kept], nodes[1][kept])
@@ -363,6 +365,14 @@ class NewWorldModel(LightZeroWorldModel):
         if self.validator is not None:
             self.validator.keyed_node(latent, action, search_depth, output)
         return output
+
+    def _sound(self, output: StepOutput, rows: np.ndarray, mode: str, env_ids: List[int],
+               timesteps: np.ndarray) -> np.ndarray:
+        """Those of ``rows`` whose value and policy are finite: what is not tells of keys and values that are not."""
+        sums = torch.cat([output.logits_value, output.logits_policy], dim=-1).sum(-1).cpu().numpy()
+        return rows[self._guard.finite(
+            sums[rows], 'A value or policy', mode, [env_ids[row] for row in rows], timesteps[rows]
+        )]
 
     @contextmanager
     def search_by_node(self, simulations: int) -> Iterator['NodeExpansion']:
@@ -538,6 +548,11 @@ def hash_rows(latent: np.ndarray) -> List[int]:
     data = memoryview(np.ascontiguousarray(latent).data).cast('B')
     size = latent.shape[1] * latent.itemsize
     return [xxhash.xxh64_intdigest(data[start:start + size]) for start in range(0, len(latent) * size, size)]
+
+
+def _zero_for_nan(part: torch.Tensor) -> torch.Tensor:
+    """A search cannot do with nan or inf."""
+    return part.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _timesteps(start_pos: Any, rows: int) -> np.ndarray:

@@ -209,6 +209,8 @@ class TestRefused:
         ('kv_cach_cfg', 'kv_cache_cfg'),
         ('kvcache_cfg', 'kv_cache_cfg'),
         ('kv_cache', 'kv_cache_cfg'),
+        ('num_simulatons', 'num_simulations'),
+        ('game_segment_lenght', 'game_segment_length'),
     ])
     def test_misspelt_flag_or_options(self, key, right):
         message = self.message(None, **{key: True})

@@ -235,6 +235,34 @@ def test_nan_in_one_environment_names_it_and_leaves_the_others(lines):
     audit(manager)
 
 
+@pytest.mark.parametrize('on_nan', ['raise', 'skip'])
+def test_keys_and_values_with_nan_are_not_stored(on_nan):
+    """A sound encoder before an attention that has diverged: the latent states tell nothing of it."""
+    policy = make_policy(True, kv_cache_cfg=dict(on_nan=on_nan))
+    worker = Worker(policy)
+    worker.step([0, 1, 2])
+    manager = policy._model.world_model.kv_cache_manager
+    weight = policy._model.world_model.transformer.blocks[0].attn.value.weight
+    sound = weight.detach().clone()
+    weight.data.fill_(float('nan'))
+    if on_nan == 'raise':
+        with pytest.raises(FloatingPointError, match='value or policy .* environment 0, step 1'):
+            worker.step([0, 1, 2])
+        return
+    skipped = manager.counters()['skipped']
+    output = worker.step([0, 1, 2])
+    assert all(np.isfinite(row['searched_value']) for row in output.values())
+    assert [len(pool) for pool in manager.init_pools] == [1, 1, 1]
+    assert manager.counters()['skipped'] >= skipped + 3
+    weight.data.copy_(sound)
+    skipped = manager.counters()['skipped']
+    for _ in range(2):
+        worker.step([0, 1, 2])
+    assert manager.counters()['skipped'] == skipped
+    assert [len(pool) for pool in manager.init_pools] == [3, 3, 3]
+    audit(manager)
+
+
 def test_skipping_goes_on_and_stores_again_when_the_weights_are_well():
     policy = make_policy(True, kv_cache_cfg=dict(on_nan='skip'))
     worker = Worker(policy)

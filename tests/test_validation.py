@@ -121,10 +121,13 @@ class TestOptions:
         assert right in str(error.value)
 
     @BOTH_KINDS
-    def test_the_old_system_has_nothing_to_validate(self, validated):
-        with pytest.raises(ConfigError, match='validation=.*use_new_cache_manager=True'):
-            CacheConfig.read(dict(kv_cache_cfg=dict(validation=validated)))
-        assert CacheConfig.read(dict(kv_cache_cfg=dict(validation='off', validation_freq=3))).validation_freq == 3
+    def test_the_flag_alone_switches_back(self, validated):
+        cfg = dict(kv_cache_cfg=dict(validation=validated, validation_freq=3))
+        assert CacheConfig.read(dict(cfg, use_new_cache_manager=True, context_length=8)).validation == validated
+        for old in (cfg, dict(cfg, use_new_cache_manager=False)):
+            assert CacheConfig.read(old).validation == 'off'
+        with pytest.raises(ConfigError, match='validation_freq'):
+            CacheConfig.read(dict(kv_cache_cfg=dict(validation=validated, validation_freq=0)))
 
     def test_off_constructs_nothing(self, monkeypatch):
         for owner in (validation.Validator, shadow.Shadow):

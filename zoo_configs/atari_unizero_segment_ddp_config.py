@@ -6,7 +6,8 @@ atari_unizero_segment_ddp_config.py with the new KV cache. Other games: --set en
 Install:  pip install -e ".[atari]", and the games' ROM files once:
           pip install --target atari_roms --no-deps ale-py==0.10.1 && ale-import-roms atari_roms/ale_py/roms
 Cost:     500,000 environment steps, on two GPUs; --device cpu has two processes train on a CPU, shrunk as in
-          atari_unizero_segment_config.py. One process: --set policy.multi_gpu=False.
+          atari_unizero_segment_config.py. One process: --set policy.multi_gpu=False
+          policy.num_segments=8.
 Entry:    train_unizero_segment
 Run:      torchrun --nproc_per_node=2 train.py --config atari_unizero_segment_ddp_config.py [--cache old]
 """

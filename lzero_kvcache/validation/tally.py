@@ -63,7 +63,7 @@ class Tally:
         self.searches = self.inferences = self.rows = self.over = self.unexplained = self.lost = self.failures = 0
         self.seconds = 0.0
         self.causes: Counter = Counter(dict.fromkeys(causes, 0))
-        self._read_rows = 0
+        self._read = (0, 0)
         self._unread: Dict[str, Tuple[float, float, int]] = {}  # largest, sum and number by quantity
 
     def add(self, differences: Dict[str, np.ndarray],
@@ -111,9 +111,9 @@ class Tally:
         Returns:
             - values (:obj:`Dict[str, float]`): Empty where no row was compared since then.
         """
-        if self.rows == self._read_rows:
+        if (self.rows, self.failures) == self._read:
             return {}
-        self._read_rows = self.rows
+        self._read = (self.rows, self.failures)
         values: Dict[str, float] = {
             'searches_replayed': self.searches, 'inferences': self.inferences, 'rows_compared': self.rows,
             'rows_over': self.over, 'unexplained': self.unexplained, 'lost': self.lost, 'failures': self.failures,
