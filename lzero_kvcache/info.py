@@ -57,8 +57,10 @@ def of_config(config: str, assignments: List[str]) -> Rows:
     policy = build_policy(*configs)
     model = policy._model.world_model
     manager = model.kv_cache_manager
-    set_cache('old', *configs)
-    old = build_policy(*configs)._model.world_model.kv_cache_manager
+    old = manager
+    if options.use_new:
+        set_cache('old', *configs)
+        old = build_policy(*configs)._model.world_model.kv_cache_manager
     at_most = f'{old.full_memory_mb:,.2f} MiB, once every slot was used'
     rows: Rows = [('config', plan.config), ('policy', str(plan.create_config.policy.type)), ('device', device)]
     if not options.use_new:

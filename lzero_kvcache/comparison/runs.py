@@ -99,7 +99,7 @@ class Measure(NamedTuple):
     """
     Overview:
         A row of the comparison: its name, its title, how its values are written ('time', 'count', 'number' or 'share'),
-        and what says it, by the name of the source: the first one that all runs have is used for all of them.
+        and what says it, by the name of the source: the first one that most runs have is used for all of them.
     """
     name: str
     title: str
