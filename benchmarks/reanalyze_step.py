@@ -1,4 +1,4 @@
-"""One recurrent inference of a reanalysis batch, old against new, interleaved in one process.
+"""One recurrent inference of a reanalysis batch, old against new, interleaved search by search in one process.
 
     python benchmarks/reanalyze_step.py --device cpu --model cartpole --rows 176
 """
@@ -15,6 +15,7 @@ UNROLL = 10  # rows are sequences x (unroll steps + 1), as in LightZero's buffer
 def main() -> None:
     options = parser(__doc__)
     options.add_argument('--rows', type=int, nargs='+', default=[176])
+    options.add_argument('--simulations', type=int, default=10)
     args = options.parse_args()
     table: List[Dict[str, Any]] = []
     for rows in args.rows:
@@ -29,11 +30,12 @@ def main() -> None:
         for repeat in range(args.repeats + 1):
             for name, model in models.items():
                 model.world_model.reanalyze_phase = True
-                model.world_model.latent_state = torch.zeros(1)  # LightZero deletes it at each step
-                times[name].append(timed(
-                    partial(model.recurrent_inference, [(latent, action)], repeat, [1] * rows, start), args.device
-                )[1])
-        old, new = median(times['old'][1:]), median(times['new'][1:])
+                for simulation in range(args.simulations):
+                    model.world_model.latent_state = torch.zeros(1)  # LightZero deletes it at each step
+                    step = partial(model.recurrent_inference, [(latent, action)], simulation, [1] * rows, start)
+                    milliseconds = timed(step, args.device)[1]
+                    times[name] += [milliseconds] if repeat else []  # the first search warms up
+        old, new = median(times['old']), median(times['new'])
         table.append({'rows': rows, 'old ms': old, 'new ms': new, 'old / new': old / new})
     report(f'Reanalysis step, {args.model}, context {args.context}, {args.device} {args.backend}', table, args)
 

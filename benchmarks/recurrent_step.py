@@ -1,4 +1,4 @@
-"""One recurrent inference of a search, old against new, interleaved in one process.
+"""One recurrent inference of a search, old against new, interleaved search by search in one process.
 
 The new system is measured both ways: contexts found by key, as any caller of ``recurrent_inference`` has them, and by
 node, as its policies search; the latter includes the way of the actions there and of the predictions back.
@@ -20,30 +20,28 @@ class Search:
     """
     Overview:
         A search's sequence of recurrent inferences without the tree: in each simulation every environment expands a
-        random node that it already has, so that depths are unequal as in a real search.
+        random node that it already has, so that depths are unequal as in a real search; the same ones in each system.
     """
 
     def __init__(self, models: Dict[str, Any], rows: int, args: Any) -> None:
         self.models, self.rows, self.device = models, rows, args.device
-        self.rng = np.random.default_rng(0)
         shape = PRESETS[args.model]['model']['observation_shape']
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.actions = PRESETS[args.model]['model']['action_space_size']
 
-    def run(self, simulations: int) -> Dict[str, List[float]]:
-        """Milliseconds of each simulation under each system."""
+    def run(self, name: str, simulations: int, seed: int) -> List[float]:
+        """Milliseconds of each simulation under one system."""
+        torch.manual_seed(seed)
+        model = self.models[name]
         obs = torch.randn((self.rows,) + self.shape, device=self.device)
-        nodes: Dict[str, List[np.ndarray]] = {}
-        times: Dict[str, List[float]] = {name: [] for name in self.models}
         with ExitStack() as search:
-            for name, model in self.models.items():
-                if name != 'old':  # as the policy does for the length of a search
-                    search.enter_context(model.world_model.serving('collect', range(self.rows)))
-                output = model.initial_inference(obs, [-1] * self.rows, obs, [0] * self.rows)
-                nodes[name] = [output.latent_state.cpu().numpy()]
-            by_node = search.enter_context(self.models['by node'].world_model.search_by_node(simulations))
-            self.simulate(simulations, nodes, by_node, times)
-        return times
+            if name != 'old':  # as the policy does for the length of a search
+                search.enter_context(model.world_model.serving('collect', range(self.rows)))
+            output = model.initial_inference(obs, [-1] * self.rows, obs, [0] * self.rows)
+            by_node = None
+            if name == 'by node':
+                by_node = search.enter_context(model.world_model.search_by_node(simulations))
+            return self.simulate(model, simulations, [output.latent_state.cpu().numpy()], by_node, seed)
 
     def memory_of_contexts(self) -> Tuple[float, float]:
         """MiB of the contexts that the last search stored: as whole copies, and as the pages that they share."""
@@ -54,32 +52,33 @@ class Search:
         copies = contexts * page * world_model.context_length / 2
         return copies / MIB, manager.pages_used * page / MIB
 
-    def simulate(self, simulations: int, nodes: Dict[str, List[np.ndarray]], by_node: Any,
-                 times: Dict[str, List[float]]) -> None:
+    def simulate(self, model: Any, simulations: int, latents: List[np.ndarray], by_node: Any,
+                 seed: int) -> List[float]:
         """The simulations of one search whose roots are there."""
+        rng = np.random.default_rng(seed)
+        times = []
         depths = [np.zeros(self.rows, dtype=int)]
         columns = np.arange(self.rows)
         unexpanded = [[(0, move) for move in range(self.actions)] for _ in range(self.rows)]
         for simulation in range(simulations):
-            chosen = [leaves.pop(self.rng.integers(len(leaves))) for leaves in unexpanded]
+            chosen = [leaves.pop(rng.integers(len(leaves))) for leaves in unexpanded]
             parents, moves = (np.array(column) for column in zip(*chosen))
-            action = torch.from_numpy(moves).to(self.device)
             depth = np.stack(depths)[parents, columns]
-            names = list(self.models) if simulation % 2 else list(self.models)[::-1]
-            for name in names:
-                if name == 'by node':
-                    step = partial(by_node.expand, simulation, parents, columns, moves, depth.tolist())
-                else:
-                    latent = np.stack([nodes[name][parent][row] for row, parent in enumerate(parents)])
-                    step = partial(self.models[name].recurrent_inference, [(latent, action)], simulation,
-                                   depth.tolist(), [0] * self.rows)
-                result, milliseconds = timed(step, self.device)
-                times[name].append(milliseconds)
-                if name != 'by node':
-                    nodes[name].append(result.latent_state.cpu().numpy())
+            if by_node is not None:
+                step = partial(by_node.expand, simulation, parents, columns, moves, depth.tolist())
+            else:
+                latent = np.stack([latents[parent][row] for row, parent in enumerate(parents)])
+                action = torch.from_numpy(moves).to(self.device)
+                step = partial(model.recurrent_inference, [(latent, action)], simulation, depth.tolist(),
+                               [0] * self.rows)
+            result, milliseconds = timed(step, self.device)
+            times.append(milliseconds)
+            if by_node is None:
+                latents.append(result.latent_state.cpu().numpy())
             depths.append(depth + 1)
             for leaves in unexpanded:
                 leaves += [(simulation + 1, move) for move in range(self.actions)]
+        return times
 
 
 def forward_alone(model: Any, rows: int, device: str, simulations: int) -> float:
@@ -123,11 +122,11 @@ def main() -> None:
     for envs in args.envs:
         models = build_models(args, envs, args.simulations, ('old', 'by key', 'by node'))
         search = Search(models, envs, args)
-        search.run(3)
         times: Dict[str, List[float]] = {name: [] for name in models}
-        for _ in range(args.repeats):
-            for name, values in search.run(args.simulations).items():
-                times[name] += values
+        for repeat in range(args.repeats + 1):
+            for name in models:
+                values = search.run(name, args.simulations, repeat)
+                times[name] += values if repeat else []  # the first one warms up
         milliseconds = {name: median(values) for name, values in times.items()}
         old = milliseconds['old']
         forward = {name: forward_alone(models[name], envs, args.device, args.simulations) for name in ('old', 'by key')}

@@ -199,11 +199,7 @@ class Engine:
             - latent (:obj:`torch.Tensor`): Observation tokens ``[B, E]``.
             - angle (:obj:`Optional[torch.Tensor]`): Rotary positions ``[B]``; unused with learned ones.
         """
-        window = latent.new_zeros(latent.shape[0], 2, self.layers, 2, self.embed_dim)
-        self._observe_alone(weights, window, latent, angle, predicts=False)
-        if weights.shift is not None:
-            window[:, 1] -= weights.shift[0]
-        slab.write(pages, window)
+        self._observe_alone(weights, slab, pages, latent, angle, predicts=False)
 
     def first(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
               angle: Optional[torch.Tensor]) -> StepOutput:
@@ -211,17 +207,18 @@ class Engine:
         Overview:
             The first observations of episodes: as :meth:`begin`, with predictions.
         """
+        x = self._observe_alone(weights, slab, pages, latent, angle, predicts=True)
+        return self._predict(weights, x, latent, None)
+
+    def _observe_alone(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
+                       angle: Optional[torch.Tensor], predicts: bool) -> torch.Tensor:
         window = latent.new_zeros(latent.shape[0], 2, self.layers, 2, self.embed_dim)
-        x = self._observe_alone(weights, window, latent, angle, predicts=True)
+        positions = angle if self.rotary and angle is not None else torch.zeros_like(pages)
+        x = self._tokens(weights, window, 2, latent.unsqueeze(1), self._places(positions.unsqueeze(0)), None, predicts)
         if weights.shift is not None:
             window[:, 1] -= weights.shift[0]
         slab.write(pages, window)
-        return self._predict(weights, x, latent, None)
-
-    def _observe_alone(self, weights: Weights, window: torch.Tensor, latent: torch.Tensor,
-                       angle: Optional[torch.Tensor], predicts: bool) -> torch.Tensor:
-        x = latent if self.rotary else latent + self._wm.pos_emb.weight[0]
-        return self._token(weights, window, 2, x, None, self._rotation(angle) if self.rotary else None, predicts)
+        return x
 
     def step(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
              positions: torch.Tensor, latent: Optional[torch.Tensor] = None) -> StepOutput:
@@ -237,7 +234,7 @@ class Engine:
             - positions (:obj:`torch.Tensor`): Positions of both tokens ``[2, B]``.
             - latent (:obj:`Optional[torch.Tensor]`): Observed tokens ``[B, E]``; None: the predicted ones.
         Returns:
-            - output (:obj:`StepOutput`): The predictions.
+            - output (:obj:`StepOutput`): The predictions; no reward where the observation is given.
         """
         window = slab.read(tables)
         last = 2 * self.width - 1
@@ -251,7 +248,7 @@ class Engine:
         return output
 
     def step_alone(self, weights: Weights, state: torch.Tensor, action: torch.Tensor,
-                   state_angle: Optional[torch.Tensor], positions: Optional[torch.Tensor]) -> StepOutput:
+                   positions: Optional[torch.Tensor]) -> StepOutput:
         """
         Overview:
             A state, an action and the predicted observation, with no context and nothing stored: reanalysis.
@@ -259,39 +256,39 @@ class Engine:
             - weights (:obj:`Weights`): From :meth:`weights`.
             - state (:obj:`torch.Tensor`): Observation tokens ``[B, E]``.
             - action (:obj:`torch.Tensor`): Actions as :meth:`embed_action` takes them.
-            - state_angle (:obj:`Optional[torch.Tensor]`): Rotary positions of the states ``[B]``.
-            - positions (:obj:`Optional[torch.Tensor]`): Rotary positions of the other two tokens ``[2, B]``.
+            - positions (:obj:`Optional[torch.Tensor]`): Rotary positions of the three tokens ``[3, B]``.
         Returns:
             - output (:obj:`StepOutput`): The predictions.
         """
-        window = state.new_empty(state.shape[0], 4, self.layers, 2, self.embed_dim)
-        self._observe_alone(weights, window, state, state_angle, predicts=False)
-        counts = torch.ones(state.shape[0], dtype=torch.int64, device=state.device)
+        rows = state.shape[0]
+        window = state.new_empty(rows, 4, self.layers, 2, self.embed_dim)
         if positions is None:
-            positions = torch.stack([counts, 2 * counts])
-        return self._two_tokens(weights, window, counts, action, positions, None)
+            positions = torch.arange(3, device=state.device).unsqueeze(1).expand(3, rows)
+        places = self._places(positions)
+        pair = torch.stack([state, self.embed_action(action)], dim=1)
+        causal = self._masks_of(3, state.device)[1][1:, :, :, :2]
+        x = self._tokens(weights, window, 3, pair, places[:, :2], causal)
+        return self._observe_predicted(weights, window, x, places[:, 2:], None)
 
     def _two_tokens(self, weights: Weights, window: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
                     positions: torch.Tensor, latent: Optional[torch.Tensor]) -> StepOutput:
         slots = window.shape[1]
         seen, given = self._masks_of(slots, window.device)
-        bias = seen.index_select(0, counts).view(-1, 1, 1, seen.shape[1])
-        bias_of_observation = bias if latent is None else given.index_select(0, counts).view(bias.shape)
-        x = self.embed_action(action)
-        rotations: Any = (None, None)
-        if self.rotary:
-            rotations = self._rotation(positions)
-        else:
-            embeddings = F.embedding(positions, self._wm.pos_emb.weight)
-            x = x + embeddings[0]
-        x = self._token(weights, window, slots - 1, x, bias[..., :slots - 2], rotations[0])
+        token, places = self.embed_action(action), self._places(positions)
+        if latent is not None:
+            pair = torch.stack([token, latent], dim=1)
+            x = self._tokens(weights, window, slots, pair, places, given.index_select(0, counts)[..., :slots - 1])
+            return self._predict(weights, x, latent, None)
+        bias = seen.index_select(0, counts)
+        x = self._tokens(weights, window, slots - 1, token.unsqueeze(1), places[:, :1], bias[..., :slots - 2])
+        return self._observe_predicted(weights, window, x, places[:, 1:], bias[..., :slots - 1])
+
+    def _observe_predicted(self, weights: Weights, window: torch.Tensor, x: torch.Tensor, places: torch.Tensor,
+                           bias: Optional[torch.Tensor]) -> StepOutput:
         token = x.unsqueeze(1)
-        rewards = weights.rewards(token)
-        if latent is None:
-            latent = weights.observations(token).squeeze(1)
-        y = latent if self.rotary else latent + embeddings[1]
-        x = self._token(weights, window, slots, y, bias_of_observation[..., :slots - 1], rotations[1])
-        return self._predict(weights, x, latent, rewards)
+        rewards, latent = weights.rewards(token), weights.observations(token)
+        x = self._tokens(weights, window, window.shape[1], latent, places, bias)
+        return self._predict(weights, x, latent.squeeze(1), rewards)
 
     def _predict(self, weights: Weights, x: torch.Tensor, latent: torch.Tensor,
                  rewards: Optional[torch.Tensor]) -> StepOutput:
@@ -301,77 +298,91 @@ class Engine:
             policy = torch.cat([policy['mu'], policy['sigma']], dim=-1)
         return StepOutput(x, latent.unsqueeze(1), rewards, policy, weights.value(x))
 
-    def _token(self, weights: Weights, window: torch.Tensor, end: int, x: torch.Tensor, bias: Optional[torch.Tensor],
-               rotation: Optional[torch.Tensor], predicts: bool = True) -> torch.Tensor:
-        """One token ``x [B, E]`` in slot ``end - 1``, over slots 1 to ``end - 1``; writes its keys and values there.
-
-        A token that predicts nothing is done once its keys and values are.
+    def _tokens(self, weights: Weights, window: torch.Tensor, end: int, x: torch.Tensor, places: torch.Tensor,
+                bias: Optional[torch.Tensor], predicts: bool = True) -> torch.Tensor:
+        """``K`` tokens ``x [B, K, E]`` in slots ``end - K`` to ``end - 1``, over slots 1 to ``end - 1`` and ``bias``
+        ``[B, 1, K, end - 1]``; writes their keys and values there. The last one's output ``[B, E]``, where it predicts.
         """
-        rows, dim, heads, head_dim = x.shape[0], self.embed_dim, self.heads, self.head_dim
+        rows, tokens, dim = x.shape
+        heads, head_dim = self.heads, self.head_dim
         training = self._wm.training
+        if not self.rotary:
+            x = x + places
+        x = x.reshape(rows * tokens, dim)
         if training:
             x = self._wm.transformer.drop(x)
         alone = end == 2 and not training  # attention of a token over itself is its value
         elementwise = not training and end <= SHORT_WINDOW and rows >= weights.many_rows
-        slots = window[:, end - 1].unbind(1)
+        slots = window[:, end - tokens:end].unbind(2)
         contexts = window[:, 1:end].view(rows, end - 1, self.layers, 2, heads, head_dim).unbind(2)
         for layer, slot, context in zip(weights.layers, slots, contexts):
             qkv = layer.qkv(layer.norm1(x))
-            if rotation is None:
-                query = qkv[:, :dim]
-                slot.copy_(qkv[:, dim:].view(rows, 2, dim))
+            if self.rotary:
+                pairs = torch.view_as_complex(qkv.view(rows, tokens, 3 * heads, head_dim // 2, 2)[:, :, :2 * heads])
+                turned = torch.view_as_real(pairs * places).view(rows, tokens, 2 * dim)
+                query = turned[..., :dim]
+                slot[:, :, 0] = turned[..., dim:]
+                slot[:, :, 1] = qkv[:, 2 * dim:].view(rows, tokens, dim)
             else:
-                pairs = torch.view_as_complex(qkv.view(rows, 3 * heads, head_dim // 2, 2)[:, :2 * heads])
-                turned = torch.view_as_real(pairs * rotation).view(rows, 2 * dim)
-                query = turned[:, :dim]
-                slot[:, 0] = turned[:, dim:]
-                slot[:, 1] = qkv[:, 2 * dim:]
-            if not predicts and slot is slots[-1]:
-                return x
+                query = qkv.view(rows, tokens, 3 * dim)[..., :dim]
+                slot.copy_(qkv[:, dim:].view(rows, tokens, 2, dim))
+            if slot is slots[-1]:  # from here on only what predicts is wanted
+                if not predicts:
+                    break
+                if bias is not None and tokens > 1:
+                    query, x, bias, tokens = query[:, -1:], x.view(rows, tokens, dim)[:, -1], bias[:, :, -1:], 1
+            query = query.reshape(rows, tokens, heads, head_dim)
             if alone:
                 y = qkv[:, 2 * dim:]
             elif elementwise:
-                y = _attend(query.view(rows, 1, heads, head_dim), context, bias)
+                y = _attend(query, context, bias)
             else:
                 keys, values = context.permute(2, 0, 3, 1, 4).unbind(0)
                 y = F.scaled_dot_product_attention(
-                    query.view(rows, heads, 1, head_dim), keys, values, attn_mask=bias,
+                    query.transpose(1, 2), keys, values, attn_mask=bias,
                     dropout_p=self._wm.config.attn_pdrop if training else 0.0,
-                )
-            y = layer.proj(y.reshape(rows, dim))
+                ).transpose(1, 2)
+            y = layer.proj(y.reshape(rows * tokens, dim))
             if layer.gates is None:
                 x = x + y
                 x = x + layer.mlp(layer.norm2(x))
             else:
                 x = layer.gates[0](x, y)
                 x = layer.gates[1](x, layer.mlp(layer.norm2(x)))
-        return weights.norm(x)
+        return weights.norm(x) if predicts else x
 
-    def _rotation(self, positions: Any) -> torch.Tensor:
-        """Rotary factors ``[..., B, 1, D / 2]`` of positions ``[..., B]``."""
-        return self._wm.transformer.freqs_cis[positions].unsqueeze(-2)
+    def _places(self, positions: torch.Tensor) -> torch.Tensor:
+        """What tells tokens at positions ``[K, B]`` where they are: rotary factors ``[B, K, 1, D / 2]`` for queries and
+        keys, or learned embeddings ``[B, K, E]`` to add."""
+        if self.rotary:
+            return self._wm.transformer.freqs_cis[positions.T].unsqueeze(-2)
+        return F.embedding(positions.T, self._wm.pos_emb.weight)
 
     def _masks_of(self, slots: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Additive masks by count of pages, ``[W, T]`` each: of an action, and of an observation that is given."""
+        """Additive masks by count of pages, padded: of one token ``[W, 1, 1, T]``, and of an action with an observation
+        that is given ``[W, 1, 2, T]``."""
         masks = self._masks.get((slots, device))
         if masks is None:
-            slot, count = torch.arange(1, slots, device=device), torch.arange(slots // 2, device=device).unsqueeze(1)
+            slot = torch.arange(1, slots, device=device)
+            count = torch.arange((slots + 1) // 2, device=device).unsqueeze(1)
             seen = (slot < 2 * count) | (slot >= slots - 2)
-            given = seen & ((slot != slots - 2) | (count > 0))  # what starts an episode sees no action before it
+            # An action does not see what follows it, and what starts an episode sees no action before it.
+            given = seen & ((slot != slots - 2) | (count > 0))
+            hidden = ~torch.stack([seen, seen & (slot != slots - 1), given], dim=1)
             # CUDA's attention reads masks eight numbers at a time.
-            padded = torch.zeros(2, slots // 2, -(-(slots - 1) // 8) * 8, device=device)
-            padded[..., :slots - 1].masked_fill_(~torch.stack([seen, given]), float('-inf'))
-            self._masks[slots, device] = masks = (padded[0], padded[1])
+            padded = torch.zeros(len(count), 1, 3, -(-(slots - 1) // 8) * 8, device=device)
+            padded[:, 0, :, :slots - 1].masked_fill_(hidden, float('-inf'))
+            self._masks[slots, device] = masks = (padded[:, :, :1].contiguous(), padded[:, :, 1:].contiguous())
         return masks
 
 
 def _attend(query: torch.Tensor, context: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """Attention of one token over a few, without a matrix product: the faster for many rows (docs/results.md).
+    """Attention of a token or two over a few, without a matrix product: faster for many rows (docs/results.md).
 
-    ``query [B, 1, H, D]``, ``context [B, T, 2, H, D]``, ``bias [B, 1, 1, T]``; returns ``[B, H, D]``.
+    ``query [B, K, H, D]``, ``context [B, T, 2, H, D]``, ``bias [B, 1, K, T]``; returns ``[B, K, H, D]``.
     """
-    keys, values = context.unbind(2)
-    scores = (query * keys).sum(-1) * query.shape[-1] ** -0.5  # [B, T, H]
+    keys, values = context.unsqueeze(1).unbind(3)
+    scores = (query.unsqueeze(2) * keys).sum(-1) * query.shape[-1] ** -0.5  # [B, K, T, H]
     if bias is not None:
-        scores = scores + bias[:, 0, 0, :, None]
-    return (scores.softmax(1).unsqueeze(-1) * values).sum(1)
+        scores = scores + bias[:, 0].unsqueeze(-1)
+    return (scores.softmax(2).unsqueeze(-1) * values).sum(2)

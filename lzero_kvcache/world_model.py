@@ -427,14 +427,13 @@ class NewWorldModel(LightZeroWorldModel):
         """Every row stands alone here: LightZero looks nothing up during reanalysis."""
         engine = self.cache_engine
         state = torch.from_numpy(latent).to(engine.device)
-        state_angle = angles = None
+        positions = None
         if self.config.rotary_emb:
             timesteps = _reanalysis_timesteps(start_pos, len(latent))
-            # Both tokens have the action's angle, as in LightZero's reanalysis.
-            after = 2 * (np.asarray(search_depth, dtype=np.int64) + timesteps + 1) + 1
-            sent = self._send(np.stack([self._angle(2 * timesteps), self._angle(after)]))
-            state_angle, angles = sent[0], sent[1].expand(2, -1)
-        return engine.step_alone(engine.weights(), state, self._action_on_device(action), state_angle, angles)
+            # Both other tokens have the action's angle, as in LightZero's reanalysis.
+            after = self._angle(2 * (np.asarray(search_depth, dtype=np.int64) + timesteps + 1) + 1)
+            positions = self._send(np.stack([self._angle(2 * timesteps), after, after]))
+        return engine.step_alone(engine.weights(), state, self._action_on_device(action), positions)
 
     def _begin(self, weights: Weights, rows: Rows, lost: np.ndarray, latent: torch.Tensor, angle: np.ndarray) -> None:
         """Make the contexts of ``lost`` rows anew from their latents, in one forward, as LightZero would one by one."""

@@ -555,21 +555,22 @@ class TestCompiled:
 class TestKernels:
 
     @pytest.mark.parametrize('masked', [False, True])
+    @pytest.mark.parametrize('tokens', [1, 2])
     @pytest.mark.parametrize(
         ('rows', 'heads', 'dim', 'length'), [(1, 1, 4, 1), (3, 2, 8, 7), (40, 8, 96, 7), (5, 4, 16, 63)]
     )
-    def test_attention_over_a_few_tokens(self, rows, heads, dim, length, masked):
+    def test_attention_over_a_few_tokens(self, rows, heads, dim, length, tokens, masked):
         """Masked or not, over keys and values that are strided as in a window."""
-        query = torch.randn(rows, 1, heads, dim)
+        query = torch.randn(rows, tokens, heads, dim)
         context = torch.randn(rows, length + 2, 3, 2, heads * dim)[:, 1:1 + length, 1].view(rows, length, 2, heads, dim)
         bias = None
         if masked:
-            seen = torch.rand(rows, length) < 0.5
-            seen[:, -1] = True
-            bias = torch.zeros(rows, length).masked_fill(~seen, float('-inf'))[:, None, None]
+            seen = torch.rand(rows, tokens, length) < 0.5
+            seen[..., -1] = True
+            bias = torch.zeros(rows, tokens, length).masked_fill(~seen, float('-inf'))[:, None]
         keys, values = context.permute(2, 0, 3, 1, 4)
         expected = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=bias)
-        torch.testing.assert_close(_attend(query, context, bias), expected[:, :, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(_attend(query, context, bias), expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize('rows', [1, layouts.MANY_CAPTURED_ROWS - 1, layouts.MANY_CAPTURED_ROWS, 100])
     @pytest.mark.parametrize('on_gpu', [False, True], ids=['cpu', 'gpu'])
