@@ -65,7 +65,7 @@ setup(
         'tensorboardX>=2.6',
         'easydict',
         'cachetools>=5',
-        'xxhash',
+        'xxhash>=2',
         'matplotlib>=3.6',
         'rich>=12.2',
         'scipy',

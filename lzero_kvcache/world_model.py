@@ -296,7 +296,10 @@ class NewWorldModel(LightZeroWorldModel):
             else:
                 sent = self._send(np.stack([pages, self._angle(2 * timesteps)]))
                 output = engine.first(weights, slab, sent[0], latent, sent[1])
-            kept = self._sound(output, kept, mode, env_ids, timesteps)
+            kept = kept[self._guard.finite(
+                _on_host(_soundness(output))[kept], 'A value or policy', mode, [env_ids[row] for row in kept],
+                timesteps[kept]
+            )]
             roots = extend((tables, counts), pages)
             manager.store_init(
                 mode, [env_ids[row] for row in kept], [keys[row] for row in kept], (roots[0][kept], roots[1][kept])
@@ -328,9 +331,9 @@ class NewWorldModel(LightZeroWorldModel):
         followed = self._last_keys if self._serving is not None else {}
         last_keys = {row: followed.get((mode, env_ids[row])) for row in np.flatnonzero(going).tolist()}
         if None not in last_keys.values():
-            return latent.cpu().numpy(), last_keys, lambda rows: encode()[self._send(rows)]
+            return _on_host(latent), last_keys, lambda rows: encode()[self._send(rows)]
         last = encode()
-        on_host = torch.cat([last, latent]).cpu().numpy()  # one copy for both
+        on_host = _on_host(torch.cat([last, latent]))  # one copy for both
         hashed = hash_rows(on_host[:len(last)])
         last_keys = {row: hashed[row] if key is None else key for row, key in last_keys.items()}
         return on_host[len(last):], last_keys, lambda rows: last[self._send(rows)]
@@ -353,26 +356,18 @@ class NewWorldModel(LightZeroWorldModel):
             output = self._step(weights, (tables, counts), pages, action, (2 * depths + 1, 2 * depths + 2)).output
             if self._backend.reuses_output:
                 output = output.map(torch.clone)
-            on_host = output.latent_state.reshape(rows, -1).cpu().numpy()
-            kept = self._guard.finite(on_host, 'A predicted latent state', mode, env_ids, timesteps)
-            kept = self._sound(output, kept, mode, env_ids, timesteps)
-            nodes = extend((tables, counts), pages)
-            manager.store_recur(
-                [env_ids[row] for row in kept], hash_rows(on_host[kept]), (nodes[0][kept], nodes[1][kept])
-            )
+            on_host = _on_host(torch.cat([output.latent_state.reshape(rows, -1), _soundness(output)], dim=1))
+            kept = self._guard.finite(on_host[:, -1:], 'A value or policy', mode, env_ids, timesteps)
+            keys, nodes = hash_rows(on_host[:, :-1]), extend((tables, counts), pages)
+            if len(kept) < rows:
+                env_ids, keys = [env_ids[row] for row in kept], [keys[row] for row in kept]
+                nodes = nodes[0][kept], nodes[1][kept]
+            manager.store_recur(env_ids, keys, nodes)
         finally:
             manager.release()
         if self.validator is not None:
             self.validator.keyed_node(latent, action, search_depth, output)
         return output
-
-    def _sound(self, output: StepOutput, rows: np.ndarray, mode: str, env_ids: List[int],
-               timesteps: np.ndarray) -> np.ndarray:
-        """Those of ``rows`` whose value and policy are finite: what is not tells of keys and values that are not."""
-        sums = torch.cat([output.logits_value, output.logits_policy], dim=-1).sum(-1).cpu().numpy()
-        return rows[self._guard.finite(
-            sums[rows], 'A value or policy', mode, [env_ids[row] for row in rows], timesteps[rows]
-        )]
 
     @contextmanager
     def search_by_node(self, simulations: int) -> Iterator['NodeExpansion']:
@@ -415,7 +410,7 @@ class NewWorldModel(LightZeroWorldModel):
         result = self._step(self._weights(), rows, pages, actions, (2 * step + 1, 2 * step + 2))
         self.kv_cache_manager.count_queries('recur', len(pages), len(pages), by_node=True)
         assert result.search is not None  # the actions came from the host
-        predicted = result.search.cpu().numpy()
+        predicted = _on_host(result.search)
         if self.validator is not None:
             self.validator.node(path, actions, depths, result.output)
         mode, env_ids = self._rows_of(len(pages))
@@ -540,13 +535,26 @@ def hash_rows(latent: np.ndarray) -> List[int]:
     Overview:
         The key of each row.
     Arguments:
-        - latent (:obj:`np.ndarray`): ``[B, E]``.
+        - latent (:obj:`np.ndarray`): ``[B, E]``, each row contiguous.
     Returns:
-        - keys (:obj:`List[int]`): xxh64 of each row's bytes.
+        - keys (:obj:`List[int]`): XXH3's 64 bits of each row's bytes.
     """
-    data = memoryview(np.ascontiguousarray(latent).data).cast('B')
-    size = latent.shape[1] * latent.itemsize
-    return [xxhash.xxh64_intdigest(data[start:start + size]) for start in range(0, len(latent) * size, size)]
+    return list(map(xxhash.xxh3_64_intdigest, latent))
+
+
+def _on_host(tensor: torch.Tensor) -> np.ndarray:
+    """One copy; from a GPU to pinned memory, which takes a fraction of the time."""
+    if not tensor.is_cuda:
+        return tensor.numpy()
+    copy = tensor.to('cpu', non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return copy.numpy()
+
+
+def _soundness(output: StepOutput) -> torch.Tensor:
+    """A number ``[B, 1]`` that is finite where value and policy are: what is not tells of keys and values that are not.
+    """
+    return torch.cat([output.logits_value, output.logits_policy], dim=-1).sum(-1)
 
 
 def _zero_for_nan(part: torch.Tensor) -> torch.Tensor:
