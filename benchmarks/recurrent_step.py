@@ -124,7 +124,7 @@ def main() -> None:
         search = Search(models, envs, args)
         times: Dict[str, List[float]] = {name: [] for name in models}
         for repeat in range(args.repeats + 1):
-            for name in models:
+            for name in sorted(models, key=lambda name: (repeat + list(models).index(name)) % len(models)):
                 values = search.run(name, args.simulations, repeat)
                 times[name] += values if repeat else []  # the first one warms up
         milliseconds = {name: median(values) for name, values in times.items()}

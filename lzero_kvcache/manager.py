@@ -122,7 +122,7 @@ class KVCacheManager(PagedCacheManager):
     def find_recur(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
         # A node that is no root is not a miss of its environment's init pool: that is asked only for what it has.
         pairs, known = list(zip(env_ids, keys)), self._root_keys
-        pools = [self._init_pool(mode, env_id) for env_id in range(max(env_ids) + 1)]
+        pools = self._pools_to(mode, max(env_ids))
         roots = [row for row, (env_id, key) in enumerate(pairs) if key in known and key in pools[env_id]]
         nodes = np.delete(np.arange(len(pairs)), roots)
         slots = np.array(self.recur_pool.slots([pairs[row] for row in nodes] if roots else pairs), dtype=np.int64)
@@ -326,17 +326,20 @@ class KVCacheManager(PagedCacheManager):
             raise OutOfPages(f'{error}, and the running search needs the others: {mend}') from None
 
     def _init_pool(self, mode: str, env_id: int) -> PagedPool:
-        pools = self.init_pools if mode == COLLECT else self.eval_pools
-        if 0 <= env_id < len(pools):
-            return pools[env_id]
+        return self._pools_to(mode, env_id)[env_id]
+
+    def _pools_to(self, mode: str, env_id: int) -> List[PagedPool]:
+        """The init pools of a mode, that of an environment among them."""
         if not 0 <= env_id < self.env_num:
             raise ValueError(
                 f'environment {env_id} is outside [0, {self.env_num}): '
                 f'raise policy.model.world_model_cfg.env_num={self.env_num}'
             )
+        if mode == COLLECT:
+            return self.init_pools
         while len(self.eval_pools) <= env_id:
             self.eval_pools.append(self._paged(self.config.init_pool_size, f'eval_env{len(self.eval_pools)}'))
-        return self.eval_pools[env_id]
+        return self.eval_pools
 
     def _note_roots(self, keys: Iterable[Hashable]) -> None:
         """Remember keys of init pools, so that a batch of nodes is told from roots at once; old ones go in bulk."""

@@ -50,15 +50,16 @@ class KVCachePool:
         # Two views of the same keys: a plain dict to look up, and the strategy's own order of eviction.
         self._slots: Dict[Hashable, int] = {}
         self._order = make_index(self.eviction_strategy, self.pool_size)
-        self._unordered: List[Tuple[Hashable, int]] = []  # stored in bulk, not yet in the order of eviction
+        self._unordered: List[Tuple[Sequence[Hashable], List[int]]] = []  # stored in bulk, not yet in that order
         self._reads_count = self.eviction_strategy is not EvictionStrategy.FIFO
         self._unused = list(range(self.pool_size - 1, -1, -1))
         self._values: Dict[int, Any] = {}
 
     def _ordered(self) -> Any:
         """The order of eviction, which a search that is cleared before its pool is full never needs."""
-        for key, slot in self._unordered:
-            self._order[key] = slot
+        for keys, slots in self._unordered:
+            for key, slot in zip(keys, slots):
+                self._order[key] = slot
         self._unordered.clear()
         return self._order
 
@@ -259,8 +260,9 @@ class PagedPool(KVCachePool):
             slots = self._unused[first:]
             del self._unused[first:]
             self._slots.update(zip(keys, slots))
-            self._unordered.extend(zip(keys, slots))
-            self.tables[slots], self.counts[slots] = rows
+            self._unordered.append((list(keys), slots))
+            written = np.array(slots, dtype=np.int64)
+            self.tables[written], self.counts[written] = rows
         else:
             for key, table, count in zip(keys, *rows):
                 slot = self.claim(key)
