@@ -105,9 +105,9 @@ def fill(policies: Dict[str, Any], envs: int, steps: int) -> None:
         policy._cfg.num_simulations = kept[name]
 
 
-def measure(policies: Dict[str, Any], envs: int, steps: int) -> Dict[str, Any]:
-    """Medians of collect steps with full contexts, and what each cache has allocated."""
-    full = next(iter(policies.values()))._model.world_model.context_length // 2
+def measure(policies: Dict[str, Any], envs: int, steps: int, filled: float = 1.0) -> Dict[str, Any]:
+    """Medians of collect steps with contexts filled to a share, and what each cache has allocated."""
+    full = int(filled * next(iter(policies.values()))._model.world_model.context_length) // 2
     with contextlib.redirect_stdout(io.StringIO()):
         fill(policies, envs, full)
         collect(policies, envs, 1, first=full)

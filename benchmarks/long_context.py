@@ -2,8 +2,9 @@
 
     python benchmarks/long_context.py --contexts 8 20 64 128 512
 
-Contexts are full when the measurement begins. A second table says where the time of a collect step goes, by the
-operations that torch ran; what no operation accounts for is Python, and in the old system mostly copies of containers.
+Contexts are full when the measurement begins, or filled to the shares that --filled names. A second table says where
+the time of a collect step goes, by the operations that torch ran; what no operation accounts for is Python, and in the
+old system mostly copies of containers.
 """
 import argparse
 import contextlib
@@ -49,6 +50,7 @@ def used_mb(policy: Any) -> float:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument('--contexts', type=int, nargs='+', default=[8, 20, 64, 128, 512], help='context_length')
+    options.add_argument('--filled', type=float, nargs='+', default=[1.0], help='shares of the contexts in use')
     options.add_argument('--envs', type=int, default=8)
     options.add_argument('--simulations', type=int, default=25)
     options.add_argument('--repeats', type=int, default=1, help='four collect steps each')
@@ -62,11 +64,15 @@ def main() -> None:
         blocks = max(context // 2, 2)
         policies = build_policies(zoo_configs(
             CONFIG, args, args.envs, context_length=context, max_blocks=blocks, max_tokens=2 * blocks), args.device)
-        row = measure(policies, args.envs, 4 * args.repeats)
-        rows.append({'context': context, **row, 'of it used': used_mb(policies['new'])})
-        first = context // 2 + 1 + 4 * args.repeats
-        for name, policy in policies.items():
-            shares.append({'context': context, 'system': name, **where(policy, args.envs, first)})
+        for filled in args.filled:
+            row = measure(policies, args.envs, 4 * args.repeats, filled)
+            tokens = int(filled * context)
+            rows.append({'context': context, 'tokens': tokens, **row, 'of it used': used_mb(policies['new'])})
+            print(rows[-1], flush=True)
+            first = tokens // 2 + 1 + 4 * args.repeats
+            for name, policy in policies.items():
+                share = where(policy, args.envs, first)
+                shares.append({'context': context, 'tokens': tokens, 'system': name, **share})
     title = f'{CONFIG}, {args.envs} environments, {args.simulations} simulations, {args.device}'
     report(f'Collect step, {title}', rows, args)
     args.json = None

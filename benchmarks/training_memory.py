@@ -20,7 +20,8 @@ from lzero_kvcache.training.config_file import PROJECT_ROOT
 
 SECONDS = 0.5
 ROWS = 10
-TAG = 'kv_cache_step/memory_mb'
+CACHE = 'kv_cache_step/memory_mb'
+BUFFER = 'Buffer/memory_usage/game_segment_buffer'  # LightZero's own, MiB
 
 
 def resident_mb(root: int) -> float:
@@ -56,12 +57,13 @@ def watch(arguments: Sequence[str]) -> List[Tuple[float, float]]:
 
 
 def report(samples: List[Tuple[float, float]], folder: str) -> None:
-    """What was resident in each tenth of the environment steps, and what of it the cache had allocated."""
+    """What was resident in each tenth of the environment steps, and what of it the replay buffer and the cache had."""
     events = EventAccumulator(os.path.join(folder, 'log', 'serial'), size_guidance={'scalars': 0})
     events.Reload()
-    points = events.Scalars(TAG)
+    points = events.Scalars(CACHE)
     last = points[-1].step
-    table = Table('environment steps', 'resident MiB, median', 'most', 'of it the cache', title='Memory of a training')
+    table = Table('environment steps', 'resident MiB, median', 'most', 'replay buffer', 'median without it', 'the cache',
+                  title='Memory of a training')
     for row in range(ROWS):
         low, high = last * row // ROWS, last * (row + 1) // ROWS
         here = [point for point in points if low < point.step <= high]
@@ -69,10 +71,12 @@ def report(samples: List[Tuple[float, float]], folder: str) -> None:
             continue
         begin, end = here[0].wall_time - SECONDS, here[-1].wall_time + SECONDS
         resident = [mb for moment, mb in samples if begin <= moment <= end]
+        buffer = [point.value for point in events.Scalars(BUFFER) if point.wall_time <= end]
         if resident:
-            numbers = f'{median(resident):.0f}', f'{max(resident):.0f}', f'{here[-1].value:.1f}'
-            table.add_row(f'{here[0].step} to {here[-1].step}', *numbers)
-    Console(width=100).print(table)
+            numbers = median(resident), max(resident), buffer[-1], median(resident) - buffer[-1]
+            table.add_row(f'{here[0].step} to {here[-1].step}', *(f'{number:.0f}' for number in numbers),
+                          f'{here[-1].value:.1f}')
+    Console(width=110).print(table)
 
 
 def main() -> None:

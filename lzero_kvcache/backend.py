@@ -13,8 +13,8 @@ from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
-MAX_CAPTURES = 16
-"""Captures after which a model is taken for one whose storage always moves, and stays eager."""
+MAX_MOVES = 16
+"""Moves after which a model is taken for one whose storage always moves, and stays eager."""
 
 
 class Result(NamedTuple):
@@ -99,10 +99,10 @@ class CudaGraphBackend(EagerBackend):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
-        self._graphs: Dict[Tuple[int, bool], _Graph] = {}
+        self._graphs: Dict[Tuple[int, int, bool], _Graph] = {}
         self._addresses: Tuple[int, ...] = ()
         self._checked: Optional[Weights] = None
-        self._captures = 0
+        self._moves = 0
         self._usable = True
 
     @property
@@ -133,23 +133,24 @@ class CudaGraphBackend(EagerBackend):
         if weights is not self._checked or slab.address not in self._addresses:  # once per search
             addresses = self.engine.addresses() + (slab.address,)
             if addresses != self._addresses:
+                self._moves += bool(self._graphs)
                 self._graphs.clear()
                 self._addresses, self.memory_mb = addresses, 0.0
             self._checked = weights
         rows = numbers.shape[1]
-        fitting = [key for key in self._graphs if key[0] >= rows and key[1] == (action is not None)]
+        kind = len(numbers), action is not None
+        fitting = [key for key in self._graphs if key[0] >= rows and key[1:] == kind]
         if fitting:
             return self._graphs[min(fitting)]
-        if self._captures >= MAX_CAPTURES:
+        if self._moves >= MAX_MOVES:
             self._give_up('its storage keeps moving')
             return None
         try:
-            self._captures += 1
             graph = self._capture(slab, rows, len(numbers), action)
         except RuntimeError as error:
             self._give_up(error)
             return None
-        self._graphs[rows, action is not None] = graph
+        self._graphs[(rows,) + kind] = graph
         return graph
 
     def _give_up(self, reason: Any) -> None:

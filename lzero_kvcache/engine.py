@@ -1,7 +1,8 @@
 """One or two tokens for every row of a batch over gathered pages. Knows the transformer's weights; no pools.
 
-Shapes: ``B`` rows, ``E`` embedding, ``H`` heads, ``D = E / H``, ``L`` layers, ``W = context_length / 2`` pages of a
-window: the context's, left-aligned, and in the last column the page that the step writes. A window has ``2W`` slots
+Shapes: ``B`` rows, ``E`` embedding, ``H`` heads, ``D = E / H``, ``L`` layers, ``W`` pages of a window, at the most
+``context_length / 2``: the context's, left-aligned, and in the last column the page that the step writes. A window has
+``2W`` slots
 ``[-, o0, a0, o1, ..., action, observation]``; slot 0 belongs to an action that was never there and is never read, so
 that the token at position ``p`` of a context stands in slot ``p + 1``.
 """
@@ -16,6 +17,10 @@ from .slab import Slab
 from .weights import MANY_CAPTURED_ROWS, MANY_ROWS, Weights, read_weights
 
 SHORT_WINDOW = 64
+"""Slots up to which attention is cheaper without a matrix product, for many rows."""
+
+LEAST_PAGES = 16
+"""Pages of the shortest window; longer ones double, so that few CUDA graphs are captured while contexts grow."""
 
 Packed = Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -126,12 +131,12 @@ class Engine:
             - angles (:obj:`Tuple`): Rotary positions of the action and the observation, ``[B]`` each.
             - action (:obj:`Optional[np.ndarray]`): ``[B]`` or ``[B, A]``; None if it is on the device already.
         Returns:
-            - numbers (:obj:`np.ndarray`): ``[N, B]``, int64.
+            - numbers (:obj:`np.ndarray`): ``[N, B]``, int64; ``N`` goes by the longest context.
         """
         tables, counts = rows
-        width = self.width
+        width = self._pages_of_window(int(counts.max()))
         numbers = np.zeros((width + 3 + self._action_rows, len(counts)), dtype=np.int64)
-        numbers[:width - 1], numbers[width - 1], numbers[width] = tables.T, pages, counts
+        numbers[:width - 1], numbers[width - 1], numbers[width] = tables.T[:width - 1], pages, counts
         if self.rotary:
             numbers[width + 1], numbers[width + 2] = angles[0] % self.max_seq_len, angles[1] % self.max_seq_len
         else:
@@ -151,7 +156,7 @@ class Engine:
         Overview:
             Tables ``[B, W]``, counts ``[B]``, positions ``[2, B]`` and actions of what :meth:`pack` made.
         """
-        width = self.width
+        width = len(numbers) - 3 - self._action_rows
         action = numbers[width + 3]
         if self._wm.continuous_action_space:
             pairs = numbers[width + 3:].T.clone(memory_format=torch.contiguous_format)
@@ -164,8 +169,16 @@ class Engine:
             A column ``[N, 1]`` of packed numbers for rows that only fill up a batch, writing to ``page``.
         """
         column = np.zeros((count, 1), dtype=np.int64)
-        column[self.width - 1], column[self.width] = page, 1
+        width = count - 3 - self._action_rows
+        column[width - 1], column[width] = page, 1
         return column
+
+    def _pages_of_window(self, longest: int) -> int:
+        """For a context of ``longest`` pages and the one that a step writes."""
+        pages = LEAST_PAGES
+        while pages <= longest:
+            pages *= 2
+        return min(pages, self.width)
 
     def for_search(self, output: StepOutput) -> torch.Tensor:
         """
@@ -237,7 +250,7 @@ class Engine:
             - output (:obj:`StepOutput`): The predictions; no reward where the observation is given.
         """
         window = slab.read(tables)
-        last = 2 * self.width - 1
+        last = window.shape[1] - 1
         if weights.shift is not None:
             window[:, 1:last - 1] += weights.shift[:last - 2]
         output = self._two_tokens(weights, window, counts, action, positions, latent)

@@ -30,8 +30,9 @@ from oracle import (
 )
 
 from lzero_kvcache import backend as backends
+from lzero_kvcache import engine as engines
 from lzero_kvcache import weights as layouts
-from lzero_kvcache.engine import SHORT_WINDOW, Engine, _attend
+from lzero_kvcache.engine import LEAST_PAGES, SHORT_WINDOW, Engine, _attend
 from lzero_kvcache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
 
 SEED, SUPPORT = 5, 5
@@ -297,6 +298,18 @@ class TestReplays:
             assert largest_error(answers_of(model, trace, by_node), expected[by_node]) <= TOLERANCE
         assert len(captured) == 2
 
+    @BOTH_WAYS
+    @BOTH_POSITIONS
+    def test_windows_that_grow_have_graphs_of_their_own(self, rotary, by_node, captured, monkeypatch):
+        case = Case(rotary=rotary, context_length=20)
+        trace = random_trace(np.random.default_rng(SEED), case, 3, root_steps=4, simulations=6)
+        expected = answers_of(cached_model(case, 3, SEED, **cfg('eager')), trace, by_node)
+        monkeypatch.setattr(engines, 'LEAST_PAGES', 2)
+        answers = answers_of(graph_model(case, 3), trace, by_node)
+        assert largest_error(answers, expected) <= TOLERANCE
+        assert 2 <= len(captured) <= 4  # of 2, 4, 8 and 10 pages
+        assert sum(graph.replays for graph in captured) == 4 * 6
+
     def test_a_smaller_batch_is_filled_up(self, captured):
         steps = Steps()
         assert steps.step(6)
@@ -431,7 +444,7 @@ def warnings_of(lines):
 class TestGivingUp:
 
     def test_storage_that_moves_every_time(self, captured, monkeypatch, lines):
-        monkeypatch.setattr(backends, 'MAX_CAPTURES', 3)
+        monkeypatch.setattr(backends, 'MAX_MOVES', 3)
         steps = Steps()
         for number in range(6):
             assert steps.step(), number
@@ -445,7 +458,7 @@ class TestGivingUp:
         assert 'its storage keeps moving' in warning
 
     def test_the_bound_is_a_small_number(self):
-        assert 2 <= backends.MAX_CAPTURES <= 64
+        assert 2 <= backends.MAX_MOVES <= 64
 
     @pytest.mark.parametrize('name', ['cudagraph', 'auto'])
     def test_a_capture_that_fails(self, name, monkeypatch, lines):
@@ -634,10 +647,11 @@ def alone_on_cuda(case, trace, env):
 class TestOnGPU:
 
     @pytest.mark.parametrize('rows', [8, 40, 64])
-    @pytest.mark.parametrize('context_length', [8, 80])
+    @pytest.mark.parametrize(('context_length', 'least_pages'), [(8, LEAST_PAGES), (20, 2), (80, 40)])
     @BOTH_ACTIONS
     @BOTH_POSITIONS
-    def test_every_way_gives_one_answer(self, rotary, continuous, context_length, rows):
+    def test_every_way_gives_one_answer(self, rotary, continuous, context_length, least_pages, rows, monkeypatch):
+        monkeypatch.setattr(engines, 'LEAST_PAGES', least_pages)
         assert 8 <= SHORT_WINDOW < 80 and 8 < layouts.MANY_CAPTURED_ROWS < 40 < min(layouts.MANY_ROWS.values())
         case = Case(rotary=rotary, continuous=continuous, context_length=context_length)
         trace = random_trace(np.random.default_rng(SEED), case, rows, root_steps=3, simulations=5, episodes=0.2)
@@ -702,7 +716,6 @@ class TestOnGPU:
         trace = random_trace(np.random.default_rng(SEED), case, 4, root_steps=2, simulations=4)
         model, other = on_cuda(case, 4, 'cudagraph'), cached_model(case, 4, SEED, **cfg('eager'))
         answers_of(model, trace, by_node)
-        captures = model.world_model._backend._captures
         held = []  # so that no old address is handed out again
         for each in (model, other):
             for parameter in each.parameters():
@@ -711,14 +724,14 @@ class TestOnGPU:
         model.world_model.forget()
         other.world_model.forget()
         assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
-        assert model.world_model._backend._captures == captures + 1
+        assert model.world_model._backend._moves == 1
         manager = model.world_model.kv_cache_manager
         held.append(manager.storage.slab.data)
         manager._pages.grow(manager.page_capacity + 100)
         model.world_model.forget()
         other.world_model.forget()
         assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
-        assert model.world_model._backend._captures == captures + 2
+        assert model.world_model._backend._moves == 2
 
     @BOTH_WAYS
     def test_smaller_batches(self, by_node):
@@ -729,7 +742,7 @@ class TestOnGPU:
             model.world_model.forget()
             expected = answers_of(cached_model(case, rows, SEED, **cfg('eager')), trace, by_node)
             assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE
-        assert model.world_model._backend._captures == 1
+        assert len(model.world_model._backend._graphs) == 1
 
     def test_no_graph_where_dropout_is_live(self):
         case = Case()
@@ -743,5 +756,5 @@ class TestOnGPU:
     def test_attention_over_a_few_tokens(self, rows, length):
         query, context = torch.randn(rows, 1, 8, 96).cuda(), torch.randn(rows, length, 2, 8, 96).cuda()
         keys, values = context.permute(2, 0, 3, 1, 4)
-        expected = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values)[:, :, 0]
+        expected = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values).transpose(1, 2)
         torch.testing.assert_close(_attend(query, context, None), expected, rtol=1e-4, atol=1e-5)

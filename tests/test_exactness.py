@@ -107,6 +107,15 @@ def test_random_traces(case, parts):
     check_random(case, parts)
 
 
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=CASES, parts=TRACES)
+def test_windows_that_grow(case, parts):
+    """Windows are as long as the longest context of a batch asks for; these contexts are for several lengths."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('lzero_kvcache.engine.LEAST_PAGES', 2)
+        check_random(case, parts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('half', [1, 2])  # for two processes
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
