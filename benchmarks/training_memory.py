@@ -62,8 +62,8 @@ def report(samples: List[Tuple[float, float]], folder: str) -> None:
     events.Reload()
     points = events.Scalars(CACHE)
     last = points[-1].step
-    table = Table('environment steps', 'resident MiB, median', 'most', 'replay buffer', 'median without it', 'the cache',
-                  title='Memory of a training')
+    columns = 'environment steps', 'resident MiB, median', 'most', 'replay buffer', 'median without it', 'the cache'
+    table = Table(*columns, title='Memory of a training')
     for row in range(ROWS):
         low, high = last * row // ROWS, last * (row + 1) // ROWS
         here = [point for point in points if low < point.step <= high]
