@@ -326,35 +326,39 @@ class Engine:
             x = self._wm.transformer.drop(x)
         alone = end == 2 and not training  # attention of a token over itself is its value
         elementwise = not training and end <= SHORT_WINDOW and rows >= weights.many_rows
-        slots = window[:, end - tokens:end].unbind(2)
-        contexts = window[:, 1:end].view(rows, end - 1, self.layers, 2, heads, head_dim).unbind(2)
+        by_head = window.view(rows, -1, self.layers, 2, heads, head_dim)
+        slots = by_head[:, end - tokens:end].unbind(2)
+        contexts = by_head[:, 1:end].permute(2, 3, 0, 4, 1, 5).unbind(0)  # [2, B, H, T, D] each
         for layer, slot, context in zip(weights.layers, slots, contexts):
             qkv = layer.qkv(layer.norm1(x))
+            vectors = qkv.view(rows, tokens, 3, heads, head_dim)
             if self.rotary:
                 pairs = torch.view_as_complex(qkv.view(rows, tokens, 3 * heads, head_dim // 2, 2)[:, :, :2 * heads])
-                turned = torch.view_as_real(pairs * places).view(rows, tokens, 2 * dim)
-                query = turned[..., :dim]
-                slot[:, :, 0] = turned[..., dim:]
-                slot[:, :, 1] = qkv[:, 2 * dim:].view(rows, tokens, dim)
+                query, key = torch.view_as_real(pairs * places).view(rows, tokens, 2, heads, head_dim).unbind(2)
+                key_slot, value_slot = slot.unbind(2)
+                key_slot.copy_(key)
+                value_slot.copy_(vectors[:, :, 2])
             else:
-                query = qkv.view(rows, tokens, 3 * dim)[..., :dim]
-                slot.copy_(qkv[:, dim:].view(rows, tokens, 2, dim))
+                query = vectors[:, :, 0]
+                slot.copy_(vectors[:, :, 1:])
             if slot is slots[-1]:  # from here on only what predicts is wanted
                 if not predicts:
                     break
                 if bias is not None and tokens > 1:
                     query, x, bias, tokens = query[:, -1:], x.view(rows, tokens, dim)[:, -1], bias[:, :, -1:], 1
-            query = query.reshape(rows, tokens, heads, head_dim)
             if alone:
                 y = qkv[:, 2 * dim:]
-            elif elementwise:
-                y = _attend(query, context, bias)
             else:
-                keys, values = context.permute(2, 0, 3, 1, 4).unbind(0)
-                y = F.scaled_dot_product_attention(
-                    query.transpose(1, 2), keys, values, attn_mask=bias,
-                    dropout_p=self._wm.config.attn_pdrop if training else 0.0,
-                ).transpose(1, 2)
+                keys, values = context.unbind(0)
+                query = query.transpose(1, 2)
+                if elementwise:
+                    y = _attend(query, keys, values, bias)
+                else:
+                    y = F.scaled_dot_product_attention(
+                        query, keys, values, attn_mask=bias,
+                        dropout_p=self._wm.config.attn_pdrop if training else 0.0
+                    )
+                y = y.transpose(1, 2)
             y = layer.proj(y.reshape(rows * tokens, dim))
             if layer.gates is None:
                 x = x + y
@@ -389,13 +393,13 @@ class Engine:
         return masks
 
 
-def _attend(query: torch.Tensor, context: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+            bias: Optional[torch.Tensor]) -> torch.Tensor:
     """Attention of a token or two over a few, without a matrix product: faster for many rows (docs/results.md).
 
-    ``query [B, K, H, D]``, ``context [B, T, 2, H, D]``, ``bias [B, 1, K, T]``; returns ``[B, K, H, D]``.
+    ``query [B, H, K, D]``, ``keys`` and ``values [B, H, T, D]``, ``bias [B, 1, K, T]``; returns ``[B, H, K, D]``.
     """
-    keys, values = context.unsqueeze(1).unbind(3)
-    scores = (query.unsqueeze(2) * keys).sum(-1) * query.shape[-1] ** -0.5  # [B, K, T, H]
+    scores = (query.unsqueeze(3) * keys.unsqueeze(2)).sum(-1) * query.shape[-1] ** -0.5  # [B, H, K, T]
     if bias is not None:
-        scores = scores + bias[:, 0].unsqueeze(-1)
-    return (scores.softmax(2).unsqueeze(-1) * values).sum(2)
+        scores = scores + bias
+    return (scores.softmax(3).unsqueeze(-1) * values.unsqueeze(2)).sum(3)

@@ -124,7 +124,9 @@ class KVCacheManager(PagedCacheManager):
         pairs, known = list(zip(env_ids, keys)), self._root_keys
         pools = self._pools_to(mode, max(env_ids))
         roots = [row for row, (env_id, key) in enumerate(pairs) if key in known and key in pools[env_id]]
-        nodes = np.delete(np.arange(len(pairs)), roots)
+        others = np.ones(len(pairs), dtype=bool)
+        others[roots] = False
+        nodes = np.flatnonzero(others)
         slots = np.array(self.recur_pool.slots([pairs[row] for row in nodes] if roots else pairs), dtype=np.int64)
         rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
         rows[0][nodes], rows[1][nodes] = self.recur_pool.tables[slots], self.recur_pool.counts[slots] * (slots >= 0)

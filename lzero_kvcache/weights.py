@@ -62,7 +62,7 @@ def _function(module: nn.Module, many_rows: int) -> Function:
         return _linear(module.weight, module.bias, many_rows)
     if type(module) is nn.LayerNorm:
         shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
-        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
     if type(module) is nn.GELU and module.approximate == 'tanh':
         return _gelu
     if type(module) is SimNorm:

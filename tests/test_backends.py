@@ -583,7 +583,8 @@ class TestKernels:
             bias = torch.zeros(rows, tokens, length).masked_fill(~seen, float('-inf'))[:, None]
         keys, values = context.permute(2, 0, 3, 1, 4)
         expected = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=bias)
-        torch.testing.assert_close(_attend(query, context, bias), expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+        actual = _attend(query.transpose(1, 2), keys, values, bias)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize('rows', [1, layouts.MANY_CAPTURED_ROWS - 1, layouts.MANY_CAPTURED_ROWS, 100])
     @pytest.mark.parametrize('on_gpu', [False, True], ids=['cpu', 'gpu'])
@@ -756,5 +757,6 @@ class TestOnGPU:
     def test_attention_over_a_few_tokens(self, rows, length):
         query, context = torch.randn(rows, 1, 8, 96).cuda(), torch.randn(rows, length, 2, 8, 96).cuda()
         keys, values = context.permute(2, 0, 3, 1, 4)
-        expected = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values).transpose(1, 2)
-        torch.testing.assert_close(_attend(query, context, None), expected, rtol=1e-4, atol=1e-5)
+        query = query.transpose(1, 2)
+        expected = F.scaled_dot_product_attention(query, keys, values)
+        torch.testing.assert_close(_attend(query, keys, values, None), expected, rtol=1e-4, atol=1e-5)
