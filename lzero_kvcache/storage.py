@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from .config import CacheConfig, lookup
+from .pages import OutOfPages
 from .pool import Codec, private_copy
-from .slab import Slab
+from .slab import MIB, Slab
 
 
 class PageStorage(Codec):
@@ -23,12 +24,14 @@ class PageStorage(Codec):
     """
 
     def __init__(self, config: Any, manager: Any) -> None:
+        options = CacheConfig.read(config)
         self._manager = manager
+        self._init_pool_size = options.init_pool_size
         self._max_tokens = 2 * manager.width + 2
         heads = lookup(config, 'num_heads', 1)
         self.slab = Slab(
             lookup(config, 'num_layers', 1), heads, lookup(config, 'embed_dim', heads) // heads,
-            getattr(torch, CacheConfig.read(config).dtype)
+            getattr(torch, options.dtype)
         )
         # Set by the world model: what learned positions add to keys and values, as the weights are now.
         self.shift: Callable[[], Optional[torch.Tensor]] = _no_shift
@@ -39,8 +42,19 @@ class PageStorage(Codec):
         """
         Overview:
             The slab, with room for every page, on the given device.
+        Raises:
+            - OutOfPages: The device has no memory for it.
         """
-        self.slab.ensure(self._manager.page_capacity, device)
+        pages = self._manager.page_capacity
+        try:
+            self.slab.ensure(pages, device)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfPages(
+                f'no memory on {device} for {pages} pages, {pages * self.slab.page_bytes / MIB:.1f} MiB: lower '
+                f'kv_cache_cfg.init_pool_size={self._init_pool_size} or set kv_cache_cfg.max_memory_mb'
+            ) from error
         return self.slab
 
     def grow(self, pages: int) -> bool:
@@ -53,7 +67,7 @@ class PageStorage(Codec):
         try:
             self.slab.ensure(pages, self.slab.data.device)
         except RuntimeError as error:
-            if 'out of memory' not in str(error).lower() and "can't allocate" not in str(error).lower():
+            if not _is_out_of_memory(error):
                 raise
             return False
         return True
@@ -118,3 +132,7 @@ class _Template:
 
 def _no_shift() -> Optional[torch.Tensor]:
     return None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return any(words in str(error).lower() for words in ('out of memory', "can't allocate"))

@@ -106,6 +106,20 @@ def test_out_of_memory_with_nothing_to_evict(policy, monkeypatch):
     assert_same_outputs(worker.step([0, 1, 2]), reference.step([0, 1, 2]), [0, 1, 2])
 
 
+@pytest.mark.parametrize('error', list(OUT_OF_MEMORY.values()), ids=list(OUT_OF_MEMORY))
+def test_out_of_memory_at_the_first_allocation(error, policy, monkeypatch):
+    """What to lower is said; where memory is free again, the step can be done again."""
+    worker, reference = Worker(policy), Worker(make_policy(True))
+    manager = policy._model.world_model.kv_cache_manager
+    with monkeypatch.context() as full:
+        allocation_fails(full, error)
+        with pytest.raises(OutOfPages, match=f'no memory on cpu for {manager.page_capacity} pages, .* MiB: '
+                                             f'lower kv_cache_cfg.init_pool_size={manager.config.init_pool_size}'):
+            worker.step([0, 1, 2])
+    audit(manager)
+    assert_same_outputs(worker.step([0, 1, 2]), reference.step([0, 1, 2]), [0, 1, 2])
+
+
 def test_another_error_while_growing_is_not_hidden(policy, monkeypatch):
     worker = Worker(policy)
     worker.step([0, 1, 2])
