@@ -38,10 +38,10 @@ class Search:
             if name != 'old':  # as the policy does for the length of a search
                 search.enter_context(model.world_model.serving('collect', range(self.rows)))
             output = model.initial_inference(obs, [-1] * self.rows, obs, [0] * self.rows)
-            by_node = None
+            expand = None
             if name == 'by node':
-                by_node = search.enter_context(model.world_model.search_by_node(simulations))
-            return self.simulate(model, simulations, [output.latent_state.cpu().numpy()], by_node, seed)
+                expand = search.enter_context(model.world_model.search_by_node(simulations))
+            return self.simulate(model, simulations, [output.latent_state.cpu().numpy()], expand, seed)
 
     def memory_of_contexts(self) -> Tuple[float, float]:
         """MiB of the contexts that the last search stored: as whole copies, and as the pages that they share."""
@@ -52,7 +52,7 @@ class Search:
         copies = contexts * page * world_model.context_length / 2
         return copies / MIB, manager.pages_used * page / MIB
 
-    def simulate(self, model: Any, simulations: int, latents: List[np.ndarray], by_node: Any,
+    def simulate(self, model: Any, simulations: int, latents: List[np.ndarray], expand: Any,
                  seed: int) -> List[float]:
         """The simulations of one search whose roots are there."""
         rng = np.random.default_rng(seed)
@@ -64,8 +64,8 @@ class Search:
             chosen = [leaves.pop(rng.integers(len(leaves))) for leaves in unexpanded]
             parents, moves = (np.array(column) for column in zip(*chosen))
             depth = np.stack(depths)[parents, columns]
-            if by_node is not None:
-                step = partial(by_node.expand, simulation, parents, columns, moves, depth.tolist())
+            if expand is not None:
+                step = partial(expand, simulation, parents, columns, moves, depth.tolist())
             else:
                 latent = np.stack([latents[parent][row] for row, parent in enumerate(parents)])
                 action = torch.from_numpy(moves).to(self.device)
@@ -73,7 +73,7 @@ class Search:
                                [0] * self.rows)
             result, milliseconds = timed(step, self.device)
             times.append(milliseconds)
-            if by_node is None:
+            if expand is None:
                 latents.append(result.latent_state.cpu().numpy())
             depths.append(depth + 1)
             for leaves in unexpanded:

@@ -37,14 +37,14 @@ class _ByNode:
         min_max_stats = tree.MinMaxStatsList(rows)
         min_max_stats.set_delta(cfg.value_delta_max)
         board_game = cfg.env_type != 'not_board_games'
-        with torch.no_grad(), model.world_model.search_by_node(cfg.num_simulations) as nodes:
+        with torch.no_grad(), model.world_model.search_by_node(cfg.num_simulations) as expand:
             for simulation in range(cfg.num_simulations):
                 results = tree.ResultsWrapper(num=rows)
                 path, columns, actions, to_play = tree.batch_traverse(
                     roots, cfg.pb_c_base, cfg.pb_c_init, cfg.discount_factor, min_max_stats, results,
                     copy.deepcopy(to_play_batch) if board_game else to_play_batch, *self._traverse_options()
                 )
-                predicted = nodes.expand(
+                predicted = expand(
                     simulation, np.asarray(path), np.asarray(columns), np.asarray(actions), self._depths(results, path)
                 )
                 tree.batch_backpropagate(

@@ -2,11 +2,11 @@
 import logging
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-import xxhash
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
 from .backend import Result, make_backend, picked
@@ -14,6 +14,7 @@ from .base_manager import PagedCacheManager
 from .config import CacheConfig
 from .engine import Engine, StepOutput
 from .guard import NanGuard
+from .host import hash_rows, reanalysis_timesteps_of, timesteps_of, to_host
 from .manager import COLLECT
 from .nodes import NodeTable
 from .pages import Rows, extend
@@ -261,7 +262,7 @@ class NewWorldModel(LightZeroWorldModel):
                    start_pos: Any) -> StepOutput:
         rows = current_obs.shape[0]
         mode, env_ids = self._rows_of(rows)
-        timesteps = _timesteps(start_pos, rows)
+        timesteps = timesteps_of(start_pos, rows)
         latent = self.tokenizer.encode_to_obs_embeddings(current_obs).reshape(rows, -1)
         going = np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
         on_host, last_keys, last_latent = self._root_keys(mode, env_ids, latent, last_obs, going)
@@ -297,7 +298,7 @@ class NewWorldModel(LightZeroWorldModel):
                 sent = self._send(np.stack([pages, self._angle(2 * timesteps)]))
                 output = engine.first(weights, slab, sent[0], latent, sent[1])
             kept = kept[self._guard.finite(
-                _on_host(_soundness(output))[kept], 'A value or policy', mode, [env_ids[row] for row in kept],
+                to_host(_soundness(output))[kept], 'A value or policy', mode, [env_ids[row] for row in kept],
                 timesteps[kept]
             )]
             roots = extend((tables, counts), pages)
@@ -331,9 +332,9 @@ class NewWorldModel(LightZeroWorldModel):
         followed = self._last_keys if self._serving is not None else {}
         last_keys = {row: followed.get((mode, env_ids[row])) for row in np.flatnonzero(going).tolist()}
         if None not in last_keys.values():
-            return _on_host(latent), last_keys, lambda rows: encode()[self._send(rows)]
+            return to_host(latent), last_keys, lambda rows: encode()[self._send(rows)]
         last = encode()
-        on_host = _on_host(torch.cat([last, latent]))  # one copy for both
+        on_host = to_host(torch.cat([last, latent]))  # one copy for both
         hashed = hash_rows(on_host[:len(last)])
         last_keys = {row: hashed[row] if key is None else key for row, key in last_keys.items()}
         return on_host[len(last):], last_keys, lambda rows: last[self._send(rows)]
@@ -342,7 +343,7 @@ class NewWorldModel(LightZeroWorldModel):
                    start_pos: Any) -> StepOutput:
         rows = len(latent)
         mode, env_ids = self._rows_of(rows)
-        timesteps = _timesteps(start_pos, rows)
+        timesteps = timesteps_of(start_pos, rows)
         depths = timesteps + (np.asarray(search_depth, dtype=np.int64) if len(search_depth) else 0)
         manager, weights = self.kv_cache_manager, self._weights()
         try:
@@ -356,7 +357,7 @@ class NewWorldModel(LightZeroWorldModel):
             output = self._step(weights, (tables, counts), pages, action, (2 * depths + 1, 2 * depths + 2)).output
             if self._backend.reuses_output:
                 output = output.map(torch.clone)
-            on_host = _on_host(torch.cat([output.latent_state.reshape(rows, -1), _soundness(output)], dim=1))
+            on_host = to_host(torch.cat([output.latent_state.reshape(rows, -1), _soundness(output)], dim=1))
             kept = self._guard.finite(on_host[:, -1:], 'A value or policy', mode, env_ids, timesteps)
             keys, nodes = hash_rows(on_host[:, :-1]), extend((tables, counts), pages)
             if len(kept) < rows:
@@ -370,12 +371,17 @@ class NewWorldModel(LightZeroWorldModel):
         return output
 
     @contextmanager
-    def search_by_node(self, simulations: int) -> Iterator['NodeExpansion']:
+    def search_by_node(self, simulations: int) -> Iterator[Callable[..., np.ndarray]]:
         """
         Overview:
-            Search from the roots that were just served.
+            Search from the roots that were just served, by a function that expands one node of each row.
         Arguments:
             - simulations (:obj:`int`): How many nodes each row will get.
+        Returns:
+            - expand (:obj:`Callable`): To be called with the number of the simulation, for each row the node's index \
+                in the search path and its row ``[B]``, the actions ``[B]`` or ``[B, A]``, and what LightZero's tree \
+                passes as depths ``[B]``. It returns reward, value and policy logits ``[B, 2 + P]`` on the host; 0 \
+                for what is skipped.
         Raises:
             - RuntimeError: No root inference was served.
         """
@@ -384,37 +390,27 @@ class NewWorldModel(LightZeroWorldModel):
         rows, timesteps = self._roots
         start = time.perf_counter()
         try:
-            nodes = self.kv_cache_manager.open_search(rows, simulations)
-            yield NodeExpansion(self, nodes, timesteps)
+            yield partial(self._expand, self.kv_cache_manager.open_search(rows, simulations), timesteps)
         finally:
             self.kv_cache_manager.release()
         self.timings['search'].record(time.perf_counter() - start)
 
     @torch.no_grad()
-    def expand(self, rows: Rows, pages: np.ndarray, path: np.ndarray, actions: np.ndarray, depths: Sequence[int],
-               timesteps: np.ndarray) -> np.ndarray:
-        """
-        Overview:
-            One simulation of a search by node: one transfer there, one back.
-        Arguments:
-            - rows (:obj:`Rows`): The contexts of the nodes that are expanded.
-            - pages (:obj:`np.ndarray`): The pages of their children ``[B]``.
-            - path (:obj:`np.ndarray`): Their indices in the search path ``[B]``.
-            - actions (:obj:`np.ndarray`): ``[B]``, or ``[B, A]`` for continuous ones.
-            - depths (:obj:`Sequence[int]`): Depths of the nodes that are expanded ``[B]``.
-            - timesteps (:obj:`np.ndarray`): Timesteps of the roots ``[B]``.
-        Returns:
-            - predicted (:obj:`np.ndarray`): Reward, value and policy logits ``[B, 2 + P]``; 0 for what is skipped.
-        """
+    def _expand(self, nodes: NodeTable, timesteps: np.ndarray, simulation: int, path: np.ndarray, columns: np.ndarray,
+                actions: np.ndarray, depths: Sequence[int]) -> np.ndarray:
+        """One simulation of a search by node: one transfer there, one back."""
+        start = time.perf_counter()
+        rows, pages = nodes.expand(simulation, path, columns), nodes.pages[simulation]
         step = timesteps + np.asarray(depths, dtype=np.int64)
         result = self._step(self._weights(), rows, pages, actions, (2 * step + 1, 2 * step + 2))
         self.kv_cache_manager.count_queries('recur', len(pages), len(pages), by_node=True)
         assert result.search is not None  # the actions came from the host
-        predicted = _on_host(result.search)
+        predicted = to_host(result.search)
         if self.validator is not None:
             self.validator.node(path, actions, depths, result.output)
         mode, env_ids = self._rows_of(len(pages))
         kept = self._guard.finite(predicted, 'A reward, value or policy', mode, env_ids, timesteps)
+        self.timings['step'].record(time.perf_counter() - start)
         return predicted if len(kept) == len(predicted) else np.nan_to_num(predicted, posinf=0.0, neginf=0.0)
 
     def _reanalysis_step(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
@@ -424,7 +420,7 @@ class NewWorldModel(LightZeroWorldModel):
         state = torch.from_numpy(latent).to(engine.device)
         positions = None
         if self.config.rotary_emb:
-            timesteps = _reanalysis_timesteps(start_pos, len(latent))
+            timesteps = reanalysis_timesteps_of(start_pos, len(latent))
             # Both other tokens have the action's angle, as in LightZero's reanalysis.
             after = self._angle(2 * (np.asarray(search_depth, dtype=np.int64) + timesteps + 1) + 1)
             positions = self._send(np.stack([self._angle(2 * timesteps), after, after]))
@@ -477,42 +473,6 @@ class NewWorldModel(LightZeroWorldModel):
         return mode, env_ids
 
 
-class NodeExpansion:
-    """
-    Overview:
-        A search by node that is under way.
-    Arguments:
-        - world_model (:obj:`NewWorldModel`): Whose.
-        - nodes (:obj:`NodeTable`): The contexts of its nodes.
-        - timesteps (:obj:`np.ndarray`): Timesteps of the roots ``[B]``.
-    """
-
-    def __init__(self, world_model: NewWorldModel, nodes: NodeTable, timesteps: np.ndarray) -> None:
-        self._world_model, self._nodes, self._timesteps = world_model, nodes, timesteps
-
-    def expand(self, simulation: int, path: np.ndarray, columns: np.ndarray, actions: np.ndarray,
-               depths: Sequence[int]) -> np.ndarray:
-        """
-        Overview:
-            Expand one node of each row.
-        Arguments:
-            - simulation (:obj:`int`): Which simulation.
-            - path (:obj:`np.ndarray`): Index in the search path of each row's node ``[B]``.
-            - columns (:obj:`np.ndarray`): Its row ``[B]``.
-            - actions (:obj:`np.ndarray`): The actions taken there.
-            - depths (:obj:`Sequence[int]`): What LightZero's tree passes as depth.
-        Returns:
-            - predicted (:obj:`np.ndarray`): Reward, value and policy logits ``[B, 2 + P]``.
-        """
-        start = time.perf_counter()
-        rows = self._nodes.expand(simulation, path, columns)
-        predicted = self._world_model.expand(
-            rows, self._nodes.pages[simulation], path, actions, depths, self._timesteps
-        )
-        self._world_model.timings['step'].record(time.perf_counter() - start)
-        return predicted
-
-
 class CacheView:
     """
     Overview:
@@ -530,27 +490,6 @@ class CacheView:
         self._clear(**self._kwargs)
 
 
-def hash_rows(latent: np.ndarray) -> List[int]:
-    """
-    Overview:
-        The key of each row.
-    Arguments:
-        - latent (:obj:`np.ndarray`): ``[B, E]``, each row contiguous.
-    Returns:
-        - keys (:obj:`List[int]`): XXH3's 64 bits of each row's bytes.
-    """
-    return list(map(xxhash.xxh3_64_intdigest, latent))
-
-
-def _on_host(tensor: torch.Tensor) -> np.ndarray:
-    """One copy; from a GPU to pinned memory, which takes a fraction of the time."""
-    if not tensor.is_cuda:
-        return tensor.numpy()
-    copy = tensor.to('cpu', non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
-    return copy.numpy()
-
-
 def _soundness(output: StepOutput) -> torch.Tensor:
     """A number ``[B, 1]`` that is finite where value and policy are: what is not tells of keys and values that are not.
     """
@@ -560,17 +499,3 @@ def _soundness(output: StepOutput) -> torch.Tensor:
 def _zero_for_nan(part: torch.Tensor) -> torch.Tensor:
     """A search cannot do with nan or inf."""
     return part.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _timesteps(start_pos: Any, rows: int) -> np.ndarray:
-    if np.ndim(start_pos) == 0:
-        return np.full(rows, int(start_pos), dtype=np.int64)
-    return np.asarray(start_pos[:rows], dtype=np.int64).reshape(rows, -1)[:, 0]
-
-
-def _reanalysis_timesteps(start_pos: Any, rows: int) -> np.ndarray:
-    """Timesteps ``[batch, unroll]`` with the 0 that LightZero appends to each sequence, as one row ``[rows]``."""
-    if np.ndim(start_pos) == 0:
-        return np.full(rows, int(start_pos), dtype=np.int64)
-    start_pos = np.asarray(start_pos)
-    return np.pad(start_pos, ((0, 0), (0, 1))).reshape(-1).astype(np.int64)

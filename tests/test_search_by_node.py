@@ -98,13 +98,13 @@ class ByNode(Batch):
         simulations = self.world_model.kv_cache_manager.recur_pool.pool_size // rows
         self._open.enter_context(self.world_model.serving(self._mode, range(rows)))
         answer = super().root(event)
-        self._nodes = self._open.enter_context(self.world_model.search_by_node(simulations))
+        self._expand = self._open.enter_context(self.world_model.search_by_node(simulations))
         self._simulation = 0
         return answer
 
     def expand(self, event):
         rows = np.arange(len(event.parents))
-        predicted = self._nodes.expand(
+        predicted = self._expand(
             self._simulation, np.asarray(event.parents), rows, np.asarray(event.actions), list(event.depths)
         )
         self._simulation += 1
