@@ -135,6 +135,7 @@ class Engine:
         """
         tables, counts = rows
         width = self._pages_of_window(int(counts.max()))
+        self._masks_of(2 * width, self.device)  # here, since a step that is compiled with them missing is compiled anew
         numbers = np.zeros((width + 3 + self._action_rows, len(counts)), dtype=np.int64)
         numbers[:width - 1], numbers[width - 1], numbers[width] = tables.T[:width - 1], pages, counts
         if self.rotary:
@@ -372,8 +373,8 @@ class Engine:
         """What tells tokens at positions ``[K, B]`` where they are: rotary factors ``[B, K, 1, D / 2]`` for queries and
         keys, or learned embeddings ``[B, K, E]`` to add."""
         if self.rotary:
-            return self._wm.transformer.freqs_cis[positions.T].unsqueeze(-2)
-        return F.embedding(positions.T, self._wm.pos_emb.weight)
+            return self._wm.transformer.freqs_cis[positions].transpose(0, 1).unsqueeze(-2)
+        return F.embedding(positions, self._wm.pos_emb.weight).transpose(0, 1)
 
     def _masks_of(self, slots: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
         """Additive masks by count of pages, padded: of one token ``[W, 1, 1, T]``, and of an action with an observation

@@ -550,14 +550,18 @@ class TestCompiled:
         assert not warnings_of(lines)
 
     @pytest.mark.slow
-    @BOTH_WAYS
-    def test_by_the_real_compiler(self, by_node, lines):
-        case = Case(num_layers=1)
+    @pytest.mark.parametrize(('by_node', 'rotary'), [(False, False), (True, True)], ids=['by_key', 'by_node'])
+    def test_by_the_real_compiler(self, by_node, rotary, lines):
+        try:
+            torch.compile(torch.neg)(torch.zeros(2))
+        except Exception as error:  # whatever the compiler raises
+            pytest.skip(f'there is no compiler: {error}')
+        case = Case(num_layers=1, rotary=rotary)
         trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=3)
         answers = answers_of(cached_model(case, 2, SEED, **cfg('compile')), trace, by_node)
         expected = answers_of(cached_model(case, 2, SEED, **cfg('eager')), trace, by_node)
         assert largest_error(answers, expected) <= TOLERANCE
-        assert len(warnings_of(lines)) <= 1  # where there is no compiler
+        assert not warnings_of(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
