@@ -280,7 +280,7 @@ class Engine:
             positions = torch.arange(3, device=state.device).unsqueeze(1).expand(3, rows)
         places = self._places(positions)
         pair = torch.stack([state, self.embed_action(action)], dim=1)
-        causal = self._masks_of(3, state.device)[1][1:, :, :, :2]
+        causal = self._masks_of(3, state.device)[1][1:, :, :, :2]  # of a context of one page, the state's
         x = self._tokens(weights, window, 3, pair, places[:, :2], causal)
         return self._observe_predicted(weights, window, x, places[:, 2:], None)
 
