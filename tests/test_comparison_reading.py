@@ -31,6 +31,11 @@ class TestReading:
         assert run.mean('kv_cache_iter/search_ms') == 499.5
         assert run.recording.points == 2 + 3 + 2 * (12_000 + 5 * 2)
 
+    def test_an_evaluation_is_no_training(self, tmp_path):
+        write_run(tmp_path / 'new_s0_eval', summary=dict(task='evaluate'))
+        with pytest.raises(Unreadable, match='evaluated a checkpoint and trained nothing'):
+            read(str(tmp_path))
+
     def test_several_files_of_one_run(self, tmp_path):
         folder = tmp_path / 'old_s0'
         for name, began, rewards in (('b', 500, (3., 4.)), ('a', 0, (1., 2.)), ('c', 520, (5., 6.))):

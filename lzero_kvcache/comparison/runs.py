@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 import numpy as np
 
 from ..config import FLAG, OPTIONS
-from .events import Curve, Recording, read_events
+from .events import Curve, Recording, Unreadable, read_events
 from .finding import CONFIG_FILE, SUMMARY_FILE, Experiment
 from .saved_config import read_config
 
@@ -159,7 +159,7 @@ def read_run(experiment: Experiment, advance: Callable[[int], None]) -> Run:
     Returns:
         - run (:obj:`Run`): The run.
     Raises:
-        - Unreadable: If its event files are damaged, cut off or empty.
+        - Unreadable: If its event files are damaged, cut off or empty, or it was no training.
     """
     recording = read_events(experiment.event_files, TAGS, advance)
     run = Run(experiment.name, experiment.folder, experiment.event_files, recording, notes=list(recording.notes))
@@ -171,6 +171,8 @@ def read_run(experiment: Experiment, advance: Callable[[int], None]) -> Run:
         run.summary = _read_summary(experiment.path(SUMMARY_FILE))
     except (OSError, ValueError) as error:
         run.notes.append(f'{SUMMARY_FILE} cannot be parsed ({error})')
+    if run.told('task') == 'evaluate':
+        raise Unreadable('it evaluated a checkpoint and trained nothing')
     return run
 
 

@@ -64,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--seed', type=_count(0), metavar='N', help="default: the config's seed, or 0")
     parser.add_argument('--exp-name', metavar='PATH', help='folder of the experiment; a name that exists gets the time '
                         'appended (default: exp_name of the config)')
-    parser.add_argument('--max-env-step', type=_count(1), metavar='N', help='environment steps to stop after '
-                        '(default: max_env_step of the config)')
+    parser.add_argument('--max-env-step', type=_count(1), metavar='N', help='environment steps to stop after, when '
+                        'what was begun is finished (default: max_env_step of the config)')
     parser.add_argument('--max-train-iter', type=_count(1), metavar='N', help='training iterations to stop after')
     parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), help='auto: the GPU if there is one (default: '
                         'what the config says, and the CPU where there is no GPU)')
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--threads', type=_count(1), metavar='N', help="CPU threads of torch (default: threads of the "
                         "config, or torch's own choice)")
     parser.add_argument('--set', nargs='+', action='append', default=[], metavar='KEY=VALUE', dest='assignments',
-                        help='set any key of the config; what follows from a value follows')
+                        help='set any key of the config, a new one as +KEY=VALUE; what follows from a value follows')
     parser.add_argument('--verbose', action='store_true', help="show LightZero's own output as well")
     parser.add_argument('--log-level', choices=('info', 'debug'), default='info',
                         help="debug: every miss, eviction, clear and growth of the cache, in the run's log file")

@@ -100,7 +100,7 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
         - rows (:obj:`List[Tuple[str, str]]`): Names and values.
     """
     def megabytes(value: Optional[float]) -> str:
-        return '-' if value is None else f'{number_text(value)} MB'
+        return '-' if value is None else f'{number_text(value)} MiB'
 
     last = result.evaluations[-1] if result.evaluations else None
     reward = '- (no evaluation yet; policy.eval_freq says how often)'
