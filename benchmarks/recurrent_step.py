@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from common import PRESETS, build_models, median, parser, report, timed
 
+from lzero_kvcache.engine import LEAST_PAGES
 from lzero_kvcache.slab import MIB
 
 
@@ -89,8 +90,9 @@ def forward_alone(model: Any, rows: int, device: str, simulations: int) -> float
     if world_model.use_new_cache_manager:
         engine = world_model.cache_engine
         weights = engine.weights()
-        window = torch.zeros(rows, 2 * engine.width, engine.layers, 2, engine.embed_dim, device=device)
-        counts = torch.full((rows,), engine.width - 1, device=device)
+        pages = min(engine.width, LEAST_PAGES)  # a window of the searches above, which begin episodes
+        window = torch.zeros(rows, 2 * pages, engine.layers, 2, engine.embed_dim, device=device)
+        counts = torch.full((rows,), pages - 1, device=device)
         angles = torch.zeros(2, rows, dtype=torch.long, device=device)
 
         def run() -> None:

@@ -274,10 +274,10 @@ class PagedPool(KVCachePool):
 
     def _keep(self, slot: int, stored: Any) -> None:
         pages, value = stored
+        self.tables[slot] = NULL_PAGE
         if pages is None:
             super()._keep(slot, value)
         else:
-            self.tables[slot] = NULL_PAGE
             self.tables[slot, :len(pages)] = pages
             self.counts[slot] = len(pages)
 

@@ -1,4 +1,4 @@
-"""The transformer's weights laid out for inference. Knows LightZero's modules; holds no copy beyond one search."""
+"""The transformer's weights laid out for inference, made anew for each search. Knows LightZero's modules."""
 import functools
 import math
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple

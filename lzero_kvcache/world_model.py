@@ -358,7 +358,7 @@ class NewWorldModel(LightZeroWorldModel):
             if self._backend.reuses_output:
                 output = output.map(torch.clone)
             on_host = to_host(torch.cat([output.latent_state.reshape(rows, -1), _soundness(output)], dim=1))
-            kept = self._guard.finite(on_host[:, -1:], 'A value or policy', mode, env_ids, timesteps)
+            kept = self._guard.finite(on_host[:, -1:], 'A reward, value or policy', mode, env_ids, timesteps)
             keys, nodes = hash_rows(on_host[:, :-1]), extend((tables, counts), pages)
             if len(kept) < rows:
                 env_ids, keys = [env_ids[row] for row in kept], [keys[row] for row in kept]
@@ -422,7 +422,8 @@ class NewWorldModel(LightZeroWorldModel):
         if self.config.rotary_emb:
             timesteps = reanalysis_timesteps_of(start_pos, len(latent))
             # Both other tokens have the action's angle, as in LightZero's reanalysis.
-            after = self._angle(2 * (np.asarray(search_depth, dtype=np.int64) + timesteps + 1) + 1)
+            depths = timesteps + (np.asarray(search_depth, dtype=np.int64) if len(search_depth) else 0)
+            after = self._angle(2 * (depths + 1) + 1)
             positions = self._send(np.stack([self._angle(2 * timesteps), after, after]))
         return engine.step_alone(engine.weights(), state, self._action_on_device(action), positions)
 
@@ -491,9 +492,10 @@ class CacheView:
 
 
 def _soundness(output: StepOutput) -> torch.Tensor:
-    """A number ``[B, 1]`` that is finite where value and policy are: what is not tells of keys and values that are not.
-    """
-    return torch.cat([output.logits_value, output.logits_policy], dim=-1).sum(-1)
+    """A number ``[B, 1]`` that is finite where reward, value and policy are: what is not tells of keys and values that
+    are not."""
+    parts = output.logits_rewards, output.logits_value, output.logits_policy
+    return torch.cat([part for part in parts if part is not None], dim=-1).sum(-1)
 
 
 def _zero_for_nan(part: torch.Tensor) -> torch.Tensor:

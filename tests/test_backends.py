@@ -590,6 +590,12 @@ class TestKernels:
         actual = _attend(query.transpose(1, 2), keys, values, bias)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize('numbers', [1, layouts.MANY_NUMBERS - 1, layouts.MANY_NUMBERS, 3 * layouts.MANY_NUMBERS])
+    def test_gelu(self, numbers):
+        x = 10 * torch.randn(numbers)
+        x[0] = 0
+        torch.testing.assert_close(layouts._gelu(x), F.gelu(x, approximate='tanh'), rtol=1e-5, atol=1e-6)
+
     @pytest.mark.parametrize('rows', [1, layouts.MANY_CAPTURED_ROWS - 1, layouts.MANY_CAPTURED_ROWS, 100])
     @pytest.mark.parametrize('on_gpu', [False, True], ids=['cpu', 'gpu'])
     @pytest.mark.parametrize('has_bias', [False, True])

@@ -30,7 +30,7 @@ from oracle import (
 )
 
 if importlib.util.find_spec('lzero_kvcache') is not None:
-    import lzero_kvcache  # noqa: F401
+    from lzero_kvcache.weights import MANY_ROWS
 
 
 def new_mode_exists() -> bool:
@@ -114,6 +114,19 @@ def test_windows_that_grow(case, parts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('lzero_kvcache.engine.LEAST_PAGES', 2)
         check_random(case, parts)
+
+
+@pytest.fixture
+def as_for_many_rows(monkeypatch):
+    """Small batches are computed as those of hundreds of rows are."""
+    monkeypatch.setitem(MANY_ROWS, 'cpu', 1)
+    monkeypatch.setattr('lzero_kvcache.weights.MANY_NUMBERS', 1)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=CASES, parts=TRACES)
+def test_many_rows(as_for_many_rows, case, parts):
+    check_random(case, parts)
 
 
 @pytest.mark.slow
@@ -220,6 +233,15 @@ def test_reanalysis(case, seed, samples, simulations):
     event = random_reanalysis(np.random.default_rng(seed), case, samples, simulations)
     actual = Batch(cached_model(case, 2, seed)).play(event)
     assert_same(row_differences(actual, OriginalBatch(original_model(case, 2, seed)).play(event)))
+
+
+@BOTH_POSITIONS
+@BOTH_ACTIONS
+def test_reanalysis_of_many_rows(as_for_many_rows, rotary, continuous):
+    case = Case(rotary=rotary, continuous=continuous)
+    event = random_reanalysis(np.random.default_rng(SEED), case, samples=3, simulations=4)
+    actual = Batch(cached_model(case, 2, SEED)).play(event)
+    assert_same(row_differences(actual, OriginalBatch(original_model(case, 2, SEED)).play(event)))
 
 
 @BOTH_POSITIONS

@@ -235,6 +235,20 @@ def test_nan_in_one_environment_names_it_and_leaves_the_others(lines):
     audit(manager)
 
 
+def test_a_reward_of_nan_is_noticed_by_key():
+    """It touches no key and no value, and value and policy stay finite."""
+    policy = make_policy(True)
+    worker = Worker(policy)
+    worker.step([0, 1, 2])
+    model = policy._model
+    with torch.no_grad():
+        for parameter in model.world_model.head_rewards.parameters():
+            parameter.fill_(float('nan'))
+    latent = np.random.default_rng(0).random((3, 1, model.world_model.embed_dim), dtype=np.float32)
+    with pytest.raises(FloatingPointError, match='A reward, value or policy'):
+        model.recurrent_inference([(latent, torch.zeros(3, dtype=torch.long))], 0, [0] * 3, [0] * 3)
+
+
 @pytest.mark.parametrize('on_nan', ['raise', 'skip'])
 def test_keys_and_values_with_nan_are_not_stored(on_nan):
     """A sound encoder before an attention that has diverged: the latent states tell nothing of it."""

@@ -126,6 +126,15 @@ class TestByHand:
         assert torch.equal(tokens(found), tokens(value))
         audit(used)
 
+    def test_a_context_that_another_object_replaced_leaves_no_pages(self):
+        used = manager()
+        used.set_init_cache(0, 'key', keys_values(5))
+        used.set_init_cache(0, 'key', 'text')
+        tables, counts = used.find_init('collect', [0], ['key'])
+        assert counts.tolist() == [0]
+        assert not tables.any()
+        audit(used)
+
     @pytest.mark.parametrize('size', SIZES)
     def test_what_comes_out_can_be_continued(self, by_hand, size):
         """As LightZero's attention does: there is room for as many tokens as in the original."""
