@@ -12,6 +12,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import gymnasium
 import pytest
 import torch
 
@@ -75,12 +76,21 @@ def test_a_gpu_that_is_not_there(capfd):
     assert 'use --device cpu' in capfd.readouterr().err
 
 
+def test_an_environment_that_is_not_there_is_one_line(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(['--config', 'config_new', '--set', 'env.env_id=NoSuchPole-v0']) == 2
+    line = capfd.readouterr().err
+    assert line.count('\n') == 1
+    assert 'env.env_id: Environment `NoSuchPole`' in line
+
+
 def test_an_error_of_the_environment_is_a_traceback_and_exit_code_1(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(['--config', 'config_new', '--set', 'env.env_id=NoSuchPole-v0']) == 1
+    monkeypatch.setattr(gymnasium, 'make', lambda *args, **kwargs: {}['the pole'])
+    assert main(['--config', 'config_new']) == 1
     captured = capfd.readouterr()
     assert 'Traceback' in captured.err
-    assert 'NoSuchPole' in captured.err
+    assert "KeyError: 'the pole'" in captured.err
 
 
 def test_options_override_the_config():
@@ -333,7 +343,8 @@ def test_saving_is_not_interrupted(a_run):
 @pytest.mark.parametrize(('error', 'command'), [
     (ModuleNotFoundError("No module named 'cv2'", name='cv2'), "pip install 'opencv-python-headless<4.11'"),
     (ModuleNotFoundError("No module named 'Box2D.b2'", name='Box2D.b2'), 'pip install Box2D==2.3.10'),
-    (ModuleNotFoundError("No module named 'xyz'", name='xyz'), 'pip install xyz'),
+    (ModuleNotFoundError("No module named 'xyz'", name='xyz'), "'xyz': put its folder on PYTHONPATH"),
+    (gymnasium.error.NameNotFound("Environment `Pongg` doesn't exist."), "env.env_id: Environment `Pongg`"),
     (Exception('We\'re Unable to find the game "Pong". Note: Gym no longer distributes ROMs.'), 'ale-import-roms'),
     (TypeError('Descriptors cannot be created directly.'), "'protobuf<6'"),
 ])

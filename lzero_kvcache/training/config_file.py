@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 from easydict import EasyDict
 
@@ -26,6 +26,8 @@ FOLDERS = ('', 'configs', 'zoo_configs')
 PROJECT_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # LightZero's Atari files build their config in ``main(env_id, seed)``, whose arguments come from the command line.
 MAIN_DEFAULTS = {'env_id': 'PongNoFrameskip-v4', 'seed': 0}
+
+_beside: Dict[str, Set[str]] = {}  # the folder of the last config that was loaded, and the modules before it
 
 
 @dataclass
@@ -85,7 +87,8 @@ def load_config(name: str) -> LoadedConfig:
     """
     Overview:
         Load a config file that declares ``main_config`` and ``create_config``, or, as LightZero's Atari files do,
-        builds them in a function ``main`` that ends in a training. No training starts.
+        builds them in a function ``main`` that ends in a training. No training starts. What lies beside the file can
+        be imported from then on, until a config of another folder is loaded.
     Arguments:
         - name (:obj:`str`): As in ``find_config``.
     Returns:
@@ -174,22 +177,37 @@ def _run_file(path: str) -> Dict[str, Any]:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config {path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    folder = os.path.dirname(path)
-    present = set(sys.modules)
-    sys.path.insert(0, folder)
+    _look_beside(path)
     try:
         spec.loader.exec_module(module)
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"--config {_where(path, error)}: {mend(error) or _one_line(error)}") from error
-    finally:
-        sys.path.remove(folder)
-        # A neighbour that it imported, as config_old.py, must not stand for another folder's file of that name.
-        for neighbour in set(sys.modules) - present:
-            if os.path.dirname(getattr(sys.modules[neighbour], '__file__', None) or '') == folder:
-                del sys.modules[neighbour]
     return vars(module)
+
+
+def _look_beside(path: str) -> None:
+    """Let what lies beside a config be imported for the rest of the process, as it is for a script that Python runs."""
+    folder = os.path.dirname(path)
+    if folder in _beside:
+        return
+    for earlier, present in _beside.items():
+        sys.path.remove(earlier)
+        # A neighbour of that config, as config_old.py, must not stand for this folder's file of that name.
+        added = set(sys.modules) - present
+        neighbours = {name for name in added if '.' not in name and _lies_in(earlier, sys.modules[name])}
+        for name in [name for name in added if name.split('.')[0] in neighbours]:
+            del sys.modules[name]
+    _beside.clear()
+    _beside[folder] = set(sys.modules)
+    sys.path.insert(0, folder)
+
+
+def _lies_in(folder: str, module: Any) -> bool:
+    """Whether a module is a file of a folder, or a package in it."""
+    where = list(getattr(module, '__path__', [])) or [getattr(module, '__file__', None) or '']
+    return folder in map(os.path.dirname, where)
 
 
 def _captured_from_main(path: str, declared: Dict[str, Any]) -> Dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Iterator, Optional
 
 from lzero_kvcache.config import ConfigError
 
-# Packages whose module is called otherwise, or of which LightZero 0.2.0 needs a certain version.
+# What LightZero's environments need, by module.
 PACKAGES = {
     'ale_py': "'gym[atari]==0.25.1' 'ale-py==0.8.1'",
     'atari_py': "'gym[atari]==0.25.1' 'ale-py==0.8.1'",
@@ -17,6 +17,7 @@ PACKAGES = {
     'gym': "'gym==0.25.1'",
     'gymnasium': "'gymnasium==0.28.0'",
     'lzero': "'LightZero>=0.2.0'",
+    'pygame': 'pygame',
     'pycolab': "'pycolab==1.2'",
     'zoo': "'LightZero>=0.2.0'",
 }
@@ -36,8 +37,12 @@ def mend(error: BaseException) -> Optional[str]:
     text = ' '.join(str(error).split())
     missing = _missing_module(error)
     if missing:
-        module = missing.split('.')[0]
-        return f"the module '{missing}' is not installed; pip install {PACKAGES.get(module, module)}"
+        package = PACKAGES.get(missing.split('.')[0])
+        if package is None:  # perhaps a file of the user's, whose name may be that of a stranger's package
+            return f"there is no module '{missing}': put its folder on PYTHONPATH, or install the package that has it"
+        return f"the module '{missing}' is not installed; pip install {package}"
+    if any(kind.__name__ == 'UnregisteredEnv' for kind in type(error).__mro__):  # gym's and gymnasium's
+        return f'env.env_id: {text}'
     if type(error).__name__ == 'DependencyNotInstalled':
         return text
     if _ROM_MESSAGE.search(text):
