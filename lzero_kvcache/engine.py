@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .pages import Rows
 from .slab import Slab
-from .weights import MANY_CAPTURED_ROWS, MANY_ROWS, Weights, read_weights
+from .weights import MANY_CAPTURED_ROWS, MANY_ROWS, Weights, check_served, read_weights
 
 SHORT_WINDOW = 64
 """Slots up to which attention is cheaper without a matrix product, for many rows."""
@@ -49,18 +49,14 @@ class Engine:
     Overview:
         The transformer's inference over pages. It reads the world model's own modules and holds no weights.
     Arguments:
-        - world_model (:obj:`Any`): A LightZero world model with one observation token per step.
+        - world_model (:obj:`Any`): A LightZero world model.
     Raises:
-        - ValueError: The world model is one that pages cannot serve.
+        - ConfigError: As :func:`check_served`.
     """
 
     def __init__(self, world_model: Any) -> None:
+        check_served(world_model)
         config = world_model.config
-        if config.tokens_per_block != 2:
-            raise ValueError(
-                f'tokens_per_block={config.tokens_per_block}: the new cache serves one observation token per step '
-                '(tokens_per_block=2); set use_new_cache_manager=False for the old system'
-            )
         self._wm = world_model
         self.heads, self.embed_dim = config.num_heads, config.embed_dim
         self.head_dim = self.embed_dim // self.heads

@@ -5,7 +5,8 @@ from typing import Any
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from easydict import EasyDict
 
-from .config import FLAG, OPTIONS, CacheConfig, ConfigError, nearest, settle
+from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, nearest, settle
+from .policies import KVCachePolicy
 from .registry import KV_CACHE_REGISTRY
 
 PLUGIN = 'lzero_kvcache'
@@ -56,8 +57,14 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     name = create_config.policy.type
     if name not in POLICIES:
         raise ConfigError(f'create_config.policy.type={name!r} is not a UniZero policy: {nearest(name, POLICIES)}')
-    defaults = POLICY_REGISTRY.get(name).default_config()
-    return settle(deep_merge_dicts(defaults, copy.deepcopy(main_config.policy)), KV_CACHE_REGISTRY)
+    policy = POLICY_REGISTRY.get(name)
+    config = settle(deep_merge_dicts(policy.default_config(), copy.deepcopy(main_config.policy)), KV_CACHE_REGISTRY)
+    if config.use_new and not issubclass(policy, KVCachePolicy):
+        raise ConfigError(
+            f'{PREFIX}.{FLAG}=True, but {policy.__module__}.{policy.__qualname__}, which is registered as {name!r}, is '
+            'no policy of lzero_kvcache: derive it from lzero_kvcache.policies.UniZeroPolicy or SampledUniZeroPolicy'
+        )
+    return config
 
 
 def _switch(main_config: EasyDict, create_config: EasyDict, flag: bool, options: Any) -> None:

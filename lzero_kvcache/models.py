@@ -10,7 +10,7 @@ from lzero.model.unizero_world_models.tokenizer import Tokenizer
 
 from .config import CacheConfig
 from .old_system import OldWorldModel
-from .registry import KV_CACHE_REGISTRY
+from .registry import KV_CACHE_REGISTRY, register_in_place_of
 from .world_model import NewWorldModel
 
 
@@ -73,5 +73,7 @@ class SampledUniZeroModel(sampled_unizero_model.SampledUniZeroModel):
             super().__init__(*args, **kwargs)
 
 
-MODEL_REGISTRY.register('UniZeroModel', UniZeroModel, force_overwrite=True)
-MODEL_REGISTRY.register('SampledUniZeroModel', SampledUniZeroModel, force_overwrite=True)
+register_in_place_of(unizero_model.UniZeroModel, MODEL_REGISTRY, 'UniZeroModel', UniZeroModel)
+register_in_place_of(
+    sampled_unizero_model.SampledUniZeroModel, MODEL_REGISTRY, 'SampledUniZeroModel', SampledUniZeroModel
+)

@@ -22,10 +22,11 @@ from scipy.special import entr
 
 from .config import FLAG, PREFIX, ConfigError, settle
 from .manager import COLLECT, EVAL
-from .registry import KV_CACHE_REGISTRY
+from .registry import KV_CACHE_REGISTRY, register_in_place_of
 from .search import NodeSearch, SampledNodeSearch
 from .stats import Timing
 from .telemetry import HOOK_CONFIG, HOOK_KEY
+from .weights import check_served
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ class KVCachePolicy:
                 f'{cfg.model.get("type")!r} has LightZero\'s own caching: derive the model from '
                 'lzero_kvcache.models.UniZeroModel or SampledUniZeroModel, and its world model from NewWorldModel'
             )
+        if use_new:  # again, now that a subclass has built what it builds after its base class
+            check_served(self._model.world_model)
 
     def _init_collect(self) -> None:
         super()._init_collect()  # type: ignore[misc]
@@ -251,5 +254,5 @@ class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
     node_search = SampledNodeSearch
 
 
-POLICY_REGISTRY.register('unizero', UniZeroPolicy, force_overwrite=True)
-POLICY_REGISTRY.register('sampled_unizero', SampledUniZeroPolicy, force_overwrite=True)
+register_in_place_of(LightZeroUniZeroPolicy, POLICY_REGISTRY, 'unizero', UniZeroPolicy)
+register_in_place_of(LightZeroSampledUniZeroPolicy, POLICY_REGISTRY, 'sampled_unizero', SampledUniZeroPolicy)

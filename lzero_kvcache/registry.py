@@ -1,5 +1,28 @@
-"""The registry of cache managers."""
+"""The registry of cache managers, and what the plugin does to DI-engine's."""
 from ding.utils.registry import Registry
+
+from .config import ConfigError
 
 KV_CACHE_REGISTRY = Registry()
 """Cache managers by the name that ``world_model_cfg.kv_cache_cfg.type`` picks."""
+
+
+def register_in_place_of(original: type, registry: Registry, name: str, replacement: type) -> None:
+    """
+    Overview:
+        Register a class of the plugin over LightZero's, and over nothing else.
+    Arguments:
+        - original (:obj:`type`): LightZero's class.
+        - registry (:obj:`Registry`): One of DI-engine's.
+        - name (:obj:`str`): What both are registered by.
+        - replacement (:obj:`type`): The plugin's class.
+    Raises:
+        - ConfigError: Somebody else's class has the name.
+    """
+    present = registry.get(name)
+    if present is not original:
+        raise ConfigError(
+            f"{present.__module__}.{present.__qualname__} is registered as '{name}', which lzero_kvcache must not "
+            f'replace: derive it from {replacement.__module__}.{replacement.__qualname__}, or give it another name'
+        )
+    registry.register(name, replacement, force_overwrite=True)

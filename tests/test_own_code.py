@@ -10,13 +10,18 @@ import torch
 from builders import Worker, compiled, small_cartpole
 from ding.policy import create_policy
 from ding.utils import MODEL_REGISTRY, POLICY_REGISTRY
+from easydict import EasyDict
 from lzero.model.unizero_model import UniZeroModel as LightZerosModel
+from lzero.model.unizero_world_models.transformer import SelfAttention
 from oracle import Case, randomise
 from trainings import SMALL, check_run, import_what_trainings_import, short_episodes, trained
 
-from lzero_kvcache import ConfigError
+from lzero_kvcache import ConfigError, check_config
+from lzero_kvcache.models import UniZeroModel
 from lzero_kvcache.policies import UniZeroPolicy
+from lzero_kvcache.registry import register_in_place_of
 from lzero_kvcache.training import load_config
+from lzero_kvcache.world_model import NewWorldModel
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = str(ROOT / 'examples' / 'own_manager.py')
@@ -48,9 +53,10 @@ def shrunk(path, new=True):
 
 @pytest.fixture
 def page(tmp_path):
-    """The Python of the page, as a config file."""
+    """The Python of the page but for its first lines, as a config file."""
     path = tmp_path / 'mine.py'
-    path.write_text('\n'.join(re.findall(r'^```python\n(.*?)^```$', PAGE, re.DOTALL | re.MULTILINE)))
+    _, *blocks = re.findall(r'^```python\n(.*?)^```$', PAGE, re.DOTALL | re.MULTILINE)
+    path.write_text('\n'.join(blocks))
     return str(path)
 
 
@@ -101,7 +107,6 @@ def test_the_pages_model_is_used_in_both_systems(new, page, registries):
 
 
 def test_without_changes_a_subclass_answers_as_its_base_does(registries):
-    from lzero_kvcache.models import UniZeroModel
     MODEL_REGISTRY.register('Subclass', type('Subclass', (UniZeroModel, ), {}))
     answers = []
     for name in ('UniZeroModel', 'Subclass'):
@@ -144,6 +149,75 @@ def test_a_policy_of_ones_own(registries):
     assert policy._model.world_model.kv_cache_manager.counters()['init']['hits'] == 2
 
 
+def test_somebody_elses_class_under_lightzeros_name_is_not_replaced(registries):
+    theirs = type('Theirs', (LightZerosModel, ), {})
+    MODEL_REGISTRY.register('UniZeroModel', theirs, force_overwrite=True)
+    with pytest.raises(ConfigError, match="Theirs is registered as 'UniZeroModel', .*: derive it from .*Ours"):
+        register_in_place_of(LightZerosModel, MODEL_REGISTRY, 'UniZeroModel', type('Ours', (LightZerosModel, ), {}))
+    assert MODEL_REGISTRY.get('UniZeroModel') is theirs
+
+
+def test_a_policy_that_is_not_the_plugins_is_refused_with_the_flag(registries):
+    from lzero.policy.unizero import UniZeroPolicy as LightZerosPolicy
+    POLICY_REGISTRY.register('unizero', type('Theirs', (LightZerosPolicy, ), {}), force_overwrite=True)
+    main_config, create_config = small_cartpole(True), EasyDict(policy=dict(type='unizero'))
+    with pytest.raises(ConfigError, match="Theirs, which is registered as 'unizero', is no policy of lzero_kvcache"):
+        check_config(main_config, create_config)
+    main_config.policy.model.world_model_cfg.use_new_cache_manager = False
+    check_config(main_config, create_config)
+
+
+def changed_attention(world_model):
+    world_model.transformer.blocks[0].attn.__class__ = type('MyAttention', (SelfAttention, ), {
+        'forward': lambda self, *args, **kwargs: 2 * SelfAttention.forward(self, *args, **kwargs)})
+
+
+def changed_block(world_model):
+    block = world_model.transformer.blocks[0]
+    block.forward = block.forward
+
+
+def changed_query(world_model):
+    attn = world_model.transformer.blocks[0].attn
+    attn.query = type('LowRank', (torch.nn.Linear, ), {})(attn.query.in_features, attn.query.out_features)
+
+
+@pytest.mark.parametrize(('change', 'what'), [
+    (changed_attention, 'MyAttention.forward is not'), (changed_block, 'Block.forward is not'),
+    (changed_query, 'SelfAttention.query is a LowRank and no Linear'),
+])
+def test_a_change_that_a_step_would_pass_over_is_refused(change, what, registries):
+
+    class MyModel(UniZeroModel):
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            change(self.world_model)
+
+    MODEL_REGISTRY.register('MyModel', MyModel)
+    main_config = small_cartpole(True)
+    main_config.policy.model.update(type='MyModel', import_names=[])
+    with pytest.raises(ConfigError, match=f'{what}.*use_new_cache_manager=False'):
+        policy_of(main_config)
+    main_config = small_cartpole(False)
+    main_config.policy.model.update(type='MyModel', import_names=[])
+    assert len(Worker(policy_of(main_config)).step([0, 1, 2])) == 3
+
+
+def test_a_forward_of_ones_own_is_refused_where_the_world_model_is_made(registries):
+
+    class MyWorldModel(NewWorldModel):
+
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    MODEL_REGISTRY.register('MyModel', type('MyModel', (UniZeroModel, ), {'new_world_model': MyWorldModel}))
+    main_config = small_cartpole(True)
+    main_config.policy.model.update(type='MyModel', import_names=[])
+    with pytest.raises(ConfigError, match='MyWorldModel.forward is not'):
+        policy_of(main_config)
+
+
 # ---------------------------------------------------------------------------------------------------- real trainings
 
 
@@ -162,3 +236,33 @@ def test_the_example_trains(tmp_path):
     [(code, printed)] = trained(tmp_path, ['--config', EXAMPLE, *SMALL], short_episodes)
     assert code == 0, printed
     check_run(tmp_path / 'run', 'lost_roots')
+
+
+MY_ENV = """
+from ding.utils import ENV_REGISTRY
+from zoo.classic_control.cartpole.envs.cartpole_lightzero_env import CartPoleEnv
+
+
+@ENV_REGISTRY.register('my_cartpole')
+class MyCartPole(CartPoleEnv):
+    pass
+"""
+MY_CONFIG = """
+import copy
+from zoo.classic_control.cartpole.config import cartpole_unizero_config as theirs
+import my_env
+main_config, create_config = copy.deepcopy(theirs.main_config), copy.deepcopy(theirs.create_config)
+create_config.env = dict(type='my_cartpole', import_names=['my_env'])
+"""
+
+
+@pytest.mark.slow
+def test_an_environment_beside_the_config_trains(tmp_path):
+    import_what_trainings_import()
+    (tmp_path / 'project').mkdir()
+    (tmp_path / 'project' / 'my_env.py').write_text(MY_ENV)
+    (tmp_path / 'project' / 'mine.py').write_text(MY_CONFIG)
+    [(code, printed)] = trained(
+        tmp_path, ['--config', 'project/mine.py', '--cache', 'new', *SMALL], short_episodes)
+    assert code == 0, printed
+    check_run(tmp_path / 'run', 'new')
