@@ -1,5 +1,5 @@
-"""The rows of a batch on the host: numbers from the device, keys, timesteps. Knows numpy and torch; no model."""
-from typing import Any, List
+"""The rows of a batch on the host: numbers to and from the device, keys, timesteps. Knows numpy and torch; no model."""
+from typing import Any, List, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,24 @@ def to_host(tensor: torch.Tensor) -> np.ndarray:
     copy = tensor.to('cpu', non_blocking=True)
     torch.cuda.current_stream(tensor.device).synchronize()
     return copy.numpy()
+
+
+def send(device: torch.device, *arrays: np.ndarray) -> List[torch.Tensor]:
+    """
+    Overview:
+        Several arrays in one copy to a device.
+    Arguments:
+        - device (:obj:`torch.device`): Where to.
+        - arrays (:obj:`np.ndarray`): Those with wider numbers first.
+    Returns:
+        - sent (:obj:`List[torch.Tensor]`): The same numbers in the same shapes.
+    """
+    parts = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    if device.type == 'cpu':
+        return parts
+    sent = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts]).to(device, non_blocking=True)
+    pieces = sent.split([part.numel() * part.element_size() for part in parts])
+    return [piece.view(part.dtype).view(part.shape) for piece, part in zip(pieces, parts)]
 
 
 def hash_rows(latent: np.ndarray) -> List[int]:
@@ -49,3 +67,11 @@ def reanalysis_timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
         return np.full(rows, int(start_pos), dtype=np.int64)
     start_pos = np.asarray(start_pos)
     return np.pad(start_pos, ((0, 0), (0, 1))).reshape(-1).astype(np.int64)
+
+
+def steps_after(timesteps: np.ndarray, depths: Sequence[int]) -> np.ndarray:
+    """
+    Overview:
+        The timestep of nodes ``depths [B]``, or none of them, below roots at ``timesteps [B]``.
+    """
+    return timesteps + (np.asarray(depths, dtype=np.int64) if len(depths) else 0)

@@ -14,7 +14,7 @@ from .base_manager import PagedCacheManager
 from .config import CacheConfig
 from .engine import Engine, StepOutput
 from .guard import NanGuard
-from .host import hash_rows, reanalysis_timesteps_of, timesteps_of, to_host
+from .host import hash_rows, reanalysis_timesteps_of, send, steps_after, timesteps_of, to_host
 from .manager import COLLECT
 from .nodes import NodeTable
 from .pages import Rows, extend
@@ -265,9 +265,7 @@ class NewWorldModel(LightZeroWorldModel):
         timesteps = timesteps_of(start_pos, rows)
         latent = self.tokenizer.encode_to_obs_embeddings(current_obs).reshape(rows, -1)
         going = np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
-        on_host, last_keys, last_latent = self._root_keys(mode, env_ids, latent, last_obs, going)
-        kept = self._guard.finite(on_host, 'A latent state', mode, env_ids, timesteps)
-        keys = hash_rows(on_host)
+        last_keys, sound, last_latents = self._last_roots(mode, env_ids, last_obs, going)
         manager, engine, weights = self.kv_cache_manager, self.cache_engine, self._weights()
         try:
             pages = manager.allocate(rows)
@@ -277,31 +275,29 @@ class NewWorldModel(LightZeroWorldModel):
                 tables[continued], counts[continued] = manager.find_init(
                     mode, [env_ids[row] for row in continued], [last_keys[row] for row in continued]
                 )
-            lost = missing = np.flatnonzero(going & (counts == 0))
-            manager.count_queries('init', len(continued), len(continued) - len(lost))
-            if len(lost):
-                before = last_latent(lost)
-                sound = before.isfinite().all(dim=1).cpu().numpy()  # from a skipped one an environment starts afresh
-                if sound.any():
-                    lost = lost[sound]
-                    self._begin(weights, (tables, counts), lost, before[self._send(np.flatnonzero(sound))],
-                                2 * timesteps[lost])
+            missing = np.flatnonzero(going & (counts == 0))
+            manager.count_queries('init', len(continued), len(continued) - len(missing))
+            lost = missing[sound[missing]]  # from a root that was skipped an environment starts afresh
+            anew = self._anew((tables, counts), lost, 2 * timesteps[lost])
             slab = manager.storage.ready(engine.device)
             if len(continued):
                 actions = [last_actions[row] if going[row] else self._no_action() for row in range(rows)]
-                numbers = engine.pack(
+                numbers, begun = send(engine.device, engine.pack(
                     (tables, counts), pages, (2 * timesteps - 1, 2 * timesteps), np.asarray(actions)
-                )
-                page_ids, page_counts, positions, action = engine.unpack(self._send(numbers))
+                ), anew)
+                if len(lost):
+                    engine.begin(weights, slab, begun[0], last_latents()[begun[2]], begun[1])
+                page_ids, page_counts, positions, action = engine.unpack(numbers)
                 output = engine.step(weights, slab, page_ids, page_counts, action, positions, latent)
             else:
-                sent = self._send(np.stack([pages, self._angle(2 * timesteps)]))
-                output = engine.first(weights, slab, sent[0], latent, sent[1])
+                [numbers] = send(engine.device, np.stack([pages, self._angle(2 * timesteps)]))
+                output = engine.first(weights, slab, numbers[0], latent, numbers[1])
+            on_host = to_host(torch.cat([latent, _soundness(output)], dim=1))
+            kept = self._guard.finite(on_host[:, :-1], 'A latent state', mode, env_ids, timesteps)
             kept = kept[self._guard.finite(
-                to_host(_soundness(output))[kept], 'A value or policy', mode, [env_ids[row] for row in kept],
-                timesteps[kept]
+                on_host[kept, -1:], 'A value or policy', mode, [env_ids[row] for row in kept], timesteps[kept]
             )]
-            roots = extend((tables, counts), pages)
+            keys, roots = hash_rows(on_host[:, :-1]), extend((tables, counts), pages)
             manager.store_init(
                 mode, [env_ids[row] for row in kept], [keys[row] for row in kept], (roots[0][kept], roots[1][kept])
             )
@@ -318,12 +314,12 @@ class NewWorldModel(LightZeroWorldModel):
             self.validator.root(last_obs, last_actions, current_obs, timesteps, missing, output)
         return output if len(kept) == rows else output.map(_zero_for_nan)
 
-    def _root_keys(self, mode: str, env_ids: List[int], latent: torch.Tensor, last_obs: torch.Tensor,
-                   going: np.ndarray) -> Tuple[np.ndarray, Dict[int, Any], Callable[[np.ndarray], torch.Tensor]]:
-        """The roots' latents on the host, keys of their predecessors, and a function that gives some of their latents.
+    def _last_roots(self, mode: str, env_ids: List[int], last_obs: torch.Tensor,
+                    going: np.ndarray) -> Tuple[Dict[int, Any], np.ndarray, Callable[[], torch.Tensor]]:
+        """Keys of the last roots of the rows that go on, whether their latents are finite ``[B]``, and those latents.
 
         An environment that the policy follows has the key of its last root remembered, and its last observation is
-        encoded only if that context is gone.
+        encoded only if that context is gone. For any other that is done here, and costs a copy to the host.
         """
         def encode() -> torch.Tensor:
             # All rows at once, as they were encoded when they were current: another batch size would change last bits.
@@ -332,19 +328,19 @@ class NewWorldModel(LightZeroWorldModel):
         followed = self._last_keys if self._serving is not None else {}
         last_keys = {row: followed.get((mode, env_ids[row])) for row in np.flatnonzero(going).tolist()}
         if None not in last_keys.values():
-            return to_host(latent), last_keys, lambda rows: encode()[self._send(rows)]
+            return last_keys, going, encode
         last = encode()
-        on_host = to_host(torch.cat([last, latent]))  # one copy for both
-        hashed = hash_rows(on_host[:len(last)])
+        on_host = to_host(last)
+        hashed = hash_rows(on_host)
         last_keys = {row: hashed[row] if key is None else key for row, key in last_keys.items()}
-        return on_host[len(last):], last_keys, lambda rows: last[self._send(rows)]
+        return last_keys, np.isfinite(on_host).all(axis=1), lambda: last
 
     def _node_step(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
                    start_pos: Any) -> StepOutput:
         rows = len(latent)
         mode, env_ids = self._rows_of(rows)
         timesteps = timesteps_of(start_pos, rows)
-        depths = timesteps + (np.asarray(search_depth, dtype=np.int64) if len(search_depth) else 0)
+        depths = steps_after(timesteps, search_depth)
         manager, weights = self.kv_cache_manager, self._weights()
         try:
             pages = manager.allocate(rows)
@@ -352,8 +348,11 @@ class NewWorldModel(LightZeroWorldModel):
             lost = np.flatnonzero(counts == 0)
             manager.count_queries('recur', rows, rows - len(lost))
             if len(lost):
-                rebuilt = torch.from_numpy(latent[lost]).to(self.cache_engine.device)
-                self._begin(weights, (tables, counts), lost, rebuilt, 2 * timesteps[lost])
+                numbers, anew = send(
+                    self.cache_engine.device, self._anew((tables, counts), lost, 2 * timesteps[lost]), latent[lost]
+                )
+                slab = manager.storage.ready(self.cache_engine.device)
+                self.cache_engine.begin(weights, slab, numbers[0], anew, numbers[1])
             output = self._step(weights, (tables, counts), pages, action, (2 * depths + 1, 2 * depths + 2)).output
             if self._backend.reuses_output:
                 output = output.map(torch.clone)
@@ -401,7 +400,7 @@ class NewWorldModel(LightZeroWorldModel):
         """One simulation of a search by node: one transfer there, one back."""
         start = time.perf_counter()
         rows, pages = nodes.expand(simulation, path, columns), nodes.pages[simulation]
-        step = timesteps + np.asarray(depths, dtype=np.int64)
+        step = steps_after(timesteps, depths)
         result = self._step(self._weights(), rows, pages, actions, (2 * step + 1, 2 * step + 2))
         self.kv_cache_manager.count_queries('recur', len(pages), len(pages), by_node=True)
         assert result.search is not None  # the actions came from the host
@@ -416,27 +415,27 @@ class NewWorldModel(LightZeroWorldModel):
     def _reanalysis_step(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
                          start_pos: Any) -> StepOutput:
         """Every row stands alone here: LightZero looks nothing up during reanalysis."""
-        engine = self.cache_engine
-        state = torch.from_numpy(latent).to(engine.device)
+        engine, device = self.cache_engine, self.cache_engine.device
         positions = None
         if self.config.rotary_emb:
             timesteps = reanalysis_timesteps_of(start_pos, len(latent))
             # Both other tokens have the action's angle, as in LightZero's reanalysis.
-            depths = timesteps + (np.asarray(search_depth, dtype=np.int64) if len(search_depth) else 0)
-            after = self._angle(2 * (depths + 1) + 1)
-            positions = self._send(np.stack([self._angle(2 * timesteps), after, after]))
-        return engine.step_alone(engine.weights(), state, self._action_on_device(action), positions)
+            after = self._angle(2 * steps_after(timesteps, search_depth) + 3)
+            positions, state = send(device, np.stack([self._angle(2 * timesteps), after, after]), latent)
+        else:
+            [state] = send(device, latent)
+        return engine.step_alone(engine.weights(), state, torch.as_tensor(action).to(device), positions)
 
-    def _begin(self, weights: Weights, rows: Rows, lost: np.ndarray, latent: torch.Tensor, angle: np.ndarray) -> None:
-        """Make the contexts of ``lost`` rows anew from their latents, in one forward, as LightZero would one by one."""
+    def _anew(self, rows: Rows, lost: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Give rows whose contexts are lost a page each, and say what it takes to begin them there, all in one forward:
+        the pages, their observations' angles and the rows, ``[3, L]``."""
         tables, counts = rows
-        manager = self.kv_cache_manager
-        manager.hold(tables)
-        pages = manager.allocate(len(lost))
-        slab = manager.storage.ready(self.cache_engine.device)
-        sent = self._send(np.stack([pages, self._angle(angle)]))
-        self.cache_engine.begin(weights, slab, sent[0], latent, sent[1])
+        if not len(lost):
+            return np.zeros((3, 0), dtype=np.int64)
+        self.kv_cache_manager.hold(tables)
+        pages = self.kv_cache_manager.allocate(len(lost))
         tables[lost, 0], counts[lost] = pages, 1
+        return np.stack([pages, self._angle(positions), lost])
 
     def _step(self, weights: Weights, rows: Rows, pages: np.ndarray, action: Any,
               angles: Tuple[np.ndarray, np.ndarray]) -> Result:
@@ -445,12 +444,6 @@ class NewWorldModel(LightZeroWorldModel):
         given = torch.is_tensor(action)
         numbers = self.cache_engine.pack(rows, pages, angles, None if given else action)
         return self._backend.step(weights, slab, numbers, action.to(self.cache_engine.device) if given else None)
-
-    def _send(self, numbers: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(numbers.astype(np.int64, copy=False)).to(self.cache_engine.device, non_blocking=True)
-
-    def _action_on_device(self, action: Any) -> torch.Tensor:
-        return torch.as_tensor(action).to(self.cache_engine.device)
 
     def _angle(self, position: np.ndarray) -> np.ndarray:
         return position % self.config.max_seq_len if self.config.rotary_emb else position

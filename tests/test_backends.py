@@ -4,7 +4,6 @@ How a step is launched: eagerly, replayed or compiled, the answers are the same.
 On a CPU a stand-in takes the place of a captured graph: it computes with the storage that was there when it was
 captured, whatever has moved since, and into the same results every time. Where there is a GPU, the graphs are real.
 """
-import contextlib
 import copy
 
 import numpy as np
@@ -28,6 +27,7 @@ from oracle import (
     randomise,
     relative_error,
 )
+from players import Placed, answers_of
 
 from lzero_kvcache import backend as backends
 from lzero_kvcache import engine as engines
@@ -39,69 +39,6 @@ SEED, SUPPORT = 5, 5
 BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
 BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
 BOTH_WAYS = pytest.mark.parametrize('by_node', [False, True], ids=['keyed', 'by node'])
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Players
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Placed:
-    """A model on any device for players that keep what they pass on the host."""
-
-    def __init__(self, model):
-        self._model, self.world_model = model, model.world_model
-
-    def initial_inference(self, last_obs, actions, obs=None, *args, **kwargs):
-        moved = [part.to(self._device) if torch.is_tensor(part) else part for part in (last_obs, actions, obs)]
-        return self._model.initial_inference(*(part for part in moved if part is not None), *args, **kwargs)
-
-    def recurrent_inference(self, history, *args):
-        latents, actions = history[-1]
-        return self._model.recurrent_inference(history[:-1] + [(latents, actions.to(self._device))], *args)
-
-    @property
-    def _device(self):
-        return next(self.world_model.parameters()).device
-
-
-class ByNode(Batch):
-    """Asks by node, as the policies' searches do; value and reward of nodes come as scalars."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self._open = contextlib.ExitStack()
-
-    def root(self, event):
-        self.close()
-        rows = len(event.timesteps)
-        simulations = self.world_model.kv_cache_manager.recur_pool.pool_size // rows
-        self._open.enter_context(self.world_model.serving('collect', range(rows)))
-        answer = super().root(event)
-        self._expand = self._open.enter_context(self.world_model.search_by_node(simulations))
-        self._simulation = 0
-        return answer
-
-    def expand(self, event):
-        rows = np.arange(len(event.parents))
-        predicted = torch.from_numpy(self._expand(
-            self._simulation, np.asarray(event.parents), rows, np.asarray(event.actions), list(event.depths)
-        ).copy())
-        self._simulation += 1
-        return dict(reward=predicted[:, :1], value=predicted[:, 1:2], policy=predicted[:, 2:])
-
-    def close(self):
-        """End the search that is under way."""
-        self._open.close()
-
-
-def answers_of(model, trace, by_node=False):
-    """What a model answers to a trace, on the host."""
-    player = (ByNode if by_node else Batch)(Placed(model))
-    answers = [{name: part.cpu() for name, part in answer.items()} for answer in play(player, trace) if answer]
-    if by_node:
-        player.close()
-    return answers
-
 
 def scalar(logits):
     return InverseScalarTransform(SUPPORT, 'cpu', True)(logits.clone())

@@ -43,6 +43,7 @@ from oracle import (
     relative_error,
     worst,
 )
+from players import ByNode
 
 from lzero_kvcache.engine import StepOutput
 from lzero_kvcache.search import NodeSearch, SampledNodeSearch
@@ -83,37 +84,6 @@ BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
 
 SUPPORT = 5
 TO_SCALAR = InverseScalarTransform(SUPPORT, 'cpu', True)
-
-
-class ByNode(Batch):
-    """Puts a trace to a model as the policies' searches by node do; value and reward of nodes come as scalars."""
-
-    def __init__(self, model, mode='collect'):
-        super().__init__(model)
-        self._mode, self._open = mode, contextlib.ExitStack()
-
-    def root(self, event):
-        self.close()
-        rows = len(event.timesteps)
-        simulations = self.world_model.kv_cache_manager.recur_pool.pool_size // rows
-        self._open.enter_context(self.world_model.serving(self._mode, range(rows)))
-        answer = super().root(event)
-        self._expand = self._open.enter_context(self.world_model.search_by_node(simulations))
-        self._simulation = 0
-        return answer
-
-    def expand(self, event):
-        rows = np.arange(len(event.parents))
-        predicted = self._expand(
-            self._simulation, np.asarray(event.parents), rows, np.asarray(event.actions), list(event.depths)
-        )
-        self._simulation += 1
-        predicted = torch.from_numpy(predicted.copy())
-        return dict(reward=predicted[:, :1], value=predicted[:, 1:2], policy=predicted[:, 2:])
-
-    def close(self):
-        """End the search that is under way."""
-        self._open.close()
 
 
 def for_search(answer):

@@ -13,11 +13,11 @@ from lzero.mcts import UniZeroGameBuffer
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 from lzero.worker import MuZeroEvaluator
 from oracle import Case, ClearEnv, Expand, cached_model, play, random_trace, randomise
+from players import ByNode, Placed
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_backends import Placed
-from test_search_by_node import ByNode, make
+from test_search_by_node import make
 from torch.utils.tensorboard import SummaryWriter
 
 from lzero_kvcache import ConfigError, validation

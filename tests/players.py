@@ -1,0 +1,65 @@
+"""How a model is asked on any device, and by node. Who asks by key, and what is right, is in ``oracle.py``."""
+import contextlib
+
+import numpy as np
+import torch
+from oracle import Batch, play
+
+
+class Placed:
+    """A model on any device for players that keep what they pass on the host."""
+
+    def __init__(self, model):
+        self._model, self.world_model = model, model.world_model
+
+    def initial_inference(self, last_obs, actions, obs=None, *args, **kwargs):
+        moved = [part.to(self._device) if torch.is_tensor(part) else part for part in (last_obs, actions, obs)]
+        return self._model.initial_inference(*(part for part in moved if part is not None), *args, **kwargs)
+
+    def recurrent_inference(self, history, *args):
+        latents, actions = history[-1]
+        return self._model.recurrent_inference(history[:-1] + [(latents, actions.to(self._device))], *args)
+
+    @property
+    def _device(self):
+        return next(self.world_model.parameters()).device
+
+
+class ByNode(Batch):
+    """Puts a trace to a model as the policies' searches by node do; value and reward of nodes come as scalars."""
+
+    def __init__(self, model, mode='collect'):
+        super().__init__(model)
+        self._mode, self._open = mode, contextlib.ExitStack()
+
+    def root(self, event):
+        self.close()
+        rows = len(event.timesteps)
+        simulations = self.world_model.kv_cache_manager.recur_pool.pool_size // rows
+        self._open.enter_context(self.world_model.serving(self._mode, range(rows)))
+        answer = super().root(event)
+        self._expand = self._open.enter_context(self.world_model.search_by_node(simulations))
+        self._simulation = 0
+        return answer
+
+    def expand(self, event):
+        rows = np.arange(len(event.parents))
+        predicted = self._expand(
+            self._simulation, np.asarray(event.parents), rows, np.asarray(event.actions), list(event.depths)
+        )
+        self._simulation += 1
+        predicted = torch.from_numpy(predicted.copy())
+        return dict(reward=predicted[:, :1], value=predicted[:, 1:2], policy=predicted[:, 2:])
+
+    def close(self):
+        """End the search that is under way."""
+        self._open.close()
+
+
+def answers_of(model, trace, by_node=False):
+    """What a model answers to a trace, on the host."""
+    player = (ByNode if by_node else Batch)(Placed(model))
+    answers = [{name: part.cpu() for name, part in answer.items()} for answer in play(player, trace) if answer]
+    if by_node:
+        player.close()
+    return answers

@@ -1,0 +1,146 @@
+"""
+A step is one copy to the device and one back, however many rows it has. Counted by the functions that copy, and where
+there is a GPU by what PyTorch does.
+"""
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from ding.utils import MODEL_REGISTRY
+from oracle import (
+    Batch,
+    Case,
+    ClearEnv,
+    Expand,
+    Root,
+    cached_model,
+    construct,
+    original_model,
+    random_reanalysis,
+    random_trace,
+)
+from players import ByNode, Placed
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lzero_kvcache import backend as backends
+from lzero_kvcache import world_model as world_models
+
+SEED, ROWS = 3, 4
+ON_CPU = 'cpu'
+ON_GPU = pytest.param('cuda', marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+])
+DEVICES = pytest.mark.parametrize('device', [ON_CPU, ON_GPU])
+BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies between a CPU and a GPU."""
+
+    def __init__(self, counted):
+        super().__init__()
+        self._counted = counted
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        source = args[1] if function is torch.ops.aten.copy_.default else args[0] if args else None
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self._counted['back'] += source.is_cuda
+        elif torch.is_tensor(source) and torch.is_tensor(output) and source.is_cuda != output.is_cuda:
+            self._counted['there' if output.is_cuda else 'back'] += 1
+        return output
+
+
+class Counting:
+    """Counts the copies of a world model's calls, of each call by itself."""
+
+    def __init__(self, world_model, device, monkeypatch):
+        self.calls, self._counted = [], Counter()
+        for name in ('forward_initial_inference', 'forward_recurrent_inference', '_expand'):
+            monkeypatch.setattr(world_model, name, self._call(getattr(world_model, name), device))
+        if device == ON_CPU:
+            for owner, name, way in ((world_models, 'send', 'there'), (world_models, 'to_host', 'back'),
+                                     (backends.EagerBackend, 'step', 'there')):
+                monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), way))
+
+    def _call(self, function, device):
+
+        def call(*args, **kwargs):
+            self._counted.clear()
+            if device == ON_CPU:
+                output = function(*args, **kwargs)
+            else:
+                with Copies(self._counted):
+                    output = function(*args, **kwargs)
+            self.calls.append((self._counted['there'], self._counted['back']))
+            return output
+
+        return call
+
+    def _counting(self, function, way):
+
+        def call(*args, **kwargs):
+            self._counted[way] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+
+class Served(ByNode):
+    """By key, inside a search that the policy serves."""
+
+    def expand(self, event):
+        return super(ByNode, self).expand(event)
+
+
+def counted(player, rotary, continuous, device, monkeypatch):
+    """Copies of each root, ``[(there, back, rows that had lost their context)]``, and of each node."""
+    case = Case(rotary=rotary, continuous=continuous)
+    options = dict(kv_cache_cfg=dict(backend='eager'))
+    model = cached_model(case, ROWS, SEED, **options)
+    if device != ON_CPU:
+        model = construct(
+            MODEL_REGISTRY.get(case.model_name), case, ROWS, use_new_cache_manager=True, device=device, **options
+        ).to(device)
+        model.load_state_dict(original_model(case, ROWS, SEED).state_dict())
+    trace = random_trace(np.random.default_rng(SEED), case, ROWS, root_steps=4, simulations=3)
+    roots = [number for number, event in enumerate(trace.events) if isinstance(event, Root)]
+    trace.events.insert(roots[2], ClearEnv(1))
+    counting = Counting(model.world_model, device, monkeypatch)
+    playing = player(Placed(model))
+    found = {Root: [], Expand: []}
+    for event in trace.events:
+        cleared = isinstance(event, ClearEnv)
+        if cleared:  # the context alone: its environment is followed on
+            model.world_model.kv_cache_manager.clear_init_caches('collect', event.env)
+        else:
+            playing.play(event)
+        if type(event) in found:
+            found[type(event)].append(counting.calls.pop())
+    playing.close()
+    lost = model.world_model.kv_cache_manager.counters()['init']
+    assert lost['queries'] - lost['hits'] == 1
+    return found[Root], found[Expand]
+
+
+@DEVICES
+@BOTH_ACTIONS
+@BOTH_POSITIONS
+@pytest.mark.parametrize('player', [ByNode, Served], ids=['by node', 'by key'])
+def test_roots_and_nodes_of_a_policys_search(player, rotary, continuous, device, monkeypatch):
+    roots, nodes = counted(player, rotary, continuous, device, monkeypatch)
+    assert roots == [(1, 1)] * 4
+    assert nodes == [(1, 1)] * 12
+
+
+@DEVICES
+@BOTH_POSITIONS
+def test_reanalysis(rotary, device, monkeypatch):
+    case = Case(rotary=rotary)
+    model = cached_model(case, ROWS, SEED).to(device)
+    event = random_reanalysis(np.random.default_rng(SEED), case, samples=6, simulations=4)
+    counting = Counting(model.world_model, device, monkeypatch)
+    Batch(Placed(model)).play(event)
+    assert counting.calls[1:] == [(1, 0)] * 4
