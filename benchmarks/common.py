@@ -16,6 +16,7 @@ from rich.table import Table
 
 import lzero_kvcache  # noqa: F401  (registers the models)
 from lzero_kvcache.config import BACKENDS
+from lzero_kvcache.engine import LEAST_PAGES
 
 # The sizes of LightZero's own configs; everything else is the default of its UniZero policy.
 PRESETS: Dict[str, Dict[str, Any]] = {
@@ -99,6 +100,54 @@ def timed(function: Callable[[], Any], device: str) -> Tuple[Any, float]:
     if device == 'cuda':
         torch.cuda.synchronize()
     return result, (time.perf_counter() - start) * 1e3
+
+
+def forward_alone(model: Any, rows: int, device: str, repeats: int) -> float:
+    """Milliseconds of a recurrent step's two tokens and heads, with contexts that are already in place."""
+    world_model = model.world_model
+    discrete = not world_model.continuous_action_space
+    action = torch.zeros(rows, 1, dtype=torch.long) if discrete else torch.zeros(rows, world_model.action_space_size)
+    action = action.to(device)
+    depth, start = [1] * rows, [0] * rows
+    if world_model.use_new_cache_manager:
+        engine, captured = world_model.cache_engine, world_model._backend.reuses_output
+        weights = engine.weights(captured)
+        pages = min(engine.width, LEAST_PAGES)  # a window of searches that begin episodes
+        window = torch.zeros(rows, 2 * pages, engine.layers, 2, engine.embed_dim, device=device)
+        counts = torch.full((rows,), pages - 1, device=device)
+        angles = torch.zeros(2, rows, dtype=torch.long, device=device)
+
+        def run() -> None:
+            engine._two_tokens(weights, window, counts, action, angles, None)
+
+        if captured:
+            with torch.no_grad():
+                run()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    run()
+            run = graph.replay
+    else:
+        size = world_model.context_length - 3
+        keys_values = world_model.transformer.generate_empty_keys_values(rows, world_model.context_length)
+
+        def run() -> None:
+            for layer in keys_values:
+                layer._k_cache._size = layer._v_cache._size = size
+            world_model.keys_values_wm_size_list_current = [size] * rows
+            output = world_model.forward(
+                {'act_tokens': action}, keys_values, is_init_infer=False, start_pos=start, search_depth=depth)
+            world_model.keys_values_wm_size_list_current = [size + 1] * rows
+            world_model.forward(
+                {'obs_embeddings': output.logits_observations}, keys_values, is_init_infer=False, start_pos=start,
+                search_depth=depth)
+    with torch.no_grad():
+        return median([timed(run, device)[1] for _ in range(repeats)][3:])
+
+
+def caching_percent(whole: float, forward: float) -> float:
+    """The share of a step that is not :func:`forward_alone`: an upper bound of what caching takes."""
+    return 100 * max(0.0, 1 - forward / whole)
 
 
 def median(values: Sequence[float]) -> float:

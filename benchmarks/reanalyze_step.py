@@ -36,7 +36,9 @@ def main() -> None:
                     milliseconds = timed(step, args.device)[1]
                     times[name] += [milliseconds] if repeat else []  # the first search warms up
         old, new = median(times['old']), median(times['new'])
-        table.append({'rows': rows, 'old ms': old, 'new ms': new, 'old / new': old / new})
+        memory = {name: model.world_model.kv_cache_manager.counters()['memory_mb'] for name, model in models.items()}
+        table.append({'rows': rows, 'old ms': old, 'new ms': new, 'old / new': old / new, 'old MiB': memory['old'],
+                      'new MiB': memory['new']})
     report(f'Reanalysis step, {args.model}, context {args.context}, {args.device} {args.backend}', table, args)
 
 

@@ -11,9 +11,8 @@ from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import torch
-from common import PRESETS, build_models, median, parser, report, timed
+from common import PRESETS, build_models, caching_percent, forward_alone, median, parser, report, timed
 
-from lzero_kvcache.engine import LEAST_PAGES
 from lzero_kvcache.slab import MIB
 
 
@@ -82,39 +81,6 @@ class Search:
         return times
 
 
-def forward_alone(model: Any, rows: int, device: str, simulations: int) -> float:
-    """Milliseconds of the two tokens and the heads, with contexts that are already in place."""
-    world_model = model.world_model
-    action = torch.zeros(rows, 1, dtype=torch.long, device=device)
-    depth, start = [1] * rows, [0] * rows
-    if world_model.use_new_cache_manager:
-        engine = world_model.cache_engine
-        weights = engine.weights()
-        pages = min(engine.width, LEAST_PAGES)  # a window of the searches above, which begin episodes
-        window = torch.zeros(rows, 2 * pages, engine.layers, 2, engine.embed_dim, device=device)
-        counts = torch.full((rows,), pages - 1, device=device)
-        angles = torch.zeros(2, rows, dtype=torch.long, device=device)
-
-        def run() -> None:
-            engine._two_tokens(weights, window, counts, action, angles, None)
-    else:
-        size = world_model.context_length - 3
-        keys_values = world_model.transformer.generate_empty_keys_values(rows, world_model.context_length)
-
-        def run() -> None:
-            for layer in keys_values:
-                layer._k_cache._size = layer._v_cache._size = size
-            world_model.keys_values_wm_size_list_current = [size] * rows
-            output = world_model.forward(
-                {'act_tokens': action}, keys_values, is_init_infer=False, start_pos=start, search_depth=depth)
-            world_model.keys_values_wm_size_list_current = [size + 1] * rows
-            world_model.forward(
-                {'obs_embeddings': output.logits_observations}, keys_values, is_init_infer=False, start_pos=start,
-                search_depth=depth)
-    with torch.no_grad():
-        return median([timed(run, device)[1] for _ in range(simulations)][3:])
-
-
 def main() -> None:
     options = parser(__doc__)
     options.add_argument('--envs', type=int, nargs='+', default=[8, 64, 256])
@@ -131,13 +97,14 @@ def main() -> None:
                 times[name] += values if repeat else []  # the first one warms up
         milliseconds = {name: median(values) for name, values in times.items()}
         old = milliseconds['old']
-        forward = {name: forward_alone(models[name], envs, args.device, args.simulations) for name in ('old', 'by key')}
+        forward = {name: forward_alone(model, envs, args.device, args.simulations) for name, model in models.items()}
+        memory = {name: model.world_model.kv_cache_manager.counters()['memory_mb'] for name, model in models.items()}
         copies, pages = search.memory_of_contexts()
         rows.append({
             'envs': envs, **{f'{name} ms': value for name, value in milliseconds.items()},
             'old / key': old / milliseconds['by key'], 'old / node': old / milliseconds['by node'],
-            'old caching %': 100 * max(0.0, 1 - forward['old'] / old),
-            'key caching %': 100 * max(0.0, 1 - forward['by key'] / milliseconds['by key']),
+            **{f'{name} caching %': caching_percent(milliseconds[name], forward[name]) for name in models},
+            'old MiB': memory['old'], 'new MiB': memory['by key'],
             'copies MiB': copies, 'pages MiB': pages, 'copies / pages': copies / pages,
         })
     title = f'Recurrent step, {args.model}, context {args.context}, {args.layers} layers'
