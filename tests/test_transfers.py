@@ -14,9 +14,7 @@ from oracle import (
     ClearEnv,
     Expand,
     Root,
-    cached_model,
     construct,
-    original_model,
     random_reanalysis,
     random_trace,
 )
@@ -88,6 +86,13 @@ class Counting:
         return call
 
 
+def model_on(device, case):
+    return construct(
+        MODEL_REGISTRY.get(case.model_name), case, ROWS, use_new_cache_manager=True, device=device,
+        kv_cache_cfg=dict(backend='eager')
+    ).to(device)
+
+
 class Served(ByNode):
     """By key, inside a search that the policy serves."""
 
@@ -98,13 +103,7 @@ class Served(ByNode):
 def counted(player, rotary, continuous, device, monkeypatch):
     """Copies of each root, ``[(there, back, rows that had lost their context)]``, and of each node."""
     case = Case(rotary=rotary, continuous=continuous)
-    options = dict(kv_cache_cfg=dict(backend='eager'))
-    model = cached_model(case, ROWS, SEED, **options)
-    if device != ON_CPU:
-        model = construct(
-            MODEL_REGISTRY.get(case.model_name), case, ROWS, use_new_cache_manager=True, device=device, **options
-        ).to(device)
-        model.load_state_dict(original_model(case, ROWS, SEED).state_dict())
+    model = model_on(device, case)
     trace = random_trace(np.random.default_rng(SEED), case, ROWS, root_steps=4, simulations=3)
     roots = [number for number, event in enumerate(trace.events) if isinstance(event, Root)]
     trace.events.insert(roots[2], ClearEnv(1))
@@ -139,7 +138,7 @@ def test_roots_and_nodes_of_a_policys_search(player, rotary, continuous, device,
 @BOTH_POSITIONS
 def test_reanalysis(rotary, device, monkeypatch):
     case = Case(rotary=rotary)
-    model = cached_model(case, ROWS, SEED).to(device)
+    model = model_on(device, case)
     event = random_reanalysis(np.random.default_rng(SEED), case, samples=6, simulations=4)
     counting = Counting(model.world_model, device, monkeypatch)
     Batch(Placed(model)).play(event)
