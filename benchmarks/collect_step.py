@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
-from common import PRESETS, forward_alone, median, parser, report, spread_latents, timed, world_model_cfg
+from common import PRESETS, StepTimes, median, parser, report, spread_latents, timed, world_model_cfg
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from easydict import EasyDict
 
@@ -106,30 +106,24 @@ def fill(policies: Dict[str, Any], envs: int, steps: int) -> None:
 
 
 def measure(policies: Dict[str, Any], envs: int, steps: int, filled: float = 1.0) -> Dict[str, Any]:
-    """Medians of collect steps with contexts filled to a share, what each cache has allocated, and the share of the
-    time that recurrent steps spend on other things than their forward."""
+    """Medians of collect steps with contexts filled to a share, what each cache has allocated, and what share
+    of the time caching takes."""
     full = int(filled * next(iter(policies.values()))._model.world_model.context_length) // 2
     with contextlib.redirect_stdout(io.StringIO()):
         fill(policies, envs, full)
         collect(policies, envs, 1, first=full)
-        before = {name: spent_in_steps(policy) for name, policy in policies.items()}
         times = collect(policies, envs, steps, first=full + 1)
-    caching = {}
-    for name, policy in policies.items():
-        count, milliseconds = spent_in_steps(policy) - before[name]
-        forward = forward_alone(policy._model, envs, policy._cfg.device, 20)
-        caching[f'{name} caching %'] = 100 * max(0.0, milliseconds - count * forward) / sum(times[name])
+        caching = {}
+        for name, policy in policies.items():
+            steps_of = StepTimes(policy._model, policy._cfg.device)
+            with steps_of.measured():
+                [whole] = collect({name: policy}, envs, 1, first=full + 1 + steps)[name]
+            caching[f'{name} caching %'] = steps_of.caching_percent(whole)
     old, new = median(times['old']), median(times['new'])
     memory = {name: policy._model.world_model.kv_cache_manager.counters()['memory_mb']
               for name, policy in policies.items()}
     return {'old ms': old, 'new ms': new, 'old / new': old / new, **caching, 'old MiB': memory['old'],
             'new MiB': memory['new']}
-
-
-def spent_in_steps(policy: Any) -> np.ndarray:
-    """How many recurrent steps its searches took so far, and the milliseconds."""
-    timing = policy._model.world_model.timings['step']
-    return np.array([timing.count, 1e3 * timing.seconds])
 
 
 def main() -> None:

@@ -6,7 +6,9 @@ import json
 import platform
 import statistics
 import time
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple, Union
+from unittest import mock
 
 import torch
 from ding.utils import MODEL_REGISTRY
@@ -16,7 +18,6 @@ from rich.table import Table
 
 import lzero_kvcache  # noqa: F401  (registers the models)
 from lzero_kvcache.config import BACKENDS
-from lzero_kvcache.engine import LEAST_PAGES
 
 # The sizes of LightZero's own configs; everything else is the default of its UniZero policy.
 PRESETS: Dict[str, Dict[str, Any]] = {
@@ -102,52 +103,50 @@ def timed(function: Callable[[], Any], device: str) -> Tuple[Any, float]:
     return result, (time.perf_counter() - start) * 1e3
 
 
-def forward_alone(model: Any, rows: int, device: str, repeats: int) -> float:
-    """Milliseconds of a recurrent step's two tokens and heads, with contexts that are already in place."""
-    world_model = model.world_model
-    discrete = not world_model.continuous_action_space
-    action = torch.zeros(rows, 1, dtype=torch.long) if discrete else torch.zeros(rows, world_model.action_space_size)
-    action = action.to(device)
-    depth, start = [1] * rows, [0] * rows
-    if world_model.use_new_cache_manager:
-        engine, captured = world_model.cache_engine, world_model._backend.reuses_output
-        weights = engine.weights(captured)
-        pages = min(engine.width, LEAST_PAGES)  # a window of searches that begin episodes
-        window = torch.zeros(rows, 2 * pages, engine.layers, 2, engine.embed_dim, device=device)
-        counts = torch.full((rows,), pages - 1, device=device)
-        angles = torch.zeros(2, rows, dtype=torch.long, device=device)
+class StepTimes:
+    """
+    Overview:
+        What a model's recurrent steps spend in all, and in the forward of their two tokens and heads; the rest is
+        caching. Measured apart from other timings, since a GPU is waited for before and after each forward.
+    """
 
-        def run() -> None:
-            engine._two_tokens(weights, window, counts, action, angles, None)
+    def __init__(self, model: Any, device: str) -> None:
+        self._world_model, self._device = model.world_model, device
+        self._inside = False
+        self.milliseconds = {'step': 0.0, 'forward': 0.0}
 
-        if captured:
-            with torch.no_grad():
-                run()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    run()
-            run = graph.replay
-    else:
-        size = world_model.context_length - 3
-        keys_values = world_model.transformer.generate_empty_keys_values(rows, world_model.context_length)
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """Measure what runs inside."""
+        world_model = self._world_model
+        new = world_model.use_new_cache_manager
+        parts = [(world_model, 'forward_recurrent_inference', 'step')]
+        parts += [(world_model, '_expand', 'step'), (world_model.cache_engine, '_two_tokens', 'forward')] if new else \
+            [(world_model, 'forward', 'forward')]
+        with contextlib.ExitStack() as patches:
+            for owner, name, part in parts:
+                patches.enter_context(mock.patch.object(owner, name, self._timed(getattr(owner, name), part)))
+            yield
 
-        def run() -> None:
-            for layer in keys_values:
-                layer._k_cache._size = layer._v_cache._size = size
-            world_model.keys_values_wm_size_list_current = [size] * rows
-            output = world_model.forward(
-                {'act_tokens': action}, keys_values, is_init_infer=False, start_pos=start, search_depth=depth)
-            world_model.keys_values_wm_size_list_current = [size + 1] * rows
-            world_model.forward(
-                {'obs_embeddings': output.logits_observations}, keys_values, is_init_infer=False, start_pos=start,
-                search_depth=depth)
-    with torch.no_grad():
-        return median([timed(run, device)[1] for _ in range(repeats)][3:])
+    def caching_percent(self, whole: float) -> Union[float, str]:
+        """The share of caching in ``whole`` milliseconds; '-' where a graph has steps in one piece."""
+        backend = getattr(self._world_model, '_backend', None)
+        if backend is not None and backend.reuses_output:
+            return '-'
+        return 100 * (self.milliseconds['step'] - self.milliseconds['forward']) / whole
 
+    def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
 
-def caching_percent(whole: float, forward: float) -> float:
-    """The share of a step that is not :func:`forward_alone`: an upper bound of what caching takes."""
-    return 100 * max(0.0, 1 - forward / whole)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not (self._inside or part == 'step'):  # the forward of a root
+                return function(*args, **kwargs)
+            self._inside = True
+            result, milliseconds = timed(partial(function, *args, **kwargs), self._device)
+            self._inside = part != 'step'
+            self.milliseconds[part] += milliseconds
+            return result
+
+        return run
 
 
 def median(values: Sequence[float]) -> float:

@@ -7,11 +7,11 @@ node, as its policies search; the latter includes the way of the actions there a
 """
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple, Union
 
 import numpy as np
 import torch
-from common import PRESETS, build_models, caching_percent, forward_alone, median, parser, report, timed
+from common import PRESETS, StepTimes, build_models, median, parser, report, timed
 
 from lzero_kvcache.slab import MIB
 
@@ -42,6 +42,13 @@ class Search:
             if name == 'by node':
                 expand = search.enter_context(model.world_model.search_by_node(simulations))
             return self.simulate(model, simulations, [output.latent_state.cpu().numpy()], expand, seed)
+
+    def caching_percent(self, name: str, simulations: int) -> Union[float, str]:
+        """The share of a recurrent step that is not its forward."""
+        times = StepTimes(self.models[name], self.device)
+        with times.measured():
+            self.run(name, simulations, 0)
+        return times.caching_percent(times.milliseconds['step'])
 
     def memory_of_contexts(self) -> Tuple[float, float]:
         """MiB of the contexts that the last search stored: as whole copies, and as the pages that they share."""
@@ -97,13 +104,13 @@ def main() -> None:
                 times[name] += values if repeat else []  # the first one warms up
         milliseconds = {name: median(values) for name, values in times.items()}
         old = milliseconds['old']
-        forward = {name: forward_alone(model, envs, args.device, args.simulations) for name, model in models.items()}
+        caching = {name: search.caching_percent(name, args.simulations) for name in models}
         memory = {name: model.world_model.kv_cache_manager.counters()['memory_mb'] for name, model in models.items()}
         copies, pages = search.memory_of_contexts()
         rows.append({
             'envs': envs, **{f'{name} ms': value for name, value in milliseconds.items()},
             'old / key': old / milliseconds['by key'], 'old / node': old / milliseconds['by node'],
-            **{f'{name} caching %': caching_percent(milliseconds[name], forward[name]) for name in models},
+            **{f'{name} caching %': share for name, share in caching.items()},
             'old MiB': memory['old'], 'new MiB': memory['by key'],
             'copies MiB': copies, 'pages MiB': pages, 'copies / pages': copies / pages,
         })
