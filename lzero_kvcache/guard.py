@@ -14,10 +14,14 @@ class NanGuard:
     Arguments:
         - action (:obj:`str`): 'raise' an error, or 'skip' the rows: their contexts are not stored.
         - count (:obj:`Callable[[int], None]`): Told how many rows were skipped.
+        - dtype (:obj:`str`): ``kv_cache_cfg.dtype``: what float16 cannot hold comes back as inf.
     """
 
-    def __init__(self, action: str, count: Callable[[int], None]) -> None:
+    def __init__(self, action: str, count: Callable[[int], None], dtype: str = 'float32') -> None:
         self._action, self._count = action, count
+        self._cause = 'the weights have diverged'
+        if dtype == 'float16':
+            self._cause += ", or keys and values overflow kv_cache_cfg.dtype='float16' ('bfloat16' holds them)"
         self._told = False
 
     def finite(self, values: np.ndarray, what: str, mode: str, env_ids: Sequence[int],
@@ -44,7 +48,7 @@ class NanGuard:
         message = f'{what} with nan or inf in {mode}, environment {env_ids[row]}, step {timesteps[row]}'
         if self._action == 'raise':
             raise FloatingPointError(
-                f"{message}: the weights have diverged; kv_cache_cfg.on_nan='skip' goes on without such contexts"
+                f"{message}: {self._cause}; kv_cache_cfg.on_nan='skip' goes on without such contexts"
             )
         if not self._told:
             self._told = True

@@ -1,7 +1,7 @@
 """The new cache manager: pools over one set of pages. Knows keys, environments and page ids; not LightZero."""
 import logging
 import math
-from typing import Any, Dict, Hashable, Iterable, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -50,7 +50,6 @@ class KVCacheManager(PagedCacheManager):
         self._current: Dict[Tuple[str, int], Hashable] = {}
         self._told: set = set()
         self._out_of_memory = False
-        self._root_keys: Set[Hashable] = set()  # at least those of all init pools
 
         self.init_pools = [self._paged(self.config.init_pool_size, f'init_env{i}') for i in range(self.env_num)]
         self.recur_pool = self._paged(nodes, 'recurrent')
@@ -116,14 +115,12 @@ class KVCacheManager(PagedCacheManager):
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
             self._init_pool(mode, env_id).store([key], (tables[row:row + 1], counts[row:row + 1]))
             self._current[mode, env_id] = key
-        self._note_roots(keys)
         self._filled['init'] = _filled(self.init_pools + self.eval_pools)
 
     def find_recur(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
         # A node that is no root is not a miss of its environment's init pool: that is asked only for what it has.
-        pairs, known = list(zip(env_ids, keys)), self._root_keys
-        pools = self._pools_to(mode, max(env_ids))
-        roots = [row for row, (env_id, key) in enumerate(pairs) if key in known and key in pools[env_id]]
+        pairs, pools = list(zip(env_ids, keys)), self._pools_to(mode, max(env_ids))
+        roots = [row for row, (env_id, key) in enumerate(pairs) if key in pools[env_id]]
         others = np.ones(len(pairs), dtype=bool)
         others[roots] = False
         nodes = np.flatnonzero(others)
@@ -195,9 +192,7 @@ class KVCacheManager(PagedCacheManager):
         Raises:
             - ValueError: There is no such environment.
         """
-        slot = self._init_pool(COLLECT, env_id).set(cache_key, kv_cache)
-        self._note_roots([cache_key])
-        return slot
+        return self._init_pool(COLLECT, env_id).set(cache_key, kv_cache)
 
     def get_recur_cache(self, cache_key: Hashable, env_id: Optional[int] = None) -> Any:
         """
@@ -342,13 +337,6 @@ class KVCacheManager(PagedCacheManager):
         while len(self.eval_pools) <= env_id:
             self.eval_pools.append(self._paged(self.config.init_pool_size, f'eval_env{len(self.eval_pools)}'))
         return self.eval_pools
-
-    def _note_roots(self, keys: Iterable[Hashable]) -> None:
-        """Remember keys of init pools, so that a batch of nodes is told from roots at once; old ones go in bulk."""
-        self._root_keys.update(keys)
-        pools = self.init_pools + self.eval_pools
-        if len(self._root_keys) > 2 * sum(pool.pool_size for pool in pools):
-            self._root_keys = {key for pool in pools for key in pool.keys()}
 
     def _make_room(self, count: int) -> None:
         """Grow in one step if the limit allows it, else evict what no search and no current step needs."""

@@ -2,7 +2,7 @@
 import copy
 import logging
 from abc import ABC, abstractmethod
-from typing import Any, Dict, Hashable, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -174,13 +174,6 @@ class KVCachePool:
         if self._slots:
             logger.debug("Clear of KVCachePool '%s': %s entries", self.name, len(self._slots))
             self._reset_index()
-
-    def keys(self) -> Iterable[Hashable]:
-        """
-        Overview:
-            The keys that are stored.
-        """
-        return self._slots.keys()
 
     def __len__(self) -> int:
         return len(self._slots)

@@ -73,7 +73,7 @@ class NewWorldModel(LightZeroWorldModel):
         self._last_keys: Dict[Tuple[str, int], Any] = {}
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
-        self._guard = NanGuard(options.on_nan, self.kv_cache_manager.count_skipped)
+        self._guard = NanGuard(options.on_nan, self.kv_cache_manager.count_skipped, options.dtype)
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 

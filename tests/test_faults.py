@@ -249,6 +249,22 @@ def test_a_reward_of_nan_is_noticed_by_key():
         model.recurrent_inference([(latent, torch.zeros(3, dtype=torch.long))], 0, [0] * 3, [0] * 3)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_values_that_overflow_float16_are_told_from_weights_that_diverged(dtype):
+    policy = make_policy(True, kv_cache_cfg=dict(dtype=dtype))
+    attn = policy._model.world_model.transformer.blocks[0].attn
+    with torch.no_grad():  # large values, and back to what they were
+        attn.value.weight.mul_(1e6)
+        attn.value.bias.mul_(1e6)
+        attn.proj.weight.mul_(1e-6)
+    worker = Worker(policy)
+    if dtype == 'float16':
+        with pytest.raises(FloatingPointError, match="or keys and values overflow .*'float16' .'bfloat16' holds them"):
+            worker.step([0, 1, 2])
+    else:
+        worker.step([0, 1, 2])
+
+
 @pytest.mark.parametrize('on_nan', ['raise', 'skip'])
 def test_keys_and_values_with_nan_are_not_stored(on_nan):
     """A sound encoder before an attention that has diverged: the latent states tell nothing of it."""

@@ -351,6 +351,13 @@ class TestClearing:
         assert used.counters()['total']['queries'] == 0
         assert used.get_init_cache(0, 'key').size == 3
 
+    def test_a_root_that_is_stored_in_its_pool_by_hand_is_found_by_a_search(self):
+        used = manager()
+        used.init_pools[1].set('key', keys_values(3))
+        tables, counts = used.find_recur('collect', [0, 1], ['key', 'key'])
+        assert counts.tolist() == [0, 2]
+        assert tables[1, :2].tolist() == used.init_pools[1].tables[0, :2].tolist()
+
     def test_cleared_pages_can_be_used_again(self):
         used = manager()
         for _ in range(300):
