@@ -3,8 +3,8 @@
     python benchmarks/long_context.py --contexts 8 20 64 128 512
 
 Contexts are full when the measurement begins, or filled to the shares that --filled names. A second table says where
-the time of a collect step goes, by the operations that torch ran; the rest is Python, in the old
-system mostly copies of containers, and smaller operations.
+the time of a collect step goes, by the operations that torch ran; the rest is Python, in the old system mostly copies
+of containers, and smaller operations.
 """
 import argparse
 import contextlib
