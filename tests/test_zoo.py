@@ -13,7 +13,7 @@ import zoo
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from trainings import SMALL, WM, check_run, import_what_trainings_import, short_episodes, trained
 
-from lzero_kvcache import ConfigError, check_config, disable, enable
+from lzero_kvcache import ConfigError, check_config, disable, enable, world_model
 from lzero_kvcache.training import load_config
 from lzero_kvcache.training.cli import build_parser, make_plan
 from lzero_kvcache.training.config_file import PROJECT_ROOT
@@ -28,6 +28,8 @@ OF_OURS = {'memory_key_to_door_unizero_config'}
 ATARI = [name for name in NAMES if name.startswith('atari')]
 SEVERAL = [name for name in NAMES if 'ddp' in name]
 SYSTEMS = ['old', 'new']
+OF_EACH_FAMILY = ['cartpole_unizero_config', 'lunarlander_disc_unizero_config', 'memory_unizero_config',
+                  'atari_unizero_segment_config']
 
 
 def leaves(tree, prefix=''):
@@ -236,12 +238,25 @@ def changes(name):
     """What makes a config one that trains within seconds."""
     if name in ATARI:
         return SMALL + SHORT_ATARI
-    if not name.startswith('memory'):
-        return SMALL
-    # Whole episodes are trained on, so that their length stands in four places. Contexts stay as long as they are.
-    steps = sum(load_config(name).main_config.env.max_frames.values()) - 55
-    lengths = [f'policy.{key}={steps}' for key in ('num_unroll_steps', 'game_segment_length', 'td_steps')]
-    return [*SMALL, 'env.max_frames.distractor=5', *lengths, 'env.collector_env_num=3']
+    return memory(name, distractor=5) if name.startswith('memory') else SMALL
+
+
+def memory(name, distractor):
+    """Whole episodes are trained on, so that their length stands in four places. Contexts stay as long as they are."""
+    frames = {**load_config(name).main_config.env.max_frames, 'distractor': distractor}
+    lengths = [
+        f'policy.{key}={sum(frames.values())}' for key in ('num_unroll_steps', 'game_segment_length', 'td_steps')]
+    return [*SMALL, f'env.max_frames.distractor={distractor}', *lengths, 'env.collector_env_num=3']
+
+
+def note(file, number):
+    """Add a line; what happens in a fork leaves no other trace."""
+    with open(str(file), 'a', encoding='utf-8') as lines:
+        lines.write(f'{number}\n')
+
+
+def noted(file):
+    return [int(line) for line in file.read_text(encoding='utf-8').splitlines()]
 
 
 def needed(name):
@@ -299,6 +314,56 @@ def test_a_training_in_its_own_environment(name, cache, tmp_path, heavy_imports,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('name', OF_EACH_FAMILY)
+def test_environments_in_processes_of_their_own(name, tmp_path, heavy_imports, request):
+    """By the manager that LightZero's configs name; in the other trainings one process has all environments."""
+    needed(name)
+    roms = request.getfixturevalue('rom_folder') if name in ATARI else None
+    forks = tmp_path / 'forks'
+
+    def prepare():
+        with_roms(roms)()
+        os.register_at_fork(after_in_child=lambda: note(forks, os.getpid()))
+
+    own_manager = [change for change in changes(name) if not change.startswith('create_config.env_manager')]
+    assert load_config(name).create_config.env_manager.type == 'subprocess'
+    [(code, printed)] = trained(tmp_path, ['--config', name, '--cache', 'new', *own_manager], prepare)
+    assert code == 0, printed
+    check_run(tmp_path / 'run', 'new')
+    collectors, evaluators = 3 if name.startswith('memory') else 2, 1
+    assert len(noted(forks)) == collectors + evaluators
+
+
+@pytest.mark.slow
+def test_contexts_fill_and_slide(tmp_path, heavy_imports):
+    """Episodes of more steps than a context has room for; the other trainings of Memory end before."""
+    name, distractor, context_length = 'memory_unizero_config', 20, 20
+    needed(name)
+    slid = tmp_path / 'slid'
+
+    def prepare():
+        short_episodes()
+        extend = world_model.extend
+
+        def watched(rows, pages):
+            tables, counts = rows
+            note(slid, (counts == tables.shape[1]).sum())
+            return extend(rows, pages)
+
+        world_model.extend = watched  # what root contexts go through; in the fork, and nowhere else
+
+    small = [*memory(name, distractor), f'{WM}.context_length={context_length}']
+    [(code, printed)] = trained(tmp_path, ['--config', name, '--cache', 'new', *small], prepare)
+    assert code == 0, printed
+    check_run(tmp_path / 'run', 'new')
+    # Three environments collect and one is evaluated, twice; none ends before its distractor has.
+    full = context_length // 2 - 1
+    assert noted(slid)[:full + 1] == [0] * full + [1]
+    assert max(noted(slid)) == 3
+    assert sum(noted(slid)) >= 5 * (1 + distractor - full)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SEVERAL)
 def test_data_parallel_configs_need_several_processes(name, tmp_path, request):
     needed(name)
@@ -309,7 +374,8 @@ def test_data_parallel_configs_need_several_processes(name, tmp_path, request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'cache'), list(zip(SEVERAL, SYSTEMS)))
+@pytest.mark.parametrize('cache', SYSTEMS)
+@pytest.mark.parametrize('name', SEVERAL)
 def test_two_processes(name, cache, tmp_path, rom_folder, heavy_imports):
     """As torchrun starts them; ``test_several_processes.py`` has torchrun itself."""
     needed(name)
