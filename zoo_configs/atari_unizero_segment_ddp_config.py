@@ -1,13 +1,14 @@
 """
 Atari Pong, UniZero with segment collection and buffer reanalysis, on two GPUs: LightZero's
-atari_unizero_segment_ddp_config.py with the new KV cache. Other games: --set env.env_id=BreakoutNoFrameskip-v4
-(number of actions and experiment name follow).
+atari_unizero_segment_ddp_config.py with the new KV cache.
 
+Games:    --set env.env_id=BreakoutNoFrameskip-v4 (experiment name and number of actions follow), for the 26 games in
+          LightZero's atari_env_action_space_map; for any other, policy.model.action_space_size=N as well.
 Install:  pip install -e ".[atari]", and the games' ROM files once:
           pip install --target atari_roms --no-deps ale-py==0.10.1 && ale-import-roms atari_roms/ale_py/roms
 Cost:     500,000 environment steps, on two GPUs; --device cpu has two processes train on a CPU, shrunk as in
-          atari_unizero_segment_config.py. One process: --set policy.multi_gpu=False
-          policy.num_segments=8.
+          atari_unizero_segment_config.py with policy.update_per_collect=10 as well, to about 55 s on one core. One
+          process: --set policy.multi_gpu=False policy.num_segments=8.
 Entry:    train_unizero_segment
 Run:      torchrun --nproc_per_node=2 train.py --config atari_unizero_segment_ddp_config.py [--cache old]
 """

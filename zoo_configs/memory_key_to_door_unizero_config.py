@@ -3,7 +3,8 @@ Memory, key to door (fetch a key, wait 60 steps, open the door), UniZero with co
 memory_unizero_config.py, with the values that its comments give for this game and the new KV cache.
 
 Install:  pip install -e ".[memory]"
-Cost:     up to 1,000,000 environment steps, whole episodes in batches of 64, for a GPU. On a CPU shrink it:
+Cost:     up to 1,000,000 environment steps, whole episodes in batches of 64, for a GPU. On a CPU shrink it, to about
+          40 s on one core:
           --max-env-step 2000 --set policy.batch_size=8 policy.update_per_collect=5 policy.num_simulations=10
           policy.model.world_model_cfg.embed_dim=64
 Entry:    train_unizero
