@@ -3,8 +3,8 @@ BipedalWalker, four continuous joints, Sampled UniZero: LightZero's bipedalwalke
 with the new KV cache.
 
 Install:  pip install -e ".[box2d]"
-Cost:     up to 1,000,000 environment steps, in batches of 64, for a GPU. On a CPU shrink it, to about 60 s on one
-          core:
+Cost:     up to 1,000,000 environment steps, in batches of 64, for a GPU. On a CPU shrink it, to about 40 s (new) or
+          65 s (old) on one core:
           --max-env-step 1000 --set policy.batch_size=32 policy.num_simulations=10 policy.update_per_collect=100
           policy.model.world_model_cfg.embed_dim=64 env.collector_env_num=2 env.evaluator_env_num=1
 Entry:    train_unizero

@@ -2,9 +2,10 @@
 LunarLander, discrete engines, UniZero: LightZero's lunarlander_disc_unizero_config.py with the new KV cache.
 
 Install:  pip install -e ".[box2d]"
-Cost:     up to 500,000 environment steps, in batches of 256, for a GPU. On a CPU shrink it, to about 95 s on one
-          core:
-          --max-env-step 2000 --set policy.batch_size=32 policy.model.world_model_cfg.embed_dim=64
+Cost:     up to 500,000 environment steps, in batches of 256, for a GPU. On a CPU shrink it, to about 60 s (new) or 85
+          s (old) on one core:
+          --max-env-step 2000 --set policy.batch_size=32 policy.num_simulations=10
+          policy.model.world_model_cfg.embed_dim=64
 Entry:    train_unizero
 Run:      python train.py --config lunarlander_disc_unizero_config.py [--cache old]
 """

@@ -4,7 +4,7 @@ memory_unizero_config.py with the new KV cache.
 
 Install:  pip install -e ".[memory]"
 Cost:     up to 1,000,000 environment steps, whole episodes in batches of 64, for a GPU. On a CPU shrink it, to about
-          40 s on one core:
+          35 s (new) or 60 s (old) on one core:
           --max-env-step 2000 --set policy.batch_size=8 policy.update_per_collect=5 policy.num_simulations=10
           policy.model.world_model_cfg.embed_dim=64
 Entry:    train_unizero

@@ -3,8 +3,8 @@ Pendulum, its torque in 11 discrete actions, UniZero: LightZero's pendulum_cont_
 new KV cache.
 
 Install:  pip install -e .
-Cost:     up to 1,000,000 environment steps, in batches of 256, for a GPU. On a CPU shrink it, to about 75 s on one
-          core:
+Cost:     up to 1,000,000 environment steps, in batches of 256, for a GPU. On a CPU shrink it, to about 75 s (new) or
+          115 s (old) on one core:
           --max-env-step 2000 --set policy.batch_size=32 policy.model.world_model_cfg.embed_dim=64
 Entry:    train_unizero
 Run:      python train.py --config pendulum_cont_disc_unizero_config.py [--cache old]

@@ -2,7 +2,8 @@
 Pendulum, continuous torque, Sampled UniZero: LightZero's pendulum_cont_sampled_unizero_config.py with the new KV cache.
 
 Install:  pip install -e .
-Cost:     up to 500,000 environment steps, in batches of 64, for a GPU. On a CPU shrink it, to about 85 s on one core:
+Cost:     up to 500,000 environment steps, in batches of 64, for a GPU. On a CPU shrink it, to about 85 s (new) or 125
+          s (old) on one core:
           --max-env-step 2000 --set policy.batch_size=32 policy.model.world_model_cfg.embed_dim=64
 Entry:    train_unizero
 Run:      python train.py --config pendulum_cont_sampled_unizero_config.py [--cache old]
