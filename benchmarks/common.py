@@ -121,8 +121,10 @@ class StepTimes:
         world_model = self._world_model
         new = world_model.use_new_cache_manager
         parts = [(world_model, 'forward_recurrent_inference', 'step')]
-        parts += [(world_model, '_expand', 'step'), (world_model.cache_engine, '_two_tokens', 'forward')] if new else \
-            [(world_model, 'forward', 'forward')]
+        if new:
+            parts += [(world_model.inference, 'expand', 'step'), (world_model.cache_engine, '_two_tokens', 'forward')]
+        else:
+            parts += [(world_model, 'forward', 'forward')]
         with contextlib.ExitStack() as patches:
             for owner, name, part in parts:
                 patches.enter_context(mock.patch.object(owner, name, self._timed(getattr(owner, name), part)))
@@ -130,7 +132,7 @@ class StepTimes:
 
     def caching_percent(self, whole: float) -> Union[float, str]:
         """The share of caching in ``whole`` milliseconds; '-' where a graph has steps in one piece."""
-        backend = getattr(self._world_model, '_backend', None)
+        backend = getattr(getattr(self._world_model, 'inference', None), 'backend', None)
         if backend is not None and backend.reuses_output:
             return '-'
         return 100 * (self.milliseconds['step'] - self.milliseconds['forward']) / whole

@@ -1,39 +1,23 @@
-"""LightZero's world model over pages. Joins the manager and the engine; knows LightZero."""
+"""LightZero's world model over pages: what LightZero reaches for, and when contexts are dropped. Knows LightZero; how a
+batch is inferred is the matter of ``inference.py``."""
 import logging
-import time
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
-from .backend import Result, make_backend, picked
+from .backend import picked
 from .base_manager import PagedCacheManager
 from .config import CacheConfig
-from .engine import Engine, StepOutput
-from .guard import NanGuard
-from .host import hash_rows, reanalysis_timesteps_of, send, steps_after, timesteps_of, to_host
-from .manager import COLLECT
-from .nodes import NodeTable
-from .pages import Rows, extend
+from .engine import Engine
+from .inference import Inference
 from .registry import KV_CACHE_REGISTRY
 from .stats import Timing
 from .validation import Validator
-from .weights import Weights
 
 logger = logging.getLogger(__name__)
-
-
-class Serving(NamedTuple):
-    """
-    Overview:
-        Whose rows a root inference and its search have, and the model for as long as they take.
-    """
-    mode: str  # 'collect' or 'eval'
-    env_ids: List[int]  # [B]
-    weights: Weights
 
 
 class NewWorldModel(LightZeroWorldModel):
@@ -65,15 +49,10 @@ class NewWorldModel(LightZeroWorldModel):
         )
         self.kv_cache_manager.storage.shift = self._shift
         self.kv_cache_manager.storage.blank = self._blank
+        self.inference = Inference(self, self.cache_engine, self.kv_cache_manager, options, self.validator)
         self._options = options
-        self._backend = make_backend(options.backend, self.cache_engine)
-        self._serving: Optional[Serving] = None
-        self._roots: Optional[Tuple[Rows, np.ndarray]] = None
-        self.timings = {'search': Timing(), 'step': Timing()}
-        self._last_keys: Dict[Tuple[str, int], Any] = {}
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
-        self._guard = NanGuard(options.on_nan, self.kv_cache_manager.count_skipped, options.dtype)
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
@@ -102,9 +81,14 @@ class NewWorldModel(LightZeroWorldModel):
         return CacheView(self.kv_cache_manager.clear_recur_cache)
 
     @property
+    def timings(self) -> Dict[str, Timing]:
+        """How often searches and their recurrent steps ran, and for how long."""
+        return self.inference.timings
+
+    @property
     def graph_memory_mb(self) -> float:
         """MiB that captured graphs hold beside the pages."""
-        return self._backend.memory_mb
+        return self.inference.backend.memory_mb
 
     @property
     def hyperparameters(self) -> Dict[str, Any]:
@@ -142,8 +126,7 @@ class NewWorldModel(LightZeroWorldModel):
             self.kv_cache_manager.clear_all()
         else:
             self.kv_cache_manager.clear_init_caches(mode, env_id)
-        for key in [key for key in self._last_keys if mode in (None, key[0]) and env_id in (None, key[1])]:
-            del self._last_keys[key]
+        self.inference.forget(mode, env_id)
         if self.validator is not None:
             self.validator.forget(mode, env_id)
 
@@ -189,23 +172,9 @@ class NewWorldModel(LightZeroWorldModel):
             - mode (:obj:`str`): 'collect' or 'eval'.
             - env_ids (:obj:`Iterable[int]`): The environment of each row; no environment twice.
         """
-        env_ids = [int(env_id) for env_id in env_ids]
-        if len(set(env_ids)) < len(env_ids):
-            raise ValueError(f'an environment has two rows: {env_ids}')
         self._notice_moved_weights()
-        with torch.no_grad():
-            self._serving = Serving(mode, env_ids, self.cache_engine.weights())
-        self._new_keys: Dict[Tuple[str, int], Any] = {}
-        if self.validator is not None:
-            self.validator.open(mode, env_ids)
-        try:
+        with self.inference.serving(mode, [int(env_id) for env_id in env_ids]):
             yield
-            self._last_keys.update(self._new_keys)  # a search that failed is no step of its environments
-        finally:
-            self._serving = self._roots = None
-            self.kv_cache_manager.release()
-            if self.validator is not None:
-                self.validator.close()
 
     @torch.no_grad()
     def forward_initial_inference(self, obs_act_dict: Dict[str, Any], start_pos: Any = 0) -> Tuple[Any, ...]:
@@ -226,7 +195,9 @@ class NewWorldModel(LightZeroWorldModel):
         if obs_act_dict['current_obs'] is None:
             return super().forward_initial_inference(obs_act_dict, start_pos)
         self.kv_cache_manager.clear_recur_cache()
-        output = self._root_step(obs_act_dict['obs'], obs_act_dict['action'], obs_act_dict['current_obs'], start_pos)
+        output = self.inference.root(
+            obs_act_dict['obs'], obs_act_dict['action'], obs_act_dict['current_obs'], start_pos
+        )
         no_reward = output.logits_value.new_zeros(len(output.logits_value), 0, self.support_size)
         return output.output_sequence, output.latent_state, no_reward, output.logits_policy, output.logits_value
 
@@ -249,125 +220,10 @@ class NewWorldModel(LightZeroWorldModel):
         latent, action = state_action_history[-1]
         latent = np.ascontiguousarray(torch.as_tensor(latent).cpu().numpy(), dtype=np.float32)
         latent = latent.reshape(latent.shape[0], -1)
-        if self.reanalyze_phase:
-            output = self._reanalysis_step(latent, action, search_depth, start_pos)
-        else:
-            start = time.perf_counter()
-            output = self._node_step(latent, action, search_depth, start_pos)
-            self.timings['step'].record(time.perf_counter() - start)
+        infer = self.inference.reanalysis if self.reanalyze_phase else self.inference.node
+        output = infer(latent, action, search_depth, start_pos)
         return (output.output_sequence, output.latent_state, output.logits_rewards, output.logits_policy,
                 output.logits_value)
-
-    def _root_step(self, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
-                   start_pos: Any) -> StepOutput:
-        rows = current_obs.shape[0]
-        mode, env_ids = self._rows_of(rows)
-        timesteps = timesteps_of(start_pos, rows)
-        latent = self.tokenizer.encode_to_obs_embeddings(current_obs).reshape(rows, -1)
-        going = np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
-        last_keys, sound, last_latents = self._last_roots(mode, env_ids, last_obs, going)
-        manager, engine, weights = self.kv_cache_manager, self.cache_engine, self._weights()
-        try:
-            pages = manager.allocate(rows)
-            tables, counts = np.zeros((rows, manager.width), np.int64), np.zeros(rows, np.int64)
-            continued = np.flatnonzero(going)
-            if len(continued):
-                tables[continued], counts[continued] = manager.find_init(
-                    mode, [env_ids[row] for row in continued], [last_keys[row] for row in continued]
-                )
-            missing = np.flatnonzero(going & (counts == 0))
-            manager.count_queries('init', len(continued), len(continued) - len(missing))
-            lost = missing[sound[missing]]  # from a root that was skipped an environment starts afresh
-            anew = self._anew((tables, counts), lost, 2 * timesteps[lost])
-            slab = manager.storage.ready(engine.device)
-            if len(continued):
-                actions = [last_actions[row] if going[row] else self._no_action() for row in range(rows)]
-                numbers, begun = send(engine.device, engine.pack(
-                    (tables, counts), pages, (2 * timesteps - 1, 2 * timesteps), np.asarray(actions)
-                ), anew)
-                if len(lost):
-                    engine.begin(weights, slab, begun[0], last_latents()[begun[2]], begun[1])
-                page_ids, page_counts, positions, action = engine.unpack(numbers)
-                output = engine.step(weights, slab, page_ids, page_counts, action, positions, latent)
-            else:
-                [numbers] = send(engine.device, np.stack([pages, self._angle(2 * timesteps)]))
-                output = engine.first(weights, slab, numbers[0], latent, numbers[1])
-            on_host = to_host(torch.cat([latent, _soundness(output)], dim=1))
-            kept = self._guard.finite(on_host[:, :-1], 'A latent state', mode, env_ids, timesteps)
-            kept = kept[self._guard.finite(
-                on_host[kept, -1:], 'A value or policy', mode, [env_ids[row] for row in kept], timesteps[kept]
-            )]
-            keys, roots = hash_rows(on_host[:, :-1]), extend((tables, counts), pages)
-            manager.store_init(
-                mode, [env_ids[row] for row in kept], [keys[row] for row in kept], (roots[0][kept], roots[1][kept])
-            )
-        except BaseException:
-            manager.release()
-            raise
-        if self._serving is None:
-            manager.release()
-        else:  # the search that follows needs the roots' pages, whether a pool has kept them or not, and releases them
-            self._roots = roots, timesteps
-            self._new_keys = {(mode, env_id): None for env_id in env_ids}
-            self._new_keys.update({(mode, env_ids[row]): keys[row] for row in kept})
-        if self.validator is not None:
-            self.validator.root(last_obs, last_actions, current_obs, timesteps, missing, output)
-        return output if len(kept) == rows else output.map(_zero_for_nan)
-
-    def _last_roots(self, mode: str, env_ids: List[int], last_obs: torch.Tensor,
-                    going: np.ndarray) -> Tuple[Dict[int, Any], np.ndarray, Callable[[], torch.Tensor]]:
-        """Keys of the last roots of the rows that go on, whether their latents are finite ``[B]``, and those latents.
-
-        An environment that the policy follows has the key of its last root remembered, and its last observation is
-        encoded only if that context is gone. For any other that is done here, and costs a copy to the host.
-        """
-        def encode() -> torch.Tensor:
-            # All rows at once, as they were encoded when they were current: another batch size would change last bits.
-            return self.tokenizer.encode_to_obs_embeddings(last_obs).reshape(len(last_obs), -1)
-
-        followed = self._last_keys if self._serving is not None else {}
-        last_keys = {row: followed.get((mode, env_ids[row])) for row in np.flatnonzero(going).tolist()}
-        if None not in last_keys.values():
-            return last_keys, going, encode
-        last = encode()
-        on_host = to_host(last)
-        hashed = hash_rows(on_host)
-        last_keys = {row: hashed[row] if key is None else key for row, key in last_keys.items()}
-        return last_keys, np.isfinite(on_host).all(axis=1), lambda: last
-
-    def _node_step(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
-                   start_pos: Any) -> StepOutput:
-        rows = len(latent)
-        mode, env_ids = self._rows_of(rows)
-        timesteps = timesteps_of(start_pos, rows)
-        depths = steps_after(timesteps, search_depth)
-        manager, weights = self.kv_cache_manager, self._weights()
-        try:
-            pages = manager.allocate(rows)
-            tables, counts = manager.find_recur(mode, env_ids, hash_rows(latent))
-            lost = np.flatnonzero(counts == 0)
-            manager.count_queries('recur', rows, rows - len(lost))
-            if len(lost):
-                numbers, anew = send(
-                    self.cache_engine.device, self._anew((tables, counts), lost, 2 * timesteps[lost]), latent[lost]
-                )
-                slab = manager.storage.ready(self.cache_engine.device)
-                self.cache_engine.begin(weights, slab, numbers[0], anew, numbers[1])
-            output = self._step(weights, (tables, counts), pages, action, (2 * depths + 1, 2 * depths + 2)).output
-            if self._backend.reuses_output:
-                output = output.map(torch.clone)
-            on_host = to_host(torch.cat([output.latent_state.reshape(rows, -1), _soundness(output)], dim=1))
-            kept = self._guard.finite(on_host[:, -1:], 'A reward, value or policy', mode, env_ids, timesteps)
-            keys, nodes = hash_rows(on_host[:, :-1]), extend((tables, counts), pages)
-            if len(kept) < rows:
-                env_ids, keys = [env_ids[row] for row in kept], [keys[row] for row in kept]
-                nodes = nodes[0][kept], nodes[1][kept]
-            manager.store_recur(env_ids, keys, nodes)
-        finally:
-            manager.release()
-        if self.validator is not None:
-            self.validator.keyed_node(latent, action, search_depth, output)
-        return output
 
     @contextmanager
     def search_by_node(self, simulations: int) -> Iterator[Callable[..., np.ndarray]]:
@@ -384,87 +240,8 @@ class NewWorldModel(LightZeroWorldModel):
         Raises:
             - RuntimeError: No root inference was served.
         """
-        if self._roots is None:
-            raise RuntimeError('a search by node follows a root inference inside `serving`')
-        rows, timesteps = self._roots
-        start = time.perf_counter()
-        try:
-            yield partial(self._expand, self.kv_cache_manager.open_search(rows, simulations), timesteps)
-        finally:
-            self.kv_cache_manager.release()
-        self.timings['search'].record(time.perf_counter() - start)
-
-    @torch.no_grad()
-    def _expand(self, nodes: NodeTable, timesteps: np.ndarray, simulation: int, path: np.ndarray, columns: np.ndarray,
-                actions: np.ndarray, depths: Sequence[int]) -> np.ndarray:
-        """One simulation of a search by node: one transfer there, one back."""
-        start = time.perf_counter()
-        rows, pages = nodes.expand(simulation, path, columns), nodes.pages[simulation]
-        step = steps_after(timesteps, depths)
-        result = self._step(self._weights(), rows, pages, actions, (2 * step + 1, 2 * step + 2))
-        self.kv_cache_manager.count_queries('recur', len(pages), len(pages), by_node=True)
-        assert result.search is not None  # the actions came from the host
-        predicted = to_host(result.search)
-        if self.validator is not None:
-            self.validator.node(path, actions, depths, result.output)
-        mode, env_ids = self._rows_of(len(pages))
-        kept = self._guard.finite(predicted, 'A reward, value or policy', mode, env_ids, timesteps)
-        self.timings['step'].record(time.perf_counter() - start)
-        return predicted if len(kept) == len(predicted) else np.nan_to_num(predicted, posinf=0.0, neginf=0.0)
-
-    def _reanalysis_step(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
-                         start_pos: Any) -> StepOutput:
-        """Every row stands alone here: LightZero looks nothing up during reanalysis."""
-        engine, device = self.cache_engine, self.cache_engine.device
-        positions = None
-        if self.config.rotary_emb:
-            timesteps = reanalysis_timesteps_of(start_pos, len(latent))
-            # Both other tokens have the action's angle, as in LightZero's reanalysis.
-            after = self._angle(2 * steps_after(timesteps, search_depth) + 3)
-            positions, state = send(device, np.stack([self._angle(2 * timesteps), after, after]), latent)
-        else:
-            [state] = send(device, latent)
-        return engine.step_alone(engine.weights(), state, torch.as_tensor(action).to(device), positions)
-
-    def _anew(self, rows: Rows, lost: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Give rows whose contexts are lost a page each, and say what it takes to begin them there, all in one forward:
-        the pages, their observations' angles and the rows, ``[3, L]``."""
-        tables, counts = rows
-        if not len(lost):
-            return np.zeros((3, 0), dtype=np.int64)
-        self.kv_cache_manager.hold(tables)
-        pages = self.kv_cache_manager.allocate(len(lost))
-        tables[lost, 0], counts[lost] = pages, 1
-        return np.stack([pages, self._angle(positions), lost])
-
-    def _step(self, weights: Weights, rows: Rows, pages: np.ndarray, action: Any,
-              angles: Tuple[np.ndarray, np.ndarray]) -> Result:
-        """A recurrent step; everything that comes from the host travels in one transfer."""
-        slab = self.kv_cache_manager.storage.ready(self.cache_engine.device)
-        given = torch.is_tensor(action)
-        numbers = self.cache_engine.pack(rows, pages, angles, None if given else action)
-        return self._backend.step(weights, slab, numbers, action.to(self.cache_engine.device) if given else None)
-
-    def _angle(self, position: np.ndarray) -> np.ndarray:
-        return position % self.config.max_seq_len if self.config.rotary_emb else position
-
-    def _is_first(self, action: Any) -> bool:
-        return not isinstance(action, np.ndarray) if self.continuous_action_space else int(action) == -1
-
-    def _no_action(self) -> Any:
-        return np.zeros(self.action_space_size, np.float32) if self.continuous_action_space else 0
-
-    def _weights(self) -> Weights:
-        """As they are now; nobody changes them inside a search that the policy serves."""
-        return self.cache_engine.weights() if self._serving is None else self._serving.weights
-
-    def _rows_of(self, rows: int) -> Tuple[str, List[int]]:
-        if self._serving is None:
-            return COLLECT, list(range(rows))
-        mode, env_ids, _ = self._serving
-        if len(env_ids) != rows:
-            raise ValueError(f'{rows} rows for {len(env_ids)} environments {env_ids}')
-        return mode, env_ids
+        with self.inference.search_by_node(simulations) as expand:
+            yield expand
 
 
 class CacheView:
@@ -482,15 +259,3 @@ class CacheView:
             Forget what the view stands for.
         """
         self._clear(**self._kwargs)
-
-
-def _soundness(output: StepOutput) -> torch.Tensor:
-    """A number ``[B, 1]`` that is finite where reward, value and policy are: what is not tells of keys and values that
-    are not."""
-    parts = output.logits_rewards, output.logits_value, output.logits_policy
-    return torch.cat([part for part in parts if part is not None], dim=-1).sum(-1)
-
-
-def _zero_for_nan(part: torch.Tensor) -> torch.Tensor:
-    """A search cannot do with nan or inf."""
-    return part.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

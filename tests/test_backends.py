@@ -132,7 +132,7 @@ def captured(monkeypatch):
 
 def on_gpu(model):
     """Make a model's backend believe that the model is on a GPU."""
-    backend = model.world_model._backend
+    backend = model.world_model.inference.backend
     backend.engine = copy.copy(backend.engine)
     backend.engine.__class__ = EngineOnGPU
     return model
@@ -166,7 +166,7 @@ class Steps:
 
     @property
     def backend(self):
-        return self.world_models[0]._backend
+        return self.world_models[0].inference.backend
 
     @property
     def slabs(self):
@@ -202,7 +202,7 @@ class Steps:
             numbers, _, _ = self.numbers(rows)
         with torch.no_grad():
             ours, theirs = (
-                world_model._backend.step(weights, slab, numbers.copy(), None)
+                world_model.inference.backend.step(weights, slab, numbers.copy(), None)
                 for world_model, weights, slab in zip(self.world_models, self._weights, self.slabs)
             )
         assert ours.search.shape == theirs.search.shape
@@ -342,9 +342,9 @@ class TestReplays:
         model = graph_model(case, 2)
         expected = answers_of(model, trace)
         target = copy.deepcopy(model)
-        backend = target.world_model._backend
+        backend = target.world_model.inference.backend
         assert type(backend) is backends.CudaGraphBackend
-        assert backend is not model.world_model._backend
+        assert backend is not model.world_model.inference.backend
         assert backend.engine._wm is target.world_model
         assert not backend._graphs
         assert backend.memory_mb == target.world_model.graph_memory_mb == 0
@@ -455,7 +455,7 @@ class TestGivingUp:
         expected = answers_of(cached_model(case, 2, SEED, **cfg('eager')), trace)
         assert largest_error(answers_of(model, trace), expected) == 0
         assert not warnings_of(lines)
-        assert not model.world_model._backend._graphs
+        assert not model.world_model.inference.backend._graphs
 
 
 class TestCompiled:
@@ -480,7 +480,7 @@ class TestCompiled:
                     change(parameter)
             assert largest_error(*(answers_of(model, trace) for model in models)) <= TOLERANCE
         assert len(used) == 3 * 2 * 3
-        assert type(copy.deepcopy(models[0]).world_model._backend) is backends.CompiledBackend
+        assert type(copy.deepcopy(models[0]).world_model.inference.backend) is backends.CompiledBackend
         models[0].train()
         answers_of(models[0], trace)
         assert len(used) == 3 * 2 * 3
@@ -609,7 +609,7 @@ class TestOnGPU:
             for by_node in (False, True):
                 model.world_model.forget()
                 assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE, (name, by_node)
-            assert model.world_model._backend.reuses_output == (name == 'cudagraph')
+            assert model.world_model.inference.backend.reuses_output == (name == 'cudagraph')
             assert (model.world_model.graph_memory_mb > 0) == (name == 'cudagraph')
         for env in (0, rows - 1):
             right = alone_on_cuda(case, trace, env)
@@ -633,7 +633,7 @@ class TestOnGPU:
         model = on_cuda(case, 4, 'cudagraph')
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
         before = answers_of(model, trace, by_node)
-        graphs = dict(model.world_model._backend._graphs)
+        graphs = dict(model.world_model.inference.backend._graphs)
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
@@ -643,19 +643,19 @@ class TestOnGPU:
         other.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
         assert largest_error(after, answers_of(other, trace, by_node)) <= TOLERANCE
         assert largest_error(after, before) > 1e-2
-        assert model.world_model._backend._graphs == graphs
+        assert model.world_model.inference.backend._graphs == graphs
 
     def test_weights_that_are_loaded(self):
         case = Case()
         trace = random_trace(np.random.default_rng(SEED), case, 4, root_steps=2, simulations=4)
         model, other = on_cuda(case, 4, 'cudagraph'), cached_model(case, 4, SEED + 1, **cfg('eager'))
         before = answers_of(model, trace, True)
-        graphs = dict(model.world_model._backend._graphs)
+        graphs = dict(model.world_model.inference.backend._graphs)
         model.load_state_dict(other.state_dict())
         after = answers_of(model, trace, True)
         assert largest_error(after, answers_of(other, trace, True)) <= TOLERANCE
         assert largest_error(after, before) > 1e-2
-        assert model.world_model._backend._graphs == graphs
+        assert model.world_model.inference.backend._graphs == graphs
 
     @BOTH_WAYS
     def test_storage_that_moves(self, by_node, monkeypatch):
@@ -672,14 +672,14 @@ class TestOnGPU:
         model.world_model.forget()
         other.world_model.forget()
         assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
-        assert model.world_model._backend._moves == 1
+        assert model.world_model.inference.backend._moves == 1
         manager = model.world_model.kv_cache_manager
         held.append(manager.storage.slab.data)
         manager._pages.grow(manager.page_capacity + 100)
         model.world_model.forget()
         other.world_model.forget()
         assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
-        assert model.world_model._backend._moves == 2
+        assert model.world_model.inference.backend._moves == 2
 
     @BOTH_WAYS
     def test_smaller_batches(self, by_node):
@@ -690,14 +690,14 @@ class TestOnGPU:
             model.world_model.forget()
             expected = answers_of(cached_model(case, rows, SEED, **cfg('eager')), trace, by_node)
             assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE
-        assert len(model.world_model._backend._graphs) == 1
+        assert len(model.world_model.inference.backend._graphs) == 1
 
     def test_no_graph_where_dropout_is_live(self):
         case = Case()
         trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=1, simulations=3)
         model = on_cuda(case, 2, 'cudagraph').train()
         answers_of(model, trace)
-        assert not model.world_model._backend._graphs
+        assert not model.world_model.inference.backend._graphs
 
     @pytest.mark.parametrize('rows', [1, 31, 40, 256])
     @pytest.mark.parametrize('length', [1, 7, 64])

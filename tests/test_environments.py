@@ -120,7 +120,7 @@ def contexts(life: Life, env_id: int) -> Any:
     tokens = {key: slab.data[pool.tables[slot][:pool.counts[slot]]].clone() for key, slot in pool._slots.items()}
     model = life.policy._model.world_model
     return (
-        {key: value.tolist() for key, value in tokens.items()}, model._last_keys.get(('collect', env_id)),
+        {key: value.tolist() for key, value in tokens.items()}, model.inference._last_keys.get(('collect', env_id)),
         [np.array(part).tolist() for part in life.policy._last_steps['collect']._steps.get(env_id, ())],
     )
 

@@ -498,7 +498,7 @@ class TestBackends:
     def test_results_that_are_overwritten(self):
         policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise'))
         world_model = policy._model.world_model
-        world_model._backend = Overwriting(world_model.cache_engine)
+        world_model.inference.backend = Overwriting(world_model.cache_engine)
         worker = Worker(policy)
         for _ in range(3):
             worker.step([0, 1, 2])
@@ -508,7 +508,7 @@ class TestBackends:
     def test_each(self, name, monkeypatch):
         monkeypatch.setattr(torch, 'compile', lambda function, **kwargs: function)
         policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise', backend=name))
-        assert policy._model.world_model._backend.name == name
+        assert policy._model.world_model.inference.backend.name == name
         live_through(policy)
         assert found(policy) == (set(), 0, 0)
 
@@ -524,7 +524,7 @@ class TestBackends:
         play(player, random_trace(np.random.default_rng(SEED), case, 3, root_steps=4, simulations=8))
         player.close()
         tally = player.world_model.validator.tally
-        assert player.world_model._backend.memory_mb > 0
+        assert player.world_model.inference.backend.memory_mb > 0
         assert (tally.unexplained, tally.inferences) == (0, 4 * 9)
 
 
