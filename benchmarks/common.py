@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import platform
 import statistics
 import time
@@ -18,6 +19,9 @@ from rich.table import Table
 
 import lzero_kvcache  # noqa: F401  (registers the models)
 from lzero_kvcache.config import BACKENDS
+from lzero_kvcache.slab import MIB
+
+logging.disable(logging.INFO)  # what each construction says
 
 # The sizes of LightZero's own configs; everything else is the default of its UniZero policy.
 PRESETS: Dict[str, Dict[str, Any]] = {
@@ -71,7 +75,7 @@ def build_models(args: argparse.Namespace, env_num: int, num_simulations: int,
     torch.manual_seed(0)
     for name in names:
         config = world_model_cfg(
-            args, env_num, num_simulations, use_new_cache_manager=name != 'old', game_segment_length=8)
+            args, env_num, num_simulations, use_new_cache_manager=name != 'old', game_segment_length=50)
         with contextlib.redirect_stdout(io.StringIO()):
             models[name] = MODEL_REGISTRY.build(
                 'UniZeroModel', world_model_cfg=config, **PRESETS[args.model]['model']
@@ -149,6 +153,15 @@ class StepTimes:
             return result
 
         return run
+
+
+def memory_of_contexts(world_model: Any) -> Dict[str, float]:
+    """MiB of the contexts that the new system stores: as whole copies, and as the pages that they share."""
+    manager = world_model.kv_cache_manager
+    contexts = sum(map(len, manager.init_pools + [manager.recur_pool]))
+    page = manager.storage.slab.page_bytes
+    copies, pages = contexts * page * world_model.context_length / 2 / MIB, manager.pages_used * page / MIB
+    return {'copies MiB': copies, 'pages MiB': pages, 'copies / pages': copies / pages}
 
 
 def median(values: Sequence[float]) -> float:

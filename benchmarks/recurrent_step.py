@@ -1,26 +1,26 @@
 """One recurrent inference of a search, old against new, interleaved search by search in one process.
 
 The new system is measured both ways: contexts found by key, as any caller of ``recurrent_inference`` has them, and by
-node, as its policies search; the latter includes the way of the actions there and of the predictions back.
+node, as its policies search; the latter includes the way of the actions there and of the predictions back. Contexts
+are full when the measurement begins, and so are the pools of root contexts.
 
     python benchmarks/recurrent_step.py --device cpu --model cartpole --envs 8 64 256
 """
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Dict, List, Union
 
 import numpy as np
 import torch
-from common import PRESETS, StepTimes, build_models, median, parser, report, timed
-
-from lzero_kvcache.slab import MIB
+from common import PRESETS, StepTimes, build_models, median, memory_of_contexts, parser, report, timed
 
 
 class Search:
     """
     Overview:
-        A search's sequence of recurrent inferences without the tree: in each simulation every environment expands a
-        random node that it already has, so that depths are unequal as in a real search; the same ones in each system.
+        Searches that follow on each other, as sequences of recurrent inferences without the tree: in each simulation
+        every environment expands a random node that it already has, so that depths are unequal as in a real search;
+        the same ones in each system.
     """
 
     def __init__(self, models: Dict[str, Any], rows: int, args: Any) -> None:
@@ -28,41 +28,44 @@ class Search:
         shape = PRESETS[args.model]['model']['observation_shape']
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.actions = PRESETS[args.model]['model']['action_space_size']
+        self.searches = dict.fromkeys(models, 0)
+        self.last_obs: Dict[str, torch.Tensor] = {}
 
-    def run(self, name: str, simulations: int, seed: int) -> List[float]:
-        """Milliseconds of each simulation under one system."""
-        torch.manual_seed(seed)
-        model = self.models[name]
+    def fill(self, name: str) -> None:
+        """Go on until contexts and the pools of root contexts are full, in searches of a single simulation."""
+        world_model = self.models['by key'].world_model
+        for _ in range(world_model.context_length // 2 + world_model.kv_cache_manager.init_pools[0].pool_size):
+            self.run(name, 1)
+
+    def run(self, name: str, simulations: int) -> List[float]:
+        """Milliseconds of each simulation of the next search under one system."""
+        model, step = self.models[name], self.searches[name]
+        self.searches[name] += 1
+        torch.manual_seed(step)
         obs = torch.randn((self.rows,) + self.shape, device=self.device)
+        last_obs = self.last_obs.get(name, obs)
+        self.last_obs[name] = obs
+        actions = [np.int64(0) if step else -1] * self.rows
         with ExitStack() as search:
             if name != 'old':  # as the policy does for the length of a search
                 search.enter_context(model.world_model.serving('collect', range(self.rows)))
-            output = model.initial_inference(obs, [-1] * self.rows, obs, [0] * self.rows)
+            output = model.initial_inference(last_obs, actions, obs, [np.array(step)] * self.rows)
             expand = None
             if name == 'by node':
                 expand = search.enter_context(model.world_model.search_by_node(simulations))
-            return self.simulate(model, simulations, [output.latent_state.cpu().numpy()], expand, seed)
+            return self.simulate(model, simulations, [output.latent_state.cpu().numpy()], expand, step)
 
     def caching_percent(self, name: str, simulations: int) -> Union[float, str]:
         """The share of a recurrent step that is not its forward."""
         times = StepTimes(self.models[name], self.device)
         with times.measured():
-            self.run(name, simulations, 0)
+            self.run(name, simulations)
         return times.caching_percent(times.milliseconds['step'])
 
-    def memory_of_contexts(self) -> Tuple[float, float]:
-        """MiB of the contexts that the last search stored: as whole copies, and as the pages that they share."""
-        world_model = self.models['by key'].world_model
-        manager = world_model.kv_cache_manager
-        contexts = sum(map(len, manager.init_pools + [manager.recur_pool]))
-        page = manager.storage.slab.page_bytes
-        copies = contexts * page * world_model.context_length / 2
-        return copies / MIB, manager.pages_used * page / MIB
-
     def simulate(self, model: Any, simulations: int, latents: List[np.ndarray], expand: Any,
-                 seed: int) -> List[float]:
+                 timestep: int) -> List[float]:
         """The simulations of one search whose roots are there."""
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(timestep)
         times = []
         depths = [np.zeros(self.rows, dtype=int)]
         columns = np.arange(self.rows)
@@ -77,7 +80,7 @@ class Search:
                 latent = np.stack([latents[parent][row] for row, parent in enumerate(parents)])
                 action = torch.from_numpy(moves).to(self.device)
                 step = partial(model.recurrent_inference, [(latent, action)], simulation, depth.tolist(),
-                               [0] * self.rows)
+                               [np.array(timestep)] * self.rows)
             result, milliseconds = timed(step, self.device)
             times.append(milliseconds)
             if expand is None:
@@ -98,21 +101,21 @@ def main() -> None:
         models = build_models(args, envs, args.simulations, ('old', 'by key', 'by node'))
         search = Search(models, envs, args)
         times: Dict[str, List[float]] = {name: [] for name in models}
+        for name in models:
+            search.fill(name)
         for repeat in range(args.repeats + 1):
             for name in sorted(models, key=lambda name: (repeat + list(models).index(name)) % len(models)):
-                values = search.run(name, args.simulations, repeat)
+                values = search.run(name, args.simulations)
                 times[name] += values if repeat else []  # the first one warms up
         milliseconds = {name: median(values) for name, values in times.items()}
         old = milliseconds['old']
         caching = {name: search.caching_percent(name, args.simulations) for name in models}
         memory = {name: model.world_model.kv_cache_manager.counters()['memory_mb'] for name, model in models.items()}
-        copies, pages = search.memory_of_contexts()
         rows.append({
             'envs': envs, **{f'{name} ms': value for name, value in milliseconds.items()},
             'old / key': old / milliseconds['by key'], 'old / node': old / milliseconds['by node'],
             **{f'{name} caching %': share for name, share in caching.items()},
-            'old MiB': memory['old'], 'new MiB': memory['by key'],
-            'copies MiB': copies, 'pages MiB': pages, 'copies / pages': copies / pages,
+            'old MiB': memory['old'], 'new MiB': memory['by key'], **memory_of_contexts(models['by key'].world_model),
         })
     title = f'Recurrent step, {args.model}, context {args.context}, {args.layers} layers'
     report(f'{title}, {args.device} {args.backend}', rows, args)

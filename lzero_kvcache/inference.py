@@ -20,6 +20,9 @@ from .pages import Rows, extend
 from .stats import Timing
 from .weights import Weights
 
+FORGOTTEN = object()
+"""Key of a last root whose context is known to be gone: nothing is stored under it."""
+
 
 class Serving(NamedTuple):
     """
@@ -52,7 +55,7 @@ class Inference:
         self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
         self._serving: Optional[Serving] = None
         self._roots: Optional[Tuple[Rows, np.ndarray]] = None  # of the search that is served, and their timesteps
-        self._last_keys: Dict[Tuple[str, int], Any] = {}
+        self._last_keys: Dict[Tuple[str, int], Any] = {}  # None: the last root was skipped
         self._new_keys: Dict[Tuple[str, int], Any] = {}
 
     @contextmanager
@@ -83,7 +86,10 @@ class Inference:
             Forget the last roots of one environment, of a mode, or of all.
         """
         for key in [key for key in self._last_keys if mode in (None, key[0]) and env_id in (None, key[1])]:
-            del self._last_keys[key]
+            if self._last_keys[key] is None:
+                del self._last_keys[key]
+            else:
+                self._last_keys[key] = FORGOTTEN
 
     # ---- roots -----------------------------------------------------------------------------------------------------
 
@@ -97,7 +103,7 @@ class Inference:
             - last_actions (:obj:`Sequence[Any]`): What led from one to the other; -1 where an episode starts.
             - start_pos (:obj:`Any`): Timesteps of the current observations ``[B]``, or one for all.
         Returns:
-            - output (:obj:`StepOutput`): The predictions, without rewards.
+            - output (:obj:`StepOutput`): The predictions, without rewards; 0 for what is skipped.
         """
         rows = current_obs.shape[0]
         mode, env_ids = self._rows_of(rows)
@@ -151,7 +157,8 @@ class Inference:
         """Keys of the last roots of the rows that go on, whether their latents are finite ``[B]``, and those latents.
 
         An environment that the policy follows has the key of its last root remembered, and its last observation is
-        encoded only if that context is gone. For any other that is done here, and costs a copy to the host.
+        encoded only if that context is gone. For any other, and after a root that was skipped, that is done here, and
+        costs a copy to the host.
         """
         followed = self._last_keys if self._serving is not None else {}
         last_keys = {row: followed.get((mode, env_ids[row])) for row in np.flatnonzero(going).tolist()}
@@ -188,7 +195,7 @@ class Inference:
             - action (:obj:`torch.Tensor`): ``[B]``, or ``[B, A]`` for continuous ones.
             - search_depth (:obj:`Sequence[int]`), start_pos (:obj:`Any`): Where the nodes are, for rotary positions.
         Returns:
-            - output (:obj:`StepOutput`): The predictions.
+            - output (:obj:`StepOutput`): The predictions; 0 for what is skipped.
         """
         rows = len(latent)
         mode, env_ids = self._rows_of(rows)
@@ -220,7 +227,7 @@ class Inference:
         if self._validator is not None:
             self._validator.keyed_node(latent, action, search_depth, output)
         self.timings['step'].record(time.perf_counter() - start)
-        return output
+        return output if len(kept) == rows else output.map(_zero_for_nan)
 
     @contextmanager
     def search_by_node(self, simulations: int) -> Iterator[Callable[..., np.ndarray]]:

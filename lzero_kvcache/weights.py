@@ -64,7 +64,8 @@ def check_served(world_model: Any) -> None:
     Arguments:
         - world_model (:obj:`Any`): A LightZero world model.
     Raises:
-        - ConfigError: It has several observation tokens a step, or changes attention, blocks or ``forward``.
+        - ConfigError: It has several observation tokens a step, forward hooks, or attention, blocks or a ``forward`` of
+          its own.
     """
     mend = f'set {PREFIX}.{FLAG}=False for the old system'
     tokens = world_model.config.tokens_per_block
@@ -91,6 +92,11 @@ def _changed(world_model: Any) -> Iterator[str]:
             projection = getattr(block.attn, name)
             if type(projection) is not nn.Linear:
                 yield f'{type(block.attn).__name__}.{name} is a {type(projection).__name__} and no Linear'
+    heads = (world_model.head_rewards, world_model.head_observations, world_model.head_policy, world_model.head_value)
+    for part in (transformer, *heads):
+        for module in part.modules():
+            if module._forward_hooks or module._forward_pre_hooks:  # spectral_norm's, say
+                yield f'a {type(module).__name__} of the {type(part).__name__} has a forward hook'
 
 
 def _function(module: nn.Module, many_rows: int) -> Function:

@@ -249,6 +249,35 @@ def test_a_reward_of_nan_is_noticed_by_key():
         model.recurrent_inference([(latent, torch.zeros(3, dtype=torch.long))], 0, [0] * 3, [0] * 3)
 
 
+def test_a_search_by_key_gets_zeros_for_what_is_skipped():
+    policy = make_policy(True, kv_cache_cfg=dict(on_nan='skip'))
+    Worker(policy).step([0, 1, 2])
+    world_model = policy._model.world_model
+    with torch.no_grad():
+        for parameter in world_model.head_rewards.parameters():
+            parameter.fill_(float('nan'))
+    latent = np.random.default_rng(0).random((3, 1, world_model.embed_dim), dtype=np.float32)
+    output = policy._model.recurrent_inference([(latent, torch.zeros(3, dtype=torch.long))], 0, [0] * 3, [0] * 3)
+    assert not output.reward.any()
+    assert output.value.isfinite().all() and output.value.any()
+    assert len(world_model.kv_cache_manager.recur_pool) == 0
+
+
+def test_after_a_root_that_was_skipped_its_environment_starts_afresh():
+    """Its observation was nan, which is no context for the next one."""
+    fresh, skipped = (Worker(make_policy(True, kv_cache_cfg=dict(on_nan='skip'))) for _ in range(2))
+    fresh.step([0, 2])
+    skipped.step([0, 1, 2])
+    observe = skipped._observe
+    skipped._observe = lambda env_id: observe(env_id) * (float('nan') if env_id == 1 else 1)
+    skipped.step([0, 1, 2])
+    values = []
+    for worker in (fresh, skipped):
+        worker._observe = lambda env_id: np.full(4, 0.1 * (env_id + 1), dtype=np.float32)
+        values.append(worker.step([0, 1, 2])[1]['predicted_value'])
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_values_that_overflow_float16_are_told_from_weights_that_diverged(dtype):
     policy = make_policy(True, kv_cache_cfg=dict(dtype=dtype))

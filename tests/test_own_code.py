@@ -182,7 +182,17 @@ def changed_query(world_model):
     attn.query = type('LowRank', (torch.nn.Linear, ), {})(attn.query.in_features, attn.query.out_features)
 
 
+def hooked_norm(world_model):
+    world_model.transformer.blocks[0].ln1.register_forward_hook(lambda *args: None)
+
+
+def hooked_weight(world_model):
+    torch.nn.utils.spectral_norm(world_model.transformer.blocks[0].attn.query)
+
+
 @pytest.mark.parametrize(('change', 'what'), [
+    (hooked_norm, 'LayerNorm of the Transformer has a forward hook'),
+    (hooked_weight, 'Linear of the Transformer has a forward hook'),
     (changed_attention, 'MyAttention.forward is not'), (changed_block, 'Block.forward is not'),
     (changed_query, 'SelfAttention.query is a LowRank and no Linear'),
 ])

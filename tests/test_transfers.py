@@ -137,6 +137,25 @@ def test_roots_and_nodes_of_a_policys_search(player, rotary, continuous, device,
 
 @DEVICES
 @BOTH_POSITIONS
+def test_a_root_after_the_weights_changed(rotary, device, monkeypatch):
+    """All contexts are gone, and that is known without a look at the last latents."""
+    case = Case(rotary=rotary)
+    model = model_on(device, case)
+    trace = random_trace(np.random.default_rng(SEED), case, ROWS, root_steps=3, simulations=1)
+    roots = [event for event in trace.events if isinstance(event, Root)]
+    counting = Counting(model.world_model, device, monkeypatch)
+    playing = ByNode(Placed(model))
+    for root in roots:
+        playing.play(root)
+        playing.close()
+        model.world_model.weights_changed('test')
+    assert counting.calls == [(1, 1)] * 3
+    counted = model.world_model.kv_cache_manager.counters()['init']
+    assert (counted['queries'], counted['hits']) == (2 * ROWS, 0)
+
+
+@DEVICES
+@BOTH_POSITIONS
 def test_reanalysis(rotary, device, monkeypatch):
     case = Case(rotary=rotary)
     model = model_on(device, case)
