@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .pages import Rows
 from .slab import Slab
-from .weights import MANY_CAPTURED_ROWS, MANY_ROWS, Weights, check_served, read_weights
+from .weights import MANY_CAPTURED_ROWS, MANY_ROWS, Weights, read_weights
 
 SHORT_WINDOW = 64
 """Slots up to which attention is cheaper without a matrix product, for many rows."""
@@ -49,13 +49,10 @@ class Engine:
     Overview:
         The transformer's inference over pages. It reads the world model's own modules and holds no weights.
     Arguments:
-        - world_model (:obj:`Any`): A LightZero world model.
-    Raises:
-        - ConfigError: As :func:`check_served`.
+        - world_model (:obj:`Any`): A LightZero world model that :func:`check_served` lets pass.
     """
 
     def __init__(self, world_model: Any) -> None:
-        check_served(world_model)
         config = world_model.config
         self._wm = world_model
         self.heads, self.embed_dim = config.num_heads, config.embed_dim

@@ -2,7 +2,7 @@
 import copy
 from typing import Any
 
-from ding.utils import POLICY_REGISTRY, deep_merge_dicts
+from ding.utils import POLICY_REGISTRY, deep_merge_dicts, import_module
 from easydict import EasyDict
 
 from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, nearest, settle
@@ -45,7 +45,7 @@ def disable(main_config: EasyDict, create_config: EasyDict) -> None:
 def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     """
     Overview:
-        Validate a config before anything starts; it is not changed.
+        Validate a config before anything starts; it is not changed. What its policy imports is imported.
     Arguments:
         - main_config (:obj:`EasyDict`): LightZero's ``main_config``.
         - create_config (:obj:`EasyDict`): LightZero's ``create_config``.
@@ -57,6 +57,7 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     name = create_config.policy.type
     if name not in POLICIES:
         raise ConfigError(f'create_config.policy.type={name!r} is not a UniZero policy: {nearest(name, POLICIES)}')
+    import_module(create_config.policy.get('import_names', []))  # a policy of one's own is registered by them
     policy = POLICY_REGISTRY.get(name)
     config = settle(deep_merge_dicts(policy.default_config(), copy.deepcopy(main_config.policy)), KV_CACHE_REGISTRY)
     if config.use_new and not issubclass(policy, KVCachePolicy):

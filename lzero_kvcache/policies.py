@@ -3,6 +3,7 @@
 LightZero keeps the last observations and actions as rows of a batch, shared by collection and evaluation; new mode
 keeps them for each (mode, environment) and lays the rows out for LightZero's own code to run on.
 """
+import copy
 import inspect
 import logging
 import math
@@ -24,9 +25,9 @@ from .config import FLAG, PREFIX, ConfigError, settle
 from .manager import COLLECT, EVAL
 from .registry import KV_CACHE_REGISTRY, register_in_place_of
 from .search import NodeSearch, SampledNodeSearch
+from .served import check_served, is_own
 from .stats import Timing
 from .telemetry import HOOK_CONFIG, HOOK_KEY
-from .weights import check_served
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +97,16 @@ class KVCachePolicy:
         Returns:
             - config (:obj:`EasyDict`): The default config.
         """
-        if cls.__base__ is not KVCachePolicy:
-            return super().default_config()  # type: ignore[misc]
-        config = cls.__bases__[1].default_config()  # type: ignore[attr-defined]
+        if cls.__base__ is KVCachePolicy:
+            config = cls.__bases__[1].default_config()  # type: ignore[attr-defined]
+            config.model.world_model_cfg.pop('env_num', None)
+            own = EasyDict(learn=dict(learner=dict(hook={HOOK_KEY: HOOK_CONFIG})))
+        else:  # DI-engine would add what a subclass inherits as if it were its own
+            config = cls.__base__.default_config()  # type: ignore[union-attr]
+            own = EasyDict(copy.deepcopy(vars(cls).get('config', {})))
+        config = deep_merge_dicts(config, own)
         config.cfg_type = cls.__name__ + 'Dict'
-        config.model.world_model_cfg.pop('env_num', None)
-        return deep_merge_dicts(config, EasyDict(learn=dict(learner=dict(hook={HOOK_KEY: HOOK_CONFIG}))))
+        return config
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
         self._cfg = cfg  # LightZero's destructor looks at it, also where the next line refuses it
@@ -127,14 +132,23 @@ class KVCachePolicy:
         self._mcts_eval = self._mcts_of(self._mcts_eval)
 
     def _mcts_of(self, mcts: Any) -> Any:
-        """By node in new mode; LightZero's own, timed from outside, in old mode and where it has other scalars."""
+        """By node in new mode; else the search that is there, timed from outside."""
         world_model = self._model.world_model
-        if _is_new(world_model) and self._cfg.model.categorical_distribution:
+        if _is_new(world_model) and self._can_be_by_node(mcts):
             return self.node_search(self._cfg)
         timings = getattr(world_model, 'timings', None)
         if timings is not None:
             mcts.search = _timed(mcts.search, timings['search'])
         return mcts
+
+    def _can_be_by_node(self, mcts: Any) -> bool:
+        """Whether nobody's own search or inference would be passed over, and scalars are LightZero's."""
+        model = getattr(self._model, '_orig_mod', self._model)  # torch.compile wraps it
+        overridden = is_own(model, 'recurrent_inference') or is_own(model.world_model, 'forward_recurrent_inference')
+        own_search = type(mcts) not in self.node_search.__mro__
+        if overridden or own_search:
+            logger.info('Searching by key: the policy has a search, or its model a recurrent inference, of its own')
+        return self._cfg.model.categorical_distribution and not overridden and not own_search
 
     def _forward_learn(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._forward_learn(*args, **kwargs)  # type: ignore[misc]

@@ -1,16 +1,12 @@
 """The transformer's weights laid out for inference, made anew for each search. Knows LightZero's modules."""
 import functools
 import math
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from lzero.model.common import SimNorm
-from lzero.model.unizero_world_models.transformer import Block, SelfAttention, Transformer
-from lzero.model.unizero_world_models.world_model import WorldModel
 from torch import nn
-
-from .config import FLAG, PREFIX, ConfigError
 
 Function = Callable[..., Any]
 
@@ -22,12 +18,6 @@ MANY_CAPTURED_ROWS = 32
 
 MANY_NUMBERS = 4096
 """From here on the passes of :func:`_gelu` over memory cost less than PyTorch's tanh on a CPU."""
-
-INFERENCE = (
-    'forward', '_add_position_embeddings', '_process_obs_act_combined', '_process_obs_act_combined_cont',
-    '_transformer_pass'
-)
-"""Methods of LightZero's world model that a step stands for."""
 
 _GELU_SLOPE = torch.tensor(2 * (2 / math.pi) ** 0.5)
 
@@ -56,52 +46,9 @@ class Weights(NamedTuple):
     shift: Optional[torch.Tensor]  # [2W, L, 2, E]: what learned positions add to keys and values; None with rotary
 
 
-def check_served(world_model: Any) -> None:
-    """
-    Overview:
-        Refuse a world model whose own code a step would pass over: a step reads weights, and calls only the tokenizer,
-        the heads, norms, gates and MLPs.
-    Arguments:
-        - world_model (:obj:`Any`): A LightZero world model.
-    Raises:
-        - ConfigError: It has several observation tokens a step, forward hooks, or attention, blocks or a ``forward`` of
-          its own.
-    """
-    mend = f'set {PREFIX}.{FLAG}=False for the old system'
-    tokens = world_model.config.tokens_per_block
-    if tokens != 2:
-        raise ConfigError(
-            f'{PREFIX}.tokens_per_block={tokens}: the new cache serves 2, one observation token per step; {mend}'
-        )
-    for what in _changed(world_model):
-        raise ConfigError(f"{what}, and the new cache's inference, which reads the weights, would pass over it; {mend}")
-
-
-def _changed(world_model: Any) -> Iterator[str]:
-    """What differs from LightZero in the methods and projections that a step stands for."""
-    transformer = world_model.transformer
-    stood_for = [(world_model, WorldModel, name) for name in INFERENCE] + [(transformer, Transformer, 'forward')]
-    for block in transformer.blocks:
-        stood_for += [(block, Block, 'forward'), (block.attn, SelfAttention, 'forward')]
-    for module, base, name in stood_for:
-        method = getattr(base, name, None)
-        if getattr(type(module), name, None) is not method or name in vars(module):
-            yield f"{type(module).__name__}.{name} is not LightZero's own"
-    for block in transformer.blocks:
-        for name in ('query', 'key', 'value'):
-            projection = getattr(block.attn, name)
-            if type(projection) is not nn.Linear:
-                yield f'{type(block.attn).__name__}.{name} is a {type(projection).__name__} and no Linear'
-    heads = (world_model.head_rewards, world_model.head_observations, world_model.head_policy, world_model.head_value)
-    for part in (transformer, *heads):
-        for module in part.modules():
-            if module._forward_hooks or module._forward_pre_hooks:  # spectral_norm's, say
-                yield f'a {type(module).__name__} of the {type(part).__name__} has a forward hook'
-
-
 def _function(module: nn.Module, many_rows: int) -> Function:
     """A module without the cost of calling modules, which is as long as a small layer takes: its hooks do not run."""
-    if isinstance(module, nn.Sequential):
+    if type(module) is nn.Sequential:
         parts = [part for part in module if module.training or not isinstance(part, nn.Dropout)]
         functions = [_function(part, many_rows) for part in parts]
 

@@ -14,6 +14,7 @@ from .config import CacheConfig
 from .engine import Engine
 from .inference import Inference
 from .registry import KV_CACHE_REGISTRY
+from .served import check_served
 from .stats import Timing
 from .validation import Validator
 
@@ -29,8 +30,7 @@ class NewWorldModel(LightZeroWorldModel):
         - config (:obj:`Any`): A ``world_model_cfg``.
         - tokenizer (:obj:`Any`): LightZero's tokenizer.
     Raises:
-        - ConfigError: An option is wrong.
-        - ValueError: The new cache cannot serve this model.
+        - ConfigError: An option is wrong, or the new cache cannot serve this model.
     """
     use_new_cache_manager = True
 
@@ -43,6 +43,7 @@ class NewWorldModel(LightZeroWorldModel):
             self.validator.attach(self)
         for name in ('shared_pool_recur_infer', 'shared_pool_init_infer', 'shared_pool_wm'):
             del self.__dict__[name]
+        check_served(self)
         self.cache_engine = Engine(self)
         self.kv_cache_manager: PagedCacheManager = KV_CACHE_REGISTRY[options.type](
             config, self.env_num, options.enable_stats

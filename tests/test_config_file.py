@@ -3,7 +3,9 @@ import copy
 import importlib
 import os
 import textwrap
+from unittest import mock
 
+import lzero.entry
 import pytest
 
 from lzero_kvcache import ConfigError
@@ -186,7 +188,6 @@ def test_a_main_that_needs_more_than_is_known(write):
 
 
 def test_capturing_a_call_puts_the_entries_back():
-    import lzero.entry
     before = [getattr(lzero.entry, name) for name in ENTRIES]
 
     def main():
@@ -196,6 +197,23 @@ def test_capturing_a_call_puts_the_entries_back():
     call = capture_entry_call(main)
     assert call == dict(main_config=dict(a=1), create_config=dict(b=2), entry='train_unizero', seed=5)
     assert [getattr(lzero.entry, name) for name in ENTRIES] == before
+
+
+@pytest.mark.parametrize(('top', 'inside'), [
+    ('from lzero.entry import train_unizero as train', 'train'),
+    ('import launcher', 'launcher.go'),
+    ('', 'from lzero.entry.train_unizero import train_unizero; train_unizero'),
+    ('', 'import late_launcher; late_launcher.go'),
+])
+def test_loading_trains_nothing_by_whatever_way_main_reaches_an_entry(top, inside, write):
+    for name in ('launcher', 'late_launcher'):
+        write(f'a/{name}.py', body='from lzero.entry import train_unizero as go')
+    config = textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    ')
+    path = write('a/mine.py', body=f'{top}\ndef main():\n{config}\n    {inside}([main_config, create_config], seed=4)')
+    with mock.patch('ding.config.compile_config', side_effect=AssertionError('a training begins')):
+        assert load_config(path).seed == 4
+    assert importlib.import_module('launcher').go is lzero.entry.train_unizero
+    assert importlib.import_module('late_launcher').go is lzero.entry.train_unizero
 
 
 def test_capturing_from_a_function_that_trains_nothing():

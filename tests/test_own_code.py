@@ -1,5 +1,6 @@
 """What ``docs/your_project.md`` and ``examples/`` say of users' own managers, models and policies."""
 import contextlib
+import functools
 import io
 import json
 import re
@@ -11,12 +12,15 @@ from builders import Worker, compiled, small_cartpole
 from ding.policy import create_policy
 from ding.utils import MODEL_REGISTRY, POLICY_REGISTRY
 from easydict import EasyDict
+from lzero.model import unizero_model as lightzero_model
 from lzero.model.unizero_model import UniZeroModel as LightZerosModel
 from lzero.model.unizero_world_models.transformer import SelfAttention
+from lzero.model.unizero_world_models.world_model import WorldModel as LightZerosWorldModel
+from lzero.policy import unizero as lightzero_policy
 from oracle import Case, randomise
 from trainings import SMALL, check_run, import_what_trainings_import, short_episodes, trained
 
-from lzero_kvcache import ConfigError, check_config
+from lzero_kvcache import ConfigError, check_config, enable
 from lzero_kvcache.models import UniZeroModel
 from lzero_kvcache.policies import UniZeroPolicy
 from lzero_kvcache.registry import register_in_place_of
@@ -25,6 +29,15 @@ from lzero_kvcache.world_model import NewWorldModel
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = str(ROOT / 'examples' / 'own_manager.py')
+FOREIGN_POLICY = """
+from ding.utils import POLICY_REGISTRY
+from lzero.policy.unizero import UniZeroPolicy
+
+
+@POLICY_REGISTRY.register('unizero', force_overwrite=True)
+class Foreign(UniZeroPolicy):
+    pass
+"""
 PAGE = (ROOT / 'docs' / 'your_project.md').read_text(encoding='utf-8')
 
 
@@ -41,6 +54,10 @@ def registries(registered):
 def policy_of(main_config):
     with contextlib.redirect_stdout(io.StringIO()):
         return create_policy(compiled(main_config).policy, enable_field=['learn', 'collect', 'eval'])
+
+
+def cache_of(policy):
+    return getattr(policy._model, '_orig_mod', policy._model).world_model.kv_cache_manager
 
 
 def shrunk(path, new=True):
@@ -174,7 +191,13 @@ def changed_attention(world_model):
 
 def changed_block(world_model):
     block = world_model.transformer.blocks[0]
-    block.forward = block.forward
+    block.forward = lambda *args, forward=block.forward, **kwargs: forward(*args, **kwargs)
+
+
+def changed_head(world_model):
+    head = world_model.head_value
+    head.__class__ = type('MyHead', (type(head), ), {
+        'forward': lambda self, *args, **kwargs: super(type(self), self).forward(*args, **kwargs)})
 
 
 def changed_query(world_model):
@@ -194,6 +217,7 @@ def hooked_weight(world_model):
     (hooked_norm, 'LayerNorm of the Transformer has a forward hook'),
     (hooked_weight, 'Linear of the Transformer has a forward hook'),
     (changed_attention, 'MyAttention.forward is not'), (changed_block, 'Block.forward is not'),
+    (changed_head, 'MyHead.forward is not'),
     (changed_query, 'SelfAttention.query is a LowRank and no Linear'),
 ])
 def test_a_change_that_a_step_would_pass_over_is_refused(change, what, registries):
@@ -214,18 +238,111 @@ def test_a_change_that_a_step_would_pass_over_is_refused(change, what, registrie
     assert len(Worker(policy_of(main_config)).step([0, 1, 2])) == 3
 
 
-def test_a_forward_of_ones_own_is_refused_where_the_world_model_is_made(registries):
+def calling(name, calls):
+    """A method that counts its calls and does what its base class does."""
 
-    class MyWorldModel(NewWorldModel):
+    def method(self, *args, **kwargs):
+        calls.append(name)
+        return getattr(super(type(self), self), name)(*args, **kwargs)
 
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
+    return method
 
-    MODEL_REGISTRY.register('MyModel', type('MyModel', (UniZeroModel, ), {'new_world_model': MyWorldModel}))
-    main_config = small_cartpole(True)
+
+def with_model(new, **attributes):
+    """A config whose model is the plugin's with some attributes of one's own."""
+    MODEL_REGISTRY.register('MyModel', type('MyModel', (UniZeroModel, ), attributes), force_overwrite=True)
+    main_config = small_cartpole(new)
     main_config.policy.model.update(type='MyModel', import_names=[])
-    with pytest.raises(ConfigError, match='MyWorldModel.forward is not'):
-        policy_of(main_config)
+    return main_config
+
+
+@pytest.mark.parametrize('name', ['forward', 'update_cache_context', 'wm_forward_for_initial_infererence'])
+def test_what_the_new_system_would_not_call_is_refused_where_the_world_model_is_made(name, registries):
+    theirs = type('MyWorldModel', (NewWorldModel, ), {name: calling(name, [])})
+    with pytest.raises(ConfigError, match=f'MyWorldModel.{name} is not'):
+        policy_of(with_model(True, new_world_model=theirs))
+
+
+def test_what_is_put_into_lightzeros_attention_is_refused(registries, monkeypatch):
+    forward = SelfAttention.forward
+
+    @functools.wraps(forward)
+    def theirs(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(SelfAttention, 'forward', theirs)
+    with pytest.raises(ConfigError, match='SelfAttention.forward is not'):
+        policy_of(small_cartpole(True))
+
+
+@pytest.mark.parametrize('which', ['model', 'world model', 'search'])
+def test_a_recurrent_inference_or_search_of_ones_own_is_called(which, registries, monkeypatch):
+    calls = []
+    if which == 'model':
+        main_config = with_model(True, recurrent_inference=calling('recurrent_inference', calls))
+    elif which == 'world model':
+        theirs = {'forward_recurrent_inference': calling('forward_recurrent_inference', calls)}
+        main_config = with_model(True, new_world_model=type('MyWorldModel', (NewWorldModel, ), theirs))
+    else:
+        main_config = small_cartpole(True)
+        theirs = type('MySearch', (lightzero_policy.MCTSCtree, ), {'search': calling('search', calls)})
+        monkeypatch.setattr(lightzero_policy, 'MCTSCtree', theirs)
+    policy = policy_of(main_config)
+    Worker(policy).step([0, 1, 2])
+    assert len(calls) == (1 if which == 'search' else main_config.policy.num_simulations)
+    assert cache_of(policy).counters()['recur']['queries'] == 3 * main_config.policy.num_simulations
+
+
+@pytest.mark.parametrize('kind', ['mlp', 'head'])
+def test_a_sequence_of_layers_with_a_forward_of_its_own_is_called(kind, registries):
+
+    class Residual(torch.nn.Sequential):
+        calls = 0
+
+        def forward(self, x):
+            Residual.calls += 1
+            return 0.5 * super().forward(x)
+
+    model = policy_of(small_cartpole(True))._model.eval()
+    world_model = getattr(model, '_orig_mod', model).world_model
+    owner, name = (world_model.transformer.blocks[0], 'mlp') if kind == 'mlp' else \
+        (world_model.head_value, 'head_module')
+    setattr(owner, name, Residual(*getattr(owner, name)))
+    weights = world_model.cache_engine.weights()
+    x = torch.randn(2, 1, world_model.embed_dim)
+    ours = weights.layers[0].mlp(x) if kind == 'mlp' else weights.value(x)
+    assert Residual.calls == 1
+    torch.testing.assert_close(ours, getattr(owner, name)(x))
+
+
+@pytest.mark.parametrize('new', [False, True])
+def test_a_world_model_in_the_place_of_lightzeros_is_not_replaced(new, registries, monkeypatch):
+    theirs = type('TheirWorldModel', (LightZerosWorldModel, ), {})
+    monkeypatch.setattr(lightzero_model, 'WorldModel', theirs)
+    if new:
+        with pytest.raises(ConfigError, match='TheirWorldModel: derive it from lzero_kvcache.world_model.NewWorld'):
+            policy_of(small_cartpole(True))
+    else:
+        policy = policy_of(small_cartpole(False))
+        assert type(getattr(policy._model, '_orig_mod', policy._model).world_model) is theirs
+        assert len(Worker(policy).step([0, 1, 2])) == 3
+
+
+def test_a_foreign_policy_that_import_names_bring_is_refused_with_the_flag(registries, tmp_path, monkeypatch):
+    (tmp_path / 'foreign_policy.py').write_text(FOREIGN_POLICY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    create_config = EasyDict(policy=dict(type='unizero', import_names=['foreign_policy']))
+    with pytest.raises(ConfigError, match='foreign_policy.Foreign, which is registered'):
+        enable(small_cartpole(True), create_config)
+
+
+def test_a_policy_of_ones_own_has_the_plugins_defaults_and_its_own(registries):
+    theirs = type('MyPolicy', (UniZeroPolicy, ), {'config': dict(num_simulations=7)})
+    for policy, simulations in ((theirs, 7), (type('Other', (UniZeroPolicy, ), {}), 50)):
+        config = policy.default_config()
+        assert 'env_num' not in config.model.world_model_cfg
+        assert (config.num_simulations, config.cfg_type) == (simulations, policy.__name__ + 'Dict')
+        assert config.learn == UniZeroPolicy.default_config().learn
 
 
 # ---------------------------------------------------------------------------------------------------- real trainings

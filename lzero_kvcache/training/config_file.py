@@ -141,25 +141,29 @@ def _recorded_entries(function: Callable) -> Iterator[None]:
 
     What it does to train on several GPUs, which joins the processes and divides the batch, is left to the run.
     """
+
+    class NoContext(contextlib.nullcontext):
+        pass
+
     package = importlib.import_module('lzero.entry')
-    stand_ins: List[Tuple[str, str, Any]] = [
-        ('lzero.entry', name, _recorder(name, getattr(package, name))) for name in ENTRIES
-    ]
-    stand_ins += [
-        ('ding.utils', 'DDPContext', contextlib.nullcontext),
-        ('lzero.config.utils', 'lz_to_ddp_config', lambda main_config: main_config),
-    ]
-    replaced = []
-    for module, name, stand_in in stand_ins:
-        for namespace in (vars(importlib.import_module(module)), getattr(function, '__globals__', {})):
-            if name in namespace:
-                replaced.append((namespace, name, namespace[name]))
-                namespace[name] = stand_in
+    pairs = [(getattr(package, name), _recorder(name, getattr(package, name))) for name in ENTRIES]
+    pairs.append((importlib.import_module('ding.utils').DDPContext, NoContext))
+    pairs.append((importlib.import_module('lzero.config.utils').lz_to_ddp_config, lambda main_config: main_config))
+    _replace(pairs, function)
     try:
         yield
-    finally:
-        for namespace, name, original in replaced:
-            namespace[name] = original
+    finally:  # also in what was imported meanwhile
+        _replace([(stand_in, original) for original, stand_in in pairs], function)
+
+
+def _replace(pairs: List[Tuple[Any, Any]], function: Callable) -> None:
+    """Put another in the place of each of some objects, in all modules and where ``function`` was written."""
+    others = {id(present): other for present, other in pairs}
+    for namespace in [getattr(function, '__globals__', {})] + [
+            getattr(module, '__dict__', {}) for module in list(sys.modules.values())]:
+        for name, value in list(namespace.items()):
+            if id(value) in others:
+                namespace[name] = others[id(value)]
 
 
 def _recorder(name: str, entry: Callable) -> Callable:

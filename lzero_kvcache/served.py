@@ -1,0 +1,84 @@
+"""Which code of a user's own the new system would pass over in silence. Knows LightZero's classes; no pages."""
+from typing import Any, Iterator
+
+from torch import nn
+
+from .config import FLAG, PREFIX, ConfigError
+
+KNOWN = ('lzero', 'lzero_kvcache', 'torch')
+
+FORWARD = ('forward', '_add_position_embeddings', '_process_obs_act_combined', '_process_obs_act_combined_cont',
+           '_transformer_pass')
+"""Methods of LightZero's world model that the engine stands for."""
+
+CACHING = ('reset_for_initial_inference', 'wm_forward_for_initial_infererence', 'retrieve_or_generate_kvcache',
+           'update_cache_context', 'trim_and_pad_kv_cache')
+"""Those that the manager stands for."""
+
+
+def check_served(world_model: Any) -> None:
+    """
+    Overview:
+        Refuse a world model whose own code inference over pages would pass over: it reads weights, and calls only the
+        tokenizer, the heads' modules, norms, gates and MLPs.
+    Arguments:
+        - world_model (:obj:`Any`): A LightZero world model.
+    Raises:
+        - ConfigError: It has several observation tokens a step, forward hooks, or caching, attention, blocks or a
+          ``forward`` of its own.
+    """
+    mend = f'set {PREFIX}.{FLAG}=False for the old system'
+    tokens = world_model.config.tokens_per_block
+    if tokens != 2:
+        raise ConfigError(
+            f'{PREFIX}.tokens_per_block={tokens}: the new cache serves 2, one observation token per step; {mend}'
+        )
+    for what in _passed_over(world_model):
+        raise ConfigError(f"{what}, and the new cache's inference, which reads the weights, would pass over it; {mend}")
+
+
+def is_own(owner: Any, name: str) -> bool:
+    """
+    Overview:
+        Whether a method is somebody's own: set on the object, or defined by a class that is neither LightZero's nor the
+        plugin's.
+    Arguments:
+        - owner (:obj:`Any`): A module or a model.
+        - name (:obj:`str`): The method's; False if there is none.
+    """
+    defining = next((kind for kind in type(owner).__mro__ if name in vars(kind)), None)
+    return name in vars(owner) or (defining is not None and not _is_known(defining.__module__))
+
+
+def _passed_over(world_model: Any) -> Iterator[str]:
+    transformer = world_model.transformer
+    heads = world_model.head_rewards, world_model.head_observations, world_model.head_policy, world_model.head_value
+    attentions = [block.attn for block in transformer.blocks]
+    for name in FORWARD + CACHING:
+        if is_own(world_model, name):
+            yield f'{type(world_model).__name__}.{name} is not LightZero\'s own'
+    for module in (world_model, transformer, *transformer.blocks, *attentions, *heads):
+        if is_own(module, 'forward') or not _is_written_by_known(type(module).forward):
+            yield f'{type(module).__name__}.forward is not LightZero\'s own'
+    for attention in attentions:
+        for name in ('query', 'key', 'value'):
+            projection = getattr(attention, name)
+            if type(projection) is not nn.Linear:
+                yield f'{type(attention).__name__}.{name} is a {type(projection).__name__} and no Linear'
+    for part in (transformer, *heads):
+        for module in part.modules():
+            if module._forward_hooks or module._forward_pre_hooks:  # spectral_norm's, say
+                yield f'a {type(module).__name__} of the {type(part).__name__} has a forward hook'
+
+
+def _is_written_by_known(function: Any) -> bool:
+    """Also one that was put into a class of LightZero's is told by where it was written, whatever it wraps."""
+    while function is not None:
+        if not _is_known(getattr(function, '__globals__', {}).get('__name__', '')):
+            return False
+        function = getattr(function, '__wrapped__', None)
+    return True
+
+
+def _is_known(module: str) -> bool:
+    return module.split('.')[0] in KNOWN
