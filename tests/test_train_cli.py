@@ -84,6 +84,20 @@ def test_an_environment_that_is_not_there_is_one_line(capfd, tmp_path, monkeypat
     assert 'env.env_id: Environment `NoSuchPole`' in line
 
 
+@pytest.mark.parametrize(('change', 'message'), [
+    ('create_config.env.type=cartpole_lightzer', "create_config.env.type='cartpole_lightzer' is registered by none"),
+    ('+policy.model.type=UniZeroModl', "policy.model.type='UniZeroModl' is registered by none"),
+])
+def test_a_name_that_nobody_registered_is_one_line(change, message, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(['--config', 'config_new', '--set', change]) == 2
+    line = capfd.readouterr().err
+    assert line.count('\n') == 1
+    assert message in line
+    assert 'did you mean' in line
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_error_of_the_environment_is_a_traceback_and_exit_code_1(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gymnasium, 'make', lambda *args, **kwargs: {}['the pole'])

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import numpy as np
 from easydict import EasyDict
 
-from lzero_kvcache.config import FLAG
+from lzero_kvcache.config import FLAG, ConfigError, nearest
 
 from .checkpoints import Checkpoint, atomic_checkpoints, load_state
 from .data_parallel import DataParallel
@@ -29,8 +29,20 @@ def default_tree(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
         - main_config (:obj:`EasyDict`), create_config (:obj:`EasyDict`): The configs, which stay as they are.
     Returns:
         - tree (:obj:`EasyDict`): The complete config.
+    Raises:
+        - ConfigError: Nothing has registered the environment, or the model.
     """
     from ding.config import compile_config
+    from ding.utils import ENV_REGISTRY, MODEL_REGISTRY, import_module
+    for key, registry, asked in (('create_config.env.type', ENV_REGISTRY, create_config.env),
+                                 ('policy.model.type', MODEL_REGISTRY, main_config.policy.model)):
+        modules = asked.get('import_names', [])
+        import_module(modules)
+        if 'type' in asked and asked.type not in registry:
+            raise ConfigError(
+                f'{key}={asked.type!r} is registered by none of its import_names={modules}; '
+                f'{nearest(asked.type, registry)}'
+            )
     return compile_config(main_config, env=None, auto=True, create_cfg=create_config, save_cfg=False)
 
 
