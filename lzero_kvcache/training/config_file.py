@@ -197,7 +197,8 @@ def _look_beside(path: str) -> None:
     if folder in _beside:
         return
     for earlier, present in _beside.items():
-        sys.path.remove(earlier)
+        with contextlib.suppress(ValueError):  # the config has taken it away
+            sys.path.remove(earlier)
         # A neighbour of that config, as config_old.py, must not stand for this folder's file of that name.
         added = set(sys.modules) - present
         neighbours = {name for name in added if '.' not in name and _lies_in(earlier, sys.modules[name])}
