@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
-from common import PRESETS, StepTimes, median, parser, report, spread_latents, timed, world_model_cfg
+from common import PRESETS, StepTimes, median, parser, report, silent, spread_latents, timed, world_model_cfg
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from easydict import EasyDict
 
@@ -64,7 +64,7 @@ def build_policies(configs: Configs, device: str) -> Dict[str, Any]:
         config = deep_merge_dicts(policy.default_config(), changes)
         config.update(device=device, cuda=device == 'cuda', use_wandb=False)
         torch.manual_seed(0)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             policies[name] = policy(config, enable_field=['learn', 'collect', 'eval'])
     spread_latents(policies['old']._model)
     policies['new']._model.load_state_dict(policies['old']._model.state_dict())

@@ -21,8 +21,6 @@ import lzero_kvcache  # noqa: F401  (registers the models)
 from lzero_kvcache.config import BACKENDS
 from lzero_kvcache.slab import MIB
 
-logging.disable(logging.INFO)  # what each construction says
-
 # The sizes of LightZero's own configs; everything else is the default of its UniZero policy.
 PRESETS: Dict[str, Dict[str, Any]] = {
     'cartpole': dict(
@@ -73,19 +71,30 @@ def build_models(args: argparse.Namespace, env_num: int, num_simulations: int,
     """Models with the same weights, in eval mode: 'old', and under every other name the new system."""
     models = {}
     torch.manual_seed(0)
-    for name in names:
-        config = world_model_cfg(
-            args, env_num, num_simulations, use_new_cache_manager=name != 'old', game_segment_length=50)
-        with contextlib.redirect_stdout(io.StringIO()):
+    with silent():
+        for name in names:
+            config = world_model_cfg(
+                args, env_num, num_simulations, use_new_cache_manager=name != 'old', game_segment_length=50)
             models[name] = MODEL_REGISTRY.build(
                 'UniZeroModel', world_model_cfg=config, **PRESETS[args.model]['model']
             ).to(args.device).eval()
-    spread_latents(models['old'])
-    for model in models.values():
-        model.load_state_dict(models['old'].state_dict())
+        spread_latents(models['old'])
+        for model in models.values():
+            model.load_state_dict(models['old'].state_dict())
     if not models['old'].world_model.config.rotary_emb:
         models['old'].world_model.precompute_pos_emb_diff_kv()
     return models
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Without what each construction says."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        logging.disable(logging.INFO)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def spread_latents(model: torch.nn.Module) -> None:

@@ -1,4 +1,5 @@
 """Switching a LightZero config between the two systems, and checking it before anything starts."""
+import contextlib
 import copy
 from typing import Any
 
@@ -57,7 +58,8 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     name = create_config.policy.type
     if name not in POLICIES:
         raise ConfigError(f'create_config.policy.type={name!r} is not a UniZero policy: {nearest(name, POLICIES)}')
-    import_module(create_config.policy.get('import_names', []))  # a policy of one's own is registered by them
+    with contextlib.suppress(ImportError):  # what is missing is missed by what needs it
+        import_module(create_config.policy.get('import_names', []))  # these register a policy of one's own
     policy = POLICY_REGISTRY.get(name)
     config = settle(deep_merge_dicts(policy.default_config(), copy.deepcopy(main_config.policy)), KV_CACHE_REGISTRY)
     if config.use_new and not issubclass(policy, KVCachePolicy):

@@ -97,14 +97,14 @@ class KVCachePolicy:
         Returns:
             - config (:obj:`EasyDict`): The default config.
         """
-        if cls.__base__ is KVCachePolicy:
-            config = cls.__bases__[1].default_config()  # type: ignore[attr-defined]
-            config.model.world_model_cfg.pop('env_num', None)
-            own = EasyDict(learn=dict(learner=dict(hook={HOOK_KEY: HOOK_CONFIG})))
-        else:  # DI-engine would add what a subclass inherits as if it were its own
-            config = cls.__base__.default_config()  # type: ignore[union-attr]
-            own = EasyDict(copy.deepcopy(vars(cls).get('config', {})))
-        config = deep_merge_dicts(config, own)
+        kinds = cls.__mro__
+        plugins = next(number for number, kind in enumerate(kinds) if KVCachePolicy in kind.__bases__)
+        config = kinds[plugins].__bases__[1].default_config()  # type: ignore[attr-defined]
+        config.model.world_model_cfg.pop('env_num', None)
+        # Of classes before it only what is their own: DI-engine would add what they inherit.
+        own = [copy.deepcopy(vars(kind).get('config', {})) for kind in reversed(kinds[:plugins])]
+        for part in (dict(learn=dict(learner=dict(hook={HOOK_KEY: HOOK_CONFIG}))), *own):
+            config = deep_merge_dicts(config, EasyDict(part))
         config.cfg_type = cls.__name__ + 'Dict'
         return config
 

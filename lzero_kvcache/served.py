@@ -40,14 +40,16 @@ def check_served(world_model: Any) -> None:
 def is_own(owner: Any, name: str) -> bool:
     """
     Overview:
-        Whether a method is somebody's own: set on the object, or defined by a class that is neither LightZero's nor the
-        plugin's.
+        Whether a method is somebody's own: set on the object, defined by a class that is neither LightZero's nor the
+        plugin's, or put into one of theirs.
     Arguments:
         - owner (:obj:`Any`): A module or a model.
         - name (:obj:`str`): The method's; False if there is none.
     """
     defining = next((kind for kind in type(owner).__mro__ if name in vars(kind)), None)
-    return name in vars(owner) or (defining is not None and not _is_known(defining.__module__))
+    if name in vars(owner) or defining is None:
+        return name in vars(owner)
+    return not _is_known(defining.__module__) or not _is_written_by_known(vars(defining)[name])
 
 
 def _passed_over(world_model: Any) -> Iterator[str]:
@@ -58,7 +60,7 @@ def _passed_over(world_model: Any) -> Iterator[str]:
         if is_own(world_model, name):
             yield f'{type(world_model).__name__}.{name} is not LightZero\'s own'
     for module in (world_model, transformer, *transformer.blocks, *attentions, *heads):
-        if is_own(module, 'forward') or not _is_written_by_known(type(module).forward):
+        if is_own(module, 'forward'):
             yield f'{type(module).__name__}.forward is not LightZero\'s own'
     for attention in attentions:
         for name in ('query', 'key', 'value'):
@@ -67,8 +69,10 @@ def _passed_over(world_model: Any) -> Iterator[str]:
                 yield f'{type(attention).__name__}.{name} is a {type(projection).__name__} and no Linear'
     for part in (transformer, *heads):
         for module in part.modules():
-            if module._forward_hooks or module._forward_pre_hooks:  # spectral_norm's, say
-                yield f'a {type(module).__name__} of the {type(part).__name__} has a forward hook'
+            has = 'a forward hook' if module._forward_hooks or module._forward_pre_hooks else \
+                'a forward of its own' if 'forward' in vars(module) else None  # hooks are spectral_norm's, say
+            if has:
+                yield f'a {type(module).__name__} of the {type(part).__name__} has {has}'
 
 
 def _is_written_by_known(function: Any) -> bool:

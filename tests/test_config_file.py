@@ -204,6 +204,8 @@ def test_capturing_a_call_puts_the_entries_back():
     ('import launcher', 'launcher.go'),
     ('', 'from lzero.entry.train_unizero import train_unizero; train_unizero'),
     ('', 'import late_launcher; late_launcher.go'),
+    ('import functools, lzero.entry as e; go = functools.partial(e.train_unizero)', 'go'),
+    ('import lzero.entry as e; go = dict(go=e.train_unizero)', 'go["go"]'),
 ])
 def test_loading_trains_nothing_by_whatever_way_main_reaches_an_entry(top, inside, write):
     for name in ('launcher', 'late_launcher'):
@@ -214,6 +216,25 @@ def test_loading_trains_nothing_by_whatever_way_main_reaches_an_entry(top, insid
         assert load_config(path).seed == 4
     assert importlib.import_module('launcher').go is lzero.entry.train_unizero
     assert importlib.import_module('late_launcher').go is lzero.entry.train_unizero
+
+
+def test_loading_trains_nothing_where_a_decorated_main_or_the_file_itself_calls_an_entry(write):
+    config = textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    ')
+    main = f'@torch.enable_grad()\ndef main():\n{config}\n    train_unizero([main_config, create_config], seed=4)'
+    decorated = write('a/mine.py', body='import torch\nfrom lzero.entry import train_unizero\n' + main)
+    call = 'import lzero.entry\nlzero.entry.train_unizero((main_config, create_config), 4)'
+    unguarded = write('b/mine.py', rest=call)
+    with mock.patch('ding.config.compile_config', side_effect=AssertionError('a training begins')):
+        assert [load_config(path).seed for path in (decorated, unguarded)] == [4, 4]
+
+
+@pytest.mark.parametrize(('does', 'said'), [
+    ("raise ValueError('no such thing')", 'mine.py:3: ValueError: no such thing'),
+    ('raise SystemExit(2)', 'it ends the program .2. before it trains'),
+])
+def test_what_goes_wrong_in_main_is_said_in_one_line(does, said, write):
+    with pytest.raises(ConfigError, match=said):
+        load_config(write(body=f'import os\ndef main():\n    {does}'))
 
 
 def test_capturing_from_a_function_that_trains_nothing():

@@ -11,6 +11,8 @@ from builders import audit
 from lzero.worker import MuZeroEvaluator
 from scripted import COLLECTORS, Life, Search, quiet
 
+from lzero_kvcache.inference import FORGOTTEN
+
 SCRIPTS = (0, 1, 2, 3)
 EVALUATOR = 'evaluator'
 SEGMENT = 3  # of which the original ends a collection without any episode's end
@@ -118,9 +120,9 @@ def contexts(life: Life, env_id: int) -> Any:
     """All that collection goes on from in one environment: keys, tokens by key, last observation and last action."""
     pool, slab = life.cache.init_pools[env_id], life.cache.storage.slab
     tokens = {key: slab.data[pool.tables[slot][:pool.counts[slot]]].clone() for key, slot in pool._slots.items()}
-    model = life.policy._model.world_model
+    last_key = life.policy._model.world_model.inference._last_keys.get(('collect', env_id))
     return (
-        {key: value.tolist() for key, value in tokens.items()}, model.inference._last_keys.get(('collect', env_id)),
+        {key: value.tolist() for key, value in tokens.items()}, None if last_key is FORGOTTEN else last_key,
         [np.array(part).tolist() for part in life.policy._last_steps['collect']._steps.get(env_id, ())],
     )
 

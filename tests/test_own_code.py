@@ -194,6 +194,11 @@ def changed_block(world_model):
     block.forward = lambda *args, forward=block.forward, **kwargs: forward(*args, **kwargs)
 
 
+def changed_norm(world_model):
+    norm = world_model.transformer.blocks[0].ln1
+    norm.forward = lambda x, forward=norm.forward: 2 * forward(x)
+
+
 def changed_head(world_model):
     head = world_model.head_value
     head.__class__ = type('MyHead', (type(head), ), {
@@ -217,7 +222,7 @@ def hooked_weight(world_model):
     (hooked_norm, 'LayerNorm of the Transformer has a forward hook'),
     (hooked_weight, 'Linear of the Transformer has a forward hook'),
     (changed_attention, 'MyAttention.forward is not'), (changed_block, 'Block.forward is not'),
-    (changed_head, 'MyHead.forward is not'),
+    (changed_head, 'MyHead.forward is not'), (changed_norm, 'LayerNorm of the Transformer has a forward of its own'),
     (changed_query, 'SelfAttention.query is a LowRank and no Linear'),
 ])
 def test_a_change_that_a_step_would_pass_over_is_refused(change, what, registries):
@@ -263,15 +268,19 @@ def test_what_the_new_system_would_not_call_is_refused_where_the_world_model_is_
         policy_of(with_model(True, new_world_model=theirs))
 
 
-def test_what_is_put_into_lightzeros_attention_is_refused(registries, monkeypatch):
-    forward = SelfAttention.forward
+@pytest.mark.parametrize(('owner', 'name'), [
+    (SelfAttention, 'forward'), (LightZerosWorldModel, 'update_cache_context'),
+    (LightZerosWorldModel, '_transformer_pass'),
+])
+def test_what_is_put_into_lightzeros_classes_is_refused(owner, name, registries, monkeypatch):
+    original = getattr(owner, name)
 
-    @functools.wraps(forward)
+    @functools.wraps(original)
     def theirs(*args, **kwargs):
-        return forward(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(SelfAttention, 'forward', theirs)
-    with pytest.raises(ConfigError, match='SelfAttention.forward is not'):
+    monkeypatch.setattr(owner, name, theirs)
+    with pytest.raises(ConfigError, match=f'{name} is not LightZero'):
         policy_of(small_cartpole(True))
 
 
@@ -338,7 +347,9 @@ def test_a_foreign_policy_that_import_names_bring_is_refused_with_the_flag(regis
 
 def test_a_policy_of_ones_own_has_the_plugins_defaults_and_its_own(registries):
     theirs = type('MyPolicy', (UniZeroPolicy, ), {'config': dict(num_simulations=7)})
-    for policy, simulations in ((theirs, 7), (type('Other', (UniZeroPolicy, ), {}), 50)):
+    mixin = type('Mixin', (), {'config': dict(num_simulations=8)})
+    for policy, simulations in ((theirs, 7), (type('Other', (UniZeroPolicy, ), {}), 50),
+                                (type('Mixed', (mixin, theirs), {}), 8)):
         config = policy.default_config()
         assert 'env_num' not in config.model.world_model_cfg
         assert (config.num_simulations, config.cfg_type) == (simulations, policy.__name__ + 'Dict')

@@ -90,9 +90,9 @@ def for_search(answer):
     """What a search makes of a keyed answer: no latent states, value and reward as scalars."""
     if 'reward' not in answer:
         return answer
-    return dict(
-        policy=answer['policy'], value=TO_SCALAR(answer['value'].clone()), reward=TO_SCALAR(answer['reward'].clone())
-    )
+    # As probabilities, since LightZero takes logits that happen to sum up to 1 for such.
+    value, reward = (TO_SCALAR(answer[name].softmax(-1)) for name in ('value', 'reward'))
+    return dict(policy=answer['policy'], value=value, reward=reward)
 
 
 def error_of(name, actual, expected):

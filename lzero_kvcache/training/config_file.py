@@ -5,6 +5,7 @@ training. Changing what was loaded is the business of ``overrides.py``.
 import contextlib
 import copy
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -12,7 +13,8 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Set, Tuple
+from unittest import mock
 
 from easydict import EasyDict
 
@@ -49,10 +51,16 @@ class LoadedConfig:
 class _EntryCalled(BaseException):
     """Carries the arguments of a call to a LightZero entry out of the code that made it."""
 
-    def __init__(self, entry: str, arguments: Dict[str, Any]) -> None:
+    def __init__(self, entry: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
         super().__init__(entry)
-        self.entry = entry
-        self.arguments = arguments
+        self.entry, self.args_of_call, self.kwargs_of_call = entry, args, kwargs
+
+    def declared(self, signature: inspect.Signature) -> Dict[str, Any]:
+        """What the call would have trained, as a config file declares it."""
+        arguments = signature.bind(*self.args_of_call, **self.kwargs_of_call).arguments
+        main_config, create_config = arguments['input_cfg']
+        wanted: Dict[str, Any] = {key: arguments[key] for key in ('seed', 'max_env_step') if key in arguments}
+        return dict(main_config=main_config, create_config=create_config, entry=self.entry, **wanted)
 
 
 def find_config(name: str) -> str:
@@ -124,55 +132,68 @@ def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[st
         - declared (:obj:`Dict[str, Any]`): ``main_config``, ``create_config``, ``entry``, and ``seed`` and
           ``max_env_step`` where the call gave them.
     """
-    with _recorded_entries(function):
+    declared = _declared_by(lambda: function(*args, **kwargs))
+    if declared is None:
+        raise ConfigError("{}() calls none of {}".format(function.__name__, ', '.join(ENTRIES)))
+    return declared
+
+
+def _declared_by(run: Callable[[], Any]) -> Optional[Dict[str, Any]]:
+    """What is declared by the first call of a training entry in what runs; None where there is none."""
+    signatures = _signatures()
+    with _recorded_entries():
         try:
-            function(*args, **kwargs)
+            run()
         except _EntryCalled as call:
-            main_config, create_config = call.arguments.pop('input_cfg')
-            arguments = call.arguments
-            wanted: Dict[str, Any] = {key: arguments[key] for key in ('seed', 'max_env_step') if key in arguments}
-            return dict(main_config=main_config, create_config=create_config, entry=call.entry, **wanted)
-    raise ConfigError("{}() calls none of {}".format(function.__name__, ', '.join(ENTRIES)))
+            return call.declared(signatures[call.entry])
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def _signatures() -> Dict[str, inspect.Signature]:
+    """Those of the training entries, taken before their code is exchanged for the first time."""
+    package = importlib.import_module('lzero.entry')
+    return {name: inspect.signature(getattr(package, name)) for name in ENTRIES}
 
 
 @contextlib.contextmanager
-def _recorded_entries(function: Callable) -> Iterator[None]:
-    """Let every name by which ``function`` could reach a training entry record the call instead.
+def _recorded_entries() -> Iterator[None]:
+    """Let a call of a training entry, by whatever reference, be recorded instead: the functions' own code is exchanged.
 
     What it does to train on several GPUs, which joins the processes and divides the batch, is left to the run.
     """
-
-    class NoContext(contextlib.nullcontext):
-        pass
-
     package = importlib.import_module('lzero.entry')
-    pairs = [(getattr(package, name), _recorder(name, getattr(package, name))) for name in ENTRIES]
-    pairs.append((importlib.import_module('ding.utils').DDPContext, NoContext))
-    pairs.append((importlib.import_module('lzero.config.utils').lz_to_ddp_config, lambda main_config: main_config))
-    _replace(pairs, function)
+    stand_ins = [(getattr(package, name), stand_in) for name, stand_in in (
+        ('train_unizero', _in_place_of_train_unizero), ('train_unizero_segment', _in_place_of_train_unizero_segment))]
+    stand_ins.append((importlib.import_module('lzero.config.utils').lz_to_ddp_config, _as_it_is))
+    context = importlib.import_module('ding.utils').DDPContext
+    codes = [(function, function.__code__) for function, _ in stand_ins]
+    for function, stand_in in stand_ins:
+        function.__code__ = stand_in.__code__
     try:
-        yield
-    finally:  # also in what was imported meanwhile
-        _replace([(stand_in, original) for original, stand_in in pairs], function)
+        with mock.patch.multiple(
+                context, __init__=lambda self: None, __enter__=lambda self: self, __exit__=lambda self, *args: None):
+            yield
+    finally:
+        for function, code in codes:
+            function.__code__ = code
 
 
-def _replace(pairs: List[Tuple[Any, Any]], function: Callable) -> None:
-    """Put another in the place of each of some objects, in all modules and where ``function`` was written."""
-    others = {id(present): other for present, other in pairs}
-    for namespace in [getattr(function, '__globals__', {})] + [
-            getattr(module, '__dict__', {}) for module in list(sys.modules.values())]:
-        for name, value in list(namespace.items()):
-            if id(value) in others:
-                namespace[name] = others[id(value)]
+# In LightZero's functions these run with the names of LightZero's modules, hence the imports.
 
 
-def _recorder(name: str, entry: Callable) -> Callable:
-    signature = inspect.signature(entry)
+def _in_place_of_train_unizero(*args, **kwargs):  # type: ignore[no-untyped-def]
+    from lzero_kvcache.training.config_file import _EntryCalled
+    raise _EntryCalled('train_unizero', args, kwargs)
 
-    def record(*args: Any, **kwargs: Any) -> None:
-        raise _EntryCalled(name, dict(signature.bind(*args, **kwargs).arguments))
 
-    return record
+def _in_place_of_train_unizero_segment(*args, **kwargs):  # type: ignore[no-untyped-def]
+    from lzero_kvcache.training.config_file import _EntryCalled
+    raise _EntryCalled('train_unizero_segment', args, kwargs)
+
+
+def _as_it_is(main_config: Any) -> Any:
+    return main_config
 
 
 def _run_file(path: str) -> Dict[str, Any]:
@@ -182,13 +203,22 @@ def _run_file(path: str) -> Dict[str, Any]:
         raise ConfigError(f"--config {path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     _look_beside(path)
+    with _told_of(path):
+        called = _declared_by(lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+    return {**vars(module), **(called or {})}
+
+
+@contextlib.contextmanager
+def _told_of(path: str) -> Iterator[None]:
+    """Errors of a config file's own code are those of a config, in one line."""
     try:
-        spec.loader.exec_module(module)
+        yield
     except ConfigError:
         raise
+    except SystemExit as error:
+        raise ConfigError(f'--config {path}: it ends the program ({error.code!r}) before it trains') from error
     except Exception as error:
         raise ConfigError(f"--config {_where(path, error)}: {mend(error) or _one_line(error)}") from error
-    return vars(module)
 
 
 def _look_beside(path: str) -> None:
@@ -230,7 +260,8 @@ def _captured_from_main(path: str, declared: Dict[str, Any]) -> Dict[str, Any]:
             arguments[name] = MAIN_DEFAULTS[name]
         elif parameter.default is parameter.empty:
             raise ConfigError(f"--config {path}: its main() needs '{name}', which nothing gives")
-    return capture_entry_call(main, **arguments)
+    with _told_of(path):
+        return capture_entry_call(main, **arguments)
 
 
 def _entry_of(declared: Any, main_config: EasyDict, path: str) -> str:
