@@ -135,7 +135,8 @@ class PagedCacheManager(BaseCacheManager):
         Arguments:
             - mode (:obj:`str`): 'collect' or 'eval'; their contexts are apart.
             - env_ids (:obj:`Sequence[int]`): The environment of each row.
-            - keys (:obj:`Sequence[Hashable]`): The hash of each row's last latent state.
+            - keys (:obj:`Sequence[Hashable]`): The hash of each row's last latent state, or an object that nothing is \
+                stored under.
         Returns:
             - rows (:obj:`Rows`): Tables, and pages in use ``[B]``: 0 for a miss.
         Raises:
