@@ -15,7 +15,18 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
-from common import PRESETS, StepTimes, median, parser, report, silent, spread_latents, timed, world_model_cfg
+from common import (
+    PRESETS,
+    StepTimes,
+    allocated_mb,
+    median,
+    parser,
+    report,
+    silent,
+    spread_latents,
+    timed,
+    world_model_cfg,
+)
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from easydict import EasyDict
 
@@ -120,8 +131,7 @@ def measure(policies: Dict[str, Any], envs: int, steps: int, filled: float = 1.0
                 [whole] = collect({name: policy}, envs, 1, first=full + 1 + steps)[name]
             caching[f'{name} caching %'] = steps_of.caching_percent(whole)
     old, new = median(times['old']), median(times['new'])
-    memory = {name: policy._model.world_model.kv_cache_manager.counters()['memory_mb']
-              for name, policy in policies.items()}
+    memory = allocated_mb({name: policy._model for name, policy in policies.items()})
     return {'old ms': old, 'new ms': new, 'old / new': old / new, **caching, 'old MiB': memory['old'],
             'new MiB': memory['new']}
 

@@ -164,6 +164,11 @@ class StepTimes:
         return run
 
 
+def allocated_mb(models: Dict[str, Any]) -> Dict[str, float]:
+    """MiB that the cache of each model has allocated."""
+    return {name: model.world_model.kv_cache_manager.counters()['memory_mb'] for name, model in models.items()}
+
+
 def memory_of_contexts(world_model: Any) -> Dict[str, float]:
     """MiB of the contexts that the new system stores: as whole copies, and as the pages that they share."""
     manager = world_model.kv_cache_manager

@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 import torch
-from common import PRESETS, build_models, median, parser, report, timed
+from common import PRESETS, allocated_mb, build_models, median, parser, report, timed
 
 UNROLL = 10  # rows are sequences x (unroll steps + 1), as in LightZero's buffer
 
@@ -36,7 +36,7 @@ def main() -> None:
                     milliseconds = timed(step, args.device)[1]
                     times[name] += [milliseconds] if repeat else []  # the first search warms up
         old, new = median(times['old']), median(times['new'])
-        memory = {name: model.world_model.kv_cache_manager.counters()['memory_mb'] for name, model in models.items()}
+        memory = allocated_mb(models)
         table.append({'rows': rows, 'old ms': old, 'new ms': new, 'old / new': old / new, 'old MiB': memory['old'],
                       'new MiB': memory['new']})
     report(f'Reanalysis step, {args.model}, context {args.context}, {args.device} {args.backend}', table, args)

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Union
 
 import numpy as np
 import torch
-from common import PRESETS, StepTimes, build_models, median, memory_of_contexts, parser, report, timed
+from common import PRESETS, StepTimes, allocated_mb, build_models, median, memory_of_contexts, parser, report, timed
 
 
 class Search:
@@ -110,7 +110,7 @@ def main() -> None:
         milliseconds = {name: median(values) for name, values in times.items()}
         old = milliseconds['old']
         caching = {name: search.caching_percent(name, args.simulations) for name in models}
-        memory = {name: model.world_model.kv_cache_manager.counters()['memory_mb'] for name, model in models.items()}
+        memory = allocated_mb(models)
         rows.append({
             'envs': envs, **{f'{name} ms': value for name, value in milliseconds.items()},
             'old / key': old / milliseconds['by key'], 'old / node': old / milliseconds['by node'],

@@ -102,7 +102,7 @@ class Served(ByNode):
 
 
 def counted(player, rotary, continuous, device, monkeypatch):
-    """Copies of each root, ``[(there, back, rows that had lost their context)]``, and of each node."""
+    """Copies ``[(there, back)]`` of each root, one of which has lost a context, and of each node."""
     case = Case(rotary=rotary, continuous=continuous)
     model = model_on(device, case)
     trace = random_trace(np.random.default_rng(SEED), case, ROWS, root_steps=4, simulations=3)
