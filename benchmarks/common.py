@@ -19,7 +19,7 @@ from rich.table import Table
 
 import lzero_kvcache  # noqa: F401  (registers the models)
 from lzero_kvcache.config import BACKENDS
-from lzero_kvcache.slab import MIB
+from lzero_kvcache.engine.slab import MIB
 
 # The sizes of LightZero's own configs; everything else is the default of its UniZero policy.
 PRESETS: Dict[str, Dict[str, Any]] = {

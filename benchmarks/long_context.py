@@ -17,7 +17,7 @@ from common import report
 from torch.profiler import ProfilerActivity, profile
 
 from lzero_kvcache.config import BACKENDS
-from lzero_kvcache.slab import MIB
+from lzero_kvcache.engine.slab import MIB
 
 CONFIG = 'memory_unizero_config'
 # Of torch's operations: which belong together. Names are those of a profile on a CPU.

@@ -19,8 +19,8 @@ import torch
 from common import PRESETS, build_models, parser, report
 
 from lzero_kvcache import KVCacheManager
-from lzero_kvcache.manager import COLLECT, EVAL
-from lzero_kvcache.pages import extend
+from lzero_kvcache.cache.manager import COLLECT, EVAL
+from lzero_kvcache.cache.pages import extend
 
 MIB = 1024 * 1024
 

@@ -9,17 +9,18 @@ with contextlib.ExitStack() as _quiet:
     if sys.argv[:1] == ['-m']:
         _quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
         _quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
-    from . import models, policies, telemetry  # noqa: F401  (these register with DI-engine)
+    from . import telemetry  # noqa: F401
+    from .host import models, policies  # noqa: F401  (these register with DI-engine)
 
-from .base_manager import BaseCacheManager, PagedCacheManager
+from .cache.base import BaseCacheManager, PagedCacheManager
+from .cache.eviction import EvictionStrategy
+from .cache.manager import KVCacheManager
+from .cache.pool import KVCachePool
+from .cache.stats import CacheStats
 from .config import CacheConfig, ConfigError
-from .eviction import EvictionStrategy
+from .host.old_world_model import OldCacheManager
 from .loading import check_config, disable, enable
-from .manager import KVCacheManager
-from .old_system import OldCacheManager
-from .pool import KVCachePool
 from .registry import KV_CACHE_REGISTRY
-from .stats import CacheStats
 from .validation import ValidationError
 
 __version__ = '0.1.0'

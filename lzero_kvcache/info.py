@@ -6,9 +6,9 @@ from typing import List, Tuple
 
 import torch
 
-from .backend import picked
+from .engine.launch import picked
+from .engine.slab import MIB
 from .loading import check_config
-from .slab import MIB
 from .training.cli import build_parser, make_plan, set_cache, set_device
 from .training.lightzero import build_policy, which_lightzero
 

@@ -7,7 +7,7 @@ from ding.utils import POLICY_REGISTRY, deep_merge_dicts, import_module
 from easydict import EasyDict
 
 from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, nearest, settle
-from .policies import KVCachePolicy
+from .host.policies import KVCachePolicy
 from .registry import KV_CACHE_REGISTRY
 
 PLUGIN = 'lzero_kvcache'
@@ -65,7 +65,8 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     if config.use_new and not issubclass(policy, KVCachePolicy):
         raise ConfigError(
             f'{PREFIX}.{FLAG}=True, but {policy.__module__}.{policy.__qualname__}, which is registered as {name!r}, is '
-            'no policy of lzero_kvcache: derive it from lzero_kvcache.policies.UniZeroPolicy or SampledUniZeroPolicy'
+            'no policy of lzero_kvcache: derive it from lzero_kvcache.host.policies.UniZeroPolicy or '
+            'SampledUniZeroPolicy'
         )
     return config
 

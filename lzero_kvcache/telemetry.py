@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
-from .stats import Timing
+from .cache.stats import Timing
 
 HOOK_KEY = 'kv_cache_stats'
 HOOK_CONFIG = {'type': HOOK_KEY, 'name': HOOK_KEY, 'priority': 30, 'position': 'after_iter'}

@@ -18,7 +18,7 @@ from seeded_search import seeded_search
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 from lzero_kvcache import KVCacheManager
-from lzero_kvcache.search import NodeSearch
+from lzero_kvcache.host.tree_search import NodeSearch
 
 LAYERS, HEADS, HEAD_DIM, CONTEXT_LENGTH = 2, 2, 4, 8
 

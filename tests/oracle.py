@@ -122,7 +122,7 @@ def _constructible(case: Case) -> Iterator[None]:
         if case.obs_type in ('image', 'image_memory'):
             for module in (unizero_model, sampled_unizero_model):
                 stack.enter_context(mock.patch.object(module, 'Tokenizer', TokenizerWithEmptyLpips))
-            from lzero_kvcache import models  # here, since this module is also imported where the plugin is not
+            from lzero_kvcache.host import models  # here, since this module is also imported where the plugin is not
             stack.enter_context(mock.patch.object(models, 'MemoryTokenizer', TokenizerWithEmptyLpips))
         yield
 

@@ -23,7 +23,7 @@ from oracle import Case, randomise
 from seeded_search import seeded_search
 from tensorboardX import SummaryWriter
 
-from lzero_kvcache.search import NodeSearch
+from lzero_kvcache.host.tree_search import NodeSearch
 
 OBS_SHAPE, ACTIONS = 4, 2
 #: Lengths of the episodes of each script, in turn.

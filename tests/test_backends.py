@@ -29,11 +29,11 @@ from oracle import (
 )
 from players import Placed, answers_of
 
-from lzero_kvcache import backend as backends
-from lzero_kvcache import engine as engines
-from lzero_kvcache import weights as layouts
-from lzero_kvcache.engine import LEAST_PAGES, SHORT_WINDOW, Engine, _attend
-from lzero_kvcache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
+from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
+from lzero_kvcache.engine import launch as backends
+from lzero_kvcache.engine import step as engines
+from lzero_kvcache.engine import weights as layouts
+from lzero_kvcache.engine.step import LEAST_PAGES, SHORT_WINDOW, Engine, _attend
 
 SEED, SUPPORT = 5, 5
 BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])

@@ -10,8 +10,9 @@ from builders import cache_cfg, compiled, make_policy, small_cartpole
 from ding.utils import POLICY_REGISTRY
 from easydict import EasyDict
 
-from lzero_kvcache import KV_CACHE_REGISTRY, CacheConfig, ConfigError, KVCacheManager, models
+from lzero_kvcache import KV_CACHE_REGISTRY, CacheConfig, ConfigError, KVCacheManager
 from lzero_kvcache.config import KV_CACHE_CFG, settle
+from lzero_kvcache.host import models
 
 BOTH_FLAGS = pytest.mark.parametrize('flag', [False, True], ids=['old', 'new'])
 

@@ -62,7 +62,7 @@ class TestLines:
 def test_the_level_of_the_lines_is_not_the_users_business(lines):
     """They are there with the levels that importing leaves: LightZero's root at DEBUG, the plugin at INFO."""
     assert logging.getLogger('lzero_kvcache').level == logging.INFO
-    assert logging.getLogger('lzero_kvcache.pool').getEffectiveLevel() == logging.INFO
+    assert logging.getLogger('lzero_kvcache.cache.pool').getEffectiveLevel() == logging.INFO
 
 
 @pytest.mark.parametrize('case', MODELS, ids=['UniZero', 'SampledUniZero', 'continuous'])

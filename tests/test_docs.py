@@ -18,8 +18,8 @@ from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartp
 
 from lzero_kvcache import KV_CACHE_REGISTRY, KVCacheManager, config, telemetry
 from lzero_kvcache import __main__ as tools
-from lzero_kvcache.nodes import NodeTable
-from lzero_kvcache.pages import RESERVED_PAGES, extend
+from lzero_kvcache.cache.nodes import NodeTable
+from lzero_kvcache.cache.pages import RESERVED_PAGES, extend
 from lzero_kvcache.telemetry import VALIDATION
 from lzero_kvcache.training.cli import build_parser
 from lzero_kvcache.validation.legacy import CAUSES

@@ -11,7 +11,7 @@ from builders import audit
 from lzero.worker import MuZeroEvaluator
 from scripted import COLLECTORS, Life, Search, quiet
 
-from lzero_kvcache.inference import FORGOTTEN
+from lzero_kvcache.search.inference import FORGOTTEN
 
 SCRIPTS = (0, 1, 2, 3)
 EVALUATOR = 'evaluator'

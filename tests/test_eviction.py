@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lzero_kvcache.eviction import EvictionStrategy, make_index, rank
+from lzero_kvcache.cache.eviction import EvictionStrategy, make_index, rank
 
 STRATEGIES = list(EvictionStrategy)
 

@@ -366,7 +366,7 @@ sys.exit(cli.main())
 POISONED_FOR_A_WHILE = """
 import sys
 import torch
-from lzero_kvcache import policies
+from lzero_kvcache.host import policies
 from lzero_kvcache.training import cli
 
 forward, steps = policies.UniZeroPolicy._forward_collect, []

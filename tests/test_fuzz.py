@@ -20,8 +20,8 @@ from hypothesis.stateful import (
 )
 
 from lzero_kvcache import EvictionStrategy, KVCacheManager, KVCachePool
-from lzero_kvcache.pages import OutOfPages, extend
-from lzero_kvcache.slab import MIB
+from lzero_kvcache.cache.pages import OutOfPages, extend
+from lzero_kvcache.engine.slab import MIB
 
 ENVIRONMENTS, SIMULATIONS, INIT_SIZE = 3, 3, 3
 KEYS = st.integers(0, 5)
@@ -361,7 +361,7 @@ def test_no_page_leaks_in_a_long_run(strategy, max_pages, record_property, capsy
 
 def test_the_machine_finds_a_leak(monkeypatch):
     """Of what a fuzz would miss, it says nothing: a reference too many is found."""
-    from lzero_kvcache.pool import PagedPool
+    from lzero_kvcache.cache.pool import PagedPool
     drop = PagedPool._drop
 
     def forgetful(self, slot):

@@ -3,9 +3,10 @@ import pytest
 import torch
 from builders import Worker, make_policy
 
-from lzero_kvcache import __version__, backend, info
+from lzero_kvcache import __version__, info
 from lzero_kvcache.__main__ import main
-from lzero_kvcache.slab import MIB
+from lzero_kvcache.engine import launch as backend
+from lzero_kvcache.engine.slab import MIB
 from lzero_kvcache.training import lightzero
 
 WM = 'policy.model.world_model_cfg.'

@@ -67,9 +67,10 @@ def test_import_order(fresh_processes, order):
     assert fresh_processes[order] == dict(
         same=True,
         policies=dict(
-            unizero='lzero_kvcache.policies', sampled_unizero='lzero_kvcache.policies', muzero='lzero.policy.muzero'
+            unizero='lzero_kvcache.host.policies', sampled_unizero='lzero_kvcache.host.policies',
+            muzero='lzero.policy.muzero'
         ),
-        models=dict(UniZeroModel='lzero_kvcache.models', SampledUniZeroModel='lzero_kvcache.models'),
+        models=dict(UniZeroModel='lzero_kvcache.host.models', SampledUniZeroModel='lzero_kvcache.host.models'),
         managers=['new', 'old'],
         hook='lzero_kvcache.telemetry',
     )

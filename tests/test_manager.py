@@ -30,8 +30,8 @@ from oracle import (
 )
 
 from lzero_kvcache import ConfigError, KVCacheManager, KVCachePool, PagedCacheManager
-from lzero_kvcache.pages import RESERVED_PAGES
-from lzero_kvcache.storage import PageStorage
+from lzero_kvcache.cache.pages import RESERVED_PAGES
+from lzero_kvcache.engine.storage import PageStorage
 
 STRATEGIES = ['fifo', 'lru', 'priority']
 #: Every size that a ``KeysValues`` can have: odd ones up to 5 are stored contexts, the others are kept whole.

@@ -16,7 +16,7 @@ from oracle import Batch, Case, cached_model, construct, play, random_reanalysis
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
 
-from lzero_kvcache import served
+from lzero_kvcache.host import refused as served
 
 SEED = 3
 UNROLL = 5  # fewer steps are too few for LightZero's loss

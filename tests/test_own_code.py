@@ -21,11 +21,11 @@ from oracle import Case, randomise
 from trainings import SMALL, check_run, import_what_trainings_import, short_episodes, trained
 
 from lzero_kvcache import ConfigError, check_config, enable
-from lzero_kvcache.models import UniZeroModel
-from lzero_kvcache.policies import UniZeroPolicy
+from lzero_kvcache.host.models import UniZeroModel
+from lzero_kvcache.host.policies import UniZeroPolicy
+from lzero_kvcache.host.world_model import NewWorldModel
 from lzero_kvcache.registry import register_in_place_of
 from lzero_kvcache.training import load_config
-from lzero_kvcache.world_model import NewWorldModel
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = str(ROOT / 'examples' / 'own_manager.py')
@@ -329,7 +329,7 @@ def test_a_world_model_in_the_place_of_lightzeros_is_not_replaced(new, registrie
     theirs = type('TheirWorldModel', (LightZerosWorldModel, ), {})
     monkeypatch.setattr(lightzero_model, 'WorldModel', theirs)
     if new:
-        with pytest.raises(ConfigError, match='TheirWorldModel: derive it from lzero_kvcache.world_model.NewWorld'):
+        with pytest.raises(ConfigError, match='TheirWorldModel: derive it from lzero_kvcache.host.world_model'):
             policy_of(small_cartpole(True))
     else:
         policy = policy_of(small_cartpole(False))

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from lzero_kvcache.pages import NULL_PAGE, RESERVED_PAGES, OutOfPages, PageAllocator, extend
+from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, OutOfPages, PageAllocator, extend
 
 
 class AllocatorMachine(RuleBasedStateMachine):

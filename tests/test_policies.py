@@ -23,7 +23,7 @@ from lzero.policy import utils as lightzero_utils
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 
-from lzero_kvcache import policies
+from lzero_kvcache.host import policies
 from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY
 
 BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])

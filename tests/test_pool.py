@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lzero_kvcache import CacheStats, EvictionStrategy, KVCachePool
-from lzero_kvcache.pages import RESERVED_PAGES, PageAllocator
-from lzero_kvcache.pool import Codec, PagedPool
+from lzero_kvcache.cache.pages import RESERVED_PAGES, PageAllocator
+from lzero_kvcache.cache.pool import Codec, PagedPool
 
 STRATEGIES = [strategy.value for strategy in EvictionStrategy]
 WIDTH = 3

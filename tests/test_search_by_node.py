@@ -45,8 +45,8 @@ from oracle import (
 )
 from players import ByNode
 
-from lzero_kvcache.engine import StepOutput
-from lzero_kvcache.search import NodeSearch, SampledNodeSearch
+from lzero_kvcache.engine.step import StepOutput
+from lzero_kvcache.host.tree_search import NodeSearch, SampledNodeSearch
 
 SEED = 7
 #: An error that no rounding explains.

@@ -16,7 +16,7 @@ from easydict import EasyDict
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lzero_kvcache import ConfigError, telemetry
-from lzero_kvcache.stats import Timing
+from lzero_kvcache.cache.stats import Timing
 from lzero_kvcache.training import data_parallel
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.cli import build_parser, main, make_plan

@@ -7,8 +7,9 @@ import pytest
 import torch
 from builders import Worker, assert_same_outputs, audit, cache_cfg, make_policy
 
-from lzero_kvcache import KVCacheManager, slab
-from lzero_kvcache.pages import OutOfPages, extend
+from lzero_kvcache import KVCacheManager
+from lzero_kvcache.cache.pages import OutOfPages, extend
+from lzero_kvcache.engine import slab
 
 OUT_OF_MEMORY = {
     'a GPU': torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 1.00 GiB'),

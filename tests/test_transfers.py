@@ -21,8 +21,8 @@ from oracle import (
 from players import ByNode, Placed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lzero_kvcache import backend as backends
-from lzero_kvcache import inference as inferences
+from lzero_kvcache.engine import launch as backends
+from lzero_kvcache.search import inference as inferences
 
 SEED, ROWS = 3, 4
 ON_CPU = 'cpu'

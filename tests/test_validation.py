@@ -21,8 +21,8 @@ from test_search_by_node import make
 from torch.utils.tensorboard import SummaryWriter
 
 from lzero_kvcache import ConfigError, validation
-from lzero_kvcache.backend import EagerBackend
 from lzero_kvcache.config import CacheConfig
+from lzero_kvcache.engine.launch import EagerBackend
 from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY, VALIDATION
 from lzero_kvcache.validation import ValidationError, shadow
 from lzero_kvcache.validation.legacy import CAUSES

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .pages import Rows
+from ..cache.pages import Rows
 from .slab import Slab
 from .weights import MANY_CAPTURED_ROWS, MANY_ROWS, Weights, read_weights
 

@@ -7,9 +7,9 @@ from typing import Any, Callable, Optional
 import numpy as np
 import torch
 
-from .config import CacheConfig, lookup
-from .pages import OutOfPages
-from .pool import Codec, private_copy
+from ..cache.pages import OutOfPages
+from ..cache.pool import Codec, private_copy
+from ..config import CacheConfig, lookup
 from .slab import MIB, Slab
 
 

@@ -6,9 +6,9 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 import numpy as np
 import torch
 
-from .engine import Engine, StepOutput
-from .pages import SCRATCH_PAGE
+from ..cache.pages import SCRATCH_PAGE
 from .slab import MIB, Slab
+from .step import Engine, StepOutput
 from .weights import Weights
 
 logger = logging.getLogger(__name__)

@@ -5,11 +5,11 @@ from typing import Any, Dict, Optional, Tuple
 
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
-from .base_manager import BaseCacheManager
-from .config import CacheConfig
-from .registry import KV_CACHE_REGISTRY
-from .slab import MIB
-from .stats import CacheStats, Timing
+from ..cache.base import BaseCacheManager
+from ..cache.stats import CacheStats, Timing
+from ..config import CacheConfig
+from ..engine.slab import MIB
+from ..registry import KV_CACHE_REGISTRY
 
 logger = logging.getLogger(__name__)
 

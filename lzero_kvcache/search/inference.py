@@ -8,17 +8,17 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import numpy as np
 import torch
 
-from .backend import Result, make_backend
-from .base_manager import PagedCacheManager
-from .config import CacheConfig
-from .engine import Engine, StepOutput
+from ..cache.base import PagedCacheManager
+from ..cache.manager import COLLECT
+from ..cache.nodes import NodeTable
+from ..cache.pages import Rows, extend
+from ..cache.stats import Timing
+from ..config import CacheConfig
+from ..engine.launch import Result, make_backend
+from ..engine.step import Engine, StepOutput
+from ..engine.transfer import hash_rows, reanalysis_timesteps_of, send, steps_after, timesteps_of, to_host
+from ..engine.weights import Weights
 from .guard import NanGuard
-from .host import hash_rows, reanalysis_timesteps_of, send, steps_after, timesteps_of, to_host
-from .manager import COLLECT
-from .nodes import NodeTable
-from .pages import Rows, extend
-from .stats import Timing
-from .weights import Weights
 
 FORGOTTEN = object()
 """Key of a last root whose context is known to be gone: nothing is stored under it."""

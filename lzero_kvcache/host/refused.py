@@ -3,7 +3,7 @@ from typing import Any, Iterator
 
 from torch import nn
 
-from .config import FLAG, PREFIX, ConfigError
+from ..config import FLAG, PREFIX, ConfigError
 
 KNOWN = ('lzero', 'lzero_kvcache', 'torch')
 

@@ -9,9 +9,9 @@ from lzero.model import sampled_unizero_model, unizero_model
 from lzero.model.unizero_world_models.tokenizer import Tokenizer
 from lzero.model.unizero_world_models.world_model import WorldModel
 
-from .config import FLAG, PREFIX, CacheConfig, ConfigError
-from .old_system import OldWorldModel
-from .registry import KV_CACHE_REGISTRY, register_in_place_of
+from ..config import FLAG, PREFIX, CacheConfig, ConfigError
+from ..registry import KV_CACHE_REGISTRY, register_in_place_of
+from .old_world_model import OldWorldModel
 from .world_model import NewWorldModel
 
 
@@ -26,8 +26,8 @@ def _world_model_of(model: Any, module: Any, init: Any, args: Any, kwargs: Any) 
     elif options.use_new:  # somebody's own, which has LightZero's own caching
         raise ConfigError(
             f'{PREFIX}.{FLAG}=True, but {module.__name__}.WorldModel is {module.WorldModel.__module__}.'
-            f'{module.WorldModel.__qualname__}: derive it from lzero_kvcache.world_model.NewWorldModel, and name it as '
-            f'{type(model).__name__}.new_world_model'
+            f'{module.WorldModel.__qualname__}: derive it from lzero_kvcache.host.world_model.NewWorldModel, and name '
+            f'it as {type(model).__name__}.new_world_model'
         )
     if config.obs_type == 'image_memory' and module.Tokenizer is Tokenizer:
         module.Tokenizer = MemoryTokenizer

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
-from .backend import picked
-from .base_manager import PagedCacheManager
-from .config import CacheConfig
-from .engine import Engine
-from .inference import Inference
-from .registry import KV_CACHE_REGISTRY
-from .served import check_served
-from .stats import Timing
-from .validation import Validator
+from ..cache.base import PagedCacheManager
+from ..cache.stats import Timing
+from ..config import CacheConfig
+from ..engine.launch import picked
+from ..engine.step import Engine
+from ..registry import KV_CACHE_REGISTRY
+from ..search.inference import Inference
+from ..validation import Validator
+from .refused import check_served
 
 logger = logging.getLogger(__name__)
 

@@ -5,15 +5,15 @@ from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from .base_manager import PagedCacheManager
-from .config import PREFIX, CacheConfig, ConfigError, lookup
+from ..config import PREFIX, CacheConfig, ConfigError, lookup
+from ..engine.slab import MIB
+from ..engine.storage import PageStorage
+from ..registry import KV_CACHE_REGISTRY
+from .base import PagedCacheManager
 from .nodes import NodeTable
 from .pages import NULL_PAGE, RESERVED_PAGES, OutOfPages, PageAllocator, Rows
 from .pool import KVCachePool, PagedPool
-from .registry import KV_CACHE_REGISTRY
-from .slab import MIB
 from .stats import CacheStats
-from .storage import PageStorage
 
 logger = logging.getLogger(__name__)
 

@@ -21,13 +21,13 @@ from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSample
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 from scipy.special import entr
 
-from .config import FLAG, PREFIX, ConfigError, settle
-from .manager import COLLECT, EVAL
-from .registry import KV_CACHE_REGISTRY, register_in_place_of
-from .search import NodeSearch, SampledNodeSearch
-from .served import check_served, is_own
-from .stats import Timing
-from .telemetry import HOOK_CONFIG, HOOK_KEY
+from ..cache.manager import COLLECT, EVAL
+from ..cache.stats import Timing
+from ..config import FLAG, PREFIX, ConfigError, settle
+from ..registry import KV_CACHE_REGISTRY, register_in_place_of
+from ..telemetry import HOOK_CONFIG, HOOK_KEY
+from .refused import check_served, is_own
+from .tree_search import NodeSearch, SampledNodeSearch
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class KVCachePolicy:
             raise ConfigError(
                 f'{PREFIX}.{FLAG}=True, but {type(self._model.world_model).__name__} of policy.model.type='
                 f'{cfg.model.get("type")!r} has LightZero\'s own caching: derive the model from '
-                'lzero_kvcache.models.UniZeroModel or SampledUniZeroModel, and its world model from NewWorldModel'
+                'lzero_kvcache.host.models.UniZeroModel or SampledUniZeroModel, and its world model from NewWorldModel'
             )
         if use_new:  # again, now that a subclass has built what it builds after its base class
             check_served(self._model.world_model)
