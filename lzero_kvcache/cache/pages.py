@@ -1,5 +1,6 @@
-"""Page ids with reference counts. Knows numbers only: which tensor a page is in is the slab's matter."""
-from typing import Tuple
+"""Page ids with reference counts, and leases that own them. Knows numbers only, no tensors."""
+from collections import deque
+from typing import Any, Callable, Deque, List, Optional, Tuple
 
 import numpy as np
 
@@ -35,6 +36,11 @@ class PageAllocator:
         self.references[:RESERVED_PAGES] = 1
         self._stack = np.arange(capacity - 1, RESERVED_PAGES - 1, -1, dtype=np.int64)
         self._top = capacity - RESERVED_PAGES
+        self._returned: Deque[np.ndarray] = deque()
+
+    def lease(self, take: Optional[Callable[[int], np.ndarray]] = None) -> 'Lease':
+        """A new owner of pages, which are taken by ``take``, here unless said otherwise."""
+        return Lease(self, self.allocate if take is None else take)
 
     @property
     def capacity(self) -> int:
@@ -44,12 +50,13 @@ class PageAllocator:
     @property
     def free(self) -> int:
         """How many pages can be allocated."""
+        self.collect()
         return self._top
 
     @property
     def used(self) -> int:
         """How many pages somebody refers to, the reserved ones apart."""
-        return self.capacity - RESERVED_PAGES - self._top
+        return self.capacity - RESERVED_PAGES - self.free
 
     def allocate(self, count: int) -> np.ndarray:
         """
@@ -62,7 +69,7 @@ class PageAllocator:
         Raises:
             - OutOfPages: Fewer are free; nothing was taken.
         """
-        if count > self._top:
+        if count > self.free:
             raise OutOfPages(f'{count} pages wanted, {self._top} of {self.capacity} free')
         self._top -= count
         pages = self._stack[self._top:self._top + count][::-1].copy()
@@ -95,6 +102,16 @@ class PageAllocator:
         self._stack[self._top:self._top + len(pages)] = pages[::-1]
         self._top += len(pages)
 
+    def give_back(self, tables: List[np.ndarray]) -> None:
+        """Leave tables to be released by :meth:`collect`; safe at any moment, as garbage collection needs it."""
+        self._returned.extend(tables)
+
+    def collect(self) -> None:
+        """Release what was given back; what could not be released stays for the next time."""
+        while self._returned:
+            self.release(self._returned[0])
+            self._returned.popleft()
+
     def grow(self, capacity: int) -> None:
         """
         Overview:
@@ -108,6 +125,51 @@ class PageAllocator:
         stack[len(added):len(added) + self._top] = self._stack[:self._top]
         self._stack, self._top = stack, self._top + len(added)
         self.references = np.concatenate([self.references, np.zeros(len(added), dtype=np.int64)])
+
+
+class Lease:
+    """
+    The pages of one step, of one search, or of an entry in the making. They are given back when the lease ends: by
+    ``release``, at the end of a ``with``, or at the latest when nobody refers to the lease any more.
+    """
+
+    def __init__(self, pages: PageAllocator, take: Callable[[int], np.ndarray]) -> None:
+        self._held: List[np.ndarray] = []
+        self._pages, self._take = pages, take
+
+    def allocate(self, count: int) -> np.ndarray:
+        """New pages ``[count]``; their owner may grow or evict to have them, and raises :class:`OutOfPages`."""
+        self._held.append(self._take(count))
+        return self._held[-1]
+
+    def hold(self, tables: np.ndarray) -> None:
+        """One more reference to each page that is mentioned, so that it stays as it is whatever is evicted."""
+        kept = tables.copy()
+        self._pages.retain(kept)
+        self._held.append(kept)
+
+    def hand_over(self) -> None:
+        """Leave all pages, with their references, to an entry."""
+        self._held = []
+
+    def release(self) -> None:
+        """Give all pages back; again and again does no harm."""
+        self._leave()
+        self._pages.collect()
+
+    def __enter__(self) -> 'Lease':
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        # Garbage may be collected in the middle of anything, an allocation too: the pages are only left to be released.
+        self._leave()
+
+    def _leave(self) -> None:
+        held, self._held = self._held, []
+        self._pages.give_back(held)
 
 
 def extend(rows: Rows, pages: np.ndarray) -> Rows:
