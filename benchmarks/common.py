@@ -135,7 +135,7 @@ class StepTimes:
         new = world_model.use_new_cache_manager
         parts = [(world_model, 'forward_recurrent_inference', 'step')]
         if new:
-            parts += [(world_model.inference, 'expand', 'step'), (world_model.cache_engine, '_two_tokens', 'forward')]
+            parts += [(world_model.inference, 'expand', 'step'), (world_model.inference.engine, '_two_tokens', 'forward')]
         else:
             parts += [(world_model, 'forward', 'forward')]
         with contextlib.ExitStack() as patches:

@@ -8,6 +8,7 @@ from easydict import EasyDict
 
 from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, nearest, settle
 from .host.policies import KVCachePolicy
+from .host.refused import check_lightzero
 from .registry import KV_CACHE_REGISTRY
 
 PLUGIN = 'lzero_kvcache'
@@ -62,6 +63,8 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
         import_module(create_config.policy.get('import_names', []))  # these register a policy of one's own
     policy = POLICY_REGISTRY.get(name)
     config = settle(deep_merge_dicts(policy.default_config(), copy.deepcopy(main_config.policy)), KV_CACHE_REGISTRY)
+    if config.use_new:
+        check_lightzero()
     if config.use_new and not issubclass(policy, KVCachePolicy):
         raise ConfigError(
             f'{PREFIX}.{FLAG}=True, but {policy.__module__}.{policy.__qualname__}, which is registered as {name!r}, is '

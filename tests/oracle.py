@@ -480,11 +480,17 @@ class Batch:
 
     def clear(self, env: int) -> None:
         """Throw one environment's root contexts away, as the policies' ``_reset_collect`` does for all."""
-        self.world_model.past_kv_cache_init_infer_envs[env].clear()
+        if getattr(self.world_model, 'use_new_cache_manager', False):
+            self.world_model.kv_cache_manager.clear_init_caches(env_id=env)
+        else:
+            self.world_model.past_kv_cache_init_infer_envs[env].clear()
 
     def clear_search(self) -> None:
         """Throw the contexts of all inner nodes away."""
-        self.world_model.past_kv_cache_recurrent_infer.clear()
+        if getattr(self.world_model, 'use_new_cache_manager', False):
+            self.world_model.kv_cache_manager.clear_recur_cache()
+        else:
+            self.world_model.past_kv_cache_recurrent_infer.clear()
 
     @staticmethod
     def _root_actions(actions: Sequence[Any]) -> List[Any]:

@@ -32,7 +32,7 @@ from players import Placed, answers_of
 from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
 from lzero_kvcache.engine import launch as backends
 from lzero_kvcache.engine import step as engines
-from lzero_kvcache.engine import weights as layouts
+from lzero_kvcache.host import weights as layouts
 from lzero_kvcache.engine.step import LEAST_PAGES, SHORT_WINDOW, Engine, _attend
 
 SEED, SUPPORT = 5, 5
@@ -175,7 +175,7 @@ class Steps:
     def new_search(self):
         """The policies read the weights once for each search."""
         with torch.no_grad():
-            self._weights = [world_model.cache_engine.weights() for world_model in self.world_models]
+            self._weights = [world_model.weights_source.read(False) for world_model in self.world_models]
 
     def change(self, function):
         """Do the same to both models' parameters."""

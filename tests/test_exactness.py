@@ -30,7 +30,7 @@ from oracle import (
 )
 
 if importlib.util.find_spec('lzero_kvcache') is not None:
-    from lzero_kvcache.engine.weights import MANY_ROWS
+    from lzero_kvcache.host.weights import MANY_ROWS
 
 
 def new_mode_exists() -> bool:
@@ -112,7 +112,7 @@ def test_random_traces(case, parts):
 def test_windows_that_grow(case, parts):
     """Windows are as long as the longest context of a batch asks for; these contexts are for several lengths."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('lzero_kvcache.engine.step.LEAST_PAGES', 2)
+        patch.setattr('lzero_kvcache.engine.packing.LEAST_PAGES', 2)
         check_random(case, parts)
 
 
@@ -120,7 +120,7 @@ def test_windows_that_grow(case, parts):
 def as_for_many_rows(monkeypatch):
     """Small batches are computed as those of hundreds of rows are."""
     monkeypatch.setitem(MANY_ROWS, 'cpu', 1)
-    monkeypatch.setattr('lzero_kvcache.engine.weights.MANY_NUMBERS', 1)
+    monkeypatch.setattr('lzero_kvcache.host.weights.MANY_NUMBERS', 1)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))

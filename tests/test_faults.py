@@ -136,7 +136,7 @@ def test_killed_while_saving_and_gone_on(tmp_path):
 
 #: Where a step may fail, by key; ``test_search_by_node.py`` has the same for searches by node.
 PLACES = {
-    'the engine': lambda world_model: (world_model.cache_engine, 'step'),
+    'the engine': lambda world_model: (world_model.inference.engine, 'step'),
     'the slab': lambda world_model: (world_model.kv_cache_manager.storage.slab, 'write'),
     'a look-up of roots': lambda world_model: (world_model.kv_cache_manager, 'find_init'),
     'a look-up of nodes': lambda world_model: (world_model.kv_cache_manager, 'find_recur'),

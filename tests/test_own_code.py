@@ -317,7 +317,7 @@ def test_a_sequence_of_layers_with_a_forward_of_its_own_is_called(kind, registri
     owner, name = (world_model.transformer.blocks[0], 'mlp') if kind == 'mlp' else \
         (world_model.head_value, 'head_module')
     setattr(owner, name, Residual(*getattr(owner, name)))
-    weights = world_model.cache_engine.weights()
+    weights = world_model.weights_source.read(False)
     x = torch.randn(2, 1, world_model.embed_dim)
     ours = weights.layers[0].mlp(x) if kind == 'mlp' else weights.value(x)
     assert Residual.calls == 1

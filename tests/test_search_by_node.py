@@ -457,7 +457,7 @@ class TestScalars:
     @pytest.mark.parametrize('support', [5, 50, 300])
     def test_as_lightzeros_transform(self, support):
         generator = torch.Generator().manual_seed(SEED)
-        engine = cached_model(Case(), 1, SEED).world_model.cache_engine
+        engine = cached_model(Case(), 1, SEED).world_model.inference.engine
         for spread in (0., 0.1, 1., 10., 100.):
             rewards, values = torch.randn(2, 64, 1, 2 * support + 1, generator=generator) * spread
             policy = torch.randn(64, 1, 3, generator=generator)
@@ -569,7 +569,7 @@ def breaking(function, at):
 
 
 def break_engine(policy, at):
-    engine = policy._model.world_model.cache_engine
+    engine = policy._model.world_model.inference.engine
     return mock.patch.object(engine, 'step', breaking(engine.step, at))
 
 

@@ -230,7 +230,7 @@ class TestCaught:
 
     @staticmethod
     def shift_angles(policy):
-        engine = policy._model.world_model.cache_engine
+        engine = policy._model.world_model.inference.engine
         pack = engine.pack
         engine.pack = lambda rows, pages, angles, action: pack(rows, pages, (angles[0], angles[1] + 1), action)
 
@@ -498,7 +498,7 @@ class TestBackends:
     def test_results_that_are_overwritten(self):
         policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise'))
         world_model = policy._model.world_model
-        world_model.inference.backend = Overwriting(world_model.cache_engine)
+        world_model.inference.backend = Overwriting(world_model.inference.engine)
         worker = Worker(policy)
         for _ in range(3):
             worker.step([0, 1, 2])

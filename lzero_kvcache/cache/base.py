@@ -1,11 +1,18 @@
-"""What a cache manager must offer."""
+"""What a cache manager must offer. ``B`` rows of a batch; tables of pages ``[B, R]``, left-aligned, padded with 0."""
+import enum
 from abc import ABC, abstractmethod
 from typing import Any, Dict, Hashable, Optional, Sequence
 
-import numpy as np
+from .pages import Lease, Rows
 
-from .nodes import NodeTable
-from .pages import Rows
+
+class Key(enum.Enum):
+    """Keys that are no hash."""
+    CURRENT = 'current'
+
+
+CURRENT = Key.CURRENT
+"""The key of an environment's newest root, which the policies' searches find by the environment."""
 
 
 class BaseCacheManager(ABC):
@@ -86,57 +93,50 @@ class PagedCacheManager(BaseCacheManager):
         and page ids, and need not look at a tensor. Subclass :class:`KVCacheManager` to change a part of it, or this
         class to write another, and register it: ``@KV_CACHE_REGISTRY.register(NAME)``.
 
-        A step is ``allocate``, ``find_*``, ``store_*``, and ``release`` at its end, whether it failed or not. A search
-        is a root step (``find_init``, ``store_init``), ``clear_recur_cache`` before it, and a step for each simulation
-        (``find_recur``, ``store_recur``).
+        A step takes a lease, allocates pages through it, finds contexts (``find_*``), stores new ones (``store_*``)
+        and gives the lease back. A search holds a lease of its own for as long as it runs. The policies' searches
+        find an environment's root under the key ``CURRENT`` and their nodes by node; every other caller's keys are
+        hashes of latent states.
     Properties:
         - width (:obj:`int`): ``R``, pages that a stored context has at the most: ``context_length / 2 - 1``.
-        - page_capacity (:obj:`int`): Page ids are below this.
-        - storage (:obj:`PageStorage`): Where the pages are; ``PageStorage(config, self)`` makes one.
-    Shapes:
-        ``B`` rows of a batch. Tables of pages are ``[B, R]``, left-aligned and padded with page 0.
+        - page_capacity (:obj:`int`): Page ids are below this; it may grow from one ``allocate`` to the next.
     """
     width: int
-    storage: Any
 
     @property
     @abstractmethod
     def page_capacity(self) -> int:
-        """Page ids are below this; it may grow from one ``allocate`` to the next."""
+        """Page ids are below this."""
 
     @abstractmethod
-    def allocate(self, count: int) -> np.ndarray:
+    def use_store(self, store: Any) -> None:
         """
         Overview:
-            Reserve pages for the step that is about to run.
-        Returns:
-            - pages (:obj:`np.ndarray`): Distinct page ids ``[count]`` above 0; page 0 pads tables.
-        """
-
-    @abstractmethod
-    def hold(self, tables: np.ndarray) -> None:
-        """
-        Overview:
-            Keep the pages of contexts that were found from being reused until ``release``, whatever is evicted.
+            Take the store that holds the pages' keys and values, before the first step.
+        Arguments:
+            - store (:obj:`PageStore`): ``grow(pages)`` makes room and says whether it could, ``memory_mb`` is what it \
+                holds, ``page_bytes`` what a page takes, ``codec`` turns ``KeysValues`` into pages and back.
         """
 
     @abstractmethod
-    def release(self) -> None:
+    def lease(self) -> Lease:
         """
         Overview:
-            End a step or a search: give back what was allocated or held and no entry has taken over.
+            A lease for one step or one search: ``allocate(count)`` takes pages, ``hold(tables)`` keeps contexts that
+            were found, and ``release()``, or the end of ``with``, gives back what no entry has taken over. Leases
+            know nothing of each other.
         """
 
     @abstractmethod
     def find_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
         """
         Overview:
-            Find the contexts that the last roots of some environments left.
+            Find root contexts.
         Arguments:
             - mode (:obj:`str`): 'collect' or 'eval'; their contexts are apart.
             - env_ids (:obj:`Sequence[int]`): The environment of each row.
-            - keys (:obj:`Sequence[Hashable]`): The hash of each row's last latent state, or an object that nothing is \
-                stored under.
+            - keys (:obj:`Sequence[Hashable]`): ``CURRENT`` for an environment's newest root, or the hash of each \
+                row's last latent state.
         Returns:
             - rows (:obj:`Rows`): Tables, and pages in use ``[B]``: 0 for a miss.
         Raises:
@@ -148,6 +148,12 @@ class PagedCacheManager(BaseCacheManager):
         """
         Overview:
             Store the contexts of new roots; an equal key of the same environment is replaced.
+        """
+
+    def forget_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> None:
+        """
+        Overview:
+            Told when a search by key has ended that its roots' keys will not be asked for again; here, nothing.
         """
 
     @abstractmethod
@@ -170,15 +176,8 @@ class PagedCacheManager(BaseCacheManager):
             Count rows with nan or inf whose contexts are not stored (``kv_cache_cfg.on_nan='skip'``); here, nowhere.
         """
 
-    def open_search(self, roots: Rows, simulations: int) -> NodeTable:
+    def count_nodes(self, nodes: int) -> None:
         """
         Overview:
-            Begin a search whose contexts are found by node; ``release`` ends it.
-        Arguments:
-            - roots (:obj:`Rows`): The contexts of the roots.
-            - simulations (:obj:`int`): Nodes that each row will get.
-        Returns:
-            - nodes (:obj:`NodeTable`): The contexts by node.
+            Told at each search by node how many nodes it will hold, for the occupancy; here, nothing.
         """
-        self.hold(roots[0])
-        return NodeTable(roots, self.allocate(simulations * len(roots[1])))

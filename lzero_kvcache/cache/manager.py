@@ -1,32 +1,32 @@
-"""The new cache manager: pools over one set of pages. Knows keys, environments and page ids; not LightZero."""
+"""The new cache manager: pools over one set of pages. Knows keys, environments and page ids; no tensors."""
 import logging
 import math
-from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Hashable, List, Optional, Sequence
 
 import numpy as np
 
 from ..config import PREFIX, CacheConfig, ConfigError, lookup
-from ..engine.slab import MIB
-from ..engine.storage import PageStorage
 from ..registry import KV_CACHE_REGISTRY
-from .base import PagedCacheManager
-from .nodes import NodeTable
-from .pages import NULL_PAGE, RESERVED_PAGES, OutOfPages, PageAllocator, Rows
-from .pool import KVCachePool, PagedPool
+from .base import CURRENT, PagedCacheManager
+from .current import CurrentRoots
+from .pages import NULL_PAGE, RESERVED_PAGES, Lease, OutOfPages, PageAllocator, Rows
+from .pool import Codec, KVCachePool, PagedPool
 from .stats import CacheStats
 
 logger = logging.getLogger(__name__)
 
 COLLECT, EVAL = 'collect', 'eval'
 DEFAULT_CONTEXT_LENGTH = 8  # of a manager that is used by hand with a config that names none
+MIB = 1024 * 1024
 
 
 @KV_CACHE_REGISTRY.register('new')
-class KVCacheManager(PagedCacheManager):
+class KVCacheManager(PagedCacheManager, Codec):
     """
     Overview:
         One init pool per environment for root contexts, a recurrent pool for the nodes of the running search, and the
-        working batch ('world_model'), all over the same pages.
+        working batch ('world_model'), all over the same pages. In a training an environment has its newest root alone;
+        the pools' other entries are of callers that look contexts up by key.
     Arguments:
         - config (:obj:`Any`): A ``world_model_cfg``; see :class:`CacheConfig` for what is read.
         - env_num (:obj:`Optional[int]`): Environments; default ``config.env_num``.
@@ -44,10 +44,13 @@ class KVCacheManager(PagedCacheManager):
         nodes = self.config.recurrent_pool_size
         if lookup(config, 'env_num') is None and 'recurrent_pool_size' not in (lookup(config, 'kv_cache_cfg') or {}):
             nodes = self.config.num_simulations * self.env_num
-        self.storage = PageStorage(config, self)
-        self._pages = PageAllocator(self._pages_wanted(nodes))
-        self._lease: List[np.ndarray] = []
-        self._current: Dict[Tuple[str, int], Hashable] = {}
+        self.storage: Any = None  # by hand there is none, and pools hold what they are given
+        self._pages = PageAllocator(self._pages_of_a_search(nodes))
+        # An environment's newest root is in no pool, so that nothing evicts it; its pool counts who asked for it.
+        self._current = {
+            COLLECT: CurrentRoots(self._pages, self.env_num, self.width),
+            EVAL: CurrentRoots(self._pages, self.env_num, self.width),
+        }
         self._told: set = set()
         self._out_of_memory = False
 
@@ -64,62 +67,68 @@ class KVCacheManager(PagedCacheManager):
 
     def _paged(self, size: int, name: str) -> PagedPool:
         return PagedPool(
-            size, self.config.eviction, self.enable_stats, name,
-            pages=self._pages, width=self.width, codec=self.storage
+            size, self.config.eviction, self.enable_stats, name, pages=self._pages, width=self.width, codec=self
         )
 
-    def _pages_wanted(self, nodes: int) -> int:
-        """One for each entry, the rest of each environment's oldest context, a step's own, and the reserved ones."""
+    def _pages_of_a_search(self, nodes: int) -> int:
+        """The newest root of every environment, the nodes of a search, two pages a row for the step, the reserved."""
         environments = self.env_num + self._eval_env_num
-        fixed = RESERVED_PAGES + environments * self.width + nodes + 2 * max(self.env_num, self._eval_env_num)
-        if fixed + environments > self._page_limit():
-            least = (fixed + environments) * self.storage.slab.page_bytes / MIB
+        rows = max(self.env_num, self._eval_env_num)
+        return RESERVED_PAGES + environments * (self.width + 1) + nodes + 2 * rows
+
+    def _page_limit(self) -> int:
+        if self.config.max_memory_mb is None or self.storage is None:
+            return np.iinfo(np.int64).max
+        return max(2, int(self.config.max_memory_mb * MIB / self.storage.page_bytes))
+
+    # ---- what the world model calls -------------------------------------------------------------------------------
+
+    def use_store(self, store: Any) -> None:
+        self.storage = store
+        if self._pages.capacity > self._page_limit():
+            least = self._pages.capacity * store.page_bytes / MIB
             raise ConfigError(
                 f'{PREFIX}.kv_cache_cfg.max_memory_mb={self.config.max_memory_mb} is too small for one search: '
                 f'it must be at least {math.ceil(1000 * least) / 1000:.3f}'
             )
-        return min(fixed + environments * self.config.init_pool_size, self._page_limit())
 
-    def _page_limit(self) -> int:
-        if self.config.max_memory_mb is None:
-            return np.iinfo(np.int64).max
-        return max(2, int(self.config.max_memory_mb * MIB / self.storage.slab.page_bytes))
-
-    # ---- what the world model calls -------------------------------------------------------------------------------
-
-    def allocate(self, count: int) -> np.ndarray:
-        pages = self.take(count)
-        self._lease.append(pages)
-        return pages
-
-    def hold(self, tables: np.ndarray) -> None:
-        self._pages.retain(tables)
-        self._lease.append(tables.copy())
-
-    def release(self) -> None:
-        for pages in self._lease:
-            self._pages.release(pages)
-        self._lease.clear()
+    def lease(self) -> Lease:
+        return Lease(self._pages, self.take)
 
     def find_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
+        pools = self._pools_to(mode, env_ids)
+        if _are_current(keys):
+            rows = self._current[mode].find(env_ids)
+            for env_id, count in zip(env_ids, rows[1].tolist()):
+                pools[env_id].count(CURRENT, count > 0)
+            return rows
         rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
-            pool = self._init_pool(mode, env_id)
+            pool = pools[env_id]
             slot = pool.slot(key)
             if slot >= 0:
                 rows[0][row], rows[1][row] = pool.tables[slot], pool.counts[slot]
         return rows
 
     def store_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
-        tables, counts = rows
-        for row, (env_id, key) in enumerate(zip(env_ids, keys)):
-            self._init_pool(mode, env_id).store([key], (tables[row:row + 1], counts[row:row + 1]))
-            self._current[mode, env_id] = key
-        self._filled['init'] = _filled(self.init_pools + self.eval_pools)
+        pools = self._pools_to(mode, env_ids)
+        if _are_current(keys):
+            self._current[mode].store(env_ids, rows)
+        else:
+            for row, (env_id, key) in enumerate(zip(env_ids, keys)):
+                pools[env_id].store([key], (rows[0][row:row + 1], rows[1][row:row + 1]))
+        all_pools = self.init_pools + self.eval_pools
+        held = sum(map(len, all_pools)) + sum(int((roots.counts > 0).sum()) for roots in self._current.values())
+        self._filled['init'] = held / sum(pool.pool_size for pool in all_pools)
+
+    def forget_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> None:
+        pools = self._pools_to(mode, env_ids)
+        for env_id, key in zip(env_ids, keys):
+            pools[env_id].remove(key)
 
     def find_recur(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
         # A node that is no root is not a miss of its environment's init pool: that is asked only for what it has.
-        pairs, pools = list(zip(env_ids, keys)), self._pools_to(mode, max(env_ids))
+        pairs, pools = list(zip(env_ids, keys)), self._pools_to(mode, env_ids)
         roots = [row for row, (env_id, key) in enumerate(pairs) if key in pools[env_id]]
         others = np.ones(len(pairs), dtype=bool)
         others[roots] = False
@@ -141,12 +150,10 @@ class KVCacheManager(PagedCacheManager):
                 'evicted nodes are rebuilt without their context; raise kv_cache_cfg.recurrent_pool_size'
             )
         self.recur_pool.store(list(zip(env_ids, keys)), rows)
-        self._filled['recur'] = _filled([self.recur_pool])
+        self._filled['recur'] = len(self.recur_pool) / self.recur_pool.pool_size
 
-    def open_search(self, roots: Rows, simulations: int) -> NodeTable:
-        nodes = super().open_search(roots, simulations)
-        self._filled['recur'] = min(1.0, simulations * len(roots[1]) / self.recur_pool.pool_size)
-        return nodes
+    def count_nodes(self, nodes: int) -> None:
+        self._filled['recur'] = min(1.0, nodes / self.recur_pool.pool_size)
 
     def count_queries(self, pool: str, queries: int, hits: int, by_node: bool = False) -> None:
         if self.enable_stats:
@@ -164,7 +171,7 @@ class KVCacheManager(PagedCacheManager):
             for index, pool in enumerate(pools):
                 if mode in (None, name) and env_id in (None, index):
                     pool.clear()
-                    self._current.pop((name, index), None)
+                    self._current[name].clear(index)
 
     def clear_recur_cache(self) -> None:
         self.recur_pool.clear()
@@ -183,7 +190,7 @@ class KVCacheManager(PagedCacheManager):
         Raises:
             - ValueError: There is no such environment.
         """
-        return self._init_pool(COLLECT, env_id).get(cache_key)
+        return self._pools_to(COLLECT, [env_id])[env_id].get(cache_key)
 
     def set_init_cache(self, env_id: int, cache_key: Hashable, kv_cache: Any) -> int:
         """
@@ -192,7 +199,7 @@ class KVCacheManager(PagedCacheManager):
         Raises:
             - ValueError: There is no such environment.
         """
-        return self._init_pool(COLLECT, env_id).set(cache_key, kv_cache)
+        return self._pools_to(COLLECT, [env_id])[env_id].set(cache_key, kv_cache)
 
     def get_recur_cache(self, cache_key: Hashable, env_id: Optional[int] = None) -> Any:
         """
@@ -247,13 +254,13 @@ class KVCacheManager(PagedCacheManager):
             return {'stats_enabled': False}
         summary: Dict[str, Any] = {
             'stats_enabled': True,
-            'init_pools': {f'env_{i}': _pool_summary(pool) for i, pool in enumerate(self.init_pools)},
-            'recur_pool': _pool_summary(self.recur_pool),
-            'wm_pool': _pool_summary(self.wm_pool),
+            'init_pools': self._summaries(COLLECT, self.init_pools),
+            'recur_pool': _summary(self.recur_pool),
+            'wm_pool': _summary(self.wm_pool),
             'memory_mb': self.memory_mb,
         }
         if self.eval_pools:
-            summary['eval_pools'] = {f'env_{i}': _pool_summary(pool) for i, pool in enumerate(self.eval_pools)}
+            summary['eval_pools'] = self._summaries(EVAL, self.eval_pools)
         return summary
 
     def counters(self) -> Dict[str, Any]:
@@ -274,10 +281,14 @@ class KVCacheManager(PagedCacheManager):
             )
         return counters
 
+    def _summaries(self, mode: str, pools: List[PagedPool]) -> Dict[str, Any]:
+        held = self._current[mode].counts > 0
+        return {f'env_{i}': _summary(pool, int(held[i])) for i, pool in enumerate(pools)}
+
     @property
     def memory_mb(self) -> float:
-        """MiB that the page storage takes."""
-        return self.storage.slab.memory_mb
+        """MiB that the cache holds: pages, gathered windows, buffers of graphs and of the search."""
+        return 0.0 if self.storage is None else self.storage.memory_mb
 
     @property
     def pages_used(self) -> int:
@@ -299,6 +310,18 @@ class KVCacheManager(PagedCacheManager):
         )
 
     # ---- pages -----------------------------------------------------------------------------------------------------
+
+    def write(self, value: Any) -> Optional[np.ndarray]:
+        if self.storage is None:
+            return None
+        with self.lease() as lease:
+            pages = self.storage.codec.write(value, lease.allocate)
+            if pages is not None:
+                lease.hand_over()
+        return pages
+
+    def read(self, pages: np.ndarray) -> Any:
+        return self.storage.codec.read(pages)
 
     @property
     def page_capacity(self) -> int:
@@ -322,19 +345,17 @@ class KVCacheManager(PagedCacheManager):
                 mend = 'memory has run out: lower policy.num_simulations or the number of environments'
             raise OutOfPages(f'{error}, and the running search needs the others: {mend}') from None
 
-    def _init_pool(self, mode: str, env_id: int) -> PagedPool:
-        return self._pools_to(mode, env_id)[env_id]
-
-    def _pools_to(self, mode: str, env_id: int) -> List[PagedPool]:
-        """The init pools of a mode, that of an environment among them."""
-        if not 0 <= env_id < self.env_num:
-            raise ValueError(
-                f'environment {env_id} is outside [0, {self.env_num}): '
-                f'raise policy.model.world_model_cfg.env_num={self.env_num}'
-            )
+    def _pools_to(self, mode: str, env_ids: Sequence[int]) -> List[PagedPool]:
+        """The init pools of a mode, those of some environments among them."""
+        for env_id in (min(env_ids), max(env_ids)):
+            if not 0 <= env_id < self.env_num:
+                raise ValueError(
+                    f'environment {env_id} is outside [0, {self.env_num}): '
+                    f'raise policy.model.world_model_cfg.env_num={self.env_num}'
+                )
         if mode == COLLECT:
             return self.init_pools
-        while len(self.eval_pools) <= env_id:
+        while len(self.eval_pools) <= max(env_ids):
             self.eval_pools.append(self._paged(self.config.init_pool_size, f'eval_env{len(self.eval_pools)}'))
         return self.eval_pools
 
@@ -343,7 +364,7 @@ class KVCacheManager(PagedCacheManager):
         before = self._pages.capacity
         wanted = min(before + max(count, before // 2), self._page_limit())
         if not self._out_of_memory and wanted - before >= count - self._pages.free:
-            if self.storage.grow(wanted):
+            if self.storage is None or self.storage.grow(wanted):
                 logger.info(f'Grew the page storage from {before} to {wanted} pages ({self.memory_mb:.1f} MiB)')
                 self._pages.grow(wanted)
                 return
@@ -357,11 +378,9 @@ class KVCacheManager(PagedCacheManager):
                 'full', f'The page storage is full at {before} pages ({self.memory_mb:.1f} MiB): evicting older root '
                 'contexts; raise kv_cache_cfg.max_memory_mb or lower kv_cache_cfg.init_pool_size'
             )
-        current = self._current
-        for mode, pools in ((COLLECT, self.init_pools), (EVAL, self.eval_pools)):
-            for env_id, pool in enumerate(pools):
-                while self._pages.free < count and pool.evict_but(current.get((mode, env_id))):
-                    pass
+        for pool in self.init_pools + self.eval_pools:
+            while self._pages.free < count and len(pool):
+                pool.evict()
 
     def _warn_once(self, topic: str, message: str) -> None:
         if topic not in self._told:
@@ -369,13 +388,13 @@ class KVCacheManager(PagedCacheManager):
             logger.warning(message)
 
 
-def _pool_summary(pool: KVCachePool) -> Dict[str, Any]:
+def _are_current(keys: Sequence[Hashable]) -> bool:
+    return len(keys) > 0 and keys[0] is CURRENT
+
+
+def _summary(pool: KVCachePool, beside: int = 0) -> Dict[str, Any]:
     assert pool.stats is not None
-    return {**pool.stats.summary(), 'size': len(pool), 'capacity': pool.pool_size}
-
-
-def _filled(pools: List[PagedPool]) -> float:
-    return sum(map(len, pools)) / sum(pool.pool_size for pool in pools)
+    return {**pool.stats.summary(), 'size': len(pool) + beside, 'capacity': pool.pool_size}
 
 
 def _counts(asked: CacheStats, pools: List[PagedPool], filled: float) -> Dict[str, Any]:

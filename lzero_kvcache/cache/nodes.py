@@ -19,6 +19,7 @@ class NodeTable:
         self._tables = np.empty((len(self.pages) + 1, rows, width), dtype=np.int64)
         self._counts = np.empty((len(self.pages) + 1, rows), dtype=np.int64)
         self._tables[0], self._counts[0] = roots
+        self._longest_root = int(roots[1].max())
 
     def expand(self, simulation: int, path: np.ndarray, rows: np.ndarray) -> Rows:
         """
@@ -34,3 +35,7 @@ class NodeTable:
         parents = self._tables[path, rows], self._counts[path, rows]
         self._tables[simulation + 1], self._counts[simulation + 1] = extend(parents, self.pages[simulation])
         return parents
+
+    def longest(self, simulation: int) -> int:
+        """A bound on the pages of the contexts that a simulation expands, without looking at them."""
+        return min(self._tables.shape[2], self._longest_root + simulation)

@@ -141,6 +141,21 @@ class KVCachePool:
         self._slots[key] = order[key] = slot
         return slot
 
+    def count(self, key: Hashable, found: bool) -> None:
+        """Count a look-up that was made for this pool elsewhere."""
+        if self.stats is not None:
+            self.stats.record(1, int(found))
+        if not found:
+            logger.debug("Miss in KVCachePool '%s': key=%s", self.name, key)
+
+    def remove(self, key: Hashable) -> None:
+        """Let an entry go that nobody will ask for again; that is no eviction."""
+        order, slot = self._ordered(), self._slots.pop(key, None)
+        if slot is not None:
+            del order[key]
+            self._drop(slot)
+            self._unused.append(slot)
+
     def evict(self) -> None:
         """
         Overview:

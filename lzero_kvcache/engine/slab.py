@@ -1,5 +1,5 @@
-"""The tensor that holds every page. Knows tensors and page ids; no keys, no pools, no transformer."""
-from typing import Any, Dict, Optional
+"""The tensor that holds every page. Page ids are int64, on the slab's device."""
+from typing import Optional
 
 import torch
 
@@ -7,25 +7,13 @@ MIB = 1024 * 1024
 
 
 class Slab:
-    """
-    Overview:
-        All pages in one tensor ``[pages, 2, layers, 2, heads, head_dim]``: for each page its two tokens (action,
-        observation), for each layer key and value. It is allocated at first use, where the weights are then.
-    Arguments:
-        - layers (:obj:`int`): Transformer layers.
-        - heads (:obj:`int`): Attention heads.
-        - head_dim (:obj:`int`): Width of a head.
-        - dtype (:obj:`torch.dtype`): Storage type; what is read comes back in float32.
-    """
+    """All pages in one tensor ``[pages, 2, layers, 2, heads, head_dim]``: for each page its two tokens (action,
+    observation), for each layer key and value. It is allocated at first use, where the weights are then."""
 
     def __init__(self, layers: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> None:
         self.page_shape = (2, layers, 2, heads, head_dim)
-        self.dtype = dtype
+        self.dtype = dtype  # of storage; what is read comes back in float32
         self.data: Optional[torch.Tensor] = None
-        self._kept: Optional[torch.Tensor] = None
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, '_kept': None}
 
     @property
     def page_bytes(self) -> int:
@@ -43,15 +31,8 @@ class Slab:
         return 0 if self.data is None else self.data.data_ptr()
 
     def ensure(self, pages: int, device: torch.device) -> None:
-        """
-        Overview:
-            Have room for ``pages`` pages on ``device``; what is stored comes along.
-        Arguments:
-            - pages (:obj:`int`): Pages that must be there.
-            - device (:obj:`torch.device`): Where.
-        Raises:
-            - RuntimeError: Memory ran out; the slab is as it was.
-        """
+        """Have room for so many pages on a device; what is stored comes along. Where memory runs out, the
+        ``RuntimeError`` leaves the slab as it was."""
         data = self.data
         if data is not None and data.shape[0] >= pages and data.device == device:
             return
@@ -62,39 +43,16 @@ class Slab:
             grown[:kept].copy_(data)
         self.data = grown
 
-    def read(self, tables: torch.Tensor) -> torch.Tensor:
-        """
-        Overview:
-            Gather pages into one window of tokens for each row.
-        Arguments:
-            - tables (:obj:`torch.Tensor`): Page ids ``[B, W]``, int64, on the slab's device.
-        Returns:
-            - window (:obj:`torch.Tensor`): ``[B, 2W, layers, 2, heads * head_dim]``, float32, to write on; until the \
-                next call.
-        """
+    def read(self, tables: torch.Tensor, out: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Gather pages ``[B, W]`` into one window of tokens for each row ``[B, 2W, layers, 2, heads * head_dim]``,
+        float32, in new memory or in ``out``, of as many pages."""
         assert self.data is not None
-        pages = tables.reshape(-1)
-        rows = torch.index_select(self.data, 0, pages, out=self._room(len(pages)))
+        rows = torch.index_select(self.data, 0, tables.reshape(-1), out=out)
         _, layers, _, heads, head_dim = self.page_shape
         window = rows.view(tables.shape[0], 2 * tables.shape[1], layers, 2, heads * head_dim)
         return window.to(torch.float32)
 
-    def _room(self, pages: int) -> Optional[torch.Tensor]:
-        """On a CPU new memory for a long window takes several times as long as the gather: the last one's is kept."""
-        assert self.data is not None
-        if self.data.device.type != 'cpu' or torch.compiler.is_compiling():
-            return None
-        if self._kept is None or len(self._kept) < pages:
-            self._kept = self.data.new_empty((pages,) + self.page_shape)
-        return self._kept[:pages]
-
     def write(self, pages: torch.Tensor, tokens: torch.Tensor) -> None:
-        """
-        Overview:
-            Overwrite whole pages.
-        Arguments:
-            - pages (:obj:`torch.Tensor`): Distinct page ids ``[B]``, int64, on the slab's device.
-            - tokens (:obj:`torch.Tensor`): Keys and values ``[B, 2, layers, 2, heads * head_dim]``.
-        """
+        """Overwrite distinct pages ``[B]`` with keys and values ``[B, 2, layers, 2, heads * head_dim]``."""
         assert self.data is not None
         self.data.index_copy_(0, pages, tokens.reshape((-1,) + self.page_shape).to(self.dtype))

@@ -1,7 +1,6 @@
 """LightZero's models with a world model of either system, picked by ``world_model_cfg``."""
 import inspect
-from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from ding.utils import MODEL_REGISTRY
@@ -9,32 +8,33 @@ from lzero.model import sampled_unizero_model, unizero_model
 from lzero.model.unizero_world_models.tokenizer import Tokenizer
 from lzero.model.unizero_world_models.world_model import WorldModel
 
-from ..config import FLAG, PREFIX, CacheConfig, ConfigError
-from ..registry import KV_CACHE_REGISTRY, register_in_place_of
+from ..config import FLAG, PREFIX, ConfigError, lookup
+from ..registry import register_in_place_of
 from .old_world_model import OldWorldModel
+from .refused import check_lightzero
+from .substitution import with_globals
 from .world_model import NewWorldModel
 
 
-@contextmanager
-def _world_model_of(model: Any, module: Any, init: Any, args: Any, kwargs: Any) -> Iterator[None]:
-    """LightZero's models build ``WorldModel`` by the name in their own module; put ours there for that moment."""
+def _build(model: Any, module: Any, original: type, args: Any, kwargs: Any) -> None:
+    """LightZero's constructor, which builds ``WorldModel`` by the name in its module, with ours under that name."""
+    init = original.__init__  # type: ignore[misc]
     config = inspect.signature(init).bind(model, *args, **kwargs).arguments['world_model_cfg']
-    options = CacheConfig.read(config, KV_CACHE_REGISTRY)
-    originals = module.WorldModel, module.Tokenizer
+    use_new = lookup(config, FLAG, False)
+    if use_new:
+        check_lightzero()
+    names = {}
     if module.WorldModel is WorldModel:
-        module.WorldModel = model.new_world_model if options.use_new else model.old_world_model
-    elif options.use_new:  # somebody's own, which has LightZero's own caching
+        names['WorldModel'] = model.new_world_model if use_new else model.old_world_model
+    elif use_new:  # somebody's own, which has LightZero's own caching
         raise ConfigError(
             f'{PREFIX}.{FLAG}=True, but {module.__name__}.WorldModel is {module.WorldModel.__module__}.'
             f'{module.WorldModel.__qualname__}: derive it from lzero_kvcache.host.world_model.NewWorldModel, and name '
             f'it as {type(model).__name__}.new_world_model'
         )
     if config.obs_type == 'image_memory' and module.Tokenizer is Tokenizer:
-        module.Tokenizer = MemoryTokenizer
-    try:
-        yield
-    finally:
-        module.WorldModel, module.Tokenizer = originals
+        names['Tokenizer'] = MemoryTokenizer
+    with_globals(init, **names)(model, *args, **kwargs)
 
 
 class MemoryTokenizer(Tokenizer):
@@ -61,9 +61,7 @@ class UniZeroModel(unizero_model.UniZeroModel):
     new_world_model: Any = NewWorldModel
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        init = unizero_model.UniZeroModel.__init__
-        with _world_model_of(self, unizero_model, init, args, kwargs):
-            super().__init__(*args, **kwargs)
+        _build(self, unizero_model, unizero_model.UniZeroModel, args, kwargs)
 
 
 class SampledUniZeroModel(sampled_unizero_model.SampledUniZeroModel):
@@ -76,9 +74,7 @@ class SampledUniZeroModel(sampled_unizero_model.SampledUniZeroModel):
     new_world_model: Any = NewWorldModel
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        init = sampled_unizero_model.SampledUniZeroModel.__init__
-        with _world_model_of(self, sampled_unizero_model, init, args, kwargs):
-            super().__init__(*args, **kwargs)
+        _build(self, sampled_unizero_model, sampled_unizero_model.SampledUniZeroModel, args, kwargs)
 
 
 register_in_place_of(unizero_model.UniZeroModel, MODEL_REGISTRY, 'UniZeroModel', UniZeroModel)

@@ -4,13 +4,14 @@ LightZero keeps the last observations and actions as rows of a batch, shared by 
 keeps them for each (mode, environment) and lays the rows out for LightZero's own code to run on.
 """
 import copy
+import functools
 import inspect
 import logging
 import math
 import numbers
 import time
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -20,60 +21,20 @@ from lzero.policy import utils as lightzero_utils
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 from scipy.special import entr
+from scipy.stats import entropy as scipy_entropy
 
 from ..cache.manager import COLLECT, EVAL
 from ..cache.stats import Timing
 from ..config import FLAG, PREFIX, ConfigError, settle
 from ..registry import KV_CACHE_REGISTRY, register_in_place_of
+from ..search.environments import Environments
+from ..search.inference import Served
 from ..telemetry import HOOK_CONFIG, HOOK_KEY
 from .refused import check_served, is_own
+from .substitution import with_globals
 from .tree_search import NodeSearch, SampledNodeSearch
 
 logger = logging.getLogger(__name__)
-
-
-class LastSteps:
-    """
-    Overview:
-        The last observation and action of each environment that is inside an episode.
-    """
-
-    def __init__(self) -> None:
-        self._steps: Dict[int, Tuple[torch.Tensor, Any]] = {}
-
-    def __contains__(self, env_id: int) -> bool:
-        return env_id in self._steps
-
-    def rows(self, env_ids: Sequence[int], observations: torch.Tensor) -> Tuple[torch.Tensor, List[Any]]:
-        """
-        Overview:
-            What LightZero calls ``last_batch_obs`` and ``last_batch_action``, for the environments of this batch.
-        Arguments:
-            - env_ids (:obj:`Sequence[int]`): The environment of each row.
-            - observations (:obj:`torch.Tensor`): Their current observations ``[B, ...]``.
-        Returns:
-            - last_obs (:obj:`torch.Tensor`): ``[B, ...]``, zeros where an episode starts.
-            - last_action (:obj:`List[Any]`): ``B`` actions, -1 where an episode starts.
-        """
-        fresh = (torch.zeros_like(observations[0]), -1)
-        steps = [self._steps.get(env_id, fresh) for env_id in env_ids]
-        return torch.stack([obs for obs, _ in steps]), [action for _, action in steps]
-
-    def remember(self, env_ids: Sequence[int], observations: torch.Tensor, output: Dict[int, Any]) -> None:
-        """
-        Overview:
-            Note what each environment saw and did.
-        """
-        for env_id, observation in zip(env_ids, observations):
-            self._steps[env_id] = (observation, output[env_id]['action'])
-
-    def forget(self, env_ids: Optional[Sequence[int]]) -> None:
-        """
-        Overview:
-            End the episodes of some environments, or of all.
-        """
-        for env_id in list(self._steps) if env_ids is None else env_ids:
-            self._steps.pop(env_id, None)
 
 
 class KVCachePolicy:
@@ -111,8 +72,8 @@ class KVCachePolicy:
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
         self._cfg = cfg  # LightZero's destructor looks at it, also where the next line refuses it
         use_new = settle(cfg, KV_CACHE_REGISTRY).use_new
-        self._last_steps = {COLLECT: LastSteps(), EVAL: LastSteps()}
-        self._searching = False
+        self._environments = Environments()
+        self._running: List[Optional[Served]] = []  # the steps that this policy is in the middle of; None in old mode
         super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]
         if use_new and not _is_new(self._model.world_model):
             raise ConfigError(
@@ -173,39 +134,52 @@ class KVCachePolicy:
         arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
         observations, ready = arguments['data'], arguments.get('ready_env_id')
         env_ids = [int(env_id) for env_id in (range(len(observations)) if ready is None else ready)]
-        world_model = self._model.world_model
-        steps = self._last_steps[mode]
-        self._searching = True
-        try:
-            if _is_new(world_model):
-                self.last_batch_obs, self.last_batch_action = steps.rows(env_ids, observations)
-                with world_model.serving(mode, env_ids), _quick_entropy():
-                    output = forward(*args, **kwargs)
-                    if world_model.validator is not None:
-                        world_model.validator.check(world_model, [output[env_id]['action'] for env_id in env_ids])
-            else:
-                following = sum(env_id in steps for env_id in env_ids)
-                hits = world_model.root_hit_cnt
-                output = forward(*args, **kwargs)
-                manager = getattr(world_model, 'kv_cache_manager', None)
-                if manager is not None:
-                    manager.count_queries('init', following, min(following, world_model.root_hit_cnt - hits))
-        finally:
-            self._searching = False
-        steps.remember(env_ids, observations, output)
+        search = self._new_search if _is_new(self._model.world_model) else self._old_search
+        output = search(mode, env_ids, observations, functools.partial(forward, *args, **kwargs))
+        self._environments.remember(mode, env_ids, observations, output)
         return output
+
+    def _new_search(self, mode: str, env_ids: List[int], observations: torch.Tensor,
+                    forward: 'functools.partial[Dict[int, Any]]') -> Dict[int, Any]:
+        world_model = self._model.world_model
+        self.last_batch_obs, self.last_batch_action = self._environments.rows(mode, env_ids, observations)
+        with world_model.serving(mode, env_ids) as served, self._in_the_middle_of(served):
+            output = _with_quick_entropy(forward.func)(*forward.args, **forward.keywords)
+            if served.trace is not None:
+                world_model.validator.check(served.trace, [output[env_id]['action'] for env_id in env_ids])
+        return output
+
+    def _old_search(self, mode: str, env_ids: List[int], observations: torch.Tensor,
+                    forward: 'functools.partial[Dict[int, Any]]') -> Dict[int, Any]:
+        world_model = self._model.world_model
+        following = sum((mode, env_id) in self._environments for env_id in env_ids)
+        hits = world_model.root_hit_cnt
+        with self._in_the_middle_of(None):
+            output = forward()
+        manager = getattr(world_model, 'kv_cache_manager', None)
+        if manager is not None:
+            manager.count_queries('init', following, min(following, world_model.root_hit_cnt - hits))
+        return output
+
+    @contextmanager
+    def _in_the_middle_of(self, served: Optional[Served]) -> Iterator[None]:
+        self._running.append(served)
+        try:
+            yield
+        finally:
+            self._running.pop()
 
     def _reset(self, mode: str, reset: Callable[..., None], env_id: Union[None, int, List[int]], args: Any,
                kwargs: Any) -> None:
         """A list names environments whose episode ended, None means all; a number is LightZero's periodic clearing."""
         validator = getattr(self._model.world_model, 'validator', None)
+        running = self._running[-1] if self._running else None
         if validator is not None:
-            validator.reset(reset, env_id, *args, **kwargs)
-        ended = env_id is None or not isinstance(env_id, numbers.Integral)
-        if self._searching:  # LightZero resets every row when fewer environments are ready than usual
-            ended = False
+            validator.reset(None if running is None else running.trace, reset, env_id, *args, **kwargs)
+        # Inside a search LightZero resets every row when fewer environments are ready than usual.
+        ended = not isinstance(env_id, numbers.Integral) and not self._running
         if ended:
-            self._last_steps[mode].forget(env_id)  # type: ignore[arg-type]
+            self._environments.forget(mode, env_id)  # type: ignore[arg-type]
         if not _is_new(self._model.world_model):
             reset(env_id, *args, **kwargs)
         elif ended:
@@ -237,15 +211,12 @@ def entropy(pk: Sequence[float], base: float) -> float:
     return entr(probabilities / probabilities.sum()).sum() / math.log(base)
 
 
-@contextmanager
-def _quick_entropy() -> Iterator[None]:
+def _with_quick_entropy(forward: Callable[..., Any]) -> Callable[..., Any]:
     """LightZero asks for the entropy of every environment's visits: a third of a collect step with scipy's own."""
-    original = lightzero_utils.entropy
-    lightzero_utils.entropy = entropy
-    try:
-        yield
-    finally:
-        lightzero_utils.entropy = original
+    own = getattr(forward, '__globals__', {}).get('select_action')
+    if own is not lightzero_utils.select_action or own.__globals__.get('entropy') is not scipy_entropy:
+        return forward  # somebody else's
+    return with_globals(forward, select_action=with_globals(own, entropy=entropy))
 
 
 def _is_new(world_model: Any) -> bool:

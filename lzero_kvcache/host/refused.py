@@ -1,9 +1,13 @@
-"""Which code of a user's own the new system would pass over in silence. Knows LightZero's classes; no pages."""
-from typing import Any, Iterator
+"""What the new system refuses: a LightZero that it does not know, and code of a user's own that it would pass over."""
+import inspect
+from typing import Any, Iterator, Tuple
 
+from lzero.model.unizero_world_models import world_model as lightzero_world_model
 from torch import nn
 
 from ..config import FLAG, PREFIX, ConfigError
+
+RELEASED = 'released 0.2.0'
 
 KNOWN = ('lzero', 'lzero_kvcache', 'torch')
 
@@ -17,16 +21,9 @@ CACHING = ('reset_for_initial_inference', 'wm_forward_for_initial_infererence', 
 
 
 def check_served(world_model: Any) -> None:
-    """
-    Overview:
-        Refuse a world model whose own code inference over pages would pass over: it reads weights, and calls only the
-        tokenizer, the heads' modules, norms, gates and MLPs.
-    Arguments:
-        - world_model (:obj:`Any`): A LightZero world model.
-    Raises:
-        - ConfigError: It has several observation tokens a step, forward hooks, or caching, attention, blocks or a
-          ``forward`` of its own.
-    """
+    """Refuse a world model with several observation tokens a step, or with code of its own (caching, attention, blocks,
+    ``forward``, hooks) that inference over pages would pass over: that reads weights, and calls only the tokenizer, the
+    heads' modules, norms, gates and MLPs."""
     mend = f'set {PREFIX}.{FLAG}=False for the old system'
     tokens = world_model.config.tokens_per_block
     if tokens != 2:
@@ -38,14 +35,8 @@ def check_served(world_model: Any) -> None:
 
 
 def is_own(owner: Any, name: str) -> bool:
-    """
-    Overview:
-        Whether a method is somebody's own: set on the object, defined by a class that is neither LightZero's nor the
-        plugin's, or put into one of theirs.
-    Arguments:
-        - owner (:obj:`Any`): A module or a model.
-        - name (:obj:`str`): The method's; False if there is none.
-    """
+    """Whether a method is somebody's own: set on the object, defined by a class that is neither LightZero's nor the
+    plugin's, or put into one of theirs; False if there is none."""
     defining = next((kind for kind in type(owner).__mro__ if name in vars(kind)), None)
     if name in vars(owner) or defining is None:
         return name in vars(owner)
@@ -76,7 +67,7 @@ def _passed_over(world_model: Any) -> Iterator[str]:
 
 
 def _is_written_by_known(function: Any) -> bool:
-    """Also one that was put into a class of LightZero's is told by where it was written, whatever it wraps."""
+    """Whether a function, and all that it wraps, was written by those whom we know."""
     while function is not None:
         if not _is_known(getattr(function, '__globals__', {}).get('__name__', '')):
             return False
@@ -86,3 +77,20 @@ def _is_written_by_known(function: Any) -> bool:
 
 def _is_known(module: str) -> bool:
     return module.split('.')[0] in KNOWN
+
+
+def which_lightzero() -> Tuple[str, str]:
+    """The name of the LightZero that is installed, and the sign that tells it, since its version number does not."""
+    if FLAG in inspect.getsource(lightzero_world_model):
+        return 'main branch', f'its own world_model.py reads {FLAG}'
+    return RELEASED, f'its world_model.py knows no {FLAG}'
+
+
+def check_lightzero() -> None:
+    """Refuse a LightZero whose own manager would serve in silence under our flag."""
+    which, sign = which_lightzero()
+    if which != RELEASED:
+        raise ConfigError(
+            f'{PREFIX}.{FLAG}=True, but this LightZero is not the released 0.2.0 ({sign}), and its caching is not '
+            f'known to lzero_kvcache: pip install LightZero==0.2.0, or set {PREFIX}.{FLAG}=False'
+        )

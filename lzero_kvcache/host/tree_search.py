@@ -8,7 +8,7 @@ from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree, tree_muzero
 from lzero.mcts.tree_search.mcts_ctree_sampled import SampledUniZeroMCTSCtree, tree_sampled_muzero
 
 
-class _ByNode:
+class _NodeSearch:
     """
     Overview:
         What both searches share. The tree is LightZero's, and so is what it passes as depth.
@@ -53,7 +53,7 @@ class _ByNode:
                 )
 
 
-class NodeSearch(_ByNode, UniZeroMCTSCtree):
+class NodeSearch(_NodeSearch, UniZeroMCTSCtree):
     """
     Overview:
         ``UniZeroMCTSCtree`` by node.
@@ -61,7 +61,7 @@ class NodeSearch(_ByNode, UniZeroMCTSCtree):
     tree = tree_muzero
 
 
-class SampledNodeSearch(_ByNode, SampledUniZeroMCTSCtree):
+class SampledNodeSearch(_NodeSearch, SampledUniZeroMCTSCtree):
     """
     Overview:
         ``SampledUniZeroMCTSCtree`` by node.

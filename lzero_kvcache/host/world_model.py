@@ -1,8 +1,8 @@
-"""LightZero's world model over pages: what LightZero reaches for, and when contexts are dropped. Knows LightZero; how a
-batch is inferred is the matter of ``inference.py``."""
+"""LightZero's world model over pages: what LightZero reaches for, and when contexts are dropped."""
 import logging
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -12,11 +12,15 @@ from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
 from ..config import CacheConfig
 from ..engine.launch import picked
-from ..engine.step import Engine
+from ..engine.slab import Slab
+from ..engine.store import PageStore
 from ..registry import KV_CACHE_REGISTRY
-from ..search.inference import Inference
+from ..search.inference import Inference, Served
 from ..validation import Validator
+from .keys_values import KeysValuesCodec
+from .reference import make_reference
 from .refused import check_served
+from .weights import source_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,28 +41,30 @@ class NewWorldModel(LightZeroWorldModel):
     def __init__(self, config: Any, tokenizer: Any) -> None:
         options = CacheConfig.read(config, KV_CACHE_REGISTRY)
         logger.info('✓ Using NEW KVCacheManager for cache management')
-        self.validator = Validator(options) if options.validation != 'off' else None
+        self.validator = Validator(options, partial(make_reference, self)) if options.validation != 'off' else None
         super().__init__(config, tokenizer)
-        if self.validator is not None:
-            self.validator.attach(self)
         for name in ('shared_pool_recur_infer', 'shared_pool_init_infer', 'shared_pool_wm'):
             del self.__dict__[name]
         check_served(self)
-        self.cache_engine = Engine(self)
+        self.weights_source = source_of(self)
+        geometry = self.weights_source.geometry
+        slab = Slab(geometry.layers, geometry.heads, geometry.head_dim, getattr(torch, options.dtype))
+        self._storage = PageStore(slab, KeysValuesCodec(self, self.weights_source, self._ready_slab), (
+            f'lower kv_cache_cfg.init_pool_size={options.init_pool_size} or set kv_cache_cfg.max_memory_mb'
+        ))
         self.kv_cache_manager: PagedCacheManager = KV_CACHE_REGISTRY[options.type](
             config, self.env_num, options.enable_stats
         )
-        self.kv_cache_manager.storage.shift = self._shift
-        self.kv_cache_manager.storage.blank = self._blank
-        self.inference = Inference(self, self.cache_engine, self.kv_cache_manager, options, self.validator)
+        self.kv_cache_manager.use_store(self._storage)
+        self.inference = Inference(
+            self.weights_source, self.tokenizer.encode_to_obs_embeddings, self.kv_cache_manager, self._storage, options,
+            self.validator
+        )
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
-
-    def _initialize_cache_structures(self) -> None:
-        """The pools are the manager's."""
 
     def _initialize_transformer_keys_values(self) -> None:
         """The working batch is gathered anew for each step."""
@@ -69,17 +75,7 @@ class NewWorldModel(LightZeroWorldModel):
             Nothing to precompute: positions come from the weights as they are at each step.
         """
         if self.validator is not None:
-            self.validator.precompute(self)
-
-    @property
-    def past_kv_cache_init_infer_envs(self) -> List['CacheView']:
-        """A view for each environment's root contexts."""
-        return [CacheView(self.kv_cache_manager.clear_init_caches, env_id=i) for i in range(self.env_num)]
-
-    @property
-    def past_kv_cache_recurrent_infer(self) -> 'CacheView':
-        """A view on the running search's contexts."""
-        return CacheView(self.kv_cache_manager.clear_recur_cache)
+            self.validator.reference.precompute()
 
     @property
     def timings(self) -> Dict[str, Timing]:
@@ -99,13 +95,8 @@ class NewWorldModel(LightZeroWorldModel):
             cache_system='new', cache_manager=options.type, eviction=options.eviction,
             init_pool_size=options.init_pool_size, recurrent_pool_size=options.recurrent_pool_size,
             env_num=options.env_num, dtype=options.dtype, context_length=self.context_length,
-            backend=picked(options.backend, self.cache_engine.device),
+            backend=picked(options.backend, self.weights_source.device()),
         )
-
-    @property
-    def keys_values_wm_list(self) -> 'CacheView':
-        """A view on the working batch, which no step leaves behind."""
-        return CacheView(lambda: None)
 
     def clear_caches(self) -> None:
         """
@@ -129,7 +120,7 @@ class NewWorldModel(LightZeroWorldModel):
             self.kv_cache_manager.clear_init_caches(mode, env_id)
         self.inference.forget(mode, env_id)
         if self.validator is not None:
-            self.validator.forget(mode, env_id)
+            self.validator.reference.forget(mode, env_id)
 
     def weights_changed(self, reason: str) -> None:
         """
@@ -149,22 +140,18 @@ class NewWorldModel(LightZeroWorldModel):
 
     def _notice_moved_weights(self) -> None:
         """``p.data = ...`` calls nobody, and version counters stand still under fused optimizers: look at addresses."""
-        place = self.cache_engine.device, self.cache_engine.addresses()
+        place = self.weights_source.device(), self.weights_source.addresses()
         before, self._weights_place = self._weights_place, place
         if before is not None and before != place and before[0] == place[0]:  # another device holds the same values
             self.weights_changed('their storage moved')
 
-    def _shift(self) -> Optional[torch.Tensor]:
-        with torch.no_grad():
-            return self.cache_engine.weights().shift
-
-    def _blank(self) -> Any:
-        return self.transformer.generate_empty_keys_values(n=1, max_tokens=self.context_length)
+    def _ready_slab(self) -> Slab:
+        return self._storage.ready(self.kv_cache_manager.page_capacity, self.weights_source.device())
 
     # ---- inference -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def serving(self, mode: str, env_ids: Iterable[int]) -> Iterator[None]:
+    def serving(self, mode: str, env_ids: Iterable[int]) -> Iterator[Served]:
         """
         Overview:
             Say whose rows the root inference inside has, and the search that follows it. Outside, row ``i`` is
@@ -172,10 +159,12 @@ class NewWorldModel(LightZeroWorldModel):
         Arguments:
             - mode (:obj:`str`): 'collect' or 'eval'.
             - env_ids (:obj:`Iterable[int]`): The environment of each row; no environment twice.
+        Returns:
+            - served (:obj:`Served`): The step; its ``trace`` is for :meth:`Validator.check`.
         """
         self._notice_moved_weights()
-        with self.inference.serving(mode, [int(env_id) for env_id in env_ids]):
-            yield
+        with self.inference.serving(mode, [int(env_id) for env_id in env_ids]) as served:
+            yield served
 
     @torch.no_grad()
     def forward_initial_inference(self, obs_act_dict: Dict[str, Any], start_pos: Any = 0) -> Tuple[Any, ...]:
@@ -195,7 +184,6 @@ class NewWorldModel(LightZeroWorldModel):
         """
         if obs_act_dict['current_obs'] is None:
             return super().forward_initial_inference(obs_act_dict, start_pos)
-        self.kv_cache_manager.clear_recur_cache()
         output = self.inference.root(
             obs_act_dict['obs'], obs_act_dict['action'], obs_act_dict['current_obs'], start_pos
         )
@@ -244,19 +232,3 @@ class NewWorldModel(LightZeroWorldModel):
         with self.inference.search_by_node(simulations) as expand:
             yield expand
 
-
-class CacheView:
-    """
-    Overview:
-        What is left of a LightZero cache that others reach for: something to clear.
-    """
-
-    def __init__(self, clear: Callable[..., None], **kwargs: Any) -> None:
-        self._clear, self._kwargs = clear, kwargs
-
-    def clear(self) -> None:
-        """
-        Overview:
-            Forget what the view stands for.
-        """
-        self._clear(**self._kwargs)

@@ -1,275 +1,316 @@
-"""Root, recurrent and reanalysis inference over pages. Joins the manager and the engine; of LightZero it knows a
-tokenizer, no more."""
+"""Root, recurrent and reanalysis inference over pages. Of the host it knows weights and an encoder of observations.
+
+``B`` rows, ``E`` embedding, ``A`` numbers of a continuous action, ``P`` policy logits. A latent state is ``[B, E]``.
+"""
+import threading
 import time
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Hashable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
-from ..cache.base import PagedCacheManager
+from ..cache.base import CURRENT, PagedCacheManager
 from ..cache.manager import COLLECT
 from ..cache.nodes import NodeTable
-from ..cache.pages import Rows, extend
+from ..cache.pages import SCRATCH_PAGE, Lease, Rows, extend
 from ..cache.stats import Timing
 from ..config import CacheConfig
 from ..engine.launch import Result, make_backend
+from ..engine.packing import pack, unpack
+from ..engine.slab import MIB
 from ..engine.step import Engine, StepOutput
-from ..engine.transfer import hash_rows, reanalysis_timesteps_of, send, steps_after, timesteps_of, to_host
-from ..engine.weights import Weights
+from ..engine.store import PageStore
+from ..engine.transfer import send, to_cpu
+from ..engine.weights import Source, Weights
 from .guard import NanGuard
-
-FORGOTTEN = object()
-"""Key of a last root whose context is known to be gone: nothing is stored under it."""
+from .rows import hash_rows, reanalysis_timesteps_of, steps_after, timesteps_of
 
 
-class Serving(NamedTuple):
-    """
-    Overview:
-        Whose rows a root inference and its search have, and the model for as long as they take.
-    """
-    mode: str  # 'collect' or 'eval'
-    env_ids: List[int]  # [B]
-    weights: Weights
+class Served:
+    """A step of some environments: their root inference, and the search that follows it. It owns its roots' pages."""
+
+    def __init__(self, mode: str, env_ids: List[int], weights: Weights, lease: Lease, trace: Any) -> None:
+        self.mode, self.env_ids = mode, env_ids
+        self.weights = weights  # nobody changes them inside a search
+        self.lease = lease
+        self.trace = trace  # what its validation notes; or None
+        self.roots: Optional[Rows] = None
+        self.before: Optional[Rows] = None  # the environments' roots before this step
+        self.kept = np.zeros(0, np.int64)  # rows whose root was stored
+        self.timesteps = np.zeros(0, np.int64)  # [B]
+        self.latents: Optional[torch.Tensor] = None  # [B, E], of the roots
+        self.keys: Optional[Tuple[List[int], List[Hashable]]] = None  # environments and keys, if searched by key
+        self.searches = 0  # how many by node are running
+
+
+class _Open(threading.local):
+    """The steps that are being served, the innermost last. Each thread has its own, and so has each copy of a model."""
+
+    def __init__(self) -> None:
+        self.steps: List[Served] = []
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
 
 
 class Inference:
-    """
-    Overview:
-        Everything between a batch's latent states and predictions: looks contexts up, begins those that are lost,
-        steps, and stores what the step leaves.
-    Arguments:
-        - world_model (:obj:`Any`): Whose tokenizer encodes observations.
-        - engine (:obj:`Engine`): Its transformer over pages.
-        - manager (:obj:`PagedCacheManager`): Its contexts.
-        - options (:obj:`CacheConfig`): ``backend``, ``on_nan`` and ``dtype`` of ``kv_cache_cfg``.
-        - validator (:obj:`Any`): Is told of every inference of a search; or None.
-    """
+    """Everything between a batch's latent states and predictions: looks contexts up, begins those that are lost, steps,
+    and stores what the step leaves."""
 
-    def __init__(self, world_model: Any, engine: Engine, manager: PagedCacheManager, options: CacheConfig,
-                 validator: Any) -> None:
-        self._wm, self._engine, self._manager, self._validator = world_model, engine, manager, validator
-        self.backend = make_backend(options.backend, engine)
+    def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], manager: PagedCacheManager,
+                 store: PageStore, options: CacheConfig, validator: Any) -> None:
+        self.engine = Engine(source.geometry)
+        self.backend = make_backend(options.backend, self.engine, source, SCRATCH_PAGE)
         self.timings = {'search': Timing(), 'step': Timing()}
+        self._source, self._encode, self._manager, self._store = source, encode, manager, store
+        self._validator = validator
         self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
-        self._serving: Optional[Serving] = None
-        self._roots: Optional[Tuple[Rows, np.ndarray]] = None  # of the search that is served, and their timesteps
-        self._last_keys: Dict[Tuple[str, int], Any] = {}  # None: the last root was skipped
-        self._new_keys: Dict[Tuple[str, int], Any] = {}
+        self._open = _Open()
+        store.beside += [self.backend, _WindowMemory(self.engine)]
 
     @contextmanager
-    def serving(self, mode: str, env_ids: List[int]) -> Iterator[None]:
-        """
-        Overview:
-            As :meth:`NewWorldModel.serving`.
-        """
+    def serving(self, mode: str, env_ids: List[int]) -> Iterator[Served]:
+        """As :meth:`NewWorldModel.serving`."""
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')
         with torch.no_grad():
-            self._serving = Serving(mode, env_ids, self._engine.weights())
-        self._new_keys = {}
-        if self._validator is not None:
-            self._validator.open(mode, env_ids)
-        try:
-            yield
-            self._last_keys.update(self._new_keys)  # a search that failed is no step of its environments
-        finally:
-            self._serving = self._roots = None
-            self._manager.release()
-            if self._validator is not None:
-                self._validator.close()
+            weights = self._source.read(False)
+        trace = None if self._validator is None else self._validator.open(mode, env_ids)
+        with self._manager.lease() as lease:
+            served = Served(mode, env_ids, weights, lease, trace)
+            self._open.steps.append(served)
+            try:
+                yield served
+            except BaseException:
+                self._undo(served)
+                raise
+            finally:
+                self._open.steps.remove(served)
+                if served.keys is not None:
+                    self._manager.forget_init(served.mode, *served.keys)
+
+    def _undo(self, served: Served) -> None:
+        """A step that failed is no step of its environments: put back the roots that they had."""
+        if served.before is None:
+            return
+        there = np.flatnonzero(served.before[1])
+        for env_id in served.env_ids:
+            self._manager.clear_init_caches(served.mode, env_id)
+        if len(there):
+            env_ids = [served.env_ids[row] for row in there]
+            rows = served.before[0][there], served.before[1][there]
+            self._manager.store_init(served.mode, env_ids, [CURRENT] * len(env_ids), rows)
 
     def forget(self, mode: Optional[str], env_id: Optional[int]) -> None:
-        """
-        Overview:
-            Forget the last roots of one environment, of a mode, or of all.
-        """
-        for key in [key for key in self._last_keys if mode in (None, key[0]) and env_id in (None, key[1])]:
-            if self._last_keys[key] is None:
-                del self._last_keys[key]
-            else:
-                self._last_keys[key] = FORGOTTEN
+        """The roots of an environment, of a mode, or all were cleared: a search by key does not find them either."""
+        for step in self._open.steps:
+            if mode in (None, step.mode):
+                left = [row for row in step.kept if env_id not in (None, step.env_ids[row])]
+                step.kept = np.array(left, dtype=np.int64)
+
+    def _innermost(self, is_fitting: Callable[[Served], bool]) -> Optional[Served]:
+        """The step that LightZero's code is at, since nothing that it passes along says so."""
+        steps = self._open.steps
+        return steps[-1] if steps and is_fitting(steps[-1]) else None
 
     # ---- roots -----------------------------------------------------------------------------------------------------
 
     def root(self, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
              start_pos: Any) -> StepOutput:
+        """The roots of a search, each in its environment's context; one copy to the device, one back.
+
+        ``last_actions [B]`` led from ``last_obs`` to ``current_obs [B, ...]``; -1 where an episode starts. The
+        predictions have no rewards, and are 0 for what is skipped. A served step has one root inference, which finds
+        its contexts by environment. Any other is of environments 0 to ``B - 1`` of collection, and finds them by key.
         """
-        Overview:
-            The roots of a search, each in its environment's context. One copy to the device, one back.
-        Arguments:
-            - last_obs (:obj:`torch.Tensor`), current_obs (:obj:`torch.Tensor`): Observations ``[B, ...]``.
-            - last_actions (:obj:`Sequence[Any]`): What led from one to the other; -1 where an episode starts.
-            - start_pos (:obj:`Any`): Timesteps of the current observations ``[B]``, or one for all.
-        Returns:
-            - output (:obj:`StepOutput`): The predictions, without rewards; 0 for what is skipped.
-        """
-        rows = current_obs.shape[0]
-        mode, env_ids = self._rows_of(rows)
-        timesteps = timesteps_of(start_pos, rows)
-        latent = self._encode(current_obs)
+        rows = len(current_obs)
+        served = self._innermost(lambda step: step.roots is None)
+        if len(self._open.steps) <= (served is not None):
+            self._manager.clear_recur_cache()  # unless a search around this one needs its nodes
+        if served is not None:
+            _check_rows(served, rows)
+            return self._root(served, False, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
+        with self._manager.lease() as lease:
+            by_hand = Served(COLLECT, list(range(rows)), self._source.read(False), lease, None)
+            return self._root(by_hand, True, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
+
+    def _root(self, step: Served, by_key: bool, last_obs: torch.Tensor, last_actions: Sequence[Any],
+              current_obs: torch.Tensor, timesteps: np.ndarray) -> StepOutput:
+        manager, mode, env_ids = self._manager, step.mode, step.env_ids
+        rows, latent = len(current_obs), self._latents(current_obs)
         going = np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
-        last_keys, sound, last_latents = self._last_roots(mode, env_ids, last_obs, going)
-        manager = self._manager
-        try:
-            pages = manager.allocate(rows)
-            tables, counts = np.zeros((rows, manager.width), np.int64), np.zeros(rows, np.int64)
-            continued = np.flatnonzero(going)
-            if len(continued):
-                tables[continued], counts[continued] = manager.find_init(
-                    mode, [env_ids[row] for row in continued], [last_keys[row] for row in continued]
-                )
-            missing = np.flatnonzero(going & (counts == 0))
-            manager.count_queries('init', len(continued), len(continued) - len(missing))
-            lost = missing[sound[missing]]  # from a root that was skipped an environment starts afresh
-            anew = self._anew((tables, counts), lost, 2 * timesteps[lost])
-            if len(continued):
-                actions = np.asarray([last_actions[row] if going[row] else self._no_action() for row in range(rows)])
-                output = self._continue((tables, counts), pages, timesteps, actions, latent, anew, last_latents)
-            else:
-                [numbers] = send(self._engine.device, np.stack([pages, self._angle(2 * timesteps)]))
-                output = self._engine.first(self._weights(), self._slab(), numbers[0], latent, numbers[1])
-            on_host = to_host(torch.cat([latent, _soundness(output)], dim=1))
-            kept = self._guard.finite(on_host[:, :-1], 'A latent state', mode, env_ids, timesteps)
-            kept = kept[self._guard.finite(
-                on_host[kept, -1:], 'A value or policy', mode, [env_ids[row] for row in kept], timesteps[kept]
-            )]
-            keys, roots = hash_rows(on_host[:, :-1]), extend((tables, counts), pages)
-            manager.store_init(
-                mode, [env_ids[row] for row in kept], [keys[row] for row in kept], (roots[0][kept], roots[1][kept])
-            )
-        except BaseException:
-            manager.release()
-            raise
-        if self._serving is None:
-            manager.release()
-        else:  # the search that follows needs the roots' pages, whether a pool has kept them or not, and releases them
-            self._roots = roots, timesteps
-            self._new_keys = {(mode, env_id): None for env_id in env_ids}
-            self._new_keys.update({(mode, env_ids[row]): keys[row] for row in kept})
-        if self._validator is not None:
-            self._validator.root(last_obs, last_actions, current_obs, timesteps, missing, output)
+        contexts, last, missing = self._last_contexts(step, by_key, last_obs, going)
+        manager.count_queries('init', int(going.sum()), int(going.sum()) - len(missing))
+        before = contexts[0].copy(), contexts[1].copy()
+        pages = step.lease.allocate(rows)
+        if going.any():
+            lost = missing[np.isfinite(to_cpu(last)).all(axis=1)[missing]] if last is not None else missing
+            anew = self._begin_anew(step.lease, contexts, lost, 2 * timesteps[lost])
+            actions = np.asarray([last_actions[row] if going[row] else self._no_action() for row in range(rows)])
+            output = self._continue(step.weights, contexts, pages, timesteps, actions, latent, anew, last)
+        else:
+            [numbers] = send(self._source.device(), np.stack([pages, self._angle(2 * timesteps)]))
+            output = self.engine.first(step.weights, self._slab(), numbers[0], latent, numbers[1])
+        # Keys are hashes of whole latent states; else a sum tells whether they are finite.
+        states = latent if by_key else latent.sum(1, keepdim=True)
+        on_cpu = to_cpu(torch.cat([states, _checksum(output)], dim=1))
+        kept = self._finite_roots(on_cpu, step, timesteps)
+        roots = extend(contexts, pages)
+        kept_ids, kept_roots = [env_ids[row] for row in kept], (roots[0][kept], roots[1][kept])
+        if by_key:
+            keys = hash_rows(on_cpu[:, :-1])
+            manager.store_init(mode, kept_ids, [keys[row] for row in kept], kept_roots)
+        else:
+            step.roots, step.before, step.kept = roots, before, kept
+            step.timesteps, step.latents = timesteps, latent
+            for env_id in set(env_ids).difference(kept_ids):  # what was skipped begins afresh
+                manager.clear_init_caches(mode, env_id)
+            if kept_ids:
+                manager.store_init(mode, kept_ids, [CURRENT] * len(kept_ids), kept_roots)
+        if step.trace is not None:
+            step.trace.note_root(last_obs, last_actions, current_obs, timesteps, missing, output)
         return output if len(kept) == rows else output.map(_zero_for_nan)
 
-    def _last_roots(self, mode: str, env_ids: List[int], last_obs: torch.Tensor,
-                    going: np.ndarray) -> Tuple[Dict[int, Any], np.ndarray, Callable[[], torch.Tensor]]:
-        """Keys of the last roots of the rows that go on, whether their latents are finite ``[B]``, and those latents.
-
-        An environment that the policy follows has the key of its last root remembered, and its last observation is
-        encoded only if that context is gone. For any other, and after a root that was skipped, that is done here, and
-        costs a copy to the host.
-        """
-        followed = self._last_keys if self._serving is not None else {}
-        last_keys = {row: followed.get((mode, env_ids[row])) for row in np.flatnonzero(going).tolist()}
+    def _last_contexts(self, step: Served, by_key: bool, last_obs: torch.Tensor,
+                       going: np.ndarray) -> Tuple[Rows, Optional[torch.Tensor], np.ndarray]:
+        """The contexts of the last roots, the last latent states where they are needed, and the rows whose context is
+        missing. By environment, last observations are encoded only if a context is missing."""
+        manager, rows = self._manager, len(going)
+        tables, counts = np.zeros((rows, manager.width), np.int64), np.zeros(rows, np.int64)
         # All rows at once, as they were encoded when they were current: another batch size would change last bits.
-        if None not in last_keys.values():
-            return last_keys, going, partial(self._encode, last_obs)
-        last = self._encode(last_obs)
-        on_host = to_host(last)
-        hashed = hash_rows(on_host)
-        last_keys = {row: hashed[row] if key is None else key for row, key in last_keys.items()}
-        return last_keys, np.isfinite(on_host).all(axis=1), lambda: last
+        last = self._latents(last_obs) if by_key and going.any() else None
+        continued = np.flatnonzero(going)
+        if len(continued):
+            keys: List[Hashable] = [CURRENT] * len(continued)
+            if last is not None:
+                hashed = hash_rows(to_cpu(last))
+                keys = [hashed[row] for row in continued]
+            env_ids = [step.env_ids[row] for row in continued]
+            tables[continued], counts[continued] = manager.find_init(step.mode, env_ids, keys)
+            step.lease.hold(tables)
+        missing = np.flatnonzero(going & (counts == 0))
+        if len(missing) and last is None:
+            last = self._latents(last_obs)
+        return (tables, counts), last, missing
 
-    def _continue(self, rows: Rows, pages: np.ndarray, timesteps: np.ndarray, actions: np.ndarray,
-                  latent: torch.Tensor, anew: np.ndarray, last_latents: Callable[[], torch.Tensor]) -> StepOutput:
+    def _continue(self, weights: Weights, rows: Rows, pages: np.ndarray, timesteps: np.ndarray, actions: np.ndarray,
+                  latent: torch.Tensor, anew: np.ndarray, last: Optional[torch.Tensor]) -> StepOutput:
         """An action and an observation that is given, for contexts of which some are begun anew before."""
-        engine, weights, slab = self._engine, self._weights(), self._slab()
-        numbers, begun = send(
-            engine.device, engine.pack(rows, pages, (2 * timesteps - 1, 2 * timesteps), actions), anew
-        )
+        engine, slab = self.engine, self._slab()
+        angles = 2 * timesteps - 1, 2 * timesteps
+        packed = pack(engine.geometry, rows, pages, angles, actions, int(rows[1].max()))
+        numbers, begun = send(self._source.device(), packed, anew)
         if anew.shape[1]:
-            engine.begin(weights, slab, begun[0], last_latents()[begun[2]], begun[1])
-        page_ids, page_counts, positions, action = engine.unpack(numbers)
+            assert last is not None
+            engine.begin(weights, slab, begun[0], last[begun[2]], begun[1])
+        page_ids, page_counts, positions, action = unpack(engine.geometry, numbers)
         return engine.step(weights, slab, page_ids, page_counts, action, positions, latent)
 
-    # ---- nodes -----------------------------------------------------------------------------------------------------
+    def _finite_roots(self, on_cpu: np.ndarray, step: Served, timesteps: np.ndarray) -> np.ndarray:
+        """Rows ``[K]`` whose latent state, value and policy are finite."""
+        kept = self._guard.finite(on_cpu[:, :-1], 'A latent state', step.mode, step.env_ids, timesteps)
+        return kept[self._guard.finite(
+            on_cpu[kept, -1:], 'A value or policy', step.mode, [step.env_ids[row] for row in kept], timesteps[kept]
+        )]
+
+    # ---- nodes by key ----------------------------------------------------------------------------------------------
 
     def node(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int], start_pos: Any) -> StepOutput:
-        """
-        Overview:
-            One simulation whose contexts are found by key. One copy to the device, one back; one more there where
-            contexts are lost.
-        Arguments:
-            - latent (:obj:`np.ndarray`): Latent states of the nodes to expand ``[B, E]``.
-            - action (:obj:`torch.Tensor`): ``[B]``, or ``[B, A]`` for continuous ones.
-            - search_depth (:obj:`Sequence[int]`), start_pos (:obj:`Any`): Where the nodes are, for rotary positions.
-        Returns:
-            - output (:obj:`StepOutput`): The predictions; 0 for what is skipped.
-        """
-        rows = len(latent)
-        mode, env_ids = self._rows_of(rows)
-        timesteps = timesteps_of(start_pos, rows)
-        depths = steps_after(timesteps, search_depth)
-        manager, engine = self._manager, self._engine
+        """One simulation whose contexts are found by key; one copy to the device, one back, one more there where
+        contexts are lost. The predictions are 0 for what is skipped."""
         start = time.perf_counter()
-        try:
-            pages = manager.allocate(rows)
-            tables, counts = manager.find_recur(mode, env_ids, hash_rows(latent))
-            lost = np.flatnonzero(counts == 0)
-            manager.count_queries('recur', rows, rows - len(lost))
-            if len(lost):
-                anew = self._anew((tables, counts), lost, 2 * timesteps[lost])
-                begun, states = send(engine.device, anew, latent[lost])
-                engine.begin(self._weights(), self._slab(), begun[0], states, begun[1])
-            output = self._step((tables, counts), pages, action, depths).output
-            if self.backend.reuses_output:
-                output = output.map(torch.clone)
-            on_host = to_host(torch.cat([output.latent_state.reshape(rows, -1), _soundness(output)], dim=1))
-            kept = self._guard.finite(on_host[:, -1:], 'A reward, value or policy', mode, env_ids, timesteps)
-            keys, nodes = hash_rows(on_host[:, :-1]), extend((tables, counts), pages)
-            if len(kept) < rows:
-                env_ids, keys = [env_ids[row] for row in kept], [keys[row] for row in kept]
-                nodes = nodes[0][kept], nodes[1][kept]
-            manager.store_recur(env_ids, keys, nodes)
-        finally:
-            manager.release()
-        if self._validator is not None:
-            self._validator.keyed_node(latent, action, search_depth, output)
+        rows, timesteps = len(latent), timesteps_of(start_pos, len(latent))
+        served = self._innermost(lambda step: not step.searches)  # a search by node asks for nothing by key
+        mode, env_ids, weights = COLLECT, list(range(rows)), None
+        if served is not None:
+            _check_rows(served, rows)
+            mode, env_ids, weights = served.mode, served.env_ids, served.weights
+            self._give_roots_keys(served)
+        with self._manager.lease() as lease:
+            output, kept = self._node(
+                lease, weights or self._source.read(False), mode, env_ids, latent, action, timesteps,
+                steps_after(timesteps, search_depth)
+            )
+        if served is not None and served.trace is not None:
+            served.trace.note_keyed_node(latent, action, search_depth, output)
         self.timings['step'].record(time.perf_counter() - start)
         return output if len(kept) == rows else output.map(_zero_for_nan)
 
+    def _node(self, lease: Lease, weights: Weights, mode: str, env_ids: List[int], latent: np.ndarray,
+              action: torch.Tensor, timesteps: np.ndarray, depths: np.ndarray) -> Tuple[StepOutput, np.ndarray]:
+        manager, rows, device = self._manager, len(latent), self._source.device()
+        pages = lease.allocate(rows)
+        contexts = manager.find_recur(mode, env_ids, hash_rows(latent))
+        lost = np.flatnonzero(contexts[1] == 0)
+        manager.count_queries('recur', rows, rows - len(lost))
+        lease.hold(contexts[0])
+        if len(lost):
+            anew = self._begin_anew(lease, contexts, lost, 2 * timesteps[lost])
+            begun, states = send(device, anew, latent[lost])
+            self.engine.begin(weights, self._slab(), begun[0], states, begun[1])
+        output = self._step(weights, contexts, pages, depths, None, action.to(device), int(contexts[1].max())).output
+        if self.backend.reuses_output:
+            output = output.map(torch.clone)
+        on_cpu = to_cpu(torch.cat([output.latent_state.reshape(rows, -1), _checksum(output)], dim=1))
+        kept = self._guard.finite(on_cpu[:, -1:], 'A reward, value or policy', mode, env_ids, timesteps)
+        keys, nodes = hash_rows(on_cpu[:, :-1]), extend(contexts, pages)
+        manager.store_recur(
+            [env_ids[row] for row in kept], [keys[row] for row in kept], (nodes[0][kept], nodes[1][kept])
+        )
+        return output, kept
+
+    def _give_roots_keys(self, served: Served) -> None:
+        """A search by key finds its roots as it finds nodes."""
+        if served.roots is None or served.keys is not None:
+            return
+        assert served.latents is not None
+        kept, hashed = served.kept, hash_rows(to_cpu(served.latents))
+        served.keys = [served.env_ids[row] for row in kept], [hashed[row] for row in kept]
+        self._manager.store_init(served.mode, *served.keys, (served.roots[0][kept], served.roots[1][kept]))
+
+    # ---- nodes by their place in the search ------------------------------------------------------------------------
+
     @contextmanager
     def search_by_node(self, simulations: int) -> Iterator[Callable[..., np.ndarray]]:
-        """
-        Overview:
-            As :meth:`NewWorldModel.search_by_node`.
-        """
-        if self._roots is None:
+        """As :meth:`NewWorldModel.search_by_node`."""
+        served = self._innermost(lambda step: step.roots is not None)
+        if served is None or served.roots is None:
             raise RuntimeError('a search by node follows a root inference inside `serving`')
-        rows, timesteps = self._roots
         start = time.perf_counter()
+        served.searches += 1
         try:
-            yield partial(self.expand, self._manager.open_search(rows, simulations), timesteps)
+            with self._manager.lease() as lease:
+                lease.hold(served.roots[0])
+                nodes = NodeTable(served.roots, lease.allocate(simulations * len(served.env_ids)))
+                self._manager.count_nodes(nodes.pages.size)
+                yield partial(self.expand, served, nodes)
         finally:
-            self._manager.release()
+            served.searches -= 1
         self.timings['search'].record(time.perf_counter() - start)
 
     @torch.no_grad()
-    def expand(self, nodes: NodeTable, timesteps: np.ndarray, simulation: int, path: np.ndarray, columns: np.ndarray,
+    def expand(self, served: Served, nodes: NodeTable, simulation: int, path: np.ndarray, columns: np.ndarray,
                actions: np.ndarray, depths: Sequence[int]) -> np.ndarray:
-        """
-        Overview:
-            One simulation of a search by node. One copy to the device, one back.
-        Arguments:
-            - nodes (:obj:`NodeTable`), timesteps (:obj:`np.ndarray`): Of the search that :meth:`search_by_node` opened.
-            - simulation (:obj:`int`): Its number.
-            - path (:obj:`np.ndarray`), columns (:obj:`np.ndarray`): Index in the search path and row of each node.
-            - actions (:obj:`np.ndarray`): ``[B]`` or ``[B, A]``.
-            - depths (:obj:`Sequence[int]`): What LightZero's tree passes as depths ``[B]``.
-        Returns:
-            - predicted (:obj:`np.ndarray`): Reward, value and policy logits ``[B, 2 + P]``; 0 for what is skipped.
+        """One simulation of a search by node; one copy to the device, one back.
+
+        ``path [B]`` and ``columns [B]`` are the index in the search path and the row of each node, ``depths [B]`` what
+        LightZero's tree passes as such. Returns reward, value and policy logits ``[B, 2 + P]``; 0 for what is skipped.
         """
         start = time.perf_counter()
-        rows, pages = nodes.expand(simulation, path, columns), nodes.pages[simulation]
-        result = self._step(rows, pages, actions, steps_after(timesteps, depths))
+        contexts, pages = nodes.expand(simulation, path, columns), nodes.pages[simulation]
+        result = self._step(
+            served.weights, contexts, pages, steps_after(served.timesteps, depths), actions, None,
+            nodes.longest(simulation)
+        )
         self._manager.count_queries('recur', len(pages), len(pages), by_node=True)
-        assert result.search is not None  # the actions came from the host
-        predicted = to_host(result.search)
-        if self._validator is not None:
-            self._validator.node(path, actions, depths, result.output)
-        mode, env_ids = self._rows_of(len(pages))
-        kept = self._guard.finite(predicted, 'A reward, value or policy', mode, env_ids, timesteps)
+        assert result.search is not None  # the actions came from the CPU
+        predicted = to_cpu(result.search)
+        if served.trace is not None:
+            served.trace.note_node(path, actions, depths, result.output)
+        what = 'A reward, value or policy'
+        kept = self._guard.finite(predicted, what, served.mode, served.env_ids, served.timesteps)
         self.timings['step'].record(time.perf_counter() - start)
         return predicted if len(kept) == len(predicted) else np.nan_to_num(predicted, posinf=0.0, neginf=0.0)
 
@@ -277,72 +318,73 @@ class Inference:
 
     def reanalysis(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
                    start_pos: Any) -> StepOutput:
-        """
-        Overview:
-            One simulation of a reanalysis; as :meth:`node`, but every row stands alone: LightZero looks nothing up.
-        """
-        engine = self._engine
-        positions = None
-        if engine.rotary:
+        """One simulation of a reanalysis; as :meth:`node`, but every row stands alone: LightZero looks nothing up."""
+        device, positions = self._source.device(), None
+        if self.engine.geometry.rotary:
             timesteps = reanalysis_timesteps_of(start_pos, len(latent))
             # Both other tokens have the action's angle, as in LightZero's reanalysis.
             after = self._angle(2 * steps_after(timesteps, search_depth) + 3)
-            positions, state = send(engine.device, np.stack([self._angle(2 * timesteps), after, after]), latent)
+            positions, state = send(device, np.stack([self._angle(2 * timesteps), after, after]), latent)
         else:
-            [state] = send(engine.device, latent)
-        return engine.step_alone(engine.weights(), state, torch.as_tensor(action).to(engine.device), positions)
+            [state] = send(device, latent)
+        return self.engine.step_alone(self._source.read(False), state, torch.as_tensor(action).to(device), positions)
 
     # ---- what they share -------------------------------------------------------------------------------------------
 
-    def _anew(self, rows: Rows, lost: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Give rows whose contexts are lost a page each, and say what it takes to begin them there, all in one forward:
-        the pages, their observations' angles and the rows, ``[3, L]``."""
+    def _begin_anew(self, lease: Lease, rows: Rows, lost: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Give rows whose contexts are lost a page each. Returns what it takes to begin them there in one forward: the
+        pages, their observations' angles and the rows, ``[3, K]``."""
         tables, counts = rows
         if not len(lost):
             return np.zeros((3, 0), dtype=np.int64)
-        self._manager.hold(tables)
-        pages = self._manager.allocate(len(lost))
+        pages = lease.allocate(len(lost))
         tables[lost, 0], counts[lost] = pages, 1
         return np.stack([pages, self._angle(positions), lost])
 
-    def _step(self, rows: Rows, pages: np.ndarray, action: Any, timesteps: np.ndarray) -> Result:
-        """A recurrent step from nodes at ``timesteps``; everything that comes from the host travels in one copy."""
-        given = torch.is_tensor(action)
-        numbers = self._engine.pack(rows, pages, (2 * timesteps + 1, 2 * timesteps + 2), None if given else action)
-        on_device = action.to(self._engine.device) if given else None
-        return self.backend.step(self._weights(), self._slab(), numbers, on_device)
+    def _step(self, weights: Weights, rows: Rows, pages: np.ndarray, timesteps: np.ndarray,
+              actions: Optional[np.ndarray], on_device: Optional[torch.Tensor], longest: int) -> Result:
+        """A recurrent step from nodes at ``timesteps``; everything that comes from the CPU travels in one copy."""
+        angles = 2 * timesteps + 1, 2 * timesteps + 2
+        numbers = pack(self.engine.geometry, rows, pages, angles, actions, longest)
+        return self.backend.step(weights, self._slab(), numbers, on_device)
 
-    def _encode(self, obs: torch.Tensor) -> torch.Tensor:
-        return self._wm.tokenizer.encode_to_obs_embeddings(obs).reshape(len(obs), -1)
+    def _latents(self, obs: torch.Tensor) -> torch.Tensor:
+        return self._encode(obs).reshape(len(obs), -1)
 
     def _slab(self) -> Any:
-        return self._manager.storage.ready(self._engine.device)
-
-    def _weights(self) -> Weights:
-        """As they are now; nobody changes them inside a search that the policy serves."""
-        return self._engine.weights() if self._serving is None else self._serving.weights
+        return self._store.ready(self._manager.page_capacity, self._source.device())
 
     def _angle(self, position: np.ndarray) -> np.ndarray:
-        return position % self._engine.max_seq_len if self._engine.rotary else position
+        geometry = self.engine.geometry
+        return position % geometry.rotary_positions if geometry.rotary else position
 
     def _is_first(self, action: Any) -> bool:
-        return not isinstance(action, np.ndarray) if self._wm.continuous_action_space else int(action) == -1
+        return not isinstance(action, np.ndarray) if self.engine.geometry.continuous else int(action) == -1
 
     def _no_action(self) -> Any:
-        return np.zeros(self._wm.action_space_size, np.float32) if self._wm.continuous_action_space else 0
-
-    def _rows_of(self, rows: int) -> Tuple[str, List[int]]:
-        if self._serving is None:
-            return COLLECT, list(range(rows))
-        mode, env_ids, _ = self._serving
-        if len(env_ids) != rows:
-            raise ValueError(f'{rows} rows for {len(env_ids)} environments {env_ids}')
-        return mode, env_ids
+        geometry = self.engine.geometry
+        return np.zeros(geometry.action_size, np.float32) if geometry.continuous else 0
 
 
-def _soundness(output: StepOutput) -> torch.Tensor:
-    """A number ``[B, 1]`` that is finite where reward, value and policy are: what is not tells of keys and values that
-    are not."""
+class _WindowMemory:
+    """What an engine keeps for gathered windows, as the store counts it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def memory_mb(self) -> float:
+        return self._engine.window.bytes / MIB
+
+
+def _check_rows(served: Served, rows: int) -> None:
+    if len(served.env_ids) != rows:
+        raise ValueError(f'{rows} rows for {len(served.env_ids)} environments {served.env_ids}')
+
+
+def _checksum(output: StepOutput) -> torch.Tensor:
+    """A sum ``[B, 1]`` that is finite where reward, value and policy are. If these are finite, so are the keys and
+    values that they were computed with."""
     parts = output.logits_rewards, output.logits_value, output.logits_policy
     return torch.cat([part for part in parts if part is not None], dim=-1).sum(-1)
 

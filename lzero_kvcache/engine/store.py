@@ -1,0 +1,53 @@
+"""Where a manager's pages are: the slab, with room for as many as the manager counts."""
+from typing import Any, List
+
+import torch
+
+from ..cache.pages import OutOfPages
+from .slab import MIB, Slab
+
+
+class PageStore:
+    """The slab of one manager, what else its steps hold, and the codec for contexts that are stored by hand."""
+
+    def __init__(self, slab: Slab, codec: Any, advice: str) -> None:
+        self.slab = slab
+        self.codec = codec
+        self._advice = advice  # what to do where memory runs out
+        self.beside: List[Any] = []  # what has memory_mb of its own: windows, graphs
+
+    @property
+    def page_bytes(self) -> int:
+        return self.slab.page_bytes
+
+    @property
+    def memory_mb(self) -> float:
+        return self.slab.memory_mb + sum(part.memory_mb for part in self.beside)
+
+    def ready(self, pages: int, device: torch.device) -> Slab:
+        """The slab on a device, with room for so many pages, or ``OutOfPages``."""
+        try:
+            self.slab.ensure(pages, device)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfPages(
+                f'no memory on {device} for {pages} pages, {pages * self.slab.page_bytes / MIB:.1f} MiB: {self._advice}'
+            ) from error
+        return self.slab
+
+    def grow(self, pages: int) -> bool:
+        """Make room for more pages; False where memory ran out and everything stays as it was."""
+        if self.slab.data is None:
+            return True
+        try:
+            self.slab.ensure(pages, self.slab.data.device)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return any(words in str(error).lower() for words in ('out of memory', "can't allocate"))

@@ -1,0 +1,189 @@
+"""LightZero's transformer and heads, laid out for the engine; read anew for each search."""
+import functools
+import math
+from typing import Any, List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from lzero.model.common import SimNorm
+from torch import nn
+
+from ..engine.weights import Function, Geometry, Layer, Source, Weights
+
+MANY_ROWS = {'cpu': 128, 'cuda': 512}
+"""From here on more, but faster kernels pay although each is launched from Python (docs/results.md)."""
+
+MANY_CAPTURED_ROWS = 32
+"""The same inside a CUDA graph, where launches cost little."""
+
+MANY_NUMBERS = 4096
+"""From here on the passes of :func:`_gelu` over memory cost less than PyTorch's tanh on a CPU."""
+
+_GELU_SLOPE = torch.tensor(2 * (2 / math.pi) ** 0.5)
+
+
+def source_of(world_model: Any) -> Source:
+    """The weights of a LightZero world model that :func:`check_served` lets pass."""
+    config = world_model.config
+    geometry = Geometry(
+        layers=config.num_layers, heads=config.num_heads, embed_dim=config.embed_dim,
+        width=config.context_length // 2, action_size=config.action_space_size,
+        continuous=bool(config.continuous_action_space),
+        rotary_positions=config.max_seq_len if config.rotary_emb else 0,
+    )
+    return Source(
+        geometry, functools.partial(read_weights, world_model, geometry), functools.partial(_addresses, world_model),
+        functools.partial(_device, world_model), functools.partial(_is_training, world_model),
+    )
+
+
+def read_weights(world_model: Any, geometry: Geometry, captured: bool = False) -> Weights:
+    """The model as it is now: fused copies of the projections, everything else in place."""
+    device, training = _device(world_model), world_model.training
+    many_rows = MANY_CAPTURED_ROWS if captured else MANY_ROWS.get(device.type, MANY_ROWS['cpu'])
+
+    def read(module: nn.Module) -> Function:
+        return _function(module, many_rows)
+
+    transformer, heads = world_model.transformer, _heads(world_model)
+    rewards, observations, policy, value = [_without_dicts(read(head.head_module)) for head in heads]
+    return Weights(
+        layers=[_layer(block, many_rows) for block in transformer.blocks], norm=read(transformer.ln_f),
+        embed_action=functools.partial(_embed_action, world_model),
+        embed_dropout=transformer.drop.forward if training else None,
+        attention_dropout=world_model.config.attn_pdrop if training else 0.0,
+        rewards=rewards, observations=observations, policy=policy, value=value, scalar=_scalar,
+        places=transformer.freqs_cis if geometry.rotary else world_model.pos_emb.weight,
+        shift=None if geometry.rotary else _shift(world_model, geometry), many_rows=many_rows, training=training,
+    )
+
+
+def _layer(block: Any, many_rows: int) -> Layer:
+    attn = block.attn
+
+    def read(module: nn.Module) -> Function:
+        return _function(module, many_rows)
+
+    return Layer(
+        norm1=read(block.ln1),
+        qkv=_linear(
+            torch.cat([attn.query.weight, attn.key.weight, attn.value.weight]),
+            torch.cat([attn.query.bias, attn.key.bias, attn.value.bias]), many_rows
+        ),
+        proj=read(nn.Sequential(attn.proj, attn.resid_drop) if attn.training else attn.proj),
+        norm2=read(block.ln2),
+        mlp=read(block.mlp),
+        gates=(block.gate1.forward, block.gate2.forward) if block.gru_gating else None,
+    )
+
+
+def _shift(world_model: Any, geometry: Geometry) -> torch.Tensor:
+    """What learned positions add to keys and values ``[2W, L, 2, E]``.
+
+    LightZero moves a kept key from position p to p - 2 by adding W pos(p - 2) - W pos(p), ``pos_emb_diff_k``. These
+    differences telescope: pages hold k - W pos(p), and W pos(p) is added for the place that a token has now.
+    """
+    embeddings = world_model.pos_emb.weight[:2 * geometry.width]
+    shifts: List[torch.Tensor] = []
+    for block in world_model.transformer.blocks:
+        shifts += [F.linear(embeddings, block.attn.key.weight), F.linear(embeddings, block.attn.value.weight)]
+    return torch.stack(shifts, dim=1).view(2 * geometry.width, geometry.layers, 2, -1)
+
+
+def _embed_action(world_model: Any, action: torch.Tensor) -> torch.Tensor:
+    table = world_model.act_embedding_table
+    if world_model.continuous_action_space:
+        # SimNorm needs the time dimension that LightZero gives it.
+        return table(action.float().reshape(action.shape[0], 1, -1)).squeeze(1)
+    return table(action.reshape(-1))
+
+
+def _scalar(logits: torch.Tensor) -> torch.Tensor:
+    """The inverse of the value rescaling: MuZero (https://arxiv.org/abs/1911.08265), appendix F, epsilon = 0.001."""
+    size = logits.shape[1]
+    support = torch.arange(size, device=logits.device, dtype=logits.dtype) - (size - 1) // 2
+    value = logits.softmax(1) @ support
+    root = ((value.abs() * 0.004 + 1.004004).sqrt() - 1) * 500
+    return value.sign() * (root * root - 1)
+
+
+def _heads(world_model: Any) -> Tuple[Any, Any, Any, Any]:
+    return (world_model.head_rewards, world_model.head_observations, world_model.head_policy, world_model.head_value)
+
+
+def _addresses(world_model: Any) -> Tuple[int, ...]:
+    modules = [world_model.transformer, world_model.act_embedding_table, *_heads(world_model)]
+    if not world_model.config.rotary_emb:
+        modules.append(world_model.pos_emb)
+    return tuple(
+        tensor.data_ptr() for module in modules for group in (module.parameters(), module.buffers()) for tensor in group
+    )
+
+
+def _device(world_model: Any) -> torch.device:
+    return world_model.transformer.ln_f.weight.device
+
+
+def _is_training(world_model: Any) -> bool:
+    return world_model.training
+
+
+def _without_dicts(function: Function) -> Function:
+    """Sampled UniZero's policy head returns a dict of mu and sigma; the engine takes ``[..., 2A]``."""
+
+    def joined(x: torch.Tensor) -> torch.Tensor:
+        output = function(x)
+        return torch.cat([output['mu'], output['sigma']], dim=-1) if isinstance(output, dict) else output
+
+    return joined
+
+
+def _function(module: nn.Module, many_rows: int) -> Function:
+    """A module without the cost of calling modules, which is as long as a small layer takes: its hooks do not run."""
+    if type(module) is nn.Sequential:
+        parts = [part for part in module if module.training or not isinstance(part, nn.Dropout)]
+        functions = [_function(part, many_rows) for part in parts]
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            for function in functions:
+                x = function(x)
+            return x
+
+        return run
+    if type(module) is nn.Linear:
+        return _linear(module.weight, module.bias, many_rows)
+    if type(module) is nn.LayerNorm:
+        shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    if type(module) is nn.GELU and module.approximate == 'tanh':
+        return _gelu
+    if type(module) is SimNorm:
+        return functools.partial(_sim_norm, dim=module.dim)  # type: ignore[arg-type]
+    return module.forward
+
+
+def _linear(weight: torch.Tensor, bias: Optional[torch.Tensor], many_rows: int) -> Function:
+    if bias is None or not weight.is_cuda:
+        return lambda x: F.linear(x, weight, bias)
+    # With the bias fused in, cuBLAS picks float32 kernels that take up to twice as long for many rows.
+    return lambda x: F.linear(x, weight, bias) if x.shape[0] < many_rows else F.linear(x, weight).add_(bias)
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU's tanh approximation (https://arxiv.org/abs/1606.08415, section 2), written with the sigmoid that it equals:
+    ``x (1 + tanh(u)) / 2 = x sigmoid(2 u)``, ``u = sqrt(2 / pi) (x + 0.044715 x^3)``."""
+    if x.is_cuda or x.numel() < MANY_NUMBERS:
+        return F.gelu(x, approximate='tanh')
+    twice_u = torch.addcmul(_GELU_SLOPE, x, x, value=0.044715 * _GELU_SLOPE.item()).mul_(x)
+    return twice_u.sigmoid_().mul_(x)
+
+
+def _sim_norm(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """SimNorm's softmax over groups; PyTorch's own takes four times as long for short groups on a CPU."""
+    groups = x.reshape(x.shape[:-1] + (-1, dim))
+    if x.is_cuda:
+        return groups.softmax(-1).view(x.shape)
+    groups = (groups - groups.amax(-1, keepdim=True)).exp_()
+    return groups.div_(groups.sum(-1, keepdim=True)).view(x.shape)
+
+

@@ -1,0 +1,30 @@
+"""The rows of a batch on the CPU: their keys and timesteps. ``B`` rows, ``E`` embedding."""
+from typing import Any, List, Sequence
+
+import numpy as np
+import xxhash
+
+
+def hash_rows(latent: np.ndarray) -> List[int]:
+    """The key of each row ``[B, E]``: XXH3's 64 bits of its bytes."""
+    return list(map(xxhash.xxh3_64_intdigest, latent))
+
+
+def timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
+    """LightZero's ``start_pos``, a number for all or one for each row, as ``[B]``."""
+    if np.ndim(start_pos) == 0:
+        return np.full(rows, int(start_pos), dtype=np.int64)
+    return np.asarray(start_pos[:rows], dtype=np.int64).reshape(rows, -1)[:, 0]
+
+
+def reanalysis_timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
+    """Timesteps ``[batch, unroll]`` with the 0 that LightZero appends to each sequence, as one row ``[B]``."""
+    if np.ndim(start_pos) == 0:
+        return np.full(rows, int(start_pos), dtype=np.int64)
+    start_pos = np.asarray(start_pos)
+    return np.pad(start_pos, ((0, 0), (0, 1))).reshape(-1).astype(np.int64)
+
+
+def steps_after(timesteps: np.ndarray, depths: Sequence[int]) -> np.ndarray:
+    """The timesteps of nodes at ``depths [B]``, or at none, below roots at ``timesteps [B]``."""
+    return timesteps + (np.asarray(depths, dtype=np.int64) if len(depths) else 0)
