@@ -20,13 +20,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_search_by_node import make
 from torch.utils.tensorboard import SummaryWriter
 
-from lzero_kvcache import ConfigError, validation
+from lzero_kvcache import ConfigError
 from lzero_kvcache.config import CacheConfig
 from lzero_kvcache.engine.launch import EagerBackend
+from lzero_kvcache.host.reference import CAUSES, Shadow
 from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY, VALIDATION
-from lzero_kvcache.validation import ValidationError, shadow
-from lzero_kvcache.validation.legacy import CAUSES
-from lzero_kvcache.validation.tally import QUANTITIES, Tally, compare, relative_differences
+from lzero_kvcache.validation import ValidationError, Validator
+from lzero_kvcache.validation.tally import QUANTITIES, Tally, differences_of, relative_differences
 
 SEED = 11
 #: What rounding may come to.
@@ -81,8 +81,9 @@ class Checked(ByNode):
 
     def close(self):
         """End the search that is under way."""
-        if self.world_model.validator._search is not None:
-            self.world_model.validator.check(self.world_model, self._root_actions(self._acted))
+        if self.trace is not None:
+            self.world_model.validator.check(self.trace, self._root_actions(self._acted))
+            self.trace = None
         super().close()
 
 
@@ -130,7 +131,7 @@ class TestOptions:
             CacheConfig.read(dict(kv_cache_cfg=dict(validation=validated, validation_freq=0)))
 
     def test_off_constructs_nothing(self, monkeypatch):
-        for owner in (validation.Validator, shadow.Shadow):
+        for owner in (Validator, Shadow):
             monkeypatch.setattr(owner, '__init__', mock.Mock(side_effect=AssertionError('constructed')))
         policy = make_policy(True, kv_cache_cfg=dict(validation='off'))
         Worker(policy).step([0, 1, 2])
@@ -186,10 +187,10 @@ class TestExact:
         trace = random_trace(np.random.default_rng(SEED), Case(), 2, root_steps=1, simulations=0)
         last_obs, obs = (torch.from_numpy(part) for part in (trace.events[0].last_obs, trace.events[0].obs))
         nowhere = np.ones((2, 1, 32), np.float32), torch.zeros(2).long()
-        with world_model.serving('collect', [0, 1]):
+        with world_model.serving('collect', [0, 1]) as trace:
             world_model.forward_initial_inference(dict(obs=last_obs, action=[-1, -1], current_obs=obs), [0, 0])
             world_model.forward_recurrent_inference([nowhere], 0, [1, 1], [0, 0])
-            world_model.validator.check(world_model, [0, 0])
+            world_model.validator.check(trace, [0, 0])
         assert (world_model.validator.tally.inferences, world_model.validator.tally.searches) == (1, 0)
 
     def test_every_nth_search(self):
@@ -375,7 +376,7 @@ class TestCauses:
     def test_stale_slots(self):
         """A search of more simulations than LightZero's pool has slots for."""
         def prepare(world_model):
-            world_model.validator._shadow._shadow.shared_pool_size = 3
+            world_model.validator.reference._shadow.shared_pool_size = 3
 
         case = Case(rotary=True)
         tally = checked(case, below_one_root(case, [0, 1, 2, 3, 1]), prepare, validation='legacy', action='raise')
@@ -385,7 +386,7 @@ class TestCauses:
     def test_misses(self, lines):
         """Where a node is not stored, the simulation that expands it raises, and the training goes on."""
         def prepare(world_model):
-            one = world_model.validator._shadow._shadow
+            one = world_model.validator.reference._shadow
             update = one.update_cache_context
             one.update_cache_context = lambda *args, is_init_infer, **kw: is_init_infer and update(*args, is_init_infer)
 
@@ -427,7 +428,7 @@ class TestModel:
     def test_the_weights_are_shared(self, validated):
         policy = make_policy(True, kv_cache_cfg=options(validated))
         Worker(policy).step([0, 1, 2])
-        inside = validator(policy)._shadow
+        inside = validator(policy).reference
         shadows = [inside._shadow] if validated == 'legacy' else list(inside._alone.values())
         ours = {id(parameter) for parameter in policy._model.world_model.parameters()}
         for one in shadows:
@@ -596,23 +597,25 @@ class TestTally:
 
     def test_roots_have_no_reward(self):
         rows = dict(value=torch.ones(2, 3), policy=torch.ones(2, 3), latent=torch.ones(2, 3))
-        found = compare([{**rows, 'reward': torch.ones(2, 3)}, rows], [rows, rows])
+        found = dict(zip(QUANTITIES, differences_of([{**rows, 'reward': torch.ones(2, 3)}, rows], [rows, rows])))
         assert np.isnan(found['reward']).all()
-        assert found['value'].shape == (2, 2)
+        assert (found['value'] == np.zeros((2, 2))).all()
 
     def test_counts_are_cumulative_and_differences_since_the_last_point(self):
         tally = Tally(0.1, ['a', 'b'])
-        nothing = np.full((1, 2), np.nan)
         causes = [[frozenset('ab'), frozenset()]]
-        rest = dict(policy=nothing, reward=nothing, latent=nothing)
+
+        def of_value(*values):
+            return np.array([[values], *[[[np.nan] * 2]] * 3])
+
         assert tally.read() == {}
-        over, unexplained = tally.add(dict(value=np.array([[.5, .3]]), **rest), causes)
+        over, unexplained = tally.add(of_value(.5, .3), causes)
         assert (over.tolist(), unexplained.tolist()) == ([[True, True]], [[False, True]])
         values = tally.read()
         assert (values['value_max'], values['value_mean']) == (.5, .4)
         assert 'policy_max' not in values
         assert tally.read() == {}
-        tally.add(dict(value=np.array([[.05, .2]]), **rest), causes)
+        tally.add(of_value(.05, .2), causes)
         values = tally.read()
         assert [values[name] for name in ('rows_compared', 'rows_over', 'unexplained', 'inferences')] == [4, 3, 2, 2]
         assert (values['cause_a'], values['cause_b'], values['value_max']) == (1, 1, .2)

@@ -113,6 +113,7 @@ class KVCachePolicy:
         use_new = settle(cfg, KV_CACHE_REGISTRY).use_new
         self._last_steps = {COLLECT: LastSteps(), EVAL: LastSteps()}
         self._searching = False
+        self._trace: Any = None  # of the search that is running, for validation
         super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]
         if use_new and not _is_new(self._model.world_model):
             raise ConfigError(
@@ -175,14 +176,16 @@ class KVCachePolicy:
         env_ids = [int(env_id) for env_id in (range(len(observations)) if ready is None else ready)]
         world_model = self._model.world_model
         steps = self._last_steps[mode]
+        outer = self._searching, self._trace
         self._searching = True
         try:
             if _is_new(world_model):
                 self.last_batch_obs, self.last_batch_action = steps.rows(env_ids, observations)
-                with world_model.serving(mode, env_ids), _quick_entropy():
+                with world_model.serving(mode, env_ids) as trace, _quick_entropy():
+                    self._trace = trace
                     output = forward(*args, **kwargs)
-                    if world_model.validator is not None:
-                        world_model.validator.check(world_model, [output[env_id]['action'] for env_id in env_ids])
+                    if trace is not None:
+                        world_model.validator.check(trace, [output[env_id]['action'] for env_id in env_ids])
             else:
                 following = sum(env_id in steps for env_id in env_ids)
                 hits = world_model.root_hit_cnt
@@ -191,7 +194,7 @@ class KVCachePolicy:
                 if manager is not None:
                     manager.count_queries('init', following, min(following, world_model.root_hit_cnt - hits))
         finally:
-            self._searching = False
+            self._searching, self._trace = outer
         steps.remember(env_ids, observations, output)
         return output
 
@@ -200,7 +203,7 @@ class KVCachePolicy:
         """A list names environments whose episode ended, None means all; a number is LightZero's periodic clearing."""
         validator = getattr(self._model.world_model, 'validator', None)
         if validator is not None:
-            validator.reset(reset, env_id, *args, **kwargs)
+            validator.reset(self._trace, reset, env_id, *args, **kwargs)
         ended = env_id is None or not isinstance(env_id, numbers.Integral)
         if self._searching:  # LightZero resets every row when fewer environments are ready than usual
             ended = False

@@ -2,6 +2,7 @@
 batch is inferred is the matter of ``inference.py``."""
 import logging
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..engine.step import Engine
 from ..registry import KV_CACHE_REGISTRY
 from ..search.inference import Inference
 from ..validation import Validator
+from .reference import make_reference
 from .refused import check_served
 
 logger = logging.getLogger(__name__)
@@ -37,10 +39,8 @@ class NewWorldModel(LightZeroWorldModel):
     def __init__(self, config: Any, tokenizer: Any) -> None:
         options = CacheConfig.read(config, KV_CACHE_REGISTRY)
         logger.info('✓ Using NEW KVCacheManager for cache management')
-        self.validator = Validator(options) if options.validation != 'off' else None
+        self.validator = Validator(options, partial(make_reference, self)) if options.validation != 'off' else None
         super().__init__(config, tokenizer)
-        if self.validator is not None:
-            self.validator.attach(self)
         for name in ('shared_pool_recur_infer', 'shared_pool_init_infer', 'shared_pool_wm'):
             del self.__dict__[name]
         check_served(self)
@@ -69,7 +69,7 @@ class NewWorldModel(LightZeroWorldModel):
             Nothing to precompute: positions come from the weights as they are at each step.
         """
         if self.validator is not None:
-            self.validator.precompute(self)
+            self.validator.reference.precompute()
 
     @property
     def past_kv_cache_init_infer_envs(self) -> List['CacheView']:
@@ -129,7 +129,7 @@ class NewWorldModel(LightZeroWorldModel):
             self.kv_cache_manager.clear_init_caches(mode, env_id)
         self.inference.forget(mode, env_id)
         if self.validator is not None:
-            self.validator.forget(mode, env_id)
+            self.validator.reference.forget(mode, env_id)
 
     def weights_changed(self, reason: str) -> None:
         """
@@ -164,7 +164,7 @@ class NewWorldModel(LightZeroWorldModel):
     # ---- inference -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def serving(self, mode: str, env_ids: Iterable[int]) -> Iterator[None]:
+    def serving(self, mode: str, env_ids: Iterable[int]) -> Iterator[Any]:
         """
         Overview:
             Say whose rows the root inference inside has, and the search that follows it. Outside, row ``i`` is
@@ -172,10 +172,12 @@ class NewWorldModel(LightZeroWorldModel):
         Arguments:
             - mode (:obj:`str`): 'collect' or 'eval'.
             - env_ids (:obj:`Iterable[int]`): The environment of each row; no environment twice.
+        Returns:
+            - trace (:obj:`Any`): For :meth:`Validator.check` when the search is over; None without validation.
         """
         self._notice_moved_weights()
-        with self.inference.serving(mode, [int(env_id) for env_id in env_ids]):
-            yield
+        with self.inference.serving(mode, [int(env_id) for env_id in env_ids]) as trace:
+            yield trace
 
     @torch.no_grad()
     def forward_initial_inference(self, obs_act_dict: Dict[str, Any], start_pos: Any = 0) -> Tuple[Any, ...]:

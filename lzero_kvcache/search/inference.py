@@ -32,6 +32,7 @@ class Serving(NamedTuple):
     mode: str  # 'collect' or 'eval'
     env_ids: List[int]  # [B]
     weights: Weights
+    trace: Any  # what validation notes of the search, or None
 
 
 class Inference:
@@ -44,7 +45,7 @@ class Inference:
         - engine (:obj:`Engine`): Its transformer over pages.
         - manager (:obj:`PagedCacheManager`): Its contexts.
         - options (:obj:`CacheConfig`): ``backend``, ``on_nan`` and ``dtype`` of ``kv_cache_cfg``.
-        - validator (:obj:`Any`): Is told of every inference of a search; or None.
+        - validator (:obj:`Any`): Opens a trace of each search; or None.
     """
 
     def __init__(self, world_model: Any, engine: Engine, manager: PagedCacheManager, options: CacheConfig,
@@ -59,26 +60,23 @@ class Inference:
         self._new_keys: Dict[Tuple[str, int], Any] = {}
 
     @contextmanager
-    def serving(self, mode: str, env_ids: List[int]) -> Iterator[None]:
+    def serving(self, mode: str, env_ids: List[int]) -> Iterator[Any]:
         """
         Overview:
             As :meth:`NewWorldModel.serving`.
         """
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')
+        trace = None if self._validator is None else self._validator.open(mode, env_ids)
         with torch.no_grad():
-            self._serving = Serving(mode, env_ids, self._engine.weights())
+            self._serving = Serving(mode, env_ids, self._engine.weights(), trace)
         self._new_keys = {}
-        if self._validator is not None:
-            self._validator.open(mode, env_ids)
         try:
-            yield
+            yield trace
             self._last_keys.update(self._new_keys)  # a search that failed is no step of its environments
         finally:
             self._serving = self._roots = None
             self._manager.release()
-            if self._validator is not None:
-                self._validator.close()
 
     def forget(self, mode: Optional[str], env_id: Optional[int]) -> None:
         """
@@ -148,8 +146,8 @@ class Inference:
             self._roots = roots, timesteps
             self._new_keys = {(mode, env_id): None for env_id in env_ids}
             self._new_keys.update({(mode, env_ids[row]): keys[row] for row in kept})
-        if self._validator is not None:
-            self._validator.root(last_obs, last_actions, current_obs, timesteps, missing, output)
+        if self._trace is not None:
+            self._trace.note_root(last_obs, last_actions, current_obs, timesteps, missing, output)
         return output if len(kept) == rows else output.map(_zero_for_nan)
 
     def _last_roots(self, mode: str, env_ids: List[int], last_obs: torch.Tensor,
@@ -224,8 +222,8 @@ class Inference:
             manager.store_recur(env_ids, keys, nodes)
         finally:
             manager.release()
-        if self._validator is not None:
-            self._validator.keyed_node(latent, action, search_depth, output)
+        if self._trace is not None:
+            self._trace.note_keyed_node(latent, action, search_depth, output)
         self.timings['step'].record(time.perf_counter() - start)
         return output if len(kept) == rows else output.map(_zero_for_nan)
 
@@ -240,19 +238,20 @@ class Inference:
         rows, timesteps = self._roots
         start = time.perf_counter()
         try:
-            yield partial(self.expand, self._manager.open_search(rows, simulations), timesteps)
+            yield partial(self.expand, self._manager.open_search(rows, simulations), timesteps, self._trace)
         finally:
             self._manager.release()
         self.timings['search'].record(time.perf_counter() - start)
 
     @torch.no_grad()
-    def expand(self, nodes: NodeTable, timesteps: np.ndarray, simulation: int, path: np.ndarray, columns: np.ndarray,
-               actions: np.ndarray, depths: Sequence[int]) -> np.ndarray:
+    def expand(self, nodes: NodeTable, timesteps: np.ndarray, trace: Any, simulation: int, path: np.ndarray,
+               columns: np.ndarray, actions: np.ndarray, depths: Sequence[int]) -> np.ndarray:
         """
         Overview:
             One simulation of a search by node. One copy to the device, one back.
         Arguments:
-            - nodes (:obj:`NodeTable`), timesteps (:obj:`np.ndarray`): Of the search that :meth:`search_by_node` opened.
+            - nodes (:obj:`NodeTable`), timesteps (:obj:`np.ndarray`), trace (:obj:`Any`): Of the search that \
+                :meth:`search_by_node` opened.
             - simulation (:obj:`int`): Its number.
             - path (:obj:`np.ndarray`), columns (:obj:`np.ndarray`): Index in the search path and row of each node.
             - actions (:obj:`np.ndarray`): ``[B]`` or ``[B, A]``.
@@ -266,8 +265,8 @@ class Inference:
         self._manager.count_queries('recur', len(pages), len(pages), by_node=True)
         assert result.search is not None  # the actions came from the host
         predicted = to_host(result.search)
-        if self._validator is not None:
-            self._validator.node(path, actions, depths, result.output)
+        if trace is not None:
+            trace.note_node(path, actions, depths, result.output)
         mode, env_ids = self._rows_of(len(pages))
         kept = self._guard.finite(predicted, 'A reward, value or policy', mode, env_ids, timesteps)
         self.timings['step'].record(time.perf_counter() - start)
@@ -322,6 +321,10 @@ class Inference:
         """As they are now; nobody changes them inside a search that the policy serves."""
         return self._engine.weights() if self._serving is None else self._serving.weights
 
+    @property
+    def _trace(self) -> Any:
+        return None if self._serving is None else self._serving.trace
+
     def _angle(self, position: np.ndarray) -> np.ndarray:
         return position % self._engine.max_seq_len if self._engine.rotary else position
 
@@ -334,7 +337,7 @@ class Inference:
     def _rows_of(self, rows: int) -> Tuple[str, List[int]]:
         if self._serving is None:
             return COLLECT, list(range(rows))
-        mode, env_ids, _ = self._serving
+        mode, env_ids = self._serving.mode, self._serving.env_ids
         if len(env_ids) != rows:
             raise ValueError(f'{rows} rows for {len(env_ids)} environments {env_ids}')
         return mode, env_ids

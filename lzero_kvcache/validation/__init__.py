@@ -1,6 +1,6 @@
-"""Validation while training: the new system's searches, replayed by LightZero's own code on a shadow of its own.
+"""Replays what a search answered on a reference that the host hands over, and judges the differences.
 
-Knows LightZero's world model and what goes in and out of an inference; nothing of pages, pools or the engine.
+Knows what goes into an inference and what comes out; nothing of LightZero, pages, pools or the engine.
 """
 from .validator import ValidationError, Validator
 

@@ -1,4 +1,7 @@
-"""Differences between two answers, and what has come of them so far. Knows numbers only."""
+"""Differences between two answers, and their count.
+
+Of one search, ``Q`` is quantities, ``I`` inferences and ``B`` rows.
+"""
 from collections import Counter
 from typing import Dict, FrozenSet, Sequence, Tuple
 
@@ -11,16 +14,8 @@ QUANTITIES = ('value', 'policy', 'reward', 'latent')
 
 
 def relative_differences(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """
-    Overview:
-        How far each row is from what it should be: the largest difference of its entries, in units of the largest
-        entry that it should have.
-    Arguments:
-        - actual (:obj:`torch.Tensor`): ``[N, K]``.
-        - expected (:obj:`torch.Tensor`): ``[N, K]``.
-    Returns:
-        - differences (:obj:`torch.Tensor`): ``[N]``; inf where one side alone is finite, nan where neither is.
-    """
+    """The largest difference of each row ``[N, K]``, in units of the largest entry that it should have ``[N]``; inf
+    where only one side is finite, nan where neither is."""
     differences = (actual - expected).abs().amax(1)
     relative = differences / expected.abs().amax(1)
     relative = torch.where(differences == 0, torch.zeros_like(relative), relative)
@@ -29,34 +24,20 @@ def relative_differences(actual: torch.Tensor, expected: torch.Tensor) -> torch.
     return torch.where(finite | right_finite, relative, torch.full_like(relative, float('nan')))
 
 
-def compare(actual: Sequence[Answer], expected: Sequence[Answer]) -> Dict[str, np.ndarray]:
-    """
-    Overview:
-        The differences of some inferences of one batch, brought to the host at once.
-    Arguments:
-        - actual (:obj:`Sequence[Answer]`): ``I`` answers for ``B`` rows.
-        - expected (:obj:`Sequence[Answer]`): As many.
-    Returns:
-        - differences (:obj:`Dict[str, np.ndarray]`): ``[I, B]`` by quantity; nan where there is nothing to compare.
-    """
+def differences_of(actual: Sequence[Answer], expected: Sequence[Answer]) -> np.ndarray:
+    """The differences ``[Q, I, B]`` of a search, brought to the host at once; nan where there is nothing to compare."""
     nothing = torch.full_like(actual[0]['value'][:, 0], float('nan'))
-    found = torch.stack([
+    found = [
         torch.stack([
             relative_differences(ours[name], theirs[name]) if name in ours and name in theirs else nothing
-            for name in QUANTITIES
-        ]) for ours, theirs in zip(actual, expected)
-    ])  # [I, Q, B]
-    return dict(zip(QUANTITIES, found.float().cpu().numpy().swapaxes(0, 1)))
+            for ours, theirs in zip(actual, expected)
+        ]) for name in QUANTITIES
+    ]
+    return torch.stack(found).double().cpu().numpy()
 
 
 class Tally:
-    """
-    Overview:
-        Counts since the start, and the differences since they were last read.
-    Arguments:
-        - tolerance (:obj:`float`): From which relative difference on a row is another.
-        - causes (:obj:`Sequence[str]`): Those that can be told.
-    """
+    """Counts since the start, and the differences since they were last read."""
 
     def __init__(self, tolerance: float, causes: Sequence[str]) -> None:
         self._tolerance = tolerance
@@ -64,26 +45,18 @@ class Tally:
         self.seconds = 0.0
         self.causes: Counter = Counter(dict.fromkeys(causes, 0))
         self._read = (0, 0)
-        self._unread: Dict[str, Tuple[float, float, int]] = {}  # largest, sum and number by quantity
+        self._largest, self._total, self._number = np.zeros((3, len(QUANTITIES)))
 
-    def add(self, differences: Dict[str, np.ndarray],
+    def add(self, differences: np.ndarray,
             causes: Sequence[Sequence[FrozenSet[str]]]) -> Tuple[np.ndarray, np.ndarray]:
-        """
-        Overview:
-            Count some inferences of one batch.
-        Arguments:
-            - differences (:obj:`Dict[str, np.ndarray]`): ``[I, B]`` by quantity.
-            - causes (:obj:`Sequence`): ``[I, B]`` sets of what a row's difference may come from.
-        Returns:
-            - over (:obj:`np.ndarray`): Whether a row is over the tolerance ``[I, B]``.
-            - unexplained (:obj:`np.ndarray`): Whether it is so without a cause ``[I, B]``.
-        """
-        for name, values in differences.items():
-            known = values[~np.isnan(values)]
-            largest, total, number = self._unread.get(name, (0., 0., 0))
-            if known.size:
-                self._unread[name] = max(largest, float(known.max())), total + float(known.sum()), number + known.size
-        over = np.any([values > self._tolerance for values in differences.values()], axis=0)
+        """Count a search's differences ``[Q, I, B]`` and their possible causes ``[I, B]``. Returns which rows are over
+        the tolerance ``[I, B]``, and which of these have no cause."""
+        known = ~np.isnan(differences)
+        differences = np.where(known, differences, 0)
+        self._largest = np.maximum(self._largest, differences.max((1, 2)))
+        self._total += differences.sum((1, 2))
+        self._number += known.sum((1, 2))
+        over = (differences > self._tolerance).any(0)
         unexplained = over & ~np.array([[bool(of_row) for of_row in of_batch] for of_batch in causes])
         self.inferences += len(over)
         self.rows += over.size
@@ -94,23 +67,13 @@ class Tally:
         return over, unexplained
 
     def add_failure(self, causes: Sequence[FrozenSet[str]]) -> None:
-        """
-        Overview:
-            Count an inference that LightZero's own code did not answer.
-        Arguments:
-            - causes (:obj:`Sequence`): Why, of each row ``[B]``.
-        """
+        """Count an inference that the reference did not answer, and why, of each row ``[B]``."""
         self.failures += 1
         for of_row in causes:
             self.causes.update(of_row)
 
     def read(self) -> Dict[str, float]:
-        """
-        Overview:
-            One point of every tag, with the largest and the mean difference of each quantity since the last one.
-        Returns:
-            - values (:obj:`Dict[str, float]`): Empty where no row was compared since then.
-        """
+        """One point of every tag; empty where no row was compared since the last one."""
         if (self.rows, self.failures) == self._read:
             return {}
         self._read = (self.rows, self.failures)
@@ -120,7 +83,8 @@ class Tally:
             'seconds': self.seconds,
             **{f'cause_{cause}': count for cause, count in self.causes.items()}
         }
-        for name, (largest, total, number) in self._unread.items():
-            values[f'{name}_max'], values[f'{name}_mean'] = largest, total / number
-        self._unread.clear()
+        for name, largest, total, number in zip(QUANTITIES, self._largest, self._total, self._number):
+            if number:
+                values[f'{name}_max'], values[f'{name}_mean'] = float(largest), float(total / number)
+        self._largest, self._total, self._number = np.zeros((3, len(QUANTITIES)))
         return values

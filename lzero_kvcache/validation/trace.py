@@ -1,4 +1,4 @@
-"""What the new system did in one search, as its validation needs it. Knows LightZero's shapes; compares nothing."""
+"""What one search did, noted while it goes on. ``B`` is the number of its rows, one for each environment."""
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -6,88 +6,82 @@ import numpy as np
 import torch
 
 Answer = Dict[str, torch.Tensor]
-"""What a model answered, ``[B, ...]`` each: 'value', 'policy', 'latent', and below a root 'reward'."""
+"""What an inference answered: 'value', 'policy', 'latent' and, below a root, 'reward', ``[B, K]`` each."""
+
+
+def answer_of(outputs: Sequence[Any]) -> Answer:
+    """Sort what LightZero's inferences return; after a root inference the reward is None or empty. Copies nothing."""
+    _, latent, reward, policy, value = outputs
+    parts = {'value': value, 'policy': policy, 'latent': latent}
+    if reward is not None and reward.numel():
+        parts['reward'] = reward
+    return {name: part.detach().reshape(len(part), -1) for name, part in parts.items()}
 
 
 class Node(NamedTuple):
-    """
-    Overview:
-        One simulation: a node of each row was expanded.
-    """
-    path: np.ndarray  # [B]: index in the search path of each row's node, 0 for its root
+    """One simulation: each row expands a node of its own."""
+    path: np.ndarray  # [B]: the node that is expanded, 0 for the root, i for what simulation i made
     actions: np.ndarray  # [B], or [B, A]
     depths: Sequence[int]  # [B]: what LightZero's tree passes as depth
     answer: Answer
 
 
 @dataclass
-class Search:
-    """
-    Overview:
-        One search, from its root inference to its last simulation.
-    Arguments:
-        - mode (:obj:`str`): 'collect' or 'eval'.
-        - env_ids (:obj:`List[int]`): The environment of each row ``[B]``.
-        - replayed (:obj:`bool`): Whether its simulations are noted.
-    """
-    mode: str
-    env_ids: List[int]
-    replayed: bool
+class Trace:
+    """One search, from its root inference to its last simulation. Whoever searches holds it."""
+    mode: str  # 'collect' or 'eval'
+    env_ids: List[int]  # [B]
+    number: int  # of the search, from 1
+    replayed: bool  # whether simulations are noted
     last_obs: Optional[torch.Tensor] = None  # [B, ...]
     last_actions: Sequence[Any] = ()  # [B]; -1 where an episode starts
     obs: Optional[torch.Tensor] = None  # [B, ...]
-    timesteps: Sequence[np.ndarray] = ()  # [B], as LightZero's workers pass them
-    lost: Sequence[int] = ()  # rows whose context the new system should have had, and made anew
+    timesteps: Sequence[np.ndarray] = ()  # [B], each as LightZero's workers pass it
+    lost: Sequence[int] = ()  # rows whose context should have been in the cache and was not
     root: Optional[Answer] = None
     nodes: List[Node] = field(default_factory=list)
-    actions: Sequence[Any] = ()  # [B]: what the environments do after the search
-    resets: List[Callable[[], None]] = field(default_factory=list)  # what LightZero resets as the search ends
+    resets: List[Callable[[], None]] = field(default_factory=list)  # what the policy reset while it searched
 
+    @property
     def places(self) -> List[Tuple[str, int]]:
-        """
-        Overview:
-            (mode, environment) of each row.
-        """
+        """(mode, environment) of each row."""
         return [(self.mode, env_id) for env_id in self.env_ids]
 
     def is_first(self, row: int) -> bool:
-        """
-        Overview:
-            Whether an episode starts in a row, which LightZero tells by its last action.
-        """
+        """Whether an episode starts in a row."""
         action = self.last_actions[row]
         return np.ndim(action) == 0 and int(action) == -1
 
-    def find(self, latents: np.ndarray) -> Optional[np.ndarray]:
-        """
-        Overview:
-            Which nodes latent states belong to: a root before a node, and of equal ones the newest, as a search by
-            key finds them.
-        Arguments:
-            - latents (:obj:`np.ndarray`): ``[B, E]``.
-        Returns:
-            - path (:obj:`Optional[np.ndarray]`): Indices in the search path ``[B]``; None if one belongs to no node.
-        """
+    def note_root(self, last_obs: torch.Tensor, last_actions: Sequence[Any], obs: torch.Tensor, timesteps: np.ndarray,
+                  lost: np.ndarray, outputs: Sequence[Any]) -> None:
+        """Note the root inference, of every search: the next one continues its contexts. Nothing may overwrite its
+        outputs before the search is checked."""
+        self.last_obs, self.last_actions, self.obs = last_obs, last_actions, obs
+        self.timesteps, self.lost = [np.array(timestep) for timestep in timesteps], lost.tolist()
+        self.root, self.nodes = answer_of(outputs), []
+
+    def note_node(self, path: np.ndarray, actions: np.ndarray, depths: Sequence[int], outputs: Sequence[Any]) -> None:
+        """Note one simulation of a search by node; its outputs are copied, as the next replay of a graph overwrites
+        them."""
+        if self.replayed:
+            answer = {name: part.clone() for name, part in answer_of(outputs).items()}
+            self.nodes.append(Node(path, actions, depths, answer))
+
+    def note_keyed_node(self, latents: np.ndarray, actions: torch.Tensor, depths: Sequence[int],
+                        outputs: Sequence[Any]) -> None:
+        """Note one simulation of a search by key, which expands the nodes with these latent states ``[B, E]``. If one
+        belongs to no node, the rest of the search is not replayed."""
+        path = self._find(latents) if self.replayed else None
+        if path is None:
+            self.replayed = False
+        else:
+            self.note_node(path, actions.cpu().numpy(), depths, outputs)
+
+    def _find(self, latents: np.ndarray) -> Optional[np.ndarray]:
+        """The node of each latent state ``[B]``: the root before others, of equal ones the newest, as by key."""
         assert self.root is not None
         known = [answer['latent'].cpu().numpy() for answer in [self.root, *(node.answer for node in self.nodes)]]
         order = [0, *range(len(known) - 1, 0, -1)]
         path = [next((index for index in order if np.array_equal(known[index][row], latent)), None)
                 for row, latent in enumerate(latents)]
         return None if None in path else np.array(path)
-
-
-def answer_of(outputs: Sequence[Any]) -> Answer:
-    """
-    Overview:
-        A private copy of what an inference returned.
-    Arguments:
-        - outputs (:obj:`Sequence`): Output sequence, latent state, and the logits of reward, policy and value, in the \
-            order in which LightZero's world models return them; no reward, or an empty one, after a root inference.
-    Returns:
-        - answer (:obj:`Answer`): Each ``[B, ...]``.
-    """
-    _, latent, reward, policy, value = outputs
-    parts = {'value': value, 'policy': policy, 'latent': latent}
-    if reward is not None and reward.numel():
-        parts['reward'] = reward
-    return {name: part.detach().reshape(len(part), -1).clone() for name, part in parts.items()}
