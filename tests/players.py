@@ -31,12 +31,13 @@ class ByNode(Batch):
     def __init__(self, model, mode='collect'):
         super().__init__(model)
         self._mode, self._open = mode, contextlib.ExitStack()
+        self.trace = None  # of the search that is under way, for validation
 
     def root(self, event):
         self.close()
         rows = len(event.timesteps)
         simulations = self.world_model.kv_cache_manager.recur_pool.pool_size // rows
-        self._open.enter_context(self.world_model.serving(self._mode, range(rows)))
+        self.trace = self._open.enter_context(self.world_model.serving(self._mode, range(rows)))
         answer = super().root(event)
         self._expand = self._open.enter_context(self.world_model.search_by_node(simulations))
         self._simulation = 0

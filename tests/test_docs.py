@@ -20,9 +20,9 @@ from lzero_kvcache import KV_CACHE_REGISTRY, KVCacheManager, config, telemetry
 from lzero_kvcache import __main__ as tools
 from lzero_kvcache.cache.nodes import NodeTable
 from lzero_kvcache.cache.pages import RESERVED_PAGES, extend
+from lzero_kvcache.host.reference import CAUSES
 from lzero_kvcache.telemetry import VALIDATION
 from lzero_kvcache.training.cli import build_parser
-from lzero_kvcache.validation.legacy import CAUSES
 from lzero_kvcache.validation.tally import QUANTITIES, Tally
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,8 +170,7 @@ class TestTags:
         [causes] = [spans(row[1]) for row in others if spans(row[0]) == [f'{VALIDATION}/cause_padding']]
         documented |= {f'cause_{span}' for span in causes if span != 'legacy'}
         tally = Tally(1., CAUSES)
-        nothing = np.zeros((1, 1))
-        tally.add(dict.fromkeys(QUANTITIES, nothing), [[frozenset()]])
+        tally.add(np.zeros((len(QUANTITIES), 1, 1)), [[frozenset()]])
         assert documented == set(tally.read())
 
     def test_every_tag_that_is_named(self, name):

@@ -1,4 +1,5 @@
 """Validation while training: what the shadows find, what they do not touch, and that a wrong answer is caught."""
+import contextlib
 import copy
 import random
 from unittest import mock
@@ -20,15 +21,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_search_by_node import make
 from torch.utils.tensorboard import SummaryWriter
 
-from lzero_kvcache import ConfigError, validation
+from lzero_kvcache import ConfigError
 from lzero_kvcache.config import CacheConfig
 from lzero_kvcache.engine.launch import EagerBackend
+from lzero_kvcache.host.reference import CAUSES, Shadow
 from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY, VALIDATION
-from lzero_kvcache.validation import ValidationError, shadow
-from lzero_kvcache.validation.legacy import CAUSES
-from lzero_kvcache.validation.tally import QUANTITIES, Tally, compare, relative_differences
+from lzero_kvcache.validation import ValidationError, Validator
+from lzero_kvcache.validation.tally import QUANTITIES, Tally, differences_of, relative_differences
 
 SEED = 11
+ALL = [0, 1, 2]
 #: What rounding may come to.
 TOLERANCE = 1e-4
 BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
@@ -39,35 +41,64 @@ def options(validation='exact', freq=1, action='warn', **more):
     return dict(validation=validation, validation_freq=freq, validation_tol=TOLERANCE, validation_action=action, **more)
 
 
-def validator(policy):
+def legacy(simulations=2, alone=False, **kwargs):
+    """A policy that stops at what no cause explains; if asked for, with one environment."""
+    kwargs.update(dict(collectors=1, evaluators=1) if alone else {})
+    return make_policy(True, simulations=simulations, kv_cache_cfg=options('legacy', action='raise'), **kwargs)
+
+
+def fresh_weights():
+    """Inside, policies have the weights that LightZero's constructor gives."""
+    return mock.patch('builders.randomise')
+
+
+def validator_of(policy):
     return policy._model.world_model.validator
+
+
+def tally_of(policy):
+    return validator_of(policy).tally
 
 
 def found(policy):
     """Causes that were counted, rows over the tolerance, and those without a cause."""
-    tally = validator(policy).tally
+    tally = tally_of(policy)
     return {cause for cause, count in tally.causes.items() if count}, tally.over, tally.unexplained
 
 
-def fresh_policy(**kwargs):
-    """With the weights that LightZero's constructor gives."""
-    with mock.patch('builders.randomise'):
-        return make_policy(True, **kwargs)
+def stepped(policy, *batches, mode='collect'):
+    """A worker that has made a step of each of these batches of environments."""
+    worker = Worker(policy, mode)
+    for env_ids in batches:
+        worker.step(env_ids)
+    return worker
 
 
-def live_through(policy, environments=(0, 1, 2)):
+def live_through(policy):
     """Episodes that end at different times, fewer ready environments, another order, an evaluation, new weights."""
     worker, evaluator = Worker(policy), Worker(policy, 'eval')
-    everybody = list(environments)
     for step in range(9):
         if step in (2, 5):
-            worker.done(everybody[step % len(everybody)])
-        worker.step(everybody[::-1] if step == 3 else everybody[1:] if step == 4 else everybody)
+            worker.done(2)
+        worker.step([2, 1, 0] if step == 3 else [1, 2] if step == 4 else ALL)
         if step == 6:
             for _ in range(2):
-                evaluator.step(everybody[:2])
+                evaluator.step([0, 1])
             randomise(policy._model, Case(), SEED)
             policy._model.world_model.weights_changed('a test')
+
+
+def note_again(trace, new):
+    """Note all of one trace in another, inference by inference."""
+    def outputs(answer):
+        return None, answer['latent'], answer.get('reward'), answer['policy'], answer['value']
+
+    new.note_root(trace.last_obs, trace.last_actions, trace.obs, trace.timesteps, np.array(trace.lost, int),
+                  outputs(trace.root))
+    yield
+    for path, actions, depths, answer in trace.nodes:
+        new.note_node(path, actions, depths, outputs(answer))
+        yield
 
 
 class Checked(ByNode):
@@ -81,8 +112,9 @@ class Checked(ByNode):
 
     def close(self):
         """End the search that is under way."""
-        if self.world_model.validator._search is not None:
-            self.world_model.validator.check(self.world_model, self._root_actions(self._acted))
+        if self.trace is not None:
+            self.world_model.validator.check(self.trace, self._root_actions(self._acted))
+            self.trace = None
         super().close()
 
 
@@ -130,11 +162,11 @@ class TestOptions:
             CacheConfig.read(dict(kv_cache_cfg=dict(validation=validated, validation_freq=0)))
 
     def test_off_constructs_nothing(self, monkeypatch):
-        for owner in (validation.Validator, shadow.Shadow):
+        for owner in (Validator, Shadow):
             monkeypatch.setattr(owner, '__init__', mock.Mock(side_effect=AssertionError('constructed')))
         policy = make_policy(True, kv_cache_cfg=dict(validation='off'))
-        Worker(policy).step([0, 1, 2])
-        assert validator(policy) is None
+        stepped(policy, ALL)
+        assert validator_of(policy) is None
         with pytest.raises(AssertionError, match='constructed'):
             make_policy(True, kv_cache_cfg=options())
 
@@ -146,7 +178,7 @@ class TestExact:
     def test_policies(self, kind, rotary):
         policy = make(kind, rotary=rotary, simulations=6, kv_cache_cfg=options(action='raise'))
         live_through(policy)
-        tally = validator(policy).tally
+        tally = tally_of(policy)
         assert (tally.over, tally.lost, tally.searches, tally.inferences) == (0, 0, 11, 11 * 7)
         assert tally.rows == 7 * (8 * 3 + 1 * 2 + 2 * 2)
         assert set(QUANTITIES) <= {tag.replace('_max', '') for tag, value in tally.read().items() if value > 0}
@@ -167,18 +199,17 @@ class TestExact:
 
     def test_a_fresh_policy(self):
         """Every predicted latent state is the same vector."""
-        policy = fresh_policy(simulations=8, kv_cache_cfg=options(action='raise'))
+        with fresh_weights():
+            policy = make_policy(True, simulations=8, kv_cache_cfg=options(action='raise'))
         live_through(policy)
         assert found(policy) == (set(), 0, 0)
-        assert validator(policy).tally.rows > 200
+        assert tally_of(policy).rows > 200
 
     def test_a_search_by_key(self):
         policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise'))
         policy._mcts_collect = UniZeroMCTSCtree(policy._cfg)
-        worker = Worker(policy)
-        for _ in range(3):
-            worker.step([0, 1, 2])
-        assert (validator(policy).tally.inferences, validator(policy).tally.over) == (3 * 7, 0)
+        stepped(policy, ALL, ALL, ALL)
+        assert (tally_of(policy).inferences, tally_of(policy).over) == (3 * 7, 0)
 
     def test_a_latent_that_no_node_has(self):
         """A search that does not go by its own tree is not replayed, but its root is followed."""
@@ -186,30 +217,27 @@ class TestExact:
         trace = random_trace(np.random.default_rng(SEED), Case(), 2, root_steps=1, simulations=0)
         last_obs, obs = (torch.from_numpy(part) for part in (trace.events[0].last_obs, trace.events[0].obs))
         nowhere = np.ones((2, 1, 32), np.float32), torch.zeros(2).long()
-        with world_model.serving('collect', [0, 1]):
+        with world_model.serving('collect', [0, 1]) as trace:
             world_model.forward_initial_inference(dict(obs=last_obs, action=[-1, -1], current_obs=obs), [0, 0])
             world_model.forward_recurrent_inference([nowhere], 0, [1, 1], [0, 0])
-            world_model.validator.check(world_model, [0, 0])
+            world_model.validator.check(trace, [0, 0])
         assert (world_model.validator.tally.inferences, world_model.validator.tally.searches) == (1, 0)
 
     def test_every_nth_search(self):
         policy = make_policy(True, simulations=4, kv_cache_cfg=options(freq=3))
-        worker = Worker(policy)
-        for _ in range(7):
-            worker.step([0, 1, 2])
-        assert (validator(policy).tally.searches, validator(policy).tally.inferences) == (2, 7 + 2 * 4)
+        stepped(policy, *[ALL] * 7)
+        assert (tally_of(policy).searches, tally_of(policy).inferences) == (2, 7 + 2 * 4)
 
     def test_skipped_rows_are_not_compared(self):
         """Rows that are nan on both sides are no difference, and an environment that was one starts afresh on both."""
         policy = make_policy(True, kv_cache_cfg=options(on_nan='skip'))
-        worker = Worker(policy)
-        worker.step([0, 1, 2])
+        worker = stepped(policy, ALL)
         observe = worker._observe
         worker._observe = lambda env_id: observe(env_id) * (np.nan if env_id == 1 else 1.).__float__()
-        worker.step([0, 1, 2])
+        worker.step(ALL)
         worker._observe = observe
         for _ in range(3):
-            worker.step([0, 1, 2])
+            worker.step(ALL)
         assert found(policy) == (set(), 0, 0)
 
 
@@ -237,42 +265,30 @@ class TestCaught:
     @pytest.mark.parametrize('spoil', ['spoil_a_page', 'swap_contexts', 'shift_angles'])
     def test_it_is_counted_and_told(self, spoil, lines):
         policy = make_policy(True, kv_cache_cfg=options())
-        worker = Worker(policy)
-        worker.step([0, 1, 2])
+        worker = stepped(policy, ALL)
         assert found(policy) == (set(), 0, 0)
         getattr(self, spoil)(policy)
-        worker.step([0, 1, 2])
+        worker.step(ALL)
         _, over, unexplained = found(policy)
         assert over == unexplained > 0
         warning, = [line for level, line in lines() if level == 'WARNING']
         assert warning.startswith(f"Validation 'exact', search 2: {over} of 15 rows over 0.0001 (unexplained {over})")
 
-    def test_of_one_environment(self):
-        """The others are not blamed."""
+    def test_the_error_says_where_and_how_much(self):
+        """The other environments are not blamed."""
         policy = make_policy(True, simulations=4, kv_cache_cfg=options(action='raise'))
-        worker = Worker(policy)
-        worker.step([0, 1, 2])
+        worker = stepped(policy, ALL)
         self.spoil_a_page(policy)
         worker.step([0, 2])
-        with pytest.raises(ValidationError, match='environment 1'):
-            worker.step([0, 1, 2])
-
-    def test_the_error_says_where_and_how_much(self):
-        policy = make_policy(True, kv_cache_cfg=options(action='raise'))
-        worker = Worker(policy)
-        worker.step([0, 1, 2])
-        self.swap_contexts(policy)
         with pytest.raises(ValidationError, match=(
-            r"validation='exact': in collect, environment [02], step 1, (the root|simulation \d+): "
+            r"validation='exact': in collect, environment 1, step 1, (the root|simulation \d+): "
             r'(value|policy|reward|latent) differs by [\d.e+-]+, more than kv_cache_cfg.validation_tol=0.0001'
         )):
-            worker.step([0, 1, 2])
+            worker.step(ALL)
 
-    def test_a_legacy_shadow_sees_what_no_cause_explains(self):
-        policy = make_policy(True, collectors=1, evaluators=1, kv_cache_cfg=options('legacy', action='raise'))
-        worker = Worker(policy)
-        worker.step([0])
-        worker.step([0])
+    def test_legacy_sees_what_no_cause_explains(self):
+        policy = legacy(alone=True)
+        worker = stepped(policy, [0], [0])
         self.shift_angles(policy)
         with pytest.raises(ValidationError, match="validation='legacy'.*environment 0, step 2"):
             worker.step([0])
@@ -281,34 +297,27 @@ class TestCaught:
 class TestCauses:
     """What LightZero's own code gets wrong, each by a case of its own; ``raise`` would tell of anything unexplained."""
 
-    def test_none(self):
-        """One environment, deep enough to slide, with right tables: LightZero alone is right."""
-        for rotary in (False, True):
-            policy = make_policy(True, collectors=1, evaluators=1, simulations=12, rotary=rotary,
-                                 kv_cache_cfg=options('legacy', action='raise'))
+    @pytest.mark.parametrize(('rotary', 'precomputed'), [(True, False), (False, True), (False, False)])
+    def test_positions(self, rotary, precomputed):
+        """One environment, deep enough to slide: with the right tables LightZero alone is right. Before the first
+        training phase has ended, they are differences of other weights."""
+        policy = legacy(12, alone=True, rotary=rotary)
+        if precomputed:
             policy._model.world_model.precompute_pos_emb_diff_kv()
-            worker = Worker(policy)
-            for _ in range(6):
-                worker.step([0])
-            assert found(policy) == (set(), 0, 0)
-            assert validator(policy).tally.rows == 6 * 13
-
-    def test_positions(self):
-        """As before the first training phase has ended: differences of other weights."""
-        policy = make_policy(True, collectors=1, evaluators=1, simulations=12, rotary=False,
-                             kv_cache_cfg=options('legacy', action='raise'))
-        worker = Worker(policy)
-        for _ in range(4):
-            worker.step([0])
-        causes, over, unexplained = found(policy)
-        assert (causes, unexplained) == ({'positions'}, 0)
-        assert over > 10
+        stepped(policy, *[[0]] * 6)
+        causes, over, _ = found(policy)
+        assert tally_of(policy).rows == 6 * 13
+        if rotary or precomputed:
+            assert (causes, over) == (set(), 0)
+        else:
+            assert causes == {'positions'}
+            assert over > 10
 
     @BOTH_POSITIONS
     def test_padding(self, rotary):
         case = Case(rotary=rotary)
         tally = checked(
-            case, below_one_root(case, [0, 1, 2], [0, 0, 0], [0, 1, 1]), lambda one: one.precompute_pos_emb_diff_kv(),
+            case, below_one_root(case, ALL, [0, 0, 0], [0, 1, 1]), lambda one: one.precompute_pos_emb_diff_kv(),
             validation='legacy', action='raise'
         )
         assert tally.causes['padding'] == tally.over == 3  # the shorter rows: one of three, then two
@@ -316,66 +325,57 @@ class TestCauses:
 
     def test_roots_of_another_length(self):
         """A root that is made anew is padded, and learned positions then take the longest row's."""
-        policy = make_policy(True, rotary=False, simulations=1, kv_cache_cfg=options('legacy', action='raise'))
-        worker = Worker(policy)
-        for step in range(3):
-            if step == 2:
-                policy._model.world_model.past_kv_cache_init_infer_envs[1].clear()
-            worker.step([0, 1, 2])
+        policy = legacy(1, rotary=False)
+        worker = stepped(policy, ALL, ALL)
+        policy._model.world_model.past_kv_cache_init_infer_envs[1].clear()
+        worker.step(ALL)
         causes, over, _ = found(policy)
         assert causes == {'padding', 'positions'}
         assert over >= 1
-        assert validator(policy).tally.lost == 1
+        assert tally_of(policy).lost == 1
 
     def test_rows(self):
         """Somebody's end puts everybody back."""
-        policy = make_policy(True, simulations=2, kv_cache_cfg=options('legacy', action='raise'))
-        worker = Worker(policy)
-        worker.step([0, 1, 2])
+        policy = legacy()
+        worker = stepped(policy, ALL)
         worker.done(1)
-        worker.step([0, 1, 2])
-        tally = validator(policy).tally
+        worker.step(ALL)
+        tally = tally_of(policy)
         assert tally.causes['rows'] == tally.over == 2 * 3  # root and nodes of the other two
 
     def test_rows_of_a_smaller_batch(self):
-        policy = make_policy(True, simulations=2, kv_cache_cfg=options('legacy', action='raise'))
-        evaluator = Worker(policy, 'eval')
-        evaluator.step([0, 1])
-        evaluator.step([1])
-        assert validator(policy).tally.causes['rows'] == validator(policy).tally.over == 3
+        policy = legacy()
+        stepped(policy, [0, 1], [1], mode='eval')
+        assert tally_of(policy).causes['rows'] == tally_of(policy).over == 3
 
     def test_an_evaluation_between(self):
         """The two share everything in LightZero."""
-        policy = make_policy(True, simulations=2, kv_cache_cfg=options('legacy', action='raise'))
-        worker, evaluator = Worker(policy), Worker(policy, 'eval')
-        worker.step([0, 1, 2])
-        evaluator.step([0, 1, 2])
-        assert found(policy)[1] == 0 or validator(policy).tally.causes['rows'] > 0
-        worker.step([0, 1, 2])
-        assert validator(policy).tally.causes['rows'] >= 3
+        policy = legacy()
+        worker = stepped(policy, ALL)
+        stepped(policy, ALL, mode='eval')
+        assert tally_of(policy).causes['rows'] == tally_of(policy).over == 0
+        worker.step(ALL)
+        assert tally_of(policy).causes['rows'] >= 3
 
     def test_periodic_clearing(self):
-        policy = make_policy(True, simulations=1, kv_cache_cfg=options('legacy', action='raise'))
-        worker = Worker(policy)
-        worker.step([0, 1, 2])
+        policy = legacy(1)
+        worker = stepped(policy, ALL)
         policy.collect_mode.reset(env_id=1, current_steps=200, reset_init_data=False)
-        worker.step([0, 1, 2])
-        tally = validator(policy).tally
-        assert tally.causes['rows'] == tally.over == 2 * 3
+        worker.step(ALL)
+        assert tally_of(policy).causes['rows'] == tally_of(policy).over == 2 * 3
 
     def test_equal_latents(self):
-        policy = make_policy(True, collectors=1, evaluators=1, simulations=12,
-                             kv_cache_cfg=options('legacy', action='raise'))
+        policy = legacy(12, alone=True)
         randomise(policy._model, Case(equal_latents=True), SEED)
-        Worker(policy).step([0])
-        causes, over, unexplained = found(policy)
-        assert (causes, unexplained) == ({'equal_latents'}, 0)
+        stepped(policy, [0])
+        causes, over, _ = found(policy)
+        assert causes == {'equal_latents'}
         assert over > 3
 
     def test_stale_slots(self):
         """A search of more simulations than LightZero's pool has slots for."""
         def prepare(world_model):
-            world_model.validator._shadow._shadow.shared_pool_size = 3
+            world_model.validator.reference._shadow.shared_pool_size = 3
 
         case = Case(rotary=True)
         tally = checked(case, below_one_root(case, [0, 1, 2, 3, 1]), prepare, validation='legacy', action='raise')
@@ -385,7 +385,7 @@ class TestCauses:
     def test_misses(self, lines):
         """Where a node is not stored, the simulation that expands it raises, and the training goes on."""
         def prepare(world_model):
-            one = world_model.validator._shadow._shadow
+            one = world_model.validator.reference._shadow
             update = one.update_cache_context
             one.update_cache_context = lambda *args, is_init_infer, **kw: is_init_infer and update(*args, is_init_infer)
 
@@ -396,14 +396,14 @@ class TestCauses:
         assert 'TypeError' in warning
         assert 'a context that it does not find' in warning
 
-    def test_everything(self):
+    @BOTH_POSITIONS
+    @pytest.mark.parametrize('fresh', [False, True], ids=['random', 'fresh'])
+    def test_everything(self, fresh, rotary):
         """Nothing of a whole life is left unexplained."""
-        for rotary in (False, True):
-            for make_one in (make_policy, lambda new, **kwargs: fresh_policy(**kwargs)):
-                policy = make_one(True, simulations=8, rotary=rotary, kv_cache_cfg=options('legacy', action='raise'))
-                live_through(policy)
-                assert found(policy)[2] == 0
-                assert found(policy)[1] > 20
+        with fresh_weights() if fresh else contextlib.nullcontext():
+            policy = legacy(8, rotary=rotary)
+        live_through(policy)
+        assert found(policy)[1] > 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,36 +416,28 @@ class TestModel:
     @BOTH_KINDS
     def test_checkpoints_and_parameters(self, validated):
         with_one = make_policy(True, rotary=False, kv_cache_cfg=options(validated))
-        Worker(with_one).step([0, 1, 2])
+        stepped(with_one, ALL)
         without = make_policy(True, rotary=False)
-        assert list(with_one._model.state_dict()) == list(without._model.state_dict())
-        assert len(list(with_one._model.parameters())) == len(list(without._model.parameters()))
-        assert len(list(with_one._model.modules())) == len(list(without._model.modules()))
         without._model.load_state_dict(with_one._model.state_dict())
-
-    @BOTH_KINDS
-    def test_the_weights_are_shared(self, validated):
-        policy = make_policy(True, kv_cache_cfg=options(validated))
-        Worker(policy).step([0, 1, 2])
-        inside = validator(policy)._shadow
-        shadows = [inside._shadow] if validated == 'legacy' else list(inside._alone.values())
-        ours = {id(parameter) for parameter in policy._model.world_model.parameters()}
-        for one in shadows:
-            assert {id(parameter) for parameter in one.parameters()} == ours
-        assert all(parameter.grad is None for parameter in policy._model.parameters())
+        for each in ('parameters', 'modules'):
+            assert len(list(getattr(with_one._model, each)())) == len(list(getattr(without._model, each)()))
+        assert all(parameter.grad is None for parameter in with_one._model.parameters())
+        reference = validator_of(with_one).reference
+        ours = {id(parameter) for parameter in with_one._model.world_model.parameters()}
+        for shadow in [reference._shadow] if validated == 'legacy' else reference._alone.values():
+            assert {id(parameter) for parameter in shadow.parameters()} == ours
 
     @BOTH_KINDS
     def test_copies_do_not_validate(self, validated):
         policy = make_policy(True, kv_cache_cfg=options(validated))
-        worker = Worker(policy)
-        worker.step([0, 1, 2])
+        worker = stepped(policy, ALL)
         twin = copy.deepcopy(policy._model)
         assert twin.world_model.validator is None
         assert policy._target_model.world_model.validator is None
         twin.world_model.forget()
         twin.to('cpu')
-        worker.step([0, 1, 2])
-        assert validator(policy).tally.searches == 2
+        worker.step(ALL)
+        assert tally_of(policy).searches == 2
 
     def test_a_model_in_training_mode_is_not_compared(self):
         """Dropout is live in it, and a shadow must draw nothing."""
@@ -461,21 +453,58 @@ class TestModel:
         for step in range(4):
             if step == 2:
                 with mock.patch.object(policy._mcts_collect, 'search', side_effect=KeyError), pytest.raises(KeyError):
-                    worker.step([0, 1, 2])
-            worker.step([0, 1, 2])
+                    worker.step(ALL)
+            worker.step(ALL)
         assert found(policy)[2] == 0
-        assert validator(policy).tally.searches == 4
+        assert tally_of(policy).searches == 4
 
     def test_storage_that_moves(self):
         """As the target model's update assigns ``p.data``."""
         policy = make_policy(True, rotary=False, kv_cache_cfg=options(action='raise'))
-        worker = Worker(policy)
-        worker.step([0, 1, 2])
+        worker = stepped(policy, ALL)
         for parameter in policy._model.parameters():
             parameter.data = parameter.data * 1.1
         for _ in range(2):
-            worker.step([0, 1, 2])
+            worker.step(ALL)
         assert found(policy) == (set(), 0, 0)
+
+
+class TestTraces:
+    """A search owns what it notes, so that others may be in the middle of theirs."""
+
+    @BOTH_KINDS
+    def test_searches_of_one_model_at_once(self, validated):
+        """A collection and an evaluation, noted in turns and judged in the order in which they end."""
+        policy, twin = (make_policy(True, simulations=6, kv_cache_cfg=options(validated, action='raise'))
+                        for _ in range(2))
+        policy._model.eval()
+        made = dict(collect=[], eval=[])
+        validator_of(twin).check = lambda trace, actions: made[trace.mode].append((trace, actions))
+        stepped(twin, ALL, ALL, ALL)
+        stepped(twin, ALL, ALL, ALL, mode='eval')
+        for (collected, acted), (evaluated, acted_there) in zip(*made.values()):
+            outer, inner = (validator_of(policy).open(trace.mode, ALL) for trace in (collected, evaluated))
+            for _ in zip(note_again(collected, outer), note_again(evaluated, inner)):
+                pass
+            validator_of(policy).check(inner, acted_there)
+            validator_of(policy).check(outer, acted)
+        tally = tally_of(policy)
+        assert (tally.searches, tally.inferences, tally.unexplained) == (6, 6 * 7, 0)
+
+    @BOTH_KINDS
+    def test_a_search_inside_another_models(self, validated):
+        outer, inner = (make_policy(True, seed=seed, simulations=4, kv_cache_cfg=options(validated, action='raise'))
+                        for seed in range(2))
+        worker, search = Worker(inner), outer._mcts_collect.search
+
+        def with_one_inside(*args):
+            worker.step(ALL)
+            search(*args)
+
+        outer._mcts_collect.search = with_one_inside
+        stepped(outer, ALL, ALL, ALL)
+        for policy in (outer, inner):
+            assert (tally_of(policy).inferences, tally_of(policy).unexplained) == (3 * 5, 0)
 
 
 class Overwriting(EagerBackend):
@@ -499,18 +528,8 @@ class TestBackends:
         policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise'))
         world_model = policy._model.world_model
         world_model.inference.backend = Overwriting(world_model.inference.engine)
-        worker = Worker(policy)
-        for _ in range(3):
-            worker.step([0, 1, 2])
-        assert (validator(policy).tally.inferences, validator(policy).tally.over) == (3 * 7, 0)
-
-    @pytest.mark.parametrize('name', ['eager', 'cudagraph', 'compile'])
-    def test_each(self, name, monkeypatch):
-        monkeypatch.setattr(torch, 'compile', lambda function, **kwargs: function)
-        policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise', backend=name))
-        assert policy._model.world_model.inference.backend.name == name
-        live_through(policy)
-        assert found(policy) == (set(), 0, 0)
+        stepped(policy, ALL, ALL, ALL)
+        assert (tally_of(policy).inferences, tally_of(policy).over) == (3 * 7, 0)
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
@@ -571,7 +590,7 @@ def test_a_training_is_the_same_with_and_without(rotary, kind, tmp_path, monkeyp
     _, states, rng, numbers = trained(tmp_path, kind, rotary)
     for validated in ('legacy', 'exact'):
         life, with_one, rng_with_one, numbers_with_one = trained(tmp_path, kind, rotary, **options(validated))
-        tally = validator(life.policy).tally
+        tally = tally_of(life.policy)
         assert tally.searches > 20
         assert tally.unexplained == 0
         assert (tally.over > 0) == (validated == 'legacy')
@@ -596,23 +615,25 @@ class TestTally:
 
     def test_roots_have_no_reward(self):
         rows = dict(value=torch.ones(2, 3), policy=torch.ones(2, 3), latent=torch.ones(2, 3))
-        found = compare([{**rows, 'reward': torch.ones(2, 3)}, rows], [rows, rows])
+        found = dict(zip(QUANTITIES, differences_of([{**rows, 'reward': torch.ones(2, 3)}, rows], [rows, rows])))
         assert np.isnan(found['reward']).all()
-        assert found['value'].shape == (2, 2)
+        assert (found['value'] == np.zeros((2, 2))).all()
 
     def test_counts_are_cumulative_and_differences_since_the_last_point(self):
         tally = Tally(0.1, ['a', 'b'])
-        nothing = np.full((1, 2), np.nan)
         causes = [[frozenset('ab'), frozenset()]]
-        rest = dict(policy=nothing, reward=nothing, latent=nothing)
+
+        def of_value(*values):
+            return np.array([[values], *[[[np.nan] * 2]] * 3])
+
         assert tally.read() == {}
-        over, unexplained = tally.add(dict(value=np.array([[.5, .3]]), **rest), causes)
+        over, unexplained = tally.add(of_value(.5, .3), causes)
         assert (over.tolist(), unexplained.tolist()) == ([[True, True]], [[False, True]])
         values = tally.read()
         assert (values['value_max'], values['value_mean']) == (.5, .4)
         assert 'policy_max' not in values
         assert tally.read() == {}
-        tally.add(dict(value=np.array([[.05, .2]]), **rest), causes)
+        tally.add(of_value(.05, .2), causes)
         values = tally.read()
         assert [values[name] for name in ('rows_compared', 'rows_over', 'unexplained', 'inferences')] == [4, 3, 2, 2]
         assert (values['cause_a'], values['cause_b'], values['value_max']) == (1, 1, .2)
@@ -630,7 +651,7 @@ def test_tags(validated, tmp_path):
         )
         for iteration in range(4):
             if iteration in (0, 2):
-                worker.step([0, 1, 2])
+                worker.step(ALL)
             engine.last_iter.val = iteration
             hook(engine)
     events = EventAccumulator(str(tmp_path), size_guidance=dict(scalars=0))

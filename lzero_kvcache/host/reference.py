@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import types
+from collections import defaultdict
 from functools import cached_property
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -81,12 +82,11 @@ def position_tables(world_model: Any) -> Dict[str, Any]:
     return {name: vars(view)[name] for name in ('pos_emb_diff_k', 'pos_emb_diff_v')}
 
 
-class _Base:
+class _Base(Reference):
     """What both references share. Shadows are made at the first use: until then the world model is not complete."""
 
     def __init__(self, world_model: Any) -> None:
         self._wm = world_model
-        self.lost = 0
 
     def is_ready(self) -> bool:
         return not self._wm.training
@@ -151,15 +151,13 @@ class ExactReference(_Base):
     """What is right: every environment alone, so that nobody's length, latent state or end touches another. Contexts
     are found by node, no slot is overwritten while needed, and tables of positions are those of the weights."""
 
-    causes: Sequence[str] = ()
-
     def __init__(self, world_model: Any) -> None:
         super().__init__(world_model)
-        self._alone: Dict[Tuple[str, int], _Alone] = {}
+        self._alone: Dict[Tuple[str, int], _Alone] = defaultdict(lambda: _Alone(world_model))
 
     def root(self, trace: Trace) -> Reply:
         tables = position_tables(self._wm)
-        rows = self._of(trace)
+        rows = [self._alone[place] for place in trace.places]
         for row in trace.lost:
             self.lost += rows[row].last_root is not None
             rows[row].last_root = None
@@ -178,12 +176,12 @@ class ExactReference(_Base):
         actions = self._actions(node)
         return _together([
             alone.expand(int(node.path[row]), actions[row:row + 1], node.depths[row], trace.timesteps[row])
-            for row, alone in enumerate(self._of(trace))
+            for row, alone in enumerate(self._alone[place] for place in trace.places)
         ])
 
     def finish(self, trace: Trace, actions: Sequence[Any]) -> None:
-        for alone in self._of(trace):
-            alone.forget_nodes()
+        for place in trace.places:
+            self._alone[place].forget_nodes()
 
     def forget(self, mode: Optional[str], env_id: Optional[int]) -> None:
         for place, alone in self._alone.items():
@@ -191,16 +189,10 @@ class ExactReference(_Base):
                 alone.last_root = None
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
-        """There are no rows that LightZero's policy could reset."""
+        """LightZero's policy resets rows; here are none."""
 
     def precompute(self) -> None:
-        """The tables are made anew for each search."""
-
-    def _of(self, trace: Trace) -> List[_Alone]:
-        for place in trace.places:
-            if place not in self._alone:
-                self._alone[place] = _Alone(self._wm)
-        return [self._alone[place] for place in trace.places]
+        """Tables are made anew for each search."""
 
 
 def _together(answers: List[Answer]) -> Reply:
@@ -249,7 +241,7 @@ class LegacyReference(_Base):
     for an environment. A context hands its causes on to all that is computed from it.
     """
 
-    causes: Sequence[str] = CAUSES
+    causes = CAUSES
 
     def __init__(self, world_model: Any) -> None:
         super().__init__(world_model)
@@ -316,17 +308,15 @@ class LegacyReference(_Base):
 
     def expand(self, trace: Trace, node: Node) -> Reply:
         shadow, (*roots, nodes) = self._shadow, self._books
-        parents = [(self._nodes[index], row) for row, index in enumerate(node.path)]
-        latents = np.asarray([latents[row] for (latents, _), row in parents])
+        parents = [self._nodes[index] for index in node.path]
+        history = [(np.asarray([latents[row] for row, (latents, _) in enumerate(parents)]), self._actions(node))]
         self._turn_page()
         try:
-            outputs = shadow.forward_recurrent_inference(
-                [(latents, self._actions(node))], 0, list(node.depths), trace.timesteps
-            )
+            outputs = shadow.forward_recurrent_inference(history, 0, list(node.depths), trace.timesteps)
         except Exception as error:
             return self._failed(trace, error)
         causes, asked = [], iter(nodes.asked)
-        for (_, contexts), row in parents:
+        for row, (_, contexts) in enumerate(parents):
             key, found = roots[row].asked[-1]
             if found is None:
                 key, found = next(asked)

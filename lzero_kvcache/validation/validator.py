@@ -1,9 +1,10 @@
 """Replays searches on the host's reference, judges how the answers differ, and reports it."""
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from functools import partial
-from typing import Any, Callable, FrozenSet, List, NamedTuple, Optional, Protocol, Sequence
+from typing import Any, Callable, FrozenSet, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -30,29 +31,36 @@ class Reply(NamedTuple):
     causes: List[Causes]  # [B]
 
 
-class Reference(Protocol):
+class Reference(ABC):
     """What validation asks of the host: a model with the same weights and its own contexts, to replay searches on."""
-    causes: Sequence[str]  # all that its replies may name
-    lost: int  # root contexts that it had, and the cache should have had
+    causes: Sequence[str] = ()  # all that its replies may name
+    lost = 0  # root contexts that it had, and the cache should have had
 
+    @abstractmethod
     def is_ready(self) -> bool:
         """Whether the same question gets the same answer: not with dropout."""
 
+    @abstractmethod
     def root(self, trace: Trace) -> Reply:
         """Answer the root inference of a search."""
 
+    @abstractmethod
     def expand(self, trace: Trace, node: Node) -> Reply:
         """Answer the next simulation of the same search."""
 
+    @abstractmethod
     def finish(self, trace: Trace, actions: Sequence[Any]) -> None:
         """End the search, after which the environments do ``actions``."""
 
-    def reset(self, *args: Any, **kwargs: Any) -> None:
-        """The policy resets."""
-
+    @abstractmethod
     def forget(self, mode: Optional[str], env_id: Optional[int]) -> None:
         """Forget the root contexts of an environment, of a mode, or all."""
 
+    @abstractmethod
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        """The policy resets."""
+
+    @abstractmethod
     def precompute(self) -> None:
         """LightZero would make its tables of positions now."""
 
