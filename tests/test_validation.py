@@ -527,7 +527,7 @@ class TestBackends:
     def test_results_that_are_overwritten(self):
         policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise'))
         world_model = policy._model.world_model
-        world_model.inference.backend = Overwriting(world_model.inference.engine)
+        world_model.inference.backend = Overwriting(world_model.inference.engine, world_model.weights_source, SCRATCH_PAGE)
         stepped(policy, ALL, ALL, ALL)
         assert (tally_of(policy).inferences, tally_of(policy).over) == (3 * 7, 0)
 
