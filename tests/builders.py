@@ -61,10 +61,9 @@ def audit(used: KVCacheManager) -> None:
     pages = used._pages
     reserved = pages.capacity - pages.used - pages.free  # the first ones, which no entry may name
     mentions = np.zeros(pages.capacity, dtype=np.int64)
-    for pool in [*used.init_pools, *used.eval_pools, used.recur_pool]:
-        stored = pool.counts > 0
-        assert stored.sum() <= len(pool)
-        for table, count in zip(pool.tables[stored], pool.counts[stored]):
+    for entries in [*used.init_pools, *used.eval_pools, used.recur_pool, *used._current.values()]:
+        stored = entries.counts > 0
+        for table, count in zip(entries.tables[stored], entries.counts[stored]):
             entry = table[:count]
             assert (entry >= reserved).all(), 'an entry names a reserved page'
             assert len(set(entry.tolist())) == count, 'an entry names a page twice'

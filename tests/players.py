@@ -37,7 +37,7 @@ class ByNode(Batch):
         self.close()
         rows = len(event.timesteps)
         simulations = self.world_model.kv_cache_manager.recur_pool.pool_size // rows
-        self.trace = self._open.enter_context(self.world_model.serving(self._mode, range(rows)))
+        self.trace = self._open.enter_context(self.world_model.serving(self._mode, range(rows))).trace
         answer = super().root(event)
         self._expand = self._open.enter_context(self.world_model.search_by_node(simulations))
         self._simulation = 0

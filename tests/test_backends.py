@@ -32,8 +32,8 @@ from players import Placed, answers_of
 from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
 from lzero_kvcache.engine import launch as backends
 from lzero_kvcache.engine import step as engines
-from lzero_kvcache.host import weights as layouts
 from lzero_kvcache.engine.step import LEAST_PAGES, SHORT_WINDOW, Engine, _attend
+from lzero_kvcache.host import weights as layouts
 
 SEED, SUPPORT = 5, 5
 BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])

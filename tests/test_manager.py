@@ -14,6 +14,7 @@ from ding.utils import MODEL_REGISTRY
 from easydict import EasyDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lzero_kvcache.engine.storage import PageStorage
 from oracle import (
     Batch,
     Case,
@@ -31,7 +32,6 @@ from oracle import (
 
 from lzero_kvcache import ConfigError, KVCacheManager, KVCachePool, PagedCacheManager
 from lzero_kvcache.cache.pages import RESERVED_PAGES
-from lzero_kvcache.engine.storage import PageStorage
 
 STRATEGIES = ['fifo', 'lru', 'priority']
 #: Every size that a ``KeysValues`` can have: odd ones up to 5 are stored contexts, the others are kept whole.

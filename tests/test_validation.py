@@ -327,7 +327,7 @@ class TestCauses:
         """A root that is made anew is padded, and learned positions then take the longest row's."""
         policy = legacy(1, rotary=False)
         worker = stepped(policy, ALL, ALL)
-        policy._model.world_model.past_kv_cache_init_infer_envs[1].clear()
+        policy._model.world_model.kv_cache_manager.clear_init_caches(env_id=1)
         worker.step(ALL)
         causes, over, _ = found(policy)
         assert causes == {'padding', 'positions'}

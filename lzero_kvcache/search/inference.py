@@ -31,11 +31,11 @@ from .rows import hash_rows, reanalysis_timesteps_of, steps_after, timesteps_of
 class Served:
     """A step of some environments: their root inference, and the search that follows it. It owns its roots' pages."""
 
-    def __init__(self, mode: str, env_ids: List[int], weights: Weights, lease: Lease, trace: Any) -> None:
+    def __init__(self, mode: str, env_ids: List[int], lease: Lease, trace: Any) -> None:
         self.mode, self.env_ids = mode, env_ids
-        self.weights = weights  # nobody changes them inside a search
         self.lease = lease
         self.trace = trace  # what its validation notes; or None
+        self.weights: Any = None  # as the root inference read them: nobody changes them inside a search
         self.roots: Optional[Rows] = None
         self.before: Optional[Rows] = None  # the environments' roots before this step
         self.kept = np.zeros(0, np.int64)  # rows whose root was stored
@@ -75,11 +75,9 @@ class Inference:
         """As :meth:`NewWorldModel.serving`."""
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')
-        with torch.no_grad():
-            weights = self._source.read(False)
         trace = None if self._validator is None else self._validator.open(mode, env_ids)
         with self._manager.lease() as lease:
-            served = Served(mode, env_ids, weights, lease, trace)
+            served = Served(mode, env_ids, lease, trace)
             self._open.steps.append(served)
             try:
                 yield served
@@ -133,12 +131,13 @@ class Inference:
             _check_rows(served, rows)
             return self._root(served, False, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
         with self._manager.lease() as lease:
-            by_hand = Served(COLLECT, list(range(rows)), self._source.read(False), lease, None)
+            by_hand = Served(COLLECT, list(range(rows)), lease, None)
             return self._root(by_hand, True, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
 
     def _root(self, step: Served, by_key: bool, last_obs: torch.Tensor, last_actions: Sequence[Any],
               current_obs: torch.Tensor, timesteps: np.ndarray) -> StepOutput:
         manager, mode, env_ids = self._manager, step.mode, step.env_ids
+        step.weights = self._source.read(False)
         rows, latent = len(current_obs), self._latents(current_obs)
         going = np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
         contexts, last, missing = self._last_contexts(step, by_key, last_obs, going)
