@@ -5,8 +5,8 @@ from pathlib import Path
 from ding.config.config import save_config_py
 from tensorboardX import SummaryWriter
 
-from lzero_kvcache.comparison import finding, runs
-from lzero_kvcache.comparison.comparison import compare
+from lzero_kvcache.comparison.judging import judge
+from lzero_kvcache.comparison.reading import find_runs, read_run
 
 # Some moment in the past; every value below is exact in the 32 bits of an event file.
 BEGAN = 1_700_000_000.
@@ -75,12 +75,20 @@ def break_off(folder, share=0.5):
 
 def read(*paths):
     """The runs that paths stand for."""
-    return [runs.read_run(experiment, lambda size: None) for experiment in finding.find_experiments(paths)]
+    return [read_run(folder, lambda size: None) for folder in find_runs(paths)]
 
 
 def compared(*paths, groups=()):
     """Their comparison."""
-    return compare(read(*paths), groups, {})
+    return judge(read(*paths), groups, {})
+
+
+def compare_json(folder):
+    """What a comparison wrote for programs, if it is JSON in the strict sense."""
+    def refuse(constant):
+        raise AssertionError(f'{constant} is not JSON')
+
+    return json.loads((Path(folder) / 'compare.json').read_text(encoding='utf-8'), parse_constant=refuse)
 
 
 def row(comparison, name):

@@ -9,12 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from event_runs import BEGAN, MACHINE, break_off, compared, event_file, pair, read, write_run
+from event_runs import BEGAN, MACHINE, break_off, compare_json, compared, event_file, pair, read, write_run
 from rich.console import Console
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.__main__ import main
-from lzero_kvcache.comparison import compare_runs, runs
+from lzero_kvcache.comparison import compare_runs
+from lzero_kvcache.comparison.judging import MEASURES
 from lzero_kvcache.comparison.table import measures_table, runs_table
 
 FLAG = 'policy.model.world_model_cfg.use_new_cache_manager'
@@ -44,13 +45,9 @@ def whole(tmp_path_factory):
     return folder / 'out', printed.getvalue(), code
 
 
-def refuse(constant):
-    raise AssertionError(f'{constant} is not JSON')
-
-
 @pytest.fixture(scope='module')
 def data(whole):
-    return json.loads((whole[0] / 'compare.json').read_text(encoding='utf-8'), parse_constant=refuse)
+    return compare_json(whole[0])
 
 
 class TestWhole:
@@ -174,7 +171,7 @@ class TestPage:
         printed = [row for row in printed if row]
         measures, configs, _ = page.tables
         assert measures + configs == printed
-        assert len(measures) == 1 + len(runs.MEASURES)
+        assert len(measures) == 1 + len(MEASURES)
 
     def test_every_run(self, page):
         names = [f'cartpole_{side}_seed{seed}' for side in ('old', 'new') for seed in range(3)]

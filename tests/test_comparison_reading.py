@@ -1,24 +1,18 @@
 """What a comparison reads, from whole and damaged event files, saved configs and summaries; and how it is drawn."""
 import io
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from event_runs import BEGAN, break_off, compared, event_file, pair, read, row, write_run
+from event_runs import BEGAN, break_off, compare_json, compared, event_file, pair, read, row, write_run
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
 from lzero_kvcache import comparison as package
-from lzero_kvcache.comparison import compare_runs, finding, runs
-from lzero_kvcache.comparison.events import Curve, Unreadable, read_events
-from lzero_kvcache.comparison.plot import PANELS, band_of, draw, line_of
-from lzero_kvcache.comparison.saved_config import read_config
+from lzero_kvcache.comparison import compare_runs
+from lzero_kvcache.comparison.page import PANELS, band_of, draw, line_of
+from lzero_kvcache.comparison.reading import REWARD, Curve, Unreadable, find_runs, read_config, read_run
 from lzero_kvcache.comparison.table import measures_table
-
-
-def refuse(constant):
-    raise AssertionError(f'{constant} is not JSON')
 
 
 class TestReading:
@@ -27,9 +21,9 @@ class TestReading:
         values = np.arange(12_000) % 1000
         folder = write_run(tmp_path / 'old_s0', search_ms=values)
         [run] = read(folder)
-        assert run.curve('kv_cache_iter/search_ms').values.tolist() == values.tolist()
+        assert run.curves['kv_cache_iter/search_ms'].values.tolist() == values.tolist()
         assert run.mean('kv_cache_iter/search_ms') == 499.5
-        assert run.recording.points == 2 + 3 + 2 * (12_000 + 5 * 2)
+        assert run.points == 2 + 3 + 2 * (12_000 + 5 * 2)
 
     def test_an_evaluation_is_no_training(self, tmp_path):
         write_run(tmp_path / 'new_s0_eval', summary=dict(task='evaluate'))
@@ -41,14 +35,14 @@ class TestReading:
         for name, began, rewards in (('b', 500, (3., 4.)), ('a', 0, (1., 2.)), ('c', 520, (5., 6.))):
             with SummaryWriter(str(folder), filename_suffix='.' + name) as writer:
                 for index, reward in enumerate(rewards):
-                    writer.add_scalar(runs.REWARD, reward, int(reward * 100), walltime=BEGAN + began + 30 * index)
+                    writer.add_scalar(REWARD, reward, int(reward * 100), walltime=BEGAN + began + 30 * index)
         [run] = read(str(folder))
-        steps, seconds, values = run.curve(runs.REWARD)
+        steps, seconds, values = run.curves[REWARD]
         assert steps.tolist() == [100, 200, 300, 500, 400, 600]
         assert seconds.tolist() == [0, 30, 30, 50, 60, 80]  # without the time between the first file and the others
         assert values.tolist() == [1, 2, 3, 5, 4, 6]
         assert len(run.event_files) == 3
-        assert run.recording.seconds == 80
+        assert run.seconds == 80
 
     def test_a_run_that_was_cut_off_and_went_on(self, tmp_path):
         folder = write_run(tmp_path / 'old_s0', search_ms=range(100))
@@ -57,9 +51,9 @@ class TestReading:
         again = write_run(tmp_path / 'again', env_steps=4000, began=BEGAN + 5000, rewards=(50., 90.))
         event_file(again).rename(first.with_name('events.out.tfevents.1999999999.vm'))
         [run] = read(folder)
-        assert run.last(runs.REWARD) == 90
-        assert run.recording.env_step == 4000
-        assert run.recording.seconds == 200
+        assert run.last(REWARD) == 90
+        assert run.env_step == 4000
+        assert run.seconds == 200
         [note] = compared(folder).warnings[:1]
         assert note.startswith('old_s0: events.')
         assert note.endswith('bytes; the run went on in another file')
@@ -67,12 +61,12 @@ class TestReading:
     def test_scalars_of_the_newer_form(self, tmp_path):
         from torch.utils.tensorboard import SummaryWriter as TorchWriter
         with TorchWriter(str(tmp_path / 'old_s0')) as writer:
-            writer.add_scalar(runs.REWARD, 12.5, 30, new_style=True)
+            writer.add_scalar(REWARD, 12.5, 30, new_style=True)
             writer.add_text('config', 'evaluator_step/reward_mean')
             writer.add_histogram('weights', np.arange(9.))
         [run] = read(str(tmp_path))
-        assert run.last(runs.REWARD) == 12.5
-        assert run.recording.points == 1
+        assert run.last(REWARD) == 12.5
+        assert run.points == 1
 
     def test_a_file_damaged_in_the_middle(self, tmp_path):
         path = event_file(write_run(tmp_path / 'old_s0'))
@@ -96,7 +90,7 @@ class TestReading:
     def test_the_bar_counts_bytes(self, tmp_path):
         folder = write_run(tmp_path / 'old_s0', search_ms=range(8000))
         sizes = []
-        read_events([str(event_file(folder))], runs.TAGS, sizes.append)
+        read_run(find_runs([folder])[0], sizes.append)
         assert sum(sizes) == event_file(folder).stat().st_size
         assert len(sizes) > 2
 
@@ -117,7 +111,7 @@ class TestReading:
             spread = row(comparison, name).spreads['new']
             assert (spread and spread.mean) == expected
         assert compare_runs(paths, str(tmp_path / 'out'), console=Console(file=io.StringIO())) == 0
-        json.loads((tmp_path / 'out' / 'compare.json').read_text(), parse_constant=refuse)
+        assert compare_json(tmp_path / 'out')['left_out'] == {}
 
 
 class TestFinding:
@@ -126,16 +120,16 @@ class TestFinding:
         folder = Path(write_run(tmp_path / 'data' / 'old_s0'))
         other = write_run(tmp_path / 'data' / 'new_s0', config=False)
         for path in (folder, folder / 'log', folder / 'log' / 'serial', event_file(folder)):
-            [found] = finding.find_experiments([str(path)])
+            [found] = find_runs([str(path)])
             assert (found.name, Path(found.folder)) == ('old_s0', folder)
-        names = [found.name for found in finding.find_experiments([str(tmp_path / 'data')])]
+        names = [found.name for found in find_runs([str(tmp_path / 'data')])]
         assert names == ['new_s0', 'old_s0']
-        found = finding.find_experiments([other, str(folder), str(event_file(folder)), str(tmp_path)])
+        found = find_runs([other, str(folder), str(event_file(folder)), str(tmp_path)])
         assert [(one.name, len(one.event_files)) for one in found] == [('new_s0', 1), ('old_s0', 1)]
 
     def test_equal_names_are_told_apart(self, tmp_path):
         paths = [write_run(tmp_path / side / 'seed0') for side in ('a', 'b')]
-        assert [found.name for found in finding.find_experiments(paths)] == ['a/seed0', 'b/seed0']
+        assert [found.name for found in find_runs(paths)] == ['a/seed0', 'b/seed0']
 
     def test_a_run_that_never_wrote_anything(self, tmp_path, monkeypatch):
         write_run(tmp_path / 'old_s0')

@@ -1,0 +1,338 @@
+"""Runs sorted into sides, the first of which is the baseline; their numbers; and what makes them not comparable."""
+import fnmatch
+import functools
+import itertools
+import operator
+import os
+import statistics
+from typing import Any, Callable, Dict, Hashable, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+from ..config import ConfigError
+from .reading import CACHE, DEVICE_MEMORY, HOST_MEMORY, OLD, POOLS, REWARD, WORLD_MODEL, RunFolder, TrainedRun, finite
+
+# What seeds of one side may differ in.
+OF_ONE_RUN = ('exp_name', 'seed')
+ABSENT = '(absent)'
+# Collection ends with a whole phase, so that runs of one budget end some steps apart.
+BUDGET_TOLERANCE = 0.75
+BUDGETS = {'max_env_step': 'environment steps', 'max_train_iter': 'training iterations'}
+MACHINE = {'system': 'systems', 'processor': 'processors', 'cpus': 'numbers of CPUs', 'threads': 'numbers of threads',
+           'gpu': 'GPUs', 'python': 'versions of Python', 'torch': 'versions of torch', 'ding': 'versions of DI-engine'}
+ENVIRONMENT = ('env.env_id', 'env.env_name', 'env.type')
+
+Number = Optional[float]
+
+
+class Measure(NamedTuple):
+    """
+    A row of the comparison; ``kind`` is how values are written ('time', 'count', 'number' or 'share'). All values come
+    from the first source that most runs have, since two sources may define a measure a little differently.
+    """
+    name: str
+    title: str
+    kind: str
+    sources: Dict[str, Callable[[TrainedRun], Number]]
+
+
+class Side(NamedTuple):
+    """Runs that are repeats of each other."""
+    name: str
+    runs: List[TrainedRun]
+
+
+class Spread(NamedTuple):
+    """A measure over those runs of a side that have it; the sample standard deviation is None for one run."""
+    mean: float
+    deviation: Number
+    least: float
+    greatest: float
+    runs: int
+
+
+class Row(NamedTuple):
+    """A measure: values by run, spreads and ratios (the baseline's mean / the side's) by side."""
+    measure: Measure
+    source: str
+    values: Dict[str, Number]
+    spreads: Dict[str, Optional[Spread]]
+    ratios: Dict[str, Number]
+
+
+class Difference(NamedTuple):
+    """A config key and its values as text by the name of a side, joined by '; ' where the side's runs differ."""
+    key: str
+    values: Dict[str, str]
+
+
+class Comparison(NamedTuple):
+    """All that there is to say; ``left_out`` are the runs that could not be read, each with the reason."""
+    sides: List[Side]
+    rows: List[Row]
+    differences: List[Difference]
+    warnings: List[str]
+    left_out: Dict[str, str]
+
+    @property
+    def title(self) -> str:
+        return ' / '.join(side.name for side in self.sides)
+
+    @property
+    def runs(self) -> List[TrainedRun]:
+        return [run for side in self.sides for run in side.runs]
+
+
+def judge(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]], left_out: Dict[str, str]) -> Comparison:
+    """Compare runs; ``groups`` are (name, pattern) of sides, as of ``compare_runs``."""
+    sides = sort_into_sides(runs, groups)
+    return Comparison(sides, [_row(measure, sides) for measure in MEASURES], _config_differences(sides),
+                      _warnings(sides), left_out)
+
+
+def as_json(comparison: Comparison) -> Dict[str, Any]:
+    """The comparison for other programs; there is neither nan nor infinity in it."""
+    return dict(
+        baseline=comparison.sides[0].name,
+        sides=[
+            dict(name=side.name, runs=[
+                dict(name=run.name, folder=run.folder, cache=run.cache, seed=run.seed, points=run.points,
+                     event_files=run.event_files) for run in side.runs
+            ]) for side in comparison.sides
+        ],
+        measures=[
+            dict(
+                name=row.measure.name, title=row.measure.title, source=row.source, runs=row.values,
+                sides={name: None if spread is None else spread._asdict() for name, spread in row.spreads.items()},
+                ratios=row.ratios,
+            ) for row in comparison.rows
+        ],
+        config_differences=[difference._asdict() for difference in comparison.differences],
+        warnings=comparison.warnings,
+        left_out=comparison.left_out,
+    )
+
+
+# ---- sides -----------------------------------------------------------------------------------------------------------
+
+def check_groups(runs: Sequence[RunFolder], groups: Sequence[Tuple[str, str]]) -> None:
+    """Refuse a pattern that matches no run."""
+    for name, pattern in groups:
+        if not any(_matches(run, pattern) for run in runs):
+            there = ', '.join(run.name for run in runs)
+            raise ConfigError(f'--group {name}={pattern}: it matches none of the runs ({there})')
+
+
+def sort_into_sides(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]]) -> List[Side]:
+    """The sides of ``groups`` in their order (the first match counts), then those of the old system, then others."""
+    named: Dict[str, List[TrainedRun]] = {name: [] for name, _ in groups}
+    others: Dict[Hashable, List[TrainedRun]] = {}
+    for run in runs:
+        matching = [name for name, pattern in groups if _matches(run, pattern)]
+        if matching:
+            named[matching[0]].append(run)
+        else:
+            others.setdefault(_likeness(run), []).append(run)
+    automatic = sorted(others.values(), key=lambda members: members[0].cache != OLD)
+    names = _side_names(automatic, taken=list(named))
+    return [Side(name, members) for name, members in [*named.items(), *zip(names, automatic)] if members]
+
+
+def _matches(run: RunFolder, pattern: str) -> bool:
+    names = (run.name, os.path.basename(run.folder), run.folder)
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def _likeness(run: TrainedRun) -> Hashable:
+    """Equal for seeds of one side: the config, or without one what the run is called."""
+    if not run.config:
+        return run.cache, run.name_without_seed
+    return tuple(sorted((key, repr(value)) for key, value in run.config.items() if key not in OF_ONE_RUN))
+
+
+def _side_names(sides: Sequence[List[TrainedRun]], taken: List[str]) -> List[str]:
+    """The cache system where one side has it, or else the name without the seed, or else that with a number."""
+    systems = [side[0].cache for side in sides]
+    names: List[str] = []
+    for side, system in zip(sides, systems):
+        name = system if system and systems.count(system) == 1 else side[0].name_without_seed
+        numbered = (f'{name} ({number})' for number in itertools.count(2))
+        names.append(next(unique for unique in itertools.chain([name], numbered) if unique not in names + taken))
+    return names
+
+
+# ---- measures --------------------------------------------------------------------------------------------------------
+
+def _measure(name: str, title: str, kind: str, events: Callable[[TrainedRun], Number], *keys: str,
+             prefer: str = 'summary') -> Measure:
+    """A measure that a summary holds under ``keys``, or else under its name."""
+    path = keys or (name,)
+    sources = {'summary': lambda run: finite(run.said(*path)), 'events': events}
+    return Measure(name, title, kind, {prefer: sources[prefer], **sources})
+
+
+def _device_memory(run: TrainedRun) -> Number:
+    gigabytes = run.highest(DEVICE_MEMORY)
+    return gigabytes * 1024 if gigabytes else None
+
+
+def _hit_rate(pool: str) -> Measure:
+    def counted(run: TrainedRun) -> Number:
+        return _ratio(run.last(f'{CACHE}{pool}_hits'), run.last(f'{CACHE}{pool}_queries'))
+
+    return _measure(f'{pool}_hit_rate', f'hit rate, {POOLS[pool]}', 'share', counted, 'hit_rates', pool)
+
+
+MEASURES = (
+    _measure('seconds', 'training time', 'time', lambda run: run.seconds),
+    _measure('env_step', 'environment steps', 'count', lambda run: run.env_step),
+    _measure('env_steps_per_second', 'environment steps per second', 'number',
+             lambda run: _ratio(run.env_step, run.seconds)),
+    _measure('search_ms', 'search, ms', 'number', lambda run: run.mean(CACHE + 'search_ms'), prefer='events'),
+    _measure('step_ms', 'recurrent step, ms', 'number', lambda run: run.mean(CACHE + 'step_ms'), prefer='events'),
+    _measure('host_memory_mb', 'peak host memory, MiB', 'number', lambda run: run.highest(HOST_MEMORY)),
+    _measure('device_memory_mb', 'peak device memory, MiB', 'number', _device_memory),
+    _measure('cache_memory_mb', 'peak cache memory, MiB', 'number', lambda run: run.highest(CACHE + 'memory_mb'),
+             prefer='events'),
+    *map(_hit_rate, POOLS),
+    _measure('evictions', 'evictions', 'count', lambda run: run.last(CACHE + 'total_evictions'),
+             'counters', 'total', 'evictions'),
+    _measure('last_reward', 'last reward', 'number', lambda run: run.last(REWARD)),
+    _measure('best_reward', 'best reward', 'number', lambda run: run.highest(REWARD)),
+)
+
+
+def _row(measure: Measure, sides: Sequence[Side]) -> Row:
+    by_source = {source: {run.name: read(run) for side in sides for run in side.runs}
+                 for source, read in measure.sources.items()}
+    source = max(by_source, key=lambda name: sum(value is not None for value in by_source[name].values()))
+    values = by_source[source]
+    spreads = {side.name: _spread([values[run.name] for run in side.runs]) for side in sides}
+    baseline, *others = ((name, spread and spread.mean) for name, spread in spreads.items())
+    return Row(measure, source, values, spreads, {name: _ratio(baseline[1], mean) for name, mean in others})
+
+
+def _spread(values: Sequence[Number]) -> Optional[Spread]:
+    known = [float(value) for value in values if value is not None]
+    if not known:
+        return None
+    deviation = statistics.stdev(known) if len(known) > 1 else None
+    return Spread(statistics.fmean(known), deviation, min(known), max(known), len(known))
+
+
+def _ratio(one: Number, other: Number) -> Number:
+    """None where it would say nothing: a number is missing or negative, or the other is zero."""
+    return one / other if one is not None and one >= 0 and other is not None and other > 0 else None
+
+
+# ---- what is comparable ----------------------------------------------------------------------------------------------
+
+def _config_differences(sides: Sequence[Side]) -> List[Difference]:
+    """The keys that two sides do not have the same value for; sides without a saved config are left out."""
+    known = {side.name: [run.config for run in side.runs if run.config] for side in sides}
+    known = {name: configs for name, configs in known.items() if configs}
+    keys = {key for configs in known.values() for config in configs for key in config} - set(OF_ONE_RUN)
+    differences = []
+    for key in sorted(keys):
+        values = {name: '; '.join(_distinct(repr(config[key]) if key in config else ABSENT for config in configs))
+                  for name, configs in known.items()}
+        if len(set(values.values())) > 1:
+            differences.append(Difference(key, values))
+    return differences
+
+
+def _warnings(sides: Sequence[Side]) -> List[str]:
+    """Why numbers may not be comparable, one line each."""
+    runs = [run for side in sides for run in side.runs]
+    return [
+        *(f'{run.name}: {note}' for run in runs for note in run.notes),
+        *_one_side(sides),
+        *_disagreement(sides, 'environments', _environment, 'nothing here is comparable'),
+        *_seeds(sides),
+        *_budgets(sides, runs),
+        *_machines(sides),
+        *_at_once(runs),
+    ]
+
+
+def _one_side(sides: Sequence[Side]) -> List[str]:
+    if len(sides) > 1:
+        return []
+    return [f"All runs are of one side, '{sides[0].name}': there is nothing to compare it to (--group makes sides)"]
+
+
+def _seeds(sides: Sequence[Side]) -> List[str]:
+    seeds = {side.name: sorted(run.seed for run in side.runs if run.seed is not None) for side in sides}
+    warnings = []
+    if any(found != seeds[sides[0].name] for found in seeds.values()):
+        said = '; '.join(f"{name}: {', '.join(map(str, found)) or 'unknown'}" for name, found in seeds.items())
+        warnings.append(f'Other seeds: {said}')
+    single = [f"'{side.name}'" for side in sides if len(side.runs) == 1]
+    if single:
+        warnings.append(f"One run of {' and of '.join(single)}: without a spread, chance cannot be told from effect")
+    return warnings
+
+
+def _budgets(sides: Sequence[Side], runs: Sequence[TrainedRun]) -> List[str]:
+    early = [f"{run.name} ended early: {run.summary['outcome']}" for run in runs
+             if run.summary.get('outcome', 'done') != 'done']
+    asked = []
+    for key, title in BUDGETS.items():
+        asked += _disagreement(sides, f'budgets of {title}', operator.methodcaller('said', key),
+                               'times and rewards are not comparable')
+    steps = {run.name: run.env_step for run in runs if run.env_step}
+    if asked or not steps:
+        return early + asked
+    least, most = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
+    if steps[least] < BUDGET_TOLERANCE * steps[most]:
+        early.append(f'Other budgets: {least} has {steps[least]:,} environment steps, {most} {steps[most]:,}')
+    return early
+
+
+def _machines(sides: Sequence[Side]) -> List[str]:
+    effect = 'times and memory are not comparable'
+    warnings = [
+        *_disagreement(sides, 'devices', _device, effect),
+        *_disagreement(sides, 'numbers of processes', operator.methodcaller('said', 'processes'), effect),
+    ]
+    for key, title in MACHINE.items():
+        warnings += _disagreement(sides, title, functools.partial(_of_machine, key=key), effect)
+    return warnings or _disagreement(sides, 'hosts', operator.attrgetter('host'),
+                                     'times are comparable if these are of one kind')
+
+
+def _at_once(runs: Sequence[TrainedRun]) -> List[str]:
+    """Runs share a machine as long as their hosts are not known to be two."""
+    for one, other in itertools.combinations(runs, 2):
+        overlap = any(max(span[0], others[0]) < min(span[1], others[1])
+                      for span in one.spans for others in other.spans)
+        if overlap and one.host == other.host:
+            return [f'Runs went on at the same time on one machine, as {one.name} and {other.name}: '
+                    'they took time from each other']
+    return []
+
+
+def _disagreement(sides: Sequence[Side], what: str, value_of: Callable[[TrainedRun], Any], effect: str) -> List[str]:
+    """One line if runs are known to have more than one value."""
+    values = {side.name: _distinct(f'{value:,}' if isinstance(value, int) else str(value)
+                                   for value in map(value_of, side.runs) if value is not None) for side in sides}
+    if len({value for found in values.values() for value in found}) < 2:
+        return []
+    said = '; '.join(f"{name}: {', '.join(found) or 'unknown'}" for name, found in values.items())
+    return [f'Other {what} ({said}): {effect}']
+
+
+def _environment(run: TrainedRun) -> Any:
+    return next((run.config[key] for key in ENVIRONMENT if run.config.get(key) is not None), None)
+
+
+def _device(run: TrainedRun) -> Any:
+    return run.summary.get('device') or run.config.get(WORLD_MODEL + 'device')
+
+
+def _of_machine(run: TrainedRun, key: str) -> Any:
+    """A machine without a GPU says so."""
+    machine = run.said('machine')
+    return (machine[key] or 'none') if isinstance(machine, dict) and key in machine else None
+
+
+def _distinct(texts: Iterable[str]) -> List[str]:
+    return list(dict.fromkeys(texts))
