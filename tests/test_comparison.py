@@ -22,7 +22,7 @@ FLAG = 'policy.model.world_model_cfg.use_new_cache_manager'
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# ---- a whole comparison: three seeds a side, one broken off, one empty, one of another environment -------------------
+# ---- a whole comparison: three seeds a side, one torn at its start, one empty, one of another environment ------------
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
@@ -35,7 +35,7 @@ def whole(tmp_path_factory):
                   began=BEGAN + 1000 * seed + 500, rewards=(20., 100. + 50 * seed), hits=(99, 200), queries=(99, 200),
                   search_ms=(20., 20., 20.), step_ms=(1., 1.5), memory_mb=(1., 1.5, 1.25), evictions=(0., 10. * seed))
     write_run(folder / 'cartpole_old_seed3', seed=3)
-    break_off(folder / 'cartpole_old_seed3')
+    break_off(folder / 'cartpole_old_seed3', 0.01)
     write_run(folder / 'cartpole_new_seed3', new=True, seed=3)
     event_file(folder / 'cartpole_new_seed3').write_bytes(b'')
     write_run(folder / 'pong_new_seed0', new=True, env_id='PongNoFrameskip-v4', began=BEGAN + 9000,
@@ -113,7 +113,7 @@ class TestWhole:
         assert len(lines) == 2
         assert re.fullmatch(r'cartpole_new_seed3 is left out: no scalar in events\.\S+', lines[0])
         assert re.fullmatch(r'cartpole_old_seed3 is left out: events\.\S+ breaks off or is damaged after [\d,]+ of '
-                            r'[\d,]+ bytes', lines[1])
+                            r'[\d,]+ bytes; the rest, [\d.]+%, is missing', lines[1])
         assert list(data['left_out']) == ['cartpole_new_seed3', 'cartpole_old_seed3']
 
     def test_warnings(self, whole, data):

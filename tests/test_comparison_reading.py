@@ -1,12 +1,12 @@
 """What a comparison reads, from whole and damaged event files, saved configs and summaries; and how it is drawn."""
 import io
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from event_runs import BEGAN, break_off, compare_json, compared, event_file, pair, read, row, write_run
+from event_runs import BEGAN, break_off, compare_json, compared, event_file, pair, read, row, write_events, write_run
 from rich.console import Console
-from tensorboardX import SummaryWriter
 
 from lzero_kvcache import comparison as package
 from lzero_kvcache.comparison import compare_runs
@@ -32,31 +32,57 @@ class TestReading:
 
     def test_several_files_of_one_run(self, tmp_path):
         folder = tmp_path / 'old_s0'
-        for name, began, rewards in (('b', 500, (3., 4.)), ('a', 0, (1., 2.)), ('c', 520, (5., 6.))):
-            with SummaryWriter(str(folder), filename_suffix='.' + name) as writer:
-                for index, reward in enumerate(rewards):
-                    writer.add_scalar(REWARD, reward, int(reward * 100), walltime=BEGAN + began + 30 * index)
+        for began, rewards in ((500, (3., 4.)), (0, (1., 2.)), (520, (5., 6.))):
+            write_events(folder, [(30 * index, int(reward * 100), REWARD, reward)
+                                  for index, reward in enumerate(rewards)], BEGAN + began)
         [run] = read(str(folder))
         steps, seconds, values = run.curves[REWARD]
-        assert steps.tolist() == [100, 200, 300, 500, 400, 600]
-        assert seconds.tolist() == [0, 30, 30, 50, 60, 80]  # without the time between the first file and the others
-        assert values.tolist() == [1, 2, 3, 5, 4, 6]
+        assert steps.tolist() == [100, 200, 300, 400, 500, 600]
+        assert seconds.tolist() == [0, 30, 30, 60, 50, 80]  # without the time between the first file and the others
+        assert values.tolist() == [1, 2, 3, 4, 5, 6]
         assert len(run.event_files) == 3
         assert run.seconds == 80
+        assert run.notes == ['its event files overlap in time, which is counted once']
 
-    def test_a_run_that_was_cut_off_and_went_on(self, tmp_path):
+    def test_a_clock_that_is_set_back(self, tmp_path):
+        """Steps order points, and time is measured between neighbours: an hour less in the middle of a minute."""
+        points = [(second - 3600 * (second > 30), 10 * second, REWARD, float(second)) for second in range(60)]
+        write_events(tmp_path / 'old_s0', points)
+        [run] = read(str(tmp_path))
+        assert run.last(REWARD) == 59
+        assert run.curves[REWARD].values.tolist() == list(range(60))
+        assert run.seconds == 58  # the second in which it was set back is not known
+        assert (np.diff(run.curves[REWARD].seconds) >= 0).all()
+        assert run.notes == ['its clock was set back by 3,599 s in all; no time is counted there']
+
+    def test_events_a_little_out_of_order(self, tmp_path):
+        write_events(tmp_path / 'old_s0', [(0, 0, REWARD, 1.), (9.5, 2, REWARD, 3.), (9, 1, REWARD, 2.),
+                                           (20, 3, REWARD, 4.)])
+        [run] = read(str(tmp_path))
+        assert (run.seconds, run.notes, run.curves[REWARD].values.tolist()) == (20, [], [1, 2, 3, 4])
+
+    def test_a_run_that_was_killed_and_went_on(self, tmp_path):
+        """What it wrote after its last checkpoint is not counted; what it wrote before is, from the torn file."""
         folder = write_run(tmp_path / 'old_s0', search_ms=range(100))
-        break_off(folder)
-        first = event_file(folder)
-        again = write_run(tmp_path / 'again', env_steps=4000, began=BEGAN + 5000, rewards=(50., 90.))
-        event_file(again).rename(first.with_name('events.out.tfevents.1999999999.vm'))
+        break_off(folder, 0.999)
+        write_events(tmp_path / 'old_s0' / 'log' / 'serial', [(0, 600, REWARD, 50.), (60, 900, REWARD, 90.)],
+                     BEGAN + 5000)
         [run] = read(folder)
-        assert run.last(REWARD) == 90
-        assert run.env_step == 4000
-        assert run.seconds == 200
-        [note] = compared(folder).warnings[:1]
-        assert note.startswith('old_s0: events.')
-        assert note.endswith('bytes; the run went on in another file')
+        steps, _, values = run.curves[REWARD]
+        assert (steps.tolist(), values.tolist()) == ([0, 600, 900], [10, 50, 90])
+        assert (run.last(REWARD), run.env_step, run.seconds) == (90, 900, 160)
+        fault, abandoned = run.notes
+        assert re.fullmatch(r'events\.\S+ breaks off or is damaged after [\d,]+ of [\d,]+ bytes; the rest, 0\.\d%, is '
+                            'missing', fault)
+        assert re.fullmatch(r'\d+ points are not counted: it went on from a checkpoint before them', abandoned)
+
+    def test_a_second_file_that_seems_to_be_older(self, tmp_path):
+        """The clock was set back between the two: steps say which came first."""
+        write_events(tmp_path / 'old_s0', [(0, 0, REWARD, 1.), (60, 100, REWARD, 2.)])
+        write_events(tmp_path / 'old_s0', [(0, 110, REWARD, 3.), (60, 200, REWARD, 4.)], BEGAN - 3600)
+        [run] = read(str(tmp_path))
+        assert run.curves[REWARD].values.tolist() == [1, 2, 3, 4]
+        assert (run.last(REWARD), run.seconds, run.notes) == (4, 120, [])
 
     def test_scalars_of_the_newer_form(self, tmp_path):
         from torch.utils.tensorboard import SummaryWriter as TorchWriter
@@ -69,16 +95,32 @@ class TestReading:
         assert run.points == 1
 
     def test_a_file_damaged_in_the_middle(self, tmp_path):
-        path = event_file(write_run(tmp_path / 'old_s0'))
+        folder = write_run(tmp_path / 'old_s0', search_ms=range(100))
+        path = event_file(folder)
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 0xff
         path.write_bytes(data)
-        with pytest.raises(Unreadable, match=r'is damaged after [\d,]+ of [\d,]+ bytes'):
-            read(str(tmp_path))
+        [run] = read(folder)
+        assert run.curves['kv_cache_iter/search_ms'].values.tolist() == list(range(50))
+        assert re.search(r'is damaged after [\d,]+ of [\d,]+ bytes; the rest, (49|50)\.\d%, is missing$', run.notes[0])
 
-    @pytest.mark.parametrize('share', [0.02, 0.3, 0.9, 0.999])
+    @pytest.mark.parametrize('share', [0.3, 0.9, 0.999])
     def test_a_file_that_breaks_off(self, tmp_path, share):
-        break_off(write_run(tmp_path / 'old_s0'), share)
+        """As after a kill: what is whole is kept, and how much is missing is said."""
+        folder = write_run(tmp_path / 'old_s0', search_ms=range(100))
+        size = event_file(folder).stat().st_size
+        break_off(folder, share)
+        [run] = read(folder)
+        values = run.curves['kv_cache_iter/search_ms'].values.tolist()
+        assert values == list(range(len(values)))
+        assert len(values) == pytest.approx(100 * share, abs=6)
+        [note] = run.notes
+        done, of = (int(number.replace(',', '')) for number in re.findall(r'[\d,]+(?= of| bytes)', note))
+        assert done < of == int(size * share)
+        assert note.endswith(f'; the rest, {(of - done) / of:.1%}, is missing')
+
+    def test_a_file_in_which_nothing_is_whole(self, tmp_path):
+        break_off(write_run(tmp_path / 'old_s0'), 0.01)
         with pytest.raises(Unreadable, match='breaks off'):
             read(str(tmp_path))
 
@@ -208,9 +250,8 @@ class TestSources:
 
     def test_memory_of_the_device(self, tmp_path):
         for name, gigabytes in (('old_s0', (1., 1.5)), ('new_s0', (0., 0.))):
-            with SummaryWriter(str(tmp_path / name)) as writer:
-                for step, value in enumerate(gigabytes):
-                    writer.add_scalar('learner_iter/Max_GPU_avg', value, step)
+            write_events(tmp_path / name, [(step, step, 'learner_iter/Max_GPU_avg', value)
+                                           for step, value in enumerate(gigabytes)])
         values = row(compared(str(tmp_path)), 'device_memory_mb').values
         assert values == {'old_s0': 1536, 'new_s0': None}
 

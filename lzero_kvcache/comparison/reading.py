@@ -25,6 +25,8 @@ LOG_FOLDER = os.path.join('log', 'serial')
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
 # A record is its length, a checksum of it, the event, and a checksum of that.
 RECORD_FRAME = 8 + 4 + 4
+# Seconds by which the events of one file may be out of order.
+CLOCK_TOLERANCE = 1.
 # The progress bar need not move more often than this.
 ADVANCE_BYTES = 1 << 18
 
@@ -56,7 +58,7 @@ class Unreadable(Exception):
 
 
 class Curve(NamedTuple):
-    """Every point of a tag; ``seconds`` are those that the run had gone on for."""
+    """Every point of a tag by step; ``seconds`` are those that the run had gone on for."""
     steps: np.ndarray
     seconds: np.ndarray
     values: np.ndarray
@@ -106,6 +108,14 @@ class TrainedRun(RunFolder):
         if not self.config.get(WORLD_MODEL + FLAG, False):
             return OLD
         return self.config.get(f'{WORLD_MODEL}{OPTIONS}.type', 'new')
+
+    @property
+    def caches(self) -> List[str]:
+        """The cache systems of its segments, several if it was resumed with another one."""
+        segments = self.said('segments')
+        systems = [segment.get('cache') for segment in segments if isinstance(segment, dict)] \
+            if isinstance(segments, list) else []
+        return list(dict.fromkeys(filter(None, systems or [self.cache])))
 
     @property
     def seed(self) -> Optional[int]:
@@ -219,50 +229,89 @@ def read_run(folder: RunFolder, advance: Callable[[int], None]) -> TrainedRun:
 
 
 class _EventFile:
-    """What one event file says of its run; the points go to ``points``, by tag, as time, step and value in turn."""
+    """
+    One event file as far as it is whole; ``fault`` says what is missing. ``points`` has step, time and value in turn
+    for each tag, and under AGAINST_ENV_STEPS the steps of all tags of this kind. Times are those of a clock that begins
+    with the first event and is never set back.
+    """
 
-    def __init__(self, path: str, points: Dict[str, array], advance: Callable[[int], None]) -> None:
-        self.started, self.ended, self.scalars = float('inf'), float('-inf'), 0
-        self.env_step: Optional[int] = None
+    def __init__(self, path: str, advance: Callable[[int], None]) -> None:
+        self.started, self.now, self.ended, self.set_back, self.scalars = 0., 0., 0., 0., 0
+        self.points: Dict[str, array] = defaultdict(lambda: array('d'))
         self.fault: Optional[str] = None
+        self._before: Optional[float] = None
         try:
             for event in _events(path, advance):
-                self.started = min(self.started, event.wall_time)
+                self._tick(event.wall_time)
                 for value in event.summary.value:
-                    self._add(event, value, points)
+                    self._add(event.step, value)
         except Unreadable as error:
             self.fault = str(error)
 
-    def _add(self, event: Any, value: Any, points: Dict[str, array]) -> None:
+    def _tick(self, time: float) -> None:
+        if self._before is None:
+            self.started = self.now = self._before = time
+        passed = time - self._before
+        if passed < -CLOCK_TOLERANCE:
+            self.set_back -= passed
+        if passed > 0 or passed < -CLOCK_TOLERANCE:
+            self.now += max(0., passed)
+            self._before = time
+
+    def _add(self, step: int, value: Any) -> None:
         number = _scalar(value)
         if number is None:
             return
         self.scalars += 1
-        self.ended = max(self.ended, event.wall_time)
-        if AGAINST_ENV_STEPS in value.tag:
-            self.env_step = max(self.env_step or 0, event.step)
+        self.ended = self.now
         if value.tag in TAGS:
-            points[value.tag].extend((event.wall_time, event.step, number))
+            self.points[value.tag].extend((step, self.now, number))
+        if AGAINST_ENV_STEPS in value.tag:
+            self.points[AGAINST_ENV_STEPS].extend((step, self.now, 0.))
+
+    def curve(self, tag: str) -> np.ndarray:
+        """The points of a tag by step, ``[N, 3]``."""
+        points = np.array(self.points[tag]).reshape(-1, 3)
+        return points[np.argsort(points[:, 0], kind='stable')]
 
 
 def _read_events(run: TrainedRun, advance: Callable[[int], None]) -> None:
-    """A damaged file is an error unless the run went on in another one."""
     if not run.event_files:
         raise Unreadable('no event file in it')
-    points: Dict[str, array] = defaultdict(lambda: array('d'))
-    files = [_EventFile(path, points, advance) for path in run.event_files]
+    files = [_EventFile(path, advance) for path in run.event_files]
+    faults = [file.fault for file in files if file.fault]
     filled = [file for file in files if file.scalars]
-    for file in files:
-        if file.fault:
-            if not any(other.started >= file.ended for other in filled if other is not file):
-                raise Unreadable(file.fault)
-            run.notes.append(f'{file.fault}; the run went on in another file')
     if not filled:
-        raise Unreadable('no scalar in ' + ', '.join(map(os.path.basename, run.event_files)))
+        raise Unreadable('; '.join(faults) or 'no scalar in ' + ', '.join(map(os.path.basename, run.event_files)))
     run.spans = _united([(file.started, file.ended) for file in filled])
-    run.env_step = max((file.env_step for file in filled if file.env_step is not None), default=None)
     run.points = sum(file.scalars for file in filled)
-    run.curves = {tag: _curve(np.array(flat).reshape(-1, 3), run.spans) for tag, flat in points.items()}
+    abandoned = 0
+    for tag in sorted({tag for file in filled for tag in file.points}):
+        steps, times, values = np.concatenate(_parts_that_count([file.curve(tag) for file in filled])).T
+        abandoned += sum(len(file.points[tag]) // 3 for file in filled) - len(steps)
+        seconds = sum((np.clip(times, *span) - span[0] for span in run.spans), np.zeros_like(times))
+        run.curves[tag] = Curve(steps.astype(int), seconds, values)
+    if AGAINST_ENV_STEPS in run.curves:
+        run.env_step = int(run.curves.pop(AGAINST_ENV_STEPS).steps[-1])
+    set_back = sum(file.set_back for file in filled)
+    run.notes += faults
+    if set_back:
+        run.notes.append(f'its clock was set back by {set_back:,.0f} s in all; no time is counted there')
+    if len(run.spans) < len(filled):
+        run.notes.append('its event files overlap in time, which is counted once')
+    if abandoned:
+        run.notes.append(f'{abandoned:,} points are not counted: it went on from a checkpoint before them')
+
+
+def _parts_that_count(parts: Sequence[np.ndarray]) -> List[np.ndarray]:
+    """Parts of a curve by step; one that begins within the steps of an earlier one went on from a checkpoint there."""
+    counted: List[np.ndarray] = []
+    for part in filter(len, parts):
+        first = part[0, 0]
+        counted = [earlier[earlier[:, 0] < first] if earlier[0, 0] < first < earlier[-1, 0] else earlier
+                   for earlier in counted]
+        counted.append(part)
+    return sorted(counted, key=lambda part: part[0, 0])
 
 
 def _events(file: str, advance: Callable[[int], None]) -> Iterator[Any]:
@@ -284,7 +333,8 @@ def _events(file: str, advance: Callable[[int], None]) -> Iterator[Any]:
     finally:
         advance(done - reported)
     if done < size:
-        raise Unreadable(f'{name} breaks off or is damaged after {done:,} of {size:,} bytes')
+        raise Unreadable(f'{name} breaks off or is damaged after {done:,} of {size:,} bytes; '
+                         f'the rest, {(size - done) / size:.1%}, is missing')
 
 
 def _scalar(value: Any) -> Optional[float]:
@@ -306,12 +356,6 @@ def _united(spans: Sequence[Span]) -> List[Span]:
         else:
             united.append((started, ended))
     return united
-
-
-def _curve(points: np.ndarray, spans: Sequence[Span]) -> Curve:
-    times, steps, values = points[np.argsort(points[:, 0], kind='stable')].T
-    seconds = sum((np.clip(times, *span) - span[0] for span in spans), np.zeros_like(times))
-    return Curve(steps.astype(int), seconds, values)
 
 
 class Source(str):
