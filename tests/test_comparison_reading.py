@@ -151,7 +151,7 @@ class TestReading:
         comparison = compared(*paths)
         for name, expected in (('search_ms', 7), ('step_ms', None), ('last_reward', None)):
             spread = row(comparison, name).spreads['new']
-            assert (spread and spread.mean) == expected
+            assert (spread and spread.centre) == expected
         assert compare_runs(paths, str(tmp_path / 'out'), console=Console(file=io.StringIO())) == 0
         assert compare_json(tmp_path / 'out')['left_out'] == {}
 
@@ -204,7 +204,7 @@ class TestConfig:
         comparison = compared(*paths)
         assert [side.name for side in comparison.sides] == ['old', 'new']
         assert comparison.differences == []
-        assert comparison.warnings[0].startswith('new_seed0: total_config.py ')
+        assert comparison.warnings[0].text.startswith('new_seed0: total_config.py ')
 
     def test_what_the_runs_of_a_side_differ_in(self, tmp_path):
         paths = pair(tmp_path)
@@ -225,8 +225,8 @@ class TestSources:
     def test_the_summary(self, tmp_path):
         comparison = compared(*pair(tmp_path, old=dict(seconds=100.)))
         seconds = row(comparison, 'seconds')
-        assert (seconds.source, seconds.spreads['old'].mean) == ('summary', 100)
-        assert row(comparison, 'host_memory_mb').spreads['old'].mean == 700
+        assert (seconds.source, seconds.spreads['old'].centre) == ('summary', 100)
+        assert row(comparison, 'host_memory_mb').spreads['old'].centre == 700
 
     def test_one_source_for_all_runs(self, tmp_path):
         paths = [write_run(tmp_path / 'old_s0', summary=dict(seconds=130., host_memory_mb=900.)),
@@ -242,10 +242,10 @@ class TestSources:
         comparison = compared(*paths)
         assert [side.name for side in comparison.sides] == ['lightzero', 'new']
         cells = {cells[0]: cells[1:] for cells in measures_table(comparison).rows}
-        assert cells['training time'] == ['1:40', '1:40', '1.00']
+        assert cells['training time'] == ['1:40', '1:40', 'the same']
         assert cells['search, ms'] == ['-', '60.0', '-']
         assert cells['hit rate, roots'] == ['-', '60.0%', '-']
-        assert cells['last reward'] == ['150.0', '150.0', '1.00']
+        assert cells['last reward'] == ['150.0', '150.0', 'the same']
         assert draw(comparison).startswith(b'\x89PNG')
 
     def test_memory_of_the_device(self, tmp_path):
@@ -280,9 +280,9 @@ class TestPicture:
 
     def test_the_band(self):
         lines = [(np.array([0., 10.]), np.array([0., 10.])), (np.array([5., 25.]), np.array([9., 49.]))]
-        places, mean, deviation = band_of(lines)
+        places, centre, low, high = band_of(lines, 'median')
         assert (places[0], places[-1]) == (5, 10)
-        assert mean[[0, -1]] == pytest.approx([7, 14.5])
-        assert deviation[[0, -1]] == pytest.approx([8 ** 0.5, 40.5 ** 0.5])
-        assert band_of(lines[:1]) is None
-        assert band_of([lines[0], (np.array([11., 12.]), np.array([1., 1.]))]) is None
+        assert [values[[0, -1]].tolist() for values in (centre, low, high)] == [
+            pytest.approx(expected) for expected in ([7, 14.5], [5, 10], [9, 19])]
+        assert band_of(lines[:1], 'median') is None
+        assert band_of([lines[0], (np.array([11., 12.]), np.array([1., 1.]))], 'median') is None

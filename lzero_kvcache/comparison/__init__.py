@@ -17,14 +17,15 @@ from .table import default_console, line, reading_bar, show
 
 __all__ = ['compare_runs']
 
-PICTURE, PAGE, DATA = 'compare.png', 'report.html', 'compare.json'
+PICTURES, PAGE, DATA = ('compare.png', 'compare.svg', 'compare.pdf'), 'report.html', 'compare.json'
 
 
 def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[Tuple[str, str]] = (),
                  console: Optional[Console] = None) -> int:
     """
     Overview:
-        Compare trainings: print one table, and write ``compare.png``, ``report.html`` and ``compare.json``.
+        Compare trainings: print one table, and write ``compare.png``, ``.svg`` and ``.pdf``, ``report.html`` and
+        ``compare.json``.
     Arguments:
         - runs (:obj:`Sequence[str]`): Folders of experiments, folders of several, or event files.
         - out (:obj:`str`): The folder to write into; made if it is not there.
@@ -66,7 +67,8 @@ def _read(folders: Sequence[RunFolder], console: Console) -> Tuple[List[TrainedR
 
 def _write(comparison: Comparison, out: str) -> List[str]:
     data = json.dumps(as_json(comparison), indent=2, allow_nan=False, ensure_ascii=False)
-    contents = {PICTURE: draw(comparison), PAGE: report_of(comparison).encode('utf-8'), DATA: data.encode('utf-8')}
+    contents = {name: draw(comparison, form=name.rpartition('.')[2]) for name in PICTURES}
+    contents.update({PAGE: report_of(comparison).encode('utf-8'), DATA: data.encode('utf-8')})
     paths = [os.path.join(out, name) for name in contents]
     try:
         os.makedirs(out, exist_ok=True)

@@ -14,9 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.style import context
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from .judging import Comparison
+from .judging import INTERQUARTILE_MEAN, MEDIAN, Comparison, summed_up
 from .reading import CACHE_BY_STEP, HOST_MEMORY, REWARD, Curve
-from .table import Table, config_table, measures_table, runs_table, runs_text, side_text
+from .table import Table, config_table, measures_table, origin, runs_table, runs_text, side_text
 
 # Told apart by who sees colours otherwise (Okabe and Ito), on white and on black.
 COLOURS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
@@ -27,6 +27,11 @@ COLUMNS, PANEL_INCHES, DPI = 3, (4.1, 2.9), 144
 STEPS, MINUTES = 'environment steps', 'minutes'
 # More points than a panel has pixels to show them are averaged.
 SHOWN_POINTS = 200
+# A band needs fewer resamples than a table, since it has as many intervals as points.
+BAND_RESAMPLES = 500
+
+# The same comparison is the same file, whenever it is drawn.
+UNDATED = {'png': None, 'svg': {'Date': None}, 'pdf': {'CreationDate': None}}
 
 Line = Tuple[np.ndarray, np.ndarray]
 
@@ -53,8 +58,8 @@ PANELS = (
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
-def draw(comparison: Comparison, dark: bool = False, columns: int = COLUMNS) -> bytes:
-    """A PNG of all panels that a run has points for, at most so many side by side."""
+def draw(comparison: Comparison, dark: bool = False, columns: int = COLUMNS, form: str = 'png') -> bytes:
+    """All panels that a run has points for as a PNG, SVG or PDF, at most so many side by side."""
     colours = COLOURS_ON_DARK if dark else COLOURS
     panels = _shown_panels(comparison)
     with context(['default', _style(*(DARK_PAPER, LIGHT_INK, DARK_RULES) if dark else (PAPER, INK, RULES))]):
@@ -70,7 +75,7 @@ def draw(comparison: Comparison, dark: bool = False, columns: int = COLUMNS) -> 
         figure.legend(handles, [' ' + side_text(side) for side in comparison.sides], loc='upper left',
                       bbox_to_anchor=(0.005, 1.), ncols=len(handles), frameon=False, fontsize=11)
         file = io.BytesIO()
-        figure.savefig(file, format='png', dpi=DPI)
+        figure.savefig(file, format=form, dpi=DPI, metadata=UNDATED[form])
     return file.getvalue()
 
 
@@ -81,6 +86,7 @@ def _style(paper: str, ink: str, rules: str) -> Any:
         'grid.color': rules, 'axes.grid': True, 'grid.linewidth': 0.6, 'axes.spines.top': False,
         'axes.spines.right': False, 'axes.titlesize': 11, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold',
         'font.size': 9.5, 'text.parse_math': False, 'xtick.major.size': 0, 'ytick.major.size': 0,
+        'svg.hashsalt': 'comparison',
     }
 
 
@@ -93,15 +99,15 @@ def _draw_panel(axes: Any, panel: Panel, comparison: Comparison, colours: Sequen
         colour = colours[index % len(colours)]
         lines = [line_of(run.curves[panel.tag], panel) for run in side.runs if panel.tag in run.curves]
         lines = [line for line in lines if len(line[0])]
-        band = band_of(lines)
+        band = band_of(lines, comparison.statistic)
         for x, y in lines:
             alone = band is None
             axes.plot(x, y, color=colour, linewidth=2. if alone else 0.8, alpha=1. if alone else 0.45,
                       marker='o' if len(x) == 1 else None, markersize=4)
         if band is not None:
-            places, mean, deviation = band
-            axes.plot(places, mean, color=colour, linewidth=2.2)
-            axes.fill_between(places, mean - deviation, mean + deviation, color=colour, alpha=0.16, linewidth=0)
+            places, centre, low, high = band
+            axes.plot(places, centre, color=colour, linewidth=2.2)
+            axes.fill_between(places, low, high, color=colour, alpha=0.16, linewidth=0)
     axes.set_title(panel.title)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel(panel.against)
@@ -127,8 +133,8 @@ def line_of(curve: Curve, panel: Panel) -> Line:
     return np.bincount(index, x)[there] / counts[there], np.bincount(index, y)[there] / counts[there]
 
 
-def band_of(lines: Sequence[Line]) -> Optional[Tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Places, means and deviations where all lines have points; None if nowhere, or of fewer than two lines."""
+def band_of(lines: Sequence[Line], statistic: str) -> Optional[Tuple[np.ndarray, ...]]:
+    """Places, centre, low and high where all lines have points; None if nowhere, or of fewer than two lines."""
     if len(lines) < 2:
         return None
     first, last = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
@@ -136,7 +142,7 @@ def band_of(lines: Sequence[Line]) -> Optional[Tuple[np.ndarray, np.ndarray, np.
         return None
     places = np.linspace(first, last, SHOWN_POINTS)
     values = np.stack([np.interp(places, x, y) for x, y in lines])
-    return places, values.mean(axis=0), values.std(axis=0, ddof=1)
+    return (places, *summed_up(values, statistic, BAND_RESAMPLES))
 
 
 # ---- page ------------------------------------------------------------------------------------------------------------
@@ -157,6 +163,7 @@ p { margin: .25rem 0; }
 .quiet { color: var(--quiet); }
 .notes { margin: 1.25rem 0; padding: .6rem 1rem; border-left: 4px solid var(--note-rule); background: var(--note); }
 .notes ul { margin: .25rem 0; padding-left: 1.1rem; }
+footer { margin-top: 2.2rem; font-size: .9rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 .scroll:focus-visible { outline: 2px solid var(--note-rule); }
 table { position: relative; border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -176,8 +183,10 @@ figcaption { color: var(--quiet); padding-top: .4rem; }
 NARROW, DARK = '(max-width: 40rem)', '(prefers-color-scheme: dark)'
 # The browser itself refuses whatever would have to be fetched.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-CURVES = 'Thick: the mean of all runs of a side; band: one standard deviation; thin: each run.'
-RATIOS = 'A ratio is that of the means; a dash stands where there is no number, or where a ratio would say nothing.'
+CURVES = {MEDIAN: 'Thick: the median of all runs of a side; band: their range; thin: each run.',
+          INTERQUARTILE_MEAN: 'Thick: the interquartile mean of all runs of a side; band: its 95% bootstrap interval; '
+                              'thin: each run.'}
+VERDICTS = 'A dash stands where there is no number, or where the sides are not comparable.'
 
 
 def report_of(comparison: Comparison) -> str:
@@ -191,17 +200,18 @@ def report_of(comparison: Comparison) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<title>{title}</title>', f'<style>{STYLE}</style>', '</head>', '<body>', '<main>',
         f'<h1>{title}</h1>', f'<p class="quiet">{escape(lead)}</p>', _notes(comparison),
-        '<h2 id="measures">Measures</h2>', f'<p class="quiet">{RATIOS}</p>',
+        '<h2 id="measures">Measures</h2>', f'<p class="quiet">{VERDICTS}</p>',
         _table(measures_table(comparison), 'numbers', 'measures'),
         '<h2 id="curves">Curves</h2>', _figure(comparison),
         '<h2 id="configs">Configs</h2>', _configs(comparison),
         '<h2 id="runs">Runs</h2>', _table(runs_table(comparison), 'numbers', 'runs'),
-        '</main>', '</body>', '</html>', '',
+        '</main>', f'<footer class="quiet">{_paragraphs(origin(comparison))}</footer>', '</body>', '</html>', '',
     ])
 
 
 def _notes(comparison: Comparison) -> str:
-    lines = comparison.warnings + [f'{name} is left out: {why}' for name, why in comparison.left_out.items()]
+    lines = [warning.text for warning in comparison.warnings]
+    lines += [f'{name} is left out: {why}' for name, why in comparison.left_out.items()]
     if not lines:
         return ''
     items = ''.join(f'<li>{escape(line)}</li>' for line in lines)
@@ -230,7 +240,7 @@ def _figure(comparison: Comparison) -> str:
         for media, dark, columns in ((f'{NARROW} and {DARK}', True, 1), (NARROW, False, 1), (DARK, True, COLUMNS))
     )
     return (f'<figure><picture>{sources}<img src="{_data(draw(comparison))}" alt="{escape(alt)}"></picture>'
-            f'<figcaption>{CURVES}</figcaption></figure>')
+            f'<figcaption>{CURVES[comparison.statistic]}</figcaption></figure>')
 
 
 def _data(png: bytes) -> str:
@@ -244,6 +254,10 @@ def _configs(comparison: Comparison) -> str:
     if sum(any(run.config for run in side.runs) for side in comparison.sides) > 1:
         return '<p>The configs are the same.</p>'
     return '<p>Unknown: fewer than two sides have a total_config.py.</p>'
+
+
+def _paragraphs(texts: Sequence[str]) -> str:
+    return ''.join(f'<p>{escape(text)}</p>' for text in texts)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,17 +1,40 @@
 """The comparison as headings and cells, the same on the terminal and in the page; and how the terminal shows it."""
 import contextlib
+import datetime
+import shlex
 import sys
-from typing import Callable, Iterator, List, NamedTuple, Optional
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .judging import Comparison, Side, Spread
+from .judging import (
+    COUNT,
+    HITS,
+    INTERQUARTILE_MEAN,
+    MEDIAN,
+    MEMORY,
+    REWARDS,
+    SPEED,
+    TIME,
+    Comparison,
+    Row,
+    Side,
+    Spread,
+)
+from .reading import TrainedRun
 
 NONE = '-'
-PLAIN_WIDTH = 240
+WIDTH = 100
+# Of the titles of measures, and of most of their values, beside the rules between columns.
+TITLE_WIDTH, VALUE_WIDTH, RULE_WIDTH = 28, 8, 3
+SPREADS = {MEDIAN: 'median [least, greatest]', INTERQUARTILE_MEAN: 'interquartile mean [95% interval]'}
+# A side whose number is greater than the baseline's, or less.
+WORDS = {TIME: ('slower', 'faster'), SPEED: ('faster', 'slower'), MEMORY: ('more', 'less'), COUNT: ('more', 'less'),
+         HITS: ('higher', 'lower'), REWARDS: ('higher', 'lower')}
+SAME = 'the same'
 # The page shows all of them.
 SHOWN_DIFFERENCES = 15
 
@@ -23,26 +46,28 @@ class Table(NamedTuple):
     rows: List[List[str]]
 
 
-def measures_table(comparison: Comparison) -> Table:
-    """The measures by side, with a column of ratios after each side that is not the baseline."""
-    baseline, *others = comparison.sides
-    headings = ['mean ± standard deviation', side_text(baseline)]
+def measures_table(comparison: Comparison, others: Optional[Sequence[Side]] = None) -> Table:
+    """The measures by side; after each side that is not the baseline, a column says which is better and by how much."""
+    baseline = comparison.sides[0]
+    others = comparison.sides[1:] if others is None else others
+    headings = [SPREADS[comparison.statistic], side_text(baseline)]
     for side in others:
-        headings += [side_text(side), f'{baseline.name} / {side.name}']
+        headings += [side_text(side), f'{side.name} against {baseline.name}']
     rows = []
     for row in comparison.rows:
         cells = [row.measure.title, _spread_text(row.spreads[baseline.name], row.measure.kind)]
         for side in others:
-            cells += [_spread_text(row.spreads[side.name], row.measure.kind), _ratio_text(row.ratios[side.name])]
+            cells += [_spread_text(row.spreads[side.name], row.measure.kind), _verdict(row, baseline, side)]
         rows.append(cells)
     return Table(f'Comparison: {comparison.title}', headings, rows)
 
 
-def runs_table(comparison: Comparison) -> Table:
-    """The measures by run."""
-    runs = comparison.runs
+def runs_table(comparison: Comparison, runs: Optional[Sequence[TrainedRun]] = None) -> Table:
+    """The measures by run, of all runs or of some."""
+    runs = comparison.runs + comparison.mixed if runs is None else runs
+    sides = {run.name: side.name for side in comparison.sides for run in side.runs}
     rows = [
-        ['side', *(side.name for side in comparison.sides for _ in side.runs)],
+        ['side', *(sides.get(run.name, 'mixed: ' + ', '.join(run.caches)) for run in runs)],
         ['seed', *(NONE if run.seed is None else str(run.seed) for run in runs)],
     ]
     for row in comparison.rows:
@@ -58,6 +83,24 @@ def config_table(comparison: Comparison) -> Table:
     return Table('What the configs differ in', ['key', *names], rows)
 
 
+def origin(comparison: Comparison) -> List[str]:
+    """When and where the runs were trained, with what, and by which commands, as far as they say it."""
+    runs = comparison.runs + comparison.mixed
+    lines = ['Trained {} to {} UTC'.format(*(
+        datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).strftime('%Y-%m-%d %H:%M')
+        for moment in (min(run.spans[0][0] for run in runs), max(run.spans[-1][1] for run in runs))))]
+    for title in ('machine', 'versions'):
+        said = [run.said(title) for run in runs]
+        texts = [', '.join(f'{key} {value}' for key, value in known.items() if value is not None)
+                 for known in said if isinstance(known, dict)]
+        lines += [f'{title.capitalize()}: {text}' for text in dict.fromkeys(texts)]
+    for run in runs:
+        command = run.said('command')
+        if command:
+            lines.append(f'{run.name}: {shlex.join(map(str, command)) if isinstance(command, list) else command}')
+    return lines
+
+
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 def _value_text(value: Optional[float], kind: str, beside: Optional[float] = None) -> str:
@@ -70,20 +113,35 @@ def _value_text(value: Optional[float], kind: str, beside: Optional[float] = Non
         return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
     if kind == 'share':
         return f'{value:.1%}'
-    digits = 2 if abs(value if beside is None else beside) < 10 else 1
-    return '{:,.{}f}'.format(value, 0 if kind == 'count' else digits)
+    size = abs(value if beside is None else beside)
+    return '{:,.{}f}'.format(value, 0 if kind == 'count' or size >= 1000 else 2 if size < 10 else 1)
 
 
 def _spread_text(spread: Optional[Spread], kind: str) -> str:
-    """As '12.3 ± 0.4'; the mean alone for one run."""
+    """As '12.3 [11.9, 12.8]'; the centre alone where there is nothing around it."""
     if spread is None:
         return NONE
-    mean = _value_text(spread.mean, kind)
-    return mean if spread.deviation is None else f'{mean} ± {_value_text(spread.deviation, kind, spread.mean)}'
+    centre, low, high = (_value_text(value, kind, spread.centre) for value in (spread.centre, spread.low, spread.high))
+    return centre if low == high else f'{centre} [{low}, {high}]'
 
 
-def _ratio_text(ratio: Optional[float]) -> str:
-    return NONE if ratio is None else f'{ratio:,.2f}'
+def _verdict(row: Row, baseline: Side, side: Side) -> str:
+    """As '1.62 x faster' or, where a ratio says little, '33.9% higher'; a dash where nothing can be said."""
+    base, own = row.spreads[baseline.name], row.spreads[side.name]
+    greater, less = WORDS[row.measure.about]
+    if base is None or own is None or side.name in row.not_comparable:
+        return NONE
+    if row.measure.about in (HITS, REWARDS):
+        difference = own.centre - base.centre
+        text = _value_text(abs(difference), row.measure.kind, max(base.centre, own.centre, key=abs))
+        if row.measure.about == HITS:
+            text = f'{abs(difference) * 100:.1f} points'
+        return f'{text} {greater if difference > 0 else less}' if any(map('123456789'.count, text)) else SAME
+    ratio = row.ratios[side.name]
+    if not ratio:
+        return NONE
+    times = f'{max(ratio, 1 / ratio):,.2f}'
+    return SAME if times == '1.00' else f'{times} x {less if ratio > 1 else greater}'
 
 
 def side_text(side: Side) -> str:
@@ -97,8 +155,8 @@ def runs_text(count: int) -> str:
 # ---- terminal --------------------------------------------------------------------------------------------------------
 
 def default_console() -> Console:
-    """Standard output; a file or a pipe is as wide as a table needs."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    """Standard output; a file or a pipe is taken to be as wide as WIDTH."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 
 
 @contextlib.contextmanager
@@ -112,7 +170,15 @@ def reading_bar(console: Console, total: int) -> Iterator[Callable[[str, int], N
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    console.print(_drawn(measures_table(comparison), numbers=True))
+    for warning in comparison.warnings:
+        if warning.blocks:
+            line(console, f'WARNING: {warning.text}')
+    for others in [[side] for side in comparison.sides[1:]] or [[]]:
+        console.print(_drawn(measures_table(comparison, others), numbers=True))
+    runs = comparison.runs + comparison.mixed
+    if comparison.mixed or len(comparison.sides) < len(comparison.runs) and comparison.statistic == MEDIAN:
+        for beside in _that_fit(runs, console.width):
+            console.print(_drawn(runs_table(comparison, beside), numbers=True))
     differences = config_table(comparison)
     if differences.rows:
         shown = differences._replace(rows=differences.rows[:SHOWN_DIFFERENCES])
@@ -121,7 +187,24 @@ def show(comparison: Comparison, console: Console) -> None:
         if more:
             line(console, f'... and {more} more; report.html has all of them')
     for warning in comparison.warnings:
-        line(console, f'WARNING: {warning}')
+        if not warning.blocks:
+            line(console, f'WARNING: {warning.text}')
+    for text in origin(comparison):
+        line(console, text)
+
+
+def _that_fit(runs: Sequence[TrainedRun], width: int) -> Iterator[List[TrainedRun]]:
+    """Runs in turn, as many at once as a table of this width has columns for."""
+    beside: List[TrainedRun] = []
+    used = start = TITLE_WIDTH + 2 * RULE_WIDTH
+    for run in runs:
+        needed = max(len(run.name), VALUE_WIDTH) + RULE_WIDTH
+        if beside and used + needed > width:
+            yield beside
+            beside, used = [], start
+        beside.append(run)
+        used += needed
+    yield beside
 
 
 def line(console: Console, text: str) -> None:
