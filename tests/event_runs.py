@@ -3,15 +3,30 @@ import json
 from pathlib import Path
 
 from ding.config.config import save_config_py
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from lzero_kvcache.comparison import finding, runs
-from lzero_kvcache.comparison.comparison import compare
+from lzero_kvcache.comparison.judging import judge
+from lzero_kvcache.comparison.reading import find_runs, read_run
 
 # Some moment in the past; every value below is exact in the 32 bits of an event file.
 BEGAN = 1_700_000_000.
 MACHINE = dict(system='Linux', processor='x86_64', cpus=2, threads=1, gpu=None, python='3.11.7', torch='2.12.1',
                ding='v0.5.3')
+
+
+def write_events(folder, points, began=BEGAN, created=None):
+    """An event file of scalars: (seconds after ``began``, step, tag, value), in the order in which they are written."""
+    path = Path(folder) / f'events.out.tfevents.{int(began if created is None else created)}.here'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'wb') as file:
+        writer = RecordWriter(file)
+        writer.write(Event(wall_time=began, file_version='brain.Event:2').SerializeToString())
+        for seconds, step, tag, value in points:
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            writer.write(Event(wall_time=began + seconds, step=step, summary=summary).SerializeToString())
+    return path
 
 
 def write_run(folder, new=False, seed=0, seconds=100., env_steps=1000, rewards=(10., 150.), search_ms=(80., 40.),
@@ -21,16 +36,12 @@ def write_run(folder, new=False, seed=0, seconds=100., env_steps=1000, rewards=(
     A training of as many evaluations as ``rewards`` and as many points of a cache tag as there are values, evenly over
     the time. ``summary`` holds what differs from the events; None for a run without ``summary.json``.
     """
-    folder = Path(folder)
-    serial = folder / 'log' / 'serial'
-    serial.mkdir(parents=True)
-    writer = SummaryWriter(str(serial))
+    folder, points = Path(folder), []
 
     def add(tag, values, iterations=False):
         for index, value in enumerate(values):
             part = index / max(1, len(values) - 1)
-            step = index if iterations else round(part * env_steps)
-            writer.add_scalar(tag, value, step, walltime=began + part * seconds)
+            points.append((part * seconds, index if iterations else round(part * env_steps), tag, value))
 
     add('evaluator_step/reward_mean', rewards)
     add('Buffer/memory_usage/process', (512., 640., 600.), iterations=True)
@@ -42,7 +53,7 @@ def write_run(folder, new=False, seed=0, seconds=100., env_steps=1000, rewards=(
         for name, values in tags.items():
             add(f'kv_cache_iter/{name}', values, iterations=True)
             add(f'kv_cache_step/{name}', values)
-    writer.close()
+    write_events(folder / 'log' / 'serial', sorted(points, key=lambda point: point[0]), began)
     if config:
         world_model = dict(context_length=8, device='cpu', use_new_cache_manager=new)
         save_config_py(dict(
@@ -75,12 +86,20 @@ def break_off(folder, share=0.5):
 
 def read(*paths):
     """The runs that paths stand for."""
-    return [runs.read_run(experiment, lambda size: None) for experiment in finding.find_experiments(paths)]
+    return [read_run(folder, lambda size: None) for folder in find_runs(paths)]
 
 
 def compared(*paths, groups=()):
     """Their comparison."""
-    return compare(read(*paths), groups, {})
+    return judge(read(*paths), groups, {})
+
+
+def compare_json(folder):
+    """What a comparison wrote for programs, if it is JSON in the strict sense."""
+    def refuse(constant):
+        raise AssertionError(f'{constant} is not JSON')
+
+    return json.loads((Path(folder) / 'compare.json').read_text(encoding='utf-8'), parse_constant=refuse)
 
 
 def row(comparison, name):

@@ -5,23 +5,27 @@ import os
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
-from event_runs import BEGAN, MACHINE, break_off, compared, event_file, pair, read, write_run
+from event_runs import BEGAN, MACHINE, break_off, compare_json, compared, event_file, pair, read, row, write_run
 from rich.console import Console
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.__main__ import main
-from lzero_kvcache.comparison import compare_runs, runs
-from lzero_kvcache.comparison.table import measures_table, runs_table
+from lzero_kvcache.comparison import compare_runs
+from lzero_kvcache.comparison.judging import MEASURES, as_json, summed_up
+from lzero_kvcache.comparison.page import report_of
+from lzero_kvcache.comparison.table import measures_table, origin, runs_table
 
 FLAG = 'policy.model.world_model_cfg.use_new_cache_manager'
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# ---- a whole comparison: three seeds a side, one broken off, one empty, one of another environment -------------------
+# ---- a whole comparison: three seeds a side, one torn at its start, one empty, one of another environment ------------
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
@@ -34,23 +38,19 @@ def whole(tmp_path_factory):
                   began=BEGAN + 1000 * seed + 500, rewards=(20., 100. + 50 * seed), hits=(99, 200), queries=(99, 200),
                   search_ms=(20., 20., 20.), step_ms=(1., 1.5), memory_mb=(1., 1.5, 1.25), evictions=(0., 10. * seed))
     write_run(folder / 'cartpole_old_seed3', seed=3)
-    break_off(folder / 'cartpole_old_seed3')
+    break_off(folder / 'cartpole_old_seed3', 0.01)
     write_run(folder / 'cartpole_new_seed3', new=True, seed=3)
     event_file(folder / 'cartpole_new_seed3').write_bytes(b'')
     write_run(folder / 'pong_new_seed0', new=True, env_id='PongNoFrameskip-v4', began=BEGAN + 9000,
               rewards=(-21., -20.))
     printed = io.StringIO()
-    code = compare_runs([str(folder)], str(folder / 'out'), console=Console(file=printed, width=200))
+    code = compare_runs([str(folder)], str(folder / 'out'), console=Console(file=printed, width=110))
     return folder / 'out', printed.getvalue(), code
-
-
-def refuse(constant):
-    raise AssertionError(f'{constant} is not JSON')
 
 
 @pytest.fixture(scope='module')
 def data(whole):
-    return json.loads((whole[0] / 'compare.json').read_text(encoding='utf-8'), parse_constant=refuse)
+    return compare_json(whole[0])
 
 
 class TestWhole:
@@ -63,23 +63,25 @@ class TestWhole:
         ]
 
     @pytest.mark.parametrize(('name', 'old', 'new', 'ratio'), [
-        # mean, sample deviation, least, greatest
-        ('seconds', (110, 10, 100, 120), (55, 5, 50, 60), 2),
-        ('env_step', (1000, 0, 1000, 1000), (1000, 0, 1000, 1000), 1),
-        ('search_ms', (80, 0, 80, 80), (20, 0, 20, 20), 4),
-        ('step_ms', (4, 1, 3, 5), (1.25, 0, 1.25, 1.25), 3.2),
-        ('host_memory_mb', (640, 0, 640, 640), (640, 0, 640, 640), 1),
-        ('cache_memory_mb', (2, 0, 2, 2), (1.5, 0, 1.5, 1.5), 4 / 3),
-        ('init_hit_rate', (0.54, 0.04, 0.5, 0.58), (1, 0, 1, 1), 0.54),
-        ('last_reward', (160, 10, 150, 170), (150, 50, 100, 200), 160 / 150),
-        ('best_reward', (530 / 3, 11.547005, 170, 190), (150, 50, 100, 200), 530 / 450),
+        # mean, sample deviation, least, greatest, median
+        ('seconds', (110, 10, 100, 120, 110), (55, 5, 50, 60, 55), 2),
+        ('env_step', (1000, 0, 1000, 1000, 1000), (1000, 0, 1000, 1000, 1000), 1),
+        ('search_ms', (80, 0, 80, 80, 80), (20, 0, 20, 20, 20), 4),
+        ('step_ms', (4, 1, 3, 5, 4), (1.25, 0, 1.25, 1.25, 1.25), 3.2),
+        ('host_memory_mb', (640, 0, 640, 640, 640), (640, 0, 640, 640, 640), 1),
+        ('cache_memory_mb', (2, 0, 2, 2, 2), (1.5, 0, 1.5, 1.5, 1.5), 4 / 3),
+        ('init_hit_rate', (0.54, 0.04, 0.5, 0.58, 0.54), (1, 0, 1, 1, 1), 0.54),
+        ('last_reward', (160, 10, 150, 170, 160), (150, 50, 100, 200, 150), 160 / 150),
+        ('best_reward', (530 / 3, 11.547005, 170, 190, 170), (150, 50, 100, 200, 150), 170 / 150),
     ])
     def test_numbers(self, data, name, old, new, ratio):
         [measure] = [measure for measure in data['measures'] if measure['name'] == name]
         for side, expected in (('old', old), ('cartpole_new', new)):
             spread = measure['sides'][side]
-            assert [spread[key] for key in ('mean', 'deviation', 'least', 'greatest')] == pytest.approx(expected)
-            assert spread['runs'] == 3
+            assert [spread[key] for key in ('mean', 'deviation', 'least', 'greatest', 'centre')
+                    ] == pytest.approx(expected)
+            assert (spread['runs'], spread['statistic']) == (3, 'median')
+            assert (spread['low'], spread['high']) == (spread['least'], spread['greatest'])
         assert measure['ratios']['cartpole_new'] == pytest.approx(ratio)
 
     def test_steps_per_second(self, data):
@@ -92,16 +94,27 @@ class TestWhole:
         assert measures['evictions']['sides']['cartpole_new']['mean'] == 10
         assert measures['evictions']['ratios']['cartpole_new'] is None
         assert measures['device_memory_mb']['sides'] == dict.fromkeys(('old', 'cartpole_new', 'pong_new'))
-        assert measures['last_reward']['ratios']['pong_new'] is None  # -20 is not 8 times worse than 160
+        assert {measure['ratios']['pong_new'] for measure in data['measures']} == {None}  # of another environment
         assert measures['seconds']['sides']['pong_new']['deviation'] is None
 
     def test_the_table(self, whole):
         lines = [[cell.strip() for cell in re.split('[│┃]', line)[1:-1]] for line in whole[1].split('\n')]
-        assert ['training time', '1:50 ± 0:10', '0:55 ± 0:05', '2.00', '1:40', '1.10'] in lines
-        assert ['search, ms', '80.0 ± 0.0', '20.0 ± 0.0', '4.00', '60.0', '1.33'] in lines
-        assert ['hit rate, roots', '54.0% ± 4.0%', '100.0% ± 0.0%', '0.54', '60.0%', '0.90'] in lines
-        assert ['evictions', '-', '10 ± 10', '-', '8', '-'] in lines
-        assert ['peak device memory, MiB', '-', '-', '-', '-', '-'] in lines
+        assert ['median [least, greatest]', 'old, 3 runs', 'cartpole_new, 3 runs', 'cartpole_new against old'] in lines
+        assert ['training time', '1:50 [1:40, 2:00]', '0:55 [0:50, 1:00]', '2.00 x faster'] in lines
+        assert ['environment steps', '1,000', '1,000', 'the same'] in lines
+        assert ['peak cache memory, MiB', '2.00', '1.50', '1.33 x less'] in lines
+        assert ['hit rate, roots', '54.0% [50.0%, 58.0%]', '100.0%', '46.0 points higher'] in lines
+        assert ['evictions', '-', '10 [0, 20]', '-'] in lines
+        assert ['peak device memory, MiB', '-', '-', '-'] in lines
+        assert ['last reward', '160.0 [150.0, 170.0]', '150.0 [100.0, 200.0]', '10.0 lower'] in lines
+        assert ['search, ms', '80.0', '60.0', '-'] in lines  # of another environment
+
+    def test_every_seed_is_shown(self, whole):
+        lines = whole[1].split('\n')
+        cells = [cell.strip() for line in lines if line.startswith('│ last reward ')
+                 for cell in line.strip('│').split('│')[1:]]
+        for value in ('150.0', '160.0', '170.0', '100.0', '150.0', '200.0', '-20.0'):
+            assert value in cells
 
     def test_config_differences(self, whole, data):
         assert data['config_differences'] == [
@@ -116,7 +129,7 @@ class TestWhole:
         assert len(lines) == 2
         assert re.fullmatch(r'cartpole_new_seed3 is left out: no scalar in events\.\S+', lines[0])
         assert re.fullmatch(r'cartpole_old_seed3 is left out: events\.\S+ breaks off or is damaged after [\d,]+ of '
-                            r'[\d,]+ bytes', lines[1])
+                            r'[\d,]+ bytes; the rest, [\d.]+%, is missing', lines[1])
         assert list(data['left_out']) == ['cartpole_new_seed3', 'cartpole_old_seed3']
 
     def test_warnings(self, whole, data):
@@ -126,8 +139,10 @@ class TestWhole:
             'Other seeds: old: 0, 1, 2; cartpole_new: 0, 1, 2; pong_new: 0',
             "One run of 'pong_new': without a spread, chance cannot be told from effect",
         ]
-        for warning in data['warnings']:
-            assert f'WARNING: {warning}' in whole[1].split('\n')
+        lines = whole[1].split('\n')
+        table = next(index for index, line in enumerate(lines) if line.startswith('Comparison: '))
+        reason, *others = [lines.index(f'WARNING: {warning}') for warning in data['warnings']]
+        assert reason < table < min(others)
 
 
 class Page(HTMLParser):
@@ -172,9 +187,11 @@ class TestPage:
     def test_every_row_of_the_terminal(self, whole, page):
         printed = [[cell.strip() for cell in re.split('[│┃]', line)[1:-1]] for line in whole[1].split('\n')]
         printed = [row for row in printed if row]
-        measures, configs, _ = page.tables
-        assert measures + configs == printed
-        assert len(measures) == 1 + len(runs.MEASURES)
+        measures, configs, runs = page.tables
+        assert [row[:4] for row in measures] == printed[:len(measures)]
+        assert configs == printed[-len(configs):]
+        assert len(measures) == 1 + len(MEASURES)
+        assert len(runs) == 3 + len(MEASURES)
 
     def test_every_run(self, page):
         names = [f'cartpole_{side}_seed{seed}' for side in ('old', 'new') for seed in range(3)]
@@ -247,13 +264,13 @@ class TestSides:
         groups = [('ours', 'new*')]
         comparison = compared(*paths, groups=groups)
         assert [side.name for side in comparison.sides] == ['ours', 'old']
-        assert measures_table(comparison).headings[-1] == 'ours / old'
+        assert measures_table(comparison).headings[-1] == 'old against ours'
 
 
 class TestWarnings:
 
     def warnings(self, *paths):
-        return [warning for warning in compared(*paths).warnings if not warning.startswith('One run of')]
+        return [warning.text for warning in compared(*paths).warnings if not warning.text.startswith('One run of')]
 
     def test_nothing_to_say(self, tmp_path):
         assert self.warnings(*pair(tmp_path)) == []
@@ -287,7 +304,8 @@ class TestWarnings:
     def test_budgets_of_runs_without_a_summary(self, tmp_path):
         paths = [write_run(tmp_path / 'old_s0'),
                  write_run(tmp_path / 'new_s0', new=True, env_steps=740, began=BEGAN + 500)]
-        assert self.warnings(*paths) == ['Other budgets: new_s0 has 740 environment steps, old_s0 1,000']
+        assert self.warnings(*paths) == ['Other budgets: new_s0 has 740 environment steps, old_s0 1,000: times '
+                                         'and rewards are not comparable']
 
     def test_hosts(self, tmp_path):
         paths = pair(tmp_path)
@@ -296,6 +314,28 @@ class TestWarnings:
         [warning] = self.warnings(*paths)
         assert warning.startswith('Other hosts (old: ')
         assert warning.endswith('; new: far.away): times are comparable if these are of one kind')
+
+    @pytest.mark.parametrize(('new', 'summary', 'without', 'with_one'), [
+        (dict(env_id='MsPacman-v0'), {}, ('seconds', 'cache_memory_mb', 'init_hit_rate', 'last_reward'), ()),
+        (dict(env_steps=300), {}, ('seconds', 'env_step', 'env_steps_per_second', 'last_reward', 'evictions'),
+         ('cache_memory_mb', 'init_hit_rate')),
+        ({}, dict(machine={**MACHINE, 'cpus': 64}), ('seconds', 'search_ms', 'host_memory_mb'),
+         ('init_hit_rate', 'last_reward')),
+        ({}, {}, (), ('seconds', 'search_ms', 'cache_memory_mb', 'init_hit_rate', 'last_reward')),
+    ])
+    def test_what_is_not_comparable_has_no_ratio(self, tmp_path, new, summary, without, with_one):
+        paths = pair(tmp_path, new=new)
+        path = tmp_path / 'new_seed0' / 'summary.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), **summary}))
+        comparison = compared(*paths)
+        verdicts = {row.measure.name: cells[-1] for row, cells in zip(comparison.rows,
+                                                                      measures_table(comparison).rows)}
+        for name in without:
+            assert (row(comparison, name).ratios['new'], verdicts[name]) == (None, '-')
+        for name in with_one:
+            assert row(comparison, name).ratios['new'] is not None
+            assert verdicts[name] != '-'
+        assert any(caution.blocks for caution in comparison.warnings) is bool(without)
 
     def test_runs_at_the_same_time(self, tmp_path):
         paths = [write_run(tmp_path / 'old_s0'), write_run(tmp_path / 'new_s0', new=True, began=BEGAN + 99)]
@@ -306,10 +346,103 @@ class TestWarnings:
     def test_one_side(self, tmp_path):
         paths = [write_run(tmp_path / f'old_s{seed}', seed=seed, began=BEGAN + 1000 * seed) for seed in range(2)]
         comparison = compared(*paths)
-        assert comparison.warnings == ["All runs are of one side, 'old': there is nothing to compare it to (--group "
-                                       'makes sides)']
-        assert measures_table(comparison).headings == ['mean ± standard deviation', 'old, 2 runs']
+        assert [warning.text for warning in comparison.warnings] == [
+            "All runs are of one side, 'old': there is nothing to compare it to (--group makes sides)"
+        ]
+        assert measures_table(comparison).headings == ['median [least, greatest]', 'old, 2 runs']
         assert runs_table(comparison).headings == ['run', 'old_s0', 'old_s1']
+
+
+# ---- many runs, mixed runs, and where runs come from -----------------------------------------------------------------
+
+class TestManyRuns:
+
+    @pytest.fixture(scope='class')
+    def paths(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp('many')
+        return [write_run(folder / f'{side}_s{seed}', new=side == 'new', seed=seed, config=False,
+                          began=BEGAN + 1000 * (2 * seed + (side == 'new')), rewards=(0., float(reward)))
+                for side, factor in (('old', 1), ('new', 2))
+                for seed, reward in enumerate(factor * np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 1000]))]
+
+    def test_nine_seeds_have_a_median(self, paths):
+        nine = [path for path in paths if not path.endswith('_s9')]
+        spread = row(compared(*nine), 'last_reward').spreads['old']
+        assert (spread.statistic, spread.centre, spread.low, spread.high) == ('median', 4, 1, 9)
+
+    def test_ten_seeds_have_an_interquartile_mean(self, paths):
+        """Without the two least and the two greatest of ten, as rliable's ``trim_mean(proportiontocut=0.25)``."""
+        comparison = compared(*paths)
+        spread = row(comparison, 'last_reward').spreads['old']
+        assert (spread.statistic, spread.centre) == ('interquartile mean', pytest.approx((2 + 3 + 4 + 5 + 5 + 6) / 6))
+        assert spread.low < spread.centre < spread.high
+        assert measures_table(comparison).headings[0] == 'interquartile mean [95% interval]'
+        assert spread == row(compared(*paths), 'last_reward').spreads['old']
+
+    def test_ten_of_one_side_are_not_enough(self, paths):
+        spreads = row(compared(*paths[:11]), 'last_reward').spreads
+        assert [spread.statistic for spread in spreads.values()] == ['median', 'median']
+
+    def test_the_interval_holds_what_it_should(self):
+        """In 95 of 100 draws it has the true value in it; a percentile interval of 20 runs in a few less."""
+        draws = np.random.default_rng(7).normal(size=(300, 20))
+        held = sum(low < 0 < high for _, low, high in (summed_up(draw, 'interquartile mean', 500) for draw in draws))
+        assert 0.88 < held / 300 < 0.98
+
+    def test_rows_of_a_curve(self):
+        values = np.stack([np.arange(12.), np.full(12, 5.)], axis=1)
+        centre, low, high = summed_up(values, 'interquartile mean', 200)
+        assert centre.tolist() == [5.5, 5]
+        assert low[0] < 5.5 < high[0]
+        assert (low[1], high[1]) == (5, 5)
+
+
+class TestMixed:
+
+    def mixed(self, folder):
+        return write_run(folder / 'new_seed1', new=True, seed=1, began=BEGAN + 5000, seconds=10.,
+                         summary=dict(segments=[dict(cache='old', seconds=4.), dict(cache='new', seconds=6.)]))
+
+    def test_it_is_shown_and_in_no_mean(self, tmp_path):
+        paths = [*pair(tmp_path), self.mixed(tmp_path)]
+        comparison = compared(*paths)
+        assert {side.name: [run.name for run in side.runs] for side in comparison.sides} == {
+            'old': ['old_seed0'], 'new': ['new_seed0']}
+        assert row(comparison, 'seconds').spreads['new'].centre == 100
+        assert runs_table(comparison).rows[0] == ['side', 'old', 'new', 'mixed: old, new']
+        assert runs_table(comparison).rows[2] == ['training time', '1:40', '1:40', '0:10']
+        assert "new_seed1 is mixed: it was trained with old and new, and is in no side's numbers" in [
+            caution.text for caution in comparison.warnings]
+        assert [run['name'] for run in as_json(comparison)['mixed']] == ['new_seed1']
+
+    def test_segments_of_one_system(self, tmp_path):
+        paths = [*pair(tmp_path), write_run(tmp_path / 'new_seed1', new=True, seed=1, summary=dict(
+            segments=[dict(cache='new'), dict(cache='new')]))]
+        assert [len(side.runs) for side in compared(*paths).sides] == [1, 2]
+
+    def test_nothing_but_mixed_runs(self, tmp_path):
+        with pytest.raises(ConfigError, match='new_seed1: trained with more than one cache system each'):
+            compared(self.mixed(tmp_path))
+
+
+class TestOrigin:
+
+    def test_what_the_summaries_say(self, tmp_path):
+        said = dict(command=['train.py', '--set', 'a=b c'], versions=dict(lzero_kvcache='0.2.0', lightzero='0.2.0'))
+        paths = [write_run(tmp_path / 'old_s0', summary=said, seconds=7200.),
+                 write_run(tmp_path / 'new_s0', new=True, summary=dict(machine={**MACHINE, 'gpu': 'NVIDIA H100'}))]
+        assert origin(compared(*paths)) == [
+            'Trained 2023-11-14 22:13 to 2023-11-15 00:13 UTC',
+            'Machine: system Linux, processor x86_64, cpus 2, threads 1, python 3.11.7, torch 2.12.1, ding v0.5.3',
+            'Machine: system Linux, processor x86_64, cpus 2, threads 1, gpu NVIDIA H100, python 3.11.7, '
+            'torch 2.12.1, ding v0.5.3',
+            'Versions: lzero_kvcache 0.2.0, lightzero 0.2.0',
+            "old_s0: train.py --set 'a=b c'",
+        ]
+
+    def test_the_foot_of_the_page(self, tmp_path):
+        assert '<footer class="quiet"><p>Trained 2023-11-14 22:13 to 2023-11-14 22:31 UTC</p>' in report_of(
+            compared(*pair(tmp_path)))
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -348,7 +481,10 @@ class TestCommand:
         assert (done.returncode, done.stderr) == (0, '')
         lines = done.stdout.rstrip('\n').split('\n')
         assert lines[0].strip() == 'Comparison: B / A'
-        assert lines[-1] == 'Wrote comparison/compare.png, comparison/report.html, comparison/compare.json'
-        assert sorted(path.name for path in (tmp_path / 'comparison').iterdir()) == [
-            'compare.json', 'compare.png', 'report.html'
-        ]
+        names = ['compare.png', 'compare.svg', 'compare.pdf', 'report.html', 'compare.json']
+        assert lines[-1] == f"Wrote {', '.join(f'comparison/{name}' for name in names)}"
+        contents = {path.name: path.read_bytes() for path in (tmp_path / 'comparison').iterdir()}
+        assert sorted(contents) == sorted(names)
+        assert contents['compare.pdf'].startswith(b'%PDF-')
+        assert xml.etree.ElementTree.fromstring(contents['compare.svg']).tag.endswith('svg')
+        assert max(len(line) for line in lines if line[:1] in '┏┃┡│└') <= 100

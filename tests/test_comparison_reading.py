@@ -1,24 +1,18 @@
 """What a comparison reads, from whole and damaged event files, saved configs and summaries; and how it is drawn."""
 import io
-import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from event_runs import BEGAN, break_off, compared, event_file, pair, read, row, write_run
+from event_runs import BEGAN, break_off, compare_json, compared, event_file, pair, read, row, write_events, write_run
 from rich.console import Console
-from tensorboardX import SummaryWriter
 
 from lzero_kvcache import comparison as package
-from lzero_kvcache.comparison import compare_runs, finding, runs
-from lzero_kvcache.comparison.events import Curve, Unreadable, read_events
-from lzero_kvcache.comparison.plot import PANELS, band_of, draw, line_of
-from lzero_kvcache.comparison.saved_config import read_config
+from lzero_kvcache.comparison import compare_runs
+from lzero_kvcache.comparison.page import PANELS, band_of, draw, line_of
+from lzero_kvcache.comparison.reading import REWARD, Curve, Unreadable, find_runs, read_config, read_run
 from lzero_kvcache.comparison.table import measures_table
-
-
-def refuse(constant):
-    raise AssertionError(f'{constant} is not JSON')
 
 
 class TestReading:
@@ -27,9 +21,9 @@ class TestReading:
         values = np.arange(12_000) % 1000
         folder = write_run(tmp_path / 'old_s0', search_ms=values)
         [run] = read(folder)
-        assert run.curve('kv_cache_iter/search_ms').values.tolist() == values.tolist()
+        assert run.curves['kv_cache_iter/search_ms'].values.tolist() == values.tolist()
         assert run.mean('kv_cache_iter/search_ms') == 499.5
-        assert run.recording.points == 2 + 3 + 2 * (12_000 + 5 * 2)
+        assert run.points == 2 + 3 + 2 * (12_000 + 5 * 2)
 
     def test_an_evaluation_is_no_training(self, tmp_path):
         write_run(tmp_path / 'new_s0_eval', summary=dict(task='evaluate'))
@@ -38,53 +32,95 @@ class TestReading:
 
     def test_several_files_of_one_run(self, tmp_path):
         folder = tmp_path / 'old_s0'
-        for name, began, rewards in (('b', 500, (3., 4.)), ('a', 0, (1., 2.)), ('c', 520, (5., 6.))):
-            with SummaryWriter(str(folder), filename_suffix='.' + name) as writer:
-                for index, reward in enumerate(rewards):
-                    writer.add_scalar(runs.REWARD, reward, int(reward * 100), walltime=BEGAN + began + 30 * index)
+        for began, rewards in ((500, (3., 4.)), (0, (1., 2.)), (520, (5., 6.))):
+            write_events(folder, [(30 * index, int(reward * 100), REWARD, reward)
+                                  for index, reward in enumerate(rewards)], BEGAN + began)
         [run] = read(str(folder))
-        steps, seconds, values = run.curve(runs.REWARD)
-        assert steps.tolist() == [100, 200, 300, 500, 400, 600]
-        assert seconds.tolist() == [0, 30, 30, 50, 60, 80]  # without the time between the first file and the others
-        assert values.tolist() == [1, 2, 3, 5, 4, 6]
+        steps, seconds, values = run.curves[REWARD]
+        assert steps.tolist() == [100, 200, 300, 400, 500, 600]
+        assert seconds.tolist() == [0, 30, 30, 60, 50, 80]  # without the time between the first file and the others
+        assert values.tolist() == [1, 2, 3, 4, 5, 6]
         assert len(run.event_files) == 3
-        assert run.recording.seconds == 80
+        assert run.seconds == 80
+        assert run.notes == ['its event files overlap in time, which is counted once']
 
-    def test_a_run_that_was_cut_off_and_went_on(self, tmp_path):
+    def test_a_clock_that_is_set_back(self, tmp_path):
+        """Steps order points, and time is measured between neighbours: an hour less in the middle of a minute."""
+        points = [(second - 3600 * (second > 30), 10 * second, REWARD, float(second)) for second in range(60)]
+        write_events(tmp_path / 'old_s0', points)
+        [run] = read(str(tmp_path))
+        assert run.last(REWARD) == 59
+        assert run.curves[REWARD].values.tolist() == list(range(60))
+        assert run.seconds == 58  # the second in which it was set back is not known
+        assert (np.diff(run.curves[REWARD].seconds) >= 0).all()
+        assert run.notes == ['its clock was set back by 3,599 s in all; no time is counted there']
+
+    def test_events_a_little_out_of_order(self, tmp_path):
+        write_events(tmp_path / 'old_s0', [(0, 0, REWARD, 1.), (9.5, 2, REWARD, 3.), (9, 1, REWARD, 2.),
+                                           (20, 3, REWARD, 4.)])
+        [run] = read(str(tmp_path))
+        assert (run.seconds, run.notes, run.curves[REWARD].values.tolist()) == (20, [], [1, 2, 3, 4])
+
+    def test_a_run_that_was_killed_and_went_on(self, tmp_path):
+        """What it wrote after its last checkpoint is not counted; what it wrote before is, from the torn file."""
         folder = write_run(tmp_path / 'old_s0', search_ms=range(100))
-        break_off(folder)
-        first = event_file(folder)
-        again = write_run(tmp_path / 'again', env_steps=4000, began=BEGAN + 5000, rewards=(50., 90.))
-        event_file(again).rename(first.with_name('events.out.tfevents.1999999999.vm'))
+        break_off(folder, 0.999)
+        write_events(tmp_path / 'old_s0' / 'log' / 'serial', [(0, 600, REWARD, 50.), (60, 900, REWARD, 90.)],
+                     BEGAN + 5000)
         [run] = read(folder)
-        assert run.last(runs.REWARD) == 90
-        assert run.recording.env_step == 4000
-        assert run.recording.seconds == 200
-        [note] = compared(folder).warnings[:1]
-        assert note.startswith('old_s0: events.')
-        assert note.endswith('bytes; the run went on in another file')
+        steps, _, values = run.curves[REWARD]
+        assert (steps.tolist(), values.tolist()) == ([0, 600, 900], [10, 50, 90])
+        assert (run.last(REWARD), run.env_step, run.seconds) == (90, 900, 160)
+        fault, abandoned = run.notes
+        assert re.fullmatch(r'events\.\S+ breaks off or is damaged after [\d,]+ of [\d,]+ bytes; the rest, 0\.\d%, is '
+                            'missing', fault)
+        assert re.fullmatch(r'\d+ points are not counted: it went on from a checkpoint before them', abandoned)
+
+    def test_a_second_file_that_seems_to_be_older(self, tmp_path):
+        """The clock was set back between the two: steps say which came first."""
+        write_events(tmp_path / 'old_s0', [(0, 0, REWARD, 1.), (60, 100, REWARD, 2.)])
+        write_events(tmp_path / 'old_s0', [(0, 110, REWARD, 3.), (60, 200, REWARD, 4.)], BEGAN - 3600)
+        [run] = read(str(tmp_path))
+        assert run.curves[REWARD].values.tolist() == [1, 2, 3, 4]
+        assert (run.last(REWARD), run.seconds, run.notes) == (4, 120, [])
 
     def test_scalars_of_the_newer_form(self, tmp_path):
         from torch.utils.tensorboard import SummaryWriter as TorchWriter
         with TorchWriter(str(tmp_path / 'old_s0')) as writer:
-            writer.add_scalar(runs.REWARD, 12.5, 30, new_style=True)
+            writer.add_scalar(REWARD, 12.5, 30, new_style=True)
             writer.add_text('config', 'evaluator_step/reward_mean')
             writer.add_histogram('weights', np.arange(9.))
         [run] = read(str(tmp_path))
-        assert run.last(runs.REWARD) == 12.5
-        assert run.recording.points == 1
+        assert run.last(REWARD) == 12.5
+        assert run.points == 1
 
     def test_a_file_damaged_in_the_middle(self, tmp_path):
-        path = event_file(write_run(tmp_path / 'old_s0'))
+        folder = write_run(tmp_path / 'old_s0', search_ms=range(100))
+        path = event_file(folder)
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 0xff
         path.write_bytes(data)
-        with pytest.raises(Unreadable, match=r'is damaged after [\d,]+ of [\d,]+ bytes'):
-            read(str(tmp_path))
+        [run] = read(folder)
+        assert run.curves['kv_cache_iter/search_ms'].values.tolist() == list(range(50))
+        assert re.search(r'is damaged after [\d,]+ of [\d,]+ bytes; the rest, (49|50)\.\d%, is missing$', run.notes[0])
 
-    @pytest.mark.parametrize('share', [0.02, 0.3, 0.9, 0.999])
+    @pytest.mark.parametrize('share', [0.3, 0.9, 0.999])
     def test_a_file_that_breaks_off(self, tmp_path, share):
-        break_off(write_run(tmp_path / 'old_s0'), share)
+        """As after a kill: what is whole is kept, and how much is missing is said."""
+        folder = write_run(tmp_path / 'old_s0', search_ms=range(100))
+        size = event_file(folder).stat().st_size
+        break_off(folder, share)
+        [run] = read(folder)
+        values = run.curves['kv_cache_iter/search_ms'].values.tolist()
+        assert values == list(range(len(values)))
+        assert len(values) == pytest.approx(100 * share, abs=6)
+        [note] = run.notes
+        done, of = (int(number.replace(',', '')) for number in re.findall(r'[\d,]+(?= of| bytes)', note))
+        assert done < of == int(size * share)
+        assert note.endswith(f'; the rest, {(of - done) / of:.1%}, is missing')
+
+    def test_a_file_in_which_nothing_is_whole(self, tmp_path):
+        break_off(write_run(tmp_path / 'old_s0'), 0.01)
         with pytest.raises(Unreadable, match='breaks off'):
             read(str(tmp_path))
 
@@ -96,7 +132,7 @@ class TestReading:
     def test_the_bar_counts_bytes(self, tmp_path):
         folder = write_run(tmp_path / 'old_s0', search_ms=range(8000))
         sizes = []
-        read_events([str(event_file(folder))], runs.TAGS, sizes.append)
+        read_run(find_runs([folder])[0], sizes.append)
         assert sum(sizes) == event_file(folder).stat().st_size
         assert len(sizes) > 2
 
@@ -115,9 +151,9 @@ class TestReading:
         comparison = compared(*paths)
         for name, expected in (('search_ms', 7), ('step_ms', None), ('last_reward', None)):
             spread = row(comparison, name).spreads['new']
-            assert (spread and spread.mean) == expected
+            assert (spread and spread.centre) == expected
         assert compare_runs(paths, str(tmp_path / 'out'), console=Console(file=io.StringIO())) == 0
-        json.loads((tmp_path / 'out' / 'compare.json').read_text(), parse_constant=refuse)
+        assert compare_json(tmp_path / 'out')['left_out'] == {}
 
 
 class TestFinding:
@@ -126,16 +162,16 @@ class TestFinding:
         folder = Path(write_run(tmp_path / 'data' / 'old_s0'))
         other = write_run(tmp_path / 'data' / 'new_s0', config=False)
         for path in (folder, folder / 'log', folder / 'log' / 'serial', event_file(folder)):
-            [found] = finding.find_experiments([str(path)])
+            [found] = find_runs([str(path)])
             assert (found.name, Path(found.folder)) == ('old_s0', folder)
-        names = [found.name for found in finding.find_experiments([str(tmp_path / 'data')])]
+        names = [found.name for found in find_runs([str(tmp_path / 'data')])]
         assert names == ['new_s0', 'old_s0']
-        found = finding.find_experiments([other, str(folder), str(event_file(folder)), str(tmp_path)])
+        found = find_runs([other, str(folder), str(event_file(folder)), str(tmp_path)])
         assert [(one.name, len(one.event_files)) for one in found] == [('new_s0', 1), ('old_s0', 1)]
 
     def test_equal_names_are_told_apart(self, tmp_path):
         paths = [write_run(tmp_path / side / 'seed0') for side in ('a', 'b')]
-        assert [found.name for found in finding.find_experiments(paths)] == ['a/seed0', 'b/seed0']
+        assert [found.name for found in find_runs(paths)] == ['a/seed0', 'b/seed0']
 
     def test_a_run_that_never_wrote_anything(self, tmp_path, monkeypatch):
         write_run(tmp_path / 'old_s0')
@@ -168,7 +204,7 @@ class TestConfig:
         comparison = compared(*paths)
         assert [side.name for side in comparison.sides] == ['old', 'new']
         assert comparison.differences == []
-        assert comparison.warnings[0].startswith('new_seed0: total_config.py ')
+        assert comparison.warnings[0].text.startswith('new_seed0: total_config.py ')
 
     def test_what_the_runs_of_a_side_differ_in(self, tmp_path):
         paths = pair(tmp_path)
@@ -189,8 +225,8 @@ class TestSources:
     def test_the_summary(self, tmp_path):
         comparison = compared(*pair(tmp_path, old=dict(seconds=100.)))
         seconds = row(comparison, 'seconds')
-        assert (seconds.source, seconds.spreads['old'].mean) == ('summary', 100)
-        assert row(comparison, 'host_memory_mb').spreads['old'].mean == 700
+        assert (seconds.source, seconds.spreads['old'].centre) == ('summary', 100)
+        assert row(comparison, 'host_memory_mb').spreads['old'].centre == 700
 
     def test_one_source_for_all_runs(self, tmp_path):
         paths = [write_run(tmp_path / 'old_s0', summary=dict(seconds=130., host_memory_mb=900.)),
@@ -206,17 +242,16 @@ class TestSources:
         comparison = compared(*paths)
         assert [side.name for side in comparison.sides] == ['lightzero', 'new']
         cells = {cells[0]: cells[1:] for cells in measures_table(comparison).rows}
-        assert cells['training time'] == ['1:40', '1:40', '1.00']
+        assert cells['training time'] == ['1:40', '1:40', 'the same']
         assert cells['search, ms'] == ['-', '60.0', '-']
         assert cells['hit rate, roots'] == ['-', '60.0%', '-']
-        assert cells['last reward'] == ['150.0', '150.0', '1.00']
+        assert cells['last reward'] == ['150.0', '150.0', 'the same']
         assert draw(comparison).startswith(b'\x89PNG')
 
     def test_memory_of_the_device(self, tmp_path):
         for name, gigabytes in (('old_s0', (1., 1.5)), ('new_s0', (0., 0.))):
-            with SummaryWriter(str(tmp_path / name)) as writer:
-                for step, value in enumerate(gigabytes):
-                    writer.add_scalar('learner_iter/Max_GPU_avg', value, step)
+            write_events(tmp_path / name, [(step, step, 'learner_iter/Max_GPU_avg', value)
+                                           for step, value in enumerate(gigabytes)])
         values = row(compared(str(tmp_path)), 'device_memory_mb').values
         assert values == {'old_s0': 1536, 'new_s0': None}
 
@@ -245,9 +280,9 @@ class TestPicture:
 
     def test_the_band(self):
         lines = [(np.array([0., 10.]), np.array([0., 10.])), (np.array([5., 25.]), np.array([9., 49.]))]
-        places, mean, deviation = band_of(lines)
+        places, centre, low, high = band_of(lines, 'median')
         assert (places[0], places[-1]) == (5, 10)
-        assert mean[[0, -1]] == pytest.approx([7, 14.5])
-        assert deviation[[0, -1]] == pytest.approx([8 ** 0.5, 40.5 ** 0.5])
-        assert band_of(lines[:1]) is None
-        assert band_of([lines[0], (np.array([11., 12.]), np.array([1., 1.]))]) is None
+        assert [values[[0, -1]].tolist() for values in (centre, low, high)] == [
+            pytest.approx(expected) for expected in ([7, 14.5], [5, 10], [9, 19])]
+        assert band_of(lines[:1], 'median') is None
+        assert band_of([lines[0], (np.array([11., 12.]), np.array([1., 1.]))], 'median') is None

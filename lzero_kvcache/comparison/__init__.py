@@ -1,6 +1,6 @@
 """
-Trainings side by side, from what they left behind: event files, saved configs, summaries. Nothing here trains, runs a
-config or knows how the cache works.
+Trainings side by side, from the files that they left behind. Nothing here trains, runs a config or knows how the cache
+works. ``reading`` finds and reads runs, ``judging`` compares them, ``table`` and ``page`` show what came out.
 """
 import functools
 import json
@@ -10,25 +10,22 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from rich.console import Console
 
 from ..config import ConfigError
-from .comparison import Comparison, as_json, compare
-from .events import Unreadable
-from .finding import Experiment, find_experiments
-from .plot import draw
-from .report import report_of
-from .runs import Run, read_run
-from .sides import check_groups
-from .terminal import default_console, line, reading_bar, show
+from .judging import Comparison, as_json, check_groups, judge
+from .page import draw, report_of
+from .reading import RunFolder, TrainedRun, Unreadable, find_runs, read_run
+from .table import default_console, line, reading_bar, show
 
 __all__ = ['compare_runs']
 
-PICTURE, PAGE, DATA = 'compare.png', 'report.html', 'compare.json'
+PICTURES, PAGE, DATA = ('compare.png', 'compare.svg', 'compare.pdf'), 'report.html', 'compare.json'
 
 
 def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[Tuple[str, str]] = (),
                  console: Optional[Console] = None) -> int:
     """
     Overview:
-        Compare trainings: print one table, and write ``compare.png``, ``report.html`` and ``compare.json``.
+        Compare trainings: print one table, and write ``compare.png``, ``.svg`` and ``.pdf``, ``report.html`` and
+        ``compare.json``.
     Arguments:
         - runs (:obj:`Sequence[str]`): Folders of experiments, folders of several, or event files.
         - out (:obj:`str`): The folder to write into; made if it is not there.
@@ -42,42 +39,41 @@ def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[
             written to.
     """
     console = console or default_console()
-    experiments = find_experiments(runs)
-    check_groups(experiments, groups)
-    readable, left_out = _read(experiments, console)
+    folders = find_runs(runs)
+    check_groups(folders, groups)
+    readable, left_out = _read(folders, console)
     for name, why in left_out.items():
         line(console, f'{name} is left out: {why}')
     if not readable:
         raise ConfigError('none of these runs can be read')
-    comparison = compare(readable, groups, left_out)
+    comparison = judge(readable, groups, left_out)
     show(comparison, console)
     line(console, f'Wrote {", ".join(_write(comparison, out))}')
     return 0
 
 
-def _read(experiments: Sequence[Experiment], console: Console) -> Tuple[List[Run], Dict[str, str]]:
-    readable: List[Run] = []
+def _read(folders: Sequence[RunFolder], console: Console) -> Tuple[List[TrainedRun], Dict[str, str]]:
+    readable: List[TrainedRun] = []
     left_out: Dict[str, str] = {}
-    total = sum(os.path.getsize(file) for experiment in experiments for file in experiment.event_files)
+    total = sum(os.path.getsize(file) for folder in folders for file in folder.event_files)
     with reading_bar(console, total) as advance:
-        for experiment in experiments:
+        for folder in folders:
             try:
-                readable.append(read_run(experiment, functools.partial(advance, experiment.name)))
+                readable.append(read_run(folder, functools.partial(advance, folder.name)))
             except Unreadable as error:
-                left_out[experiment.name] = str(error)
+                left_out[folder.name] = str(error)
     return readable, left_out
 
 
 def _write(comparison: Comparison, out: str) -> List[str]:
     data = json.dumps(as_json(comparison), indent=2, allow_nan=False, ensure_ascii=False)
-    paths = []
+    contents = {name: draw(comparison, form=name.rpartition('.')[2]) for name in PICTURES}
+    contents.update({PAGE: report_of(comparison).encode('utf-8'), DATA: data.encode('utf-8')})
+    paths = [os.path.join(out, name) for name in contents]
     try:
         os.makedirs(out, exist_ok=True)
-        for name, content in (
-            (PICTURE, draw(comparison)), (PAGE, report_of(comparison).encode('utf-8')), (DATA, data.encode('utf-8'))
-        ):
-            paths.append(os.path.join(out, name))
-            with open(paths[-1], 'wb') as file:
+        for path, content in zip(paths, contents.values()):
+            with open(path, 'wb') as file:
                 file.write(content)
     except OSError as error:
         raise ConfigError(f'--out {out}: it cannot be written to ({error.strerror})') from error

@@ -1,74 +1,221 @@
-"""
-The comparison as headings and cells: what differs between terminal and page is only how these are drawn. A column of
-ratios stands after each side that is not the baseline.
-"""
-from typing import List, NamedTuple
+"""The comparison as headings and cells, the same on the terminal and in the page; and how the terminal shows it."""
+import contextlib
+import datetime
+import shlex
+import sys
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence
 
-from .comparison import Comparison
-from .wording import NONE, ratio_text, side_text, spread_text, value_text
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from .judging import (
+    COUNT,
+    HITS,
+    INTERQUARTILE_MEAN,
+    MEDIAN,
+    MEMORY,
+    REWARDS,
+    SPEED,
+    TIME,
+    Comparison,
+    Row,
+    Side,
+    Spread,
+)
+from .reading import TrainedRun
+
+NONE = '-'
+WIDTH = 100
+# Of the titles of measures, and of most of their values, beside the rules between columns.
+TITLE_WIDTH, VALUE_WIDTH, RULE_WIDTH = 28, 8, 3
+SPREADS = {MEDIAN: 'median [least, greatest]', INTERQUARTILE_MEAN: 'interquartile mean [95% interval]'}
+# A side whose number is greater than the baseline's, or less.
+WORDS = {TIME: ('slower', 'faster'), SPEED: ('faster', 'slower'), MEMORY: ('more', 'less'), COUNT: ('more', 'less'),
+         HITS: ('higher', 'lower'), REWARDS: ('higher', 'lower')}
+SAME = 'the same'
+# The page shows all of them.
+SHOWN_DIFFERENCES = 15
 
 
 class Table(NamedTuple):
-    """
-    Overview:
-        A caption, headings, and rows of as many cells; the first cell of a row is its heading.
-    """
+    """Rows have as many cells as there are headings; the first cell of a row is its heading."""
     caption: str
     headings: List[str]
     rows: List[List[str]]
 
 
-def measures_table(comparison: Comparison) -> Table:
-    """
-    Overview:
-        The measures by side.
-    Arguments:
-        - comparison (:obj:`Comparison`): What to show.
-    Returns:
-        - table (:obj:`Table`): A row for each measure.
-    """
+def measures_table(comparison: Comparison, others: Optional[Sequence[Side]] = None) -> Table:
+    """The measures by side; after each side that is not the baseline, a column says which is better and by how much."""
     baseline = comparison.sides[0]
-    headings = ['mean ± standard deviation', side_text(baseline)]
-    for side in comparison.sides[1:]:
-        headings += [side_text(side), f'{baseline.name} / {side.name}']
+    others = comparison.sides[1:] if others is None else others
+    headings = [SPREADS[comparison.statistic], side_text(baseline)]
+    for side in others:
+        headings += [side_text(side), f'{side.name} against {baseline.name}']
     rows = []
     for row in comparison.rows:
-        cells = [row.measure.title, spread_text(row.spreads[baseline.name], row.measure.kind)]
-        for side in comparison.sides[1:]:
-            cells += [spread_text(row.spreads[side.name], row.measure.kind), ratio_text(row.ratios[side.name])]
+        cells = [row.measure.title, _spread_text(row.spreads[baseline.name], row.measure.kind)]
+        for side in others:
+            cells += [_spread_text(row.spreads[side.name], row.measure.kind), _verdict(row, baseline, side)]
         rows.append(cells)
     return Table(f'Comparison: {comparison.title}', headings, rows)
 
 
-def runs_table(comparison: Comparison) -> Table:
-    """
-    Overview:
-        The measures of each run.
-    Arguments:
-        - comparison (:obj:`Comparison`): What to show.
-    Returns:
-        - table (:obj:`Table`): A column for each run.
-    """
-    runs = [(side, run) for side in comparison.sides for run in side.runs]
+def runs_table(comparison: Comparison, runs: Optional[Sequence[TrainedRun]] = None) -> Table:
+    """The measures by run, of all runs or of some."""
+    runs = comparison.runs + comparison.mixed if runs is None else runs
+    sides = {run.name: side.name for side in comparison.sides for run in side.runs}
     rows = [
-        ['side', *(side.name for side, _ in runs)],
-        ['seed', *(NONE if run.seed is None else str(run.seed) for _, run in runs)],
+        ['side', *(sides.get(run.name, 'mixed: ' + ', '.join(run.caches)) for run in runs)],
+        ['seed', *(NONE if run.seed is None else str(run.seed) for run in runs)],
     ]
     for row in comparison.rows:
-        rows.append([row.measure.title, *(value_text(row.values[run.name], row.measure.kind) for _, run in runs)])
-    return Table('Each run', ['run', *(run.name for _, run in runs)], rows)
+        rows.append([row.measure.title, *(_value_text(row.values[run.name], row.measure.kind) for run in runs)])
+    return Table('Each run', ['run', *(run.name for run in runs)], rows)
 
 
 def config_table(comparison: Comparison) -> Table:
-    """
-    Overview:
-        The config keys that sides have different values for.
-    Arguments:
-        - comparison (:obj:`Comparison`): What to show.
-    Returns:
-        - table (:obj:`Table`): A row for each key; without rows if the configs are the same.
-    """
+    """The config keys that sides have different values for; without rows if the configs are the same."""
     names = [side.name for side in comparison.sides]
     rows = [[difference.key, *(difference.values.get(name, NONE) for name in names)]
             for difference in comparison.differences]
     return Table('What the configs differ in', ['key', *names], rows)
+
+
+def origin(comparison: Comparison) -> List[str]:
+    """When and where the runs were trained, with what, and by which commands, as far as they say it."""
+    runs = comparison.runs + comparison.mixed
+    lines = ['Trained {} to {} UTC'.format(*(
+        datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).strftime('%Y-%m-%d %H:%M')
+        for moment in (min(run.spans[0][0] for run in runs), max(run.spans[-1][1] for run in runs))))]
+    for title in ('machine', 'versions'):
+        said = [run.said(title) for run in runs]
+        texts = [', '.join(f'{key} {value}' for key, value in known.items() if value is not None)
+                 for known in said if isinstance(known, dict)]
+        lines += [f'{title.capitalize()}: {text}' for text in dict.fromkeys(texts)]
+    for run in runs:
+        command = run.said('command')
+        if command:
+            lines.append(f'{run.name}: {shlex.join(map(str, command)) if isinstance(command, list) else command}')
+    return lines
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+def _value_text(value: Optional[float], kind: str, beside: Optional[float] = None) -> str:
+    """As '1:02:03', '1,234', '12.3' or '57.3%'; with as many digits after the point as ``beside`` has."""
+    if value is None:
+        return NONE
+    if kind == 'time':
+        minutes, seconds = divmod(round(value), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+    if kind == 'share':
+        return f'{value:.1%}'
+    size = abs(value if beside is None else beside)
+    return '{:,.{}f}'.format(value, 0 if kind == 'count' or size >= 1000 else 2 if size < 10 else 1)
+
+
+def _spread_text(spread: Optional[Spread], kind: str) -> str:
+    """As '12.3 [11.9, 12.8]'; the centre alone where there is nothing around it."""
+    if spread is None:
+        return NONE
+    centre, low, high = (_value_text(value, kind, spread.centre) for value in (spread.centre, spread.low, spread.high))
+    return centre if low == high else f'{centre} [{low}, {high}]'
+
+
+def _verdict(row: Row, baseline: Side, side: Side) -> str:
+    """As '1.62 x faster' or, where a ratio says little, '33.9% higher'; a dash where nothing can be said."""
+    base, own = row.spreads[baseline.name], row.spreads[side.name]
+    greater, less = WORDS[row.measure.about]
+    if base is None or own is None or side.name in row.not_comparable:
+        return NONE
+    if row.measure.about in (HITS, REWARDS):
+        difference = own.centre - base.centre
+        text = _value_text(abs(difference), row.measure.kind, max(base.centre, own.centre, key=abs))
+        if row.measure.about == HITS:
+            text = f'{abs(difference) * 100:.1f} points'
+        return f'{text} {greater if difference > 0 else less}' if any(map('123456789'.count, text)) else SAME
+    ratio = row.ratios[side.name]
+    if not ratio:
+        return NONE
+    times = f'{max(ratio, 1 / ratio):,.2f}'
+    return SAME if times == '1.00' else f'{times} x {less if ratio > 1 else greater}'
+
+
+def side_text(side: Side) -> str:
+    return f'{side.name}, {runs_text(len(side.runs))}'
+
+
+def runs_text(count: int) -> str:
+    return f"{count} run{'' if count == 1 else 's'}"
+
+
+# ---- terminal --------------------------------------------------------------------------------------------------------
+
+def default_console() -> Console:
+    """Standard output; a file or a pipe is taken to be as wide as WIDTH."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+
+
+@contextlib.contextmanager
+def reading_bar(console: Console, total: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar over bytes on a terminal, gone when all are read; takes a run's name and how many more bytes were read."""
+    columns = (TextColumn('reading {task.description}', markup=False), BarColumn(), DownloadColumn(),
+               TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task('', total=total)
+        yield lambda name, size: progress.update(task, description=name, advance=size)
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    for warning in comparison.warnings:
+        if warning.blocks:
+            line(console, f'WARNING: {warning.text}')
+    for others in [[side] for side in comparison.sides[1:]] or [[]]:
+        console.print(_drawn(measures_table(comparison, others), numbers=True))
+    runs = comparison.runs + comparison.mixed
+    if comparison.mixed or len(comparison.sides) < len(comparison.runs) and comparison.statistic == MEDIAN:
+        for beside in _that_fit(runs, console.width):
+            console.print(_drawn(runs_table(comparison, beside), numbers=True))
+    differences = config_table(comparison)
+    if differences.rows:
+        shown = differences._replace(rows=differences.rows[:SHOWN_DIFFERENCES])
+        console.print(_drawn(shown, numbers=False))
+        more = len(differences.rows) - len(shown.rows)
+        if more:
+            line(console, f'... and {more} more; report.html has all of them')
+    for warning in comparison.warnings:
+        if not warning.blocks:
+            line(console, f'WARNING: {warning.text}')
+    for text in origin(comparison):
+        line(console, text)
+
+
+def _that_fit(runs: Sequence[TrainedRun], width: int) -> Iterator[List[TrainedRun]]:
+    """Runs in turn, as many at once as a table of this width has columns for."""
+    beside: List[TrainedRun] = []
+    used = start = TITLE_WIDTH + 2 * RULE_WIDTH
+    for run in runs:
+        needed = max(len(run.name), VALUE_WIDTH) + RULE_WIDTH
+        if beside and used + needed > width:
+            yield beside
+            beside, used = [], start
+        beside.append(run)
+        used += needed
+    yield beside
+
+
+def line(console: Console, text: str) -> None:
+    """Print one line as it is."""
+    console.print(Text(text), soft_wrap=True)
+
+
+def _drawn(table: Table, numbers: bool) -> RichTable:
+    drawn = RichTable(title=Text(table.caption), title_justify='left')
+    for index, heading in enumerate(table.headings):
+        drawn.add_column(Text(heading), justify='right' if numbers and index else 'left', overflow='fold')
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    return drawn

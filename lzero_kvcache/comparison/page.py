@@ -1,0 +1,264 @@
+"""
+The comparison as curves in a picture, and as one page with everything in it: pictures and styles, no scripts. A line is
+``x`` and ``y`` of one dimension each, ``x`` increasing.
+"""
+import base64
+import io
+from html import escape
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.style import context
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from .judging import INTERQUARTILE_MEAN, MEDIAN, Comparison, summed_up
+from .reading import CACHE_BY_STEP, HOST_MEMORY, REWARD, Curve
+from .table import Table, config_table, measures_table, origin, runs_table, runs_text, side_text
+
+# Told apart by who sees colours otherwise (Okabe and Ito), on white and on black.
+COLOURS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+COLOURS_ON_DARK = ('#F0793A', '#4AA8E0', '#2FC49A', '#DE9BC0', '#F0B840', '#8CCBF2')
+PAPER, INK, RULES = '#FFFFFF', '#1F2328', '#D7DCE1'
+DARK_PAPER, LIGHT_INK, DARK_RULES = '#15181C', '#DDE2E8', '#343A41'
+COLUMNS, PANEL_INCHES, DPI = 3, (4.1, 2.9), 144
+STEPS, MINUTES = 'environment steps', 'minutes'
+# More points than a panel has pixels to show them are averaged.
+SHOWN_POINTS = 200
+# A band needs fewer resamples than a table, since it has as many intervals as points.
+BAND_RESAMPLES = 500
+
+# The same comparison is the same file, whenever it is drawn.
+UNDATED = {'png': None, 'svg': {'Date': None}, 'pdf': {'CreationDate': None}}
+
+Line = Tuple[np.ndarray, np.ndarray]
+
+
+class Panel(NamedTuple):
+    """A tag, its values times ``factor``, against environment steps or minutes."""
+    title: str
+    tag: str
+    against: str
+    factor: float = 1.
+    from_zero: bool = False
+    top: Optional[float] = None
+
+
+PANELS = (
+    Panel('Reward of evaluations', REWARD, STEPS),
+    Panel('Reward of evaluations', REWARD, MINUTES),
+    Panel('Root contexts found, %', CACHE_BY_STEP + 'init_hit_rate', STEPS, 100., True, 104.),
+    Panel('Time of a search, ms', CACHE_BY_STEP + 'search_ms', STEPS, from_zero=True),
+    Panel('Memory of the cache, MiB', CACHE_BY_STEP + 'memory_mb', STEPS, from_zero=True),
+    Panel('Memory of the process, MiB', HOST_MEMORY, MINUTES, from_zero=True),
+)
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+def draw(comparison: Comparison, dark: bool = False, columns: int = COLUMNS, form: str = 'png') -> bytes:
+    """All panels that a run has points for as a PNG, SVG or PDF, at most so many side by side."""
+    colours = COLOURS_ON_DARK if dark else COLOURS
+    panels = _shown_panels(comparison)
+    with context(['default', _style(*(DARK_PAPER, LIGHT_INK, DARK_RULES) if dark else (PAPER, INK, RULES))]):
+        columns = max(1, min(columns, len(panels)))
+        lines = max(1, -(-len(panels) // columns))
+        width, height = columns * PANEL_INCHES[0], lines * PANEL_INCHES[1] + 0.7
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, rect=(0, 0, 1, 1 - 0.45 / height))
+        figure = Figure(figsize=(width, height), layout=layout)
+        for index, panel in enumerate(panels):
+            _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, comparison, colours)
+        handles = [Line2D([], [], color=colours[index % len(colours)], linewidth=2.4)
+                   for index in range(len(comparison.sides))]
+        figure.legend(handles, [' ' + side_text(side) for side in comparison.sides], loc='upper left',
+                      bbox_to_anchor=(0.005, 1.), ncols=len(handles), frameon=False, fontsize=11)
+        file = io.BytesIO()
+        figure.savefig(file, format=form, dpi=DPI, metadata=UNDATED[form])
+    return file.getvalue()
+
+
+def _style(paper: str, ink: str, rules: str) -> Any:
+    return {
+        'figure.facecolor': paper, 'axes.facecolor': paper, 'savefig.facecolor': paper, 'text.color': ink,
+        'axes.labelcolor': ink, 'axes.titlecolor': ink, 'xtick.color': ink, 'ytick.color': ink, 'axes.edgecolor': rules,
+        'grid.color': rules, 'axes.grid': True, 'grid.linewidth': 0.6, 'axes.spines.top': False,
+        'axes.spines.right': False, 'axes.titlesize': 11, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold',
+        'font.size': 9.5, 'text.parse_math': False, 'xtick.major.size': 0, 'ytick.major.size': 0,
+        'svg.hashsalt': 'comparison',
+    }
+
+
+def _shown_panels(comparison: Comparison) -> List[Panel]:
+    return [panel for panel in PANELS if any(panel.tag in run.curves for run in comparison.runs)]
+
+
+def _draw_panel(axes: Any, panel: Panel, comparison: Comparison, colours: Sequence[str]) -> None:
+    for index, side in enumerate(comparison.sides):
+        colour = colours[index % len(colours)]
+        lines = [line_of(run.curves[panel.tag], panel) for run in side.runs if panel.tag in run.curves]
+        lines = [line for line in lines if len(line[0])]
+        band = band_of(lines, comparison.statistic)
+        for x, y in lines:
+            alone = band is None
+            axes.plot(x, y, color=colour, linewidth=2. if alone else 0.8, alpha=1. if alone else 0.45,
+                      marker='o' if len(x) == 1 else None, markersize=4)
+        if band is not None:
+            places, centre, low, high = band
+            axes.plot(places, centre, color=colour, linewidth=2.2)
+            axes.fill_between(places, low, high, color=colour, alpha=0.16, linewidth=0)
+    axes.set_title(panel.title)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.set_xlabel(panel.against)
+    axes.set_axisbelow(True)
+    axes.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
+    axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
+    if panel.from_zero:
+        axes.set_ylim(0, panel.top or 1.08 * axes.dataLim.y1 or None)
+    axes.set_xlim(left=min(0, axes.dataLim.x0))
+
+
+def line_of(curve: Curve, panel: Panel) -> Line:
+    """The finite points of a curve as they are drawn: those at one place as their mean."""
+    x = curve.steps.astype(float) if panel.against == STEPS else curve.seconds / 60
+    y = curve.values * panel.factor
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    places, index = np.unique(x, return_inverse=True)
+    if len(places) > SHOWN_POINTS:
+        edges = np.linspace(places[0], places[-1], SHOWN_POINTS + 1)
+        index = np.clip(np.searchsorted(edges, x, side='right') - 1, 0, SHOWN_POINTS - 1)
+    counts = np.bincount(index)
+    there = counts > 0
+    return np.bincount(index, x)[there] / counts[there], np.bincount(index, y)[there] / counts[there]
+
+
+def band_of(lines: Sequence[Line], statistic: str) -> Optional[Tuple[np.ndarray, ...]]:
+    """Places, centre, low and high where all lines have points; None if nowhere, or of fewer than two lines."""
+    if len(lines) < 2:
+        return None
+    first, last = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
+    if first >= last:
+        return None
+    places = np.linspace(first, last, SHOWN_POINTS)
+    values = np.stack([np.interp(places, x, y) for x, y in lines])
+    return (places, *summed_up(values, statistic, BAND_RESAMPLES))
+
+
+# ---- page ------------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --quiet: #59636e; --rule: #d7dce1;
+  --stripe: #f6f8fa; --note: #fff5e0; --note-rule: #d4820f; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #15181c; --ink: #dde2e8; --quiet: #9aa4af; --rule: #343a41; --stripe: #1b1f24;
+    --note: #2b2312; --note-rule: #d29922; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 3rem; max-width: 80rem; background: var(--paper);
+  color: var(--ink); font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p { margin: .25rem 0; }
+.quiet { color: var(--quiet); }
+.notes { margin: 1.25rem 0; padding: .6rem 1rem; border-left: 4px solid var(--note-rule); background: var(--note); }
+.notes ul { margin: .25rem 0; padding-left: 1.1rem; }
+footer { margin-top: 2.2rem; font-size: .9rem; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+.scroll:focus-visible { outline: 2px solid var(--note-rule); }
+table { position: relative; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
+thead th { border-bottom: 2px solid var(--rule); }
+tbody tr:nth-child(odd) { background: var(--stripe); }
+tbody th { font-weight: 500; }
+.numbers th:not(:first-child), .numbers td { text-align: right; white-space: nowrap; }
+.keys td { min-width: 6rem; }
+code { font: .92em ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere; }
+figure { margin: 0; }
+img { display: block; width: 100%; height: auto; }
+figcaption { color: var(--quiet); padding-top: .4rem; }
+@media (max-width: 40rem) { th, td { padding: .3rem .45rem; font-size: .9rem; } }
+"""
+NARROW, DARK = '(max-width: 40rem)', '(prefers-color-scheme: dark)'
+# The browser itself refuses whatever would have to be fetched.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+CURVES = {MEDIAN: 'Thick: the median of all runs of a side; band: their range; thin: each run.',
+          INTERQUARTILE_MEAN: 'Thick: the interquartile mean of all runs of a side; band: its 95% bootstrap interval; '
+                              'thin: each run.'}
+VERDICTS = 'A dash stands where there is no number, or where the sides are not comparable.'
+
+
+def report_of(comparison: Comparison) -> str:
+    """The page as HTML."""
+    title = f'KV cache: {escape(comparison.title)}'
+    baseline, *others = (side.name for side in comparison.sides)
+    lead = runs_text(len(comparison.runs)) + (f'; {_listed(others)} against {baseline}' if others else ' of one side')
+    return '\n'.join([
+        '<!DOCTYPE html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<title>{title}</title>', f'<style>{STYLE}</style>', '</head>', '<body>', '<main>',
+        f'<h1>{title}</h1>', f'<p class="quiet">{escape(lead)}</p>', _notes(comparison),
+        '<h2 id="measures">Measures</h2>', f'<p class="quiet">{VERDICTS}</p>',
+        _table(measures_table(comparison), 'numbers', 'measures'),
+        '<h2 id="curves">Curves</h2>', _figure(comparison),
+        '<h2 id="configs">Configs</h2>', _configs(comparison),
+        '<h2 id="runs">Runs</h2>', _table(runs_table(comparison), 'numbers', 'runs'),
+        '</main>', f'<footer class="quiet">{_paragraphs(origin(comparison))}</footer>', '</body>', '</html>', '',
+    ])
+
+
+def _notes(comparison: Comparison) -> str:
+    lines = [warning.text for warning in comparison.warnings]
+    lines += [f'{name} is left out: {why}' for name, why in comparison.left_out.items()]
+    if not lines:
+        return ''
+    items = ''.join(f'<li>{escape(line)}</li>' for line in lines)
+    return f'<section class="notes" aria-label="Warnings"><strong>Before you compare</strong><ul>{items}</ul></section>'
+
+
+def _table(table: Table, kind: str, label: str) -> str:
+    def cell(text: str) -> str:
+        return f'<code>{escape(text)}</code>' if kind == 'keys' else escape(text)
+
+    head = ''.join(f'<th scope="col">{escape(heading)}</th>' for heading in table.headings)
+    body = ''.join(f'<tr><th scope="row">{cell(name)}</th>{"".join(f"<td>{cell(text)}</td>" for text in cells)}</tr>\n'
+                   for name, *cells in table.rows)
+    return (f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{label}"><table class="{kind}">'
+            f'<caption>{escape(table.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>')
+
+
+def _figure(comparison: Comparison) -> str:
+    panels = _shown_panels(comparison)
+    if not panels:
+        return '<p>No run wrote a curve that is shown here.</p>'
+    shown = '; '.join(f'{panel.title} against {panel.against}' for panel in panels)
+    alt = f'Curves of {_listed([side.name for side in comparison.sides])}: {shown}.'
+    sources = ''.join(
+        f'<source media="{media}" srcset="{_data(draw(comparison, dark, columns))}">\n'
+        for media, dark, columns in ((f'{NARROW} and {DARK}', True, 1), (NARROW, False, 1), (DARK, True, COLUMNS))
+    )
+    return (f'<figure><picture>{sources}<img src="{_data(draw(comparison))}" alt="{escape(alt)}"></picture>'
+            f'<figcaption>{CURVES[comparison.statistic]}</figcaption></figure>')
+
+
+def _data(png: bytes) -> str:
+    return 'data:image/png;base64,' + base64.b64encode(png).decode('ascii')
+
+
+def _configs(comparison: Comparison) -> str:
+    differences = config_table(comparison)
+    if differences.rows:
+        return _table(differences, 'keys', 'configs')
+    if sum(any(run.config for run in side.runs) for side in comparison.sides) > 1:
+        return '<p>The configs are the same.</p>'
+    return '<p>Unknown: fewer than two sides have a total_config.py.</p>'
+
+
+def _paragraphs(texts: Sequence[str]) -> str:
+    return ''.join(f'<p>{escape(text)}</p>' for text in texts)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ' and '.join(', '.join(names).rsplit(', ', 1))
