@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lzero_kvcache  # noqa: F401  (registers the models)
-from lzero_kvcache.config import BACKENDS
+from lzero_kvcache.config import KV_CACHE_CFG
 from lzero_kvcache.engine.slab import MIB
 
 # The sizes of LightZero's own configs; everything else is the default of its UniZero policy.
@@ -45,7 +45,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument('--model', choices=sorted(PRESETS), default='cartpole')
     options.add_argument('--context', type=int, default=8, help='context_length')
     options.add_argument('--layers', type=int, default=2)
-    options.add_argument('--backend', choices=BACKENDS, default='auto', help='of the new system')
+    options.add_argument('--backend', choices=KV_CACHE_CFG['backend'].choices, default='auto', help='of the new system')
     options.add_argument('--repeats', type=int, default=5, help='how often the measured unit is repeated')
     options.add_argument('--json', metavar='FILE', help='also write the numbers there')
     return options
@@ -135,7 +135,8 @@ class StepTimes:
         new = world_model.use_new_cache_manager
         parts = [(world_model, 'forward_recurrent_inference', 'step')]
         if new:
-            parts += [(world_model.inference, 'expand', 'step'), (world_model.inference.engine, '_two_tokens', 'forward')]
+            inference = world_model.inference
+            parts += [(inference, 'expand', 'step'), (inference.engine, '_two_tokens', 'forward')]
         else:
             parts += [(world_model, 'forward', 'forward')]
         with contextlib.ExitStack() as patches:

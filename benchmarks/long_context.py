@@ -16,7 +16,7 @@ from collect_step import build_policies, collect, measure, zoo_configs
 from common import report
 from torch.profiler import ProfilerActivity, profile
 
-from lzero_kvcache.config import BACKENDS
+from lzero_kvcache.config import KV_CACHE_CFG
 from lzero_kvcache.engine.slab import MIB
 
 CONFIG = 'memory_unizero_config'
@@ -55,7 +55,7 @@ def main() -> None:
     options.add_argument('--simulations', type=int, default=25)
     options.add_argument('--repeats', type=int, default=1, help='four collect steps each')
     options.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    options.add_argument('--backend', choices=BACKENDS, default='auto', help='of the new system')
+    options.add_argument('--backend', choices=KV_CACHE_CFG['backend'].choices, default='auto', help='of the new system')
     options.add_argument('--json', metavar='FILE', help='also write the numbers there')
     args = options.parse_args()
     rows: List[Dict[str, Any]] = []

@@ -121,8 +121,7 @@ class TestOptions:
             assert spans(kind) == [types[spans(key)[0]].__name__], key
 
     @pytest.mark.parametrize(('key', 'choices'), [
-        ('eviction', config.EVICTIONS), ('dtype', config.DTYPES), ('backend', config.BACKENDS),
-        ('on_nan', config.ON_NAN), ('validation', config.VALIDATIONS), ('validation_action', config.VALIDATION_ACTIONS),
+        (key, option.choices) for key, option in config.KV_CACHE_CFG.items() if option.choices and key != 'type'
     ])
     def test_choices(self, name, key, choices):
         [meaning] = [row[3] for row in table_with(name, 'type') if spans(row[0]) == [key]]
