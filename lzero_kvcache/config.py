@@ -101,7 +101,8 @@ KV_CACHE_CFG: Dict[str, Option] = {
         'str', 'raise', "what a prediction with nan or inf does: 'raise' an error or 'skip' storing its context",
         choices=('raise', 'skip')),
     'validation': Option(
-        'str', 'off', "replay searches by LightZero's own code: 'off', 'legacy' (as it is) or 'exact' (as it should be)",
+        'str', 'off',
+        "replay searches by LightZero's own code: 'off', 'legacy' (as it is) or 'exact' (as it should be)",
         choices=('off', 'legacy', 'exact')),
     'validation_freq': Option('int', 100, 'every how many searches one is replayed', _positive_int),
     'validation_tol': Option(
@@ -220,8 +221,11 @@ def _check_context_length(world_model_cfg: Any) -> None:
 
 
 def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None) -> CacheConfig:
-    """Validate what a policy config, merged with its policy's defaults, says about caching. In new mode, fill in the
-    sizes that its ``world_model_cfg`` lacks from the policy's own, and refuse those that would make a pool too small."""
+    """Validate what a policy config, merged with its policy's defaults, says about caching.
+
+    In new mode it fills in the sizes that ``world_model_cfg`` lacks from the policy's own, and refuses those that would
+    make a pool too small.
+    """
     if not policy_cfg['mcts_ctree']:
         raise ConfigError('policy.mcts_ctree=False cannot work: LightZero has no Python search for UniZero; set True')
     if policy_cfg['random_collect_episode_num'] > 0:
