@@ -83,18 +83,19 @@ def make_tree(rows: int, simulations: int, slots: int, pages: int, action_size: 
 # ---- selection -----------------------------------------------------------------------------------------------------
 
 
-@njit(error_model='numpy')
+@njit(error_model='numpy', forceinline=True)
 def quality(tree: Tree, rules: Rules, row: int, node: int, sign: np.float32) -> np.float32:
     """What the step to a visited node is worth; ``sign`` says to whom."""
     value = tree.value_sum[row, node] / np.float32(tree.visits[row, node])
     return tree.reward[row, node] + rules.discount * (sign * value)
 
 
-@njit(error_model='numpy')
+@njit(error_model='numpy', forceinline=True)
 def mean_quality(tree: Tree, rules: Rules, row: int, node: int, above: np.float32) -> np.float32:
     """The mean over a node's visited children, and below the root over that of its parent (``above``) as well."""
     total, seen = _ZERO, 0
-    for slot in tree.order[row, node]:
+    for index in range(tree.order.shape[2]):
+        slot = tree.order[row, node, index]
         if slot < 0:
             break
         child = tree.child[row, node, slot]
@@ -106,14 +107,14 @@ def mean_quality(tree: Tree, rules: Rules, row: int, node: int, above: np.float3
     return (above + total) / np.float32(seen + 1)
 
 
-@njit(error_model='numpy')
+@njit(error_model='numpy', forceinline=True)
 def exploration(tree: Tree, rules: Rules, row: int, node: int) -> Tuple[np.float32, np.float32]:
     """The two factors of a node's visits in the scores of its children."""
     others = np.float32(tree.visits[row, node] - 1)
     return np.float32(math.log((others + rules.base + _ONE) / rules.base)) + rules.init, np.float32(math.sqrt(others))
 
 
-@njit(error_model='numpy')
+@njit(error_model='numpy', forceinline=True)
 def score(tree: Tree, rules: Rules, row: int, node: int, slot: int, mean: np.float32,
           factors: Tuple[np.float32, np.float32]) -> np.float32:
     """The upper confidence bound of a child."""
@@ -132,13 +133,14 @@ def score(tree: Tree, rules: Rules, row: int, node: int, slot: int, mean: np.flo
     return factors[0] * (factors[1] / (visits + _ONE)) * tree.prior[row, node, slot] + value
 
 
-@njit(error_model='numpy')
+@njit(error_model='numpy', forceinline=True)
 def choose(tree: Tree, rules: Rules, key: Key, simulation: int, row: int, node: int, depth: int,
            mean: np.float32) -> int:
     """Index in a node's ``order`` of one of the best children; -1 where no score is a number."""
     factors = exploration(tree, rules, row, node)
     best, ties = -_FAR, 0
-    for index, slot in enumerate(tree.order[row, node]):
+    for index in range(tree.order.shape[2]):
+        slot = tree.order[row, node, index]
         if slot < 0:
             break
         bound = score(tree, rules, row, node, slot, mean, factors)
@@ -191,17 +193,20 @@ def parent(tree: Tree, row: int) -> int:
 @njit(error_model='numpy')
 def softmax(tree: Tree, row: int, node: int, logits: np.ndarray) -> None:
     """Priors of a node's slots, over those that its ``order`` has."""
+    order, prior = tree.order[row, node], tree.prior[row, node]
+    slots = len(order)
+    while slots > 0 and order[slots - 1] < 0:
+        slots -= 1
     largest, total = -_FAR, _ZERO
-    for slot in tree.order[row, node]:
-        if slot >= 0 and largest < logits[slot]:
-            largest = logits[slot]
-    for slot in tree.order[row, node]:
-        if slot >= 0:
-            tree.prior[row, node, slot] = math.exp(logits[slot] - largest)
-            total += tree.prior[row, node, slot]
-    for slot in tree.order[row, node]:
-        if slot >= 0:
-            tree.prior[row, node, slot] /= total
+    for index in range(slots):
+        if largest < logits[order[index]]:
+            largest = logits[order[index]]
+    for index in range(slots):
+        slot = order[index]
+        prior[slot] = math.exp(logits[slot] - largest)
+        total += prior[slot]
+    for index in range(slots):
+        prior[order[index]] /= total
 
 
 @njit(error_model='numpy')
@@ -285,7 +290,7 @@ def prepare_rows(tree: Tree, rules: Rules, key: Key, rewards: np.ndarray, logits
     -1 (none: all are), noise ``[B, S]`` by position in that order, and its weight."""
     for row in range(lo, hi):
         tree.order[row, 0] = legal[row]
-        expand(tree, rules, key, row, 0, rewards[row], logits[row])
+        expand(tree, rules, key, row, np.int64(0), rewards[row], logits[row])  # for a literal it is compiled again
         if not rules.sampled:  # whose scores have no use for noise
             for index, slot in enumerate(tree.order[row, 0]):
                 if slot >= 0:
