@@ -18,8 +18,23 @@ from scipy import stats
 from lzero_kvcache.cache.pages import extend
 from lzero_kvcache.search.draws import below, draw, normal, philox, uniform
 from lzero_kvcache.search.tree import (
-    Rules, Tree, backup_rows, exploration, extend_rows, make_key, make_rules, make_tree, mean_quality, pad_legal,
-    prepare_rows, root_actions, root_values, root_visits, score, select_rows, share
+    Rules,
+    Tree,
+    backup_rows,
+    exploration,
+    extend_rows,
+    make_key,
+    make_rules,
+    make_tree,
+    mean_quality,
+    pad_legal,
+    prepare_rows,
+    root_actions,
+    root_values,
+    root_visits,
+    score,
+    select_rows,
+    share,
 )
 
 LEVEL = 1e-7
@@ -61,7 +76,7 @@ class Ours:
         bounds = [0, *chunks, case.rows]
         self.chunks = list(zip(bounds[:-1], bounds[1:]))
         self.tree: Tree = tree or make_tree(case.rows, case.simulations, case.slots, 1, case.action_size)
-        legal = pad_legal(case.legal, case.slots)
+        legal = pad_legal([[]] * case.rows if case.rules.sampled else case.legal, case.slots)
         for lo, hi in self.chunks:
             prepare_rows(
                 self.tree, case.rules, self.key, np.zeros(case.rows, np.float32), case.logits, legal, case.noise,
@@ -254,3 +269,315 @@ def test_each_step_of_the_reference_is_one_that_ours_could_take(two_players: boo
         reference, ours = search_forced(case, RandomAnswers(rng, case.rows, case.slots, broken))
         assert ours.visits() == reference.visits()
         np.testing.assert_allclose(ours.values(), reference.values(), rtol=1e-5, atol=1e-5)
+
+
+def test_sampled_trees_take_steps_of_the_reference_too() -> None:
+    """Actions of which some are equal at the roots, where clamped ones are; below, all of them differ."""
+    rng = np.random.default_rng(0)
+    shared = 0
+    for turn in range(60):
+        case = sampled_case(rng, continuous=turn % 3 > 0, two_players=turn % 2 > 0)
+        reference, ours = search_forced(case, SampledAnswers(rng, case), tolerance=4e-6)
+        assert ours.visits() == reference.visits()
+        np.testing.assert_allclose(ours.values(), reference.values(), rtol=1e-5, atol=1e-5)
+        assert np.array_equal(root_actions(ours.tree), reference.roots.get_sampled_actions())
+        shared += (ours.tree.order[:, 0] != np.arange(case.slots)).sum()
+    assert shared > 20
+
+
+def sampled_case(rng: np.random.Generator, continuous: bool, two_players: bool = False, rows: int = 3) -> Case:
+    """Roots of which one has its actions clamped in all parts or in one, where continuous."""
+    slots, size = int(rng.integers(1, 7)), 2 if continuous else 1
+    actions = slots + int(rng.integers(0, 3))
+    logits = rng.normal(size=(rows, 2 * size if continuous else actions)).astype(np.float32)
+    if continuous:
+        logits[:, size:] = rng.uniform(0.2, 1, (rows, size))
+        logits[0, :size] = 9, rng.choice([9, -3.9, 0.5])
+    return Case(
+        make_rules(19652, 1.25, 0.997, 0.01, two_players, True, continuous), int(rng.choice([1, 10, 25])), logits,
+        [[-1] * slots] * rows if continuous else [list(range(actions))] * rows, slots,
+        rng.dirichlet([0.3] * slots, rows).astype(np.float32), float(rng.choice([0, 0.25])),
+        [int(rng.choice([1, 2])) for _ in range(rows)] if two_players else [-1] * rows, size
+    )
+
+
+class SampledAnswers:
+    """Rewards and values of any size; policies whose draws are not clamped."""
+
+    def __init__(self, rng: np.random.Generator, case: Case) -> None:
+        self.rng, self.case = rng, case
+
+    def __call__(self, simulation: int, parents: np.ndarray, actions: np.ndarray) -> Tuple[np.ndarray, ...]:
+        rng, case = self.rng, self.case
+        rewards, values = rng.normal(size=(2, case.rows)).astype(np.float32)
+        logits = rng.normal(scale=0.5, size=case.logits.shape).astype(np.float32)
+        if case.rules.continuous:
+            logits[:, case.action_size:] = rng.uniform(0.2, 0.6, (case.rows, case.action_size))
+        return rewards, values, logits
+
+
+# ---- free ----------------------------------------------------------------------------------------------------------
+
+
+class HashedAnswers:
+    """A model whose answers differ by node: they are a hash of the actions on the path from the root."""
+
+    def __init__(self, rows: int, simulations: int, width: int) -> None:
+        self.width, self.rows = width, np.arange(rows)
+        self.paths = np.zeros((rows, simulations + 1), np.uint64)
+
+    def __call__(self, simulation: int, parents: np.ndarray, actions: np.ndarray) -> Tuple[np.ndarray, ...]:
+        path = mix(self.paths[self.rows, parents] * np.uint64(31) + actions.astype(np.uint64) + np.uint64(1))
+        self.paths[:, simulation + 1] = path
+        numbers = np.stack([mix(path + np.uint64(index)) for index in range(self.width + 2)], axis=1)
+        numbers = (numbers >> np.uint64(40)).astype(np.float32) / 2 ** 24 * 2 - 1
+        return numbers[:, 0], numbers[:, 1], 2 * numbers[:, 2:]
+
+
+def mix(numbers: np.ndarray) -> np.ndarray:
+    """SplitMix64's last steps."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def search_freely(search: Any, answers: Any) -> np.ndarray:
+    """Visits and value of each root ``[B, S + 1]``, after a search by its own draws."""
+    for simulation in range(search.case.simulations):
+        parents, actions = search.traverse(simulation)
+        search.backpropagate(simulation, *answers(simulation, parents, actions))
+    return np.concatenate([np.asarray(search.visits(), float), np.reshape(search.values(), (-1, 1))], axis=1)
+
+
+def alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether no column's mean differs (Welch's test, at ``LEVEL`` for each)."""
+    certain = (one.std(axis=0) + other.std(axis=0)) == 0
+    if not np.allclose(one[:, certain].mean(axis=0), other[:, certain].mean(axis=0), atol=1e-5):
+        return False
+    with np.errstate(invalid='ignore'):
+        return not (stats.ttest_ind(one, other, equal_var=False).pvalue[~certain] < LEVEL).any()
+
+
+def plain_case(rows: int, logits: Sequence[float], simulations: int, legal: Sequence[int] = (), init: float = 1.25,
+               weight: float = 0.0) -> Case:
+    """The same root in every row."""
+    slots = len(logits)
+    return Case(
+        make_rules(19652, init, 0.997, 0.01, False), simulations, np.tile(np.float32(logits), (rows, 1)),
+        [list(legal)] * rows, slots, np.tile(np.float32(np.arange(slots) == 1), (rows, 1)), weight, [-1] * rows
+    )
+
+
+def means_of(case: Case, kind: Any) -> np.ndarray:
+    return search_freely(kind(case), HashedAnswers(case.rows, case.simulations, case.slots))
+
+
+@pytest.mark.parametrize('case', [
+    plain_case(1500, [0.3, 0, 0.1, -0.5], 12),
+    plain_case(1500, [0, 0, 0], 25, weight=0.25),
+    plain_case(1500, [0, 5, 0, 1, 0], 6, legal=[4, 0, 2]),
+    plain_case(1500, [0, 4e-6, 1e-6, 3e-6, 2e-6, 0], 2),
+], ids=['logits', 'noise', 'legal', 'near ties'])
+def test_free_searches_agree_in_their_means(case: Case) -> None:
+    ours, reference = means_of(case, Ours), means_of(case, Reference)
+    assert (ours.std(axis=0) > 0).any()  # or nothing was drawn
+    assert alike(ours, reference)
+
+
+def test_the_comparison_of_means_sees_a_difference() -> None:
+    base = plain_case(1500, [0.3, 0, 0.1, -0.5], 12)
+    for other in (plain_case(1500, [0.3, 0, 0.1, -0.5], 12, init=1.15), plain_case(1500, [0.4, 0, 0.1, -0.5], 12)):
+        assert not alike(means_of(base, Ours), means_of(other, Reference))
+
+
+class ActionAnswers:
+    """A model of sampled trees: what is predicted goes by the step's action."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    def __call__(self, simulation: int, parents: np.ndarray, actions: np.ndarray) -> Tuple[np.ndarray, ...]:
+        first = actions[:, 0]
+        columns = np.arange(self.case.logits.shape[1], dtype=np.float32)
+        logits = 0.5 + 0.5 * np.sin(first[:, None] + columns)  # deviations are positive
+        return np.sin(3 * first), np.cos(2 * first), logits.astype(np.float32)
+
+
+@pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
+def test_free_searches_of_sampled_trees_agree_in_their_means(continuous: bool) -> None:
+    """Of a row at a time, since the reference seeds each expansion by the clock, so that rows resemble each other."""
+    logits = [0.2, -0.1, 0.5, 0.8] if continuous else [0.5, 0, 3, -2, 1]
+    rules = make_rules(19652, 1.25, 0.997, 0.01, False, True, continuous)
+
+    def case(rows: int) -> Case:
+        return Case(
+            rules, 8, np.tile(np.float32(logits), (rows, 1)), [[-1] * 3] * rows, 3, np.zeros((rows, 3), np.float32),
+            0.0, [-1] * rows, 2 if continuous else 1
+        )
+
+    def marginals(search: Any) -> np.ndarray:
+        found = search_freely(search, ActionAnswers(search.case))
+        actions = root_actions(search.tree) if isinstance(search, Ours) else search.roots.get_sampled_actions()
+        visits = found[:, :-1]
+        likeliest = np.take_along_axis(np.asarray(actions)[:, :, 0], visits.argmax(axis=1)[:, None], axis=1)
+        return np.concatenate([found, visits.max(axis=1, keepdims=True), likeliest, np.asarray(actions)[:, 0]], axis=1)
+
+    one_row = case(1)
+    reference = np.concatenate([marginals(Reference(one_row)) for _ in range(1500)])
+    assert alike(marginals(Ours(case(6000))), reference)
+
+
+# ---- draws ---------------------------------------------------------------------------------------------------------
+
+
+def test_philox_gives_the_known_answers() -> None:
+    """Of Random123's kat_vectors."""
+    pi = (0xa4093822, 0x299f31d0), (0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344)
+    ones = 0xffffffff
+    for key, counter, words in (
+        ((0, 0), (0, 0, 0, 0), (0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8)),
+        ((ones, ones), (ones, ones, ones, ones), (0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd)),
+        (*pi, (0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1)),
+    ):
+        assert philox(tuple(map(np.uint32, key)), tuple(map(np.uint32, counter))) == words
+
+
+def test_draws_have_the_distributions_that_they_are_said_to_have() -> None:
+    key = make_key(3, 4)
+    words = [draw(key, row, 7, index, 1) for row in range(200) for index in range(50)]
+    assert stats.kstest([uniform(word) for word in words], 'uniform').pvalue > LEVEL
+    assert stats.kstest([normal(word) for word in words], 'norm').pvalue > LEVEL
+    assert stats.chisquare(np.bincount([below(word[0], 7) for word in words])).pvalue > LEVEL
+    assert below(np.uint32(0xffffffff), 7) == 6 and below(np.uint32(0), 7) == 0
+
+
+def roots_drawn(kind: Any, logits: Sequence[float], slots: int, continuous: bool, rows: int) -> np.ndarray:
+    """The actions of roots ``[rows, S, A]``."""
+    size = len(logits) // 2 if continuous else 1
+    case = Case(
+        make_rules(19652, 1.25, 0.997, 0.01, False, True, continuous), 1, np.tile(np.float32(logits), (rows, 1)),
+        [[-1] * slots] * rows, slots, np.zeros((rows, slots), np.float32), 0.0, [-1] * rows, size
+    )
+    search = kind(case)
+    return np.asarray(root_actions(search.tree) if kind is Ours else search.roots.get_sampled_actions())
+
+
+def test_continuous_actions_are_tanh_of_clamped_normal_draws() -> None:
+    logits = [0.3, -3.5, 0.8, 1.5]
+    ours = roots_drawn(Ours, logits, 10, True, 500)
+    # The reference seeds by the clock, to which the first draws of its generator stay close.
+    reference = roots_drawn(Reference, logits, 14, True, 500)[:, 4:]
+    for part in (0, 1):
+        one, other = ours[..., part].ravel(), reference[..., part].ravel()
+        assert stats.ks_2samp(one, other).pvalue > LEVEL
+        assert abs(one).max() <= np.float32(np.tanh(4)) == abs(ours[..., 1]).max()
+        inside = one[abs(one) < np.float32(np.tanh(4))]
+        assert stats.kstest(np.arctanh(inside), stats.truncnorm(
+            (-4 - logits[part]) / logits[2 + part], (4 - logits[part]) / logits[2 + part], logits[part],
+            logits[2 + part]
+        ).cdf).pvalue > LEVEL
+
+
+@pytest.mark.parametrize('logits', [[0.0, 1.0, -1.0, 0.5, 2.0], [9.0, 0.0, -1.0, 1.0, 0.5]], ids=['flat', 'peaked'])
+def test_discrete_actions_are_drawn_without_replacement(logits: List[float]) -> None:
+    ours = roots_drawn(Ours, logits, 3, False, 8000)[..., 0]
+    reference = np.concatenate([roots_drawn(Reference, logits, 3, False, 4)[..., 0] for _ in range(4000)])
+    assert (np.diff(np.sort(ours, axis=1), axis=1) > 0).all()
+    for place in range(3):
+        table = [np.bincount(drawn[:, place].astype(int), minlength=5) for drawn in (ours, reference)]
+        table = np.array(table)[:, np.sum(table, axis=0) > 0]
+        assert stats.chi2_contingency(table).pvalue > LEVEL
+
+
+def test_equal_actions_share_a_child() -> None:
+    tree = make_tree(1, 1, 5, 1, 2)
+    tree.draws[0, 0] = [[0.1, 0.2], [0.10000004, 0.2], [0.1, 0.200001], [0.1, 0.2], [0.1, -0.2]]
+    share(tree, 0, 0)
+    assert tree.order[0, 0].tolist() == [0, 0, 2, 0, 4]
+    assert np.allclose(tree.prior[0, 0], 1 / 3)
+    tree.draws[0, 0] = [[1e-8, 0], [-1e-8, 0], [0, -0.0], [0, 0], [1e-8, 1e-8]]
+    share(tree, 0, 0)
+    assert tree.order[0, 0].tolist() == [0, 1, 2, 0, 0]
+
+
+# ---- what else is promised -----------------------------------------------------------------------------------------
+
+
+def one_search(seed: int = 0, tree: Any = None, chunks: Sequence[int] = (), sampled: bool = False) -> Tree:
+    """The tree that a search of seven rows leaves."""
+    rng = np.random.default_rng(0)
+    if sampled:
+        case = sampled_case(rng, continuous=True, rows=7)._replace(simulations=9)
+        answers: Any = SampledAnswers(rng, case)
+    else:
+        legal = [[1, 3], [], [2], [3, 0, 1], [0], [], [1, 2]]
+        case = plain_case(7, [0.3, 0, 0.1, -0.5], 9, weight=0.25)._replace(legal=legal)
+        answers = RandomAnswers(rng, 7, 4, False)
+    ours = Ours(case, seed, tree, chunks)
+    for simulation in range(case.simulations):
+        ours.backpropagate(simulation, *answers(simulation, *ours.traverse(simulation)))
+    return ours.tree
+
+
+def same(one: Tree, other: Tree) -> bool:
+    """Whether two searches left the same, but for what they did not come to read."""
+    unread = 'tied', 'path', 'prior'
+    return all(np.array_equal(*arrays) for name, *arrays in zip(Tree._fields, one, other) if name not in unread)
+
+
+@pytest.mark.parametrize('sampled', [False, True], ids=['all actions', 'sampled actions'])
+def test_a_search_goes_by_its_seed_alone(sampled: bool) -> None:
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    first = one_search(sampled=sampled)
+    assert same(first, one_search(sampled=sampled))
+    assert not same(first, one_search(seed=1, sampled=sampled))
+    assert same(first, one_search(chunks=[2, 3], sampled=sampled))
+    assert random.getstate() == states[0]
+    assert np.array_equal(np.random.get_state()[1], states[1]) and torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.mark.parametrize('sampled', [False, True], ids=['all actions', 'sampled actions'])
+def test_a_tree_is_used_again(sampled: bool) -> None:
+    used = one_search(seed=1, sampled=sampled)
+    fresh = one_search(sampled=sampled)
+    assert same(one_search(tree=used, sampled=sampled), fresh)
+
+
+def test_searches_of_one_seed_differ() -> None:
+    words = {draw(make_key(5, search), 0, 0, 0, 0) for search in range(100)}
+    assert len(words) == 100
+
+
+def test_no_number_is_action_0_legal_or_not() -> None:
+    case = plain_case(2, [np.nan] * 3, 3)._replace(legal=[[1, 2], []])
+    for search in (Reference(case), Ours(case)):
+        for simulation in range(3):
+            parents, actions = search.traverse(simulation)
+            assert parents.tolist() == [simulation] * 2 and actions.tolist() == [0, 0]
+            search.backpropagate(simulation, *np.zeros((2, 2), np.float32), np.full((2, 3), np.nan, np.float32))
+        assert search.visits() == [[0, 0], [3, 0, 0]]
+
+
+def test_one_legal_action_has_every_visit() -> None:
+    case = plain_case(3, [0, 1, 2], 5, legal=[2], weight=0.25)
+    assert Ours(case).visits() == [[0]] * 3
+    assert means_of(case, Ours)[:, 0].tolist() == means_of(case, Reference)[:, 0].tolist() == [5, 5, 5]
+
+
+def test_contexts_follow_from_those_of_the_parents() -> None:
+    rng = np.random.default_rng(0)
+    rows, simulations, width = 4, 12, 3
+    tree = make_tree(rows, simulations, 2, width)
+    tables, counts = np.zeros((simulations + 1, rows, width), int), np.zeros((simulations + 1, rows), int)
+    counts[0] = np.arange(rows)
+    tables[0] = np.where(np.arange(width) < counts[0][:, None], 50 + np.arange(width), 0)
+    tree.tables[:, 0], tree.counts[:, 0] = tables[0], counts[0]
+    tree.depth[:] = 1
+    for simulation in range(simulations):
+        pages, parents = rng.integers(100, 1000, rows), rng.integers(0, simulation + 1, rows)
+        tree.path[:, 0] = parents
+        extend_rows(tree, pages, simulation, 0, 2)
+        extend_rows(tree, pages, simulation, 2, rows)
+        above = tables[parents, np.arange(rows)], counts[parents, np.arange(rows)]
+        tables[simulation + 1], counts[simulation + 1] = extend(above, pages)
+    assert np.array_equal(tree.tables.swapaxes(0, 1), tables) and np.array_equal(tree.counts.T, counts)
