@@ -3,19 +3,18 @@
 Forced, ours takes the step that the C++ tree took, which must be one that ours could have drawn; free, the means of
 many searches agree. Statistical tests fail by chance once in a million runs or less.
 """
-import logging
 import random
-from typing import Any, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import pytest
 import torch
 from lzero.mcts.tree_search.mcts_ctree import tree_muzero
 from lzero.mcts.tree_search.mcts_ctree_sampled import tree_sampled_muzero
-from numba import njit
 from scipy import stats
 
 from lzero_kvcache.cache.pages import extend
+from lzero_kvcache.engine.compiling import inner
 from lzero_kvcache.search.draws import below, draw, normal, philox, uniform
 from lzero_kvcache.search.tree import (
     Rules,
@@ -39,16 +38,6 @@ from lzero_kvcache.search.tree import (
 
 LEVEL = 1e-7
 """Probability with which one statistical comparison of equals fails."""
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quiet_numba() -> Iterator[None]:
-    """DI-engine lets every logger speak, and numba tells of each instruction that it compiles."""
-    logger = logging.getLogger('numba')
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    yield
-    logger.setLevel(level)
 
 
 class Case(NamedTuple):
@@ -146,7 +135,7 @@ class Reference:
 # ---- forced --------------------------------------------------------------------------------------------------------
 
 
-@njit(error_model='numpy')
+@inner
 def best_set(tree: Tree, rules: Rules, row: int, node: int, mean: np.float32, tolerance: np.float32) -> np.ndarray:
     """Which entries of a node's ``order`` the rule may draw, if every score may be off by half of ``tolerance``."""
     count = tree.order.shape[2]
@@ -167,7 +156,7 @@ def best_set(tree: Tree, rules: Rules, row: int, node: int, mean: np.float32, to
     return inside
 
 
-@njit(error_model='numpy')
+@inner
 def first_stray(tree: Tree, rules: Rules, row: int, slots: np.ndarray, tolerance: np.float32) -> int:
     """The first depth of the path at which the step to ``slots[depth]`` is none that the rule may draw; or -1."""
     above = np.float32(0)

@@ -3,10 +3,11 @@
 A key is (seed, number of the search), a counter (row, simulation, index, purpose), each word 32 bits wide.
 """
 import math
-from typing import Tuple
+from typing import Any, Tuple
 
 import numpy as np
-from numba import njit
+
+from ..engine.compiling import inner
 
 TIE, ACTION = 0, 1
 """Purposes of draws: which of the children that tie, and which actions a node has."""
@@ -18,7 +19,7 @@ _HALF, _UNIT = np.uint64(32), 2.0 ** -32
 Words = Tuple[np.uint32, np.uint32, np.uint32, np.uint32]
 
 
-@njit(error_model='numpy')
+@inner
 def philox(key: Tuple[np.uint32, np.uint32], counter: Words) -> Words:
     """Philox-4x32-10 (Salmon et al., 2011): the generator of Random123, and of Triton."""
     a, b, c, d = counter
@@ -31,25 +32,25 @@ def philox(key: Tuple[np.uint32, np.uint32], counter: Words) -> Words:
     return a, b, c, d
 
 
-@njit(error_model='numpy')
+@inner
 def draw(key: Tuple[np.uint32, np.uint32], row: int, simulation: int, index: int, purpose: int) -> Words:
     """The four random words of a counter."""
     return philox(key, (np.uint32(row), np.uint32(simulation), np.uint32(index), np.uint32(purpose)))
 
 
-@njit(error_model='numpy')
-def below(word: np.uint32, limit: int) -> int:
+@inner
+def below(word: np.uint32, limit: int) -> Any:
     """A word as a number from 0 to ``limit - 1``."""
     return np.int64((np.uint64(word) * np.uint64(limit)) >> _HALF)
 
 
-@njit(error_model='numpy')
-def uniform(words: Words) -> float:
+@inner
+def uniform(words: Words) -> Any:
     """Words as a number of [0, 1)."""
     return (words[0] + words[1] * _UNIT) * _UNIT
 
 
-@njit(error_model='numpy')
+@inner
 def normal(words: Words) -> float:
     """Words as a number of the standard normal distribution (Box and Muller)."""
     radius = math.sqrt(-2.0 * math.log((words[0] + 1.0) * _UNIT))

@@ -10,8 +10,8 @@ import math
 from typing import Any, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
-from numba import njit
 
+from ..engine.compiling import inner
 from .draws import ACTION, TIE, below, draw, normal, uniform
 
 Key = Tuple[np.uint32, np.uint32]
@@ -83,14 +83,14 @@ def make_tree(rows: int, simulations: int, slots: int, pages: int, action_size: 
 # ---- selection -----------------------------------------------------------------------------------------------------
 
 
-@njit(error_model='numpy', forceinline=True)
+@inner
 def quality(tree: Tree, rules: Rules, row: int, node: int, sign: np.float32) -> np.float32:
     """What the step to a visited node is worth; ``sign`` says to whom."""
     value = tree.value_sum[row, node] / np.float32(tree.visits[row, node])
     return tree.reward[row, node] + rules.discount * (sign * value)
 
 
-@njit(error_model='numpy', forceinline=True)
+@inner
 def mean_quality(tree: Tree, rules: Rules, row: int, node: int, above: np.float32) -> np.float32:
     """The mean over a node's visited children, and below the root over that of its parent (``above``) as well."""
     total, seen = _ZERO, 0
@@ -107,14 +107,14 @@ def mean_quality(tree: Tree, rules: Rules, row: int, node: int, above: np.float3
     return (above + total) / np.float32(seen + 1)
 
 
-@njit(error_model='numpy', forceinline=True)
+@inner
 def exploration(tree: Tree, rules: Rules, row: int, node: int) -> Tuple[np.float32, np.float32]:
     """The two factors of a node's visits in the scores of its children."""
     others = np.float32(tree.visits[row, node] - 1)
     return np.float32(math.log((others + rules.base + _ONE) / rules.base)) + rules.init, np.float32(math.sqrt(others))
 
 
-@njit(error_model='numpy', forceinline=True)
+@inner
 def score(tree: Tree, rules: Rules, row: int, node: int, slot: int, mean: np.float32,
           factors: Tuple[np.float32, np.float32]) -> np.float32:
     """The upper confidence bound of a child."""
@@ -133,7 +133,7 @@ def score(tree: Tree, rules: Rules, row: int, node: int, slot: int, mean: np.flo
     return factors[0] * (factors[1] / (visits + _ONE)) * tree.prior[row, node, slot] + value
 
 
-@njit(error_model='numpy', forceinline=True)
+@inner
 def choose(tree: Tree, rules: Rules, key: Key, simulation: int, row: int, node: int, depth: int,
            mean: np.float32) -> int:
     """Index in a node's ``order`` of one of the best children; -1 where no score is a number."""
@@ -156,7 +156,7 @@ def choose(tree: Tree, rules: Rules, key: Key, simulation: int, row: int, node: 
     return tree.tied[row, below(draw(key, row, simulation, depth, TIE)[0], ties) if ties > 1 else 0]
 
 
-@njit(error_model='numpy')
+@inner
 def select(tree: Tree, rules: Rules, key: Key, simulation: int, row: int) -> None:
     """Walk to where simulation ``simulation`` adds its node; writes path, depth and action, and links the node."""
     node, depth, above = 0, 0, _ZERO
@@ -174,14 +174,14 @@ def select(tree: Tree, rules: Rules, key: Key, simulation: int, row: int) -> Non
     tree.path[row, depth], tree.depth[row] = node, depth
 
 
-@njit(error_model='numpy')
+@inner
 def select_rows(tree: Tree, rules: Rules, key: Key, simulation: int, lo: int, hi: int) -> None:
     """:func:`select` for rows ``lo`` to ``hi``."""
     for row in range(lo, hi):
         select(tree, rules, key, simulation, row)
 
 
-@njit(error_model='numpy')
+@inner
 def parent(tree: Tree, row: int) -> int:
     """The node whose child the selected path adds."""
     return tree.path[row, tree.depth[row] - 1]
@@ -190,7 +190,7 @@ def parent(tree: Tree, row: int) -> int:
 # ---- expansion -----------------------------------------------------------------------------------------------------
 
 
-@njit(error_model='numpy')
+@inner
 def softmax(tree: Tree, row: int, node: int, logits: np.ndarray) -> None:
     """Priors of a node's slots, over those that its ``order`` has."""
     order, prior = tree.order[row, node], tree.prior[row, node]
@@ -209,7 +209,7 @@ def softmax(tree: Tree, row: int, node: int, logits: np.ndarray) -> None:
         prior[order[index]] /= total
 
 
-@njit(error_model='numpy')
+@inner
 def draw_continuous(tree: Tree, key: Key, row: int, node: int, logits: np.ndarray) -> None:
     """Actions of a node: tanh of normal draws. ``logits`` has their means and then their deviations."""
     count, size = tree.draws.shape[2:]
@@ -221,7 +221,7 @@ def draw_continuous(tree: Tree, key: Key, row: int, node: int, logits: np.ndarra
             tree.draws[row, node, index, part] = math.tanh(drawn if -_CLAMP < drawn else -_CLAMP)
 
 
-@njit(error_model='numpy')
+@inner
 def draw_discrete(tree: Tree, key: Key, row: int, node: int, logits: np.ndarray) -> None:
     """Actions of a node, without replacement: the largest of u ** (1 / p), among equal ones the first."""
     total = _ZERO
@@ -240,7 +240,7 @@ def draw_discrete(tree: Tree, key: Key, row: int, node: int, logits: np.ndarray)
         rank[best] = -1.0
 
 
-@njit(error_model='numpy')
+@inner
 def same_action(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two actions have the same six decimals, as C writes them: -0.0 is not 0.0."""
     for part in range(len(one)):
@@ -250,7 +250,7 @@ def same_action(one: np.ndarray, other: np.ndarray) -> bool:
     return True
 
 
-@njit(error_model='numpy')
+@inner
 def share(tree: Tree, row: int, node: int) -> None:
     """One slot for all draws of a node that are the same action, and the same prior for each slot."""
     children = 0
@@ -265,7 +265,7 @@ def share(tree: Tree, row: int, node: int) -> None:
     tree.prior[row, node, :] = _ONE / np.float32(children)
 
 
-@njit(error_model='numpy')
+@inner
 def expand(tree: Tree, rules: Rules, key: Key, row: int, node: int, reward: np.float32, logits: np.ndarray) -> None:
     """Write a node that has no visits yet; an ``order`` that is empty comes to have every slot."""
     tree.visits[row, node], tree.value_sum[row, node], tree.reward[row, node] = 0, _ZERO, reward
@@ -283,14 +283,14 @@ def expand(tree: Tree, rules: Rules, key: Key, row: int, node: int, reward: np.f
     softmax(tree, row, node, logits)
 
 
-@njit(error_model='numpy')
+@inner
 def prepare_rows(tree: Tree, rules: Rules, key: Key, rewards: np.ndarray, logits: np.ndarray, legal: np.ndarray,
                  noise: np.ndarray, weight: np.float32, lo: int, hi: int) -> None:
     """Roots of a new search: rewards ``[B]``, logits ``[B, P]``, legal actions ``[B, S]`` in the order given and then
     -1 (none: all are), noise ``[B, S]`` by position in that order, and its weight."""
     for row in range(lo, hi):
         tree.order[row, 0] = legal[row]
-        expand(tree, rules, key, row, np.int64(0), rewards[row], logits[row])  # for a literal it is compiled again
+        expand(tree, rules, key, row, int(np.int64(0)), rewards[row], logits[row])  # a literal is compiled anew
         if not rules.sampled:  # whose scores have no use for noise
             for index, slot in enumerate(tree.order[row, 0]):
                 if slot >= 0:
@@ -299,7 +299,7 @@ def prepare_rows(tree: Tree, rules: Rules, key: Key, rewards: np.ndarray, logits
         tree.visits[row, 0], tree.low[row], tree.high[row] = 1, _FAR, -_FAR
 
 
-@njit(error_model='numpy')
+@inner
 def extend_rows(tree: Tree, pages: np.ndarray, simulation: int, lo: int, hi: int) -> None:
     """Contexts of the nodes that are added: the parent's with page ``pages[row]``, the first one dropped when full."""
     width = tree.tables.shape[2]
@@ -319,7 +319,7 @@ def extend_rows(tree: Tree, pages: np.ndarray, simulation: int, lo: int, hi: int
 # ---- backup --------------------------------------------------------------------------------------------------------
 
 
-@njit(error_model='numpy')
+@inner
 def backup(tree: Tree, rules: Rules, row: int, value: np.float32) -> None:
     """Add a value to every node of the selected path, from the new one up to the root."""
     last = tree.depth[row]
@@ -337,7 +337,7 @@ def backup(tree: Tree, rules: Rules, row: int, value: np.float32) -> None:
         value = (-reward if own else reward) + rules.discount * value
 
 
-@njit(error_model='numpy')
+@inner
 def backup_rows(tree: Tree, rules: Rules, key: Key, simulation: int, rewards: np.ndarray, values: np.ndarray,
                 logits: np.ndarray, lo: int, hi: int) -> None:
     """Expand the new nodes of rows ``lo`` to ``hi`` by predictions ``[B]``, ``[B]`` and ``[B, P]``, and back up."""
