@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..cache.pages import NULL_PAGE
 from .compiling import entry, inner
 from .lanes import (
+    NUMBER,
     WIDTH,
     constant,
     exponential,
@@ -19,22 +21,22 @@ from .lanes import (
     linear_6_outputs_2_tiles,
     linear_8_outputs_1_tile,
     load,
+    mix,
     multiply_add,
-    nearest,
     read,
     root,
+    score,
     smaller,
     splat,
     spread,
     store,
-    total,
     transpose,
+    where_less,
     write,
 )
 from .program import (
     BIAS,
     CLAMPED_EXPONENTIAL,
-    EXPONENTIAL,
     GELU,
     INPUTS,
     KEY_BIAS,
@@ -66,9 +68,6 @@ from .program import (
 TILES = 8
 """Tiles that are worked on together: what they need fits into a core's own cache, and weights are read once for all."""
 
-NUMBER = 4
-"""Bytes of a number."""
-
 TILE = WIDTH * NUMBER
 
 
@@ -76,6 +75,7 @@ class Scratch(NamedTuple):
     memory: np.ndarray
     tokens: np.ndarray  # [rows, tokens]: addresses of what the pages hold of a row's tokens
     lengths: np.ndarray  # [rows]: tokens, the one that is asked about included
+    chosen: np.ndarray  # [rows]: what is gathered from a table
     x: int  # from here on addresses: tokens on their way through the layers, [tiles, E, 8]
     between: int
     y: int
@@ -86,7 +86,9 @@ class Scratch(NamedTuple):
     places: int
     rows: int  # [8, step]: a tile's numbers row by row
     step: int
-    scores: int  # [heads, tokens, 8]
+    scores: int  # [tokens, 8]
+    ends: int  # [8]: the lengths of a tile's rows
+    nothing: int = 0
 
 
 def new_scratch(network: Network, width: int) -> Scratch:
@@ -98,7 +100,7 @@ def new_scratch(network: Network, width: int) -> Scratch:
     sizes = dict(
         x=embed * side, between=embed * side, y=widest * side, qkv=3 * embed * side, inner=network.inner * side,
         left=widest * side, right=widest * side, places=embed * side, rows=step * WIDTH,
-        scores=network.heads * tokens * WIDTH
+        scores=tokens * WIDTH, ends=WIDTH
     )
     sizes = {name: _whole(size) + WIDTH * WIDTH for name, size in sizes.items()}  # transposes write whole blocks
     memory = np.zeros(sum(sizes.values()) + 16, dtype=np.float32)
@@ -107,9 +109,8 @@ def new_scratch(network: Network, width: int) -> Scratch:
     for name, size in sizes.items():
         addresses[name] = address
         address += size * NUMBER
-    return Scratch(
-        memory, np.zeros((side, tokens), dtype=np.int64), np.zeros(side, dtype=np.int64), step=step, **addresses
-    )
+    lengths, chosen = np.zeros((2, side), dtype=np.int64)
+    return Scratch(memory, np.zeros((side, tokens), dtype=np.int64), lengths, chosen, step=step, **addresses)
 
 
 def _whole(size: int) -> int:
@@ -121,7 +122,8 @@ def _whole(size: int) -> int:
 
 
 @inner
-def _linear(weight, bias, source, source_step, target, target_step, inputs, outputs, tiles, added):
+def _linear(weight: int, bias: int, source: int, source_step: int, target: int, target_step: int, inputs: int,
+            outputs: int, tiles: int, added: int) -> None:
     """``target = weight source + bias``, and ``+ added``; steps lead from a tile to the next, in numbers."""
     paired = 0
     if outputs >= 6:
@@ -153,7 +155,7 @@ def _linear(weight, bias, source, source_step, target, target_step, inputs, outp
 
 
 @inner
-def _norm(weight, bias, source, target, size, tiles, eps):
+def _norm(weight: int, bias: int, source: int, target: int, size: int, tiles: int, eps: float) -> None:
     share = constant(1.0 / size)
     for tile in range(tiles):
         x, y = source + tile * size * TILE, target + tile * size * TILE
@@ -170,14 +172,14 @@ def _norm(weight, bias, source, target, size, tiles, eps):
 
 
 @inner
-def _gelu(x):
+def _gelu(x: Any) -> Any:
     """``x (1 + tanh(u)) / 2 = x sigmoid(2 u)``, ``u = sqrt(2 / pi) (x + 0.044715 x^3)``."""
     inner = multiply_add(x * x, constant(-2 * 0.044715 * math.sqrt(2 / math.pi)), constant(-2 * math.sqrt(2 / math.pi)))
     return x / (constant(1.0) + exponential(x * inner))
 
 
 @inner
-def _softmax(at, size, step):
+def _softmax(at: int, size: int, step: int) -> None:
     """Of ``size`` numbers for each of eight rows, ``step`` apart."""
     top, sum = constant(-np.inf), constant(0.0)
     for i in range(size):
@@ -192,7 +194,7 @@ def _softmax(at, size, step):
 
 
 @inner
-def _elementwise(kind, at, size):
+def _elementwise(kind: int, at: int, size: int) -> None:
     """In place, for ``size`` times eight numbers."""
     for i in range(0, size * WIDTH, WIDTH):
         x = load(at, i)
@@ -210,7 +212,7 @@ def _elementwise(kind, at, size):
 
 
 @inner
-def _run(program, source, scratch, tiles):
+def _run(program: np.ndarray, source: int, scratch: Scratch, tiles: int) -> int:
     """Where the output of the last operation is, which the run after the next overwrites."""
     at = source
     for operation in program:
@@ -219,7 +221,8 @@ def _run(program, source, scratch, tiles):
             target = scratch.right if at == scratch.left else scratch.left
             inputs = operation[INPUTS]
             _linear(
-                operation[WEIGHT], operation[BIAS], at, inputs * WIDTH, target, size * WIDTH, inputs, size, tiles, 0
+                operation[WEIGHT], operation[BIAS], at, inputs * WIDTH, target, size * WIDTH, inputs, size, tiles,
+                scratch.nothing
             )
             at = target
         elif operation[KIND] == SIM_NORM:
@@ -235,7 +238,7 @@ def _run(program, source, scratch, tiles):
 
 
 @inner
-def _copy(source, target, size):
+def _copy(source: int, target: int, size: int) -> None:
     whole = size - size % WIDTH
     for i in range(0, whole, WIDTH):
         store(load(source, i), target, i)
@@ -244,7 +247,7 @@ def _copy(source, target, size):
 
 
 @inner
-def _subtract(source, other, target, size):
+def _subtract(source: int, other: int, target: int, size: int) -> None:
     whole = size - size % WIDTH
     for i in range(0, whole, WIDTH):
         store(load(source, i) - load(other, i), target, i)
@@ -253,11 +256,13 @@ def _subtract(source, other, target, size):
 
 
 @inner
-def _gather(table, indices, start, rows, size, target, scratch):
-    """Rows ``indices[start:]`` of a table ``[N, size]`` side by side, ``[tiles, size, 8]``."""
+def _gather(table: int, size: int, target: int, scratch: Scratch, rows: int) -> None:
+    """The rows of a table ``[N, size]`` that are chosen, side by side."""
     for first in range(0, rows, WIDTH):
         for row in range(first, min(first + WIDTH, rows)):
-            _copy(table + indices[start + row] * size * NUMBER, scratch.rows + (row - first) * scratch.step * NUMBER, size)
+            _copy(
+                table + scratch.chosen[row] * size * NUMBER, scratch.rows + (row - first) * scratch.step * NUMBER, size
+            )
         for i in range(0, size, WIDTH):
             transpose(scratch.rows + i * NUMBER, scratch.step, target + (first * size + i * WIDTH) * NUMBER, WIDTH)
 
@@ -266,12 +271,12 @@ def _gather(table, indices, start, rows, size, target, scratch):
 
 
 @inner
-def _rotate(network, scratch, tiles):
+def _rotate(network: Network, scratch: Scratch, tiles: int) -> None:
     """Queries and keys by the angles of their places."""
     size = network.embed // network.heads
     for tile in range(tiles):
         at, places = scratch.qkv + tile * 3 * network.embed * TILE, scratch.places + tile * size * TILE
-        for head in range(2 * network.heads):
+        for _ in range(2 * network.heads):
             for i in range(0, size * WIDTH, 2 * WIDTH):
                 real, imaginary = load(at, i), load(at, i + WIDTH)
                 cosine, sine = load(places, i), load(places, i + WIDTH)
@@ -281,92 +286,82 @@ def _rotate(network, scratch, tiles):
 
 
 @inner
-def _score(query, key, moved, size):
-    whole = size - size % WIDTH
-    sum = constant(0.0)
-    for i in range(0, whole, WIDTH):
-        sum = multiply_add(load(query, i), load(key, i) + load(moved, i), sum)
-    score = total(sum)
-    for i in range(whole, size):
-        score += read(query, i) * (read(key, i) + read(moved, i))
-    return score
+def _mix_rest(weights: int, tokens: np.ndarray, count: int, part: int, moved: int, moved_step: int, begin: int,
+              end: int, target: int) -> None:
+    """What is left of a head whose size is no multiple of eight, number by number."""
+    for row in range(WIDTH):
+        for i in range(begin, end):
+            sum = np.float32(0)
+            for token in range(count):
+                value = read(tokens[row, token] + part, i) + read(moved + token * moved_step, i)
+                sum += read(weights, token * WIDTH + row) * value
+            write(sum, target, i * WIDTH + row)
 
 
 @inner
-def _mix(network, scratch, row, row_in_tile, longest, target, layer, shift, shift_step):
-    """The values of a row's tokens by their weights."""
-    size = network.embed // network.heads
-    whole = size - size % WIDTH
-    length = scratch.lengths[row]
-    for head in range(network.heads):
-        part = (layer * 2 * network.embed + network.embed + head * size) * NUMBER
-        scores = scratch.scores + (head * longest * WIDTH + row_in_tile) * NUMBER
-        for i in range(0, whole, WIDTH):
-            sum = constant(0.0)
-            for token in range(length):
-                value = load(scratch.tokens[row, token] + part, i) + load(shift + token * shift_step + part, i)
-                sum = multiply_add(spread(scores, token * WIDTH), value, sum)
-            store(sum, target + head * size * NUMBER, i)
-        for i in range(whole, size):
-            rest = np.float32(0)
-            for token in range(length):
-                value = read(scratch.tokens[row, token] + part, i) + read(shift + token * shift_step + part, i)
-                rest += read(scores, token * WIDTH) * value
-            write(rest, target + head * size * NUMBER, i)
-
-
-@inner
-def _attend(network, layer, shift, shift_step, scratch, tile, rows):
-    """Of a tile's tokens over their contexts and themselves; their keys and values go to their pages."""
-    embed, heads = network.embed, network.heads
-    size = embed // heads
-    scale = np.float32(1 / math.sqrt(size))
-    lanes, step = scratch.qkv + tile * 3 * embed * TILE, scratch.step
+def _keep(network: Network, layer: int, shift: int, shift_step: int, scratch: Scratch, tile: int, rows: int) -> None:
+    """A tile's keys and values in their pages, without what learned positions add to them; queries in ``scratch.rows``.
+    """
+    embed, step = network.embed, scratch.step
+    lanes, part = scratch.qkv + tile * 3 * embed * TILE, layer * 2 * embed * NUMBER
     for i in range(0, 3 * embed, WIDTH):
         transpose(lanes + i * TILE, WIDTH, scratch.rows + i * NUMBER, step)
-    longest = 0
     for row in range(rows):
-        longest = max(longest, scratch.lengths[tile * WIDTH + row])
-    for i in range(heads * longest):
-        store(constant(-np.inf), scratch.scores, i * WIDTH)
-    part = layer * 2 * embed * NUMBER
-    for row in range(rows):
-        at, length = scratch.rows + row * step * NUMBER, scratch.lengths[tile * WIDTH + row]
+        last = scratch.lengths[tile * WIDTH + row] - 1
         _subtract(
-            at + embed * NUMBER, shift + (length - 1) * shift_step + part,
-            scratch.tokens[tile * WIDTH + row, length - 1] + part, 2 * embed
+            scratch.rows + (row * step + embed) * NUMBER, shift + last * shift_step + part,
+            scratch.tokens[tile * WIDTH + row, last] + part, 2 * embed
         )
-        for token in range(length):
-            key, moved = scratch.tokens[tile * WIDTH + row, token] + part, shift + token * shift_step + part
-            for head in range(heads):
-                offset = head * size * NUMBER
-                score = _score(at + offset, key + offset, moved + offset, size) * scale
-                write(score, scratch.scores, (head * longest + token) * WIDTH + row)
-    for head in range(heads):
-        _softmax(scratch.scores + head * longest * TILE, longest, WIDTH)
-    for row in range(rows):
-        at = scratch.rows + row * step * NUMBER  # in place of the query
-        _mix(network, scratch, tile * WIDTH + row, row, longest, at, layer, shift, shift_step)
-    for i in range(0, embed, WIDTH):
-        transpose(scratch.rows + i * NUMBER, step, scratch.y + (tile * embed + i) * TILE, WIDTH)
 
 
 @inner
-def _token(network, shift, shift_step, scratch, rows):
+def _attend(network: Network, layer: int, shift: int, shift_step: int, scratch: Scratch, tile: int, rows: int) -> None:
+    """Of a tile's tokens over their contexts and themselves."""
+    _keep(network, layer, shift, shift_step, scratch, tile, rows)
+    embed, first = network.embed, tile * WIDTH
+    size = embed // network.heads
+    whole = size - size % WIDTH
+    scale = splat(np.float32(1 / math.sqrt(size)))
+    table, width = scratch.tokens[first:first + WIDTH], scratch.tokens.shape[1]
+    tokens = table.ctypes.data
+    longest = scratch.lengths[first]
+    for row in range(WIDTH):
+        longest = max(longest, scratch.lengths[first + row])
+        write(np.float32(scratch.lengths[first + row]), scratch.ends, row)
+    for head in range(network.heads):
+        part = (layer * 2 * embed + head * size) * NUMBER
+        queries = scratch.rows + head * size * NUMBER
+        for token in range(longest):
+            x = score(queries, scratch.step, tokens, width, token, part, shift + token * shift_step + part, size)
+            x = where_less(splat(np.float32(token)), load(scratch.ends, 0), x * scale, constant(-np.inf))
+            store(x, scratch.scores, token * WIDTH)
+        _softmax(scratch.scores, longest, WIDTH)
+        part += embed * NUMBER
+        target = scratch.y + (tile * embed + head * size) * TILE
+        for i in range(0, whole, WIDTH):
+            at = part + i * NUMBER
+            mix(scratch.scores, tokens, width, longest, at, shift + at, shift_step, target + i * TILE)
+        if whole < size:
+            _mix_rest(scratch.scores, table, longest, part, shift + part, shift_step, whole, size, target)
+
+
+@inner
+def _token(network: Network, shift: int, shift_step: int, scratch: Scratch, rows: int) -> None:
     """Takes the tokens in ``scratch.x`` through all layers; what they predict from is in ``scratch.y``."""
-    embed, tiles = network.embed, (rows + WIDTH - 1) // WIDTH
+    embed, tiles, nothing = network.embed, (rows + WIDTH - 1) // WIDTH, scratch.nothing
     step = embed * WIDTH
     for layer in range(len(network.blocks)):
         block = network.blocks[layer]
         _norm(block[NORM1_WEIGHT], block[NORM1_BIAS], scratch.x, scratch.y, embed, tiles, network.eps)
-        _linear(block[QUERY_WEIGHT], block[QUERY_BIAS], scratch.y, step, scratch.qkv, 3 * step, embed, embed, tiles, 0)
+        _linear(block[QUERY_WEIGHT], block[QUERY_BIAS], scratch.y, step, scratch.qkv, 3 * step, embed, embed, tiles,
+                nothing)
         _linear(
             block[KEY_WEIGHT], block[KEY_BIAS], scratch.y, step, scratch.qkv + step * NUMBER, 3 * step, embed, embed,
-            tiles, 0
+            tiles, nothing
         )
         _linear(
             block[VALUE_WEIGHT], block[VALUE_BIAS], scratch.y, step, scratch.qkv + 2 * step * NUMBER, 3 * step, embed,
-            embed, tiles, 0
+            embed, tiles, nothing
         )
         if network.rotary:
             _rotate(network, scratch, tiles)
@@ -378,7 +373,8 @@ def _token(network, shift, shift_step, scratch, rows):
         _norm(block[NORM2_WEIGHT], block[NORM2_BIAS], scratch.between, scratch.y, embed, tiles, network.eps)
         wide = network.inner * WIDTH
         _linear(
-            block[WIDEN_WEIGHT], block[WIDEN_BIAS], scratch.y, step, scratch.inner, wide, embed, network.inner, tiles, 0
+            block[WIDEN_WEIGHT], block[WIDEN_BIAS], scratch.y, step, scratch.inner, wide, embed, network.inner, tiles,
+            nothing
         )
         _elementwise(GELU, scratch.inner, network.inner * tiles)
         _linear(
@@ -392,38 +388,44 @@ def _token(network, shift, shift_step, scratch, rows):
 
 
 @inner
-def _find_tokens(network, slab, tables, counts, pages, scratch, start, rows):
-    """Addresses of all tokens of the rows, the first layer's key: of the contexts, of the action and the observation."""
+def _find_tokens(network: Network, slab: int, tables: np.ndarray, counts: np.ndarray, pages: np.ndarray,
+                 scratch: Scratch, start: int, rows: int) -> None:
+    """Addresses of the rows' tokens, the first layer's key: of the contexts, of the action and of the observation.
+    Beyond them, and for rows that only fill up a tile, it is the null page's, which is zeros."""
     half = len(network.blocks) * 2 * network.embed * NUMBER
-    for row in range(rows):
-        count = counts[start + row]
-        for token in range(2 * count + 1):
+    for row in range((rows + WIDTH - 1) // WIDTH * WIDTH):
+        count = counts[start + row] if row < rows else -1
+        scratch.lengths[row] = max(2 * count, 1)
+        for token in range(scratch.tokens.shape[1]):
             slot = token + 1
-            page = tables[start + row, slot // 2] if slot // 2 < count else pages[start + row]
+            page = tables[start + row, slot // 2] if slot // 2 < count else NULL_PAGE
+            if slot // 2 == count:
+                page = pages[start + row]
             scratch.tokens[row, token] = slab + (2 * page + slot % 2) * half
 
 
 @inner
-def _enter(network, source, places, which, scratch, start, rows):
+def _enter(network: Network, source: int, places: np.ndarray, scratch: Scratch, start: int, rows: int) -> None:
     """The tokens in ``source``, and where they are."""
-    tiles = (rows + WIDTH - 1) // WIDTH
-    numbers = tiles * network.embed * WIDTH
+    numbers = (rows + WIDTH - 1) // WIDTH * network.embed * WIDTH
+    for row in range(rows):
+        scratch.chosen[row] = places[start + row] % network.rotary if network.rotary else scratch.lengths[row] - 1
     if network.rotary:
-        angles = places[which, start:start + rows] % network.rotary
-        _gather(network.places, angles, 0, rows, network.embed // network.heads, scratch.places, scratch)
+        _gather(network.places, network.embed // network.heads, scratch.places, scratch, rows)
         _copy(source, scratch.x, numbers)
         return
-    _gather(network.places, scratch.lengths[:rows] - 1, 0, rows, network.embed, scratch.places, scratch)
+    _gather(network.places, network.embed, scratch.places, scratch, rows)
     for i in range(0, numbers, WIDTH):
         store(load(source, i) + load(scratch.places, i), scratch.x, i)
 
 
 @inner
-def _embed(network, actions, scratch, start, rows):
+def _embed(network: Network, actions: np.ndarray, scratch: Scratch, start: int, rows: int) -> int:
     """Where the tokens of the actions are."""
     if network.discrete:
-        chosen = actions[start:start + rows, 0].astype(np.int64)
-        _gather(network.actions, chosen, 0, rows, network.embed, scratch.y, scratch)
+        for row in range(rows):
+            scratch.chosen[row] = actions[start + row, 0]
+        _gather(network.actions, network.embed, scratch.y, scratch, rows)
         return scratch.y
     size = actions.shape[1]
     for row in range(rows):
@@ -434,7 +436,7 @@ def _embed(network, actions, scratch, start, rows):
 
 
 @inner
-def _scalars(logits, size, scratch, start, rows, out):
+def _scalars(logits: int, size: int, scratch: Scratch, start: int, rows: int, out: np.ndarray) -> None:
     """The mean of a support, and the inverse of the value rescaling: MuZero (https://arxiv.org/abs/1911.08265),
     appendix F, with epsilon = 0.001."""
     for first in range(0, rows, WIDTH):
@@ -454,28 +456,28 @@ def _scalars(logits, size, scratch, start, rows, out):
 
 
 @inner
-def _spread_out(source, size, column, start, rows, out):
+def _spread_out(source: int, begin: int, end: int, start: int, rows: int, out: np.ndarray) -> None:
+    size = end - begin
     for row in range(rows):
         for i in range(size):
-            out[start + row, column + i] = read(source, ((row // WIDTH) * size + i) * WIDTH + row % WIDTH)
+            out[start + row, begin + i] = read(source, ((row // WIDTH) * size + i) * WIDTH + row % WIDTH)
 
 
 @inner
-def _simulate_rows(network, shift, slab, tables, counts, pages, actions, places, scratch, start, rows, reward, value,
-                   policy):
+def _simulate_rows(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, counts: np.ndarray,
+                   pages: np.ndarray, actions: np.ndarray, places: np.ndarray, scratch: Scratch, start: int, rows: int,
+                   reward: np.ndarray, value: np.ndarray, policy: np.ndarray) -> None:
     tiles = (rows + WIDTH - 1) // WIDTH
     shift_at = shift.ctypes.data
     shift_step = 0 if network.rotary else len(network.blocks) * 2 * network.embed * NUMBER
     _find_tokens(network, slab.ctypes.data, tables, counts, pages, scratch, start, rows)
-    for row in range(rows):
-        scratch.lengths[row] = 2 * counts[start + row]
-    _enter(network, _embed(network, actions, scratch, start, rows), places, 0, scratch, start, rows)
+    _enter(network, _embed(network, actions, scratch, start, rows), places[0], scratch, start, rows)
     _token(network, shift_at, shift_step, scratch, rows)
     rewards = _run(network.rewards, scratch.y, scratch, tiles)
     _scalars(rewards, network.rewards[-1, OUTPUTS], scratch, start, rows, reward)
     for row in range(rows):
         scratch.lengths[row] += 1
-    _enter(network, _run(network.observations, scratch.y, scratch, tiles), places, 1, scratch, start, rows)
+    _enter(network, _run(network.observations, scratch.y, scratch, tiles), places[1], scratch, start, rows)
     _token(network, shift_at, shift_step, scratch, rows)
     values = _run(network.value, scratch.y, scratch, tiles)
     _scalars(values, network.value[-1, OUTPUTS], scratch, start, rows, value)
@@ -483,14 +485,15 @@ def _simulate_rows(network, shift, slab, tables, counts, pages, actions, places,
     if len(network.trunk):
         _copy(trunk, scratch.y, tiles * network.trunk[-1, OUTPUTS] * WIDTH)
     size = network.first[-1, OUTPUTS]
-    _spread_out(_run(network.first, scratch.y, scratch, tiles), size, 0, start, rows, policy)
+    _spread_out(_run(network.first, scratch.y, scratch, tiles), size - size, size, start, rows, policy)
     if len(network.second):
-        _spread_out(_run(network.second, scratch.y, scratch, tiles), size, size, start, rows, policy)
+        _spread_out(_run(network.second, scratch.y, scratch, tiles), size, network.policy, start, rows, policy)
 
 
 @inner
-def simulate(network: Any, shift: Any, slab: Any, tables: Any, counts: Any, pages: Any, actions: Any, places: Any,
-             scratch: Any, low: int, high: int, reward: Any, value: Any, policy: Any) -> None:
+def simulate(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, counts: np.ndarray,
+             pages: np.ndarray, actions: np.ndarray, places: np.ndarray, scratch: Scratch, low: int, high: int,
+             reward: np.ndarray, value: np.ndarray, policy: np.ndarray) -> None:
     """Expands a node in each of the rows ``low`` to ``high - 1``.
 
     ``shift`` is that of :class:`Weights` ``[T, L, 2, E]``, or zeros ``[L, 2, E]`` with rotary positions; ``slab`` the
@@ -506,5 +509,5 @@ def simulate(network: Any, shift: Any, slab: Any, tables: Any, counts: Any, page
         )
 
 
-simulate_once = entry(simulate.py_func)
+simulate_once = entry(simulate)
 """The same, called from Python."""

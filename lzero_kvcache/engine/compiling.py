@@ -26,7 +26,7 @@ ROOMS = 'engine', 'search'
 def why_not_compiled() -> Optional[str]:
     """Why nothing can be compiled here, in words for the log; None where it can."""
     if importlib.util.find_spec('numba') is None:
-        return "numba is not installed (pip install 'lzero_kvcache[cpu]')"
+        return 'numba is not installed (pip install numba)'
     try:
         import numba  # noqa: F401
     except Exception as error:  # whatever a library that does not fit raises
@@ -41,13 +41,15 @@ def inner(function: Function) -> Function:
     noisy = logging.getLogger('numba')
     if noisy.level == logging.NOTSET:  # LightZero has the root logger show everything, and numba tells each bytecode
         noisy.setLevel(logging.WARNING)
-    return njit(nogil=True, error_model='numpy')(function)
+    compiled: Any = njit(nogil=True, error_model='numpy')
+    return compiled(function)
 
 
 def entry(function: Function) -> Function:
-    """A function that is called from Python, compiled once for a machine."""
-    dispatcher: Any = inner(function)
-    dispatcher._cache = _kept_on_disk(f'{function.__module__}.{function.__qualname__}')  # type: ignore[attr-defined]
+    """A function that is called from Python, compiled once for a machine. It may be an inner one."""
+    plain: Any = getattr(function, 'py_func', function)
+    dispatcher: Any = inner(plain)
+    dispatcher._cache = _kept_on_disk(f'{plain.__module__}.{plain.__qualname__}')
     return dispatcher
 
 
@@ -98,7 +100,7 @@ def _kept_on_disk(name: str) -> Any:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _write(path, dumps(result._reduce()))
             except OSError as error:
-                logger.info(f'{name} is compiled for this process alone: {error}; NUMBA_CACHE_DIR says where to keep it')
+                logger.info(f'{name} is compiled for this process alone: {error}; NUMBA_CACHE_DIR names another folder')
 
         def _path(self, signature: Any, codegen: Any) -> Path:
             parts = name, str(signature), codegen.magic_tuple(), numba.__version__, llvmlite.__version__, sys.version

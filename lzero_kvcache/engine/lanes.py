@@ -5,18 +5,20 @@ sizes, and needs no flag that allows sums to be reordered or nan to be ignored. 
 and a number of float32 to go from there.
 """
 import operator
-from typing import Any, Callable
+from typing import Any, Callable, List
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.cgutils import alloca_once, for_range, get_or_insert_function, is_not_null
+from numba.core.cgutils import alloca_once, for_range, for_range_slice, get_or_insert_function, is_not_null
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, overload, register_model
 
 from .compiling import inner
 
 WIDTH = 8
+NUMBER = 4
+"""Bytes of a number."""
 
 _FLOAT, _INT32 = ir.FloatType(), ir.IntType(32)
 _VECTOR, _INTEGERS = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_INT32, WIDTH)
@@ -83,6 +85,19 @@ def _spread(builder: Any, address: Any, index: Any) -> Any:
     return _splat(builder, _read(builder, address, index))
 
 
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b, flags=_MAY_FUSE), c, flags=_MAY_FUSE)
+
+
+def _prefetch(builder: Any, address: Any, index: Any) -> None:
+    pointer = ir.IntType(8).as_pointer()
+    place = builder.bitcast(_at(builder, address, index, _FLOAT), pointer)
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
+    to_read, to_keep, data = (ir.Constant(_INT32, number) for number in (0, 3, 1))
+    prefetch = builder.module.declare_intrinsic('llvm.prefetch', [pointer], kind)
+    builder.call(prefetch, [place, to_read, to_keep, data])
+
+
 def _call(name: str) -> Callable[..., Any]:
     kind = ir.FunctionType(_VECTOR, [_VECTOR])
     return lambda builder, x: builder.call(get_or_insert_function(builder.module, kind, f'{name}.v{WIDTH}f32'), [x])
@@ -93,29 +108,99 @@ def _choose(comparison: str) -> Callable[..., Any]:
     return lambda builder, a, b: builder.select(builder.fcmp_ordered(comparison, a, b), b, a)
 
 
+def _where_less(builder: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+    return builder.select(builder.fcmp_ordered('<', a, b), x, y)
+
+
 def _times_power_of_two(builder: Any, x: Any, n: Any) -> Any:
     exponent = builder.shl(builder.fptosi(n, _INTEGERS), ir.Constant(_INTEGERS, [23] * WIDTH))
     return builder.bitcast(builder.add(builder.bitcast(x, _INTEGERS), exponent), _VECTOR)
 
 
-def _total(builder: Any, x: Any) -> Any:
+def _halves(half: int) -> Any:
+    """How to put the halves of two vectors' pairs of ``half`` lanes together: the first ones, and the second ones."""
+    lanes = range(WIDTH)
+    return (_order(*[lane + (WIDTH - half if lane & half else 0) for lane in lanes]),
+            _order(*[lane + (WIDTH if lane & half else half) for lane in lanes]))
+
+
+def _turned(builder: Any, rows: List[Any]) -> List[Any]:
+    """Eight vectors transposed."""
     for half in (4, 2, 1):
-        moved = builder.shuffle_vector(x, x, _order(*[(lane + half) % WIDTH for lane in range(WIDTH)]))
-        x = builder.fadd(x, moved)
-    return builder.extract_element(x, ir.Constant(_INT32, 0))
+        low, high = _halves(half)
+        for row in (row for row in range(WIDTH) if not row & half):
+            a, b = rows[row], rows[row + half]
+            rows[row], rows[row + half] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
+    return rows
+
+
+def _totals(builder: Any, rows: List[Any]) -> Any:
+    """The sums of eight vectors."""
+    for half in (4, 2, 1):
+        low, high = _halves(half)
+        pairs = zip(rows[:half], rows[half:])
+        rows = [builder.fadd(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)) for a, b in pairs]
+    return rows[0]
 
 
 def _transpose(builder: Any, source: Any, step: Any, target: Any, target_step: Any) -> None:
     rows = [_load(builder, source, builder.mul(step, ir.Constant(step.type, row))) for row in range(WIDTH)]
-    for half in (4, 2, 1):
-        low = _order(*[lane + (WIDTH - half if lane & half else 0) for lane in range(WIDTH)])
-        high = _order(*[lane + (WIDTH if lane & half else half) for lane in range(WIDTH)])
-        for row in range(WIDTH):
-            if not row & half:
-                a, b = rows[row], rows[row + half]
-                rows[row], rows[row + half] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
+    for row, turned in enumerate(_turned(builder, rows)):
+        _store(builder, turned, target, builder.mul(target_step, ir.Constant(step.type, row)))
+
+
+def _tokens_of_rows(builder: Any, tokens: Any, tokens_step: Any, token: Any, part: Any) -> List[Any]:
+    """Addresses of a part of eight rows' tokens, in a table ``[8, tokens_step]`` of addresses."""
+    found = []
     for row in range(WIDTH):
-        _store(builder, rows[row], target, builder.mul(target_step, ir.Constant(step.type, row)))
+        index = builder.add(builder.mul(tokens_step, ir.Constant(token.type, row)), token)
+        place = builder.add(tokens, builder.shl(index, ir.Constant(token.type, 3)))
+        found.append(builder.add(builder.load(builder.inttoptr(place, token.type.as_pointer())), part))
+    return found
+
+
+def _score(builder: Any, queries: Any, step: Any, tokens: Any, tokens_step: Any, token: Any, part: Any, moved: Any,
+           size: Any) -> Any:
+    """Products of eight rows' queries ``[8, step]`` with the keys of a token each, to which ``moved`` is added."""
+    kind = size.type
+    keys = _tokens_of_rows(builder, tokens, tokens_step, token, part)
+    places = [builder.add(queries, builder.mul(step, ir.Constant(kind, NUMBER * row))) for row in range(WIDTH)]
+    sums = [alloca_once(builder, _VECTOR) for _ in range(WIDTH)]
+    for sum in sums:
+        builder.store(ir.Constant(_VECTOR, [0.0] * WIDTH), sum)
+    whole = builder.and_(size, ir.Constant(kind, -WIDTH))
+    with for_range_slice(builder, ir.Constant(kind, 0), whole, ir.Constant(kind, WIDTH), kind) as (at, _):
+        shift = _load(builder, moved, at)
+        for query, key, sum in zip(places, keys, sums):
+            shifted = builder.fadd(_load(builder, key, at), shift)
+            builder.store(_multiply_add(builder, _load(builder, query, at), shifted, builder.load(sum)), sum)
+    with for_range_slice(builder, whole, size, ir.Constant(kind, 1), kind) as (at, _):
+        shift = _read(builder, moved, at)
+        for query, key, sum in zip(places, keys, sums):
+            first, both = ir.Constant(_INT32, 0), builder.load(sum)
+            product = builder.fmul(_read(builder, query, at), builder.fadd(_read(builder, key, at), shift))
+            both = builder.insert_element(both, builder.fadd(builder.extract_element(both, first), product), first)
+            builder.store(both, sum)
+    return _totals(builder, [builder.load(sum) for sum in sums])
+
+
+def _mix(builder: Any, weights: Any, tokens: Any, tokens_step: Any, count: Any, part: Any, moved: Any, moved_step: Any,
+         target: Any) -> None:
+    """Eight numbers of the values of eight rows' tokens, to which ``moved`` is added, by their weights ``[count, 8]``;
+    side by side."""
+    kind = count.type
+    sums = [alloca_once(builder, _VECTOR) for _ in range(WIDTH)]
+    for sum in sums:
+        builder.store(ir.Constant(_VECTOR, [0.0] * WIDTH), sum)
+    with for_range(builder, count) as loop:
+        shift = _load(builder, builder.add(moved, builder.mul(moved_step, loop.index)), ir.Constant(kind, 0))
+        first = builder.mul(loop.index, ir.Constant(kind, WIDTH))
+        for row, value in enumerate(_tokens_of_rows(builder, tokens, tokens_step, loop.index, part)):
+            weight = _spread(builder, weights, builder.add(first, ir.Constant(kind, row)))
+            shifted = builder.fadd(_load(builder, value, ir.Constant(kind, 0)), shift)
+            builder.store(_multiply_add(builder, weight, shifted, builder.load(sums[row])), sums[row])
+    for row, turned in enumerate(_turned(builder, [builder.load(sum) for sum in sums])):
+        _store(builder, turned, target, ir.Constant(kind, row * WIDTH))
 
 
 load = _instructions(LANES(*PLACE), _load)
@@ -125,24 +210,18 @@ write = _instructions(types.void(FLOAT, *PLACE), _store)
 splat = _instructions(LANES(FLOAT), _splat)
 spread = _instructions(LANES(*PLACE), _spread)
 larger, smaller = (_instructions(LANES(LANES, LANES), _choose(comparison)) for comparison in '<>')
+where_less = _instructions(LANES(LANES, LANES, LANES, LANES), _where_less)
 root = _instructions(LANES(LANES), _call('llvm.sqrt'))
 nearest = _instructions(LANES(LANES), _call('llvm.rint'))
 times_power_of_two = _instructions(LANES(LANES, LANES), _times_power_of_two)
-total = _instructions(FLOAT(LANES), _total)
 transpose = _instructions(types.void(types.intp, types.intp, types.intp, types.intp), _transpose)
 """Eight rows of eight numbers from one address to another, ``(source, step, target, step)``."""
-
-
-def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return builder.fadd(builder.fmul(a, b, flags=_MAY_FUSE), c, flags=_MAY_FUSE)
-
-
 multiply_add = _instructions(LANES(LANES, LANES, LANES), _multiply_add)
 
 
 def _linear(outputs: int, tiles: int) -> Callable[..., Any]:
     """``outputs`` numbers of a linear layer for ``tiles`` times eight rows. The sums stay in registers, and a weight is
-    read where it lies, as ``[outputs, inputs]``."""
+    read where it lies, as ``[outputs, inputs]``; those of the block that follows are sent for meanwhile."""
     def build(builder: Any, weight: Any, bias: Any, source: Any, source_step: Any, target: Any, target_step: Any,
               inputs: Any, added: Any) -> None:
         def number(n: int) -> Any:
@@ -152,11 +231,12 @@ def _linear(outputs: int, tiles: int) -> Callable[..., Any]:
         sums = {key: alloca_once(builder, _VECTOR) for key in every}
         for output, tile in every:
             builder.store(_spread(builder, bias, number(output)), sums[output, tile])
-        rows = [builder.mul(number(output), inputs) for output in range(outputs)]
+        rows = [builder.mul(number(output), inputs) for output in range(outputs + 1)]
         with for_range(builder, inputs) as loop:
             at = builder.mul(loop.index, number(WIDTH))
             x = [_load(builder, source, builder.add(at, builder.mul(number(tile), source_step)))
                  for tile in range(tiles)]
+            _prefetch(builder, weight, builder.add(rows[outputs], builder.mul(loop.index, number(outputs))))
             for output in range(outputs):
                 factor = _spread(builder, weight, builder.add(rows[output], loop.index))
                 for tile in range(tiles):
@@ -174,6 +254,9 @@ def _linear(outputs: int, tiles: int) -> Callable[..., Any]:
 
     return build
 
+
+score = _instructions(LANES(*[types.intp] * 8), _score)
+mix = _instructions(types.void(*[types.intp] * 8), _mix)
 
 _KERNEL = types.void(*[types.intp] * 8)
 linear_6_outputs_2_tiles = _instructions(_KERNEL, _linear(6, 2))

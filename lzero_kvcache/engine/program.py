@@ -147,7 +147,7 @@ class _Reader:
                 program.append(_elementwise(part, program[-1][OUTPUTS]))
         return program
 
-    def _policy(self, head: nn.Module) -> Tuple[List[List[int]], List[List[int]], List[List[int]]]:
+    def _policy(self, head: Any) -> Tuple[List[List[int]], List[List[int]], List[List[int]]]:
         if type(head) is not ReparameterizationHead:
             return [], self._program(head), []
         size = head.mu.out_features
@@ -169,7 +169,7 @@ class _Reader:
         return [LINEAR, 0, values.numel(), address, address]
 
 
-def _elementwise(part: nn.Module, size: int) -> List[int]:
+def _elementwise(part: Any, size: int) -> List[int]:
     kinds = {nn.ReLU: RELU, nn.Tanh: TANH}
     if type(part) is nn.GELU and part.approximate == 'tanh':
         return [GELU, size, size, 0, 0]
