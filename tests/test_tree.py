@@ -20,7 +20,6 @@ from lzero_kvcache.search.tree import (
     Rules,
     Tree,
     backup_rows,
-    exploration,
     extend_rows,
     make_key,
     make_rules,
@@ -31,7 +30,7 @@ from lzero_kvcache.search.tree import (
     root_actions,
     root_values,
     root_visits,
-    score,
+    score_children,
     select_rows,
     share,
 )
@@ -136,23 +135,17 @@ class Reference:
 
 
 @inner
-def best_set(tree: Tree, rules: Rules, row: int, node: int, mean: np.float32, tolerance: np.float32) -> np.ndarray:
-    """Which entries of a node's ``order`` the rule may draw, if every score may be off by half of ``tolerance``."""
-    count = tree.order.shape[2]
-    inside = np.zeros(count, np.bool_)
-    factors = exploration(tree, rules, row, node)
+def best_set(scores: np.ndarray, tolerance: np.float32) -> np.ndarray:
+    """Which scores the rule may draw, if each may be off by half of ``tolerance``: the list is begun anew with each new
+    maximum, and joined by what is within 1e-6 of it."""
+    inside = np.zeros(len(scores), np.bool_)
     best = np.float32(-1e6)
-    for index in range(count):
-        slot = tree.order[row, node, index]
-        if slot < 0:
-            break
-        bound = score(tree, rules, row, node, slot, mean, factors)
-        if bound > best + tolerance:
+    for index, score in enumerate(scores):
+        if score > best + tolerance:
             inside[:] = False
-        if bound > best or bound >= best - np.float32(1e-6) - tolerance:
-            inside[index] = True
-        if bound > best:
-            best = bound
+        inside[index] = score > best or score >= best - np.float32(1e-6) - tolerance
+        if score > best:
+            best = score
     return inside
 
 
@@ -163,7 +156,7 @@ def first_stray(tree: Tree, rules: Rules, row: int, slots: np.ndarray, tolerance
     for depth in range(tree.depth[row]):
         node = tree.path[row, depth]
         above = mean_quality(tree, rules, row, node, above)
-        inside = best_set(tree, rules, row, node, above, tolerance)
+        inside = best_set(tree.scores[row, :score_children(tree, rules, row, node, above)], tolerance)
         found = not inside.any() and slots[depth] == 0  # no score is a number
         for index in range(len(inside)):
             found = found or (inside[index] and tree.order[row, node, index] == slots[depth])
@@ -179,7 +172,7 @@ def search_forced(case: Case, answers: Any, tolerance: float = 0.0) -> Tuple[Ref
     if sampled:  # what the reference has drawn can be seen at the roots; below, when it takes it
         tree.draws[:, 0] = np.asarray(reference.roots.get_sampled_actions(), np.float32)
         for row in range(case.rows):
-            share(tree, row, 0)
+            share(tree.draws[row, 0], tree.order[row, 0], tree.prior[row, 0])
     paths = [{0: []} for _ in range(case.rows)]  # of each row, by node: the nodes and slots above
     for simulation in range(case.simulations):
         parents, actions = reference.traverse(simulation)
@@ -479,14 +472,13 @@ def test_discrete_actions_are_drawn_without_replacement(logits: List[float]) -> 
 
 
 def test_equal_actions_share_a_child() -> None:
-    tree = make_tree(1, 1, 5, 1, 2)
-    tree.draws[0, 0] = [[0.1, 0.2], [0.10000004, 0.2], [0.1, 0.200001], [0.1, 0.2], [0.1, -0.2]]
-    share(tree, 0, 0)
-    assert tree.order[0, 0].tolist() == [0, 0, 2, 0, 4]
-    assert np.allclose(tree.prior[0, 0], 1 / 3)
-    tree.draws[0, 0] = [[1e-8, 0], [-1e-8, 0], [0, -0.0], [0, 0], [1e-8, 1e-8]]
-    share(tree, 0, 0)
-    assert tree.order[0, 0].tolist() == [0, 1, 2, 0, 0]
+    order, prior = np.zeros(5, np.int32), np.zeros(5, np.float32)
+    draws = np.array([[0.1, 0.2], [0.10000004, 0.2], [0.1, 0.200001], [0.1, 0.2], [0.1, -0.2]], np.float32)
+    share(draws, order, prior)
+    assert order.tolist() == [0, 0, 2, 0, 4]
+    assert np.allclose(prior, 1 / 3)
+    share(np.array([[1e-8, 0], [-1e-8, 0], [0, -0.0], [0, 0], [1e-8, 1e-8]], np.float32), order, prior)
+    assert order.tolist() == [0, 1, 2, 0, 0]
 
 
 # ---- what else is promised -----------------------------------------------------------------------------------------
@@ -510,7 +502,7 @@ def one_search(seed: int = 0, tree: Any = None, chunks: Sequence[int] = (), samp
 
 def same(one: Tree, other: Tree) -> bool:
     """Whether two searches left the same, but for what they did not come to read."""
-    unread = 'tied', 'path', 'prior'
+    unread = 'scores', 'path', 'prior'
     return all(np.array_equal(*arrays) for name, *arrays in zip(Tree._fields, one, other) if name not in unread)
 
 

@@ -46,7 +46,7 @@ class Tree(NamedTuple):
     path: np.ndarray  # [B, N], nodes from the root to the new one
     depth: np.ndarray  # [B], steps of that path
     action: np.ndarray  # [B], the path's last step: a slot, or where trees are sampled an index of ``draws``
-    tied: np.ndarray  # [B, S], scratch
+    scores: np.ndarray  # [B, S], of the node that was looked at last
     tables: np.ndarray  # [B, N, R], page ids of each node's context
     counts: np.ndarray  # [B, N], pages of it
 
@@ -75,32 +75,39 @@ def make_tree(rows: int, simulations: int, slots: int, pages: int, action_size: 
         child=np.full(per_slot, -1, np.int32), order=np.full(per_slot, -1, np.int32),
         draws=np.zeros(per_slot + (action_size, ), np.float32), low=np.zeros(rows, np.float32),
         high=np.zeros(rows, np.float32), path=np.zeros(per_node, np.int32), depth=np.zeros(rows, np.int32),
-        action=np.zeros(rows, np.int32), tied=np.zeros((rows, slots), np.int32),
+        action=np.zeros(rows, np.int32), scores=np.zeros((rows, slots), np.float32),
         tables=np.zeros(per_node + (pages, ), np.int32), counts=np.zeros(per_node, np.int32)
     )
+
+
+@inner
+def filled(order: np.ndarray) -> int:
+    """How many slots an ``order`` names."""
+    count = len(order)
+    while count > 0 and order[count - 1] < 0:
+        count -= 1
+    return count
 
 
 # ---- selection -----------------------------------------------------------------------------------------------------
 
 
 @inner
-def quality(tree: Tree, rules: Rules, row: int, node: int, sign: np.float32) -> np.float32:
+def quality(rules: Rules, reward: np.float32, value_sum: np.float32, visits: int, sign: np.float32) -> np.float32:
     """What the step to a visited node is worth; ``sign`` says to whom."""
-    value = tree.value_sum[row, node] / np.float32(tree.visits[row, node])
-    return tree.reward[row, node] + rules.discount * (sign * value)
+    return reward + rules.discount * (sign * (value_sum / np.float32(visits)))
 
 
 @inner
 def mean_quality(tree: Tree, rules: Rules, row: int, node: int, above: np.float32) -> np.float32:
     """The mean over a node's visited children, and below the root over that of its parent (``above``) as well."""
+    visits, value_sum, reward = tree.visits[row], tree.value_sum[row], tree.reward[row]
+    order, children = tree.order[row, node], tree.child[row, node]
     total, seen = _ZERO, 0
-    for index in range(tree.order.shape[2]):
-        slot = tree.order[row, node, index]
-        if slot < 0:
-            break
-        child = tree.child[row, node, slot]
+    for index in range(filled(order)):
+        child = children[order[index]]
         if child >= 0:
-            total += quality(tree, rules, row, child, _ONE)
+            total += quality(rules, reward[child], value_sum[child], visits[child], _ONE)
             seen += 1
     if node == 0 and seen > 0:
         return total / np.float32(seen)
@@ -108,52 +115,58 @@ def mean_quality(tree: Tree, rules: Rules, row: int, node: int, above: np.float3
 
 
 @inner
-def exploration(tree: Tree, rules: Rules, row: int, node: int) -> Tuple[np.float32, np.float32]:
-    """The two factors of a node's visits in the scores of its children."""
-    others = np.float32(tree.visits[row, node] - 1)
-    return np.float32(math.log((others + rules.base + _ONE) / rules.base)) + rules.init, np.float32(math.sqrt(others))
-
-
-@inner
-def score(tree: Tree, rules: Rules, row: int, node: int, slot: int, mean: np.float32,
-          factors: Tuple[np.float32, np.float32]) -> np.float32:
-    """The upper confidence bound of a child."""
-    child = tree.child[row, node, slot]
-    visits, value = _ZERO, mean
-    if child >= 0:
-        visits = np.float32(tree.visits[row, child])
-        value = quality(tree, rules, row, child, -_ONE if rules.two_players else _ONE)
-    width = tree.high[row] - tree.low[row]
+def normalise(value: np.float32, low: np.float32, high: np.float32, least: np.float32) -> np.float32:
+    """A value's place in a range, from 0 to 1; nan stays nan."""
+    width = high - low
     if width > _ZERO:
-        value = (value - tree.low[row]) / (rules.delta if width < rules.delta else width)
-    if value < _ZERO:  # in this form nan stays nan
+        value = (value - low) / (least if width < least else width)
+    if value < _ZERO:
         value = _ZERO
-    if value > _ONE:
-        value = _ONE
-    return factors[0] * (factors[1] / (visits + _ONE)) * tree.prior[row, node, slot] + value
+    return _ONE if value > _ONE else value
 
 
 @inner
-def choose(tree: Tree, rules: Rules, key: Key, simulation: int, row: int, node: int, depth: int,
-           mean: np.float32) -> int:
-    """Index in a node's ``order`` of one of the best children; -1 where no score is a number."""
-    factors = exploration(tree, rules, row, node)
-    best, ties = -_FAR, 0
-    for index in range(tree.order.shape[2]):
-        slot = tree.order[row, node, index]
-        if slot < 0:
-            break
-        bound = score(tree, rules, row, node, slot, mean, factors)
-        if best < bound:
-            best = bound
-            tree.tied[row, 0] = index
-            ties = 1
-        elif bound >= best - _TIE:
-            tree.tied[row, ties] = index
-            ties += 1
-    if ties == 0:
+def score_children(tree: Tree, rules: Rules, row: int, node: int, mean: np.float32) -> int:
+    """Upper confidence bounds of a node's children, in its ``order``, into ``scores``; how many there are."""
+    visits, value_sum, reward = tree.visits[row], tree.value_sum[row], tree.reward[row]
+    order, children, prior = tree.order[row, node], tree.child[row, node], tree.prior[row, node]
+    sign = -_ONE if rules.two_players else _ONE
+    others = np.float32(visits[node] - 1)
+    explored = np.float32(math.log((others + rules.base + _ONE) / rules.base)) + rules.init
+    spread = np.float32(math.sqrt(others))
+    count = filled(order)
+    for index in range(count):
+        slot = order[index]
+        child = children[slot]
+        taken, value = _ZERO, mean
+        if child >= 0:
+            taken = np.float32(visits[child])
+            value = quality(rules, reward[child], value_sum[child], visits[child], sign)
+        value = normalise(value, tree.low[row], tree.high[row], rules.delta)
+        tree.scores[row, index] = explored * (spread / (taken + _ONE)) * prior[slot] + value
+    return count
+
+
+@inner
+def draw_best(scores: np.ndarray, count: int, key: Key, row: int, simulation: int, depth: int) -> int:
+    """One of the first best score and those after it that are within 1e-6; -1 where no score is a number."""
+    first, best = -1, -_FAR
+    for index in range(count):
+        if best < scores[index]:
+            first, best = index, scores[index]
+    if first < 0:
         return -1
-    return tree.tied[row, below(draw(key, row, simulation, depth, TIE)[0], ties) if ties > 1 else 0]
+    ties = 0
+    for index in range(first, count):
+        if scores[index] >= best - _TIE:
+            ties += 1
+    left = below(draw(key, row, simulation, depth, TIE)[0], ties) if ties > 1 else 0
+    for index in range(first, count):
+        if scores[index] >= best - _TIE:
+            if left == 0:
+                return index
+            left -= 1
+    return first
 
 
 @inner
@@ -163,8 +176,9 @@ def select(tree: Tree, rules: Rules, key: Key, simulation: int, row: int) -> Non
     while node <= simulation:
         tree.path[row, depth] = node
         above = mean_quality(tree, rules, row, node, above)
-        index = choose(tree, rules, key, simulation, row, node, depth, above)
-        slot = max(tree.order[row, node, index], 0) if index >= 0 else 0
+        count = score_children(tree, rules, row, node, above)
+        index = draw_best(tree.scores[row], count, key, row, simulation, depth)
+        slot = tree.order[row, node, index] if index >= 0 else 0
         tree.action[row] = max(index, 0) if rules.sampled else slot
         child = tree.child[row, node, slot]
         if child < 0:
@@ -191,39 +205,36 @@ def parent(tree: Tree, row: int) -> int:
 
 
 @inner
-def softmax(tree: Tree, row: int, node: int, logits: np.ndarray) -> None:
-    """Priors of a node's slots, over those that its ``order`` has."""
-    order, prior = tree.order[row, node], tree.prior[row, node]
-    slots = len(order)
-    while slots > 0 and order[slots - 1] < 0:
-        slots -= 1
+def softmax(order: np.ndarray, logits: np.ndarray, prior: np.ndarray) -> None:
+    """Priors ``[S]`` of the slots in ``order``."""
+    count = filled(order)
     largest, total = -_FAR, _ZERO
-    for index in range(slots):
+    for index in range(count):
         if largest < logits[order[index]]:
             largest = logits[order[index]]
-    for index in range(slots):
+    for index in range(count):
         slot = order[index]
         prior[slot] = math.exp(logits[slot] - largest)
         total += prior[slot]
-    for index in range(slots):
+    for index in range(count):
         prior[order[index]] /= total
 
 
 @inner
-def draw_continuous(tree: Tree, key: Key, row: int, node: int, logits: np.ndarray) -> None:
-    """Actions of a node: tanh of normal draws. ``logits`` has their means and then their deviations."""
-    count, size = tree.draws.shape[2:]
+def draw_continuous(key: Key, row: int, node: int, logits: np.ndarray, draws: np.ndarray) -> None:
+    """Actions ``[S, A]``: tanh of normal draws. ``logits`` has their means and then their deviations."""
+    count, size = draws.shape
     for index in range(count):
         for part in range(size):
             drawn = np.float32(normal(draw(key, row, node, index * size + part, ACTION)))
             drawn = drawn * logits[size + part] + logits[part]
             drawn = _CLAMP if _CLAMP < drawn else drawn
-            tree.draws[row, node, index, part] = math.tanh(drawn if -_CLAMP < drawn else -_CLAMP)
+            draws[index, part] = math.tanh(drawn if -_CLAMP < drawn else -_CLAMP)
 
 
 @inner
-def draw_discrete(tree: Tree, key: Key, row: int, node: int, logits: np.ndarray) -> None:
-    """Actions of a node, without replacement: the largest of u ** (1 / p), among equal ones the first."""
+def draw_discrete(key: Key, row: int, node: int, logits: np.ndarray, draws: np.ndarray) -> None:
+    """Actions ``[S, 1]``, without replacement: the largest of u ** (1 / p), among equal ones the first."""
     total = _ZERO
     for logit in logits:
         total += np.float32(math.exp(logit))
@@ -231,12 +242,12 @@ def draw_discrete(tree: Tree, key: Key, row: int, node: int, logits: np.ndarray)
     for action, logit in enumerate(logits):
         probability = np.float32(np.float32(math.exp(logit)) / (np.float64(total) + 1e-6))
         rank[action] = uniform(draw(key, row, node, action, ACTION)) ** (1.0 / np.float64(probability))
-    for index in range(tree.draws.shape[2]):
+    for index in range(len(draws)):
         best = 0
         for action in range(len(logits)):
             if rank[action] > rank[best]:
                 best = action
-        tree.draws[row, node, index, 0] = best
+        draws[index, 0] = best
         rank[best] = -1.0
 
 
@@ -251,18 +262,18 @@ def same_action(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 @inner
-def share(tree: Tree, row: int, node: int) -> None:
-    """One slot for all draws of a node that are the same action, and the same prior for each slot."""
+def share(draws: np.ndarray, order: np.ndarray, prior: np.ndarray) -> None:
+    """One slot for all draws ``[S, A]`` that are the same action, and the same prior for each slot."""
     children = 0
-    for index in range(tree.draws.shape[2]):
-        tree.order[row, node, index] = index
+    for index in range(len(draws)):
+        order[index] = index
         for before in range(index):
-            if same_action(tree.draws[row, node, before], tree.draws[row, node, index]):
-                tree.order[row, node, index] = before
+            if same_action(draws[before], draws[index]):
+                order[index] = before
                 break
-        if tree.order[row, node, index] == index:
+        if order[index] == index:
             children += 1
-    tree.prior[row, node, :] = _ONE / np.float32(children)
+    prior[:] = _ONE / np.float32(children)
 
 
 @inner
@@ -270,17 +281,19 @@ def expand(tree: Tree, rules: Rules, key: Key, row: int, node: int, reward: np.f
     """Write a node that has no visits yet; an ``order`` that is empty comes to have every slot."""
     tree.visits[row, node], tree.value_sum[row, node], tree.reward[row, node] = 0, _ZERO, reward
     tree.child[row, node, :] = -1
+    order, prior = tree.order[row, node], tree.prior[row, node]
     if rules.sampled:
+        draws = tree.draws[row, node]
         if rules.continuous:
-            draw_continuous(tree, key, row, node, logits)
+            draw_continuous(key, row, node, logits, draws)
         else:
-            draw_discrete(tree, key, row, node, logits)
-        share(tree, row, node)
+            draw_discrete(key, row, node, logits, draws)
+        share(draws, order, prior)
         return
-    if tree.order[row, node, 0] < 0:
-        for slot in range(tree.order.shape[2]):
-            tree.order[row, node, slot] = slot
-    softmax(tree, row, node, logits)
+    if order[0] < 0:
+        for slot in range(len(order)):
+            order[slot] = slot
+    softmax(order, logits, prior)
 
 
 @inner
@@ -292,10 +305,9 @@ def prepare_rows(tree: Tree, rules: Rules, key: Key, rewards: np.ndarray, logits
         tree.order[row, 0] = legal[row]
         expand(tree, rules, key, row, int(np.int64(0)), rewards[row], logits[row])  # a literal is compiled anew
         if not rules.sampled:  # whose scores have no use for noise
-            for index, slot in enumerate(tree.order[row, 0]):
-                if slot >= 0:
-                    mixed = tree.prior[row, 0, slot] * (_ONE - weight) + noise[row, index] * weight
-                    tree.prior[row, 0, slot] = mixed
+            order, prior = tree.order[row, 0], tree.prior[row, 0]
+            for index in range(filled(order)):
+                prior[order[index]] = prior[order[index]] * (_ONE - weight) + noise[row, index] * weight
         tree.visits[row, 0], tree.low[row], tree.high[row] = 1, _FAR, -_FAR
 
 
@@ -323,17 +335,18 @@ def extend_rows(tree: Tree, pages: np.ndarray, simulation: int, lo: int, hi: int
 def backup(tree: Tree, rules: Rules, row: int, value: np.float32) -> None:
     """Add a value to every node of the selected path, from the new one up to the root."""
     last = tree.depth[row]
+    sign = -_ONE if rules.two_players and not rules.sampled else _ONE
     for depth in range(last, -1, -1):
         node = tree.path[row, depth]
         own = rules.two_players and (last - depth) % 2 == 0  # the turn of who moves at the new node
         tree.value_sum[row, node] += value if own or not rules.two_players else -value
         tree.visits[row, node] += 1
-        reached = quality(tree, rules, row, node, -_ONE if rules.two_players and not rules.sampled else _ONE)
+        reward = tree.reward[row, node]
+        reached = quality(rules, reward, tree.value_sum[row, node], tree.visits[row, node], sign)
         if reached > tree.high[row]:
             tree.high[row] = reached
         if reached < tree.low[row]:
             tree.low[row] = reached
-        reward = tree.reward[row, node]
         value = (-reward if own else reward) + rules.discount * value
 
 
