@@ -1,0 +1,121 @@
+"""How functions are compiled by numba, and where what was compiled is kept. Knows nothing of what they compute.
+
+numba is imported when the first function is compiled, and not before: DI-engine compiles functions of its own as soon
+as it finds it.
+"""
+import hashlib
+import importlib.util
+import logging
+import os
+import pickle
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Optional, TypeVar
+
+logger = logging.getLogger(__name__)
+
+Function = TypeVar('Function')
+
+PACKAGE = Path(__file__).resolve().parent.parent
+ROOMS = 'engine', 'search'
+"""Where compiled functions are written. All of it is hashed: numba itself misses changes in functions that are called.
+"""
+
+
+def why_not_compiled() -> Optional[str]:
+    """Why nothing can be compiled here, in words for the log; None where it can."""
+    if importlib.util.find_spec('numba') is None:
+        return 'numba is not installed (pip install numba)'
+    try:
+        import numba  # noqa: F401
+    except Exception as error:  # whatever a library that does not fit raises
+        return f'numba cannot be imported: {error}'
+    return None
+
+
+def inner(function: Function) -> Function:
+    """A function that compiled ones call; it lets nobody assume away nan."""
+    from numba import njit
+
+    noisy = logging.getLogger('numba')
+    if noisy.level == logging.NOTSET:  # LightZero has the root logger show everything, and numba tells each bytecode
+        noisy.setLevel(logging.WARNING)
+    compiled: Any = njit(nogil=True, error_model='numpy')
+    return compiled(function)
+
+
+def entry(function: Function) -> Function:
+    """A function that is called from Python, compiled once for a machine. It may be an inner one."""
+    plain: Any = getattr(function, 'py_func', function)
+    dispatcher: Any = inner(plain)
+    dispatcher._cache = _kept_on_disk(f'{plain.__module__}.{plain.__qualname__}')
+    return dispatcher
+
+
+def folder() -> Path:
+    """Where compiled functions are kept: another one for each version of the sources."""
+    chosen = os.environ.get('NUMBA_CACHE_DIR')
+    if chosen:
+        base = Path(chosen)
+    elif sys.platform == 'darwin':
+        base = Path('~/Library/Caches').expanduser()
+    else:
+        base = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+    return base / 'lzero_kvcache' / _sources()
+
+
+def _sources() -> str:
+    from .. import __version__
+
+    digest = hashlib.sha256()
+    for path in sorted(path for room in ROOMS for path in (PACKAGE / room).glob('*.py')):
+        digest.update(path.read_bytes())
+    return f'{__version__}-{digest.hexdigest()[:16]}'
+
+
+def _kept_on_disk(name: str) -> Any:
+    """What numba asks for compiled functions. Its own cache keeps an index beside them, in which two processes can
+    overwrite each other's entries; here a file's name says all that its contents depend on."""
+    import llvmlite
+    import numba
+    from numba.core.caching import NullCache
+    from numba.core.compiler import CompileResult
+    from numba.core.serialize import dumps
+
+    class KeptOnDisk(NullCache):
+        def load_overload(self, signature: Any, target: Any) -> Any:
+            target.refresh()
+            try:
+                kept = pickle.loads(self._path(signature, target.codegen()).read_bytes())
+                return CompileResult._rebuild(target, *kept)
+            except Exception as error:  # not there, not readable, not whole
+                where = 'once for this machine' if isinstance(error, FileNotFoundError) else f'anew ({error!r})'
+                logger.info(f'Compiling {name} {where}, which takes some ten seconds')
+                return None
+
+        def save_overload(self, signature: Any, result: Any) -> None:
+            path = self._path(signature, result.codegen)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write(path, dumps(result._reduce()))
+            except OSError as error:
+                logger.info(f'{name} is compiled for this process alone: {error}; NUMBA_CACHE_DIR names another folder')
+
+        def _path(self, signature: Any, codegen: Any) -> Path:
+            parts = name, str(signature), codegen.magic_tuple(), numba.__version__, llvmlite.__version__, sys.version
+            return folder() / (hashlib.sha256(repr(parts).encode()).hexdigest()[:32] + '.bin')
+
+    return KeptOnDisk()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The whole file or none, whoever else writes or reads it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -1,0 +1,297 @@
+"""Eight float32 numbers side by side, one for each of eight rows, as a type of numba's.
+
+LLVM vectorises a loop by guesses about its length. What is written with lanes is vectorised as it stands, whatever the
+sizes, and needs no flag that allows sums to be reordered or nan to be ignored. A place in memory is an address in bytes
+and a number of float32 to go from there.
+"""
+import operator
+from typing import Any, Callable, List
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core.cgutils import alloca_once, for_range, for_range_slice, get_or_insert_function, is_not_null
+from numba.core.datamodel.models import PrimitiveModel
+from numba.extending import intrinsic, overload, register_model
+
+from .compiling import inner
+
+WIDTH = 8
+NUMBER = 4
+"""Bytes of a number."""
+
+_FLOAT, _INT32 = ir.FloatType(), ir.IntType(32)
+_VECTOR, _INTEGERS = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_INT32, WIDTH)
+_MAY_FUSE = ('contract', )  # a product and a sum may become one instruction
+
+
+class LanesType(types.Type):
+    def __init__(self) -> None:
+        super().__init__('Lanes')
+
+
+@register_model(LanesType)
+class LanesModel(PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _VECTOR)
+
+
+LANES, PLACE, FLOAT = LanesType(), (types.intp, types.intp), types.float32
+
+
+def _instructions(signature: Any, build: Callable[..., Any]) -> Any:
+    """A function of numba's that consists of the instructions which ``build(builder, *args)`` writes."""
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        made = build(builder, *args)
+        return context.get_dummy_value() if signature.return_type is types.void else made
+
+    typed = {
+        1: lambda context, a: (signature, codegen),
+        2: lambda context, a, b: (signature, codegen),
+        3: lambda context, a, b, c: (signature, codegen),
+        4: lambda context, a, b, c, d: (signature, codegen),
+        8: lambda context, a, b, c, d, e, f, g, h: (signature, codegen),
+    }
+    return intrinsic(typed[len(signature.args)])
+
+
+def _at(builder: Any, address: Any, index: Any, kind: Any) -> Any:
+    place = builder.add(address, builder.shl(index, ir.Constant(index.type, 2)))
+    return builder.inttoptr(place, kind.as_pointer())
+
+
+def _order(*lanes: int) -> Any:
+    return ir.Constant(ir.VectorType(_INT32, len(lanes)), list(lanes))
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_INT32, 0))
+    return builder.shuffle_vector(first, first, _order(*[0] * WIDTH))
+
+
+def _load(builder: Any, address: Any, index: Any) -> Any:
+    return builder.load(_at(builder, address, index, _VECTOR), align=4)
+
+
+def _store(builder: Any, value: Any, address: Any, index: Any) -> None:
+    builder.store(value, _at(builder, address, index, value.type), align=4)
+
+
+def _read(builder: Any, address: Any, index: Any) -> Any:
+    return builder.load(_at(builder, address, index, _FLOAT), align=4)
+
+
+def _spread(builder: Any, address: Any, index: Any) -> Any:
+    return _splat(builder, _read(builder, address, index))
+
+
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b, flags=_MAY_FUSE), c, flags=_MAY_FUSE)
+
+
+def _prefetch(builder: Any, address: Any, index: Any) -> None:
+    pointer = ir.IntType(8).as_pointer()
+    place = builder.bitcast(_at(builder, address, index, _FLOAT), pointer)
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
+    to_read, to_keep, data = (ir.Constant(_INT32, number) for number in (0, 3, 1))
+    prefetch = builder.module.declare_intrinsic('llvm.prefetch', [pointer], kind)
+    builder.call(prefetch, [place, to_read, to_keep, data])
+
+
+def _call(name: str) -> Callable[..., Any]:
+    kind = ir.FunctionType(_VECTOR, [_VECTOR])
+    return lambda builder, x: builder.call(get_or_insert_function(builder.module, kind, f'{name}.v{WIDTH}f32'), [x])
+
+
+def _choose(comparison: str) -> Callable[..., Any]:
+    """The second where the comparison holds, so that a first that is nan stays."""
+    return lambda builder, a, b: builder.select(builder.fcmp_ordered(comparison, a, b), b, a)
+
+
+def _where_less(builder: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
+    return builder.select(builder.fcmp_ordered('<', a, b), x, y)
+
+
+def _times_power_of_two(builder: Any, x: Any, n: Any) -> Any:
+    exponent = builder.shl(builder.fptosi(n, _INTEGERS), ir.Constant(_INTEGERS, [23] * WIDTH))
+    return builder.bitcast(builder.add(builder.bitcast(x, _INTEGERS), exponent), _VECTOR)
+
+
+def _halves(half: int) -> Any:
+    """How to put the halves of two vectors' pairs of ``half`` lanes together: the first ones, and the second ones."""
+    lanes = range(WIDTH)
+    return (_order(*[lane + (WIDTH - half if lane & half else 0) for lane in lanes]),
+            _order(*[lane + (WIDTH if lane & half else half) for lane in lanes]))
+
+
+def _turned(builder: Any, rows: List[Any]) -> List[Any]:
+    """Eight vectors transposed."""
+    for half in (4, 2, 1):
+        low, high = _halves(half)
+        for row in (row for row in range(WIDTH) if not row & half):
+            a, b = rows[row], rows[row + half]
+            rows[row], rows[row + half] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
+    return rows
+
+
+def _totals(builder: Any, rows: List[Any]) -> Any:
+    """The sums of eight vectors."""
+    for half in (4, 2, 1):
+        low, high = _halves(half)
+        pairs = zip(rows[:half], rows[half:])
+        rows = [builder.fadd(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)) for a, b in pairs]
+    return rows[0]
+
+
+def _transpose(builder: Any, source: Any, step: Any, target: Any, target_step: Any) -> None:
+    rows = [_load(builder, source, builder.mul(step, ir.Constant(step.type, row))) for row in range(WIDTH)]
+    for row, turned in enumerate(_turned(builder, rows)):
+        _store(builder, turned, target, builder.mul(target_step, ir.Constant(step.type, row)))
+
+
+def _tokens_of_rows(builder: Any, tokens: Any, tokens_step: Any, token: Any, part: Any) -> List[Any]:
+    """Addresses of a part of eight rows' tokens, in a table ``[8, tokens_step]`` of addresses."""
+    found = []
+    for row in range(WIDTH):
+        index = builder.add(builder.mul(tokens_step, ir.Constant(token.type, row)), token)
+        place = builder.add(tokens, builder.shl(index, ir.Constant(token.type, 3)))
+        found.append(builder.add(builder.load(builder.inttoptr(place, token.type.as_pointer())), part))
+    return found
+
+
+def _score(builder: Any, queries: Any, step: Any, tokens: Any, tokens_step: Any, token: Any, part: Any, moved: Any,
+           size: Any) -> Any:
+    """Products of eight rows' queries ``[8, step]`` with the keys of a token each, to which ``moved`` is added."""
+    kind = size.type
+    keys = _tokens_of_rows(builder, tokens, tokens_step, token, part)
+    places = [builder.add(queries, builder.mul(step, ir.Constant(kind, NUMBER * row))) for row in range(WIDTH)]
+    sums = [alloca_once(builder, _VECTOR) for _ in range(WIDTH)]
+    for sum in sums:
+        builder.store(ir.Constant(_VECTOR, [0.0] * WIDTH), sum)
+    whole = builder.and_(size, ir.Constant(kind, -WIDTH))
+    with for_range_slice(builder, ir.Constant(kind, 0), whole, ir.Constant(kind, WIDTH), kind) as (at, _):
+        shift = _load(builder, moved, at)
+        for query, key, sum in zip(places, keys, sums):
+            shifted = builder.fadd(_load(builder, key, at), shift)
+            builder.store(_multiply_add(builder, _load(builder, query, at), shifted, builder.load(sum)), sum)
+    with for_range_slice(builder, whole, size, ir.Constant(kind, 1), kind) as (at, _):
+        shift = _read(builder, moved, at)
+        for query, key, sum in zip(places, keys, sums):
+            first, both = ir.Constant(_INT32, 0), builder.load(sum)
+            product = builder.fmul(_read(builder, query, at), builder.fadd(_read(builder, key, at), shift))
+            both = builder.insert_element(both, builder.fadd(builder.extract_element(both, first), product), first)
+            builder.store(both, sum)
+    return _totals(builder, [builder.load(sum) for sum in sums])
+
+
+def _mix(builder: Any, weights: Any, tokens: Any, tokens_step: Any, count: Any, part: Any, moved: Any, moved_step: Any,
+         target: Any) -> None:
+    """Eight numbers of the values of eight rows' tokens, to which ``moved`` is added, by their weights ``[count, 8]``;
+    side by side."""
+    kind = count.type
+    sums = [alloca_once(builder, _VECTOR) for _ in range(WIDTH)]
+    for sum in sums:
+        builder.store(ir.Constant(_VECTOR, [0.0] * WIDTH), sum)
+    with for_range(builder, count) as loop:
+        shift = _load(builder, builder.add(moved, builder.mul(moved_step, loop.index)), ir.Constant(kind, 0))
+        first = builder.mul(loop.index, ir.Constant(kind, WIDTH))
+        for row, value in enumerate(_tokens_of_rows(builder, tokens, tokens_step, loop.index, part)):
+            weight = _spread(builder, weights, builder.add(first, ir.Constant(kind, row)))
+            shifted = builder.fadd(_load(builder, value, ir.Constant(kind, 0)), shift)
+            builder.store(_multiply_add(builder, weight, shifted, builder.load(sums[row])), sums[row])
+    for row, turned in enumerate(_turned(builder, [builder.load(sum) for sum in sums])):
+        _store(builder, turned, target, ir.Constant(kind, row * WIDTH))
+
+
+load = _instructions(LANES(*PLACE), _load)
+store = _instructions(types.void(LANES, *PLACE), _store)
+read = _instructions(FLOAT(*PLACE), _read)
+write = _instructions(types.void(FLOAT, *PLACE), _store)
+splat = _instructions(LANES(FLOAT), _splat)
+spread = _instructions(LANES(*PLACE), _spread)
+larger, smaller = (_instructions(LANES(LANES, LANES), _choose(comparison)) for comparison in '<>')
+where_less = _instructions(LANES(LANES, LANES, LANES, LANES), _where_less)
+root = _instructions(LANES(LANES), _call('llvm.sqrt'))
+nearest = _instructions(LANES(LANES), _call('llvm.rint'))
+times_power_of_two = _instructions(LANES(LANES, LANES), _times_power_of_two)
+transpose = _instructions(types.void(types.intp, types.intp, types.intp, types.intp), _transpose)
+"""Eight rows of eight numbers from one address to another, ``(source, step, target, step)``."""
+multiply_add = _instructions(LANES(LANES, LANES, LANES), _multiply_add)
+
+
+def _linear(outputs: int, tiles: int) -> Callable[..., Any]:
+    """``outputs`` numbers of a linear layer for ``tiles`` times eight rows. The sums stay in registers, and a weight is
+    read where it lies, as ``[outputs, inputs]``; those of the block that follows are sent for meanwhile."""
+    def build(builder: Any, weight: Any, bias: Any, source: Any, source_step: Any, target: Any, target_step: Any,
+              inputs: Any, added: Any) -> None:
+        def number(n: int) -> Any:
+            return ir.Constant(inputs.type, n)
+
+        every = [(output, tile) for output in range(outputs) for tile in range(tiles)]
+        sums = {key: alloca_once(builder, _VECTOR) for key in every}
+        for output, tile in every:
+            builder.store(_spread(builder, bias, number(output)), sums[output, tile])
+        rows = [builder.mul(number(output), inputs) for output in range(outputs + 1)]
+        with for_range(builder, inputs) as loop:
+            at = builder.mul(loop.index, number(WIDTH))
+            x = [_load(builder, source, builder.add(at, builder.mul(number(tile), source_step)))
+                 for tile in range(tiles)]
+            _prefetch(builder, weight, builder.add(rows[outputs], builder.mul(loop.index, number(outputs))))
+            for output in range(outputs):
+                factor = _spread(builder, weight, builder.add(rows[output], loop.index))
+                for tile in range(tiles):
+                    place = sums[output, tile]
+                    builder.store(_multiply_add(builder, factor, x[tile], builder.load(place)), place)
+        indices = {
+            key: builder.add(number(key[0] * WIDTH), builder.mul(number(key[1]), target_step)) for key in every
+        }
+        with builder.if_then(is_not_null(builder, added)):
+            for key in every:
+                other = _load(builder, added, indices[key])
+                builder.store(builder.fadd(builder.load(sums[key]), other), sums[key])
+        for key in every:
+            _store(builder, builder.load(sums[key]), target, indices[key])
+
+    return build
+
+
+score = _instructions(LANES(*[types.intp] * 8), _score)
+mix = _instructions(types.void(*[types.intp] * 8), _mix)
+
+_KERNEL = types.void(*[types.intp] * 8)
+linear_6_outputs_2_tiles = _instructions(_KERNEL, _linear(6, 2))
+linear_8_outputs_1_tile = _instructions(_KERNEL, _linear(8, 1))
+linear_1_output_1_tile = _instructions(_KERNEL, _linear(1, 1))
+
+
+def _operator(sign: Any, instruction: str) -> None:
+    operate = _instructions(
+        LANES(LANES, LANES), lambda builder, a, b: getattr(builder, instruction)(a, b, flags=_MAY_FUSE)
+    )
+
+    are_lanes = (LANES, LANES)
+    overload(sign)(lambda a, b: (lambda a, b: operate(a, b)) if (a, b) == are_lanes else None)
+
+
+for _sign, _instruction in ((operator.add, 'fadd'), (operator.sub, 'fsub'), (operator.mul, 'fmul'),
+                            (operator.truediv, 'fdiv')):
+    _operator(_sign, _instruction)
+
+
+@inner
+def constant(value: float) -> Any:
+    return splat(np.float32(value))
+
+
+@inner
+def exponential(x: Any) -> Any:
+    """``exp``, to 3e-7 (relative) within +-10; no smaller or larger than a float32 holds, and nan of nan."""
+    x = smaller(larger(x, constant(-87.0)), constant(88.0)) * constant(1.4426950408889634)
+    whole = nearest(x)
+    x = x - whole
+    y = multiply_add(x, constant(1.5403530e-4), constant(1.3333558e-3))
+    y = multiply_add(x, y, constant(9.6181291e-3))
+    y = multiply_add(x, y, constant(5.5504109e-2))
+    y = multiply_add(x, y, constant(2.4022651e-1))
+    y = multiply_add(x, y, constant(6.9314718e-1))
+    return times_power_of_two(multiply_add(x, y, constant(1.0)), whole)

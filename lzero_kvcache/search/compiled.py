@@ -1,0 +1,91 @@
+"""A whole search on the CPU as one compiled call: joins the trees in arrays and the model's step. Importing it imports
+numba.
+
+Rows of a batch are independent, so that threads can have some each, with memory of their own for the step.
+"""
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..engine.compiled import simulate
+from ..engine.compiling import entry, inner
+from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, select_rows
+
+
+class Batch(NamedTuple):
+    """What goes into the model's step and comes out of it, row by row; for the next search to write over."""
+    tables: np.ndarray  # [B, R], the contexts of the nodes that are stepped from
+    counts: np.ndarray  # [B]
+    actions: np.ndarray  # [B, 1] numbers of actions, or [B, A] continuous ones
+    places: np.ndarray  # [2, B], rotary positions of the two tokens
+    reward: np.ndarray  # [B]
+    value: np.ndarray  # [B]
+    policy: np.ndarray  # [B, P]
+    broken: np.ndarray  # [B], how many predictions were no numbers; the search went on with zeros
+
+
+def make_batch(tree: Tree, policy: int) -> Batch:
+    """Arrays for searches in a tree whose model predicts ``policy`` numbers of a policy."""
+    rows, _, pages = tree.tables.shape
+    return Batch(
+        np.zeros((rows, pages), np.int64), np.zeros(rows, np.int64),
+        np.zeros((rows, max(tree.draws.shape[3], 1)), np.float32), np.zeros((2, rows), np.int64),
+        np.zeros(rows, np.float32), np.zeros(rows, np.float32), np.zeros((rows, policy), np.float32),
+        np.zeros(rows, np.int64)
+    )
+
+
+@inner
+def gather_rows(tree: Tree, rules: Rules, timesteps: np.ndarray, batch: Batch, lo: int, hi: int) -> None:
+    """What the step needs of the nodes that were selected."""
+    for row in range(lo, hi):
+        node = parent(tree, row)
+        batch.tables[row] = tree.tables[row, node]
+        batch.counts[row] = tree.counts[row, node]
+        if rules.sampled:
+            batch.actions[row] = tree.draws[row, node, tree.action[row]]
+        else:
+            batch.actions[row, 0] = tree.action[row]
+        # Where trees are sampled, LightZero has the node's index for its depth.
+        after = timesteps[row] + (node if rules.sampled else tree.depth[row])
+        batch.places[0, row], batch.places[1, row] = 2 * after + 1, 2 * after + 2
+
+
+@inner
+def mend_rows(batch: Batch, lo: int, hi: int) -> None:
+    """Zeros for what is no number."""
+    for row in range(lo, hi):
+        broken = False
+        for column in range(batch.policy.shape[1]):
+            if not np.isfinite(batch.policy[row, column]):
+                batch.policy[row, column] = 0
+                broken = True
+        if not np.isfinite(batch.reward[row]):
+            batch.reward[row] = 0
+            broken = True
+        if not np.isfinite(batch.value[row]):
+            batch.value[row] = 0
+            broken = True
+        if broken:
+            batch.broken[row] += 1
+
+
+@entry
+def search_rows(tree: Tree, rules: Rules, key: Key, network: Any, shift: np.ndarray, slab: np.ndarray,
+                pages: np.ndarray, timesteps: np.ndarray, batch: Batch, scratch: Any, lo: int, hi: int) -> None:
+    """All simulations of rows ``lo`` to ``hi``, whose roots are prepared and have their contexts in the tree.
+
+    ``pages [N - 1, B]`` are what simulations write, ``timesteps [B]`` those of the roots; the rest is as
+    :func:`simulate` takes it.
+    """
+    batch.broken[lo:hi] = 0
+    for simulation in range(len(pages)):
+        select_rows(tree, rules, key, simulation, lo, hi)
+        gather_rows(tree, rules, timesteps, batch, lo, hi)
+        simulate(
+            network, shift, slab, batch.tables, batch.counts, pages[simulation], batch.actions, batch.places, scratch,
+            lo, hi, batch.reward, batch.value, batch.policy
+        )
+        mend_rows(batch, lo, hi)
+        extend_rows(tree, pages[simulation], simulation, lo, hi)
+        backup_rows(tree, rules, key, simulation, batch.reward, batch.value, batch.policy, lo, hi)

@@ -1,0 +1,388 @@
+"""Search trees in arrays and LightZero's rules of them, compiled by numba. Knows page ids; no model, no pools.
+
+Shapes: ``B`` rows (trees), ``N`` nodes: 0 is the root and ``s + 1`` what simulation ``s`` adds, ``S`` slots for the
+children of a node: its actions, or the ``K`` actions drawn for it where trees are sampled, ``A`` numbers of an action
+(0 unless sampled), ``R`` pages of a context, ``P`` policy logits.
+
+Everything is float32 in the order of operations of LightZero's C++, whose scores these are to the last bit.
+"""
+import math
+from typing import Any, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from ..engine.compiling import inner
+from .draws import ACTION, TIE, below, draw, normal, uniform
+
+Key = Tuple[np.uint32, np.uint32]
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_FAR = np.float32(1e6)  # what LightZero takes for infinity
+_TIE = np.float32(1e-6)
+_CLAMP = np.float32(4)  # of sampled actions, before tanh
+
+
+class Rules(NamedTuple):
+    """What LightZero's search objects are configured with."""
+    base: np.float32
+    init: np.float32
+    discount: np.float32
+    delta: np.float32  # the least width of a range of values
+    two_players: bool
+    sampled: bool
+    continuous: bool
+
+
+class Tree(NamedTuple):
+    """The trees of a search, for the next one to write over."""
+    visits: np.ndarray  # [B, N]
+    value_sum: np.ndarray  # [B, N]
+    reward: np.ndarray  # [B, N], of the step to the node
+    prior: np.ndarray  # [B, N, S]
+    child: np.ndarray  # [B, N, S], node in each slot; -1: none yet
+    order: np.ndarray  # [B, N, S], slots as the scores are compared, -1 after the last; equal draws share one
+    draws: np.ndarray  # [B, N, S, A], actions in the order of ``order``
+    low: np.ndarray  # [B], the range of values
+    high: np.ndarray  # [B]
+    path: np.ndarray  # [B, N], nodes from the root to the new one
+    depth: np.ndarray  # [B], steps of that path
+    action: np.ndarray  # [B], the path's last step: a slot, or where trees are sampled an index of ``draws``
+    scores: np.ndarray  # [B, S], of the node that was looked at last
+    tables: np.ndarray  # [B, N, R], page ids of each node's context
+    counts: np.ndarray  # [B, N], pages of it
+
+
+def make_rules(pb_c_base: int, pb_c_init: float, discount_factor: float, value_delta_max: float, two_players: bool,
+               sampled: bool = False, continuous: bool = False) -> Rules:
+    """Rules from what LightZero's configs say."""
+    return Rules(
+        np.float32(pb_c_base), np.float32(pb_c_init), np.float32(discount_factor), np.float32(value_delta_max),
+        two_players, sampled, continuous
+    )
+
+
+def make_key(seed: int, search: int) -> Key:
+    """The key of a search's draws."""
+    return np.uint32(seed & 0xFFFFFFFF), np.uint32(search & 0xFFFFFFFF)
+
+
+def make_tree(rows: int, simulations: int, slots: int, pages: int, action_size: int = 0) -> Tree:
+    """Arrays for searches of one size."""
+    nodes = simulations + 1
+    per_node, per_slot = (rows, nodes), (rows, nodes, slots)
+    return Tree(
+        visits=np.zeros(per_node, np.int32), value_sum=np.zeros(per_node, np.float32),
+        reward=np.zeros(per_node, np.float32), prior=np.zeros(per_slot, np.float32),
+        child=np.full(per_slot, -1, np.int32), order=np.full(per_slot, -1, np.int32),
+        draws=np.zeros(per_slot + (action_size, ), np.float32), low=np.zeros(rows, np.float32),
+        high=np.zeros(rows, np.float32), path=np.zeros(per_node, np.int32), depth=np.zeros(rows, np.int32),
+        action=np.zeros(rows, np.int32), scores=np.zeros((rows, slots), np.float32),
+        tables=np.zeros(per_node + (pages, ), np.int32), counts=np.zeros(per_node, np.int32)
+    )
+
+
+@inner
+def filled(order: np.ndarray) -> int:
+    """How many slots an ``order`` names."""
+    count = len(order)
+    while count > 0 and order[count - 1] < 0:
+        count -= 1
+    return count
+
+
+# ---- selection -----------------------------------------------------------------------------------------------------
+
+
+@inner
+def quality(rules: Rules, reward: np.float32, value_sum: np.float32, visits: int, sign: np.float32) -> np.float32:
+    """What the step to a visited node is worth; ``sign`` says to whom."""
+    return reward + rules.discount * (sign * (value_sum / np.float32(visits)))
+
+
+@inner
+def mean_quality(tree: Tree, rules: Rules, row: int, node: int, above: np.float32) -> np.float32:
+    """The mean over a node's visited children, and below the root over that of its parent (``above``) as well."""
+    visits, value_sum, reward = tree.visits[row], tree.value_sum[row], tree.reward[row]
+    order, children = tree.order[row, node], tree.child[row, node]
+    total, seen = _ZERO, 0
+    for index in range(filled(order)):
+        child = children[order[index]]
+        if child >= 0:
+            total += quality(rules, reward[child], value_sum[child], visits[child], _ONE)
+            seen += 1
+    if node == 0 and seen > 0:
+        return total / np.float32(seen)
+    return (above + total) / np.float32(seen + 1)
+
+
+@inner
+def normalise(value: np.float32, low: np.float32, high: np.float32, least: np.float32) -> np.float32:
+    """A value's place in a range, from 0 to 1; nan stays nan."""
+    width = high - low
+    if width > _ZERO:
+        value = (value - low) / (least if width < least else width)
+    if value < _ZERO:
+        value = _ZERO
+    return _ONE if value > _ONE else value
+
+
+@inner
+def score_children(tree: Tree, rules: Rules, row: int, node: int, mean: np.float32) -> int:
+    """Upper confidence bounds of a node's children, in its ``order``, into ``scores``; how many there are."""
+    visits, value_sum, reward = tree.visits[row], tree.value_sum[row], tree.reward[row]
+    order, children, prior = tree.order[row, node], tree.child[row, node], tree.prior[row, node]
+    sign = -_ONE if rules.two_players else _ONE
+    others = np.float32(visits[node] - 1)
+    explored = np.float32(math.log((others + rules.base + _ONE) / rules.base)) + rules.init
+    spread = np.float32(math.sqrt(others))
+    count = filled(order)
+    for index in range(count):
+        slot = order[index]
+        child = children[slot]
+        taken, value = _ZERO, mean
+        if child >= 0:
+            taken = np.float32(visits[child])
+            value = quality(rules, reward[child], value_sum[child], visits[child], sign)
+        value = normalise(value, tree.low[row], tree.high[row], rules.delta)
+        tree.scores[row, index] = explored * (spread / (taken + _ONE)) * prior[slot] + value
+    return count
+
+
+@inner
+def draw_best(scores: np.ndarray, count: int, key: Key, row: int, simulation: int, depth: int) -> int:
+    """One of the first best score and those after it that are within 1e-6; -1 where no score is a number."""
+    first, best = -1, -_FAR
+    for index in range(count):
+        if best < scores[index]:
+            first, best = index, scores[index]
+    if first < 0:
+        return -1
+    ties = 0
+    for index in range(first, count):
+        if scores[index] >= best - _TIE:
+            ties += 1
+    left = below(draw(key, row, simulation, depth, TIE)[0], ties) if ties > 1 else 0
+    for index in range(first, count):
+        if scores[index] >= best - _TIE:
+            if left == 0:
+                return index
+            left -= 1
+    return first
+
+
+@inner
+def select(tree: Tree, rules: Rules, key: Key, simulation: int, row: int) -> None:
+    """Walk to where simulation ``simulation`` adds its node; writes path, depth and action, and links the node."""
+    node, depth, above = 0, 0, _ZERO
+    while node <= simulation:
+        tree.path[row, depth] = node
+        above = mean_quality(tree, rules, row, node, above)
+        count = score_children(tree, rules, row, node, above)
+        index = draw_best(tree.scores[row], count, key, row, simulation, depth)
+        slot = tree.order[row, node, index] if index >= 0 else 0
+        tree.action[row] = max(index, 0) if rules.sampled else slot
+        child = tree.child[row, node, slot]
+        if child < 0:
+            child = simulation + 1
+            tree.child[row, node, slot] = child
+        node, depth = child, depth + 1
+    tree.path[row, depth], tree.depth[row] = node, depth
+
+
+@inner
+def select_rows(tree: Tree, rules: Rules, key: Key, simulation: int, lo: int, hi: int) -> None:
+    """:func:`select` for rows ``lo`` to ``hi``."""
+    for row in range(lo, hi):
+        select(tree, rules, key, simulation, row)
+
+
+@inner
+def parent(tree: Tree, row: int) -> int:
+    """The node whose child the selected path adds."""
+    return tree.path[row, tree.depth[row] - 1]
+
+
+# ---- expansion -----------------------------------------------------------------------------------------------------
+
+
+@inner
+def softmax(order: np.ndarray, logits: np.ndarray, prior: np.ndarray) -> None:
+    """Priors ``[S]`` of the slots in ``order``."""
+    count = filled(order)
+    largest, total = -_FAR, _ZERO
+    for index in range(count):
+        if largest < logits[order[index]]:
+            largest = logits[order[index]]
+    for index in range(count):
+        slot = order[index]
+        prior[slot] = math.exp(logits[slot] - largest)
+        total += prior[slot]
+    for index in range(count):
+        prior[order[index]] /= total
+
+
+@inner
+def draw_continuous(key: Key, row: int, node: int, logits: np.ndarray, draws: np.ndarray) -> None:
+    """Actions ``[S, A]``: tanh of normal draws. ``logits`` has their means and then their deviations."""
+    count, size = draws.shape
+    for index in range(count):
+        for part in range(size):
+            drawn = np.float32(normal(draw(key, row, node, index * size + part, ACTION)))
+            drawn = drawn * logits[size + part] + logits[part]
+            drawn = _CLAMP if _CLAMP < drawn else drawn
+            draws[index, part] = math.tanh(drawn if -_CLAMP < drawn else -_CLAMP)
+
+
+@inner
+def draw_discrete(key: Key, row: int, node: int, logits: np.ndarray, draws: np.ndarray) -> None:
+    """Actions ``[S, 1]``, without replacement: the largest of u ** (1 / p), among equal ones the first."""
+    total = _ZERO
+    for logit in logits:
+        total += np.float32(math.exp(logit))
+    rank = np.empty(len(logits), np.float64)
+    for action, logit in enumerate(logits):
+        probability = np.float32(np.float32(math.exp(logit)) / (np.float64(total) + 1e-6))
+        rank[action] = uniform(draw(key, row, node, action, ACTION)) ** (1.0 / np.float64(probability))
+    for index in range(len(draws)):
+        best = 0
+        for action in range(len(logits)):
+            if rank[action] > rank[best]:
+                best = action
+        draws[index, 0] = best
+        rank[best] = -1.0
+
+
+@inner
+def same_action(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two actions have the same six decimals, as C writes them: -0.0 is not 0.0."""
+    for part in range(len(one)):
+        a, b = np.rint(np.float64(one[part]) * 1e6), np.rint(np.float64(other[part]) * 1e6)
+        if a != b or math.copysign(1.0, a) != math.copysign(1.0, b):
+            return False
+    return True
+
+
+@inner
+def share(draws: np.ndarray, order: np.ndarray, prior: np.ndarray) -> None:
+    """One slot for all draws ``[S, A]`` that are the same action, and the same prior for each slot."""
+    children = 0
+    for index in range(len(draws)):
+        order[index] = index
+        for before in range(index):
+            if same_action(draws[before], draws[index]):
+                order[index] = before
+                break
+        if order[index] == index:
+            children += 1
+    prior[:] = _ONE / np.float32(children)
+
+
+@inner
+def expand(tree: Tree, rules: Rules, key: Key, row: int, node: int, reward: np.float32, logits: np.ndarray) -> None:
+    """Write a node that has no visits yet; an ``order`` that is empty comes to have every slot."""
+    tree.visits[row, node], tree.value_sum[row, node], tree.reward[row, node] = 0, _ZERO, reward
+    tree.child[row, node, :] = -1
+    order, prior = tree.order[row, node], tree.prior[row, node]
+    if rules.sampled:
+        draws = tree.draws[row, node]
+        if rules.continuous:
+            draw_continuous(key, row, node, logits, draws)
+        else:
+            draw_discrete(key, row, node, logits, draws)
+        share(draws, order, prior)
+        return
+    if order[0] < 0:
+        for slot in range(len(order)):
+            order[slot] = slot
+    softmax(order, logits, prior)
+
+
+@inner
+def prepare_rows(tree: Tree, rules: Rules, key: Key, rewards: np.ndarray, logits: np.ndarray, legal: np.ndarray,
+                 noise: np.ndarray, weight: np.float32, lo: int, hi: int) -> None:
+    """Roots of a new search: rewards ``[B]``, logits ``[B, P]``, legal actions ``[B, S]`` in the order given and then
+    -1 (none: all are), noise ``[B, S]`` by position in that order, and its weight."""
+    for row in range(lo, hi):
+        tree.order[row, 0] = legal[row]
+        expand(tree, rules, key, row, int(np.int64(0)), rewards[row], logits[row])  # a literal is compiled anew
+        if not rules.sampled:  # whose scores have no use for noise
+            order, prior = tree.order[row, 0], tree.prior[row, 0]
+            for index in range(filled(order)):
+                prior[order[index]] = prior[order[index]] * (_ONE - weight) + noise[row, index] * weight
+        tree.visits[row, 0], tree.low[row], tree.high[row] = 1, _FAR, -_FAR
+
+
+@inner
+def extend_rows(tree: Tree, pages: np.ndarray, simulation: int, lo: int, hi: int) -> None:
+    """Contexts of the nodes that are added: the parent's with page ``pages[row]``, the first one dropped when full."""
+    width = tree.tables.shape[2]
+    for row in range(lo, hi):
+        node = parent(tree, row)
+        table, count = tree.tables[row, node], tree.counts[row, node]
+        grown = tree.tables[row, simulation + 1]
+        dropped = 1 if count == width else 0
+        for index in range(count - dropped):
+            grown[index] = table[index + dropped]
+        for index in range(count - dropped, width):
+            grown[index] = 0
+        grown[count - dropped] = pages[row]
+        tree.counts[row, simulation + 1] = count - dropped + 1
+
+
+# ---- backup --------------------------------------------------------------------------------------------------------
+
+
+@inner
+def backup(tree: Tree, rules: Rules, row: int, value: np.float32) -> None:
+    """Add a value to every node of the selected path, from the new one up to the root."""
+    last = tree.depth[row]
+    sign = -_ONE if rules.two_players and not rules.sampled else _ONE
+    for depth in range(last, -1, -1):
+        node = tree.path[row, depth]
+        own = rules.two_players and (last - depth) % 2 == 0  # the turn of who moves at the new node
+        tree.value_sum[row, node] += value if own or not rules.two_players else -value
+        tree.visits[row, node] += 1
+        reward = tree.reward[row, node]
+        reached = quality(rules, reward, tree.value_sum[row, node], tree.visits[row, node], sign)
+        if reached > tree.high[row]:
+            tree.high[row] = reached
+        if reached < tree.low[row]:
+            tree.low[row] = reached
+        value = (-reward if own else reward) + rules.discount * value
+
+
+@inner
+def backup_rows(tree: Tree, rules: Rules, key: Key, simulation: int, rewards: np.ndarray, values: np.ndarray,
+                logits: np.ndarray, lo: int, hi: int) -> None:
+    """Expand the new nodes of rows ``lo`` to ``hi`` by predictions ``[B]``, ``[B]`` and ``[B, P]``, and back up."""
+    for row in range(lo, hi):
+        expand(tree, rules, key, row, simulation + 1, rewards[row], logits[row])
+        backup(tree, rules, row, values[row])
+
+
+# ---- what a search leaves ------------------------------------------------------------------------------------------
+
+
+def pad_legal(legal: Sequence[Sequence[int]], slots: int) -> np.ndarray:
+    """Lists of legal actions as ``[B, S]``, padded with -1."""
+    padded = np.full((len(legal), slots), -1, np.int32)
+    for row, actions in enumerate(legal):
+        padded[row, :len(actions)] = actions
+    return padded
+
+
+def root_visits(tree: Tree) -> List[List[int]]:
+    """How often each of a root's legal or drawn actions was taken, in their order."""
+    order = tree.order[:, 0]
+    children = np.take_along_axis(tree.child[:, 0], np.maximum(order, 0), axis=1)
+    visits = np.where(children < 0, 0, np.take_along_axis(tree.visits, np.maximum(children, 0), axis=1))
+    return [row[:count].tolist() for row, count in zip(visits, (order >= 0).sum(axis=1))]
+
+
+def root_values(tree: Tree) -> List[float]:
+    """The mean value of each root."""
+    return (tree.value_sum[:, 0] / tree.visits[:, 0].astype(np.float32)).tolist()
+
+
+def root_actions(tree: Tree) -> List[Any]:
+    """The actions drawn at each root, ``[B][K][A]``."""
+    return tree.draws[:, 0].tolist()
