@@ -97,6 +97,9 @@ KV_CACHE_CFG: Dict[str, Option] = {
     'backend': Option(
         'str', 'auto', "how a recurrent step is launched: 'eager', 'cudagraph', or 'auto': a CUDA graph on a GPU, "
         'eager on a CPU', choices=('auto', 'eager', 'cudagraph')),
+    'search': Option(
+        'str', 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call), 'tree' (LightZero's "
+        "C++ tree), or 'auto': 'device' where it is served", choices=('auto', 'device', 'tree')),
     'on_nan': Option(
         'str', 'raise', "what a prediction with nan or inf does: 'raise' an error or 'skip' storing its context",
         choices=('raise', 'skip')),
@@ -136,6 +139,7 @@ class CacheConfig:
     dtype: str
     max_memory_mb: Optional[float]
     backend: str
+    search: str
     on_nan: str
     validation: str
     validation_freq: int

@@ -60,10 +60,7 @@ class Timing:
     count: int = 0
     seconds: float = 0.0
 
-    def record(self, seconds: float) -> None:
-        """
-        Overview:
-            Count one run.
-        """
-        self.count += 1
+    def record(self, seconds: float, count: int = 1) -> None:
+        """Count one run, or several that took so long together."""
+        self.count += count
         self.seconds += seconds

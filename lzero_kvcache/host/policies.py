@@ -71,7 +71,8 @@ class KVCachePolicy:
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
         self._cfg = cfg  # LightZero's destructor looks at it, also where the next line refuses it
-        use_new = settle(cfg, KV_CACHE_REGISTRY).use_new
+        self._options = settle(cfg, KV_CACHE_REGISTRY)
+        use_new = self._options.use_new
         self._environments = Environments()
         self._running: List[Optional[Served]] = []  # the steps that this policy is in the middle of; None in old mode
         super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]
@@ -96,11 +97,21 @@ class KVCachePolicy:
         """By node in new mode; else the search that is there, timed from outside."""
         world_model = self._model.world_model
         if _is_new(world_model) and self._can_be_by_node(mcts):
-            return self.node_search(self._cfg)
+            return self.node_search(self._cfg, self._searches_in_arrays())
         timings = getattr(world_model, 'timings', None)
         if timings is not None:
             mcts.search = _timed(mcts.search, timings['search'])
         return mcts
+
+    def _searches_in_arrays(self) -> bool:
+        if self._options.search == 'tree':
+            return False
+        reason = self._model.world_model.why_not_whole()
+        if reason is None:
+            logger.info('Searching in arrays: a search is one compiled call')
+        else:
+            logger.info(f"Searching in LightZero's tree, node by node: {reason}")
+        return reason is None
 
     def _can_be_by_node(self, mcts: Any) -> bool:
         """Whether nobody's own search or inference would be passed over, and scalars are LightZero's."""
@@ -144,7 +155,11 @@ class KVCachePolicy:
         world_model = self._model.world_model
         self.last_batch_obs, self.last_batch_action = self._environments.rows(mode, env_ids, observations)
         with world_model.serving(mode, env_ids) as served, self._in_the_middle_of(served):
-            output = _with_quick_entropy(forward.func)(*forward.args, **forward.keywords)
+            mcts = self._mcts_collect if mode == COLLECT else self._mcts_eval
+            own = _with_quick_entropy(forward.func)
+            if isinstance(mcts, self.node_search):
+                own = mcts.forward(own)
+            output = own(*forward.args, **forward.keywords)
             if served.trace is not None:
                 world_model.validator.check(served.trace, [output[env_id]['action'] for env_id in env_ids])
         return output

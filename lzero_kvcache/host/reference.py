@@ -18,6 +18,7 @@ from lzero.model.unizero_world_models.world_model import WorldModel
 
 from ..validation.trace import Answer, Node, Trace, answer_of
 from ..validation.validator import Causes, Reference, Reply
+from .weights import to_scalar
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,9 @@ class _Base(Reference):
 
     def is_ready(self) -> bool:
         return not self._wm.training
+
+    def scalar(self, logits: torch.Tensor) -> torch.Tensor:
+        return to_scalar(logits).view(-1, 1)
 
     def _actions(self, node: Node) -> torch.Tensor:
         actions = torch.as_tensor(node.actions).to(self._wm.transformer.ln_f.weight.device)

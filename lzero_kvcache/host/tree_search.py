@@ -1,28 +1,41 @@
-"""LightZero's C++-tree searches whose contexts are found by node: latents stay on the device and nothing is hashed."""
+"""LightZero's searches whose contexts are found by node: latents stay on the device and nothing is hashed.
+
+The tree is in arrays on the model's device (``kv_cache_cfg.search='device'``), or LightZero's own in C++ ('tree').
+"""
 import copy
-from typing import Any, List, Tuple
+import functools
+import types
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 import torch
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree, tree_muzero
 from lzero.mcts.tree_search.mcts_ctree_sampled import SampledUniZeroMCTSCtree, tree_sampled_muzero
 
+from ..search.whole import Problem
+from .roots import Roots
+from .substitution import with_globals
+
 
 class _NodeSearch:
-    """
-    Overview:
-        What both searches share. The tree is LightZero's, and so is what it passes as depth.
-    """
+    """What both searches share."""
     tree: Any
+    sampled = False
 
-    def _traverse_options(self) -> Tuple[Any, ...]:
-        return ()
+    def __init__(self, cfg: Any, use_arrays: bool = False) -> None:
+        super().__init__(cfg)  # type: ignore[call-arg]
+        self.use_arrays = use_arrays
+        self._searches = 0
 
-    def _depths(self, results: Any, path: List[int]) -> List[int]:
-        return results.get_search_len()
+    def forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A policy's step whose roots can be searched in arrays."""
+        own = getattr(forward, '__globals__', {}).get('MCTSCtree')
+        if not self.use_arrays or own not in type(self).__mro__:
+            return forward
+        make = functools.partial(Roots, own.roots)
+        return with_globals(forward, MCTSCtree=types.SimpleNamespace(roots=make))
 
-    def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any,
-               timestep: Any) -> None:
+    def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any) -> None:
         """
         Overview:
             Search from roots whose root inference the world model has just served.
@@ -33,11 +46,54 @@ class _NodeSearch:
             - to_play_batch (:obj:`Any`): The players, for board games.
             - timestep (:obj:`Any`): Unused: the root inference had it.
         """
+        world_model = model.world_model
+        if not isinstance(roots, Roots):
+            self._search_in_ctree(roots, world_model, to_play_batch)
+        elif world_model.training or world_model.weights_source.device().type != 'cpu':
+            self._search_in_ctree(roots.in_ctree(), world_model, to_play_batch)
+        else:
+            self._search_in_arrays(roots, world_model)
+
+    def _search_in_arrays(self, roots: Roots, world_model: Any) -> None:
+        from ..search.tree import root_actions, root_values, root_visits
+        cfg, prepared = self._cfg, roots.prepared  # type: ignore[attr-defined]
+        assert prepared is not None
+        slots, action_size = self._slots()
+        problem = Problem(
+            rules=self._rules(), seed=torch.initial_seed(), number=self._searches, simulations=cfg.num_simulations,
+            slots=slots, action_size=action_size, rewards=prepared.rewards, logits=prepared.logits,
+            legal=[[]] * roots.num if self.sampled else roots.legal_actions, noises=prepared.noises,
+            noise_weight=prepared.noise_weight
+        )
+        self._searches += 1
+        tree = world_model.search_whole(problem)
+        roots.take(root_visits(tree), root_values(tree), root_actions(tree) if self.sampled else None)
+
+    def _slots(self) -> Tuple[int, int]:
+        """How many children a node has, and how many numbers an action that is drawn for it."""
+        return self._cfg.model.action_space_size, 0  # type: ignore[attr-defined]
+
+    def _rules(self) -> Dict[str, Any]:
+        cfg = self._cfg  # type: ignore[attr-defined]
+        return dict(
+            pb_c_base=cfg.pb_c_base, pb_c_init=cfg.pb_c_init, discount_factor=cfg.discount_factor,
+            value_delta_max=cfg.value_delta_max, two_players=cfg.env_type != 'not_board_games'
+        )
+
+    # ---- in LightZero's tree -----------------------------------------------------------------------------------------
+
+    def _traverse_options(self) -> Tuple[Any, ...]:
+        return ()
+
+    def _depths(self, results: Any, path: List[int]) -> List[int]:
+        return results.get_search_len()
+
+    def _search_in_ctree(self, roots: Any, world_model: Any, to_play_batch: Any) -> None:
         cfg, tree, rows = self._cfg, self.tree, roots.num  # type: ignore[attr-defined]
         min_max_stats = tree.MinMaxStatsList(rows)
         min_max_stats.set_delta(cfg.value_delta_max)
         board_game = cfg.env_type != 'not_board_games'
-        with torch.no_grad(), model.world_model.search_by_node(cfg.num_simulations) as expand:
+        with torch.no_grad(), world_model.search_by_node(cfg.num_simulations) as expand:
             for simulation in range(cfg.num_simulations):
                 results = tree.ResultsWrapper(num=rows)
                 path, columns, actions, to_play = tree.batch_traverse(
@@ -67,6 +123,14 @@ class SampledNodeSearch(_NodeSearch, SampledUniZeroMCTSCtree):
         ``SampledUniZeroMCTSCtree`` by node.
     """
     tree = tree_sampled_muzero
+    sampled = True
+
+    def _slots(self) -> Tuple[int, int]:
+        model = self._cfg.model
+        return model.num_of_sampled_actions, model.action_space_size if model.continuous_action_space else 1
+
+    def _rules(self) -> Dict[str, Any]:
+        return dict(super()._rules(), sampled=True, continuous=bool(self._cfg.model.continuous_action_space))
 
     def _traverse_options(self) -> Tuple[Any, ...]:
         return (self._cfg.model.continuous_action_space,)

@@ -52,7 +52,7 @@ def read_weights(world_model: Any, geometry: Geometry, captured: bool = False) -
         embed_action=functools.partial(_embed_action, world_model),
         embed_dropout=transformer.drop.forward if training else None,
         attention_dropout=world_model.config.attn_pdrop if training else 0.0,
-        rewards=rewards, observations=observations, policy=policy, value=value, scalar=_scalar,
+        rewards=rewards, observations=observations, policy=policy, value=value, scalar=to_scalar,
         places=transformer.freqs_cis if geometry.rotary else world_model.pos_emb.weight,
         shift=None if geometry.rotary else _shift(world_model, geometry), many_rows=many_rows, training=training,
     )
@@ -98,7 +98,7 @@ def _embed_action(world_model: Any, action: torch.Tensor) -> torch.Tensor:
     return table(action.reshape(-1))
 
 
-def _scalar(logits: torch.Tensor) -> torch.Tensor:
+def to_scalar(logits: torch.Tensor) -> torch.Tensor:
     """The inverse of the value rescaling: MuZero (https://arxiv.org/abs/1911.08265), appendix F, epsilon = 0.001."""
     size = logits.shape[1]
     support = torch.arange(size, device=logits.device, dtype=logits.dtype) - (size - 1) // 2

@@ -11,11 +11,14 @@ from lzero.model.unizero_world_models.world_model import WorldModel as LightZero
 from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
 from ..config import CacheConfig
+from ..engine.compiling import why_not_compiled
 from ..engine.launch import picked
+from ..engine.program import NotServed, read_network
 from ..engine.slab import Slab
 from ..engine.store import PageStore
 from ..registry import KV_CACHE_REGISTRY
 from ..search.inference import Inference, Served
+from ..search.whole import Problem
 from ..validation import Validator
 from .keys_values import KeysValuesCodec
 from .reference import make_reference
@@ -58,7 +61,7 @@ class NewWorldModel(LightZeroWorldModel):
         self.kv_cache_manager.use_store(self._storage)
         self.inference = Inference(
             self.weights_source, self.tokenizer.encode_to_obs_embeddings, self.kv_cache_manager, self._storage, options,
-            self.validator
+            self.validator, partial(read_network, self)
         )
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
@@ -144,6 +147,39 @@ class NewWorldModel(LightZeroWorldModel):
         before, self._weights_place = self._weights_place, place
         if before is not None and before != place and before[0] == place[0]:  # another device holds the same values
             self.weights_changed('their storage moved')
+
+    def why_not_whole(self) -> Optional[str]:
+        """
+        Overview:
+            Why a search cannot run as one compiled call with this model as it is now.
+        Returns:
+            - reason (:obj:`Optional[str]`): None where it can.
+        """
+        device = self.weights_source.device()
+        if device.type != 'cpu':
+            return f'the model is on {device}'
+        if self._options.dtype != 'float32':
+            return f'kv_cache_cfg.dtype={self._options.dtype!r}'
+        reason = why_not_compiled()
+        if reason is None:
+            try:
+                read_network(self)
+            except NotServed as missing:
+                reason = str(missing)
+        return reason
+
+    def search_whole(self, problem: Problem) -> Any:
+        """
+        Overview:
+            Search from the roots that were just served, in one compiled call.
+        Arguments:
+            - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
+        Returns:
+            - tree (:obj:`Tree`): The trees in arrays, until the next search.
+        Raises:
+            - RuntimeError: No root inference was served.
+        """
+        return self.inference.search_whole(problem)
 
     def _ready_slab(self) -> Slab:
         return self._storage.ready(self.kv_cache_manager.page_capacity, self.weights_source.device())

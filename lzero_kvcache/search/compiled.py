@@ -9,7 +9,7 @@ import numpy as np
 
 from ..engine.compiled import simulate
 from ..engine.compiling import entry, inner
-from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, select_rows
+from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
 
 
 class Batch(NamedTuple):
@@ -22,6 +22,15 @@ class Batch(NamedTuple):
     value: np.ndarray  # [B]
     policy: np.ndarray  # [B, P]
     broken: np.ndarray  # [B], how many predictions were no numbers; the search went on with zeros
+
+
+class Start(NamedTuple):
+    """What roots are prepared with."""
+    rewards: np.ndarray  # [B]
+    logits: np.ndarray  # [B, P]
+    legal: np.ndarray  # [B, S], -1 after the last legal action
+    noise: np.ndarray  # [B, S], by position in the list of legal actions
+    weight: np.float32  # of the noise
 
 
 def make_batch(tree: Tree, policy: int) -> Batch:
@@ -71,15 +80,18 @@ def mend_rows(batch: Batch, lo: int, hi: int) -> None:
 
 
 @entry
-def search_rows(tree: Tree, rules: Rules, key: Key, network: Any, shift: np.ndarray, slab: np.ndarray,
-                pages: np.ndarray, timesteps: np.ndarray, batch: Batch, scratch: Any, lo: int, hi: int) -> None:
-    """All simulations of rows ``lo`` to ``hi``, whose roots are prepared and have their contexts in the tree.
+def search_rows(tree: Tree, rules: Rules, key: Key, network: Any, shift: np.ndarray, slab: np.ndarray, start: Start,
+                pages: np.ndarray, timesteps: np.ndarray, batch: Batch, scratch: Any, begin: int, end: int, lo: int,
+                hi: int) -> None:
+    """Simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``, whose roots have their contexts in the tree.
 
     ``pages [N - 1, B]`` are what simulations write, ``timesteps [B]`` those of the roots; the rest is as
     :func:`simulate` takes it.
     """
-    batch.broken[lo:hi] = 0
-    for simulation in range(len(pages)):
+    if begin == 0:
+        batch.broken[lo:hi] = 0
+        prepare_rows(tree, rules, key, start.rewards, start.logits, start.legal, start.noise, start.weight, lo, hi)
+    for simulation in range(begin, end):
         select_rows(tree, rules, key, simulation, lo, hi)
         gather_rows(tree, rules, timesteps, batch, lo, hi)
         simulate(

@@ -26,6 +26,7 @@ from ..engine.transfer import send, to_cpu
 from ..engine.weights import Source, Weights
 from .guard import NanGuard
 from .rows import hash_rows, reanalysis_timesteps_of, steps_after, timesteps_of
+from .whole import Problem, WholeSearch
 
 
 class Served:
@@ -60,7 +61,8 @@ class Inference:
     and stores what the step leaves."""
 
     def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], manager: PagedCacheManager,
-                 store: PageStore, options: CacheConfig, validator: Any) -> None:
+                 store: PageStore, options: CacheConfig, validator: Any,
+                 read_network: Callable[[], Any]) -> None:
         self.engine = Engine(source.geometry)
         self.backend = make_backend(options.backend, self.engine, source, SCRATCH_PAGE)
         self.timings = {'search': Timing(), 'step': Timing()}
@@ -68,6 +70,7 @@ class Inference:
         self._validator = validator
         self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
         self._open = _Open()
+        self._whole = WholeSearch(read_network, source, manager, store, self._guard, self.timings)
         store.beside += [self.backend, _WindowMemory(self.engine)]
 
     @contextmanager
@@ -312,6 +315,16 @@ class Inference:
         kept = self._guard.finite(predicted, what, served.mode, served.env_ids, served.timesteps)
         self.timings['step'].record(time.perf_counter() - start)
         return predicted if len(kept) == len(predicted) else np.nan_to_num(predicted, posinf=0.0, neginf=0.0)
+
+    # ---- whole searches --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def search_whole(self, problem: Problem) -> Any:
+        """As :meth:`NewWorldModel.search_whole`."""
+        served = self._innermost(lambda step: step.roots is not None)
+        if served is None:
+            raise RuntimeError('a search follows a root inference inside `serving`')
+        return self._whole.run(served, problem)
 
     # ---- reanalysis ------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ QUANTITIES = ('value', 'policy', 'reward', 'latent')
 def relative_differences(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """The largest difference of each row ``[N, K]``, in units of the largest entry that it should have ``[N]``; inf
     where only one side is finite, nan where neither is."""
-    differences = (actual - expected).abs().amax(1)
-    relative = differences / expected.abs().amax(1)
+    differences, scale = (actual - expected).abs().amax(1), expected.abs().amax(1)
+    relative = differences / (scale.clamp(min=1) if actual.shape[1] == 1 else scale)  # numbers may be about 0
     relative = torch.where(differences == 0, torch.zeros_like(relative), relative)
     finite, right_finite = actual.isfinite().all(1), expected.isfinite().all(1)
     relative = torch.where(finite != right_finite, torch.full_like(relative, float('inf')), relative)

@@ -22,7 +22,7 @@ class Node(NamedTuple):
     """One simulation: each row expands a node of its own."""
     path: np.ndarray  # [B]: the node that is expanded, 0 for the root, i for what simulation i made
     actions: np.ndarray  # [B], or [B, A]
-    depths: Sequence[int]  # [B]: what LightZero's tree passes as depth
+    depths: Any  # [B]: what LightZero's tree passes as depth
     answer: Answer
 
 
@@ -66,6 +66,14 @@ class Trace:
         if self.replayed:
             answer = {name: part.clone() for name, part in answer_of(outputs).items()}
             self.nodes.append(Node(path, actions, depths, answer))
+
+    def note_scalars(self, path: np.ndarray, actions: np.ndarray, depths: np.ndarray, reward: np.ndarray,
+                     value: np.ndarray, policy: np.ndarray) -> None:
+        """Note one simulation of a search that is one call: reward and value ``[B]`` are numbers, not logits, and there
+        are no latent states."""
+        answer = {name: torch.from_numpy(part.copy()).view(len(part), -1)
+                  for name, part in (('reward', reward), ('value', value), ('policy', policy))}
+        self.nodes.append(Node(path, actions, depths, answer))
 
     def note_keyed_node(self, latents: np.ndarray, actions: torch.Tensor, depths: Sequence[int],
                         outputs: Sequence[Any]) -> None:

@@ -53,6 +53,10 @@ class Reference(ABC):
         """End the search, after which the environments do ``actions``."""
 
     @abstractmethod
+    def scalar(self, logits: torch.Tensor) -> torch.Tensor:
+        """The numbers ``[B, 1]`` that logits over a support stand for."""
+
+    @abstractmethod
     def forget(self, mode: Optional[str], env_id: Optional[int]) -> None:
         """Forget the root contexts of an environment, of a mode, or all."""
 
@@ -123,6 +127,7 @@ class Validator:
         if not theirs:
             return
         ours = [trace.root, *(node.answer for node in trace.nodes)]
+        theirs = [self._as_numbers(answer, like) for answer, like in zip(theirs, ours)]
         differences, causes = differences_of(ours, theirs), [reply.causes for reply in replies]
         over, unexplained = self.tally.add(differences, causes)
         if unexplained.any() and self._options.validation_action == 'raise':
@@ -132,6 +137,13 @@ class Validator:
             )
         if trace.replayed or (unexplained.any() and not self._told):
             self._log(trace, differences, causes, over, unexplained)
+
+    def _as_numbers(self, answer: Answer, like: Answer) -> Answer:
+        """The reference's answer, with numbers for logits where the search has numbers."""
+        return {
+            name: self.reference.scalar(part) if name in ('reward', 'value') and like[name].shape[1] == 1 else part
+            for name, part in answer.items()
+        }
 
     def _log(self, trace: Trace, differences: np.ndarray, causes: List[List[Causes]], over: np.ndarray,
              unexplained: np.ndarray) -> None:
