@@ -53,17 +53,11 @@ class CacheStats:
 
 @dataclass
 class Timing:
-    """
-    Overview:
-        How often something ran, and for how long in all.
-    """
+    """How often something ran, and for how long in all."""
     count: int = 0
     seconds: float = 0.0
 
     def record(self, seconds: float) -> None:
-        """
-        Overview:
-            Count one run.
-        """
+        """Count one run."""
         self.count += 1
         self.seconds += seconds
