@@ -64,7 +64,6 @@ setup(
         'protobuf<6',
         'tensorboardX>=2.6',
         'easydict',
-        'cachetools>=5',
         'xxhash>=2',
         'matplotlib>=3.6',
         'rich>=12.2',

@@ -98,8 +98,8 @@ KV_CACHE_CFG: Dict[str, Option] = {
         'str', 'auto', "how a recurrent step is launched: 'eager', 'cudagraph', or 'auto': a CUDA graph on a GPU, "
         'eager on a CPU', choices=('auto', 'eager', 'cudagraph')),
     'search': Option(
-        'str', 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call), 'tree' (LightZero's "
-        "C++ tree), or 'auto': 'device' where it is served", choices=('auto', 'device', 'tree')),
+        'str', 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call), 'tree' "
+        "(LightZero's C++ tree), or 'auto': 'device' where it is served", choices=('auto', 'device', 'tree')),
     'on_nan': Option(
         'str', 'raise', "what a prediction with nan or inf does: 'raise' an error or 'skip' storing its context",
         choices=('raise', 'skip')),

@@ -376,8 +376,7 @@ def test_the_machine_finds_a_leak(monkeypatch):
 
 SPARED = [
     (EvictionStrategy.FIFO, [], ['c', 'd', 'e']),
-    # 'c' was next to go: with FIFO and LRU it counts as new from then on, as pop_but says.
-    (EvictionStrategy.LRU, ['a', 'b'], ['c', 'd', 'e']),
+    (EvictionStrategy.LRU, ['a', 'b'], ['b', 'd', 'e']),  # 'c' was next to go, and still is
     (EvictionStrategy.PRIORITY, ['c', 'c'], ['b', 'c', 'e']),
 ]
 

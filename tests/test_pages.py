@@ -1,17 +1,23 @@
-"""Page ids and reference counts, against a model that is a plain dict."""
+"""Page ids, reference counts and leases, against a model that is a plain dict."""
+import copy
+import gc
+
 import numpy as np
 import pytest
+from failing import failing
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, OutOfPages, PageAllocator, extend
 
+POINTS = st.none() | st.integers(1, 12)
 
-class AllocatorMachine(RuleBasedStateMachine):
+
+class PagesMachine(RuleBasedStateMachine):
     """
-    Owners hold tables of pages, alone or shared. Whatever happens, a page has as many references as owners, and is
-    free exactly when it has none.
+    Owners hold tables of pages, alone or shared, by hand or by leases. Whatever happens and wherever it fails, a page
+    has as many references as owners, and is free exactly when it has none.
     """
 
     def __init__(self):
@@ -21,87 +27,175 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.model = {}  # page -> references
 
     owners = Bundle('owners')
+    leases = Bundle('leases')
 
-    @rule(target=owners, count=st.integers(0, 15))
-    def allocate(self, count):
-        free = self.capacity - RESERVED_PAGES - len(self.model)
-        if count > free:
-            with pytest.raises(OutOfPages):
-                self.pages.allocate(count)
-            return multiple()
-        pages = self.pages.allocate(count)
-        assert len(set(pages.tolist())) == count
-        assert not set(pages.tolist()) & set(self.model)
-        assert all(RESERVED_PAGES <= page < self.capacity for page in pages)
-        self.model.update(dict.fromkeys(pages.tolist(), 1))
-        return pages
+    def has(self, table):
+        for page in table.ravel().tolist():
+            if page != NULL_PAGE:
+                self.model[page] = self.model.get(page, 0) + 1
 
-    @rule(target=owners, pages=owners, padding=st.integers(0, 2))
-    def share(self, pages, padding):
-        table = np.concatenate([pages, np.zeros(padding, np.int64)])
-        self.pages.retain(table)
-        for page in pages.tolist():
-            self.model[page] += 1
-        return pages
+    def loses(self, table):
+        for page in table.ravel().tolist():
+            if page != NULL_PAGE:
+                self.model[page] -= 1
+                if not self.model[page]:
+                    del self.model[page]
 
-    @rule(pages=consumes(owners))
-    def release(self, pages):
-        self.pages.release(np.append(pages, NULL_PAGE))
-        self._forget(pages)
+    def taken(self, allocate, count, point):
+        """New pages, or None where that failed or fewer are free."""
+        with failing(point):
+            try:
+                pages = allocate(count)
+            except OutOfPages:
+                assert count > self.capacity - RESERVED_PAGES - len(self.model)
+                return None
+            assert len(set(pages.tolist())) == len(pages) == count
+            assert not set(pages.tolist()) & set(self.model)
+            assert all(RESERVED_PAGES <= page < self.capacity for page in pages)
+            self.has(pages)
+            return pages
+        return None
 
-    @rule(first=consumes(owners), second=consumes(owners))
-    def release_together(self, first, second):
+    @rule(target=owners, count=st.integers(0, 15), point=POINTS)
+    def allocate(self, count, point):
+        pages = self.taken(self.pages.allocate, count, point)
+        return multiple() if pages is None else pages
+
+    @rule(target=owners, pages=owners, padding=st.integers(0, 2), point=POINTS)
+    def share(self, pages, padding, point):
+        with failing(point):
+            self.pages.retain(np.concatenate([pages, np.zeros(padding, np.int64)]))
+            self.has(pages)
+            return pages
+        return multiple()
+
+    @rule(tables=st.lists(consumes(owners), min_size=1, max_size=2), point=POINTS)
+    def release(self, tables, point):
         """As a cleared pool does: one call, in which shared pages are named more than once."""
-        self.pages.release(np.concatenate([first, second]))
-        self._forget(first)
-        self._forget(second)
+        table = np.concatenate([*tables, [NULL_PAGE]])
+        with failing(point) as failed:
+            self.pages.release(table)
+        if failed:
+            self.agrees()
+            self.pages.release(table)
+        self.loses(table)
 
-    @rule(more=st.integers(1, 5))
-    def grow(self, more):
-        self.capacity += more
-        self.pages.grow(self.capacity)
+    @rule(more=st.integers(1, 5), point=POINTS)
+    def grow(self, more, point):
+        with failing(point):
+            self.pages.grow(self.capacity + more)
+            self.capacity += more
 
-    def _forget(self, pages):
-        for page in pages.tolist():
-            self.model[page] -= 1
-            if not self.model[page]:
-                del self.model[page]
+    @rule(target=leases)
+    def open(self):
+        """A lease and the tables that it should hold; searches are open beside each other and end in any order."""
+        return self.pages.lease(), []
+
+    @rule(opened=leases, count=st.integers(0, 4), point=POINTS)
+    def lease(self, opened, count, point):
+        pages = self.taken(opened[0].allocate, count, point)
+        if pages is not None:
+            opened[1].append(pages)
+
+    @rule(opened=leases, table=owners, padding=st.integers(0, 2), point=POINTS)
+    def hold(self, opened, table, padding, point):
+        table = np.concatenate([table, np.zeros(padding, np.int64)])
+        with failing(point):
+            opened[0].hold(table)
+            opened[1].append(table.copy())
+            self.has(table)
+        table.fill(NULL_PAGE)  # its owner may write to it
+
+    @rule(opened=leases, point=POINTS)
+    def end(self, opened, point):
+        """By ``release``, at the latest the second time, however often a search is ended."""
+        with failing(point):
+            opened[0].release()
+        opened[0].release()
+        for table in opened[1]:
+            self.loses(table)
+        opened[1].clear()
+
+    @rule(opened=leases, point=POINTS)
+    def hand_over(self, opened, point):
+        with failing(point) as failed:
+            opened[0].hand_over()
+        if not failed:
+            for table in opened[1]:
+                self.pages.release(table)
+                self.loses(table)
+            opened[1].clear()
+
+    @rule(count=st.integers(0, 4), point=POINTS)
+    def abandon(self, count, point):
+        """Nobody ends it: an exception, or a search that is left in the middle."""
+        if count <= self.capacity - RESERVED_PAGES - len(self.model):
+            with failing(point), self.pages.lease() as lease:
+                lease.hold(lease.allocate(count))
+                del lease
+            with failing(point):
+                self.pages.lease().allocate(count)
 
     @invariant()
     def agrees(self):
         references = self.pages.references
+        assert self.pages.used == len(self.model)
+        assert self.pages.free == self.capacity - RESERVED_PAGES - len(self.model)
         assert {page: int(references[page]) for page in np.flatnonzero(references)[RESERVED_PAGES:]} == self.model
         assert references[:RESERVED_PAGES].tolist() == [1] * RESERVED_PAGES
         assert self.pages.capacity == self.capacity
-        assert self.pages.used == len(self.model)
-        assert self.pages.free == self.capacity - RESERVED_PAGES - len(self.model)
+
+    def teardown(self):
+        free = self.pages.free
+        assert sorted([*self.pages.allocate(free).tolist(), *self.model]) == list(range(RESERVED_PAGES, self.capacity))
 
 
-TestAllocator = AllocatorMachine.TestCase
-TestAllocator.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-
-
-def test_every_page_can_be_had_once():
-    pages = PageAllocator(RESERVED_PAGES + 8)
-    assert sorted(pages.allocate(8).tolist()) == list(range(RESERVED_PAGES, RESERVED_PAGES + 8))
-    with pytest.raises(OutOfPages, match='1 pages wanted, 0 of'):
-        pages.allocate(1)
+TestPages = PagesMachine.TestCase
+TestPages.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def test_a_refused_allocation_takes_nothing():
     pages = PageAllocator(RESERVED_PAGES + 3)
-    with pytest.raises(OutOfPages):
+    with pytest.raises(OutOfPages, match='4 pages wanted, 3 of 5 free'):
         pages.allocate(4)
-    assert (pages.free, pages.used) == (3, 0)
+    assert sorted(pages.allocate(3).tolist()) == [RESERVED_PAGES, RESERVED_PAGES + 1, RESERVED_PAGES + 2]
+
+
+def test_a_lease_takes_pages_where_it_is_told_to():
+    """A manager grows or evicts first; what that needs, other leases among it, is not the lease's."""
+    pages = PageAllocator(RESERVED_PAGES)
+
+    def take(count):
+        with pages.lease() as other:
+            other.allocate(0)
+            pages.grow(pages.capacity + count)
+        return pages.allocate(count)
+
+    with pages.lease(take) as lease:
+        assert len(lease.allocate(3)) == pages.used == 3
+    assert pages.used == 0
+
+
+def test_a_lease_in_a_cycle_ends_with_it():
+    """Its pages come back whenever garbage is collected, be that in the middle of an allocation."""
+    pages = PageAllocator(RESERVED_PAGES + 3)
+    lease = pages.lease()
+    lease.allocate(3)
+    lease.itself = lease
+    del lease
+    gc.collect()
     assert len(pages.allocate(3)) == 3
 
 
-def test_growing_keeps_what_there_is():
-    pages = PageAllocator(RESERVED_PAGES + 2)
-    held = pages.allocate(2)
-    pages.grow(RESERVED_PAGES + 5)
-    assert pages.references[held].tolist() == [1, 1]
-    assert sorted(pages.allocate(3).tolist()) == [RESERVED_PAGES + 2, RESERVED_PAGES + 3, RESERVED_PAGES + 4]
+def test_a_copied_lease_ends_by_itself():
+    pages = PageAllocator(RESERVED_PAGES + 3)
+    lease = pages.lease()
+    lease.allocate(2)
+    copied_pages, copied = copy.deepcopy((pages, lease))
+    lease.release()
+    assert (pages.used, copied_pages.used) == (0, 2)
+    del copied
+    assert copied_pages.used == 0
 
 
 def test_tables_of_a_search_tree():
@@ -121,10 +215,8 @@ def test_tables_of_a_search_tree():
 def test_extend_leaves_its_argument_alone():
     tables, counts = np.array([[1, 2, 3], [4, 0, 0]]), np.array([3, 1])
     children, sizes = extend((tables, counts), np.array([5, 6]))
-    assert children.tolist() == [[2, 3, 5], [4, 6, 0]]
-    assert sizes.tolist() == [3, 2]
-    assert tables.tolist() == [[1, 2, 3], [4, 0, 0]]
-    assert counts.tolist() == [3, 1]
+    assert (children.tolist(), sizes.tolist()) == ([[2, 3, 5], [4, 6, 0]], [3, 2])
+    assert (tables.tolist(), counts.tolist()) == ([[1, 2, 3], [4, 0, 0]], [3, 1])
 
 
 def test_extend_of_the_shortest_context():

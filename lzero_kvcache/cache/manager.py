@@ -67,7 +67,8 @@ class KVCacheManager(PagedCacheManager, Codec):
 
     def _paged(self, size: int, name: str) -> PagedPool:
         return PagedPool(
-            size, self.config.eviction, self.enable_stats, name, pages=self._pages, width=self.width, codec=self
+            size, self.config.eviction, self.enable_stats, name, pages=self._pages, width=self.width, codec=self,
+            take=self.take
         )
 
     def _pages_of_a_search(self, nodes: int) -> int:
@@ -93,7 +94,7 @@ class KVCacheManager(PagedCacheManager, Codec):
             )
 
     def lease(self) -> Lease:
-        return Lease(self._pages, self.take)
+        return self._pages.lease(self.take)
 
     def find_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
         pools = self._pools_to(mode, env_ids)
@@ -311,14 +312,11 @@ class KVCacheManager(PagedCacheManager, Codec):
 
     # ---- pages -----------------------------------------------------------------------------------------------------
 
-    def write(self, value: Any) -> Optional[np.ndarray]:
-        if self.storage is None:
-            return None
-        with self.lease() as lease:
-            pages = self.storage.codec.write(value, lease.allocate)
-            if pages is not None:
-                lease.hand_over()
-        return pages
+    def pages_for(self, value: Any) -> int:
+        return 0 if self.storage is None else self.storage.codec.pages_for(value)
+
+    def write(self, value: Any, pages: np.ndarray) -> None:
+        self.storage.codec.write(value, pages)
 
     def read(self, pages: np.ndarray) -> Any:
         return self.storage.codec.read(pages)
@@ -380,7 +378,7 @@ class KVCacheManager(PagedCacheManager, Codec):
             )
         for pool in self.init_pools + self.eval_pools:
             while self._pages.free < count and len(pool):
-                pool.evict()
+                pool.evict_but(None)
 
     def _warn_once(self, topic: str, message: str) -> None:
         if topic not in self._told:

@@ -1,17 +1,14 @@
-"""The contexts of one search by node: (index in the search path, row). Knows page ids."""
+"""The contexts of one search by node: (index in the search path, row). Knows page ids.
+
+``B`` rows, ``S`` simulations. Index 0 of the search path is the roots, index ``i + 1`` what simulation ``i`` made.
+"""
 import numpy as np
 
 from .pages import Rows, extend
 
 
 class NodeTable:
-    """
-    Overview:
-        Index 0 of the search path is the roots, index ``i + 1`` what simulation ``i`` made.
-    Arguments:
-        - roots (:obj:`Rows`): The contexts of the roots, tables ``[B, R]`` and counts ``[B]``.
-        - pages (:obj:`np.ndarray`): Page ids ``[S x B]`` for the nodes to come.
-    """
+    """Begins with the roots, tables ``[B, R]`` and counts ``[B]``, and the pages of all nodes to come ``[S x B]``."""
 
     def __init__(self, roots: Rows, pages: np.ndarray) -> None:
         rows, width = roots[0].shape
@@ -23,14 +20,8 @@ class NodeTable:
 
     def expand(self, simulation: int, path: np.ndarray, rows: np.ndarray) -> Rows:
         """
-        Overview:
-            The contexts of the nodes that a simulation expands, while those of their children are noted.
-        Arguments:
-            - simulation (:obj:`int`): Which simulation.
-            - path (:obj:`np.ndarray`): Index in the search path of each row's node ``[B]``.
-            - rows (:obj:`np.ndarray`): Its row ``[B]``.
-        Returns:
-            - parents (:obj:`Rows`): Tables ``[B, R]`` and counts ``[B]``; the page to write is ``pages[simulation]``.
+        The contexts of the nodes ``(path, rows)``, each ``[B]``, that a simulation expands; those of their children are
+        noted. The pages to write are ``pages[simulation]``.
         """
         parents = self._tables[path, rows], self._counts[path, rows]
         self._tables[simulation + 1], self._counts[simulation + 1] = extend(parents, self.pages[simulation])

@@ -1,4 +1,7 @@
-"""Page ids with reference counts, and leases that own them. Knows numbers only, no tensors."""
+"""Page ids with reference counts, and leases that own them. Knows numbers only, no tensors.
+
+Page ids are int64. Tables of them may have any shape; where they are padded, it is with the null page.
+"""
 from collections import deque
 from typing import Any, Callable, Deque, List, Optional, Tuple
 
@@ -17,18 +20,13 @@ RESERVED_PAGES = 2
 
 
 class OutOfPages(RuntimeError):
-    """
-    Overview:
-        More pages were asked for than are free; the owner grows the slab or evicts, and asks again.
-    """
+    """More pages were asked for than are free; the owner grows the slab or evicts, and asks again."""
 
 
 class PageAllocator:
     """
-    Overview:
-        Hands out page ids and counts who refers to them. A page is free when nobody does.
-    Arguments:
-        - capacity (:obj:`int`): How many pages there are, the reserved ones included.
+    Hands out page ids and counts who refers to them; a page is free when nobody does. The capacity is how many pages
+    there are, the reserved ones included.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -36,11 +34,8 @@ class PageAllocator:
         self.references[:RESERVED_PAGES] = 1
         self._stack = np.arange(capacity - 1, RESERVED_PAGES - 1, -1, dtype=np.int64)
         self._top = capacity - RESERVED_PAGES
-        self._returned: Deque[np.ndarray] = deque()
-
-    def lease(self, take: Optional[Callable[[int], np.ndarray]] = None) -> 'Lease':
-        """A new owner of pages, which are taken by ``take``, here unless said otherwise."""
-        return Lease(self, self.allocate if take is None else take)
+        self._mark = np.zeros(capacity, dtype=np.int64)
+        self.returned: Deque[np.ndarray] = deque()
 
     @property
     def capacity(self) -> int:
@@ -59,78 +54,56 @@ class PageAllocator:
         return self.capacity - RESERVED_PAGES - self.free
 
     def allocate(self, count: int) -> np.ndarray:
-        """
-        Overview:
-            Take ``count`` free pages, each with one reference.
-        Arguments:
-            - count (:obj:`int`): How many.
-        Returns:
-            - pages (:obj:`np.ndarray`): Page ids ``[count]``.
-        Raises:
-            - OutOfPages: Fewer are free; nothing was taken.
-        """
+        """Take free pages ``[count]``, each with one reference; where fewer are free, :class:`OutOfPages`."""
         if count > self.free:
             raise OutOfPages(f'{count} pages wanted, {self._top} of {self.capacity} free')
-        self._top -= count
-        pages = self._stack[self._top:self._top + count][::-1].copy()
+        pages = self._stack[self._top - count:self._top][::-1].copy()
         self.references[pages] = 1
+        self._top -= count
         return pages
 
     def retain(self, pages: np.ndarray) -> None:
-        """
-        Overview:
-            Add one reference for each mention of a page; padding is ignored.
-        Arguments:
-            - pages (:obj:`np.ndarray`): Page ids of any shape.
-        """
+        """Add one reference for each mention of a page."""
         np.add.at(self.references, pages.ravel(), 1)
         self.references[NULL_PAGE] = 1
 
     def release(self, pages: np.ndarray) -> None:
-        """
-        Overview:
-            Take one reference away for each mention of a page; those without any are free again.
-        Arguments:
-            - pages (:obj:`np.ndarray`): Page ids of any shape.
-        """
+        """Take one reference away for each mention of a page; those without any are free again."""
         pages = pages.ravel()
-        np.subtract.at(self.references, pages, 1)
+        # Each page once, without sorting and without looking at all there are: of equal ones the last mark stays.
+        order = np.arange(len(pages))
+        self._mark[pages] = order
+        distinct = pages[self._mark[pages] == order]
+        np.subtract.at(self.references, pages, 1)  # nothing fails from here on
         self.references[NULL_PAGE] = 1
-        touched = np.zeros(self.capacity, dtype=bool)
-        touched[pages] = True
-        pages = np.flatnonzero(touched & (self.references == 0))
-        self._stack[self._top:self._top + len(pages)] = pages[::-1]
-        self._top += len(pages)
+        freed = distinct[self.references[distinct] == 0]
+        self._stack[self._top:self._top + len(freed)] = freed[::-1]
+        self._top += len(freed)
 
-    def give_back(self, tables: List[np.ndarray]) -> None:
-        """Leave tables to be released by :meth:`collect`; safe at any moment, as garbage collection needs it."""
-        self._returned.extend(tables)
+    def lease(self, take: Optional[Callable[[int], np.ndarray]] = None) -> 'Lease':
+        """A new owner of pages, which ``take`` gets for it; by default :meth:`allocate`."""
+        return Lease(self, self.allocate if take is None else take)
 
     def collect(self) -> None:
-        """Release what was given back; what could not be released stays for the next time."""
-        while self._returned:
-            self.release(self._returned[0])
-            self._returned.popleft()
+        """Release the tables that leases have returned."""
+        while self.returned:
+            self.release(self.returned[0])
+            self.returned.popleft()
 
     def grow(self, capacity: int) -> None:
-        """
-        Overview:
-            Add pages; existing ones keep their ids and references.
-        Arguments:
-            - capacity (:obj:`int`): The new number of pages, the reserved ones included.
-        """
+        """Have so many pages; existing ones keep their ids and references."""
         added = np.arange(capacity - 1, self.capacity - 1, -1, dtype=np.int64)
-        stack = np.empty(capacity - RESERVED_PAGES, dtype=np.int64)
-        stack[:len(added)] = added
-        stack[len(added):len(added) + self._top] = self._stack[:self._top]
-        self._stack, self._top = stack, self._top + len(added)
-        self.references = np.concatenate([self.references, np.zeros(len(added), dtype=np.int64)])
+        free = np.concatenate([added, self._stack[:self._top]])
+        grown = PageAllocator(capacity)
+        grown.references[:self.capacity] = self.references
+        self._stack, self._mark, self.references = grown._stack, grown._mark, grown.references
+        self._stack[:len(free)], self._top = free, len(free)
 
 
 class Lease:
     """
-    The pages of one step, of one search, or of an entry in the making. They are given back when the lease ends: by
-    ``release``, at the end of a ``with``, or at the latest when nobody refers to the lease any more.
+    The pages of one step, of one search, or of an entry in the making. It gives them back when it ends: by ``release``,
+    at the end of a ``with``, or at the latest when nobody refers to it any more.
     """
 
     def __init__(self, pages: PageAllocator, take: Callable[[int], np.ndarray]) -> None:
@@ -138,12 +111,12 @@ class Lease:
         self._pages, self._take = pages, take
 
     def allocate(self, count: int) -> np.ndarray:
-        """New pages ``[count]``; their owner may grow or evict to have them, and raises :class:`OutOfPages`."""
+        """New pages ``[count]``; what takes them may grow or evict before it raises :class:`OutOfPages`."""
         self._held.append(self._take(count))
         return self._held[-1]
 
     def hold(self, tables: np.ndarray) -> None:
-        """One more reference to each page that is mentioned, so that it stays as it is whatever is evicted."""
+        """One more reference for each mention of a page, so that it stays as it is whatever is evicted."""
         kept = tables.copy()
         self._pages.retain(kept)
         self._held.append(kept)
@@ -153,7 +126,7 @@ class Lease:
         self._held = []
 
     def release(self) -> None:
-        """Give all pages back; again and again does no harm."""
+        """Give all pages back; to do it again does no harm."""
         self._leave()
         self._pages.collect()
 
@@ -164,24 +137,16 @@ class Lease:
         self.release()
 
     def __del__(self) -> None:
-        # Garbage may be collected in the middle of anything, an allocation too: the pages are only left to be released.
+        # Garbage may be collected in the middle of anything, an allocation too: the allocator releases them later.
         self._leave()
 
     def _leave(self) -> None:
         held, self._held = self._held, []
-        self._pages.give_back(held)
+        self._pages.returned.extend(held)
 
 
 def extend(rows: Rows, pages: np.ndarray) -> Rows:
-    """
-    Overview:
-        The contexts that a step leaves: its page appended, and the first one dropped where the window is full.
-    Arguments:
-        - rows (:obj:`Rows`): The contexts before, tables ``[B, R]`` and counts ``[B]``.
-        - pages (:obj:`np.ndarray`): The page that each row's step writes ``[B]``.
-    Returns:
-        - rows (:obj:`Rows`): The contexts after, of the same shapes.
-    """
+    """The contexts after a step: its page ``[B]`` is appended to each, and a full window drops its first one."""
     tables, counts = rows
     width = tables.shape[1]
     child = np.zeros((len(pages), width + 1), dtype=np.int64)

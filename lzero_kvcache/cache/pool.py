@@ -1,12 +1,16 @@
-"""Pools: keys with a capacity, an eviction strategy and counts. Knows keys, slots, page ids; no model, no tensor."""
+"""Pools: keys with a capacity, an eviction strategy and counts. Knows keys, slots, page ids; no model, no tensor.
+
+Rows of entries are tables of page ids ``[B, width]``, left-aligned and padded with the null page, and counts ``[B]``.
+"""
 import copy
 import logging
 from abc import ABC, abstractmethod
-from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence, Union
 
 import numpy as np
 
-from .eviction import EvictionStrategy, make_index, pop_but, rank
+from ..config import nearest
+from .eviction import SLOTS, EvictionStrategy
 from .pages import NULL_PAGE, PageAllocator, Rows
 from .stats import CacheStats
 
@@ -36,32 +40,23 @@ class KVCachePool:
     ) -> None:
         if isinstance(pool_size, bool) or int(pool_size) != pool_size or pool_size < 1:
             raise ValueError(f'pool_size={pool_size!r} must be a whole number of at least 1')
+        names = [strategy.value for strategy in EvictionStrategy]
+        if not isinstance(eviction_strategy, EvictionStrategy) and eviction_strategy not in names:
+            raise ValueError(f'eviction_strategy={eviction_strategy!r} is unknown: {nearest(eviction_strategy, names)}')
         self.pool_size = int(pool_size)
         self.eviction_strategy = EvictionStrategy(eviction_strategy)
         self.enable_stats = enable_stats
         self.name = name
         self.stats: Optional[CacheStats] = CacheStats() if enable_stats else None
-        self._reset_index()
+        self._empty()
         logger.info(
             f"Initialized KVCachePool '{name}' with size={self.pool_size}, strategy={self.eviction_strategy.value}"
         )
 
-    def _reset_index(self) -> None:
-        # Two views of the same keys: a plain dict to look up, and the strategy's own order of eviction.
-        self._slots: Dict[Hashable, int] = {}
-        self._order = make_index(self.eviction_strategy, self.pool_size)
-        self._unordered: List[Tuple[Sequence[Hashable], List[int]]] = []  # stored in bulk, not yet in that order
-        self._reads_count = self.eviction_strategy is not EvictionStrategy.FIFO
+    def _empty(self) -> None:
+        self._slots = SLOTS[self.eviction_strategy]()
         self._unused = list(range(self.pool_size - 1, -1, -1))
         self._values: Dict[int, Any] = {}
-
-    def _ordered(self) -> Any:
-        """The order of eviction, which a search that is cleared before its pool is full never needs."""
-        for keys, slots in self._unordered:
-            for key, slot in zip(keys, slots):
-                self._order[key] = slot
-        self._unordered.clear()
-        return self._order
 
     def get(self, cache_key: Hashable) -> Optional[Any]:
         """
@@ -86,10 +81,10 @@ class KVCachePool:
         Returns:
             - slot (:obj:`int`): The slot that it is stored in, from 0 to ``pool_size - 1``.
         """
-        stored = self._prepare(kv_cache)  # first: this may fail, or make room by evicting from this very pool
-        slot = self.claim(cache_key)
-        rank(self._ordered(), cache_key, priority)
-        self._keep(slot, stored)
+        value = private_copy(kv_cache)
+        slot = self._claim(cache_key)
+        self._values[slot] = value
+        self._slots.rank(cache_key, priority)
         return slot
 
     def slot(self, key: Hashable) -> int:
@@ -117,69 +112,40 @@ class KVCachePool:
             for key, slot in zip(keys, slots):
                 if slot < 0:
                     logger.debug("Miss in KVCachePool '%s': key=%s", self.name, key)
-        if self._reads_count:
-            order = self._ordered()
-            for key, slot in zip(keys, slots):
-                if slot >= 0:
-                    order[key]
+        self._slots.read(key for key, slot in zip(keys, slots) if slot >= 0)
         return slots
 
-    def claim(self, key: Hashable) -> int:
+    def count(self, key: Hashable, found: bool) -> None:
         """
         Overview:
-            The slot to write a key's value to: its own if it is stored, else an unused one, else an evicted one's.
-            Of equal keys the newest wins, and counts as new.
+            Count a look-up that was made for this pool elsewhere.
         """
-        order, slot = self._ordered(), self._slots.pop(key, None)
-        if slot is not None:
-            del order[key]
-            self._drop(slot)
-        else:
-            if not self._unused:
-                self.evict()
-            slot = self._unused.pop()
-        self._slots[key] = order[key] = slot
-        return slot
-
-    def count(self, key: Hashable, found: bool) -> None:
-        """Count a look-up that was made for this pool elsewhere."""
         if self.stats is not None:
             self.stats.record(1, int(found))
         if not found:
             logger.debug("Miss in KVCachePool '%s': key=%s", self.name, key)
 
     def remove(self, key: Hashable) -> None:
-        """Let an entry go that nobody will ask for again; that is no eviction."""
-        order, slot = self._ordered(), self._slots.pop(key, None)
-        if slot is not None:
-            del order[key]
-            self._drop(slot)
-            self._unused.append(slot)
-
-    def evict(self) -> None:
         """
         Overview:
-            Let the strategy's next entry go.
+            Let an entry go that nobody will ask for again, if it is there; that is no eviction.
         """
-        self._let_go(*self._ordered().popitem())
-
-    def _let_go(self, key: Hashable, slot: int) -> None:
-        del self._slots[key]
-        self._drop(slot)
-        self._unused.append(slot)
-        if self.stats is not None:
-            self.stats.evictions += 1
-        logger.debug("Eviction from KVCachePool '%s': key=%s, slot=%s", self.name, key, slot)
+        if key in self._slots:
+            self._remove(key)
 
     def evict_but(self, kept: Optional[Hashable]) -> bool:
         """
         Overview:
             Let the strategy's next entry go, but never that of ``kept``; False where there is no other.
         """
-        found = len(self._slots) > (kept in self._slots)
-        if found:
-            self._let_go(*pop_but(self._ordered(), kept))
-        return found
+        if len(self._slots) == (kept in self._slots):
+            return False
+        key = self._slots.next_but(kept)
+        slot = self._remove(key)
+        if self.stats is not None:
+            self.stats.evictions += 1
+        logger.debug("Eviction from KVCachePool '%s': key=%s, slot=%s", self.name, key, slot)
+        return True
 
     def clear(self) -> None:
         """
@@ -188,7 +154,7 @@ class KVCachePool:
         """
         if self._slots:
             logger.debug("Clear of KVCachePool '%s': %s entries", self.name, len(self._slots))
-            self._reset_index()
+            self._empty()
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -202,24 +168,32 @@ class KVCachePool:
             f'strategy={self.eviction_strategy.value}, {self.stats})'
         )
 
-    def _prepare(self, value: Any) -> Any:
-        return private_copy(value)
+    def _claim(self, key: Hashable) -> int:
+        """The slot to write a key's value to. Of equal keys the newest wins, and counts as new."""
+        if key in self._slots:
+            self._remove(key)
+        elif not self._unused:
+            self.evict_but(key)
+        self._slots[key] = slot = self._unused[-1]
+        self._unused.pop()
+        return slot
 
-    def _keep(self, slot: int, stored: Any) -> None:
-        self._values[slot] = stored
+    def _remove(self, key: Hashable) -> int:
+        slot = self._slots[key]
+        self._drop(slot)
+        del self._slots[key]
+        self._unused.append(slot)
+        return slot
 
     def _load(self, slot: int) -> Any:
-        return private_copy(self._values[slot])
+        return private_copy(self._values.get(slot))
 
     def _drop(self, slot: int) -> None:
         self._values.pop(slot, None)
 
 
 def private_copy(value: Any) -> Any:
-    """
-    Overview:
-        A deep copy of a ``KeysValues``-like object, and any other object itself.
-    """
+    """A deep copy of a ``KeysValues``-like object, and any other object itself."""
     if not hasattr(value, '_keys_values'):
         return value
     caches = [cache for layer in value for cache in (layer._k_cache, layer._v_cache)]
@@ -227,67 +201,78 @@ def private_copy(value: Any) -> Any:
     return copy.deepcopy(value, {id(cache._cache): cache._cache.detach().clone() for cache in caches})
 
 
+class Codec(ABC):
+    """The adapter between values that are stored by hand and pages."""
+
+    @abstractmethod
+    def pages_for(self, value: Any) -> int:
+        """How many pages a value takes; 0 where it is not a context that could be continued: it is stored as it is."""
+
+    @abstractmethod
+    def write(self, value: Any, pages: np.ndarray) -> None:
+        """Write a value to as many pages as it takes."""
+
+    @abstractmethod
+    def read(self, pages: np.ndarray) -> Any:
+        """A new value with what the pages hold."""
+
+
 class PagedPool(KVCachePool):
     """
-    Overview:
-        A pool whose entries are page ids. Entries that share pages share the memory behind them.
-    Arguments:
-        - pool_size, eviction_strategy, enable_stats, name: As :class:`KVCachePool`.
-        - pages (:obj:`PageAllocator`): Who counts the references.
-        - width (:obj:`int`): Pages that an entry has at the most.
-        - codec (:obj:`Codec`): Turns a value that was stored by hand into pages and back.
+    A pool whose entries are page ids, ``width`` at the most; entries that share pages share the memory behind them.
+    Values that are stored by hand go through the codec to pages that ``take`` gets, by default from ``pages``.
     """
 
-    def __init__(self, *args: Any, pages: PageAllocator, width: int, codec: 'Codec', **kwargs: Any) -> None:
+    def __init__(self, *args: Any, pages: PageAllocator, width: int, codec: Codec,
+                 take: Optional[Callable[[int], np.ndarray]] = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._pages, self._codec = pages, codec
+        self._pages, self._codec, self._take = pages, codec, take
         self.tables = np.full((self.pool_size, width), NULL_PAGE, dtype=np.int64)
         self.counts = np.zeros(self.pool_size, dtype=np.int64)
 
-    def clear(self) -> None:
-        """
-        Overview:
-            Forget every entry and give its pages back in one go; counts stay.
-        """
-        if self._slots:
-            self._pages.release(self.tables[self.counts > 0])
-            self.counts.fill(0)
-            super().clear()
+    def set(self, cache_key: Hashable, kv_cache: Any, priority: Optional[float] = None) -> int:
+        count = self._codec.pages_for(kv_cache)
+        if not count:
+            slot = super().set(cache_key, kv_cache, priority)
+            self.tables[slot] = NULL_PAGE
+            return slot
+        with self._pages.lease(self._take) as lease:  # which may evict from this very pool
+            pages = lease.allocate(count)
+            self._codec.write(kv_cache, pages)
+            slot = self._claim(cache_key)
+            lease.hand_over()
+            self.tables[slot] = NULL_PAGE
+            self.tables[slot, :count], self.counts[slot] = pages, count
+        self._slots.rank(cache_key, priority)
+        return slot
 
     def store(self, keys: Sequence[Hashable], rows: Rows) -> None:
-        """
-        Overview:
-            Store many entries; each takes a reference to each of its pages.
-        Arguments:
-            - keys (:obj:`Sequence[Hashable]`): ``B`` distinct keys.
-            - rows (:obj:`Rows`): Tables ``[B, width]`` and counts ``[B]``, at least 1.
-        """
-        self._pages.retain(rows[0])
-        if self._slots.keys().isdisjoint(keys) and len(keys) <= len(self._unused):
-            first = len(self._unused) - len(keys)
-            slots = self._unused[first:]
-            del self._unused[first:]
-            self._slots.update(zip(keys, slots))
-            self._unordered.append((list(keys), slots))
-            written = np.array(slots, dtype=np.int64)
-            self.tables[written], self.counts[written] = rows
-        else:
-            for key, table, count in zip(keys, *rows):
-                slot = self.claim(key)
-                self.tables[slot], self.counts[slot] = table, count
+        """Store an entry for each key, the last ones where not all fit; each takes a reference to each of its pages."""
+        tables, counts = rows
+        new = dict(zip(keys, reversed(self._unused)))
+        together = len(new) == len(keys) and self._slots.keys().isdisjoint(new)
+        if not together and len(keys) > 1:
+            for row, key in enumerate(keys):
+                self.store([key], (tables[row:row + 1], counts[row:row + 1]))
+            return
+        self._pages.retain(tables)
+        try:
+            if together:
+                slots = list(new.values())
+                self._slots.update(new)
+                del self._unused[len(self._unused) - len(slots):]
+            else:
+                slots = [self._claim(keys[0])]
+        except BaseException:
+            self._pages.release(tables)
+            raise
+        self.tables[slots], self.counts[slots] = rows
 
-    def _prepare(self, value: Any) -> Any:
-        pages = self._codec.write(value)
-        return pages, super()._prepare(value) if pages is None else None
-
-    def _keep(self, slot: int, stored: Any) -> None:
-        pages, value = stored
-        self.tables[slot] = NULL_PAGE
-        if pages is None:
-            super()._keep(slot, value)
-        else:
-            self.tables[slot, :len(pages)] = pages
-            self.counts[slot] = len(pages)
+    def clear(self) -> None:
+        if self._slots:
+            self._pages.release(self.tables[self.counts > 0])
+            self.counts[:] = 0
+            super().clear()
 
     def _load(self, slot: int) -> Any:
         count = self.counts[slot]
@@ -298,27 +283,3 @@ class PagedPool(KVCachePool):
         if self.counts[slot]:
             self._pages.release(self.tables[slot, :self.counts[slot]])
             self.counts[slot] = 0
-
-
-class Codec(ABC):
-    """
-    Overview:
-        The adapter between values that are stored by hand and pages.
-    """
-
-    @abstractmethod
-    def write(self, value: Any) -> Optional[np.ndarray]:
-        """
-        Overview:
-            Write a value to new pages.
-        Returns:
-            - pages (:obj:`Optional[np.ndarray]`): Page ids with one reference each, or None where the value is not \
-                a context that could be continued; the pool then holds a copy of it.
-        """
-
-    @abstractmethod
-    def read(self, pages: np.ndarray) -> Any:
-        """
-        Overview:
-            A new value with what the pages hold.
-        """

@@ -53,10 +53,7 @@ class CacheStats:
 
 @dataclass
 class Timing:
-    """
-    Overview:
-        How often something ran, and for how long in all.
-    """
+    """How often something ran, and for how long in all."""
     count: int = 0
     seconds: float = 0.0
 

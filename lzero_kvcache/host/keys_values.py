@@ -1,5 +1,5 @@
 """LightZero's ``KeysValues`` to pages and back, for contexts that somebody stores or reads by hand."""
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -12,11 +12,13 @@ class KeysValuesCodec:
         self._wm, self._source, self._ready = world_model, source, ready
         self._width = world_model.context_length // 2 - 1
 
+    def pages_for(self, value: Any) -> int:
+        """How many pages a value takes; 0 where it is no context that could be continued."""
+        return (value.size + 1) // 2 if self._is_context(value) else 0
+
     @torch.no_grad()
-    def write(self, value: Any, take: Callable[[int], np.ndarray]) -> Optional[np.ndarray]:
-        """New pages with what the value holds; None where it is no context that could be continued."""
-        if not self._is_context(value):
-            return None
+    def write(self, value: Any, pages: np.ndarray) -> None:
+        """Write a value to its pages."""
         layers = [torch.stack([layer.get()[0][0], layer.get()[1][0]]) for layer in value]
         tokens = torch.stack(layers)  # [L, 2, H, T, D]
         slots = tokens.permute(3, 0, 1, 2, 4)
@@ -24,9 +26,7 @@ class KeysValuesCodec:
         shift = self._source.read(False).shift
         if shift is not None:
             window[1:] -= shift[:value.size].view_as(window[1:])
-        pages = take((value.size + 1) // 2)
         self._ready().write(torch.from_numpy(pages).to(window.device), window)
-        return pages
 
     @torch.no_grad()
     def read(self, pages: np.ndarray) -> Any:
