@@ -90,6 +90,8 @@ def small_cartpole(new: bool, collectors: int = 3, evaluators: int = 2, simulati
         env_num=max(collectors, evaluators), use_new_cache_manager=new
     )
     main.policy.model.world_model_cfg.update(world_model_cfg)
+    # LightZero's tree, which tests replace by one that draws nothing; the compiled search has tests of its own.
+    main.policy.model.world_model_cfg.setdefault('kv_cache_cfg', EasyDict()).setdefault('search', 'tree')
     return main
 
 
