@@ -16,7 +16,7 @@ PREFIX = 'policy.model.world_model_cfg'
 EVICTIONS = ('fifo', 'lru', 'priority')
 DTYPES = ('float32', 'bfloat16', 'float16')
 ON_NAN = ('raise', 'skip')
-BACKENDS = ('auto', 'eager', 'cudagraph', 'compile')
+BACKENDS = ('auto', 'eager', 'cudagraph')
 VALIDATIONS = ('off', 'legacy', 'exact')
 VALIDATION_ACTIONS = ('warn', 'raise')
 
@@ -83,6 +83,12 @@ def _choice(value: Any, key: str, valid: Iterable[str]) -> str:
     return value
 
 
+def _backend(value: Any, key: str) -> str:
+    if isinstance(value, str) and value == 'compile':
+        raise ConfigError(f"{PREFIX}.{key}='compile' was removed: use 'auto'")
+    return _choice(value, key, BACKENDS)
+
+
 def _positive_number(value: Any, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
         raise ConfigError(f'{PREFIX}.{key}={value!r} must be a number above 0')
@@ -105,7 +111,7 @@ class CacheConfig:
         - enable_stats (:obj:`bool`): Whether hits, misses and evictions are counted.
         - dtype (:obj:`str`): Storage type of keys and values: 'float32', 'bfloat16' or 'float16'.
         - max_memory_mb (:obj:`Optional[float]`): Upper bound of the page storage in MiB; None for no bound.
-        - backend (:obj:`str`): How a recurrent step is launched: 'auto', 'eager', 'cudagraph' or 'compile'.
+        - backend (:obj:`str`): How a recurrent step is launched: 'auto', 'eager' or 'cudagraph'.
         - on_nan (:obj:`str`): What a prediction with nan or inf does: 'raise' an error, or 'skip' storing its context.
         - validation (:obj:`str`): Whether searches are replayed by LightZero's own code: 'off', 'legacy' or 'exact'.
         - validation_freq (:obj:`int`): Every how many searches one is replayed.
@@ -182,7 +188,7 @@ class CacheConfig:
             enable_stats=option('enable_stats', True, _flag),
             dtype=option('dtype', 'float32', _choice, DTYPES),
             max_memory_mb=option('max_memory_mb', None, _positive_number),
-            backend=option('backend', 'auto', _choice, BACKENDS),
+            backend=option('backend', 'auto', _backend),
             on_nan=option('on_nan', 'raise', _choice, ON_NAN),
             validation=validation if use_new else 'off',  # switching back takes the flag alone
             validation_freq=option('validation_freq', 100, _positive_int),
@@ -200,7 +206,7 @@ KV_CACHE_CFG: Dict[str, str] = {
     'enable_stats': 'count hits, misses and evictions',
     'dtype': "storage of keys and values: 'float32', 'bfloat16' or 'float16'",
     'max_memory_mb': 'upper bound of the page storage, in MiB',
-    'backend': "how a recurrent step is launched: 'auto', 'eager', 'cudagraph' or 'compile'",
+    'backend': "how a recurrent step is launched: 'auto', 'eager' or 'cudagraph'",
     'on_nan': "what a prediction with nan or inf does: 'raise' an error or 'skip' storing its context",
     'validation': "replay searches by LightZero's own code: 'off', 'legacy' (as it is) or 'exact' (as it should be)",
     'validation_freq': 'every how many searches one is replayed',

@@ -1,5 +1,5 @@
 """
-How a step is launched: eagerly, replayed or compiled, the answers are the same.
+How a step is launched: eagerly or replayed, the answers are the same.
 
 On a CPU a stand-in takes the place of a captured graph: it computes with the storage that was there when it was
 captured, whatever has moved since, and into the same results every time. Where there is a GPU, the graphs are real.
@@ -428,25 +428,6 @@ class TestGivingUp:
         assert largest_error(answers, answers_of(cached_model(case, 2, SEED), trace, by_node)) <= TOLERANCE
         assert len(warnings_of(lines)) == 1
 
-    @BOTH_WAYS
-    def test_a_broken_compiler(self, by_node, monkeypatch, lines):
-        called = []
-
-        def compiled(*args):
-            called.append(args)
-            raise OSError('no compiler found\nset CXX')
-
-        monkeypatch.setattr(torch, 'compile', lambda *args, **kwargs: compiled)
-        case = Case()
-        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=4)
-        answers = answers_of(cached_model(case, 2, SEED, **cfg('compile')), trace, by_node)
-        assert largest_error(answers, answers_of(cached_model(case, 2, SEED), trace, by_node)) <= TOLERANCE
-        assert len(called) == 1
-        warning, = warnings_of(lines)
-        assert "backend='compile'" in warning
-        assert 'no compiler found' in warning
-        assert 'CXX' not in warning
-
     @pytest.mark.parametrize('name', ['auto', 'cudagraph'])
     def test_a_graph_on_a_cpu_is_eager_without_a_word(self, name, lines):
         case = Case()
@@ -456,49 +437,6 @@ class TestGivingUp:
         assert largest_error(answers_of(model, trace), expected) == 0
         assert not warnings_of(lines)
         assert not model.world_model.inference.backend._graphs
-
-
-class TestCompiled:
-
-    def test_what_is_compiled_is_the_step(self, monkeypatch, lines):
-        """With weights that change in place, move, and are told to drop out."""
-        used = []
-
-        def compile_nothing(function, **kwargs):
-            def run(*args):
-                used.append(args)
-                return function(*args)
-            return run
-
-        monkeypatch.setattr(torch, 'compile', compile_nothing)
-        case = Case()
-        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=3)
-        models = [cached_model(case, 2, SEED, **cfg(name)) for name in ('compile', 'eager')]
-        for change in (lambda p: p, lambda p: p.data.mul_(1.1), lambda p: setattr(p, 'data', p.data * 0.9)):
-            for model in models:
-                for parameter in model.parameters():
-                    change(parameter)
-            assert largest_error(*(answers_of(model, trace) for model in models)) <= TOLERANCE
-        assert len(used) == 3 * 2 * 3
-        assert type(copy.deepcopy(models[0]).world_model.inference.backend) is backends.CompiledBackend
-        models[0].train()
-        answers_of(models[0], trace)
-        assert len(used) == 3 * 2 * 3
-        assert not warnings_of(lines)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize(('by_node', 'rotary'), [(False, False), (True, True)], ids=['by_key', 'by_node'])
-    def test_by_the_real_compiler(self, by_node, rotary, lines):
-        try:
-            torch.compile(torch.neg)(torch.zeros(2))
-        except Exception as error:  # whatever the compiler raises
-            pytest.skip(f'there is no compiler: {error}')
-        case = Case(num_layers=1, rotary=rotary)
-        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=3)
-        answers = answers_of(cached_model(case, 2, SEED, **cfg('compile')), trace, by_node)
-        expected = answers_of(cached_model(case, 2, SEED, **cfg('eager')), trace, by_node)
-        assert largest_error(answers, expected) <= TOLERANCE
-        assert not warnings_of(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

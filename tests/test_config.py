@@ -79,7 +79,7 @@ class TestAccepted:
         ('eviction', 'fifo'), ('eviction', 'lru'), ('eviction', 'priority'), ('init_pool_size', 1),
         ('recurrent_pool_size', 12345), ('enable_stats', False), ('dtype', 'float32'), ('dtype', 'bfloat16'),
         ('dtype', 'float16'), ('max_memory_mb', 100), ('max_memory_mb', 0.5), ('type', 'new'),
-        ('backend', 'auto'), ('backend', 'eager'), ('backend', 'cudagraph'), ('backend', 'compile'),
+        ('backend', 'auto'), ('backend', 'eager'), ('backend', 'cudagraph'),
         ('on_nan', 'raise'), ('on_nan', 'skip'), ('validation', 'off'), ('validation_freq', 1),
         ('validation_tol', 1e-9), ('validation_action', 'raise'),
     ])
@@ -157,6 +157,7 @@ class TestRefused:
         ('on_nan', True, "'skip'"),
         ('backend', 'cuda', "'cudagraph'"),
         ('backend', False, "'eager'"),
+        ('backend', 'compile', "was removed: use 'auto'"),
         ('type', 'newer', "'new'"),
         ('type', 5, "'new'"),
         ('init_pool_size', True, 'whole number'),

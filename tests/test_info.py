@@ -70,10 +70,10 @@ class TestNew:
 
 
 def test_a_bound_of_memory():
-    rows = cache_rows(WM + 'kv_cache_cfg.max_memory_mb=0.25', WM + 'kv_cache_cfg.backend=compile')
+    rows = cache_rows(WM + 'kv_cache_cfg.max_memory_mb=0.25', WM + 'kv_cache_cfg.backend=eager')
     assert rows['bound of memory'] == '0.25 MiB'
     assert float(rows['memory from first use'].split()[0]) <= 0.25
-    assert rows['backend'] == "compile, of 'compile'"
+    assert rows['backend'] == "eager, of 'eager'"
 
 
 def test_the_old_system_fills_its_slots():
@@ -113,7 +113,6 @@ def test_lightzeros_are_told_apart_by_what_they_have(source, which, monkeypatch)
 
 @pytest.mark.parametrize(('name', 'device', 'expected'), [
     ('auto', 'cpu', 'eager'), ('auto', 'cuda', 'cudagraph'), ('cudagraph', 'cpu', 'eager'), ('eager', 'cuda', 'eager'),
-    ('compile', 'cpu', 'compile'),
 ])
 def test_what_is_picked(name, device, expected):
     assert backend.picked(name, torch.device(device)) == expected

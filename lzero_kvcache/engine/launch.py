@@ -1,7 +1,7 @@
-"""How a recurrent step is launched: eagerly, as a replayed CUDA graph, or compiled. Knows the engine and the slab."""
+"""How a recurrent step is launched: eagerly, or as a replayed CUDA graph. Knows the engine and the slab."""
 import copy
 import logging
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -57,28 +57,6 @@ class EagerBackend:
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> 'EagerBackend':
         return type(self)(copy.deepcopy(self.engine, memo))
-
-
-class CompiledBackend(EagerBackend):
-    """
-    Overview:
-        Runs the step through ``torch.compile``.
-    """
-    name = 'compile'
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
-        self._compiled: Optional[Callable[..., Result]] = torch.compile(_run_fresh, dynamic=False)
-
-    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
-        if self._compiled is not None and not self.engine.training:
-            sent = torch.from_numpy(numbers).to(self.engine.device, non_blocking=True)
-            try:
-                return self._compiled(self.engine, slab, sent, action)
-            except Exception as error:  # whatever the compiler raises
-                _warn_eager(self.name, error)
-                self._compiled = None
-        return super().step(weights, slab, numbers, action)
 
 
 class _Graph(NamedTuple):
@@ -189,14 +167,14 @@ def picked(name: str, device: torch.device) -> str:
         - name (:obj:`str`): As in ``kv_cache_cfg.backend``.
         - device (:obj:`torch.device`): Where the model runs.
     Returns:
-        - name (:obj:`str`): 'eager', 'cudagraph' or 'compile'.
+        - name (:obj:`str`): 'eager' or 'cudagraph'.
     """
     if name not in ('auto', CudaGraphBackend.name):
         return name
     return CudaGraphBackend.name if device.type == 'cuda' else EagerBackend.name
 
 
-_BACKENDS = {backend.name: backend for backend in (EagerBackend, CompiledBackend, CudaGraphBackend)}
+_BACKENDS = {backend.name: backend for backend in (EagerBackend, CudaGraphBackend)}
 
 
 def make_backend(name: str, engine: Engine) -> EagerBackend:
@@ -204,7 +182,7 @@ def make_backend(name: str, engine: Engine) -> EagerBackend:
     Overview:
         The backend of a model.
     Arguments:
-        - name (:obj:`str`): 'eager', 'cudagraph', 'compile', or 'auto': a CUDA graph on a GPU, eager on a CPU.
+        - name (:obj:`str`): 'eager', 'cudagraph', or 'auto': a CUDA graph on a GPU, eager on a CPU.
         - engine (:obj:`Engine`): What it runs.
     Returns:
         - backend (:obj:`EagerBackend`): A CUDA graph runs eagerly for as long as the model is on a CPU.

@@ -82,7 +82,7 @@ class Slab:
     def _room(self, pages: int) -> Optional[torch.Tensor]:
         """On a CPU new memory for a long window takes several times as long as the gather: the last one's is kept."""
         assert self.data is not None
-        if self.data.device.type != 'cpu' or torch.compiler.is_compiling():
+        if self.data.device.type != 'cpu':
             return None
         if self._kept is None or len(self._kept) < pages:
             self._kept = self.data.new_empty((pages,) + self.page_shape)

@@ -128,7 +128,7 @@ class Engine:
         """
         tables, counts = rows
         width = self._pages_of_window(int(counts.max()))
-        self._masks_of(2 * width, self.device)  # here, since a step that is compiled with them missing is compiled anew
+        self._masks_of(2 * width, self.device)  # here, and not within a step that is captured
         numbers = np.zeros((width + 3 + self._action_rows, len(counts)), dtype=np.int64)
         numbers[:width - 1], numbers[width - 1], numbers[width] = tables.T[:width - 1], pages, counts
         if self.rotary:

@@ -12,11 +12,11 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-from lzero_kvcache.config import ConfigError
+from lzero_kvcache.config import FLAG, OPTIONS, PREFIX, ConfigError
 
 from .checkpoints import CHECKPOINTS, read_checkpoint
 from .cli import build_parser, make_plan
-from .overrides import known_leaves
+from .overrides import cache_defaults, known_leaves
 from .runner import TRAIN, Plan
 from .status import Result
 from .summary import read_summary
@@ -27,6 +27,17 @@ LOCK = 'experiment.lock'
 # What a later call may add to, and what must be as it was.
 GROWING = ('caches', 'seeds')
 FIXED = ('max_env_step', 'max_train_iter', 'device', 'threads', 'values')
+VALUES_VERSION = 2
+# An experiment.json without values_version is of version 1, whose hash held also the default of each of these keys of
+# that time, so that its hash is accepted if the values of now with these defaults added have the same.
+VERSION_1_DEFAULTS: Dict[str, Any] = {
+    f'{PREFIX}.{FLAG}': False,
+    **{f'{PREFIX}.{key}': None for key in ('game_segment_length', 'num_simulations', 'env_num')},
+    **{f'{PREFIX}.{OPTIONS}.{key}': None for key in (
+        'type', 'eviction', 'init_pool_size', 'recurrent_pool_size', 'enable_stats', 'dtype', 'max_memory_mb',
+        'backend', 'on_nan', 'validation', 'validation_freq', 'validation_tol', 'validation_action'
+    )},
+}
 
 
 @dataclass(frozen=True)
@@ -88,15 +99,11 @@ class Experiment:
     def settings(self) -> Dict[str, Any]:
         """What ``experiment.json`` holds."""
         plan = self._plan('old')  # whichever systems are asked for
-        values = [
-            f'{path}={getattr(value, "__qualname__", None) or repr(value)}'
-            for path, value in known_leaves(plan.main_config, plan.create_config, {}).items()
-        ]
         return dict(
             config=plan.config, caches=self.caches, seeds=self.seeds, max_env_step=plan.max_env_step,
             max_train_iter=plan.max_train_iter, threads=plan.threads,
             device=str(plan.main_config.policy.model.world_model_cfg.device), options=self._options[2:],
-            values=hashlib.sha256('\n'.join([plan.entry, *sorted(values)]).encode()).hexdigest(),
+            values_version=VALUES_VERSION, values=_hash(plan, VALUES_VERSION),
         )
 
     @contextlib.contextmanager
@@ -165,8 +172,15 @@ class Experiment:
                 held = dict(json.load(file))
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f'{path}: cannot be read ({error}); give another --out') from error
+        version = held.get('values_version', 1)
+        if version not in (1, VALUES_VERSION):
+            raise ConfigError(
+                f'--out {self.folder}: is an experiment of a later version of this program (values_version={version!r} '
+                f'in {EXPERIMENT}, not {VALUES_VERSION}); give another --out'
+            )
+        asked = settings if version == VALUES_VERSION else {**settings, 'values': _hash(self._plan('old'), version)}
         for name in FIXED:
-            was, now = held.get(name), settings[name]
+            was, now = held.get(name), asked[name]
             if was != now:
                 said = f'{name} {was}, not {now}'
                 if name == 'values':
@@ -175,6 +189,18 @@ class Experiment:
         for name in GROWING:
             settings[name] = list(dict.fromkeys([*held.get(name, []), *settings[name]]))
         return settings
+
+
+def _hash(plan: Plan, version: int) -> str:
+    """The entry and every value that a config and its options give beyond the defaults."""
+    defaults = cache_defaults()
+    given = {
+        path: value for path, value in known_leaves(plan.main_config, plan.create_config, {}).items()
+        if path not in defaults or value != defaults[path]
+    }
+    values = {**VERSION_1_DEFAULTS, **given} if version == 1 else given
+    lines = [f'{path}={getattr(value, "__qualname__", None) or repr(value)}' for path, value in values.items()]
+    return hashlib.sha256('\n'.join([plan.entry, *sorted(lines)]).encode()).hexdigest()
 
 
 def last_checkpoint(folder: str, max_env_step: int) -> Optional[str]:

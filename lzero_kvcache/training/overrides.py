@@ -61,11 +61,16 @@ def known_leaves(main_config: EasyDict, create_config: EasyDict, defaults: Mappi
     Returns:
         - known (:obj:`Dict[str, Any]`): From dotted path to value; an empty dict is a value.
     """
-    known = {f'{PREFIX}.{key}': value for key, value in CACHE_KEYS.items()}
+    known = cache_defaults()
     known.update(_leaves(defaults))
     known.update(_leaves(main_config))
     known.update(_leaves({CREATE: create_config}))
     return known
+
+
+def cache_defaults() -> Dict[str, Any]:
+    """Every path about caching, with the value that stands for not given."""
+    return {f'{PREFIX}.{key}': value for key, value in CACHE_KEYS.items()}
 
 
 def _parse(assignment: str, known: Mapping[str, Any]) -> Dict[str, Any]:

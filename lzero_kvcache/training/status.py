@@ -39,32 +39,35 @@ class Status:
 
 @dataclass
 class Result:
-    """A run that has ended; ``summary.json`` in its folder is this."""
-    outcome: str
+    """
+    A run that has ended; ``summary.json`` in its folder is this. Its first fields say which run it is and whether it is
+    done; each field after them has a default, for summaries of versions that did not have it.
+    """
     exit_code: int
-    exp_name: str
-    config: str
-    entry: str
     task: str
     cache: str
     seed: int
-    device: str
-    max_env_step: Optional[int]
-    max_train_iter: Optional[int]
-    env_step: int
-    train_iter: int
-    seconds: float
-    env_steps_per_second: Optional[float]
-    host_memory_mb: Optional[float]
-    device_memory_mb: Optional[float]
-    cache_memory_mb: Optional[float]
-    hit_rates: Dict[str, Optional[float]]
-    counters: Dict[str, Any]
-    last_reward: Optional[float]
-    best_reward: Optional[float]
-    evaluations: List[Evaluation]
-    event_files: str
-    checkpoint: Optional[str]
-    log_file: Optional[str]
-    processes: int
-    machine: Dict[str, Any]
+    outcome: str = ''
+    exp_name: str = ''
+    config: str = ''
+    entry: str = ''
+    device: str = ''
+    max_env_step: Optional[int] = None
+    max_train_iter: Optional[int] = None
+    env_step: int = 0
+    train_iter: int = 0
+    seconds: float = 0.0
+    env_steps_per_second: Optional[float] = None
+    host_memory_mb: Optional[float] = None
+    device_memory_mb: Optional[float] = None
+    cache_memory_mb: Optional[float] = None
+    hit_rates: Dict[str, Optional[float]] = field(default_factory=dict)
+    counters: Dict[str, Any] = field(default_factory=dict)
+    last_reward: Optional[float] = None
+    best_reward: Optional[float] = None
+    evaluations: List[Evaluation] = field(default_factory=list)
+    event_files: str = ''
+    checkpoint: Optional[str] = None
+    log_file: Optional[str] = None
+    processes: int = 1
+    machine: Dict[str, Any] = field(default_factory=dict)

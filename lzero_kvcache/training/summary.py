@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict, fields, replace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar
 
 import ding
 import torch
@@ -18,6 +18,7 @@ from .terminal import number_text, rate_text
 
 SUMMARY = 'summary.json'
 POOLS = ('total', 'init', 'recur')
+T = TypeVar('T', Evaluation, Result)
 
 
 def cache_type(world_model_cfg: EasyDict) -> str:
@@ -106,7 +107,7 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
     reward = '- (no evaluation yet; policy.eval_freq says how often)'
     if last is not None:
         reward = f'{number_text(last.reward)} after {last.env_step:,} steps'
-    rates = '  '.join(f'{pool} {rate_text(result.hit_rates[pool])}' for pool in POOLS)
+    rates = '  '.join(f'{pool} {rate_text(result.hit_rates.get(pool))}' for pool in POOLS)
     skipped = result.counters.get('skipped')
     return [
         ('cache system', result.cache),
@@ -157,12 +158,16 @@ def read_summary(exp_name: str) -> Optional[Result]:
     try:
         with open(os.path.join(exp_name, SUMMARY), encoding='utf-8') as file:
             held = json.load(file)
-        held['evaluations'] = [Evaluation(**evaluation) for evaluation in held['evaluations']]
-        assert isinstance(held['exit_code'], int)
-        # An earlier version may have left out what a later one added.
-        return Result(**{field.name: held.get(field.name) for field in fields(Result)})
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        held['evaluations'] = [_known(Evaluation, evaluation) for evaluation in held.get('evaluations', [])]
+        result = _known(Result, held)
+    except (OSError, ValueError, AttributeError, TypeError):
         return None
+    return result if isinstance(result.exit_code, int) else None
+
+
+def _known(kind: Type[T], held: Dict[str, Any]) -> T:
+    """What another version wrote: its fields that are unknown here are left out, those that it lacks have defaults."""
+    return kind(**{field.name: held[field.name] for field in fields(kind) if field.name in held})
 
 
 def add_up(before: Result, after: Result) -> Result:

@@ -1,0 +1,291 @@
+"""What the version before the refactoring wrote (``fixtures/before_rooms``): read, compared, gone on with, refused."""
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from typing import Any, Dict, List
+
+import pytest
+from trainings import import_what_trainings_import, short_episodes, trained
+
+from lzero_kvcache import ConfigError, comparison
+from lzero_kvcache.__main__ import main
+from lzero_kvcache.config import KV_CACHE_CFG
+from lzero_kvcache.training import overrides, status, summary
+from lzero_kvcache.training.checkpoints import read_checkpoint
+from lzero_kvcache.training.children import Children
+from lzero_kvcache.training.cli import main as train
+from lzero_kvcache.training.experiment import Run
+from lzero_kvcache.training.summary import read_summary, summary_rows
+
+BEFORE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'fixtures', 'before_rooms')
+RUNS = ('experiment/old_seed0', 'experiment/new_seed0', 'single_old', 'single_new')
+EACH_RUN = pytest.mark.parametrize('name', RUNS)
+NEW_OPTION = 'policy.model.world_model_cfg.kv_cache_cfg.an_option_of_a_later_version'
+
+
+def loaded(*path):
+    with open(os.path.join(BEFORE, *path), encoding='utf-8') as file:
+        return json.load(file)
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of all of it, which is the working directory."""
+    shutil.copytree(BEFORE, str(tmp_path / 'copy'))
+    monkeypatch.chdir(tmp_path / 'copy')
+    return tmp_path / 'copy'
+
+
+@pytest.fixture
+def a_new_option(monkeypatch):
+    """The version that reads has one more option of the cache than the one that wrote."""
+    monkeypatch.setitem(KV_CACHE_CFG, NEW_OPTION.rsplit('.', 1)[-1], 'what it does')
+    monkeypatch.setitem(overrides.CACHE_KEYS, NEW_OPTION.split('.', 3)[-1], None)
+
+
+def rewritten(path, **changes):
+    """Change fields of a JSON file; ``...`` takes one away."""
+    held = {**json.loads(path.read_text(encoding='utf-8')), **changes}
+    path.write_text(json.dumps({name: value for name, value in held.items() if value is not ...}), encoding='utf-8')
+
+
+def test_no_path_in_them_is_absolute():
+    for folder, _, names in os.walk(BEFORE):
+        for name in names:
+            if name.endswith('.json'):
+                with open(os.path.join(folder, name), encoding='utf-8') as file:
+                    assert '"/' not in file.read(), name
+
+
+# ---------------------------------------------------------------------------------------------------- summaries
+
+
+@EACH_RUN
+def test_a_summary_is_read(name):
+    held, result = loaded(name, 'summary.json'), read_summary(os.path.join(BEFORE, name))
+    for key, value in held.items():
+        if key != 'evaluations':
+            assert getattr(result, key) == value
+    assert [vars(evaluation) for evaluation in result.evaluations] == held['evaluations']
+    assert dict(summary_rows(result))['cache system'] == held['cache']
+    assert Run(result.cache, result.seed, os.path.join(BEFORE, name)).result == result
+
+
+@EACH_RUN
+def test_a_summary_with_unknown_fields_is_read(name, copied):
+    path = copied / name / 'summary.json'
+    before = read_summary(str(path.parent))
+    evaluations = [{**evaluation, 'episodes': 3} for evaluation in loaded(name, 'summary.json')['evaluations']]
+    rewritten(path, a_field_of_a_later_version={'a': 1}, evaluations=evaluations)
+    assert read_summary(str(path.parent)) == before
+
+
+@pytest.mark.parametrize('missing', sorted(set(status.Result.__dataclass_fields__) - {
+    'exit_code', 'task', 'cache', 'seed'}))
+def test_a_summary_without_a_field_is_read(missing, copied):
+    path = copied / 'single_new' / 'summary.json'
+    rewritten(path, **{missing: ...})
+    result = read_summary(str(path.parent))
+    assert summary_rows(result)
+    assert summary.add_up(result, result).exit_code == 0
+    assert Run('new', 1, str(path.parent)).result == result
+
+
+@pytest.mark.parametrize('missing', ['exit_code', 'task', 'cache', 'seed'])
+def test_a_summary_that_does_not_say_which_run_it_is_counts_for_nothing(missing, copied):
+    path = copied / 'single_new' / 'summary.json'
+    rewritten(path, **{missing: ...})
+    assert read_summary(str(path.parent)) is None
+
+
+def test_a_later_version_with_more_fields_reads_it(monkeypatch):
+
+    @dataclass
+    class LaterEvaluation(status.Evaluation):
+        episodes: int = 1
+
+    @dataclass
+    class LaterResult(status.Result):
+        rooms: List[str] = field(default_factory=list)
+        counts: Dict[str, Any] = field(default_factory=dict)
+
+    before = read_summary(os.path.join(BEFORE, 'single_new'))
+    monkeypatch.setattr(summary, 'Result', LaterResult)
+    monkeypatch.setattr(summary, 'Evaluation', LaterEvaluation)
+    result = read_summary(os.path.join(BEFORE, 'single_new'))
+    assert vars(result) == {**vars(before), 'rooms': [], 'counts': {}, 'evaluations': [
+        LaterEvaluation(**vars(evaluation)) for evaluation in before.evaluations
+    ]}
+    assert Run('new', 1, os.path.join(BEFORE, 'single_new')).result == result
+
+
+# ---------------------------------------------------------------------------------------------------- comparison
+
+
+def test_its_runs_are_compared_as_they_were(copied, capfd):
+    assert main(['compare', 'experiment', '--out', 'again']) == 0
+    now, before = json.loads((copied / 'again' / 'compare.json').read_text()), loaded('experiment', 'compare.json')
+    assert [side['name'] for side in now['sides']] == [side['name'] for side in before['sides']] == ['old', 'new']
+    rows = {row['name']: row for row in now['measures']}
+    for row in before['measures']:
+        assert rows[row['name']]['runs'] == pytest.approx(row['runs'])
+    assert now['config_differences'] == before['config_differences']
+
+
+def test_summaries_of_other_versions_are_compared(copied, capfd):
+    rewritten(copied / 'single_old' / 'summary.json', machine=..., processes=..., a_field_of_a_later_version=[1])
+    assert main(['compare', 'single_old', 'single_new', '--out', 'both']) == 0
+    runs = {run['name']: run for side in json.loads((copied / 'both' / 'compare.json').read_text())['sides']
+            for run in side['runs']}
+    assert {name: (run['cache'], run['seed']) for name, run in runs.items()} == {
+        'single_old': ('old', 1), 'single_new': ('new', 1)}
+
+
+# ---------------------------------------------------------------------------------------------------- the experiment
+
+
+@pytest.fixture
+def again(copied, monkeypatch):
+    """A function that gives the stored experiment's own command again, and returns what it would train."""
+    monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: 0)
+    begun = []
+    monkeypatch.setattr(Children, '_start', lambda self, run: begun.append(run.name))
+    held = loaded('experiment', 'experiment.json')
+
+    def call(*further, caches=held['caches'], seeds=held['seeds']):
+        begun.clear()
+        assert main(['experiment', '--config', held['config'], '--cache', *caches, '--seeds', *map(str, seeds),
+                     '--out', 'experiment', *held['options'], *further]) == 0
+        return list(begun)
+
+    return call
+
+
+def settings(copied):
+    return json.loads((copied / 'experiment' / 'experiment.json').read_text(encoding='utf-8'))
+
+
+def test_the_same_command_trains_nothing_again(again, copied, capfd):
+    before = {name: (copied / 'experiment' / name / 'summary.json').read_bytes() for name in ('old_seed0', 'new_seed0')}
+    assert again() == []
+    said = capfd.readouterr().out
+    assert all(f'{name}: is done already' in said for name in before)
+    assert '2 of 2 runs are done' in said
+    for name, content in before.items():
+        assert (copied / 'experiment' / name / 'summary.json').read_bytes() == content
+
+
+@pytest.mark.usefixtures('a_new_option')
+def test_nor_where_the_cache_has_another_option(again):
+    assert again() == []
+
+
+def test_nor_where_an_option_was_removed(again, monkeypatch):
+    left = {key: value for key, value in overrides.CACHE_KEYS.items() if key != 'kv_cache_cfg.validation_freq'}
+    monkeypatch.setattr(overrides, 'CACHE_KEYS', left)
+    assert again() == []
+
+
+def test_its_settings_are_written_anew_and_hold_where_an_option_is_added(again, copied, monkeypatch, request):
+    assert 'values_version' not in settings(copied)
+    assert again() == []
+    written = settings(copied)
+    assert written['values_version'] == 2
+    request.getfixturevalue('a_new_option')
+    assert again() == []
+    assert settings(copied) == written
+
+
+def test_more_seeds_are_trained_beside_it(again, copied):
+    assert again(seeds=[0, 1]) == ['old_seed1', 'new_seed1']
+    assert settings(copied)['seeds'] == [0, 1]
+
+
+@pytest.mark.usefixtures('a_new_option')
+@pytest.mark.parametrize('rewrite', [False, True], ids=['as stored', 'written anew'])
+@pytest.mark.parametrize('assignment', [
+    f'{NEW_OPTION}=3', 'policy.model.world_model_cfg.kv_cache_cfg.eviction=lru', 'policy.num_simulations=3',
+])
+def test_other_values_are_another_experiment(assignment, rewrite, again, copied, capfd):
+    if rewrite:
+        again()
+    before = settings(copied)
+    with pytest.raises(AssertionError):
+        again('--set', assignment)
+    assert 'is an experiment with' in capfd.readouterr().err
+    assert settings(copied) == before
+
+
+def test_a_default_that_is_given_changes_nothing(again):
+    assert again('--set', 'policy.model.world_model_cfg.kv_cache_cfg.eviction=None') == []
+
+
+def test_an_experiment_with_unknown_settings_is_gone_on_with(again, copied):
+    rewritten(copied / 'experiment' / 'experiment.json', a_field_of_a_later_version=1, options=...)
+    assert again() == []
+
+
+def test_an_experiment_of_a_later_version_is_refused(again, copied, capfd):
+    rewritten(copied / 'experiment' / 'experiment.json', values_version=99)
+    with pytest.raises(AssertionError):
+        again()
+    error = capfd.readouterr().err
+    assert 'of a later version' in error and 'values_version=99' in error
+    assert error.count('\n') == 1
+
+
+def test_a_run_with_a_field_less_and_a_field_more_is_done(again, copied):
+    rewritten(copied / 'experiment' / 'old_seed0' / 'summary.json', processes=..., a_field_of_a_later_version=1)
+    assert again() == []
+
+
+# ---------------------------------------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize('name', ['single_old', 'single_new'])
+def test_its_checkpoint_says_where_it_stands(name):
+    held = loaded(name, 'summary.json')
+    checkpoint = read_checkpoint(os.path.join(BEFORE, held['checkpoint']))
+    assert (checkpoint.train_iter, checkpoint.env_step) == (held['train_iter'], held['env_step'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'cache'), [('single_new', 'new'), ('single_old', 'old'), ('single_old', 'new')])
+def test_its_checkpoint_is_gone_on_with(name, cache, copied):
+    import_what_trainings_import()
+    before = read_summary(name)
+    in_place = cache == before.cache
+    (code, said), = trained(copied, [
+        '--config', before.config, '--cache', cache, '--seed', str(before.seed), '--resume', before.checkpoint,
+        *(['--in-place'] if in_place else ['--exp-name', 'gone_on']),
+        '--max-env-step', str(before.env_step + 20), *loaded('experiment', 'experiment.json')['options'][2:]
+    ], short_episodes)
+    assert code == 0, said
+    assert f'Going on from {before.checkpoint}' in said
+    folder = name if in_place else 'gone_on'
+    after = read_summary(folder)
+    assert (after.outcome, after.cache) == ('done', cache)
+    assert after.env_step >= before.env_step + 20 and after.train_iter > before.train_iter
+    assert len(os.listdir(os.path.join(folder, 'log', 'serial'))) == 1 + in_place
+    if in_place:
+        assert after.seconds > before.seconds
+        assert after.evaluations[:len(before.evaluations)] == before.evaluations
+
+
+# ---------------------------------------------------------------------------------------------------- refused
+
+
+def test_the_backend_that_was_removed_is_refused_in_one_line(copied, capfd):
+    there = sorted(os.listdir(copied))
+    assert train(['--config', 'config_compile.py']) == 2
+    error = capfd.readouterr().err
+    assert "policy.model.world_model_cfg.kv_cache_cfg.backend='compile' was removed: use 'auto'" in error
+    assert error.count('\n') == 1
+    assert sorted(set(os.listdir(copied)) - {'__pycache__'}) == there
+
+
+def test_the_experiment_refuses_it_too(copied):
+    from lzero_kvcache.training.experiment import Experiment
+    with pytest.raises(ConfigError, match="backend='compile' was removed: use 'auto'"):
+        Experiment('made', 'config_compile.py', ['old', 'new'], [0])
