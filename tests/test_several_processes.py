@@ -1,5 +1,6 @@
 """Data-parallel training: what ranks agree on, who writes, and two-process runs on the CPU with equal weights."""
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -17,12 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lzero_kvcache import ConfigError, telemetry
 from lzero_kvcache.cache.stats import Timing
-from lzero_kvcache.training import data_parallel
+from lzero_kvcache.cli.train import main
+from lzero_kvcache.host import entries
+from lzero_kvcache.training import make_plan
 from lzero_kvcache.training.checkpoints import read_checkpoint
-from lzero_kvcache.training.cli import build_parser, main, make_plan
 from lzero_kvcache.training.config_file import PROJECT_ROOT
-from lzero_kvcache.training.data_parallel import DataParallel, Interrupted, Ranks
-from lzero_kvcache.training.lightzero import default_tree
+from lzero_kvcache.training.ranks import DataParallel, Interrupted, Ranks
 
 SMALL = ['--config', 'config_new', '--exp-name', 'run', '--set', 'policy.num_simulations=3', 'policy.batch_size=8',
          'env.collector_env_num=4', 'env.evaluator_env_num=1']
@@ -31,13 +32,20 @@ SCRIPT = """
 import os
 import sys
 import torch
-from lzero_kvcache.training import cli, lightzero
+from lzero_kvcache.cli import train
+from lzero_kvcache.host import entries
+from lzero_kvcache.training import runner
 
-run_entry = lightzero.run_entry
+run_entry, Watch, watches = entries.run_entry, runner.Watch, []
 
 
-def run_and_keep(entry, configs, watch, **arguments):
-    policy = run_entry(entry, configs, watch, **arguments)
+def watched(*args):
+    watches.append(Watch(*args))
+    return watches[0]
+
+
+def run_and_keep(entry, configs, **arguments):
+    policy, watch = run_entry(entry, configs, **arguments), watches[0]
     state = policy._learn_model.state_dict(), policy._target_model.state_dict()
     torch.save(dict(
         state=state, counters=watch.cache.counters(), train_iter=watch.train_iter, env_step=watch.env_step,
@@ -46,8 +54,8 @@ def run_and_keep(entry, configs, watch, **arguments):
     return policy
 
 
-lightzero.run_entry = run_and_keep
-sys.exit(cli.main())
+entries.run_entry, runner.Watch = run_and_keep, watched
+sys.exit(train.main())
 """
 CONFIG = """
 import sys
@@ -58,6 +66,9 @@ main_config.policy.update(num_segments=4, game_segment_length=10, reanalyze_batc
                           buffer_reanalyze_freq=1 / 100000)
 main_config.policy.model.world_model_cfg.game_segment_length = 10
 """
+
+
+ENTRY = importlib.import_module('lzero.entry.train_unizero')
 
 
 @pytest.fixture()
@@ -89,9 +100,9 @@ def test_alone_nothing_is_exchanged():
     assert alone.main
     assert alone.from_main(lambda: 'made') == 'made'
     assert telemetry.sum_counters({'memory_mb': 1.}) == {'memory_mb': 1.}
-    module = types.SimpleNamespace(calculate_update_per_collect='original')
-    with alone.mended(module):
-        assert module.calculate_update_per_collect == 'original'
+    original = ENTRY.calculate_update_per_collect
+    with alone.patched():
+        assert ENTRY.calculate_update_per_collect is original
 
 
 def test_as_many_gpus_as_processes(monkeypatch):
@@ -101,9 +112,9 @@ def test_as_many_gpus_as_processes(monkeypatch):
 
 
 def test_a_rank_takes_its_share(monkeypatch):
-    plan = make_plan(build_parser().parse_args(['--config', 'config_new']))
+    plan = make_plan('config_new')
     monkeypatch.setattr('lzero.config.utils.get_world_size', lambda: 3)
-    tree = default_tree(plan.main_config, plan.create_config)
+    tree = entries.completed(plan.main_config, plan.create_config)
     DataParallel(Ranks(1, 3, 3)).share_out(plan.main_config, tree, 'train_unizero')
     policy = plan.main_config.policy
     assert policy.multi_gpu is True
@@ -111,12 +122,12 @@ def test_a_rank_takes_its_share(monkeypatch):
     assert (policy.batch_size, policy.n_episode) == (math.ceil(64 / 3), 3)
     assert plan.main_config.env.collector_env_num == policy.collector_env_num == 3
     # What compile_config makes of it is what a collector accepts.
-    tree = default_tree(plan.main_config, plan.create_config)
+    tree = entries.completed(plan.main_config, plan.create_config)
     assert tree.policy.n_episode >= tree.env.collector_env_num
 
 
 def test_a_config_for_several_processes_is_refused_in_one():
-    plan = make_plan(build_parser().parse_args(['--config', 'config_new', '--set', 'policy.multi_gpu=True']))
+    plan = make_plan('config_new', overrides=['policy.multi_gpu=True'])
     with pytest.raises(ConfigError, match='torchrun --nproc_per_node'):
         DataParallel().share_out(plan.main_config, plan.main_config, plan.entry)
 
@@ -130,7 +141,8 @@ def test_usage_errors_are_said_once(monkeypatch, capfd):
     for name, value in (('RANK', '1'), ('WORLD_SIZE', '2'), ('LOCAL_WORLD_SIZE', '2'), ('MASTER_ADDR', 'localhost')):
         monkeypatch.setenv(name, value)
     assert main(['--config', 'nosuch']) == 2
-    assert main(['--colour']) == 2
+    with pytest.raises(SystemExit, match='2'):
+        main(['--colour'])
     assert capfd.readouterr() == ('', '')
 
 
@@ -181,23 +193,21 @@ class TestAgreement:
             ranks.from_main(fail)
 
     def test_equal_numbers_of_updates(self, ranks):
-        from lzero.entry import train_unizero as package_entry  # noqa: F401
-        entry = sys.modules['lzero.entry.train_unizero']
         segments = [range(7), range(4)], None
         config = EasyDict(policy=dict(update_per_collect=None, game_segment_length=5, replay_ratio=0.25))
-        original = entry.calculate_update_per_collect
-        with ranks.mended(entry):
-            assert entry.calculate_update_per_collect(config, segments, world_size=2) == 2
+        original = ENTRY.calculate_update_per_collect
+        with ranks.patched():
+            assert ENTRY.calculate_update_per_collect(config, segments, world_size=2) == 2
             config.policy.update_per_collect = 6
-            assert entry.calculate_update_per_collect(config, segments, world_size=2) == 6
-        assert entry.calculate_update_per_collect is original
+            assert ENTRY.calculate_update_per_collect(config, segments, world_size=2) == 6
+        assert ENTRY.calculate_update_per_collect is original
 
     def test_gradients_that_are_not_there_are_left_out(self, ranks):
         from ding.policy.base_policy import Policy
         model = torch.nn.Linear(2, 1)
         model.weight.grad = torch.ones_like(model.weight)
         policy = types.SimpleNamespace(_bp_update_sync=True)
-        with ranks.mended(sys.modules['lzero.entry.train_unizero']):
+        with ranks.patched():
             Policy.sync_gradients(policy, model)
         assert model.bias.grad is None
         assert model.weight.grad.tolist() == [[1., 1.]]
@@ -210,7 +220,7 @@ class TestAgreement:
     def test_other_ranks_have_no_log_files(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         from ding.worker.learner import base_learner
-        with DataParallel(Ranks(1, 2, 2)).mended(sys.modules['lzero.entry.train_unizero']):
+        with DataParallel(Ranks(1, 2, 2)).patched():
             logger, writer = base_learner.build_logger('./here', 'learner', need_tb=False)
             logger.info('quiet')
         assert writer is None
@@ -382,12 +392,3 @@ def test_ranks_end_together_when_one_is_asked_to(signum, whom, tmp_path):
     assert not [name for name in os.listdir(str(tmp_path / 'run' / 'ckpt')) if name.endswith('.tmp')]
     other = (tmp_path / 'run' / 'log' / 'train_rank1.log').read_text(encoding='utf-8')
     assert 'Traceback' not in other
-
-
-def test_the_names_that_are_mended_exist():
-    """Those of LightZero 0.2.0; another LightZero may lack some."""
-    import importlib
-    for name in data_parallel.COLLECTORS:
-        assert hasattr(importlib.import_module(name), 'allreduce_data')
-    buffers = importlib.import_module('lzero.mcts')
-    assert all(hasattr(buffers, name) for name in data_parallel.BUFFERS)

@@ -8,8 +8,8 @@ import torch
 from forks import in_forks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lzero_kvcache.cli.train import main
 from lzero_kvcache.telemetry import METRICS, POOLS
-from lzero_kvcache.training.cli import main
 
 WM = 'policy.model.world_model_cfg'
 ITERATIONS = 3
@@ -54,9 +54,19 @@ def import_what_trainings_import() -> None:
     import torch._inductor.compile_fx  # noqa: F401
 
 
+def summary_of(folder: Any) -> Any:
+    return json.loads((folder / 'summary.json').read_text())
+
+
+def scalars(folder: Any, tag: str) -> Any:
+    events = EventAccumulator(str(folder / 'log' / 'serial'), size_guidance={'scalars': 0})
+    events.Reload()
+    return events.Scalars(tag)
+
+
 def check_run(folder: Any, cache: str) -> Any:
     """A point under every tag of the cache at every iteration, and a summary that fits; returns the summary."""
-    summary = json.loads((folder / 'summary.json').read_text())
+    summary = summary_of(folder)
     assert (summary['cache'], summary['train_iter']) == (cache, ITERATIONS)
     events = EventAccumulator(str(folder / 'log' / 'serial'), size_guidance={'scalars': 0})
     events.Reload()
