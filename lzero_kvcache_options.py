@@ -1,6 +1,6 @@
 """
-The options of ``train.py`` and of ``python -m lzero_kvcache``. They stand beside the package and import none of it, which
-brings torch and takes seconds: ``--help``, ``--version`` and wrong usage must be answered at once.
+The options of ``train.py`` and of ``python -m lzero_kvcache``. They stand beside the package, which brings torch and
+takes seconds to import: ``--help``, ``--version`` and wrong usage must be answered at once.
 """
 import argparse
 import importlib.util
