@@ -5,13 +5,13 @@ import pty
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+from trainings import when
 
 from lzero_kvcache import ConfigError, comparison
 from lzero_kvcache.cli.commands import main
@@ -257,20 +257,6 @@ def test_one_that_fails_does_not_stop_the_others(fake, capfd):
     assert [name for name, _ in fake.begun()][4:] == ['old_seed0']
 
 
-def when(condition, action):
-    """Do something in another thread as soon as a condition holds."""
-
-    def wait():
-        deadline = time.monotonic() + 60
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        action()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
-
-
 def log_has(folder, name, text):
     path = os.path.join(folder, name + '.log')
     return os.path.exists(path) and text in open(path).read()
@@ -402,7 +388,7 @@ def test_a_summary_is_read_as_it_was_written(tmp_path):
 @pytest.mark.slow
 def test_a_real_experiment_is_cut_off_and_goes_on(tmp_path):
     command = [sys.executable, '-m', 'lzero_kvcache', 'experiment', '--config', 'config_new', '--seeds', '0',
-               '--threads', '1', '--max-env-step', '300', '--out', str(tmp_path / 'e'), '--set', *SMALL,
+               '--threads', '1', '--max-env-step', '120', '--out', str(tmp_path / 'e'), '--set', *SMALL,
                'policy.eval_freq=1000']
     environment = dict(os.environ, PYTHONPATH=PROJECT_ROOT)
     process = subprocess.Popen(command, cwd=str(tmp_path), env=environment, stdout=subprocess.PIPE,
@@ -413,14 +399,14 @@ def test_a_real_experiment_is_cut_off_and_goes_on(tmp_path):
     thread.join()
     assert process.returncode == 130, said
     cut_off = read_summary(str(tmp_path / 'e' / 'old_seed0'))
-    assert cut_off.outcome == 'interrupted by SIGINT' and 0 < cut_off.env_step < 300
+    assert cut_off.outcome == 'interrupted by SIGINT' and 0 < cut_off.env_step < 120
 
     ended = subprocess.run([*command, '--jobs', '2'], cwd=str(tmp_path), env=environment, stdout=subprocess.PIPE,
                            encoding='utf-8', timeout=300, check=False)
     assert ended.returncode == 0, ended.stdout
     assert 'old_seed0: goes on from' in ended.stdout and 'new_seed0: begins' in ended.stdout
     old, new = (read_summary(str(tmp_path / 'e' / f'{cache}_seed0')) for cache in ('old', 'new'))
-    assert old.env_step >= 300 and new.env_step >= 300
+    assert old.env_step >= 120 and new.env_step >= 120
     assert (old.cache, new.cache) == ('old', 'new')
     assert old.seconds > cut_off.seconds
     assert old.counters['total']['queries'] > cut_off.counters['total']['queries']

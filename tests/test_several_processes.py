@@ -1,73 +1,47 @@
 """Data-parallel training: what ranks agree on, who writes, and two-process runs on the CPU with equal weights."""
-import contextlib
 import importlib
-import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import types
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from easydict import EasyDict
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainings import (
+    ITERATIONS,
+    SMALL,
+    import_what_trainings_import,
+    scalars,
+    short_episodes,
+    summary_of,
+    trained,
+    when,
+)
 
 from lzero_kvcache import ConfigError, telemetry
 from lzero_kvcache.cache.stats import Timing
 from lzero_kvcache.cli.train import main
 from lzero_kvcache.host import entries
-from lzero_kvcache.training import make_plan
+from lzero_kvcache.training import make_plan, runner
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.config_file import PROJECT_ROOT
 from lzero_kvcache.training.ranks import DataParallel, Interrupted, Ranks
 
-SMALL = ['--config', 'config_new', '--exp-name', 'run', '--set', 'policy.num_simulations=3', 'policy.batch_size=8',
-         'env.collector_env_num=4', 'env.evaluator_env_num=1']
-# Trains as train.py does, and keeps what each rank ended with.
-SCRIPT = """
-import os
-import sys
-import torch
-from lzero_kvcache.cli import train
-from lzero_kvcache.host import entries
-from lzero_kvcache.training import runner
-
-run_entry, Watch, watches = entries.run_entry, runner.Watch, []
-
-
-def watched(*args):
-    watches.append(Watch(*args))
-    return watches[0]
-
-
-def run_and_keep(entry, configs, **arguments):
-    policy, watch = run_entry(entry, configs, **arguments), watches[0]
-    state = policy._learn_model.state_dict(), policy._target_model.state_dict()
-    torch.save(dict(
-        state=state, counters=watch.cache.counters(), train_iter=watch.train_iter, env_step=watch.env_step,
-        seed=arguments['seed'],
-    ), 'rank{}.pt'.format(os.environ['RANK']))
-    return policy
-
-
-entries.run_entry, runner.Watch = run_and_keep, watched
-sys.exit(train.main())
-"""
-CONFIG = """
-import sys
-sys.path.insert(0, {!r})
+# A segment of ten steps ends before its episode does.
+SEGMENTS = """
 from config_new import create_config, main_config
 entry = {!r}
 main_config.policy.update(num_segments=4, game_segment_length=10, reanalyze_batch_size=8, reanalyze_partition=1,
                           buffer_reanalyze_freq=1 / 100000)
 main_config.policy.model.world_model_cfg.game_segment_length = 10
 """
-
-
 ENTRY = importlib.import_module('lzero.entry.train_unizero')
 
 
@@ -138,7 +112,7 @@ def test_no_two_environments_have_one_seed():
 
 
 def test_usage_errors_are_said_once(monkeypatch, capfd):
-    for name, value in (('RANK', '1'), ('WORLD_SIZE', '2'), ('LOCAL_WORLD_SIZE', '2'), ('MASTER_ADDR', 'localhost')):
+    for name, value in dict(RANK='1', WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='localhost').items():
         monkeypatch.setenv(name, value)
     assert main(['--config', 'nosuch']) == 2
     with pytest.raises(SystemExit, match='2'):
@@ -288,107 +262,123 @@ class TestSums:
 
 # ---------------------------------------------------------------------------------------------------- real trainings
 
-
-def torchrun(folder, *arguments, **kwargs):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *arguments]
-    return subprocess.Popen(
-        command, cwd=str(folder), encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=str(PROJECT_ROOT)), **kwargs)
+# A batch of one can be masked as a whole, and its loss is nan.
+FOR_TWO = ['env.collector_env_num=4', 'policy.batch_size=16']
+ALL = [f'{pool}_{name}' for pool in ('init', 'recur', 'total') for name in ('queries', 'hits', 'misses')]
 
 
-def scalars(folder):
-    events = EventAccumulator(str(folder), size_guidance={'scalars': 0})
-    events.Reload()
-    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()['scalars']}
+def two_ranks(folder, arguments, prepare):
+    """Exit codes and output of two processes as torchrun starts them; ``prepare`` is called in each with its rank."""
+    import_what_trainings_import()
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+
+    def begin(rank):
+        short_episodes()
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2',
+                          MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        prepare(rank)
+
+    return trained(folder, [*SMALL, *FOR_TWO, *arguments], partial(begin, 0), partial(begin, 1))
+
+
+def keep_what_it_ends_with(rank):
+    """In a file: the weights and counts of a rank."""
+    run_entry, new_watch, watches = entries.run_entry, runner.Watch, []
+
+    def keep(entry, configs, **arguments):
+        policy, watch = run_entry(entry, configs, **arguments), watches[0]
+        torch.save(dict(
+            state=(policy._learn_model.state_dict(), policy._target_model.state_dict()), counters=watch.counters,
+            train_iter=watch.train_iter, env_step=watch.env_step, seed=arguments['seed']), f'rank{rank}.pt')
+        return policy
+
+    entries.run_entry = keep
+    runner.Watch = lambda *arguments: watches.append(new_watch(*arguments)) or watches[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('entry', ['train_unizero', 'train_unizero_segment'])
-def test_two_processes_end_with_equal_weights(entry, tmp_path):
-    script = tmp_path / 'script.py'
-    script.write_text(SCRIPT)
-    config = tmp_path / 'config.py'
-    config.write_text(CONFIG.format(os.path.join(PROJECT_ROOT, 'configs'), entry))
-    arguments = ['--config', str(config), *SMALL[2:], '--max-env-step', '80']
-    process = torchrun(tmp_path, str(script), *arguments)
-    shown, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, shown
+def test_two_processes_end_with_equal_weights(entry, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(os.path.join(PROJECT_ROOT, 'configs'))
+    (tmp_path / 'config.py').write_text(SEGMENTS.format(entry))
+    ends = two_ranks(tmp_path, ['--config', 'config.py'], keep_what_it_ends_with)
+    assert [code for code, _ in ends] == [0, 0], "\n".join(said for _, said in ends)
     first, second = (torch.load(str(tmp_path / f'rank{rank}.pt')) for rank in range(2))
     folder = tmp_path / 'run'
-    summary = json.loads((folder / 'summary.json').read_text())
+    summary = summary_of(folder)
 
-    assert first['train_iter'] == second['train_iter'] == summary['train_iter'] > 10
-    assert first['env_step'] == second['env_step'] == summary['env_step'] >= 80
+    assert first['train_iter'] == second['train_iter'] == summary['train_iter'] == ITERATIONS
+    assert first['env_step'] == second['env_step'] == summary['env_step'] > 0
     assert first['seed'] != second['seed']
-    weights = first['state'][0]
     for one, other in zip(first['state'], second['state']):
         for name, value in one.items():
             # Statistics of batch normalisation are each rank's own.
             if 'running_' not in name:
                 assert torch.equal(value, other[name]), name
     saved = read_checkpoint(str(tmp_path / summary['checkpoint'])).state['model']
-    assert all(torch.equal(value, saved[name]) for name, value in weights.items())
+    assert all(torch.equal(value, saved[name]) for name, value in first['state'][0].items())
 
     # Only the first rank spoke and wrote, in one folder, and the sums are of both.
-    assert shown.count('Training: done') == shown.count(' into run\n') == 1
-    assert sorted(os.listdir(str(tmp_path))) == ['config.py', 'rank0.pt', 'rank1.pt', 'run', 'script.py']
+    assert ends[0][1].count('Training: done') == ends[0][1].count(' into run\n') == 1
+    assert ends[1][1] == ''
     logs = sorted(name for name in os.listdir(str(folder / 'log')) if name.endswith('.log'))
     assert logs == ['train.log', 'train_rank1.log']
     assert len(os.listdir(str(folder / 'log' / 'serial'))) == 1
     assert summary['processes'] == 2
-    points = scalars(folder / 'log' / 'serial')
-    assert [step for step, _ in points['kv_cache_iter/total_queries']] == list(range(first['train_iter']))
-    # An evaluation at the end comes after the last point.
-    assert points['kv_cache_iter/recur_queries'][-1][1] <= summary['counters']['recur']['queries']
-    for pool in ('init', 'recur', 'total'):
-        for name in ('queries', 'hits', 'misses'):
-            together = first['counters'][pool][name] + second['counters'][pool][name]
-            assert summary['counters'][pool][name] == together
-    own = second['counters']['recur']['queries']
-    assert points['kv_cache_iter/recur_queries'][-1][1] > own > 0
+    points = scalars(folder, 'kv_cache_iter/recur_queries')
+    assert [point.step for point in points] == list(range(ITERATIONS))
+    assert summary['counters']['recur']['queries'] >= points[-1].value > second['counters']['recur']['queries'] > 0
+    for name in ALL:
+        pool, name = name.split('_')
+        assert summary['counters'][pool][name] == first['counters'][pool][name] + second['counters'][pool][name]
 
 
-@contextlib.contextmanager
-def started(tmp_path):
-    process = torchrun(tmp_path, os.path.join(PROJECT_ROOT, 'train.py'), *SMALL)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-
-
-def worker(process, rank):
-    """The process id of a rank."""
-    children = subprocess.check_output(['ps', '-o', 'pid=', '--ppid', str(process.pid)], encoding='utf-8').split()
-    for child in children:
-        with contextlib.suppress(OSError):
-            with open(f'/proc/{child}/environ', 'rb') as file:
-                if f'RANK={rank}'.encode() in file.read().split(b'\0'):
-                    return int(child)
-    raise AssertionError(f'rank {rank} is not among {children}')
+def assert_ended_together(folder, signum):
+    summary = summary_of(folder / 'run')
+    assert summary['outcome'] == f'interrupted by {signum.name}'
+    assert summary['exit_code'] == 128 + signum
+    checkpoint = read_checkpoint(str(folder / summary['checkpoint']))
+    assert checkpoint.train_iter == summary['train_iter'] > 0
+    assert not [name for name in os.listdir(str(folder / 'run' / 'ckpt')) if name.endswith('.tmp')]
+    assert 'Traceback' not in (folder / 'run' / 'log' / 'train_rank1.log').read_text(encoding='utf-8')
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='finds ranks in /proc')
-@pytest.mark.parametrize(('signum', 'whom'), [(signal.SIGINT, 'all'), (signal.SIGTERM, 1), (signal.SIGINT, 0)])
-def test_ranks_end_together_when_one_is_asked_to(signum, whom, tmp_path):
-    with started(tmp_path) as process:
-        lines = []
+@pytest.mark.parametrize(('signum', 'rank'), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_ranks_end_together_when_one_is_asked_to(signum, rank, tmp_path):
+    moment = 3 * float(torch.rand(()))
+
+    def prepare(own):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if own == rank:
+            when(lambda: 'Cleared WorldModel' in (tmp_path / 'printed0').read_text(encoding='utf-8'),
+                 lambda: (time.sleep(moment), os.kill(os.getpid(), signum)))
+
+    ends = two_ranks(tmp_path, ['--config', 'config_new', '--max-train-iter', '100000'], prepare)
+    assert [code for code, _ in ends] == [128 + signum] * 2, ends
+    assert f'Training: interrupted by {signum.name}' in ends[0][1]
+    assert_ended_together(tmp_path, signum)
+
+
+@pytest.mark.slow
+def test_under_torchrun_ctrl_c_ends_all(tmp_path):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               os.path.join(PROJECT_ROOT, 'train.py'), '--config', 'config_new', *SMALL, *FOR_TWO]
+    command[command.index('--max-train-iter') + 1] = '100000'
+    process = subprocess.Popen(
+        command, cwd=str(tmp_path), encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=PROJECT_ROOT))
+    try:
         for line in process.stdout:
-            lines.append(line)
             if line.startswith('Cleared WorldModel'):
+                process.send_signal(signal.SIGINT)
                 break
-        time.sleep(float(torch.rand(())) * 3)
-        os.kill(process.pid if whom == 'all' else worker(process, whom), signum)
-        shown = ''.join(lines) + process.communicate(timeout=240)[0]
+        shown = process.communicate(timeout=240)[0]
+    finally:
+        if process.poll() is None:
+            process.kill()
     assert process.returncode != 0
-    assert f'Training: interrupted by {signum.name}' in shown
-    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
-    assert summary['exit_code'] == 128 + signum
-    checkpoint = read_checkpoint(str(tmp_path / summary['checkpoint']))
-    assert checkpoint.train_iter == summary['train_iter'] > 0
-    assert f'interrupted by {signum.name}' == summary['outcome']
-    assert not [name for name in os.listdir(str(tmp_path / 'run' / 'ckpt')) if name.endswith('.tmp')]
-    other = (tmp_path / 'run' / 'log' / 'train_rank1.log').read_text(encoding='utf-8')
-    assert 'Traceback' not in other
+    assert 'Training: interrupted by SIGINT' in shown
+    assert_ended_together(tmp_path, signal.SIGINT)

@@ -1,6 +1,8 @@
 """Trainings by ``train.py`` in forks of this process, which has the libraries imported, and event files read back."""
 import json
 import os
+import threading
+import time
 from functools import partial
 from typing import Any, Callable, List, Tuple
 
@@ -46,6 +48,20 @@ def short_episodes() -> None:
     saved_configs.FormatCode = lambda text: (text, True)  # indenting the saved config would take seconds
     for spec in gymnasium.registry.values():
         spec.max_episode_steps = EPISODE
+
+
+def when(condition: Callable[[], bool], action: Callable[[], Any]) -> threading.Thread:
+    """Do something in another thread as soon as a condition holds."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 240
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        action()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
 
 
 def import_what_trainings_import() -> None:
