@@ -48,6 +48,7 @@ setup(
         'Typing :: Typed',
     ],
     packages=find_packages(include=['lzero_kvcache', 'lzero_kvcache.*']),
+    py_modules=['lzero_kvcache_options'],
     package_data={'lzero_kvcache': ['py.typed']},
     zip_safe=False,
     python_requires='>=3.8,<3.12',

@@ -3,19 +3,21 @@ import contextlib
 import io
 import sys
 
+from lzero_kvcache_options import parsed, refused, train_parser
+
 
 def main() -> int:
+    options = parsed(train_parser())
     # What LightZero, DI-engine and gym say while they are imported is of no use to who trains.
     noise = io.StringIO()
     try:
         with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-            from lzero_kvcache.training.cli import main as run
+            from lzero_kvcache.cli.train import run
     except ModuleNotFoundError as error:
-        print(f"train.py: error: the module '{error.name}' is missing; pip install -e .", file=sys.stderr)
-        return 2
+        return refused('train.py', f"the module '{error.name}' is missing; pip install -e .")
     except KeyboardInterrupt:
         return 130
-    return run()
+    return run(options)
 
 
 if __name__ == '__main__':

@@ -23,21 +23,20 @@ def main() -> int:
     summary = dict(script['summary'], cache=given['--cache'], seed=int(given['--seed']), exp_name=folder)
     if what == 'wait':
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-        print('30/60 env steps, 3 iterations  reward 12.0', flush=True)
+        write(folder, 'progress.json', dict(env_step=30))
         try:
             while True:
                 time.sleep(0.05)
         finally:
             shutil.copy(script['checkpoint'], os.path.join(folder, 'ckpt', 'iteration_3.pth.tar'))
-            write(folder, dict(summary, exit_code=130, outcome='interrupted by SIGINT', env_step=30))
-    print('60/60 env steps, 6 iterations  reward 15.0', flush=True)
-    write(folder, summary)
+            write(folder, 'summary.json', dict(summary, exit_code=130, outcome='interrupted by SIGINT', env_step=30))
+    write(folder, 'summary.json', summary)
     return 0
 
 
-def write(folder: str, summary: dict) -> None:
-    with open(os.path.join(folder, 'summary.json'), 'w') as file:
-        json.dump(summary, file)
+def write(folder: str, name: str, content: dict) -> None:
+    with open(os.path.join(folder, name), 'w') as file:
+        json.dump(content, file)
 
 
 if __name__ == '__main__':

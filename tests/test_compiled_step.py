@@ -152,7 +152,7 @@ def test_simulations_build_on_each_other() -> None:
     world_model = make_model(CASES['learned'])
     contexts = make_contexts(world_model, 5, seed=3, count=1)
     slab, tables, counts, pages, actions, places = contexts
-    for step in range(6):
+    for _ in range(6):
         expected = by_engine(world_model, contexts)
         actual = compiled_by(world_model, contexts)
         assert_close(actual, expected)

@@ -9,8 +9,9 @@ import lzero.entry
 import pytest
 
 from lzero_kvcache import ConfigError
+from lzero_kvcache.host.patches import ENTRIES
 from lzero_kvcache.training import capture_entry_call, find_config, load_config
-from lzero_kvcache.training.config_file import ENTRIES, PROJECT_ROOT
+from lzero_kvcache.training.config_file import PROJECT_ROOT
 
 BODY = """
 main_config = dict(

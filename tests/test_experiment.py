@@ -5,23 +5,30 @@ import pty
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+from trainings import when
 
 from lzero_kvcache import ConfigError, comparison
-from lzero_kvcache.__main__ import main
-from lzero_kvcache.training import children, experiment
-from lzero_kvcache.training.children import Board, Child
+from lzero_kvcache.cli.commands import main
+from lzero_kvcache.training import experiment, processes
 from lzero_kvcache.training.config_file import PROJECT_ROOT
-from lzero_kvcache.training.experiment import Experiment, Run, last_checkpoint
-from lzero_kvcache.training.status import Evaluation, Result, Status
-from lzero_kvcache.training.summary import add_up, read_summary, write_summary
-from lzero_kvcache.training.terminal import Terminal
+from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
+from lzero_kvcache.training.processes import Board, Child
+from lzero_kvcache.training.summary import (
+    Evaluation,
+    Result,
+    Status,
+    add_up,
+    read_progress,
+    read_summary,
+    write_progress,
+    write_summary,
+)
 
 SMALL = ['policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2', 'env.evaluator_env_num=1']
 
@@ -43,8 +50,8 @@ def checkpoint(path, env_step):
     return str(path)
 
 
-def make(folder, caches=('old', 'new'), seeds=(0, 1), config='config_new', options=('--max-env-step', '60')):
-    return Experiment(str(folder), config, caches, seeds, options)
+def make(folder, caches=('old', 'new'), seeds=(0, 1), config='config_new', **changes):
+    return Experiment(str(folder), config, caches, seeds, **{'max_env_step': 60, **changes})
 
 
 # ---------------------------------------------------------------------------------------------------- what is run
@@ -52,15 +59,15 @@ def make(folder, caches=('old', 'new'), seeds=(0, 1), config='config_new', optio
 
 def test_every_system_and_seed_once_in_a_folder_of_its_own(tmp_path):
     made = make(tmp_path, caches=['old', 'new', 'old'], seeds=[3, 1, 3])
-    assert [(run.name, run.cache, run.seed) for run in made.runs] == [
+    assert [(trial.name, trial.cache, trial.seed) for trial in made.trials] == [
         ('old_seed3', 'old', 3), ('new_seed3', 'new', 3), ('old_seed1', 'old', 1), ('new_seed1', 'new', 1)
     ]
     assert os.listdir(tmp_path) == []
 
 
 def test_a_run_is_begun_with_all_that_was_asked_for(tmp_path):
-    made = make(tmp_path, options=['--max-env-step', '60', '--device', 'cpu', '--set', *SMALL])
-    assert made.command(made.runs[0]) == [
+    made = make(tmp_path, device='cpu', overrides=SMALL)
+    assert made.command(made.trials[0]) == [
         sys.executable, '-m', 'lzero_kvcache.training', '--config', 'config_new', '--max-env-step', '60', '--device',
         'cpu', '--set', *SMALL, '--cache', 'old', '--seed', '0', '--exp-name', str(tmp_path / 'old_seed0')
     ]
@@ -68,7 +75,7 @@ def test_a_run_is_begun_with_all_that_was_asked_for(tmp_path):
 
 def test_it_goes_on_from_the_last_whole_checkpoint(tmp_path):
     made = make(tmp_path)
-    run, folder = made.runs[1], tmp_path / 'new_seed0' / 'ckpt'
+    run, folder = made.trials[1], tmp_path / 'new_seed0' / 'ckpt'
     paths = [checkpoint(folder / f'iteration_{step}.pth.tar', step) for step in (0, 20, 40, 50, 60)]
     with open(paths[3], 'r+b') as file:
         file.truncate(100)
@@ -82,7 +89,7 @@ def test_it_goes_on_from_the_last_whole_checkpoint(tmp_path):
 
 def test_it_begins_anew_beside_what_is_left_of_one_that_nothing_can_go_on_from(tmp_path):
     made = make(tmp_path)
-    run = made.runs[0]
+    run = made.trials[0]
     for attempt in (1, 2):
         checkpoint(tmp_path / 'old_seed0' / 'ckpt' / 'iteration_0.pth.tar', 0)
         assert made.command(run)[-2:] == ['--exp-name', run.folder]
@@ -95,7 +102,7 @@ def test_it_begins_anew_beside_what_is_left_of_one_that_nothing_can_go_on_from(t
     (dict(seed=1), False), (dict(cache='old'), False), (dict(task='evaluate'), False), (dict(cache='mine'), True),
 ])
 def test_which_runs_are_done(changes, is_done, tmp_path):
-    run = Run('new', 0, str(tmp_path))
+    run = Trial('new', 0, str(tmp_path))
     assert run.result is None
     write_summary(result(exp_name=str(tmp_path), **changes))
     assert (run.result is not None) == is_done
@@ -108,7 +115,7 @@ def test_which_runs_are_done(changes, is_done, tmp_path):
 
 
 def test_the_settings_are_on_disk(tmp_path):
-    made = make(tmp_path / 'deep' / 'experiment', options=['--max-env-step', '60', '--threads', '1'])
+    made = make(tmp_path / 'deep' / 'experiment', threads=1)
     with made.opened():
         held = json.loads((tmp_path / 'deep' / 'experiment' / 'experiment.json').read_text())
     assert held['config'] == os.path.join(PROJECT_ROOT, 'configs', 'config_new.py')
@@ -122,10 +129,10 @@ def opened(made):
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
-    (dict(options=['--max-env-step', '70']), 'max_env_step 60, not 70'),
-    (dict(options=['--max-env-step', '60', '--threads', '2']), 'threads 1, not 2'),
-    (dict(options=['--max-env-step', '60', '--set', 'policy.num_simulations=3']), "options .'--max-env-step', '60'"),
-    (dict(config='cartpole_unizero_config', options=['--max-env-step', '60', '--threads', '1']), 'config_new.py as it'),
+    (dict(max_env_step=70), 'max_env_step 60, not 70'),
+    (dict(threads=2), 'threads 1, not 2'),
+    (dict(overrides=['policy.num_simulations=3']), "options .'--max-env-step', '60'"),
+    (dict(config='cartpole_unizero_config', threads=1), 'config_new.py as it'),
 ])
 def test_an_experiment_of_other_settings_is_refused(changes, message, tmp_path):
     opened(make(tmp_path))
@@ -164,7 +171,10 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path):
 ])
 def test_bad_usage_is_one_line_and_writes_nothing(arguments, message, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(['experiment', *arguments]) == 2
+    try:
+        assert main(['experiment', *arguments]) == 2
+    except SystemExit as end:
+        assert end.code == 2
     captured = capfd.readouterr()
     assert message in captured.err
     assert captured.err.count('\n') == 1
@@ -176,7 +186,7 @@ def test_a_config_that_never_ends_is_refused(tmp_path):
     config.write_text('from zoo.classic_control.cartpole.config.cartpole_unizero_config import '
                       'create_config, main_config\n')
     with pytest.raises(ConfigError, match='--max-env-step'):
-        make(tmp_path, config=str(config), options=())
+        make(tmp_path, config=str(config), max_env_step=None)
 
 
 # ---------------------------------------------------------------------------------------------------- its processes
@@ -189,7 +199,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setenv('FAKE_TRAINER', str(script))
     monkeypatch.setattr(experiment, 'PROGRAM', (sys.executable, os.path.join(os.path.dirname(__file__),
                                                                               'fake_trainer.py')))
-    monkeypatch.setattr(children, 'POLL_SECONDS', 0.02)
+    monkeypatch.setattr(processes, 'POLL_SECONDS', 0.02)
     compared = []
     monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: compared.append(arguments) or 0)
 
@@ -247,20 +257,6 @@ def test_one_that_fails_does_not_stop_the_others(fake, capfd):
     assert [name for name, _ in fake.begun()][4:] == ['old_seed0']
 
 
-def when(condition, action):
-    """Do something in another thread as soon as a condition holds."""
-
-    def wait():
-        deadline = time.monotonic() + 60
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        action()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
-
-
 def log_has(folder, name, text):
     path = os.path.join(folder, name + '.log')
     return os.path.exists(path) and text in open(path).read()
@@ -276,7 +272,8 @@ def interruptible():
 
 def test_an_interrupt_ends_all_and_the_same_command_goes_on(fake, capfd, interruptible):
     fake.do(old_seed0='wait', new_seed0='wait')
-    thread = when(lambda: all(log_has(fake.folder, f'{cache}_seed0', '30/60') for cache in ('old', 'new')),
+    thread = when(lambda: all(
+        read_progress(os.path.join(fake.folder, f'{cache}_seed0')) == 30 for cache in ('old', 'new')),
                   lambda: os.kill(os.getpid(), signal.SIGINT))
     assert run_experiment(fake, '--seeds', '0', '1', '--jobs', '2') == 130
     thread.join()
@@ -313,7 +310,7 @@ def test_nobody_else_works_on_it_while_any_of_its_processes_lives(fake):
     with made.opened() as lock:
         with pytest.raises(ConfigError, match='still going on'):
             opened(make(fake.folder))
-        child = Child(made.runs[0], made.command(made.runs[0]), lock)
+        child = Child(made.trials[0], made.command(made.trials[0]), lock)
     try:
         with pytest.raises(ConfigError, match='still going on'):
             opened(make(fake.folder))
@@ -323,19 +320,14 @@ def test_nobody_else_works_on_it_while_any_of_its_processes_lives(fake):
     opened(make(fake.folder))
 
 
-def test_what_a_training_prints_says_how_far_it_is(fake, tmp_path):
-    """The lines are those of ``Terminal``."""
+def test_a_training_says_how_far_it_is_in_its_folder(fake):
     made = make(fake.folder)
     with made.opened() as lock:
-        child = Child(made.runs[0], [sys.executable, '-c', 'pass'], lock)
+        child = Child(made.trials[0], [sys.executable, '-c', 'pass'], lock)
         child.process.wait()
-        with open(made.runs[0].log, 'a', encoding='utf-8') as file:
-            terminal = Terminal(file)
-            terminal.start(5000)
-            terminal.line('unrelated 9,999')
-            terminal.finish(Status(env_step=1234))
-            file.write('6,0')
-    assert child.look() == 0
+    assert child.env_step == 0
+    os.mkdir(child.trial.folder)
+    write_progress(child.trial.folder, Status(env_step=1234))
     assert child.env_step == 1234
 
 
@@ -344,8 +336,8 @@ def test_bars_on_a_terminal(tmp_path):
     made = make(tmp_path, seeds=[0])
     with open(writer, 'w') as file:
         board = Board(file, made)
-        running = [SimpleNamespace(run=made.runs[1], env_step=45)]
-        board.done()
+        running = [SimpleNamespace(trial=made.trials[1], env_step=45)]
+        board.done += 1
         board.update(running)
         board.line('a line')
         time.sleep(0.3)
@@ -390,24 +382,13 @@ def test_a_summary_is_read_as_it_was_written(tmp_path):
     assert read_summary(str(tmp_path / 'nowhere')) is None
 
 
-def test_a_summary_of_an_earlier_version_counts(tmp_path):
-    write_summary(result(exp_name=str(tmp_path)))
-    held = json.loads((tmp_path / 'summary.json').read_text())
-    del held['max_env_step']
-    (tmp_path / 'summary.json').write_text(json.dumps(held))
-    assert read_summary(str(tmp_path)).env_step == 60
-    assert Run('new', 0, str(tmp_path)).result is not None
-    (tmp_path / 'summary.json').write_text('{"evaluations": []}')
-    assert read_summary(str(tmp_path)) is None
-
-
 # ---------------------------------------------------------------------------------------------------- a real one
 
 
 @pytest.mark.slow
 def test_a_real_experiment_is_cut_off_and_goes_on(tmp_path):
     command = [sys.executable, '-m', 'lzero_kvcache', 'experiment', '--config', 'config_new', '--seeds', '0',
-               '--threads', '1', '--max-env-step', '300', '--out', str(tmp_path / 'e'), '--set', *SMALL,
+               '--threads', '1', '--max-env-step', '120', '--out', str(tmp_path / 'e'), '--set', *SMALL,
                'policy.eval_freq=1000']
     environment = dict(os.environ, PYTHONPATH=PROJECT_ROOT)
     process = subprocess.Popen(command, cwd=str(tmp_path), env=environment, stdout=subprocess.PIPE,
@@ -418,14 +399,14 @@ def test_a_real_experiment_is_cut_off_and_goes_on(tmp_path):
     thread.join()
     assert process.returncode == 130, said
     cut_off = read_summary(str(tmp_path / 'e' / 'old_seed0'))
-    assert cut_off.outcome == 'interrupted by SIGINT' and 0 < cut_off.env_step < 300
+    assert cut_off.outcome == 'interrupted by SIGINT' and 0 < cut_off.env_step < 120
 
     ended = subprocess.run([*command, '--jobs', '2'], cwd=str(tmp_path), env=environment, stdout=subprocess.PIPE,
                            encoding='utf-8', timeout=300, check=False)
     assert ended.returncode == 0, ended.stdout
     assert 'old_seed0: goes on from' in ended.stdout and 'new_seed0: begins' in ended.stdout
     old, new = (read_summary(str(tmp_path / 'e' / f'{cache}_seed0')) for cache in ('old', 'new'))
-    assert old.env_step >= 300 and new.env_step >= 300
+    assert old.env_step >= 120 and new.env_step >= 120
     assert (old.cache, new.cache) == ('old', 'new')
     assert old.seconds > cut_off.seconds
     assert old.counters['total']['queries'] > cut_off.counters['total']['queries']

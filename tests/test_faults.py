@@ -98,7 +98,7 @@ def test_killed_while_saving_and_gone_on(tmp_path):
     script = tmp_path / 'slow.py'
     script.write_text(
         'import sys, time, torch\n'
-        'from lzero_kvcache.training import cli\n'
+        'from lzero_kvcache.cli import train\n'
         'save, saves = torch.save, []\n'
         'def slow(data, file):\n'
         '    saves.append(0)\n'
@@ -109,7 +109,7 @@ def test_killed_while_saving_and_gone_on(tmp_path):
         "        open('half', 'w').close()\n"
         '        time.sleep(60)\n'
         'torch.save = slow\n'
-        'sys.exit(cli.main())\n'
+        'sys.exit(train.main())\n'
     )
     process = subprocess.Popen(
         [sys.executable, str(script), '--config', 'config_new', '--exp-name', 'run', *SMALL], cwd=str(tmp_path),
@@ -344,9 +344,10 @@ def test_skipping_goes_on_and_stores_again_when_the_weights_are_well():
 POISONED = """
 import sys
 import torch
-from lzero_kvcache.training import cli, lightzero
+from lzero_kvcache.cli import train
+from lzero_kvcache.training.watch import Watch
 
-enter = lightzero.Watch.enter
+enter = Watch.enter
 
 
 def enter_and_poison(watch, phase):
@@ -357,8 +358,8 @@ def enter_and_poison(watch, phase):
     enter(watch, phase)
 
 
-lightzero.Watch.enter = enter_and_poison
-sys.exit(cli.main())
+Watch.enter = enter_and_poison
+sys.exit(train.main())
 """
 
 
@@ -367,7 +368,7 @@ POISONED_FOR_A_WHILE = """
 import sys
 import torch
 from lzero_kvcache.host import policies
-from lzero_kvcache.training import cli
+from lzero_kvcache.cli import train
 
 forward, steps = policies.UniZeroPolicy._forward_collect, []
 
@@ -386,7 +387,7 @@ def forward_and_poison(policy, *args, **kwargs):
 
 
 policies.UniZeroPolicy._forward_collect = forward_and_poison
-sys.exit(cli.main())
+sys.exit(train.main())
 """
 
 

@@ -9,13 +9,13 @@ import pytest
 from trainings import import_what_trainings_import, short_episodes, trained
 
 from lzero_kvcache import ConfigError, comparison
-from lzero_kvcache.__main__ import main
+from lzero_kvcache.cli.commands import main
+from lzero_kvcache.cli.train import main as train
 from lzero_kvcache.config import KV_CACHE_CFG
-from lzero_kvcache.training import overrides, status, summary
+from lzero_kvcache.training import overrides, summary
 from lzero_kvcache.training.checkpoints import read_checkpoint
-from lzero_kvcache.training.children import Children
-from lzero_kvcache.training.cli import main as train
-from lzero_kvcache.training.experiment import Run
+from lzero_kvcache.training.experiment import Trial
+from lzero_kvcache.training.processes import Children
 from lzero_kvcache.training.summary import read_summary, summary_rows
 
 BEFORE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'fixtures', 'before_rooms')
@@ -69,7 +69,7 @@ def test_a_summary_is_read(name):
             assert getattr(result, key) == value
     assert [vars(evaluation) for evaluation in result.evaluations] == held['evaluations']
     assert dict(summary_rows(result))['cache system'] == held['cache']
-    assert Run(result.cache, result.seed, os.path.join(BEFORE, name)).result == result
+    assert Trial(result.cache, result.seed, os.path.join(BEFORE, name)).result == result
 
 
 @EACH_RUN
@@ -81,7 +81,7 @@ def test_a_summary_with_unknown_fields_is_read(name, copied):
     assert read_summary(str(path.parent)) == before
 
 
-@pytest.mark.parametrize('missing', sorted(set(status.Result.__dataclass_fields__) - {
+@pytest.mark.parametrize('missing', sorted(set(summary.Result.__dataclass_fields__) - {
     'exit_code', 'task', 'cache', 'seed'}))
 def test_a_summary_without_a_field_is_read(missing, copied):
     path = copied / 'single_new' / 'summary.json'
@@ -89,7 +89,7 @@ def test_a_summary_without_a_field_is_read(missing, copied):
     result = read_summary(str(path.parent))
     assert summary_rows(result)
     assert summary.add_up(result, result).exit_code == 0
-    assert Run('new', 1, str(path.parent)).result == result
+    assert Trial('new', 1, str(path.parent)).result == result
 
 
 @pytest.mark.parametrize('missing', ['exit_code', 'task', 'cache', 'seed'])
@@ -102,11 +102,11 @@ def test_a_summary_that_does_not_say_which_run_it_is_counts_for_nothing(missing,
 def test_a_later_version_with_more_fields_reads_it(monkeypatch):
 
     @dataclass
-    class LaterEvaluation(status.Evaluation):
+    class LaterEvaluation(summary.Evaluation):
         episodes: int = 1
 
     @dataclass
-    class LaterResult(status.Result):
+    class LaterResult(summary.Result):
         rooms: List[str] = field(default_factory=list)
         counts: Dict[str, Any] = field(default_factory=dict)
 
@@ -117,7 +117,7 @@ def test_a_later_version_with_more_fields_reads_it(monkeypatch):
     assert vars(result) == {**vars(before), 'rooms': [], 'counts': {}, 'evaluations': [
         LaterEvaluation(**vars(evaluation)) for evaluation in before.evaluations
     ]}
-    assert Run('new', 1, os.path.join(BEFORE, 'single_new')).result == result
+    assert Trial('new', 1, os.path.join(BEFORE, 'single_new')).result == result
 
 
 # ---------------------------------------------------------------------------------------------------- comparison
@@ -150,7 +150,7 @@ def again(copied, monkeypatch):
     """A function that gives the stored experiment's own command again, and returns what it would train."""
     monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: 0)
     begun = []
-    monkeypatch.setattr(Children, '_start', lambda self, run: begun.append(run.name))
+    monkeypatch.setattr(Children, '_start', lambda self, trial: begun.append(trial.name))
     held = loaded('experiment', 'experiment.json')
 
     def call(*further, caches=held['caches'], seeds=held['seeds']):

@@ -3,11 +3,12 @@ import pytest
 import torch
 from builders import Worker, make_policy
 
-from lzero_kvcache import __version__, info
-from lzero_kvcache.__main__ import main
+from lzero_kvcache import __version__
+from lzero_kvcache.cli.commands import main
 from lzero_kvcache.engine import launch as backend
 from lzero_kvcache.engine.slab import MIB
-from lzero_kvcache.training import lightzero
+from lzero_kvcache.host import entries
+from lzero_kvcache.training import info, make_plan
 
 WM = 'policy.model.world_model_cfg.'
 SMALL = ['policy.num_simulations=6', 'env.collector_env_num=3', 'env.evaluator_env_num=2',
@@ -15,7 +16,7 @@ SMALL = ['policy.num_simulations=6', 'env.collector_env_num=3', 'env.evaluator_e
 
 
 def cache_rows(*assignments):
-    rows = info.of_config('config_new', [*SMALL, *assignments])
+    rows = info.of_plan(make_plan('config_new', overrides=[*SMALL, *assignments]))
     assert len(dict(rows)) == len(rows)
     return dict(rows)
 
@@ -100,15 +101,15 @@ def test_what_is_installed():
     assert rows['lzero_kvcache'] == __version__
     assert rows['torch'] == torch.__version__
     assert rows["backend 'auto'"] == ('cudagraph' if torch.cuda.is_available() else 'eager')
-    assert lightzero.which_lightzero()[0] in rows['LightZero']
+    assert entries.which_lightzero()[0] in rows['LightZero']
 
 
 @pytest.mark.parametrize(('source', 'which'), [
     ("use_new = getattr(config, 'use_new_cache_manager', False)", 'main branch'), ('pool = []', 'released 0.2.0'),
 ])
 def test_lightzeros_are_told_apart_by_what_they_have(source, which, monkeypatch):
-    monkeypatch.setattr(lightzero.inspect, 'getsource', lambda module: source)
-    assert lightzero.which_lightzero()[0] == which
+    monkeypatch.setattr(entries.inspect, 'getsource', lambda module: source)
+    assert entries.which_lightzero()[0] == which
 
 
 @pytest.mark.parametrize(('name', 'device', 'expected'), [

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lzero_kvcache import ConfigError
-from lzero_kvcache.training import lightzero, load_config
-from lzero_kvcache.training.derived import replace_token
+from lzero_kvcache.host import entries
+from lzero_kvcache.training import load_config
+from lzero_kvcache.training.linked_keys import replace_token
 from lzero_kvcache.training.overrides import apply_overrides
 
 WM = 'policy.model.world_model_cfg.'
@@ -16,14 +17,14 @@ WM = 'policy.model.world_model_cfg.'
 @pytest.fixture(scope='module')
 def cartpole():
     loaded = load_config('config_new')
-    return loaded.main_config, loaded.create_config, lightzero.default_tree(loaded.main_config, loaded.create_config)
+    return loaded.main_config, loaded.create_config, entries.completed(loaded.main_config, loaded.create_config)
 
 
 @pytest.fixture(scope='module')
 def pong():
     loaded = load_config('atari_unizero_segment_config')
     pytest.importorskip('cv2')
-    return loaded.main_config, loaded.create_config, lightzero.default_tree(loaded.main_config, loaded.create_config)
+    return loaded.main_config, loaded.create_config, entries.completed(loaded.main_config, loaded.create_config)
 
 
 def set_in(configs, *assignments):

@@ -1,63 +1,48 @@
 """Data-parallel training: what ranks agree on, who writes, and two-process runs on the CPU with equal weights."""
-import contextlib
-import json
+import importlib
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import types
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from easydict import EasyDict
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainings import (
+    ITERATIONS,
+    SMALL,
+    import_what_trainings_import,
+    scalars,
+    short_episodes,
+    summary_of,
+    trained,
+    when,
+)
 
 from lzero_kvcache import ConfigError, telemetry
 from lzero_kvcache.cache.stats import Timing
-from lzero_kvcache.training import data_parallel
+from lzero_kvcache.cli.train import main
+from lzero_kvcache.host import entries
+from lzero_kvcache.training import make_plan, runner
 from lzero_kvcache.training.checkpoints import read_checkpoint
-from lzero_kvcache.training.cli import build_parser, main, make_plan
 from lzero_kvcache.training.config_file import PROJECT_ROOT
-from lzero_kvcache.training.data_parallel import DataParallel, Interrupted, Ranks
-from lzero_kvcache.training.lightzero import default_tree
+from lzero_kvcache.training.ranks import DataParallel, Interrupted, Ranks
 
-SMALL = ['--config', 'config_new', '--exp-name', 'run', '--set', 'policy.num_simulations=3', 'policy.batch_size=8',
-         'env.collector_env_num=4', 'env.evaluator_env_num=1']
-# Trains as train.py does, and keeps what each rank ended with.
-SCRIPT = """
-import os
-import sys
-import torch
-from lzero_kvcache.training import cli, lightzero
-
-run_entry = lightzero.run_entry
-
-
-def run_and_keep(entry, configs, watch, **arguments):
-    policy = run_entry(entry, configs, watch, **arguments)
-    state = policy._learn_model.state_dict(), policy._target_model.state_dict()
-    torch.save(dict(
-        state=state, counters=watch.cache.counters(), train_iter=watch.train_iter, env_step=watch.env_step,
-        seed=arguments['seed'],
-    ), 'rank{}.pt'.format(os.environ['RANK']))
-    return policy
-
-
-lightzero.run_entry = run_and_keep
-sys.exit(cli.main())
-"""
-CONFIG = """
-import sys
-sys.path.insert(0, {!r})
+# A segment of ten steps ends before its episode does.
+SEGMENTS = """
 from config_new import create_config, main_config
 entry = {!r}
 main_config.policy.update(num_segments=4, game_segment_length=10, reanalyze_batch_size=8, reanalyze_partition=1,
                           buffer_reanalyze_freq=1 / 100000)
 main_config.policy.model.world_model_cfg.game_segment_length = 10
 """
+ENTRY = importlib.import_module('lzero.entry.train_unizero')
 
 
 @pytest.fixture()
@@ -89,9 +74,9 @@ def test_alone_nothing_is_exchanged():
     assert alone.main
     assert alone.from_main(lambda: 'made') == 'made'
     assert telemetry.sum_counters({'memory_mb': 1.}) == {'memory_mb': 1.}
-    module = types.SimpleNamespace(calculate_update_per_collect='original')
-    with alone.mended(module):
-        assert module.calculate_update_per_collect == 'original'
+    original = ENTRY.calculate_update_per_collect
+    with alone.patched():
+        assert ENTRY.calculate_update_per_collect is original
 
 
 def test_as_many_gpus_as_processes(monkeypatch):
@@ -101,9 +86,9 @@ def test_as_many_gpus_as_processes(monkeypatch):
 
 
 def test_a_rank_takes_its_share(monkeypatch):
-    plan = make_plan(build_parser().parse_args(['--config', 'config_new']))
+    plan = make_plan('config_new')
     monkeypatch.setattr('lzero.config.utils.get_world_size', lambda: 3)
-    tree = default_tree(plan.main_config, plan.create_config)
+    tree = entries.completed(plan.main_config, plan.create_config)
     DataParallel(Ranks(1, 3, 3)).share_out(plan.main_config, tree, 'train_unizero')
     policy = plan.main_config.policy
     assert policy.multi_gpu is True
@@ -111,12 +96,12 @@ def test_a_rank_takes_its_share(monkeypatch):
     assert (policy.batch_size, policy.n_episode) == (math.ceil(64 / 3), 3)
     assert plan.main_config.env.collector_env_num == policy.collector_env_num == 3
     # What compile_config makes of it is what a collector accepts.
-    tree = default_tree(plan.main_config, plan.create_config)
+    tree = entries.completed(plan.main_config, plan.create_config)
     assert tree.policy.n_episode >= tree.env.collector_env_num
 
 
 def test_a_config_for_several_processes_is_refused_in_one():
-    plan = make_plan(build_parser().parse_args(['--config', 'config_new', '--set', 'policy.multi_gpu=True']))
+    plan = make_plan('config_new', overrides=['policy.multi_gpu=True'])
     with pytest.raises(ConfigError, match='torchrun --nproc_per_node'):
         DataParallel().share_out(plan.main_config, plan.main_config, plan.entry)
 
@@ -127,10 +112,11 @@ def test_no_two_environments_have_one_seed():
 
 
 def test_usage_errors_are_said_once(monkeypatch, capfd):
-    for name, value in (('RANK', '1'), ('WORLD_SIZE', '2'), ('LOCAL_WORLD_SIZE', '2'), ('MASTER_ADDR', 'localhost')):
+    for name, value in dict(RANK='1', WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='localhost').items():
         monkeypatch.setenv(name, value)
     assert main(['--config', 'nosuch']) == 2
-    assert main(['--colour']) == 2
+    with pytest.raises(SystemExit, match='2'):
+        main(['--colour'])
     assert capfd.readouterr() == ('', '')
 
 
@@ -181,23 +167,21 @@ class TestAgreement:
             ranks.from_main(fail)
 
     def test_equal_numbers_of_updates(self, ranks):
-        from lzero.entry import train_unizero as package_entry  # noqa: F401
-        entry = sys.modules['lzero.entry.train_unizero']
         segments = [range(7), range(4)], None
         config = EasyDict(policy=dict(update_per_collect=None, game_segment_length=5, replay_ratio=0.25))
-        original = entry.calculate_update_per_collect
-        with ranks.mended(entry):
-            assert entry.calculate_update_per_collect(config, segments, world_size=2) == 2
+        original = ENTRY.calculate_update_per_collect
+        with ranks.patched():
+            assert ENTRY.calculate_update_per_collect(config, segments, world_size=2) == 2
             config.policy.update_per_collect = 6
-            assert entry.calculate_update_per_collect(config, segments, world_size=2) == 6
-        assert entry.calculate_update_per_collect is original
+            assert ENTRY.calculate_update_per_collect(config, segments, world_size=2) == 6
+        assert ENTRY.calculate_update_per_collect is original
 
     def test_gradients_that_are_not_there_are_left_out(self, ranks):
         from ding.policy.base_policy import Policy
         model = torch.nn.Linear(2, 1)
         model.weight.grad = torch.ones_like(model.weight)
         policy = types.SimpleNamespace(_bp_update_sync=True)
-        with ranks.mended(sys.modules['lzero.entry.train_unizero']):
+        with ranks.patched():
             Policy.sync_gradients(policy, model)
         assert model.bias.grad is None
         assert model.weight.grad.tolist() == [[1., 1.]]
@@ -210,7 +194,7 @@ class TestAgreement:
     def test_other_ranks_have_no_log_files(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         from ding.worker.learner import base_learner
-        with DataParallel(Ranks(1, 2, 2)).mended(sys.modules['lzero.entry.train_unizero']):
+        with DataParallel(Ranks(1, 2, 2)).patched():
             logger, writer = base_learner.build_logger('./here', 'learner', need_tb=False)
             logger.info('quiet')
         assert writer is None
@@ -278,116 +262,123 @@ class TestSums:
 
 # ---------------------------------------------------------------------------------------------------- real trainings
 
-
-def torchrun(folder, *arguments, **kwargs):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *arguments]
-    return subprocess.Popen(
-        command, cwd=str(folder), encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=str(PROJECT_ROOT)), **kwargs)
+# A batch of one can be masked as a whole, and its loss is nan.
+FOR_TWO = ['env.collector_env_num=4', 'policy.batch_size=16']
+ALL = [f'{pool}_{name}' for pool in ('init', 'recur', 'total') for name in ('queries', 'hits', 'misses')]
 
 
-def scalars(folder):
-    events = EventAccumulator(str(folder), size_guidance={'scalars': 0})
-    events.Reload()
-    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()['scalars']}
+def two_ranks(folder, arguments, prepare):
+    """Exit codes and output of two processes as torchrun starts them; ``prepare`` is called in each with its rank."""
+    import_what_trainings_import()
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+
+    def begin(rank):
+        short_episodes()
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2',
+                          MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        prepare(rank)
+
+    return trained(folder, [*SMALL, *FOR_TWO, *arguments], partial(begin, 0), partial(begin, 1))
+
+
+def keep_what_it_ends_with(rank):
+    """In a file: the weights and counts of a rank."""
+    run_entry, new_watch, watches = entries.run_entry, runner.Watch, []
+
+    def keep(entry, configs, **arguments):
+        policy, watch = run_entry(entry, configs, **arguments), watches[0]
+        torch.save(dict(
+            state=(policy._learn_model.state_dict(), policy._target_model.state_dict()), counters=watch.counters,
+            train_iter=watch.train_iter, env_step=watch.env_step, seed=arguments['seed']), f'rank{rank}.pt')
+        return policy
+
+    entries.run_entry = keep
+    runner.Watch = lambda *arguments: watches.append(new_watch(*arguments)) or watches[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('entry', ['train_unizero', 'train_unizero_segment'])
-def test_two_processes_end_with_equal_weights(entry, tmp_path):
-    script = tmp_path / 'script.py'
-    script.write_text(SCRIPT)
-    config = tmp_path / 'config.py'
-    config.write_text(CONFIG.format(os.path.join(PROJECT_ROOT, 'configs'), entry))
-    arguments = ['--config', str(config), *SMALL[2:], '--max-env-step', '80']
-    process = torchrun(tmp_path, str(script), *arguments)
-    shown, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, shown
+def test_two_processes_end_with_equal_weights(entry, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(os.path.join(PROJECT_ROOT, 'configs'))
+    (tmp_path / 'config.py').write_text(SEGMENTS.format(entry))
+    ends = two_ranks(tmp_path, ['--config', 'config.py'], keep_what_it_ends_with)
+    assert [code for code, _ in ends] == [0, 0], "\n".join(said for _, said in ends)
     first, second = (torch.load(str(tmp_path / f'rank{rank}.pt')) for rank in range(2))
     folder = tmp_path / 'run'
-    summary = json.loads((folder / 'summary.json').read_text())
+    summary = summary_of(folder)
 
-    assert first['train_iter'] == second['train_iter'] == summary['train_iter'] > 10
-    assert first['env_step'] == second['env_step'] == summary['env_step'] >= 80
+    assert first['train_iter'] == second['train_iter'] == summary['train_iter'] == ITERATIONS
+    assert first['env_step'] == second['env_step'] == summary['env_step'] > 0
     assert first['seed'] != second['seed']
-    weights = first['state'][0]
     for one, other in zip(first['state'], second['state']):
         for name, value in one.items():
             # Statistics of batch normalisation are each rank's own.
             if 'running_' not in name:
                 assert torch.equal(value, other[name]), name
     saved = read_checkpoint(str(tmp_path / summary['checkpoint'])).state['model']
-    assert all(torch.equal(value, saved[name]) for name, value in weights.items())
+    assert all(torch.equal(value, saved[name]) for name, value in first['state'][0].items())
 
     # Only the first rank spoke and wrote, in one folder, and the sums are of both.
-    assert shown.count('Training: done') == shown.count(' into run\n') == 1
-    assert sorted(os.listdir(str(tmp_path))) == ['config.py', 'rank0.pt', 'rank1.pt', 'run', 'script.py']
+    assert ends[0][1].count('Training: done') == ends[0][1].count(' into run\n') == 1
+    assert ends[1][1] == ''
     logs = sorted(name for name in os.listdir(str(folder / 'log')) if name.endswith('.log'))
     assert logs == ['train.log', 'train_rank1.log']
     assert len(os.listdir(str(folder / 'log' / 'serial'))) == 1
     assert summary['processes'] == 2
-    points = scalars(folder / 'log' / 'serial')
-    assert [step for step, _ in points['kv_cache_iter/total_queries']] == list(range(first['train_iter']))
-    # An evaluation at the end comes after the last point.
-    assert points['kv_cache_iter/recur_queries'][-1][1] <= summary['counters']['recur']['queries']
-    for pool in ('init', 'recur', 'total'):
-        for name in ('queries', 'hits', 'misses'):
-            together = first['counters'][pool][name] + second['counters'][pool][name]
-            assert summary['counters'][pool][name] == together
-    own = second['counters']['recur']['queries']
-    assert points['kv_cache_iter/recur_queries'][-1][1] > own > 0
+    points = scalars(folder, 'kv_cache_iter/recur_queries')
+    assert [point.step for point in points] == list(range(ITERATIONS))
+    assert summary['counters']['recur']['queries'] >= points[-1].value > second['counters']['recur']['queries'] > 0
+    for name in ALL:
+        pool, name = name.split('_')
+        assert summary['counters'][pool][name] == first['counters'][pool][name] + second['counters'][pool][name]
 
 
-@contextlib.contextmanager
-def started(tmp_path):
-    process = torchrun(tmp_path, os.path.join(PROJECT_ROOT, 'train.py'), *SMALL)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-
-
-def worker(process, rank):
-    """The process id of a rank."""
-    children = subprocess.check_output(['ps', '-o', 'pid=', '--ppid', str(process.pid)], encoding='utf-8').split()
-    for child in children:
-        with contextlib.suppress(OSError):
-            with open(f'/proc/{child}/environ', 'rb') as file:
-                if f'RANK={rank}'.encode() in file.read().split(b'\0'):
-                    return int(child)
-    raise AssertionError(f'rank {rank} is not among {children}')
+def assert_ended_together(folder, signum):
+    summary = summary_of(folder / 'run')
+    assert summary['outcome'] == f'interrupted by {signum.name}'
+    assert summary['exit_code'] == 128 + signum
+    checkpoint = read_checkpoint(str(folder / summary['checkpoint']))
+    assert checkpoint.train_iter == summary['train_iter'] > 0
+    assert not [name for name in os.listdir(str(folder / 'run' / 'ckpt')) if name.endswith('.tmp')]
+    assert 'Traceback' not in (folder / 'run' / 'log' / 'train_rank1.log').read_text(encoding='utf-8')
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='finds ranks in /proc')
-@pytest.mark.parametrize(('signum', 'whom'), [(signal.SIGINT, 'all'), (signal.SIGTERM, 1), (signal.SIGINT, 0)])
-def test_ranks_end_together_when_one_is_asked_to(signum, whom, tmp_path):
-    with started(tmp_path) as process:
-        lines = []
+@pytest.mark.parametrize(('signum', 'rank'), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_ranks_end_together_when_one_is_asked_to(signum, rank, tmp_path):
+    moment = 3 * float(torch.rand(()))
+
+    def prepare(own):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if own == rank:
+            when(lambda: 'Cleared WorldModel' in (tmp_path / 'printed0').read_text(encoding='utf-8'),
+                 lambda: (time.sleep(moment), os.kill(os.getpid(), signum)))
+
+    ends = two_ranks(tmp_path, ['--config', 'config_new', '--max-train-iter', '100000'], prepare)
+    assert [code for code, _ in ends] == [128 + signum] * 2, ends
+    assert f'Training: interrupted by {signum.name}' in ends[0][1]
+    assert_ended_together(tmp_path, signum)
+
+
+@pytest.mark.slow
+def test_under_torchrun_ctrl_c_ends_all(tmp_path):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               os.path.join(PROJECT_ROOT, 'train.py'), '--config', 'config_new', *SMALL, *FOR_TWO]
+    command[command.index('--max-train-iter') + 1] = '100000'
+    process = subprocess.Popen(
+        command, cwd=str(tmp_path), encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=PROJECT_ROOT))
+    try:
         for line in process.stdout:
-            lines.append(line)
             if line.startswith('Cleared WorldModel'):
+                process.send_signal(signal.SIGINT)
                 break
-        time.sleep(float(torch.rand(())) * 3)
-        os.kill(process.pid if whom == 'all' else worker(process, whom), signum)
-        shown = ''.join(lines) + process.communicate(timeout=240)[0]
+        shown = process.communicate(timeout=240)[0]
+    finally:
+        if process.poll() is None:
+            process.kill()
     assert process.returncode != 0
-    assert f'Training: interrupted by {signum.name}' in shown
-    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
-    assert summary['exit_code'] == 128 + signum
-    checkpoint = read_checkpoint(str(tmp_path / summary['checkpoint']))
-    assert checkpoint.train_iter == summary['train_iter'] > 0
-    assert f'interrupted by {signum.name}' == summary['outcome']
-    assert not [name for name in os.listdir(str(tmp_path / 'run' / 'ckpt')) if name.endswith('.tmp')]
-    other = (tmp_path / 'run' / 'log' / 'train_rank1.log').read_text(encoding='utf-8')
-    assert 'Traceback' not in other
-
-
-def test_the_names_that_are_mended_exist():
-    """Those of LightZero 0.2.0; another LightZero may lack some."""
-    import importlib
-    for name in data_parallel.COLLECTORS:
-        assert hasattr(importlib.import_module(name), 'allreduce_data')
-    buffers = importlib.import_module('lzero.mcts')
-    assert all(hasattr(buffers, name) for name in data_parallel.BUFFERS)
+    assert 'Training: interrupted by SIGINT' in shown
+    assert_ended_together(tmp_path, signal.SIGINT)

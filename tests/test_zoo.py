@@ -14,8 +14,7 @@ from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from trainings import SMALL, WM, check_run, import_what_trainings_import, short_episodes, trained
 
 from lzero_kvcache import ConfigError, check_config, disable, enable, inference
-from lzero_kvcache.training import load_config
-from lzero_kvcache.training.cli import build_parser, make_plan
+from lzero_kvcache.training import load_config, make_plan
 from lzero_kvcache.training.config_file import PROJECT_ROOT
 
 SHIPPED = {path.stem: path for path in Path(zoo.__file__).parent.rglob('*unizero*_config.py')}
@@ -161,7 +160,7 @@ def test_the_table_of_the_zoo(page):
 def test_another_game(name, monkeypatch, tmp_path):
     pytest.importorskip('cv2')
     monkeypatch.chdir(tmp_path)
-    plan = make_plan(build_parser().parse_args(['--config', name, '--set', 'env.env_id=BreakoutNoFrameskip-v4']))
+    plan = make_plan(name, overrides=['env.env_id=BreakoutNoFrameskip-v4'])
     model = plan.main_config.policy.model
     assert plan.main_config.env.env_id == 'BreakoutNoFrameskip-v4'
     assert model.action_space_size == model.world_model_cfg.action_space_size == 4

@@ -1,6 +1,8 @@
 """Trainings by ``train.py`` in forks of this process, which has the libraries imported, and event files read back."""
 import json
 import os
+import threading
+import time
 from functools import partial
 from typing import Any, Callable, List, Tuple
 
@@ -8,8 +10,8 @@ import torch
 from forks import in_forks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lzero_kvcache.cli.train import main
 from lzero_kvcache.telemetry import METRICS, POOLS
-from lzero_kvcache.training.cli import main
 
 WM = 'policy.model.world_model_cfg'
 ITERATIONS = 3
@@ -48,15 +50,39 @@ def short_episodes() -> None:
         spec.max_episode_steps = EPISODE
 
 
+def when(condition: Callable[[], bool], action: Callable[[], Any]) -> threading.Thread:
+    """Do something in another thread as soon as a condition holds."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 240
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        action()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
 def import_what_trainings_import() -> None:
     """With the first optimizer and the first model; here, once for all forks."""
     import torch._dynamo
     import torch._inductor.compile_fx  # noqa: F401
 
 
+def summary_of(folder: Any) -> Any:
+    return json.loads((folder / 'summary.json').read_text())
+
+
+def scalars(folder: Any, tag: str) -> Any:
+    events = EventAccumulator(str(folder / 'log' / 'serial'), size_guidance={'scalars': 0})
+    events.Reload()
+    return events.Scalars(tag)
+
+
 def check_run(folder: Any, cache: str) -> Any:
     """A point under every tag of the cache at every iteration, and a summary that fits; returns the summary."""
-    summary = json.loads((folder / 'summary.json').read_text())
+    summary = summary_of(folder)
     assert (summary['cache'], summary['train_iter']) == (cache, ITERATIONS)
     events = EventAccumulator(str(folder / 'log' / 'serial'), size_guidance={'scalars': 0})
     events.Reload()

@@ -11,8 +11,8 @@ from lzero.model.unizero_world_models.world_model import WorldModel
 from ..config import FLAG, PREFIX, ConfigError, lookup
 from ..registry import register_in_place_of
 from .old_world_model import OldWorldModel
+from .patches import with_globals
 from .refused import check_lightzero
-from .substitution import with_globals
 from .world_model import NewWorldModel
 
 

@@ -30,8 +30,8 @@ from ..registry import KV_CACHE_REGISTRY, register_in_place_of
 from ..search.environments import Environments
 from ..search.inference import Served
 from ..telemetry import HOOK_CONFIG, HOOK_KEY
+from .patches import with_globals
 from .refused import check_served, is_own
-from .substitution import with_globals
 from .tree_search import NodeSearch, SampledNodeSearch
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree, tree_muzero
 from lzero.mcts.tree_search.mcts_ctree_sampled import SampledUniZeroMCTSCtree, tree_sampled_muzero
 
 from ..search.whole import Problem
+from .patches import with_globals
 from .roots import Roots
-from .substitution import with_globals
 
 
 class _NodeSearch:

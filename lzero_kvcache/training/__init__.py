@@ -1,8 +1,13 @@
 """
-The code behind ``train.py``: config files, overrides, one watched run of a LightZero entry, and what the terminal
-shows. Nothing here knows how the cache works; ``lightzero.py`` is the one file that reaches into LightZero and
-DI-engine.
+One training: its config file, its plan, the run and what that leaves behind; and experiments of several. This room uses
+the host's entries and patches, and knows neither LightZero's modules nor how the cache works. From a notebook:
+
+    from lzero_kvcache.training import make_plan, run
+    result = run(make_plan('config_new', cache='old', max_env_step=300, overrides=['policy.num_simulations=10']))
 """
 from .config_file import LoadedConfig, capture_entry_call, find_config, load_config
+from .plan import Plan, make_plan
+from .runner import run
+from .summary import Result
 
-__all__ = ['LoadedConfig', 'capture_entry_call', 'find_config', 'load_config']
+__all__ = ['LoadedConfig', 'Plan', 'Result', 'capture_entry_call', 'find_config', 'load_config', 'make_plan', 'run']

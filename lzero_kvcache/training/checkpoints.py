@@ -5,11 +5,11 @@ policy.
 import contextlib
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, Mapping
+from typing import Any, Dict, Mapping
 
 import torch
 
-from lzero_kvcache.config import ConfigError
+from ..config import ConfigError
 
 CHECKPOINTS = 'ckpt'
 STATE = ('model', 'target_model', 'optimizer_world_model')
@@ -24,14 +24,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-    """
-    Overview:
-        Read a checkpoint of a UniZero training, on the CPU, without running anything that it may contain.
-    Arguments:
-        - path (:obj:`str`): As ``EXPERIMENT/ckpt/ckpt_best.pth.tar``.
-    Returns:
-        - checkpoint (:obj:`Checkpoint`): What it holds.
-    """
+    """Read a checkpoint of a UniZero training, on the CPU, without running anything that it may contain."""
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
@@ -46,29 +39,8 @@ def read_checkpoint(path: str) -> Checkpoint:
     return Checkpoint(content, int(content.pop('last_iter', 0)), int(content.pop('last_step', 0)))
 
 
-@contextlib.contextmanager
-def atomic_checkpoints() -> Iterator[None]:
-    """
-    Overview:
-        A context in which every checkpoint of DI-engine's learner appears whole or not at all.
-    """
-    from ding.worker.learner import learner_hook
-    original = learner_hook.save_file
-    learner_hook.save_file = lambda path, data, *args, **kwargs: save_atomically(data, path)
-    try:
-        yield
-    finally:
-        learner_hook.save_file = original
-
-
 def save_atomically(data: Mapping[str, Any], path: str) -> None:
-    """
-    Overview:
-        Replace a checkpoint by a new one in a single step.
-    Arguments:
-        - data (:obj:`Mapping[str, Any]`): What to save.
-        - path (:obj:`str`): Where.
-    """
+    """Replace a checkpoint by a new one in a single step."""
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
         with open(temporary, 'wb') as file:
@@ -83,13 +55,7 @@ def save_atomically(data: Mapping[str, Any], path: str) -> None:
 
 
 def load_state(learn_mode: Any, checkpoint: Checkpoint) -> None:
-    """
-    Overview:
-        Load a checkpoint into a policy.
-    Arguments:
-        - learn_mode (:obj:`Any`): DI-engine's view on the policy.
-        - checkpoint (:obj:`Checkpoint`): Of either cache system.
-    """
+    """Load a checkpoint of either cache system into DI-engine's view on a policy."""
     try:
         learn_mode.load_state_dict(checkpoint.state)
     except (RuntimeError, ValueError, KeyError) as error:

@@ -1,6 +1,6 @@
 """
 An experiment on disk: a training for each cache system and seed, all of one set of settings, and how far each of them
-is. What starts and watches them is in ``children.py``.
+is. ``processes.py`` starts and watches them.
 """
 import contextlib
 import fcntl
@@ -12,14 +12,11 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-from lzero_kvcache.config import FLAG, OPTIONS, PREFIX, ConfigError
-
+from ..config import FLAG, OPTIONS, PREFIX, ConfigError
 from .checkpoints import CHECKPOINTS, read_checkpoint
-from .cli import build_parser, make_plan
 from .overrides import cache_defaults, known_leaves
-from .runner import TRAIN, Plan
-from .status import Result
-from .summary import read_summary
+from .plan import TRAIN, Plan, make_plan
+from .summary import Result, read_summary, write_json
 
 PROGRAM = (sys.executable, '-m', 'lzero_kvcache.training')
 EXPERIMENT = 'experiment.json'
@@ -41,7 +38,7 @@ VERSION_1_DEFAULTS: Dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
     """One training of an experiment."""
     cache: str
     seed: int
@@ -53,7 +50,7 @@ class Run:
 
     @property
     def log(self) -> str:
-        """Where what its process prints goes."""
+        """The file that has what its process prints."""
         return self.folder + '.log'
 
     @property
@@ -67,33 +64,33 @@ class Run:
 
 
 class Experiment:
-    """
-    Overview:
-        Trainings that differ in cache system and seed alone, below one folder.
-    Arguments:
-        - folder (:obj:`str`): Where it is, or will be.
-        - config (:obj:`str`): A LightZero config file, as for ``train.py``.
-        - caches (:obj:`Sequence[str]`): 'old', 'new' or both.
-        - seeds (:obj:`Sequence[int]`): The seeds.
-        - options (:obj:`Sequence[str]`): Further options of ``train.py`` for every training.
-    Raises:
-        - ConfigError: A training could not be started like this.
-    """
+    """Trainings below one folder that differ in cache system and seed alone. What cannot be started is refused."""
 
-    def __init__(self, folder: str, config: str, caches: Sequence[str], seeds: Sequence[int],
-                 options: Sequence[str] = ()) -> None:
+    def __init__(self, folder: str, config: str, caches: Sequence[str], seeds: Sequence[int], *,
+                 max_env_step: Optional[int] = None, device: Optional[str] = None, threads: Optional[int] = None,
+                 overrides: Sequence[str] = ()) -> None:
         self.folder = folder
         self.caches, self.seeds = list(dict.fromkeys(caches)), list(dict.fromkeys(seeds))
-        self._options = ['--config', config, *options]
+        self._config = config
+        self._changes: Dict[str, Any] = dict(
+            max_env_step=max_env_step, device=device, threads=threads, overrides=overrides)
         plans = [self._plan(cache) for cache in self.caches]
         if plans[0].max_env_step is None:
             raise ConfigError(f'{plans[0].config} has no max_env_step, and every run must end; give --max-env-step')
         self.max_env_step: int = plans[0].max_env_step
         # Seeds outside: what else a machine does meanwhile falls on both systems.
-        self.runs = [
-            Run(cache, seed, os.path.join(folder, f'{cache}_seed{seed}'))
+        self.trials = [
+            Trial(cache, seed, os.path.join(folder, f'{cache}_seed{seed}'))
             for seed in self.seeds for cache in self.caches
         ]
+
+    @property
+    def options(self) -> List[str]:
+        """What is given to ``train.py`` in every training."""
+        *singles, overrides = self._changes.items()
+        given = [part for name, value in singles if value is not None
+                 for part in ('--' + name.replace('_', '-'), str(value))]
+        return given + (['--set', *overrides[1]] if overrides[1] else [])
 
     @property
     def settings(self) -> Dict[str, Any]:
@@ -102,19 +99,15 @@ class Experiment:
         return dict(
             config=plan.config, caches=self.caches, seeds=self.seeds, max_env_step=plan.max_env_step,
             max_train_iter=plan.max_train_iter, threads=plan.threads,
-            device=str(plan.main_config.policy.model.world_model_cfg.device), options=self._options[2:],
+            device=str(plan.main_config.policy.model.world_model_cfg.device), options=self.options,
             values_version=VALUES_VERSION, values=_hash(plan, VALUES_VERSION),
         )
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
         """
-        Overview:
-            A context in which no other process works on this experiment, and its settings are on disk.
-        Returns:
-            - lock (:obj:`int`): A file descriptor; the experiment is taken for as long as any process holds it.
-        Raises:
-            - ConfigError: The folder is another experiment's, or something else, or others are working on it.
+        A context in which no other process works on this experiment, and its settings are on disk. Gives the file
+        descriptor of the lock: the experiment is taken for as long as any process holds it.
         """
         path = os.path.join(self.folder, EXPERIMENT)
         settings = self._agreed(path)
@@ -128,36 +121,29 @@ class Experiment:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f'--out {self.folder}: its runs are still going on; wait, or end them') from None
-            with open(path + '.tmp', 'w', encoding='utf-8') as file:
-                json.dump(settings, file, indent=2)
-            os.replace(path + '.tmp', path)
+            write_json(path, settings)
             yield lock
         finally:
             os.close(lock)
 
-    def command(self, run: Run) -> List[str]:
+    def command(self, trial: Trial) -> List[str]:
         """
-        Overview:
-            What trains a run that is not done: from its last whole checkpoint in its own folder, or from the start;
-            then a folder that is in the way is renamed.
-        Arguments:
-            - run (:obj:`Run`): One of ``runs``.
-        Returns:
-            - command (:obj:`List[str]`): A program and its arguments.
+        What trains a trial that is not done: from its last whole checkpoint in its own folder, or from the start; then
+        a folder that is in the way is renamed.
         """
-        command = [*PROGRAM, *self._options, '--cache', run.cache, '--seed', str(run.seed)]
-        checkpoint = last_checkpoint(run.folder, self.max_env_step)
+        command = [*PROGRAM, '--config', self._config, *self.options, '--cache', trial.cache, '--seed', str(trial.seed)]
+        checkpoint = last_checkpoint(trial.folder, self.max_env_step)
         if checkpoint is not None:
             return command + ['--resume', checkpoint, '--in-place']
-        if os.path.exists(run.folder):
+        if os.path.exists(trial.folder):
             attempt = 1
-            while os.path.exists(f'{run.folder}_cut_off{attempt}'):
+            while os.path.exists(f'{trial.folder}_cut_off{attempt}'):
                 attempt += 1
-            os.rename(run.folder, f'{run.folder}_cut_off{attempt}')
-        return command + ['--exp-name', run.folder]
+            os.rename(trial.folder, f'{trial.folder}_cut_off{attempt}')
+        return command + ['--exp-name', trial.folder]
 
     def _plan(self, cache: str) -> Plan:
-        return make_plan(build_parser().parse_args([*self._options, '--cache', cache, '--exp-name', EXPERIMENT]))
+        return make_plan(self._config, cache=cache, exp_name=EXPERIMENT, **self._changes)
 
     def _agreed(self, path: str) -> Dict[str, Any]:
         """The settings, with the seeds and systems that are there already."""
@@ -204,15 +190,7 @@ def _hash(plan: Plan, version: int) -> str:
 
 
 def last_checkpoint(folder: str, max_env_step: int) -> Optional[str]:
-    """
-    Overview:
-        What a training that was cut off can go on from.
-    Arguments:
-        - folder (:obj:`str`): The training's folder.
-        - max_env_step (:obj:`int`): Where it is to end.
-    Returns:
-        - path (:obj:`Optional[str]`): The last whole checkpoint from within the training; None if there is none.
-    """
+    """The last whole checkpoint in the folder of a training that was cut off before ``max_env_step``."""
     paths = glob.glob(os.path.join(glob.escape(folder), CHECKPOINTS, '*.pth.tar'))
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         with contextlib.suppress(ConfigError):

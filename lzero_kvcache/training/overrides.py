@@ -1,16 +1,12 @@
-"""
-``--set KEY=VALUE``: values are parsed, never evaluated; a key must exist; what follows from a value follows
-(``derived.py``).
-"""
+"""``--set KEY=VALUE``: values are parsed, never evaluated; keys must exist; ``linked_keys.py`` changes their copies."""
 import ast
 import difflib
 from typing import Any, Dict, Iterable, List, Mapping
 
 from easydict import EasyDict
 
-from lzero_kvcache.config import FLAG, KV_CACHE_CFG, OPTIONS, PREFIX, ConfigError
-
-from .derived import follow
+from ..config import FLAG, KV_CACHE_CFG, OPTIONS, PREFIX, ConfigError
+from .linked_keys import follow
 
 CREATE = 'create_config'
 # Keys of world_model_cfg that no default of LightZero's names.
@@ -31,15 +27,9 @@ def apply_overrides(
         defaults: Mapping[str, Any],
 ) -> Dict[str, Any]:
     """
-    Overview:
-        Change configs in place as ``--set`` asks for, and with every value the copies that LightZero keeps of it.
-    Arguments:
-        - main_config (:obj:`EasyDict`), create_config (:obj:`EasyDict`): The configs.
-        - assignments (:obj:`Iterable[str]`): ``policy.num_simulations=25``; a path that begins with ``create_config.``
-          is one of ``create_config``; one that begins with ``+`` may be new.
-        - defaults (:obj:`Mapping[str, Any]`): ``main_config`` completed with every default of LightZero's.
-    Returns:
-        - changed (:obj:`Dict[str, Any]`): Every path that has a new value, those that followed included.
+    Change configs in place as ``--set`` asks for, and the copies that LightZero keeps of each value. A path that begins
+    with ``create_config.`` is one of ``create_config``; one that begins with ``+`` may be new. ``defaults`` is
+    ``main_config`` completed with LightZero's defaults. Returns every path that has a new value, copies included.
     """
     known = known_leaves(main_config, create_config, defaults)
     changed: Dict[str, Any] = {}
@@ -52,15 +42,7 @@ def apply_overrides(
 
 
 def known_leaves(main_config: EasyDict, create_config: EasyDict, defaults: Mapping[str, Any]) -> Dict[str, Any]:
-    """
-    Overview:
-        Every path that a config can set, with the value it has now.
-    Arguments:
-        - main_config (:obj:`EasyDict`), create_config (:obj:`EasyDict`): The configs.
-        - defaults (:obj:`Mapping[str, Any]`): As in ``apply_overrides``.
-    Returns:
-        - known (:obj:`Dict[str, Any]`): From dotted path to value; an empty dict is a value.
-    """
+    """Every dotted path that a config can set, with the value it has now; an empty dict is a value."""
     known = cache_defaults()
     known.update(_leaves(defaults))
     known.update(_leaves(main_config))
@@ -104,15 +86,7 @@ def _checked(assignment: str, path: str, value: Any, text: str, known: Mapping[s
 
 
 def nearest_key(path: str, known: Iterable[str]) -> str:
-    """
-    Overview:
-        The key that was probably meant.
-    Arguments:
-        - path (:obj:`str`): What was written, perhaps the last part of a path alone.
-        - known (:obj:`Iterable[str]`): What could have been written.
-    Returns:
-        - key (:obj:`str`): Empty if nothing is near.
-    """
+    """The key that was probably meant by a path, or by the last part of one; empty if nothing is near."""
     known = list(known)
     last = path.rsplit('.', 1)[-1]
     same_name = [key for key in known if key.rsplit('.', 1)[-1] == last]

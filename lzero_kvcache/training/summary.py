@@ -1,62 +1,113 @@
-"""What a run has come to: its numbers as a table for the terminal and as ``summary.json`` for other programs."""
+"""The numbers of a run: while it goes on, in its ``progress.json``, and when it has ended, in its ``summary.json``."""
+import contextlib
 import datetime
 import json
 import os
 import platform
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar
 
-import ding
 import torch
 from easydict import EasyDict
 
-from lzero_kvcache.config import FLAG, OPTIONS
+from .. import telemetry
+from ..config import FLAG, OPTIONS
+from ..host.entries import ding_version
 
-from .status import Evaluation, Result
-from .terminal import number_text, rate_text
+SUMMARY, PROGRESS = 'summary.json', 'progress.json'
+POOLS = ('total', *(pool for pool in telemetry.POOLS if pool != 'total'))
 
-SUMMARY = 'summary.json'
-POOLS = ('total', 'init', 'recur')
+
+@dataclass
+class Evaluation:
+    """One evaluation: when it took place and its mean episode return."""
+    env_step: int
+    train_iter: int
+    reward: float
+
+
+@dataclass
+class Status:
+    """How far a run is. A resumed run starts at ``first_env_step``; speeds are of this run alone."""
+    phase: str = 'start'
+    env_step: int = 0
+    train_iter: int = 0
+    first_env_step: int = 0
+    first_train_iter: int = 0
+    seconds: float = 0.0
+    hit_rate: Optional[float] = None
+    evaluations: List[Evaluation] = field(default_factory=list)
+
+    @property
+    def last_reward(self) -> Optional[float]:
+        return self.evaluations[-1].reward if self.evaluations else None
+
+    @property
+    def best_reward(self) -> Optional[float]:
+        return max((evaluation.reward for evaluation in self.evaluations), default=None)
+
+    @property
+    def speed(self) -> Optional[float]:
+        steps = self.env_step - self.first_env_step
+        return steps / self.seconds if steps > 0 and self.seconds > 0 else None
+
+
+@dataclass
+class Result:
+    """
+    A run that has ended; ``summary.json`` in its folder is this. Its first fields say which run it is and whether it is
+    done; each field after them has a default, for summaries of versions that did not have it.
+    """
+    exit_code: int
+    task: str
+    cache: str
+    seed: int
+    outcome: str = ''
+    exp_name: str = ''
+    config: str = ''
+    entry: str = ''
+    device: str = ''
+    max_env_step: Optional[int] = None
+    max_train_iter: Optional[int] = None
+    env_step: int = 0
+    train_iter: int = 0
+    seconds: float = 0.0
+    env_steps_per_second: Optional[float] = None
+    host_memory_mb: Optional[float] = None
+    device_memory_mb: Optional[float] = None
+    cache_memory_mb: Optional[float] = None
+    hit_rates: Dict[str, Optional[float]] = field(default_factory=dict)
+    counters: Dict[str, Any] = field(default_factory=dict)
+    last_reward: Optional[float] = None
+    best_reward: Optional[float] = None
+    evaluations: List[Evaluation] = field(default_factory=list)
+    event_files: str = ''
+    checkpoint: Optional[str] = None
+    log_file: Optional[str] = None
+    processes: int = 1
+    machine: Dict[str, Any] = field(default_factory=dict)
+
+
 T = TypeVar('T', Evaluation, Result)
 
 
 def cache_type(world_model_cfg: EasyDict) -> str:
-    """
-    Overview:
-        Which cache a config picks.
-    Arguments:
-        - world_model_cfg (:obj:`EasyDict`): The world model's config.
-    Returns:
-        - name (:obj:`str`): 'old', 'new', or the name of a registered manager.
-    """
+    """Which cache a config picks: 'old', 'new', or the name of a registered manager."""
     if not world_model_cfg.get(FLAG, False):
         return 'old'
     return (world_model_cfg.get(OPTIONS) or {}).get('type') or 'new'
 
 
 def hit_rate(counters: Dict[str, Any], pool: str) -> Optional[float]:
-    """
-    Overview:
-        The share of look-ups that found something.
-    Arguments:
-        - counters (:obj:`Dict[str, Any]`): As from ``lightzero.cache_counters``.
-        - pool (:obj:`str`): 'init', 'recur' or 'total'.
-    Returns:
-        - rate (:obj:`Optional[float]`): None before the first look-up.
-    """
-    pool_counters = counters.get(pool) or {}
-    queries = pool_counters.get('queries')
-    return pool_counters.get('hits', 0) / queries if queries else None
+    """The share of look-ups in a pool that found something; None before the first."""
+    counts = counters.get(pool) or {}
+    queries = counts.get('queries')
+    return counts.get('hits', 0) / queries if queries else None
 
 
 def peak_host_memory_mb() -> Optional[float]:
-    """
-    Overview:
-        The most memory that this process has held.
-    Returns:
-        - megabytes (:obj:`Optional[float]`): None where the system does not tell.
-    """
+    """The most MiB that this process has held; None where the system does not tell."""
     try:
         import resource
     except ImportError:
@@ -66,43 +117,37 @@ def peak_host_memory_mb() -> Optional[float]:
 
 
 def peak_device_memory_mb() -> Optional[float]:
-    """
-    Overview:
-        The most memory that torch has held on the GPU.
-    Returns:
-        - megabytes (:obj:`Optional[float]`): None if no GPU was used.
-    """
+    """The most MiB that torch has held on the GPU; None if no GPU was used."""
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
     return torch.cuda.max_memory_allocated() / 1024. ** 2
 
 
 def machine() -> Dict[str, Any]:
-    """
-    Overview:
-        What two runs must share for their speeds to be comparable.
-    Returns:
-        - machine (:obj:`Dict[str, Any]`): Processor, GPU, threads and versions.
-    """
+    """What two runs must share for their speeds to be comparable."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(
         system=platform.system(), processor=platform.machine(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
-        gpu=gpu, python=platform.python_version(), torch=torch.__version__, ding=ding.__version__,
+        gpu=gpu, python=platform.python_version(), torch=torch.__version__, ding=ding_version(),
     )
 
 
-def summary_rows(result: Result) -> List[Tuple[str, str]]:
-    """
-    Overview:
-        The table at the end of a run.
-    Arguments:
-        - result (:obj:`Result`): The run.
-    Returns:
-        - rows (:obj:`List[Tuple[str, str]]`): Names and values.
-    """
-    def megabytes(value: Optional[float]) -> str:
-        return '-' if value is None else f'{number_text(value)} MiB'
+def rate_text(rate: Optional[float]) -> str:
+    """A share as ``87.5%``; ``-`` for None."""
+    return '-' if rate is None else f'{rate:.1%}'
 
+
+def number_text(number: Optional[float]) -> str:
+    """A number as ``1,234.5``; ``-`` for None."""
+    return '-' if number is None else f'{number:,.1f}'
+
+
+def megabytes_text(number: Optional[float]) -> str:
+    return '-' if number is None else f'{number_text(number)} MiB'
+
+
+def summary_rows(result: Result) -> List[Tuple[str, str]]:
+    """The table at the end of a run: names and values."""
     last = result.evaluations[-1] if result.evaluations else None
     reward = '- (no evaluation yet; policy.eval_freq says how often)'
     if last is not None:
@@ -116,9 +161,9 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
         ('environment steps', f'{result.env_step:,}'),
         ('training iterations', f'{result.train_iter:,}'),
         ('steps per second', number_text(result.env_steps_per_second)),
-        ('peak memory, host', megabytes(result.host_memory_mb)),
-        ('peak memory, device', megabytes(result.device_memory_mb)),
-        ('cache memory', megabytes(result.cache_memory_mb)),
+        ('peak memory, host', megabytes_text(result.host_memory_mb)),
+        ('peak memory, device', megabytes_text(result.device_memory_mb)),
+        ('cache memory', megabytes_text(result.cache_memory_mb)),
         ('hit rates', rates),
         *([('skipped for nan or inf', f'{skipped:,} rows')] if skipped else []),
         ('last reward', reward),
@@ -129,32 +174,35 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
     ]
 
 
-def write_summary(result: Result) -> str:
-    """
-    Overview:
-        Leave the run's numbers in its folder.
-    Arguments:
-        - result (:obj:`Result`): The run.
-    Returns:
-        - path (:obj:`str`): The file.
-    """
-    path = os.path.join(result.exp_name, SUMMARY)
-    temporary = path + '.tmp'
-    with open(temporary, 'w', encoding='utf-8') as file:
-        json.dump(asdict(result), file, indent=2, default=str)
-    os.replace(temporary, path)
-    return path
+def write_json(path: str, content: Any) -> None:
+    """Replace a file in one step, so that nobody reads half of it."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as file:
+        json.dump(content, file, indent=2, default=str)
+    os.replace(path + '.tmp', path)
+
+
+def write_progress(exp_name: str, status: Status) -> None:
+    """Say in a run's folder how far it is; if the disk is full, the training's own files will tell."""
+    with contextlib.suppress(OSError):
+        write_json(os.path.join(exp_name, PROGRESS), asdict(status))
+
+
+def read_progress(exp_name: str) -> int:
+    """The environment steps that a run has taken, 0 where it does not say."""
+    try:
+        with open(os.path.join(exp_name, PROGRESS), encoding='utf-8') as file:
+            return int(json.load(file)['env_step'])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def write_summary(result: Result) -> None:
+    """Leave the run's numbers in its folder."""
+    write_json(os.path.join(result.exp_name, SUMMARY), asdict(result))
 
 
 def read_summary(exp_name: str) -> Optional[Result]:
-    """
-    Overview:
-        What ``write_summary`` left.
-    Arguments:
-        - exp_name (:obj:`str`): The run's folder.
-    Returns:
-        - result (:obj:`Optional[Result]`): None if there is no summary, or no whole one.
-    """
+    """What ``write_summary`` left; None if there is no summary, or no whole one."""
     try:
         with open(os.path.join(exp_name, SUMMARY), encoding='utf-8') as file:
             held = json.load(file)
@@ -171,14 +219,7 @@ def _known(kind: Type[T], held: Dict[str, Any]) -> T:
 
 
 def add_up(before: Result, after: Result) -> Result:
-    """
-    Overview:
-        The result of a training that was cut off and went on.
-    Arguments:
-        - before (:obj:`Result`), after (:obj:`Result`): Of its two parts.
-    Returns:
-        - result (:obj:`Result`): What adds up is added up; the rest is the second part's.
-    """
+    """The result of a training that was cut off and went on, from its two parts."""
     parts = (before, after)
     seconds = before.seconds + after.seconds
     steps = sum((part.env_steps_per_second or 0.) * part.seconds for part in parts)

@@ -1,7 +1,14 @@
 """
-What a run shows on the terminal: log lines, a progress bar over environment steps, a table at the end. On anything
+What reaches the terminal, and what the log file. LightZero, DI-engine and their worker processes write to the log file;
+the terminal has this package's log lines, a progress bar over environment steps and a table at the end. On anything
 that is no terminal, and beside LightZero's own output, plain lines take the place of the bar.
 """
+import io
+import logging
+import os
+import re
+import sys
+import tempfile
 import time
 from typing import Dict, List, Optional, TextIO, Tuple
 
@@ -10,47 +17,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from .status import Status
+from ..host.patches import applied
+from .summary import Status, number_text, rate_text
 
+PACKAGE_LOGGER = 'lzero_kvcache'
+# clear_caches() prints this line, as LightZero's own does; everything else of the package is logged.
+PRINTED = re.compile(r'^Cleared WorldModel ')
 PLAIN_WIDTH = 240
 # Below this, the bar and the remaining time give way to the numbers.
 WIDE = 110
 PLAIN_EVERY_SECONDS = 15.0
 
 
-def rate_text(rate: Optional[float]) -> str:
-    """
-    Overview:
-        A share as a percentage.
-    Arguments:
-        - rate (:obj:`Optional[float]`): Between 0 and 1, None where nothing was counted.
-    Returns:
-        - text (:obj:`str`): As ``87.5%``, ``-`` for None.
-    """
-    return '-' if rate is None else f'{rate:.1%}'
-
-
-def number_text(number: Optional[float], digits: int = 1) -> str:
-    """
-    Overview:
-        A number, or a dash.
-    Arguments:
-        - number (:obj:`Optional[float]`): The number.
-        - digits (:obj:`int`): Digits after the point.
-    Returns:
-        - text (:obj:`str`): As ``1,234.5``, ``-`` for None.
-    """
-    return '-' if number is None else '{:,.{}f}'.format(number, digits)
-
-
 class Terminal:
-    """
-    Overview:
-        The terminal of one run.
-    Arguments:
-        - file (:obj:`TextIO`): Where to write.
-        - live (:obj:`bool`): False for plain lines even on a terminal.
-    """
+    """The terminal of one run; ``live=False`` gives plain lines even on a terminal."""
 
     def __init__(self, file: TextIO, live: bool = True) -> None:
         is_terminal = file.isatty()
@@ -64,33 +44,17 @@ class Terminal:
         self._last_plain = ''
 
     def line(self, text: str) -> None:
-        """
-        Overview:
-            Show one line, above the bar.
-        Arguments:
-            - text (:obj:`str`): The line.
-        """
+        """Show one line, above the bar."""
         self.console.print(Text(text))
 
     def repeated(self, text: str) -> None:
-        """
-        Overview:
-            Show a line that comes after every training phase: the first time in full, and at the end how often.
-        Arguments:
-            - text (:obj:`str`): The line.
-        """
+        """Show a line that comes after every training phase: the first time in full, and at the end how often."""
         self._repeated[text] = self._repeated.get(text, 0) + 1
         if self._repeated[text] == 1:
             self.line(text)
 
     def start(self, total: Optional[int], done: int = 0) -> None:
-        """
-        Overview:
-            Start the bar.
-        Arguments:
-            - total (:obj:`Optional[int]`): The environment steps to go to, None if there is no bound.
-            - done (:obj:`int`): Where a resumed run begins.
-        """
+        """Start the bar towards ``total`` environment steps, None if there is no bound."""
         self._total = total
         self._next_plain = time.monotonic() + PLAIN_EVERY_SECONDS
         if not self.live:
@@ -108,12 +72,7 @@ class Terminal:
         self._progress.start()
 
     def update(self, status: Status) -> None:
-        """
-        Overview:
-            Show how far the run is.
-        Arguments:
-            - status (:obj:`Status`): The run, now.
-        """
+        """Show how far the run is."""
         if self._progress is not None:
             self._progress.update(
                 self._task, completed=status.env_step, description=f'{status.phase:<8}',
@@ -122,17 +81,12 @@ class Terminal:
         elif time.monotonic() >= self._next_plain:
             self._plain(status)
 
-    def finish(self, status: Optional[Status] = None) -> None:
-        """
-        Overview:
-            End the bar.
-        Arguments:
-            - status (:obj:`Optional[Status]`): The run as it ended.
-        """
+    def finish(self, status: Status) -> None:
+        """End the bar; ``status`` is the run as it ended."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        elif status is not None and self._total is not None:
+        elif self._total is not None:
             self._plain(status)
         for text, count in self._repeated.items():
             if count > 1:
@@ -140,13 +94,7 @@ class Terminal:
         self._repeated = {}
 
     def table(self, title: str, rows: List[Tuple[str, str]]) -> None:
-        """
-        Overview:
-            Show the summary.
-        Arguments:
-            - title (:obj:`str`): Its heading.
-            - rows (:obj:`List[Tuple[str, str]]`): Names and values.
-        """
+        """Show names and values."""
         table = Table(title=Text(title), title_justify='left', show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow='fold')
@@ -169,3 +117,105 @@ class Terminal:
     def _facts(status: Status) -> str:
         reward, rate, speed = number_text(status.last_reward), rate_text(status.hit_rate), number_text(status.speed)
         return f'reward {reward}  hit rate {rate}  {speed} steps/s'
+
+
+class Output:
+    """
+    Takes standard output and error over, on file descriptors, since environments in processes of their own print as
+    well. What is written before the experiment's folder is known waits in a temporary file. ``verbose`` shows
+    everything on the terminal too, ``silent`` nothing but errors.
+    """
+
+    def __init__(self, verbose: bool = False, silent: bool = False) -> None:
+        self.verbose = verbose and not silent
+        self.path: Optional[str] = None
+        encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+        self._shown = _text(os.open(os.devnull, os.O_WRONLY) if silent else os.dup(1), encoding)
+        self.errors = _text(os.dup(2), encoding)
+        self.terminal = Terminal(self._shown, live=not verbose)
+        self._handler = _TerminalHandler(self.terminal)
+
+    def __enter__(self) -> 'Output':
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._log, self._temporary = tempfile.mkstemp(prefix='lzero_kvcache_', suffix='.log')
+        self._patches = applied(
+            descriptors=lambda original: original if self.verbose else self._log,
+            stdout=lambda original: _Lines(self, self._shown), stderr=lambda original: _Lines(self, self.errors),
+            plain_logs=lambda present: present or '1',
+        )
+        self._patches.__enter__()
+        logging.getLogger(PACKAGE_LOGGER).addHandler(self._handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger(PACKAGE_LOGGER).removeHandler(self._handler)
+        self._patches.__exit__(None, None, None)
+        os.close(self._log)
+        self._shown.close()
+        self.errors.close()
+        if self.path is None:
+            os.unlink(self._temporary)
+
+    def attach(self, path: str) -> None:
+        """Go on writing in a file of the experiment, which is added to, after what was written so far."""
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        with open(self._temporary, 'rb') as earlier:
+            os.write(handle, earlier.read())
+        os.unlink(self._temporary)
+        for descriptor in (self._log, *(() if self.verbose else (1, 2))):
+            os.dup2(handle, descriptor)
+        os.close(handle)
+        self.path = path
+
+    def write_log(self, text: str) -> None:
+        """Write to the log file alone."""
+        os.write(self._log, text.encode('utf-8', 'replace'))
+
+
+def _text(descriptor: int, encoding: str) -> TextIO:
+    """A terminal that cannot show a character shows '?' for it, and the run goes on."""
+    return open(descriptor, 'w', encoding=encoding, errors='replace', buffering=1)
+
+
+class _Lines(io.TextIOBase):
+    """Standard output or error of the Python code of this process."""
+
+    encoding = 'utf-8'
+
+    def __init__(self, output: Output, shown: TextIO) -> None:
+        self._output = output
+        self._shown = shown
+        self._pid = os.getpid()
+        self._rest = ''
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self._output.write_log(text)
+        if self._output.verbose:
+            self._shown.write(text)
+            self._shown.flush()
+        # A forked environment must not speak for this process.
+        elif os.getpid() == self._pid:
+            *lines, self._rest = (self._rest + text).split('\n')
+            for line in lines:
+                if PRINTED.match(line):
+                    self._output.terminal.repeated(line)
+        return len(text)
+
+
+class _TerminalHandler(logging.Handler):
+    """Shows a record of this package as ``LEVEL: message``."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__(logging.INFO)
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._terminal.line(f'{record.levelname}: {record.getMessage()}')
+        except Exception:
+            self.handleError(record)

@@ -2,26 +2,22 @@
 import os
 import platform
 from importlib import metadata
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 
-from .engine.launch import picked
-from .engine.slab import MIB
-from .loading import check_config
-from .training.cli import build_parser, make_plan, set_cache, set_device
-from .training.lightzero import build_policy, which_lightzero
+from ..engine.launch import picked
+from ..engine.slab import MIB
+from ..host.entries import build_policy
+from ..host.refused import which_lightzero
+from ..loading import check_config
+from .plan import Plan, set_cache, set_device
 
 Rows = List[Tuple[str, str]]
 
 
 def installed() -> Rows:
-    """
-    Overview:
-        Versions, and what runs are made on.
-    Returns:
-        - rows (:obj:`Rows`): Names and values.
-    """
+    """Versions, and what runs are made on."""
     which, sign = which_lightzero()
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     on_device = f'cpu, {os.cpu_count()} processors'
@@ -38,26 +34,15 @@ def installed() -> Rows:
     ]
 
 
-def of_config(config: str, assignments: List[str]) -> Rows:
-    """
-    Overview:
-        What a config's cache is, and what it will take.
-    Arguments:
-        - config (:obj:`str`): A LightZero config file.
-        - assignments (:obj:`List[str]`): As for ``--set``.
-    Returns:
-        - rows (:obj:`Rows`): Names and values.
-    """
-    arguments = ['--config', config, *(['--set', *assignments] if assignments else [])]
-    plan = make_plan(build_parser().parse_args(arguments))
+def of_plan(plan: Plan) -> Rows:
+    """What the cache of a plan is, and what it will take; the plan's config is changed, and no longer of use."""
     configs = plan.main_config, plan.create_config
     device = str(plan.main_config.policy.model.world_model_cfg.device)
     options = check_config(*configs)
     set_device('cpu', plan.main_config)
     policy = build_policy(*configs)
     model = policy._model.world_model
-    manager = model.kv_cache_manager
-    old = manager
+    manager = old = model.kv_cache_manager
     if options.use_new:
         set_cache('old', *configs)
         old = build_policy(*configs)._model.world_model.kv_cache_manager
@@ -79,10 +64,12 @@ def of_config(config: str, assignments: List[str]) -> Rows:
     return [
         *rows,
         ('cache system', f'new, with manager {options.type!r}'),
+        ('search', _search(options.search, model.why_not_whole(), device)),
         ('backend', f'{picked(options.backend, torch.device(device))}, of {options.backend!r}'),
-        ('eviction', options.eviction),
-        ('init pools', f'{options.env_num} x {options.init_pool_size} contexts'),
-        ('of evaluation', f'{policy._cfg.evaluator_env_num} x {options.init_pool_size} contexts'),
+        ('eviction', f'{options.eviction}; by hand only, a training evicts nothing'),
+        ('init pools', f'{options.env_num} x {options.init_pool_size} contexts by key, by hand only'),
+        ('of evaluation', f'{policy._cfg.evaluator_env_num} x {options.init_pool_size} contexts by key, by hand only'),
+        ('newest roots', f'{options.env_num} + {policy._cfg.evaluator_env_num} contexts'),
         ('recurrent pool', f'{options.recurrent_pool_size:,} contexts'),
         ('working batch', f'{options.env_num} contexts'),
         ('context', f'{model.context_length} tokens, stored as {manager.width} pages at the most'),
@@ -92,6 +79,15 @@ def of_config(config: str, assignments: List[str]) -> Rows:
         ('bound of memory', bound),
         ('memory of the old system', at_most),
     ]
+
+
+def _search(name: str, missing: Optional[str], device: str) -> str:
+    """Where the search trees are, and why."""
+    if name == 'tree':
+        return "in LightZero's tree, as asked for"
+    if missing is None and device != 'cpu':
+        missing = f'the model is on {device}'
+    return f'in arrays, one compiled call, of {name!r}' if missing is None else f"in LightZero's tree: {missing}"
 
 
 def _version(distribution: str) -> str:

@@ -1,14 +1,14 @@
 """
-LightZero's configs keep several copies of one number. A relation that held before a change, and of which one side was
-changed by the user, holds after it: the other side follows, unless the user set that as well.
+LightZero's configs keep several copies of one number. If a relation held before a change, and the user changed one side
+of it, the other side is changed so that it still holds, unless the user set that as well.
 """
-import importlib
 import re
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Tuple
 
-from lzero_kvcache.config import ConfigError
+from ..config import PREFIX, ConfigError
+from ..host.entries import atari_actions
 
-WM = 'policy.model.world_model_cfg.'
+WM = PREFIX + '.'
 
 # Paths that hold the same value in every config that works; any of them may be the one that is set.
 COPIES: Tuple[Tuple[str, ...], ...] = (
@@ -43,14 +43,6 @@ def _is_cuda(device: Any) -> bool:
     return str(device).startswith('cuda')
 
 
-def _atari_actions(env_id: Any) -> Optional[int]:
-    try:
-        module = importlib.import_module('zoo.atari.config.atari_env_action_space_map')
-    except ImportError:
-        return None
-    return dict(module.atari_env_action_space_map).get(env_id)
-
-
 def _rules() -> List[Rule]:
     rules = [
         Rule(target, (source, ), _same) for group in COPIES for target in group for source in group if source != target
@@ -67,7 +59,7 @@ def _rules() -> List[Rule]:
         Rule(WM + 'context_length_for_recurrent', (WM + 'context_length', ), _same),
         Rule('policy.device', (WM + 'device', ), _same),
         Rule('policy.cuda', (WM + 'device', ), _is_cuda),
-        Rule('policy.model.action_space_size', ('env.env_id', ), _atari_actions),
+        Rule('policy.model.action_space_size', ('env.env_id', ), atari_actions),
     ]
 
 
@@ -93,13 +85,8 @@ NAME_TOKENS = (
 
 def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, Any]:
     """
-    Overview:
-        Complete a change with what follows from it.
-    Arguments:
-        - before (:obj:`Mapping[str, Any]`): Every known path with its value before the change.
-        - changed (:obj:`Mapping[str, Any]`): What the user set.
-    Returns:
-        - complete (:obj:`Dict[str, Any]`): ``changed``, and every path that follows, with its new value.
+    Complete a change with the copies of what it sets. ``before`` has every known path with its value before the change,
+    ``changed`` what the user set.
     """
     complete = dict(changed)
     settled = False
@@ -130,15 +117,7 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
 
 
 def rename(name: str, before: Mapping[str, Any], changed: Mapping[str, Any]) -> str:
-    """
-    Overview:
-        An experiment's name with the values in it that changed.
-    Arguments:
-        - name (:obj:`str`): The name, as ``.../Pong_uz_ns50_bs64_seed0``.
-        - before (:obj:`Mapping[str, Any]`), changed (:obj:`Mapping[str, Any]`): As in ``follow``.
-    Returns:
-        - renamed (:obj:`str`): The name; the same one if it spells none of the changed values.
-    """
+    """An experiment's name, as ``.../Pong_uz_ns50_bs64_seed0``, with the values in it that changed."""
     for path, token in NAME_TOKENS:
         if path in changed and path in before:
             name = replace_token(name, token, before[path], changed[path])
@@ -150,16 +129,7 @@ def rename(name: str, before: Mapping[str, Any], changed: Mapping[str, Any]) -> 
 
 
 def replace_token(name: str, token: str, old: Any, new: Any) -> str:
-    """
-    Overview:
-        Replace ``seed0`` by ``seed3``, and never the ``seed0`` of ``seed01``.
-    Arguments:
-        - name (:obj:`str`): An experiment's name.
-        - token (:obj:`str`): What stands before the value.
-        - old (:obj:`Any`), new (:obj:`Any`): The values.
-    Returns:
-        - name (:obj:`str`): The name with the new value.
-    """
+    """Replace ``seed0`` by ``seed3``, and never the ``seed0`` of ``seed01``."""
     pattern = rf'(?<![A-Za-z]){re.escape(token)}{re.escape(str(old))}(?!\d|\.\d)'
     return re.sub(pattern, lambda _: f'{token}{new}', name)
 

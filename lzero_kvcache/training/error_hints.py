@@ -1,11 +1,9 @@
-"""
-Errors that a user can mend with one command, told from their exceptions. What cannot be told stays a traceback.
-"""
+"""Errors that a user can mend with one command, recognised by their exceptions; any other keeps its traceback."""
 import contextlib
 import re
 from typing import Iterator, Optional
 
-from lzero_kvcache.config import ConfigError
+from ..config import ConfigError
 
 # What LightZero's environments need, by module.
 PACKAGES = {
@@ -25,15 +23,8 @@ ROMS = "pip install --target atari_roms --no-deps ale-py==0.10.1 && ale-import-r
 _ROM_MESSAGE = re.compile(r"unable to find (the )?game|ROM.{0,80}(not (found|supported)|missing)|ale-import-roms", re.I)
 
 
-def mend(error: BaseException) -> Optional[str]:
-    """
-    Overview:
-        Say in one line what is missing and which command mends it.
-    Arguments:
-        - error (:obj:`BaseException`): What was raised.
-    Returns:
-        - line (:obj:`Optional[str]`): None if the error is of no known kind.
-    """
+def hint(error: BaseException) -> Optional[str]:
+    """One line with what is missing and the command that installs it; None if the error is of no known kind."""
     text = ' '.join(str(error).split())
     missing = _missing_module(error)
     if missing:
@@ -53,15 +44,12 @@ def mend(error: BaseException) -> Optional[str]:
 
 
 @contextlib.contextmanager
-def mended() -> Iterator[None]:
-    """
-    Overview:
-        A context out of which an error that a user can mend comes as a ``ConfigError`` that says how.
-    """
+def hinted() -> Iterator[None]:
+    """Turn an error that a user can mend into a ``ConfigError`` that says how."""
     try:
         yield
     except Exception as error:
-        line = mend(error)
+        line = hint(error)
         if line is None:
             raise
         raise ConfigError(line) from error

@@ -1,23 +1,22 @@
 """
-Data-parallel training under ``torchrun``, through LightZero's own multi-GPU path: NCCL on GPUs, gloo on CPUs. Where
-that path takes GPUs for granted, or lets ranks part, names of its modules stand for others during a run.
+Data-parallel training under ``torchrun``, through LightZero's own multi-GPU path: NCCL on GPUs, gloo on CPUs. Of that
+path, what needs GPUs or lets processes part is replaced during a run.
 """
 import contextlib
-import importlib
 import logging
 import os
 import signal
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 from easydict import EasyDict
 
-from lzero_kvcache.config import ConfigError
+from ..config import ConfigError
+from ..host import entries
+from ..host.patches import applied
 
-COLLECTORS = ('lzero.worker.muzero_collector', 'lzero.worker.muzero_segment_collector')
-BUFFERS = ('UniZeroGameBuffer', 'SampledUniZeroGameBuffer')
 SHARED_OUT = ('batch_size', 'n_episode', 'num_segments')
 
 
@@ -38,14 +37,7 @@ class Ranks(NamedTuple):
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> 'Ranks':
-        """
-        Overview:
-            What torchrun tells its processes.
-        Arguments:
-            - environment (:obj:`Mapping[str, str]`): The environment variables.
-        Returns:
-            - ranks (:obj:`Ranks`): Alone where torchrun has not started this process.
-        """
+        """What torchrun tells its processes; alone where it has not started this one."""
         names = ('RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')
         if not all(environment.get(name) for name in names):
             return cls()
@@ -54,13 +46,10 @@ class Ranks(NamedTuple):
 
 class DataParallel:
     """
-    Overview:
-        The processes of one training. Of one alone, every method does nothing.
+    The processes of one training; alone, every method does nothing.
 
-        An interrupt is agreed on where all ranks meet anyway, so that none of them waits for one that has gone: at the
-        end of a collection, after an evaluation and, one iteration late, after an update.
-    Arguments:
-        - ranks (:obj:`Ranks`): Which of them this is.
+    Ranks agree on an interrupt where all of them meet anyway, so that none waits for one that has gone: at the end of a
+    collection, after an evaluation and, one iteration late, after an update.
     """
 
     def __init__(self, ranks: Optional[Ranks] = None) -> None:
@@ -76,16 +65,10 @@ class DataParallel:
 
     @property
     def several(self) -> bool:
-        """Whether there are others."""
         return self.size > 1
 
     def join(self, device: str) -> None:
-        """
-        Overview:
-            Meet the other ranks.
-        Arguments:
-            - device (:obj:`str`): 'cuda' or 'cpu'.
-        """
+        """Meet the other ranks."""
         if not self.several:
             return
         if not device.startswith('cuda'):
@@ -97,29 +80,18 @@ class DataParallel:
                 f'{self._on_this_machine} processes need as many GPUs, and there are {gpus}: '
                 f'torchrun --nproc_per_node={gpus}, or --device cpu'
             )
-        from ding.utils import dist_init
-        dist_init()
+        entries.join_gpus()
         self._device = torch.device('cuda', torch.cuda.current_device())
 
     def part(self) -> None:
-        """
-        Overview:
-            Wait for all ranks, since torchrun ends the others as soon as one exits with an error, and leave.
-        """
+        """Wait for all ranks, since torchrun ends the others as soon as one exits with an error, and leave."""
         if self.several:
             with contextlib.suppress(RuntimeError):
                 dist.barrier()
                 dist.destroy_process_group()
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """
-        Overview:
-            Make something on the first rank, for all.
-        Arguments:
-            - make (:obj:`Callable[[], Any]`): What makes it; where that raises a ``ConfigError``, every rank does.
-        Returns:
-            - made (:obj:`Any`): The same on every rank.
-        """
+        """Make something on the first rank, for all; its ``ConfigError`` is raised on every rank."""
         if not self.several:
             return make()
         made: List[Any] = [None, None]
@@ -134,35 +106,25 @@ class DataParallel:
         return made[0]
 
     def seed(self, seed: int, environments: int) -> int:
-        """
-        Overview:
-            The seed of this rank's environments. LightZero gives all ranks the same one: they would collect the same.
-        """
+        """The seed of this rank's environments. LightZero gives all ranks the same one: they would collect the same."""
         return seed + self.rank * environments
 
     # ---- ending together -------------------------------------------------------------------------------------------
 
     def in_collection(self) -> None:
-        """
-        Overview:
-            Leave a collection where an interrupt was asked for; the others learn of it when they end theirs.
-        """
+        """Leave a collection if an interrupt was asked for; the others learn of it at the end of theirs."""
         if self.several and self.asked is not None:
             self._sum(0.0)
 
     def in_evaluation(self) -> None:
-        """
-        Overview:
-            Leave an evaluation where an interrupt was asked for; the others wait for its outcome.
-        """
+        """Leave an evaluation if an interrupt was asked for; the others wait for its outcome."""
         if self.several and self.asked is not None:
             self._broadcast([False, None], src=0)
 
     def after_update(self) -> None:
         """
-        Overview:
-            Learn whether an interrupt was asked for before the last update. No rank waits for another here: by now all
-            have exchanged the gradients of a later one.
+        Learn whether an interrupt was asked for before the last update. No rank waits for another here: by now all have
+        exchanged the gradients of a later one.
         """
         if not self.several:
             return
@@ -173,8 +135,7 @@ class DataParallel:
             self._end_if_asked(pending[1].tolist())
 
     def _flags(self) -> torch.Tensor:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        flags = [float(self.asked == number) for number in numbers]
+        flags = [float(self.asked == number) for number in (signal.SIGINT, signal.SIGTERM)]
         return torch.tensor(flags, dtype=torch.float64, device=self._device)
 
     @staticmethod
@@ -206,80 +167,48 @@ class DataParallel:
 
     def share_out(self, main_config: EasyDict, defaults: EasyDict, entry: str) -> None:
         """
-        Overview:
-            Give this rank its share, as LightZero's ``lz_to_ddp_config`` has it: the config's batch, episodes and
-            segments are those of all ranks together. So are its environments, of which a collector must not have more.
-        Arguments:
-            - main_config (:obj:`EasyDict`): Changed in place.
-            - defaults (:obj:`EasyDict`): The complete config.
-            - entry (:obj:`str`): The training entry, which collects episodes or segments.
+        Give this rank its share, in place, of a config whose batch, episodes, segments and environments are those of
+        all ranks together. A collector must not have more environments than episodes or segments.
         """
         policy = main_config.policy
         if not self.several:
             if policy.get('multi_gpu', False):
                 raise ConfigError('policy.multi_gpu=True needs several processes: torchrun --nproc_per_node=N train.py')
             return
-        from lzero.config.utils import lz_to_ddp_config
         policy.multi_gpu = True
         for key in SHARED_OUT:
             if defaults.policy.get(key) is not None:
                 policy[key] = defaults.policy[key]
-        lz_to_ddp_config(main_config)
+        entries.divide_among_ranks(main_config)
         collected = policy['num_segments' if 'segment' in entry else 'n_episode']
         environments = min(defaults.env.collector_env_num, collected)
-        for config in (main_config.env, policy, policy.model.world_model_cfg):
-            if config is not policy.model.world_model_cfg or 'collector_env_num' in config:
-                config.collector_env_num = environments
+        main_config.env.collector_env_num = policy.collector_env_num = environments
+        if 'collector_env_num' in policy.model.world_model_cfg:
+            policy.model.world_model_cfg.collector_env_num = environments
         if not self.main:
             policy.use_wandb = False
 
     @contextlib.contextmanager
-    def mended(self, entry: Any) -> Iterator[None]:
-        """
-        Overview:
-            A context in which LightZero's multi-GPU path works, on CPUs too.
-        Arguments:
-            - entry (:obj:`Any`): The module of the training entry.
-        """
-        if not self.several:
+    def patched(self) -> Iterator[None]:
+        """A context in which LightZero's multi-GPU path works, on CPUs too."""
+        replacements: Dict[str, Callable[[Any], Any]] = {}
+        if self.several:
+            replacements = dict(
+                allreduce=lambda original: self._reduced, broadcast=lambda original: self._broadcast,
+                buffers=self._counted, gradients=_synchronize_given, hook_rank=lambda original: lambda: self._device,
+            )
+            if self._device.type == 'cpu':
+                replacements['updates'] = self._updates
+            if not self.main:
+                replacements['loggers'] = lambda original: self._build_logger
+        with applied(**replacements):
             yield
-            return
-        with contextlib.ExitStack() as stack:
-            for module, name, mend in self._mends(entry):
-                original = getattr(module, name, None)
-                if original is not None:
-                    setattr(module, name, mend(original))
-                    stack.callback(setattr, module, name, original)
-            yield
-
-    def _mends(self, entry: Any) -> List[Tuple[Any, str, Callable[[Any], Any]]]:
-        collectors = [importlib.import_module(name) for name in COLLECTORS]
-        learner = importlib.import_module('ding.worker.learner.base_learner')
-        hooks = importlib.import_module('ding.worker.learner.learner_hook')
-        evaluator = importlib.import_module('lzero.worker.muzero_evaluator')
-        buffers = importlib.import_module('lzero.mcts')
-        policy = importlib.import_module('ding.policy.base_policy').Policy
-        mends: List[Tuple[Any, str, Callable[[Any], Any]]] = [
-            (evaluator, 'broadcast_object_list', lambda original: self._broadcast),
-            (policy, 'sync_gradients', _synchronize_given),
-            # LogReduceHook moves numbers to the device that has the number of its rank.
-            (hooks, 'get_rank', lambda original: lambda: self._device),
-        ]
-        mends += [(collector, 'allreduce_data', lambda original: self._reduced) for collector in collectors]
-        mends += [(buffers, name, self._counted) for name in BUFFERS]
-        if self._device.type == 'cpu':
-            mends.append((entry, 'calculate_update_per_collect', self._updates))
-        if not self.main:
-            for module in (learner, *collectors):
-                mends.append((module, 'build_logger', lambda original: self._build_logger))
-        return mends
 
     def _reduced(self, number: Any, op: str) -> Any:
         total = self._sum(float(number)) / (self.size if op == 'avg' else 1)
         return round(total) if isinstance(number, int) and op == 'sum' else total
 
     def _updates(self, original: Callable[..., int]) -> Callable[..., int]:
-        """LightZero sums up transitions where there are GPUs, and else has each rank count its own."""
 
         def updates(cfg: EasyDict, new_data: Any, world_size: int = 1) -> int:
             if cfg.policy.update_per_collect is not None:
@@ -295,12 +224,10 @@ class DataParallel:
         return lambda *args, **kwargs: _CommonBuffer(original(*args, **kwargs), self._least)
 
     def _build_logger(self, path: str, name: Optional[str] = None, *args: Any, **kwargs: Any) -> Tuple[Any, None]:
-        """Without files of its own, which would be those of the first rank."""
         return logging.getLogger(f'rank{self.rank}.{name}'), None
 
 
 def _synchronize_given(original: Callable[..., None]) -> Callable[..., None]:
-    """``zero_grad`` leaves None on parameters that the loss does not reach, which DI-engine takes for tensors."""
 
     def synchronize(policy: Any, model: torch.nn.Module) -> None:
         given = [(name, parameter) for name, parameter in model.named_parameters() if parameter.grad is not None]
@@ -310,7 +237,7 @@ def _synchronize_given(original: Callable[..., None]) -> Callable[..., None]:
 
 
 class _CommonBuffer:
-    """A replay buffer that has as much as that of the rank with the least, so that all begin to train at once."""
+    """A replay buffer that counts as much as that of the rank with the least."""
 
     def __init__(self, buffer: Any, least: Callable[[int], int]) -> None:
         self._buffer = buffer

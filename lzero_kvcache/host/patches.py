@@ -1,0 +1,221 @@
+"""
+Everything outside of this package that a training replaces for a time: of LightZero, of DI-engine and of the process.
+What is not in ``TABLE`` cannot be replaced.
+"""
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import types
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
+
+ENTRIES = ('train_unizero', 'train_unizero_segment')
+COLLECTORS = ('lzero.worker.muzero_collector', 'lzero.worker.muzero_segment_collector')
+Make = Callable[[Any], Any]
+
+
+class Patch(NamedTuple):
+    """
+    A target is ``module:attribute``, ``copy of module:function:name`` for a name that a copy of the function finds,
+    ``signal:NAME``, ``environ:NAME``, ``descriptor:NUMBER``, or ``sys.path``, where a folder is added and its modules
+    are forgotten at the end.
+    """
+    targets: Tuple[str, ...]
+    replacement: str
+    reason: str
+    until: str
+
+
+def _of_entries(name: str) -> Tuple[str, ...]:
+    return tuple(f'lzero.entry.{entry}:{name}' for entry in ENTRIES)
+
+
+def _of_models(name: str) -> Tuple[str, ...]:
+    return tuple(
+        f'copy of lzero.model.{module}:{model}.__init__:{name}'
+        for module, model in (('unizero_model', 'UniZeroModel'), ('sampled_unizero_model', 'SampledUniZeroModel'))
+    )
+
+
+def _of_policies(name: str) -> Tuple[str, ...]:
+    return tuple(
+        f'copy of lzero.policy.{module}:{policy}._forward_{mode}:{name}' for mode in ('collect', 'eval')
+        for module, policy in (('unizero', 'UniZeroPolicy'), ('sampled_unizero', 'SampledUniZeroPolicy'))
+    )
+
+
+CALL = 'the call returns'
+RUN, LOAD, OUTPUT = 'the run ends', 'the config is loaded', 'the command ends'
+
+TABLE: Dict[str, Patch] = {
+    # ---- LightZero and DI-engine, while a config is loaded
+    'entries': Patch(
+        tuple(f'lzero.entry.{entry}:{entry}.__code__' for entry in ENTRIES), "code that raises the call's arguments",
+        "configs may call an entry by any reference to it, when imported or in their 'main'", LOAD),
+    'ddp_config': Patch(
+        ('lzero.config.utils:lz_to_ddp_config.__code__', ), 'code that returns its argument',
+        'the share of each process is worked out when it runs', LOAD),
+    'ddp_context': Patch(
+        tuple(f'ding.utils:DDPContext.{name}' for name in ('__init__', '__enter__', '__exit__')), 'does nothing',
+        'processes meet when they run', LOAD),
+    # ---- LightZero and DI-engine, in a run
+    'compile_config': Patch(
+        _of_entries('compile_config'), 'the same with renew_dir=False', 'the folder has been made already', RUN),
+    'learner': Patch(
+        _of_entries('BaseLearner'), 'a subclass', 'restores a checkpoint; tells of iterations and interrupts', RUN),
+    'collector': Patch(_of_entries('Collector'), 'a subclass', 'counts environment steps as they are taken', RUN),
+    'evaluator': Patch(_of_entries('Evaluator'), 'a subclass', 'keeps the reward of each evaluation', RUN),
+    'save_file': Patch(
+        ('ding.worker.learner.learner_hook:save_file', ), 'checkpoints.save_atomically',
+        'a kill during a save would leave a torn checkpoint', RUN),
+    # ---- LightZero and DI-engine, in a run of several processes
+    'allreduce': Patch(
+        tuple(f'{module}:allreduce_data' for module in COLLECTORS), 'a sum that carries interrupts',
+        'it needs GPUs; all processes must leave a collection together', RUN),
+    'broadcast': Patch(
+        ('lzero.worker.muzero_evaluator:broadcast_object_list', ), 'a broadcast that carries interrupts',
+        'all processes must leave an evaluation together', RUN),
+    'buffers': Patch(
+        ('lzero.mcts:UniZeroGameBuffer', 'lzero.mcts:SampledUniZeroGameBuffer'),
+        'counts as much as the emptiest process has', 'all processes must begin to train together', RUN),
+    'gradients': Patch(
+        ('ding.policy.base_policy:Policy.sync_gradients', ), 'leaves out parameters without a gradient',
+        'zero_grad leaves None, which it takes for a tensor', RUN),
+    'hook_rank': Patch(
+        ('ding.worker.learner.learner_hook:get_rank', ), "this process's device",
+        'LogReduceHook moves numbers to the device that has the number of the rank', RUN),
+    'updates': Patch(
+        _of_entries('calculate_update_per_collect'), 'sums up the transitions of all processes',
+        'on CPUs each process would count its own', RUN),
+    'loggers': Patch(
+        ('ding.worker.learner.base_learner:build_logger', *(f'{module}:build_logger' for module in COLLECTORS)),
+        'loggers without files', "the files would be the first process's", RUN),
+    # ---- names that a copy of one of LightZero's functions finds; LightZero's modules stay as they are
+    'WorldModel': Patch(
+        _of_models('WorldModel'), 'OldWorldModel or NewWorldModel', 'the flag picks the world model', CALL),
+    'Tokenizer': Patch(
+        _of_models('Tokenizer'), 'MemoryTokenizer', "LightZero cannot construct 'image_memory' models without", CALL),
+    'MCTSCtree': Patch(
+        _of_policies('MCTSCtree'), 'roots that are searched in arrays', 'a search is one compiled call', CALL),
+    'select_action': Patch(_of_policies('select_action'), 'a copy of it', 'it finds another entropy', CALL),
+    'entropy': Patch(
+        ('copy of lzero.policy.utils:select_action:entropy', ), "the sum alone, without scipy's checks",
+        'these take a third of a collect step', CALL),
+    # ---- the process
+    'interrupts': Patch(
+        ('signal:SIGINT', 'signal:SIGTERM'), 'notes that an end was asked for',
+        'a run ends after a whole update, with a checkpoint', 'the run, or the experiment, ends'),
+    'descriptors': Patch(
+        ('descriptor:1', 'descriptor:2'), 'the log file', 'worker processes and C code write there', OUTPUT),
+    'stdout': Patch(('sys:stdout', ), 'the log file', 'Python code writes there', OUTPUT),
+    'stderr': Patch(('sys:stderr', ), 'the log file', 'Python code writes there', OUTPUT),
+    'plain_logs': Patch(
+        ('environ:DISABLE_RICH', ), "'1'", "ditk's rich handler wraps a log file at 80 characters", OUTPUT),
+    'neighbours': Patch(
+        ('sys.path', ), "the config's folder", 'configs import files beside them, then and in the run',
+        'a config of another folder is loaded'),
+}
+
+
+@contextlib.contextmanager
+def applied(**replacements: Make) -> Iterator[None]:
+    """Replace the targets of rows of ``TABLE``; each replacement is made from what was there."""
+    with contextlib.ExitStack() as stack:
+        for name, make in replacements.items():
+            for target in TABLE[name].targets:
+                stack.enter_context(_replaced(target, make))
+        yield
+
+
+def with_globals(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
+    """A copy of a function, or of a bound method, that finds other objects under names of ``TABLE``. It is made for one
+    call, so that two policies or two threads never see each other's."""
+    if isinstance(function, types.MethodType):
+        return types.MethodType(with_globals(function.__func__, **names), function.__self__)
+    assert isinstance(function, types.FunctionType) and names.keys() <= TABLE.keys()
+    copy = types.FunctionType(
+        function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__,
+        function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _replaced(target: str, make: Make) -> Any:
+    kind, _, name = target.partition(':')
+    special = {'signal': _signal, 'environ': _variable, 'descriptor': _descriptor, 'sys.path': _importable}
+    if kind in special:
+        return special[kind](name, make)
+    *path, name = name.split('.')
+    owner = importlib.import_module(kind)
+    for part in path:
+        owner = getattr(owner, part)
+    return _attribute(owner, name, make)
+
+
+@contextlib.contextmanager
+def _attribute(owner: Any, name: str, make: Make) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _signal(name: str, make: Make) -> Iterator[None]:
+    number = getattr(signal, name)
+    original = signal.getsignal(number)
+    signal.signal(number, make(original))
+    try:
+        yield
+    finally:
+        signal.signal(number, original)
+
+
+@contextlib.contextmanager
+def _variable(name: str, make: Make) -> Iterator[None]:
+    original = os.environ.get(name)
+    os.environ[name] = make(original)
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if original is not None:
+            os.environ[name] = original
+
+
+@contextlib.contextmanager
+def _descriptor(name: str, make: Make) -> Iterator[None]:
+    number = int(name)
+    original = os.dup(number)
+    os.dup2(make(original), number)
+    try:
+        yield
+    finally:
+        os.dup2(original, number)
+        os.close(original)
+
+
+@contextlib.contextmanager
+def _importable(_: str, make: Make) -> Iterator[None]:
+    folder, before = make(sys.path), set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the config may have removed it
+            sys.path.remove(folder)
+        added = set(sys.modules) - before
+        tops = {name for name in added if '.' not in name and folder in _folders(sys.modules[name])}
+        for name in added:
+            if name.split('.')[0] in tops:
+                del sys.modules[name]
+
+
+def _folders(module: Any) -> List[str]:
+    """Where a module's file, or a package's folders, lie."""
+    places = list(getattr(module, '__path__', [])) or [getattr(module, '__file__', None) or '']
+    return [os.path.dirname(place) for place in places]

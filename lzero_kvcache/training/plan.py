@@ -1,0 +1,118 @@
+"""What a run needs to know, from a config file and what a user changes of it; checked before anything is started."""
+import os
+import re
+from dataclasses import dataclass
+from typing import List, Optional, Sequence
+
+import torch
+from easydict import EasyDict
+
+from ..config import FLAG, ConfigError
+from ..host import entries
+from ..loading import PLUGIN, check_config, disable, enable
+from .checkpoints import CHECKPOINTS
+from .config_file import load_config
+from .linked_keys import replace_token
+from .overrides import apply_overrides
+
+TRAIN, EVALUATE = 'train', 'evaluate'
+
+
+@dataclass
+class Plan:
+    """``checkpoint`` is what a training goes on from, in the same folder if ``in_place``, or what is evaluated."""
+    main_config: EasyDict
+    create_config: EasyDict
+    entry: str
+    config: str
+    seed: int = 0
+    max_env_step: Optional[int] = None
+    max_train_iter: Optional[int] = None
+    threads: Optional[int] = None
+    task: str = TRAIN
+    checkpoint: Optional[str] = None
+    in_place: bool = False
+
+
+def make_plan(
+        config: str,
+        *,
+        cache: Optional[str] = None,
+        seed: Optional[int] = None,
+        exp_name: Optional[str] = None,
+        max_env_step: Optional[int] = None,
+        max_train_iter: Optional[int] = None,
+        device: Optional[str] = None,
+        resume: Optional[str] = None,
+        evaluate: Optional[str] = None,
+        in_place: bool = False,
+        threads: Optional[int] = None,
+        overrides: Sequence[str] = (),
+) -> Plan:
+    """Load a config file and change it as asked; the arguments are the options of ``train.py``."""
+    loaded = load_config(config)
+    main_config, create_config = loaded.main_config, loaded.create_config
+    load_plugin(create_config)
+    if cache:
+        set_cache(cache, main_config, create_config)
+    stem = os.path.splitext(os.path.basename(loaded.path))[0]
+    main_config.exp_name = str(main_config.get('exp_name') or f'data_unizero/{stem}')
+    if overrides:
+        apply_overrides(main_config, create_config, overrides, entries.completed(main_config, create_config))
+    set_device(device, main_config)
+    seed = loaded.seed if seed is None else seed
+    if in_place:
+        main_config.exp_name = _folder_of(resume, exp_name)
+    elif exp_name:
+        main_config.exp_name = exp_name
+    elif evaluate:
+        main_config.exp_name += '_eval'
+    else:
+        main_config.exp_name = replace_token(main_config.exp_name, 'seed', loaded.seed, seed)
+    check_config(main_config, create_config)
+    return Plan(
+        main_config=main_config, create_config=create_config, entry=loaded.entry, config=loaded.path, seed=seed,
+        max_env_step=max_env_step or loaded.max_env_step, max_train_iter=max_train_iter or loaded.max_train_iter,
+        threads=threads or loaded.threads, task=EVALUATE if evaluate else TRAIN, checkpoint=evaluate or resume,
+        in_place=in_place,
+    )
+
+
+def load_plugin(create_config: EasyDict) -> None:
+    """Add this package to what DI-engine imports, so that flag and statistics work in any LightZero config."""
+    names: List[str] = list(create_config.policy.get('import_names', []))
+    if PLUGIN not in names:
+        create_config.policy.import_names = names + [PLUGIN]
+
+
+def set_cache(cache: str, main_config: EasyDict, create_config: EasyDict) -> None:
+    """Pick 'old' or 'new', and change a name of the experiment that says the other."""
+    was = 'new' if main_config.policy.model.world_model_cfg.get(FLAG, False) else 'old'
+    (enable if cache == 'new' else disable)(main_config, create_config)
+    name = main_config.get('exp_name')
+    if isinstance(name, str) and was != cache:
+        main_config.exp_name = re.sub(rf'(?<![A-Za-z0-9]){was}(?![A-Za-z0-9])', cache, name)
+
+
+def set_device(device: Optional[str], main_config: EasyDict) -> None:
+    """Write 'auto', 'cpu', 'cuda', or for None what the config says, into all places that LightZero reads it from."""
+    world_model = main_config.policy.model.world_model_cfg
+    has_gpu = torch.cuda.is_available()
+    if device == 'cuda' and not has_gpu:
+        raise ConfigError('--device cuda: torch finds no GPU here; use --device cpu, or auto')
+    if device is None:
+        device = str(world_model.get('device', 'auto'))
+    if device == 'auto' or not has_gpu:
+        device = 'cuda' if has_gpu else 'cpu'
+    world_model.device = main_config.policy.device = device
+    main_config.policy.cuda = device.startswith('cuda')
+
+
+def _folder_of(resume: Optional[str], exp_name: Optional[str]) -> str:
+    """The experiment's folder that a checkpoint lies in."""
+    if not resume or exp_name:
+        raise ConfigError('--in-place goes on where --resume was; give that, and no --exp-name')
+    folder, ckpt = os.path.split(os.path.dirname(os.path.abspath(resume)))
+    if ckpt != CHECKPOINTS:
+        raise ConfigError(f'--in-place: {resume} is in no folder {CHECKPOINTS} of an experiment')
+    return folder

@@ -1,0 +1,182 @@
+"""
+The options of ``train.py`` and of ``python -m lzero_kvcache``. They stand beside the package, which brings torch and
+takes seconds to import: ``--help``, ``--version`` and wrong usage must be answered at once.
+"""
+import argparse
+import importlib.util
+import os
+import re
+import sys
+from typing import Any, Callable, NoReturn, Optional, Sequence, Tuple
+
+COMMAND = 'python -m lzero_kvcache'
+BAD_USAGE = 2
+TRAIN_EXAMPLES = """
+examples:
+  python train.py --config config_new.py
+  python train.py --config cartpole_unizero_config.py --cache old --max-env-step 5000 --seed 1
+  python train.py --config config_new.py --set policy.num_simulations=10
+  policy.model.world_model_cfg.kv_cache_cfg.eviction=lru
+  torchrun --nproc_per_node=2 train.py --config config_new.py
+"""
+COMPARE_EXAMPLES = """
+examples:
+  python -m lzero_kvcache compare data_unizero/cartpole_old_seed0 data_unizero/cartpole_new_seed0
+  python -m lzero_kvcache compare data_unizero --out figures
+  python -m lzero_kvcache compare runs/* --group fifo='*_fifo_*' lru='*_lru_*'
+"""
+EXPERIMENT_EXAMPLES = """
+example:
+  python -m lzero_kvcache experiment --config config_new.py --cache old new --seeds 0 1 2
+"""
+
+
+class UsageError(ValueError):
+    """Options that no parser accepts, in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f'{message} (--help lists the options)')
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """The options, those of the command line by default; ends the program where there are none."""
+    try:
+        return parser.parse_args(argv)
+    except UsageError as error:
+        sys.exit(refused(parser.prog, str(error)))
+
+
+def refused(program: str, message: str, file: Any = None) -> int:
+    """Say in one line what is wrong, once where several processes find the same; returns the exit code."""
+    # A RANK without its companions is not torchrun's.
+    if int(os.environ.get('RANK') or 0) == 0 or not os.environ.get('MASTER_ADDR'):
+        print(f'{program}: error: ' + ' '.join(message.split()), file=file or sys.stderr)
+    return BAD_USAGE
+
+
+def version() -> str:
+    """The package's, read without importing it."""
+    spec = importlib.util.find_spec('lzero_kvcache')
+    with open(spec.origin, encoding='utf-8') as file:  # type: ignore[union-attr, arg-type]
+        found = re.search(r"^__version__ = '([^']+)'$", file.read(), re.MULTILINE)
+    return f'lzero_kvcache {found.group(1)}'  # type: ignore[union-attr]
+
+
+def count(minimum: int) -> Callable[[str], int]:
+    """Reads a whole number, which may be written as 2e5."""
+
+    def read(text: str) -> int:
+        try:
+            number = float(text)
+            if number >= minimum and number == int(number):
+                return int(number)
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least {minimum}')
+
+    return read
+
+
+def group(text: str) -> Tuple[str, str]:
+    """Reads NAME=PATTERN."""
+    name, separator, pattern = text.partition('=')
+    if not (name and separator and pattern):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATTERN, as in lru='*_lru_*'")
+    return name, pattern
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The options of ``train.py``."""
+    parser = _Parser(prog='train.py', epilog=TRAIN_EXAMPLES,
+                     description='Train a LightZero UniZero config with the old or the new KV cache.')
+    add = parser.add_argument
+    add('--config', required=True, metavar='FILE', help='a LightZero config file; a bare name is looked for here, in '
+        'configs/ and in zoo_configs/. It is Python code, and it will be run')
+    add('--cache', choices=('old', 'new'), help='the cache system (default: what the config says)')
+    add('--seed', type=count(0), metavar='N', help="default: the config's seed, or 0")
+    add('--exp-name', metavar='PATH', help='folder of the experiment; a name that exists gets the time appended '
+        '(default: exp_name of the config)')
+    add('--max-env-step', type=count(1), metavar='N', help='environment steps to stop after; the collection and the '
+        'updates under way are completed (default: max_env_step of the config)')
+    add('--max-train-iter', type=count(1), metavar='N', help='training iterations to stop after')
+    add('--device', choices=('auto', 'cpu', 'cuda'), help='auto: the GPU if there is one (default: what the config '
+        'says, and the CPU where there is no GPU)')
+    checkpoint = parser.add_mutually_exclusive_group()
+    checkpoint.add_argument('--resume', metavar='CKPT', help='go on from a checkpoint of either cache system; steps '
+                            'and iterations go on, and --max-env-step counts all of them')
+    checkpoint.add_argument('--eval', metavar='CKPT', help='evaluate a checkpoint, and train nothing')
+    add('--in-place', action='store_true', help="with --resume: go on in the checkpoint's own folder, whose summary "
+        'then covers all of the training')
+    add('--threads', type=count(1), metavar='N', help='CPU threads of torch (default: threads of the config, or '
+        "torch's own choice)")
+    _add_set(parser, 'set any key of the config, a new one as +KEY=VALUE; copies of the value in other keys follow it')
+    add('--verbose', action='store_true', help="show LightZero's own output as well")
+    add('--log-level', choices=('info', 'debug'), default='info', help='debug: every miss, eviction, clear and growth '
+        "of the cache, in the run's log file")
+    add('--version', action='version', version=version())
+    return parser
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The commands of ``python -m lzero_kvcache``, and their options."""
+    parser = _Parser(prog=COMMAND, description='Tools around the KV cache of UniZero.')
+    parser.add_argument('--version', action='version', version=version())
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    _add_compare(commands)
+    _add_experiment(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_set(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument('--set', nargs='+', action='append', default=[], metavar='KEY=VALUE', dest='assignments',
+                        help=text)
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser(
+        'compare', help='put runs side by side: a table, curves, a page', epilog=COMPARE_EXAMPLES,
+        description='Compare trainings: time, memory, hit rates and rewards, with the spread over seeds and the ratio '
+        'to the first side. Prints a table, and writes compare.png, report.html and compare.json.')
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='the folder of an experiment, a folder of several, or '
+                        'an event file of tensorboard')
+    parser.add_argument('--out', default='comparison', metavar='DIR', help='where to write (default: %(default)s)')
+    parser.add_argument('--group', nargs='+', action='append', default=[], type=group, metavar='NAME=PATTERN',
+                        help='the runs whose name or path matches PATTERN (* and ? stand for anything) are seeds of '
+                        'NAME; the first is what the others are compared to (default: runs whose configs differ in '
+                        "nothing but seed and name belong together, and the old system's come first)")
+
+
+def _add_experiment(commands: Any) -> None:
+    parser = commands.add_parser(
+        'experiment', help='train over cache systems and seeds, and compare', epilog=EXPERIMENT_EXAMPLES,
+        description='Train one config for each cache system and seed, each in a process of its own, and compare them. '
+        'The same command goes on where it was cut off.')
+    add = parser.add_argument
+    add('--config', required=True, metavar='FILE', help='a LightZero config file, as for train.py')
+    add('--cache', nargs='+', choices=('old', 'new'), default=['old', 'new'], metavar='SYSTEM',
+        help='old, new or both, the baseline first (default: old new)')
+    add('--seeds', nargs='+', type=count(0), default=[0, 1, 2], metavar='N', help='default: 0 1 2')
+    add('--jobs', type=count(1), default=1, metavar='N', help='runs at once; they share the machine, and so their '
+        'times (default: 1)')
+    add('--out', metavar='DIR', help='folder of the experiment (default: data_experiment/NAME of the config)')
+    add('--max-env-step', type=count(1), metavar='N', help='environment steps of each run (default: those of the '
+        'config)')
+    add('--device', choices=('auto', 'cpu', 'cuda'), metavar='DEVICE', help='auto, cpu or cuda, as for train.py')
+    add('--threads', type=count(1), metavar='N', help='CPU threads of each run, as for train.py')
+    _add_set(parser, 'set any key of the config in every run')
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser(
+        'info', help='versions, device, backend; sizes and memory of a config',
+        description='Say what is installed, and what the cache of a config will take. The policy of the config is '
+        'built on the CPU, without environments.')
+    parser.add_argument('--config', metavar='FILE', help='a LightZero config file, as for train.py')
+    _add_set(parser, 'set any key of the config')

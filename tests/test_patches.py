@@ -1,0 +1,93 @@
+"""What a training replaces outside of this package: all of it is in one table, is there, and comes back."""
+import ast
+import importlib
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from lzero_kvcache.host import patches
+from lzero_kvcache.host.patches import TABLE, applied
+
+PACKAGE = Path(patches.__file__).parents[1]
+TARGETS = [target for patch in TABLE.values() for target in patch.targets]
+
+
+def state(target):
+    """What is at a target now."""
+    kind, _, name = target.partition(':')
+    if kind == 'signal':
+        return signal.getsignal(getattr(signal, name))
+    if kind == 'environ':
+        return os.environ.get(name)
+    if kind == 'descriptor':
+        return os.fstat(int(name)).st_ino
+    if kind == 'sys.path':
+        return list(sys.path)
+    owner = importlib.import_module(kind)
+    for part in name.split('.'):
+        owner = getattr(owner, part)
+    return owner
+
+
+def replacement(target):
+    kind = target.partition(':')[0]
+    if kind == 'signal':
+        return signal.SIG_IGN
+    if kind == 'environ':
+        return '1'
+    if kind == 'descriptor':
+        return os.open(os.devnull, os.O_WRONLY)
+    if kind == 'sys.path':
+        return '/somewhere'
+    return (lambda: None).__code__ if target.endswith('__code__') else object()
+
+
+@pytest.mark.parametrize('name', TABLE)
+@pytest.mark.parametrize('fails', [False, True])
+def test_each_is_replaced_and_comes_back(name, fails, capfd):
+    before = [state(target) for target in TABLE[name].targets]
+    made = replacement(TABLE[name].targets[0])
+    try:
+        with applied(**{name: lambda original: made}):
+            during = [state(target) for target in TABLE[name].targets]
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert all(now != was for now, was in zip(during, before))
+    assert [state(target) for target in TABLE[name].targets] == before
+
+
+def test_nothing_else_can_be_replaced():
+    with pytest.raises(KeyError):
+        with applied(anything=lambda original: None):
+            pass
+
+
+def test_the_table_says_each_target_once():
+    assert len(set(TARGETS)) == len(TARGETS)
+    for patch in TABLE.values():
+        assert patch.replacement and patch.reason and patch.until
+
+
+def imported(tree):
+    """The libraries that a module imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split('.')[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split('.')[0]
+
+
+@pytest.mark.parametrize('path', [path for room in ('training', 'cli') for path in (PACKAGE / room).glob('*.py')],
+                         ids=lambda path: path.name)
+def test_training_and_cli_know_lightzero_by_the_host_alone(path):
+    """They import nothing of it, and replace nothing themselves."""
+    source = path.read_text(encoding='utf-8')
+    assert not set(imported(ast.parse(source))) & {'lzero', 'ding', 'zoo', 'gym', 'gymnasium'}
+    assert not re.search(r'setattr\(|__code__|__dict__|import_module|signal\.signal|sys\.modules|sys\.path'
+                         r'|sys\.std(out|err) = |os\.environ\[', source)
