@@ -59,6 +59,8 @@ setup(
         'DI-engine>=0.5.3',
         'LightZero>=0.2.0',
         'numpy<2',
+        # Compiles searches on the CPU. 0.58 is the last that Python 3.8 can install.
+        'numba>=0.58',
         # DI-engine needs wandb<=0.19.0, which needs protobuf<6; tensorboard 2.21 needs protobuf>=6. Unbounded, pip goes
         # back to a wandb of 2022 that cannot be imported.
         'tensorboard<2.21',

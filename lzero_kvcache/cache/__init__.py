@@ -1,4 +1,4 @@
-"""Bookkeeping of contexts: keys, page ids, reference counts, evictions, statistics.
+"""Bookkeeping of contexts: keys, page ids, reference counts, leases, evictions, statistics.
 
-Knows numpy and the configuration; must not know tensors, LightZero or the transformer.
+Knows keys, environments and numbers. Must not know tensors, LightZero or the transformer.
 """

@@ -1,4 +1,6 @@
 """
-What a person types, turned into a call, and errors turned into lines and exit codes. This room knows the functions
-of training and comparison, and must not know how anything is done. The options are in ``lzero_kvcache_options``.
+What a person types, turned into a call; errors turned into lines and exit codes.
+
+Knows the functions of training and comparison, and the options in ``lzero_kvcache_options``. Must not know how anything
+is done.
 """

@@ -1,6 +1,7 @@
 """
-Trainings side by side, from the files that they left behind. Nothing here trains, runs a config or knows how the cache
-works. ``reading`` finds and reads runs, ``judging`` compares them, ``table`` and ``page`` show what came out.
+Trainings side by side: ``reading`` finds and reads runs, ``judging`` compares them, ``table`` and ``page`` show it.
+
+Knows the files that trainings leave behind. Must not train, run a config or know how the cache works.
 """
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The transformer's inference over pages: where pages are stored, attention over them, how a step is launched.
+"""The transformer's inference over pages: where pages are, attention over them, how a step is launched or compiled.
 
-Knows tensors and page ids; must not know keys, pools or LightZero. Weights come complete from the host.
+Knows tensors, page ids, and weights as the host hands them over. Must not know keys, pools or LightZero.
 """

@@ -1,6 +1,7 @@
 """
-One training: its config file, its plan, the run and what that leaves behind; and experiments of several. This room uses
-the host's entries and patches, and knows neither LightZero's modules nor how the cache works. From a notebook:
+One training: its config file, its plan, the run and what that leaves behind; and experiments of several.
+
+Knows the host's entries and patches. Must not know LightZero's modules or how the cache works. From a notebook:
 
     from lzero_kvcache.training import make_plan, run
     result = run(make_plan('config_new', cache='old', max_env_step=300, overrides=['policy.num_simulations=10']))

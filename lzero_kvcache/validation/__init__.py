@@ -1,6 +1,6 @@
 """Replays what a search answered on a reference that the host hands over, and judges the differences.
 
-Knows what goes into an inference and what comes out; nothing of LightZero, pages, pools or the engine.
+Knows what goes into an inference and what comes out. Must not know LightZero, pages, pools or the engine.
 """
 from .validator import ValidationError, Validator
 
