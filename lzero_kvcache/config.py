@@ -61,7 +61,7 @@ def _positive_number(value: Any, key: str) -> float:
 
 class Option(NamedTuple):
     """One key of ``kv_cache_cfg``."""
-    kind: str  # its type, as the README says it
+    kind: str  # its type, as docs/options.md says it
     default: Any  # None where it follows from other keys, or is no bound
     meaning: str
     check: Optional[Callable[[Any, str], Any]] = None  # returns the value, or raises ConfigError
@@ -113,7 +113,7 @@ KV_CACHE_CFG: Dict[str, Option] = {
     'validation_action': Option(
         'str', 'warn', "what such a row does: 'warn' in the log or 'raise' an error", choices=('warn', 'raise')),
 }
-"""Every key of ``kv_cache_cfg``; parsing, errors, the README's table and ``info`` come from it."""
+"""Every key of ``kv_cache_cfg``; parsing, errors and the table in docs/options.md come from it."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     name = create_config.policy.type
     if name not in POLICIES:
         raise ConfigError(f'create_config.policy.type={name!r} is not a UniZero policy: {nearest(name, POLICIES)}')
-    with contextlib.suppress(ImportError):  # what is missing is missed by what needs it
+    with contextlib.suppress(ImportError):  # a module that is missing is reported where it is needed
         import_module(create_config.policy.get('import_names', []))  # these register a policy of one's own
     policy = POLICY_REGISTRY.get(name)
     config = settle(deep_merge_dicts(policy.default_config(), copy.deepcopy(main_config.policy)), KV_CACHE_REGISTRY)

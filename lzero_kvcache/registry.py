@@ -8,17 +8,7 @@ KV_CACHE_REGISTRY = Registry()
 
 
 def register_in_place_of(original: type, registry: Registry, name: str, replacement: type) -> None:
-    """
-    Overview:
-        Register a class of the plugin over LightZero's, and over nothing else.
-    Arguments:
-        - original (:obj:`type`): LightZero's class.
-        - registry (:obj:`Registry`): One of DI-engine's.
-        - name (:obj:`str`): What both are registered by.
-        - replacement (:obj:`type`): The plugin's class.
-    Raises:
-        - ConfigError: Somebody else's class has the name.
-    """
+    """Register a class of the plugin under the name of LightZero's; refuse to replace anybody else's."""
     present = registry.get(name)
     if present is not original:
         raise ConfigError(

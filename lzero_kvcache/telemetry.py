@@ -28,23 +28,20 @@ LAYOUT = {
         'time': ['Multiline', ['kv_cache_iter/search_ms', 'kv_cache_iter/step_ms']],
     }
 }
-# What tensorboard's page of hyperparameters tells runs by, each with a value of its type. It takes the list from one of
-# the runs, so all name all of it, those of the old system too.
+# What tensorboard's page of hyperparameters shows of a run, each with a value of its type. The page takes the list from
+# one of the runs, so each run names all of it, one of the old system too.
 HYPERPARAMETERS: Dict[str, Any] = {
     **dict.fromkeys(('cache_system', 'cache_manager', 'eviction', 'dtype', 'backend'), ''),
     **dict.fromkeys(('init_pool_size', 'recurrent_pool_size', 'env_num', 'num_simulations', 'context_length'), 0),
 }
-# What it compares them by.
+# The metrics on that page.
 COMPARED = (
     'kv_cache_iter/total_hit_rate', 'kv_cache_iter/search_ms', 'kv_cache_iter/memory_mb', 'evaluator_iter/reward_mean'
 )
 
 
 class Point(NamedTuple):
-    """
-    Overview:
-        What was counted up to a training iteration.
-    """
+    """What was counted up to a training iteration."""
     counters: Dict[str, Any]
     timings: Dict[str, Timing]
     iteration: int
@@ -52,24 +49,14 @@ class Point(NamedTuple):
 
 
 class RankSums:
-    """
-    Overview:
-        Sums the numbers of all ranks while these go on training. Every rank must ask equally often.
-    """
+    """Sums the numbers of all ranks while they go on training. Every rank must ask equally often."""
 
     def __init__(self) -> None:
         self._pending: Optional[Tuple[Any, torch.Tensor, Point]] = None
 
     def exchange(self, point: Point) -> Optional[Point]:
-        """
-        Overview:
-            Send this rank's numbers off, and get the sums of what all ranks sent before. By then all of them have
-            exchanged the gradients of a later iteration, so that none waits for another.
-        Arguments:
-            - point (:obj:`Point`): This rank's.
-        Returns:
-            - sums (:obj:`Optional[Point]`): Those of the iteration before; None at the first.
-        """
+        """Send this rank's numbers off, and return the sums of what all ranks sent at the iteration before; None at the
+        first. By now all of them have exchanged the gradients of a later iteration, so that none waits for another."""
         numbers = _numbers(point.counters, point.timings)
         work = dist.all_reduce(numbers, async_op=True)
         sums = self.last()
@@ -77,10 +64,7 @@ class RankSums:
         return sums
 
     def last(self) -> Optional[Point]:
-        """
-        Overview:
-            The sums that are still to come, once.
-        """
+        """The sums that are still to come, once."""
         if self._pending is None:
             return None
         work, numbers, point = self._pending
@@ -90,22 +74,12 @@ class RankSums:
 
 
 def several_ranks() -> bool:
-    """
-    Overview:
-        Whether this process trains together with others.
-    """
+    """Whether this process trains together with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def sum_counters(counters: Dict[str, Any]) -> Dict[str, Any]:
-    """
-    Overview:
-        The counters of all ranks together, which all of them must ask for.
-    Arguments:
-        - counters (:obj:`Dict[str, Any]`): What this rank's manager counted.
-    Returns:
-        - sums (:obj:`Dict[str, Any]`): In the same form; occupancies are means.
-    """
+    """The sums of all ranks' counters, in which occupancies are means; all ranks must ask."""
     if not several_ranks():
         return counters
     numbers = _numbers(counters, {})
@@ -141,11 +115,10 @@ def _with_numbers(point: Point, numbers: torch.Tensor) -> Point:
 
 class KVCacheStatsHook(LearnerHook):
     """
-    Overview:
-        After each training iteration, write ``kv_cache_iter/POOL_METRIC`` against iterations and
-        ``kv_cache_step/POOL_METRIC`` against environment steps. Counters are cumulative; a rate covers the searches
-        since the training phase before, and holds until there are newer ones. In data-parallel training the first rank
-        writes what all ranks counted, one iteration late.
+    After each training iteration, writes ``kv_cache_iter/POOL_METRIC`` against iterations and
+    ``kv_cache_step/POOL_METRIC`` against environment steps. Counters are cumulative; a rate covers the searches since
+    the training phase before, and holds until there are newer ones. In data-parallel training the first rank writes
+    what all ranks counted, one iteration late.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -159,12 +132,7 @@ class KVCacheStatsHook(LearnerHook):
         self._sums: Optional[RankSums] = None
 
     def __call__(self, engine: Any) -> None:
-        """
-        Overview:
-            Write one point under every tag. Ranks without a logger write nothing.
-        Arguments:
-            - engine (:obj:`Any`): DI-engine's learner.
-        """
+        """Write one point under every tag; ``engine`` is DI-engine's learner. Ranks without a logger write nothing."""
         world_model = engine.policy.get_attribute('model').world_model
         manager = getattr(world_model, 'kv_cache_manager', None)
         if manager is None:
@@ -180,23 +148,12 @@ class KVCacheStatsHook(LearnerHook):
         self.write(engine, point)
 
     def write_last(self, engine: Any) -> None:
-        """
-        Overview:
-            Write the point that is late.
-        Arguments:
-            - engine (:obj:`Any`): DI-engine's learner.
-        """
+        """Write the point of the last iteration, which is late."""
         if self._sums is not None:
             self.write(engine, self._sums.last())
 
     def write(self, engine: Any, point: Optional[Point]) -> None:
-        """
-        Overview:
-            Write one point under every tag.
-        Arguments:
-            - engine (:obj:`Any`): DI-engine's learner.
-            - point (:obj:`Optional[Point]`): None for nothing.
-        """
+        """Write one point under every tag, if there is one."""
         if point is None or engine.tb_logger is None:
             return
         if not self._introduced:
@@ -222,15 +179,7 @@ class KVCacheStatsHook(LearnerHook):
             wandb.log(logged, step=point.env_step)
 
     def values(self, counters: Dict[str, Any]) -> Dict[str, float]:
-        """
-        Overview:
-            One point of every tag.
-        Arguments:
-            - counters (:obj:`Dict[str, Any]`): What a manager's ``counters()`` returns.
-        Returns:
-            - values (:obj:`Dict[str, float]`): By ``POOL_METRIC``, and those of the cache as a whole. A rate is left \
-                out before the first query.
-        """
+        """The values of a manager's ``counters()`` by tag; a rate is left out before the first query."""
         values: Dict[str, float] = {name: counters[name] for name in ('memory_mb', 'skipped') if name in counters}
         for pool in POOLS:
             counts = counters.get(pool)
@@ -248,14 +197,8 @@ class KVCacheStatsHook(LearnerHook):
         return values
 
     def times(self, timings: Dict[str, Timing]) -> Dict[str, float]:
-        """
-        Overview:
-            Mean milliseconds of a search and of a recurrent step since there were last new ones.
-        Arguments:
-            - timings (:obj:`Dict[str, Timing]`): What a world model recorded, cumulative.
-        Returns:
-            - values (:obj:`Dict[str, float]`): ``search_ms`` and ``step_ms``; left out before the first.
-        """
+        """Mean milliseconds of a search and of a recurrent step since there were last new ones; left out before the
+        first. ``timings`` are a world model's, cumulative."""
         for name, timing in timings.items():
             before = self._timed.get(name, Timing())
             if timing.count > before.count:
@@ -265,14 +208,8 @@ class KVCacheStatsHook(LearnerHook):
 
 
 def write_hyperparameters(tb_logger: Any, values: Dict[str, Any]) -> None:
-    """
-    Overview:
-        Say in a run's own event file by what it can be told from others. The writers' ``add_hparams`` would begin
-        another file, and say that the run has ended.
-    Arguments:
-        - tb_logger (:obj:`Any`): A ``SummaryWriter`` of torch or of tensorboardX.
-        - values (:obj:`Dict[str, Any]`): Those of ``HYPERPARAMETERS`` that the run has.
-    """
+    """Write the ``HYPERPARAMETERS`` that a run has into its own event file. The ``add_hparams`` of torch's and of
+    tensorboardX's writers would begin another file, and say that the run has ended."""
     writer = tb_logger._get_file_writer()
     # Both have the same function for this beside their writer, each for messages of its own kind.
     summary = importlib.import_module(type(writer).__module__.rpartition('.')[0] + '.summary')

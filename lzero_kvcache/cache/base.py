@@ -89,7 +89,7 @@ class BaseCacheManager(ABC):
 class PagedCacheManager(BaseCacheManager):
     """
     Overview:
-        What the new world model calls beside that. Keys and values lie in pages; a manager knows keys, environments
+        What the new world model calls in addition. Keys and values lie in pages; a manager knows keys, environments
         and page ids, and need not look at a tensor. Subclass :class:`KVCacheManager` to change a part of it, or this
         class to write another, and register it: ``@KV_CACHE_REGISTRY.register(NAME)``.
 
@@ -99,7 +99,7 @@ class PagedCacheManager(BaseCacheManager):
         hashes of latent states.
     Properties:
         - width (:obj:`int`): ``R``, pages that a stored context has at the most: ``context_length / 2 - 1``.
-        - page_capacity (:obj:`int`): Page ids are below this; it may grow from one ``allocate`` to the next.
+        - page_capacity (:obj:`int`): Page ids are below this; it may grow whenever a lease allocates.
     """
     width: int
 
@@ -153,7 +153,7 @@ class PagedCacheManager(BaseCacheManager):
     def forget_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> None:
         """
         Overview:
-            Told when a search by key has ended that its roots' keys will not be asked for again; here, nothing.
+            Called when a search by key has ended: its roots' keys will not be asked for again. Does nothing here.
         """
 
     @abstractmethod
@@ -173,11 +173,11 @@ class PagedCacheManager(BaseCacheManager):
     def count_skipped(self, rows: int) -> None:
         """
         Overview:
-            Count rows with nan or inf whose contexts are not stored (``kv_cache_cfg.on_nan='skip'``); here, nowhere.
+            Count rows with nan or inf that are not stored (``kv_cache_cfg.on_nan='skip'``). Does nothing here.
         """
 
     def count_nodes(self, nodes: int) -> None:
         """
         Overview:
-            Told at each search by node how many nodes it will hold, for the occupancy; here, nothing.
+            Called at each search with the number of nodes that it will hold, for the occupancy. Does nothing here.
         """

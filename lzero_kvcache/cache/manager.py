@@ -61,7 +61,7 @@ class KVCacheManager(PagedCacheManager, Codec):
         self.eval_pools: List[PagedPool] = []
         self._asked = {'init': CacheStats(), 'recur': CacheStats()}
         self._skipped = 0
-        # As the last step left the pools: by the time that they are asked, an update has emptied them.
+        # Occupancies as the last step left them: when they are read, an update has emptied the pools.
         self._filled = {'init': 0.0, 'recur': 0.0}
         logger.info(f'Initialized KVCacheManager for {self.env_num} environments')
 
@@ -344,7 +344,7 @@ class KVCacheManager(PagedCacheManager, Codec):
             raise OutOfPages(f'{error}, and the running search needs the others: {mend}') from None
 
     def _pools_to(self, mode: str, env_ids: Sequence[int]) -> List[PagedPool]:
-        """The init pools of a mode, those of some environments among them."""
+        """The init pools of a mode, some environments' among them; an environment that is not there is an error."""
         for env_id in (min(env_ids), max(env_ids)):
             if not 0 <= env_id < self.env_num:
                 raise ValueError(

@@ -70,7 +70,7 @@ class PageAllocator:
     def release(self, pages: np.ndarray) -> None:
         """Take one reference away for each mention of a page; those without any are free again."""
         pages = pages.ravel()
-        # Each page once, without sorting and without looking at all there are: of equal ones the last mark stays.
+        # Each page once, without sorting: of equal pages the mark of the last one stays.
         order = np.arange(len(pages))
         self._mark[pages] = order
         distinct = pages[self._mark[pages] == order]

@@ -128,7 +128,7 @@ class KVCachePool:
     def remove(self, key: Hashable) -> None:
         """
         Overview:
-            Let an entry go that nobody will ask for again, if it is there; that is no eviction.
+            Remove an entry, if it is there, without counting an eviction.
         """
         if key in self._slots:
             self._remove(key)
@@ -136,7 +136,7 @@ class KVCachePool:
     def evict_but(self, kept: Optional[Hashable]) -> bool:
         """
         Overview:
-            Let the strategy's next entry go, but never that of ``kept``; False where there is no other.
+            Evict the entry that the strategy picks among all but ``kept``; False if there is none.
         """
         if len(self._slots) == (kept in self._slots):
             return False
@@ -206,7 +206,7 @@ class Codec(ABC):
 
     @abstractmethod
     def pages_for(self, value: Any) -> int:
-        """How many pages a value takes; 0 where it is not a context that could be continued: it is stored as it is."""
+        """How many pages a value takes; 0 if it is no context that could be continued, and is stored as it is."""
 
     @abstractmethod
     def write(self, value: Any, pages: np.ndarray) -> None:

@@ -24,20 +24,10 @@ PICTURES, PAGE, DATA = ('compare.png', 'compare.svg', 'compare.pdf'), 'report.ht
 def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[Tuple[str, str]] = (),
                  console: Optional[Console] = None) -> int:
     """
-    Overview:
-        Compare trainings: print one table, and write ``compare.png``, ``.svg`` and ``.pdf``, ``report.html`` and
-        ``compare.json``.
-    Arguments:
-        - runs (:obj:`Sequence[str]`): Folders of experiments, folders of several, or event files.
-        - out (:obj:`str`): The folder to write into; made if it is not there.
-        - groups (:obj:`Sequence[Tuple[str, str]]`): (name, pattern) of each side, the baseline first; runs that no \
-            pattern matches are grouped by their config, or else by their name without the seed.
-        - console (:obj:`Optional[Console]`): Where to print; standard output by default.
-    Returns:
-        - code (:obj:`int`): 0.
-    Raises:
-        - ConfigError: If a path is not there, a pattern matches nothing, no run can be read, or ``out`` cannot be \
-            written to.
+    Print how trainings compare, and write ``compare.png``, ``.svg`` and ``.pdf``, ``report.html`` and ``compare.json``
+    into ``out``. ``runs`` are folders of experiments, folders of several, or event files; ``groups`` are (name,
+    pattern) of each side, the baseline first. Runs that no pattern matches are grouped by their config, or else by
+    their name without the seed. Returns the exit code, 0.
     """
     console = console or default_console()
     folders = find_runs(runs)

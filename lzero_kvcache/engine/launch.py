@@ -33,8 +33,8 @@ class EagerBackend:
         self.engine, self.source, self._scratch_page = engine, source, scratch_page
 
     def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
-        """One recurrent step from packed numbers ``[N, B]``. Actions are packed in a search, which takes scalars, or
-        are on the device already."""
+        """One recurrent step from packed numbers ``[N, B]``. A search packs its actions too, and takes scalars; any
+        other caller has ``action`` on the device already."""
         sent = torch.from_numpy(numbers).to(self.source.device(), non_blocking=True)
         return self._run(weights, slab, sent, action)
 

@@ -2,9 +2,9 @@
 
 Shapes: ``B`` rows, ``E`` embedding, ``H`` heads, ``D = E / H``, ``L`` layers, ``A`` actions, ``S`` support, ``W`` pages
 of a window, at the most ``context_length / 2``: the context's, left-aligned, and in the last column the page that the
-step writes. A window has ``2W`` slots ``[-, o0, a0, o1, ..., action, observation]``. Slot 0 belongs to an action that
-never was, and is never read, so that the token at position ``p`` of a context stands in slot ``p + 1``. Tables of pages
-are int64 ``[B, W]``, counts of pages ``[B]``, positions of tokens ``[K, B]``.
+step writes. A window has ``2W`` slots ``[-, o0, a0, o1, ..., action, observation]``. Slot 0 is that of an action that
+does not exist, and is never read, so that the token at position ``p`` of a context stands in slot ``p + 1``. Tables of
+pages are int64 ``[B, W]``, counts of pages ``[B]``, positions of tokens ``[K, B]``.
 """
 import threading
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
@@ -102,7 +102,7 @@ class Engine:
         """An action and an observation token for each row; the new page is written to the last column's ids.
 
         A count of 0 starts a context, and its action is not looked at. ``positions [2, B]`` are those of both tokens.
-        The observation is ``latent [B, E]``, then no reward is predicted, or the predicted one.
+        The observation is ``latent [B, E]``, and no reward is predicted; or without it the predicted observation.
         """
         window = slab.read(tables, self.window.room(slab, tables.numel()))
         last = window.shape[1] - 1
@@ -170,7 +170,7 @@ class Engine:
         for layer, slot, context in zip(weights.layers, slots, contexts):
             qkv = layer.qkv(layer.norm1(x))
             query = self._write(qkv, slot, places)
-            if slot is slots[-1]:  # of the last layer only what predicts is wanted
+            if slot is slots[-1]:  # of the last layer only the output that predicts is needed
                 if not predicts:
                     break
                 if bias is not None and tokens > 1:

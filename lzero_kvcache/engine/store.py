@@ -14,7 +14,7 @@ class PageStore:
         self.slab = slab
         self.codec = codec
         self._advice = advice  # what to do where memory runs out
-        self.beside: List[Any] = []  # what has memory_mb of its own: windows, graphs
+        self.beside: List[Any] = []  # parts with a memory_mb of their own: windows, graphs, trees
 
     @property
     def page_bytes(self) -> int:

@@ -6,7 +6,7 @@ import torch
 
 
 def to_cpu(tensor: torch.Tensor) -> np.ndarray:
-    """One copy; from a GPU to pinned memory, which takes a fraction of the time."""
+    """Copy a tensor to the CPU; from a GPU to pinned memory, which takes a fraction of the time."""
     if not tensor.is_cuda:
         return tensor.numpy()
     copy = tensor.to('cpu', non_blocking=True)

@@ -13,7 +13,7 @@ class KeysValuesCodec:
         self._width = world_model.context_length // 2 - 1
 
     def pages_for(self, value: Any) -> int:
-        """How many pages a value takes; 0 where it is no context that could be continued."""
+        """How many pages a value takes; 0 if it is no context that could be continued."""
         return (value.size + 1) // 2 if self._is_context(value) else 0
 
     @torch.no_grad()

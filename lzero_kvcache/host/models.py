@@ -17,7 +17,7 @@ from .world_model import NewWorldModel
 
 
 def _build(model: Any, module: Any, original: type, args: Any, kwargs: Any) -> None:
-    """LightZero's constructor, which builds ``WorldModel`` by the name in its module, with ours under that name."""
+    """Run LightZero's constructor with a world model of ours under the name ``WorldModel``, by which it builds one."""
     init = original.__init__  # type: ignore[misc]
     config = inspect.signature(init).bind(model, *args, **kwargs).arguments['world_model_cfg']
     use_new = lookup(config, FLAG, False)
@@ -38,11 +38,8 @@ def _build(model: Any, module: Any, original: type, args: Any, kwargs: Any) -> N
 
 
 class MemoryTokenizer(Tokenizer):
-    """
-    Overview:
-        LightZero's tokenizer with a perceptual loss of no parameters in place of none: LightZero's own models for
-        'image_memory' count them, and cannot be constructed without.
-    """
+    """LightZero's tokenizer with an empty perceptual loss in place of none: LightZero's models for 'image_memory' count
+    its parameters, and cannot be constructed without one."""
     lpips: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -38,10 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class KVCachePolicy:
-    """
-    Overview:
-        What the plugin adds to a LightZero UniZero policy, in front of it in the method resolution order.
-    """
+    """What the plugin adds to a LightZero UniZero policy, in front of it in the method resolution order."""
     node_search: Any  # the search by node that goes with the policy
     _cfg: Any
     _model: Any
@@ -51,18 +48,13 @@ class KVCachePolicy:
 
     @classmethod
     def default_config(cls) -> EasyDict:
-        """
-        Overview:
-            LightZero's default config with the plugin's learner hook, and without the default ``env_num``, which would
-            hide whether a user gave one.
-        Returns:
-            - config (:obj:`EasyDict`): The default config.
-        """
+        """LightZero's default config with the plugin's learner hook, and without the default ``env_num``, which would
+        hide whether a user gave one."""
         kinds = cls.__mro__
         plugins = next(number for number, kind in enumerate(kinds) if KVCachePolicy in kind.__bases__)
         config = kinds[plugins].__bases__[1].default_config()  # type: ignore[attr-defined]
         config.model.world_model_cfg.pop('env_num', None)
-        # Of classes before it only what is their own: DI-engine would add what they inherit.
+        # A subclass adds what its own ``config`` has: DI-engine would add what it inherits, too.
         own = [copy.deepcopy(vars(kind).get('config', {})) for kind in reversed(kinds[:plugins])]
         for part in (dict(learn=dict(learner=dict(hook={HOOK_KEY: HOOK_CONFIG}))), *own):
             config = deep_merge_dicts(config, EasyDict(part))
@@ -94,7 +86,7 @@ class KVCachePolicy:
         self._mcts_eval = self._mcts_of(self._mcts_eval)
 
     def _mcts_of(self, mcts: Any) -> Any:
-        """By node in new mode; else the search that is there, timed from outside."""
+        """The search of a policy: by node where new mode can, or else the one that is there, timed from outside."""
         world_model = self._model.world_model
         if _is_new(world_model) and self._can_be_by_node(mcts):
             return self.node_search(self._cfg, self._searches_in_arrays())
@@ -114,7 +106,7 @@ class KVCachePolicy:
         return reason is None
 
     def _can_be_by_node(self, mcts: Any) -> bool:
-        """Whether nobody's own search or inference would be passed over, and scalars are LightZero's."""
+        """Whether a search by node passes over no search or inference of a user's, and values are categorical."""
         model = getattr(self._model, '_orig_mod', self._model)  # torch.compile wraps it
         overridden = is_own(model, 'recurrent_inference') or is_own(model.world_model, 'forward_recurrent_inference')
         own_search = type(mcts) not in self.node_search.__mro__
@@ -213,15 +205,7 @@ def _timed(function: Callable[..., Any], timing: Timing) -> Callable[..., Any]:
 
 
 def entropy(pk: Sequence[float], base: float) -> float:
-    """
-    Overview:
-        The same number as ``scipy.stats.entropy``, without the checks around it, which take many times as long.
-    Arguments:
-        - pk (:obj:`Sequence[float]`): A distribution.
-        - base (:obj:`float`): Of the logarithm.
-    Returns:
-        - entropy (:obj:`float`): Of the distribution.
-    """
+    """The same number as ``scipy.stats.entropy``, without the checks around it, which take many times as long."""
     probabilities = np.asarray(pk)
     return entr(probabilities / probabilities.sum()).sum() / math.log(base)
 

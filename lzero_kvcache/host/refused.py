@@ -13,17 +13,17 @@ KNOWN = ('lzero', 'lzero_kvcache', 'torch')
 
 FORWARD = ('forward', '_add_position_embeddings', '_process_obs_act_combined', '_process_obs_act_combined_cont',
            '_transformer_pass')
-"""Methods of LightZero's world model that the engine stands for."""
+"""Methods of LightZero's world model that the engine replaces."""
 
 CACHING = ('reset_for_initial_inference', 'wm_forward_for_initial_infererence', 'retrieve_or_generate_kvcache',
            'update_cache_context', 'trim_and_pad_kv_cache')
-"""Those that the manager stands for."""
+"""Methods that the manager replaces."""
 
 
 def check_served(world_model: Any) -> None:
     """Refuse a world model with several observation tokens a step, or with code of its own (caching, attention, blocks,
-    ``forward``, hooks) that inference over pages would pass over: that reads weights, and calls only the tokenizer, the
-    heads' modules, norms, gates and MLPs."""
+    ``forward``, hooks) that inference over pages would pass over: it reads the weights, and calls the tokenizer, the
+    heads' modules, norms, gates and MLPs alone."""
     mend = f'set {PREFIX}.{FLAG}=False for the old system'
     tokens = world_model.config.tokens_per_block
     if tokens != 2:
@@ -67,7 +67,7 @@ def _passed_over(world_model: Any) -> Iterator[str]:
 
 
 def _is_written_by_known(function: Any) -> bool:
-    """Whether a function, and all that it wraps, was written by those whom we know."""
+    """Whether a function, and every function that it wraps, is of a known package."""
     while function is not None:
         if not _is_known(getattr(function, '__globals__', {}).get('__name__', '')):
             return False

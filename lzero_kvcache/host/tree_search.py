@@ -1,4 +1,4 @@
-"""LightZero's searches whose contexts are found by node: latents stay on the device and nothing is hashed.
+"""LightZero's searches with contexts that are found by node: latent states stay on the device and nothing is hashed.
 
 The tree is in arrays on the model's device (``kv_cache_cfg.search='device'``), or LightZero's own in C++ ('tree').
 """
@@ -28,7 +28,7 @@ class _NodeSearch:
         self._searches = 0
 
     def forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A policy's step whose roots can be searched in arrays."""
+        """A policy's step that makes roots which can be searched in arrays."""
         own = getattr(forward, '__globals__', {}).get('MCTSCtree')
         if not self.use_arrays or own not in type(self).__mro__:
             return forward
@@ -36,16 +36,8 @@ class _NodeSearch:
         return with_globals(forward, MCTSCtree=types.SimpleNamespace(roots=make))
 
     def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any) -> None:
-        """
-        Overview:
-            Search from roots whose root inference the world model has just served.
-        Arguments:
-            - roots (:obj:`Any`): A batch of expanded root nodes.
-            - model (:obj:`torch.nn.Module`): The model, in new mode.
-            - latent_state_roots (:obj:`Any`): Unused: contexts and not latents are what a step needs.
-            - to_play_batch (:obj:`Any`): The players, for board games.
-            - timestep (:obj:`Any`): Unused: the root inference had it.
-        """
+        """Search from roots whose root inference the world model has just served, with LightZero's signature. Latent
+        states and timesteps are not used: the world model has the roots' contexts and timesteps."""
         world_model = model.world_model
         if not isinstance(roots, Roots):
             self._search_in_ctree(roots, world_model, to_play_batch)
@@ -110,18 +102,12 @@ class _NodeSearch:
 
 
 class NodeSearch(_NodeSearch, UniZeroMCTSCtree):
-    """
-    Overview:
-        ``UniZeroMCTSCtree`` by node.
-    """
+    """``UniZeroMCTSCtree`` by node."""
     tree = tree_muzero
 
 
 class SampledNodeSearch(_NodeSearch, SampledUniZeroMCTSCtree):
-    """
-    Overview:
-        ``SampledUniZeroMCTSCtree`` by node.
-    """
+    """``SampledUniZeroMCTSCtree`` by node."""
     tree = tree_sampled_muzero
     sampled = True
 

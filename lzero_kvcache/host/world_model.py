@@ -142,7 +142,8 @@ class NewWorldModel(LightZeroWorldModel):
         self.weights_changed('checkpoint loaded')
 
     def _notice_moved_weights(self) -> None:
-        """``p.data = ...`` calls nobody, and version counters stand still under fused optimizers: look at addresses."""
+        """Drop contexts if weights have moved. Addresses tell it: ``p.data = ...`` calls no hook, and version counters
+        stand still under fused optimizers."""
         place = self.weights_source.device(), self.weights_source.addresses()
         before, self._weights_place = self._weights_place, place
         if before is not None and before != place and before[0] == place[0]:  # another device holds the same values

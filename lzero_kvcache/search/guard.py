@@ -1,4 +1,4 @@
-"""What happens when a prediction is not finite. Knows numbers on the host only."""
+"""What happens when a prediction is not finite. Knows numbers on the CPU only."""
 import logging
 from typing import Callable, Sequence
 
@@ -8,14 +8,7 @@ logger = logging.getLogger(__name__)
 
 
 class NanGuard:
-    """
-    Overview:
-        Looks at what comes back to the host anyway.
-    Arguments:
-        - action (:obj:`str`): 'raise' an error, or 'skip' the rows: their contexts are not stored.
-        - count (:obj:`Callable[[int], None]`): Told how many rows were skipped.
-        - dtype (:obj:`str`): ``kv_cache_cfg.dtype``: what float16 cannot hold comes back as inf.
-    """
+    """Does what ``kv_cache_cfg.on_nan`` says: it raises an error, or has rows skipped, and counts them by ``count``."""
 
     def __init__(self, action: str, count: Callable[[int], None], dtype: str = 'float32') -> None:
         self._action, self._count = action, count
@@ -26,21 +19,9 @@ class NanGuard:
 
     def finite(self, values: np.ndarray, what: str, mode: str, env_ids: Sequence[int],
                timesteps: np.ndarray) -> np.ndarray:
-        """
-        Overview:
-            Tell which rows are finite.
-        Arguments:
-            - values (:obj:`np.ndarray`): ``[B, K]``.
-            - what (:obj:`str`): What they are, for the message.
-            - mode (:obj:`str`): 'collect' or 'eval'.
-            - env_ids (:obj:`Sequence[int]`): The environment of each row.
-            - timesteps (:obj:`np.ndarray`): The step of each environment in its episode ``[B]``.
-        Returns:
-            - rows (:obj:`np.ndarray`): Indices of the finite rows.
-        Raises:
-            - FloatingPointError: A row is not, and the action is 'raise'.
-        """
-        # One sum tells of almost every batch that it is finite; one that overflows is looked at more closely.
+        """The indices of the rows of ``values [B, K]`` that are finite. The rest is for the message: what the values
+        are, and the mode, environments and steps in their episodes ``[B]`` that they belong to."""
+        # A finite sum is enough, as almost always; only a sum that overflows takes a closer look.
         if np.isfinite(values.sum()) or np.isfinite(values).all():
             return np.arange(len(values))
         finite = np.isfinite(values).all(axis=1)

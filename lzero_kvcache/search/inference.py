@@ -57,8 +57,8 @@ class _Open(threading.local):
 
 
 class Inference:
-    """Everything between a batch's latent states and predictions: looks contexts up, begins those that are lost, steps,
-    and stores what the step leaves."""
+    """Everything between a batch's latent states and its predictions: looks contexts up, begins anew those that are
+    lost, steps, and stores the contexts that the step made."""
 
     def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], manager: PagedCacheManager,
                  store: PageStore, options: CacheConfig, validator: Any,
@@ -75,7 +75,7 @@ class Inference:
 
     @contextmanager
     def serving(self, mode: str, env_ids: List[int]) -> Iterator[Served]:
-        """As :meth:`NewWorldModel.serving`."""
+        """A context in which the root inference, and the search that follows it, are those of some environments."""
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')
         trace = None if self._validator is None else self._validator.open(mode, env_ids)
@@ -93,7 +93,7 @@ class Inference:
                     self._manager.forget_init(served.mode, *served.keys)
 
     def _undo(self, served: Served) -> None:
-        """A step that failed is no step of its environments: put back the roots that they had."""
+        """Put back the roots that the environments had before a step that failed."""
         if served.before is None:
             return
         there = np.flatnonzero(served.before[1])
@@ -105,14 +105,14 @@ class Inference:
             self._manager.store_init(served.mode, env_ids, [CURRENT] * len(env_ids), rows)
 
     def forget(self, mode: Optional[str], env_id: Optional[int]) -> None:
-        """The roots of an environment, of a mode, or all were cleared: a search by key does not find them either."""
+        """Have open searches by key not find the roots of an environment, of a mode, or all, which were cleared."""
         for step in self._open.steps:
             if mode in (None, step.mode):
                 left = [row for row in step.kept if env_id not in (None, step.env_ids[row])]
                 step.kept = np.array(left, dtype=np.int64)
 
     def _innermost(self, is_fitting: Callable[[Served], bool]) -> Optional[Served]:
-        """The step that LightZero's code is at, since nothing that it passes along says so."""
+        """The innermost open step, if it fits: LightZero's code does not pass along which step it is in."""
         steps = self._open.steps
         return steps[-1] if steps and is_fitting(steps[-1]) else None
 
@@ -155,7 +155,7 @@ class Inference:
         else:
             [numbers] = send(self._source.device(), np.stack([pages, self._angle(2 * timesteps)]))
             output = self.engine.first(step.weights, self._slab(), numbers[0], latent, numbers[1])
-        # Keys are hashes of whole latent states; else a sum tells whether they are finite.
+        # Keys need whole latent states; otherwise a sum is enough to see whether they are finite.
         states = latent if by_key else latent.sum(1, keepdim=True)
         on_cpu = to_cpu(torch.cat([states, _checksum(output)], dim=1))
         kept = self._finite_roots(on_cpu, step, timesteps)
@@ -167,7 +167,7 @@ class Inference:
         else:
             step.roots, step.before, step.kept = roots, before, kept
             step.timesteps, step.latents = timesteps, latent
-            for env_id in set(env_ids).difference(kept_ids):  # what was skipped begins afresh
+            for env_id in set(env_ids).difference(kept_ids):  # an environment whose root was skipped begins afresh
                 manager.clear_init_caches(mode, env_id)
             if kept_ids:
                 manager.store_init(mode, kept_ids, [CURRENT] * len(kept_ids), kept_roots)
@@ -264,7 +264,7 @@ class Inference:
         return output, kept
 
     def _give_roots_keys(self, served: Served) -> None:
-        """A search by key finds its roots as it finds nodes."""
+        """Store the roots under keys too, so that a search by key finds them as it finds nodes."""
         if served.roots is None or served.keys is not None:
             return
         assert served.latents is not None
@@ -276,7 +276,7 @@ class Inference:
 
     @contextmanager
     def search_by_node(self, simulations: int) -> Iterator[Callable[..., np.ndarray]]:
-        """As :meth:`NewWorldModel.search_by_node`."""
+        """A context for a search from the roots that were just served; gives :meth:`expand` for it."""
         served = self._innermost(lambda step: step.roots is not None)
         if served is None or served.roots is None:
             raise RuntimeError('a search by node follows a root inference inside `serving`')
@@ -320,7 +320,7 @@ class Inference:
 
     @torch.no_grad()
     def search_whole(self, problem: Problem) -> Any:
-        """As :meth:`NewWorldModel.search_whole`."""
+        """Search from the roots that were just served, in one compiled call; returns the trees."""
         served = self._innermost(lambda step: step.roots is not None)
         if served is None:
             raise RuntimeError('a search follows a root inference inside `serving`')
@@ -330,7 +330,7 @@ class Inference:
 
     def reanalysis(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
                    start_pos: Any) -> StepOutput:
-        """One simulation of a reanalysis; as :meth:`node`, but every row stands alone: LightZero looks nothing up."""
+        """One simulation of a reanalysis: as :meth:`node`, but rows have no contexts, and none is stored."""
         device, positions = self._source.device(), None
         if self.engine.geometry.rotary:
             timesteps = reanalysis_timesteps_of(start_pos, len(latent))
@@ -402,5 +402,5 @@ def _checksum(output: StepOutput) -> torch.Tensor:
 
 
 def _zero_for_nan(part: torch.Tensor) -> torch.Tensor:
-    """A search cannot do with nan or inf."""
+    """LightZero's trees cannot handle nan or inf."""
     return part.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -26,5 +26,5 @@ def reanalysis_timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
 
 
 def steps_after(timesteps: np.ndarray, depths: Sequence[int]) -> np.ndarray:
-    """The timesteps of nodes at ``depths [B]``, or at none, below roots at ``timesteps [B]``."""
+    """The timesteps of nodes at ``depths [B]`` below roots at ``timesteps [B]``; without depths, those of the roots."""
     return timesteps + (np.asarray(depths, dtype=np.int64) if len(depths) else 0)

@@ -136,18 +136,18 @@ class WholeSearch:
         return self._arrays[size]
 
     def _report(self, broken: np.ndarray, served: Any) -> None:
-        """Raise or count what was no number; the search has taken zeros for it."""
+        """Raise an error for predictions with nan or inf, or count them; the search went on with zeros."""
         if not broken.any():
             return
         values = np.where(broken > 0, np.nan, 0.0)[:, None]
         what = 'A reward, value or policy'
         self._guard.finite(values, what, served.mode, served.env_ids, served.timesteps)
-        self._manager.count_skipped(int(broken.sum() - np.count_nonzero(broken)))  # each counts, not each row alone
+        self._manager.count_skipped(int(broken.sum() - np.count_nonzero(broken)))  # each prediction counts
 
 
 def _in_threads(search: Callable[..., None], given: Sequence[Any], scratches: Sequence[Any], begin: int, end: int,
                 rows: int) -> None:
-    """Share out the rows; threads live for one search, so that a fork finds none."""
+    """Search with some rows in each thread; threads live for one search, so that a fork finds none."""
     bounds = np.linspace(0, rows, len(scratches) + 1).astype(int)
     errors: List[BaseException] = []
 

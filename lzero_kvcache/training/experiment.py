@@ -25,8 +25,8 @@ LOCK = 'experiment.lock'
 GROWING = ('caches', 'seeds')
 FIXED = ('max_env_step', 'max_train_iter', 'device', 'threads', 'values')
 VALUES_VERSION = 2
-# An experiment.json without values_version is of version 1, whose hash held also the default of each of these keys of
-# that time, so that its hash is accepted if the values of now with these defaults added have the same.
+# Without values_version an experiment.json is of version 1, whose hash covered these defaults too. It is accepted if
+# the values of now, with these defaults added, give the same hash.
 VERSION_1_DEFAULTS: Dict[str, Any] = {
     f'{PREFIX}.{FLAG}': False,
     **{f'{PREFIX}.{key}': None for key in ('game_segment_length', 'num_simulations', 'env_num')},
@@ -78,7 +78,7 @@ class Experiment:
         if plans[0].max_env_step is None:
             raise ConfigError(f'{plans[0].config} has no max_env_step, and every run must end; give --max-env-step')
         self.max_env_step: int = plans[0].max_env_step
-        # Seeds outside: what else a machine does meanwhile falls on both systems.
+        # Seeds in the outer loop: whatever else the machine does meanwhile slows both systems.
         self.trials = [
             Trial(cache, seed, os.path.join(folder, f'{cache}_seed{seed}'))
             for seed in self.seeds for cache in self.caches

@@ -35,7 +35,7 @@ def installed() -> Rows:
 
 
 def of_plan(plan: Plan) -> Rows:
-    """What the cache of a plan is, and what it will take; the plan's config is changed, and no longer of use."""
+    """What the cache of a plan is, and what it will take. Changes the plan's config."""
     configs = plan.main_config, plan.create_config
     device = str(plan.main_config.policy.model.world_model_cfg.device)
     options = check_config(*configs)

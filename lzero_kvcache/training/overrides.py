@@ -108,7 +108,7 @@ def _literal(text: str) -> Any:
 
 
 def _like(present: Any, value: Any, text: str, assignment: str) -> Any:
-    """A value of the kind that the key has now; numbers are taken for one another, since configs write 0 for 0.0."""
+    """A value of the kind that the key has now. Integers stand for floats and the reverse: configs write 0 for 0.0."""
     if present is None or value is None:
         return value
     if isinstance(present, bool):

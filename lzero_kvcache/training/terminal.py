@@ -175,7 +175,7 @@ class Output:
 
 
 def _text(descriptor: int, encoding: str) -> TextIO:
-    """A terminal that cannot show a character shows '?' for it, and the run goes on."""
+    """A descriptor as a text file, in which '?' stands for characters that its encoding lacks."""
     return open(descriptor, 'w', encoding=encoding, errors='replace', buffering=1)
 
 

@@ -1,4 +1,4 @@
-"""What is known of a running training, told by subclasses of LightZero's learner, collector and evaluator."""
+"""Watches a running training through subclasses of LightZero's learner, collector and evaluator."""
 import contextlib
 import functools
 import os
@@ -76,8 +76,8 @@ class Watch:
 
     def evaluate_last(self) -> None:
         """
-        Evaluate what the training ended with, which LightZero's entries do not. A run too short for any evaluation, as
-        of Atari on a CPU, has none here either.
+        Evaluate the weights that the training ended with, which LightZero's entries do not. A run that was too short
+        for any evaluation has none here either.
         """
         evaluated = bool(self.evaluations) or self.best_reward is not None
         last = self.evaluations[-1].train_iter if self.evaluations else -1

@@ -38,7 +38,7 @@ class Reference(ABC):
 
     @abstractmethod
     def is_ready(self) -> bool:
-        """Whether the same question gets the same answer: not with dropout."""
+        """Whether answers can be repeated, which they cannot with dropout."""
 
     @abstractmethod
     def root(self, trace: Trace) -> Reply:
@@ -62,11 +62,11 @@ class Reference(ABC):
 
     @abstractmethod
     def reset(self, *args: Any, **kwargs: Any) -> None:
-        """The policy resets."""
+        """Follow a reset of the policy."""
 
     @abstractmethod
     def precompute(self) -> None:
-        """LightZero would make its tables of positions now."""
+        """Called where LightZero makes its tables of positions."""
 
 
 class Validator:
@@ -89,7 +89,7 @@ class Validator:
         return Trace(mode, env_ids, self._searches, self._searches % self._options.validation_freq == 0)
 
     def reset(self, trace: Optional[Trace], *args: Any, **kwargs: Any) -> None:
-        """The policy resets: now, or when the search in the middle of which it does so has been checked."""
+        """Follow a reset of the policy: now, or, if it comes inside a search, when that search has been checked."""
         reset = partial(self.reference.reset, *args, **kwargs)
         if trace is None:
             reset()
@@ -156,7 +156,7 @@ class Validator:
             counts['unexplained'] = int(unexplained.sum())
             line += f' ({", ".join(f"{cause} {count}" for cause, count in counts.most_common() if count)}); the ' \
                     f'largest: {_worst(trace, differences, unexplained if is_wrong else over)}'
-        shown = over.any() or not self.tally.searches  # the first one shows that somebody looks
+        shown = over.any() or not self.tally.searches  # the first line shows that validation is on
         logger.log(logging.WARNING if is_wrong else logging.INFO if shown else logging.DEBUG, line)
 
 
