@@ -141,9 +141,9 @@ class NewWorldModel(LightZeroWorldModel):
         super()._load_from_state_dict(*args, **kwargs)
         self.weights_changed('checkpoint loaded')
 
-    def _notice_moved_weights(self) -> None:
+    def _notice_moved_weights(self, addresses: Tuple[int, ...]) -> None:
         """``p.data = ...`` calls nobody, and version counters stand still under fused optimizers: look at addresses."""
-        place = self.weights_source.device(), self.weights_source.addresses()
+        place = self.weights_source.device(), addresses
         before, self._weights_place = self._weights_place, place
         if before is not None and before != place and before[0] == place[0]:  # another device holds the same values
             self.weights_changed('their storage moved')
@@ -198,8 +198,9 @@ class NewWorldModel(LightZeroWorldModel):
         Returns:
             - served (:obj:`Served`): The step; its ``trace`` is for :meth:`Validator.check`.
         """
-        self._notice_moved_weights()
-        with self.inference.serving(mode, [int(env_id) for env_id in env_ids]) as served:
+        addresses = self.weights_source.addresses()
+        self._notice_moved_weights(addresses)
+        with self.inference.serving(mode, [int(env_id) for env_id in env_ids], addresses) as served:
             yield served
 
     @torch.no_grad()

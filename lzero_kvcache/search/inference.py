@@ -32,8 +32,9 @@ from .whole import Problem, WholeSearch
 class Served:
     """A step of some environments: their root inference, and the search that follows it. It owns its roots' pages."""
 
-    def __init__(self, mode: str, env_ids: List[int], lease: Lease, trace: Any) -> None:
+    def __init__(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...], lease: Lease, trace: Any) -> None:
         self.mode, self.env_ids = mode, env_ids
+        self.addresses = addresses  # of the weights
         self.lease = lease
         self.trace = trace  # what its validation notes; or None
         self.weights: Any = None  # as the root inference read them: nobody changes them inside a search
@@ -74,13 +75,13 @@ class Inference:
         store.beside += [self.backend, _WindowMemory(self.engine)]
 
     @contextmanager
-    def serving(self, mode: str, env_ids: List[int]) -> Iterator[Served]:
+    def serving(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...]) -> Iterator[Served]:
         """As :meth:`NewWorldModel.serving`."""
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')
         trace = None if self._validator is None else self._validator.open(mode, env_ids)
         with self._manager.lease() as lease:
-            served = Served(mode, env_ids, lease, trace)
+            served = Served(mode, env_ids, addresses, lease, trace)
             self._open.steps.append(served)
             try:
                 yield served
@@ -134,7 +135,7 @@ class Inference:
             _check_rows(served, rows)
             return self._root(served, False, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
         with self._manager.lease() as lease:
-            by_hand = Served(COLLECT, list(range(rows)), lease, None)
+            by_hand = Served(COLLECT, list(range(rows)), (), lease, None)
             return self._root(by_hand, True, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
 
     def _root(self, step: Served, by_key: bool, last_obs: torch.Tensor, last_actions: Sequence[Any],

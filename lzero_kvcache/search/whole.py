@@ -86,7 +86,7 @@ class WholeSearch:
         from . import compiled
         from .tree import make_key, make_rules, pad_legal
 
-        network = self._network_now()
+        network = self._network_at(served.addresses)
         slab = self._storage.ready(self._manager.page_capacity, self._source.device()).data
         assert slab is not None
         geometry = self._source.geometry
@@ -115,9 +115,8 @@ class WholeSearch:
             _note(trace, arrays, given[1], simulation)
         return arrays
 
-    def _network_now(self) -> Any:
-        """The addresses of weights are read anew when one of them has moved."""
-        addresses = self._source.addresses()
+    def _network_at(self, addresses: Tuple[int, ...]) -> Any:
+        """The model as addresses of its weights, read anew when one of them has moved."""
         if self._network is None or addresses != self._addresses:
             self._network, self._addresses = self._read_network(), addresses
         return self._network[0]
