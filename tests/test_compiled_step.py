@@ -3,6 +3,7 @@
 ``B`` is the number of rows, ``R`` the pages that a context has at most.
 """
 import contextlib
+import functools
 import importlib.util
 import io
 import os
@@ -63,6 +64,14 @@ class Predicted(NamedTuple):
     pages: torch.Tensor
 
 
+@functools.lru_cache(maxsize=None)
+def simulate() -> Any:
+    """The simulation, compiled by itself."""
+    from lzero_kvcache.engine import compiled, compiling
+
+    return compiling.entry(compiled.simulate)
+
+
 def make_model(case: Case) -> Any:
     """A world model with random weights."""
     with contextlib.redirect_stdout(io.StringIO()):
@@ -105,7 +114,7 @@ def by_engine(world_model: Any, contexts: Contexts) -> Predicted:
 def compiled_by(world_model: Any, contexts: Contexts, network: Optional[Network] = None,
                 chunks: Optional[list] = None) -> Predicted:
     """What the compiled simulation says, for all rows at once or in chunks."""
-    from lzero_kvcache.engine.compiled import new_scratch, simulate_once
+    from lzero_kvcache.engine.compiled import new_scratch
 
     slab, tables, counts, pages, actions, places = contexts
     rows, engine = len(counts), world_model.cache_engine
@@ -117,7 +126,7 @@ def compiled_by(world_model: Any, contexts: Contexts, network: Optional[Network]
     reward, value = np.full((2, rows), np.nan, dtype=np.float32)
     policy = np.full((rows, network.policy), np.nan, dtype=np.float32)
     for low, high in chunks or [(0, rows)]:
-        simulate_once(
+        simulate()(
             network, shift, slab.data.numpy(), tables, counts, pages, actions.reshape(rows, -1).astype(np.float32),
             places, new_scratch(network, tables.shape[1]), low, high, reward, value, policy
         )

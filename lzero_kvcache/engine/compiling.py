@@ -1,7 +1,6 @@
 """How functions are compiled by numba, and where what was compiled is kept. Knows nothing of what they compute.
 
-numba is imported when the first function is compiled, and not before: DI-engine compiles functions of its own as soon
-as it finds it.
+numba is imported with the first function that is compiled, not with the package.
 """
 import hashlib
 import importlib.util
