@@ -271,7 +271,7 @@ class PoolTestMixin:
     @settings(max_examples=100, deadline=None)
     @given(size=st.integers(1, 4), capacity=st.integers(2, 12), operations=OPERATIONS)
     def test_against_a_plain_dict(self, strategy, size, capacity, operations):
-        """Whatever fails and wherever, no slot or page is lost or used twice; without failures all is as in the model."""
+        """Whatever fails, no slot or page is lost or used twice; without failures all is as in the model."""
         pool = self.pool(size, strategy)
         if isinstance(pool, PagedPool):
             pool = paged_pool(size, strategy, capacity, EvictingPool)
@@ -332,7 +332,8 @@ class TestKVCachePool(PoolTestMixin):
             KVCachePool(size)
 
     @pytest.mark.parametrize(('name', 'hint'), [
-        ('lur', "'lur' is unknown: did you mean 'lru'?"), (None, "None is unknown: valid are 'fifo', 'lru', 'priority'"),
+        ('lur', "'lur' is unknown: did you mean 'lru'?"),
+        (None, "None is unknown: valid are 'fifo', 'lru', 'priority'"),
     ])
     def test_refuses_a_strategy(self, name, hint):
         with pytest.raises(ValueError) as error:

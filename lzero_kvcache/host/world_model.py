@@ -13,7 +13,6 @@ from ..cache.stats import Timing
 from ..config import CacheConfig
 from ..engine.compiling import why_not_compiled
 from ..engine.launch import picked
-from ..engine.program import NotServed, read_network
 from ..engine.slab import Slab
 from ..engine.store import PageStore
 from ..registry import KV_CACHE_REGISTRY
@@ -21,6 +20,7 @@ from ..search.inference import Inference, Served
 from ..search.whole import Problem
 from ..validation import Validator
 from .keys_values import KeysValuesCodec
+from .network import read_network, what_is_missing
 from .reference import make_reference
 from .refused import check_served
 from .weights import source_of
@@ -158,15 +158,7 @@ class NewWorldModel(LightZeroWorldModel):
         device = self.weights_source.device()
         if device.type != 'cpu':
             return f'the model is on {device}'
-        if self._options.dtype != 'float32':
-            return f'kv_cache_cfg.dtype={self._options.dtype!r}'
-        reason = why_not_compiled()
-        if reason is None:
-            try:
-                read_network(self)
-            except NotServed as missing:
-                reason = str(missing)
-        return reason
+        return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
 
     def search_whole(self, problem: Problem) -> Any:
         """
