@@ -83,7 +83,7 @@ def live_through(policy):
         worker.step([2, 1, 0] if step == 3 else [1, 2] if step == 4 else ALL)
         if step == 6:
             for _ in range(2):
-                evaluator.step(ALL)
+                evaluator.step([0, 1])
             randomise(policy._model, Case(), SEED)
             policy._model.world_model.weights_changed('a test')
 
@@ -205,21 +205,27 @@ class TestExact:
         assert found(policy) == (set(), 0, 0)
         assert tally_of(policy).rows > 200
 
-    def test_a_search_by_key(self):
+    @pytest.mark.parametrize('equal_latents', [False, True])
+    def test_a_search_by_key(self, equal_latents):
         policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise'))
+        randomise(policy._model, Case(equal_latents=equal_latents), SEED)
         policy._mcts_collect = UniZeroMCTSCtree(policy._cfg)
         stepped(policy, ALL, ALL, ALL)
         assert (tally_of(policy).inferences, tally_of(policy).over) == (3 * 7, 0)
 
     def test_a_latent_that_no_node_has(self):
-        """A search that does not go by its own tree is not replayed, but its root is followed."""
+        """A search that does not go by its own tree is not replayed, but its root is followed: the last one."""
         world_model = cached_model(Case(), 2, SEED, kv_cache_cfg=options()).world_model
         trace = random_trace(np.random.default_rng(SEED), Case(), 2, root_steps=1, simulations=0)
         last_obs, obs = (torch.from_numpy(part) for part in (trace.events[0].last_obs, trace.events[0].obs))
-        nowhere = np.ones((2, 1, 32), np.float32), torch.zeros(2).long()
+        actions = torch.zeros(2).long()
         with world_model.serving('collect', [0, 1]) as trace:
-            world_model.forward_initial_inference(dict(obs=last_obs, action=[-1, -1], current_obs=obs), [0, 0])
-            world_model.forward_recurrent_inference([nowhere], 0, [1, 1], [0, 0])
+            for latent in (None, np.ones((2, 1, 32), np.float32)):
+                _, root, *_ = world_model.forward_initial_inference(
+                    dict(obs=last_obs, action=[-1, -1], current_obs=obs), [0, 0]
+                )
+                latent = root.numpy() if latent is None else latent
+                world_model.forward_recurrent_inference([(latent, actions)], 0, [1, 1], [0, 0])
             world_model.validator.check(trace, [0, 0])
         assert (world_model.validator.tally.inferences, world_model.validator.tally.searches) == (1, 0)
 
@@ -347,6 +353,15 @@ class TestCauses:
         policy = legacy()
         stepped(policy, [0, 1], [1], mode='eval')
         assert tally_of(policy).causes['rows'] == tally_of(policy).over == 3
+
+    def test_resets_at_the_end_of_a_search(self):
+        """Where fewer environments are ready than usual, LightZero puts everybody back when it has searched."""
+        policy = legacy()
+        kept = validator_of(policy).reference._policy
+        worker = stepped(policy, ALL)
+        assert min(kept.last_batch_action) >= 0
+        worker.step([0, 1])
+        assert kept.last_batch_action == [-1, -1, -1]
 
     def test_an_evaluation_between(self):
         """The two share everything in LightZero."""
