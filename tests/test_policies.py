@@ -186,7 +186,7 @@ class TestEnvironments:
         for _ in range(3):
             worker.step([0, 1, 2])
         worker.done(1)
-        assert [len(pool) for pool in cache(policy).init_pools] == [3, 0, 3]
+        assert roots(cache(policy)) == [3, 0, 3]
         audit(cache(policy))
 
     @pytest.mark.parametrize('steps', [200, 2000])
@@ -197,7 +197,7 @@ class TestEnvironments:
         worker.step([0, 1, 2])
         policy.collect_mode.reset(env_id=1, current_steps=steps, reset_init_data=False)
         policy.eval_mode.reset(env_id=1, current_steps=steps, reset_init_data=False)
-        assert [len(pool) for pool in cache(policy).init_pools] == [1, 1, 1]
+        assert roots(cache(policy)) == [1, 1, 1]
         worker.step([0, 1, 2])
         assert counts(policy)['init'] == (3, 3)
 
@@ -214,7 +214,7 @@ class TestEnvironments:
                 evaluator.step([0, 1])
             evaluator.done(0)
             evaluator.step([0])
-        assert [len(pool) for pool in cache(policy).init_pools] == [4, 4, 4]
+        assert roots(cache(policy)) == [4, 4, 4]
 
     def test_a_collection_between_two_evaluations(self):
         policy, undisturbed = make_policy(True), Worker(make_policy(True), 'eval')
@@ -252,7 +252,7 @@ class TestEnvironments:
         worker.step([0, 1, 2])
         with contextlib.redirect_stdout(io.StringIO()):
             policy.recompute_pos_emb_diff_and_clear_cache()
-        assert [len(pool) for pool in cache(policy).init_pools] == [0, 0, 0]
+        assert roots(cache(policy)) == [0, 0, 0]
         worker.step([0, 1, 2])
         assert counts(policy)['init'] == (3, 0)  # each has a predecessor, whose context is gone
 
@@ -285,7 +285,7 @@ class TestSampledPolicy:
         worker.done(1)
         worker.step([0, 1, 2])
         assert counts(policy)['init'] == (3 + 2 + 1 + 2, 8)
-        assert [len(pool) for pool in cache(policy).init_pools] == [4, 1, 4]
+        assert roots(cache(policy)) == [4, 1, 4]
         audit(cache(policy))
 
 
@@ -454,7 +454,7 @@ class TestCheckpoints:
         worker, fresh = Worker(policy), Worker(make_policy(True, seed=2))
         worker.step([0, 1, 2])
         policy.learn_mode.load_state_dict(state)
-        assert [len(pool) for pool in cache(policy).init_pools] == [0, 0, 0]
+        assert roots(cache(policy)) == [0, 0, 0]
         worker.policy.reset()
         worker._timestep.clear()
         for _ in range(3):
