@@ -58,7 +58,7 @@ def manager(**overrides: Any) -> KVCacheManager:
 
 
 def paged(**overrides: Any) -> KVCacheManager:
-    """The same over a slab on the CPU, as in a world model with rotary positions, whose pages hold tokens as they are."""
+    """The same over a slab on the CPU, as in a world model with rotary positions: pages hold tokens as they are."""
     used = manager(**overrides)
     model = SimpleNamespace(
         context_length=CONTEXT_LENGTH, transformer=SimpleNamespace(generate_empty_keys_values=_empty_keys_values)
@@ -167,13 +167,17 @@ class Worker:
 
     def step(self, env_ids: Sequence[int]) -> Dict[int, Any]:
         """One step of some environments; what the policy returned for each."""
+        with contextlib.redirect_stdout(io.StringIO()), seeded_search(NodeSearch):
+            return self.forward(env_ids)
+
+    def forward(self, env_ids: Sequence[int]) -> Dict[int, Any]:
+        """The same with LightZero's tree, which breaks ties by the time of day, and its printed lines."""
         observations = torch.from_numpy(np.stack([self._observe(env_id) for env_id in env_ids]))
         arguments = dict(temperature=1., epsilon=0.) if self.mode == 'collect' else {}
-        with contextlib.redirect_stdout(io.StringIO()), seeded_search(NodeSearch):
-            output = self.policy.forward(
-                observations, [np.ones(2, np.int8) for _ in env_ids], to_play=[-1] * len(env_ids), ready_env_id=env_ids,
-                timestep=[np.array(self._timestep.get(env_id, 0)) for env_id in env_ids], **arguments
-            )
+        output = self.policy.forward(
+            observations, [np.ones(2, np.int8) for _ in env_ids], to_play=[-1] * len(env_ids), ready_env_id=env_ids,
+            timestep=[np.array(self._timestep.get(env_id, 0)) for env_id in env_ids], **arguments
+        )
         for env_id in env_ids:
             self._timestep[env_id] = self._timestep.get(env_id, 0) + 1
         return output

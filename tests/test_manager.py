@@ -30,7 +30,7 @@ from oracle import (
 )
 
 from lzero_kvcache import ConfigError, KVCacheManager, KVCachePool, PagedCacheManager
-from lzero_kvcache.cache.pages import RESERVED_PAGES, PageAllocator
+from lzero_kvcache.cache.pages import PageAllocator
 from lzero_kvcache.cache.stats import CacheStats
 
 STRATEGIES = ['fifo', 'lru', 'priority']
