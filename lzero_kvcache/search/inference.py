@@ -4,9 +4,10 @@
 """
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Hashable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Hashable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class Served:
         self.weights: Any = None  # as the root inference read them: nobody changes them inside a search
         self.roots: Optional[Rows] = None
         self.before: Optional[Rows] = None  # the environments' roots before this step
+        self.superseded: Set[int] = set()  # environments whose root is no longer of this step
         self.kept = np.zeros(0, np.int64)  # rows whose root was stored
         self.timesteps = np.zeros(0, np.int64)  # [B]
         self.latents: Optional[torch.Tensor] = None  # [B, E], of the roots
@@ -72,6 +74,7 @@ class Inference:
         self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
         self._open = _Open()
         self._whole = WholeSearch(read_network, source, manager, store, self._guard, self.timings)
+        self._abandoned: Deque[Served] = deque()  # steps that were entered and never left
         store.beside += [self.backend, _WindowMemory(self.engine)]
 
     @contextmanager
@@ -79,38 +82,61 @@ class Inference:
         """As :meth:`NewWorldModel.serving`."""
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')
+        self._end_abandoned()
         trace = None if self._validator is None else self._validator.open(mode, env_ids)
-        with self._manager.lease() as lease:
-            served = Served(mode, env_ids, addresses, lease, trace)
-            self._open.steps.append(served)
-            try:
-                yield served
-            except BaseException:
-                self._undo(served)
-                raise
-            finally:
-                self._open.steps.remove(served)
-                if served.keys is not None:
-                    self._manager.forget_init(served.mode, *served.keys)
+        served = Served(mode, env_ids, addresses, self._manager.lease(), trace)
+        steps = self._open.steps
+        steps.append(served)
+        try:
+            yield served
+            self._forget_keys(served)
+        except GeneratorExit:
+            self._abandoned.append(served)  # this may be garbage, which is collected in the middle of anything
+            raise
+        except BaseException:
+            self._end_failed(served)
+            raise
+        else:
+            served.lease.release()
+            for other in [*steps, *self._abandoned]:
+                if other is not served and other.mode == mode:
+                    other.superseded.update(env_ids)
+        finally:
+            steps.remove(served)
+
+    def _end_abandoned(self) -> None:
+        while self._abandoned:
+            self._end_failed(self._abandoned.popleft())
+
+    def _end_failed(self, served: Served) -> None:
+        with served.lease:
+            self._undo(served)
+            self._forget_keys(served)
+
+    def _forget_keys(self, served: Served) -> None:
+        if served.keys is not None:
+            self._manager.forget_init(served.mode, *served.keys)
 
     def _undo(self, served: Served) -> None:
         """A step that failed is no step of its environments: put back the roots that they had."""
         if served.before is None:
             return
-        there = np.flatnonzero(served.before[1])
-        for env_id in served.env_ids:
-            self._manager.clear_init_caches(served.mode, env_id)
-        if len(there):
-            env_ids = [served.env_ids[row] for row in there]
+        undone = [row for row, env_id in enumerate(served.env_ids) if env_id not in served.superseded]
+        for row in undone:
+            self._manager.clear_init_caches(served.mode, served.env_ids[row])
+        there = [row for row in undone if served.before[1][row]]
+        if there:
             rows = served.before[0][there], served.before[1][there]
-            self._manager.store_init(served.mode, env_ids, [CURRENT] * len(env_ids), rows)
+            self._manager.store_init(served.mode, [served.env_ids[row] for row in there], [CURRENT] * len(there), rows)
 
     def forget(self, mode: Optional[str], env_id: Optional[int]) -> None:
-        """The roots of an environment, of a mode, or all were cleared: a search by key does not find them either."""
-        for step in self._open.steps:
+        """The roots of an environment, of a mode, or all were cleared: a search by key does not find them either, and
+        a step that fails puts none back."""
+        for step in [*self._open.steps, *self._abandoned]:
             if mode in (None, step.mode):
                 left = [row for row in step.kept if env_id not in (None, step.env_ids[row])]
                 step.kept = np.array(left, dtype=np.int64)
+                step.superseded.update(step.env_ids if env_id is None else [env_id])
 
     def _innermost(self, is_fitting: Callable[[Served], bool]) -> Optional[Served]:
         """The step that LightZero's code is at, since nothing that it passes along says so."""
@@ -127,6 +153,7 @@ class Inference:
         predictions have no rewards, and are 0 for what is skipped. A served step has one root inference, which finds
         its contexts by environment. Any other is of environments 0 to ``B - 1`` of collection, and finds them by key.
         """
+        self._end_abandoned()
         rows = len(current_obs)
         served = self._innermost(lambda step: step.roots is None)
         if len(self._open.steps) <= (served is not None):
@@ -149,7 +176,9 @@ class Inference:
         before = contexts[0].copy(), contexts[1].copy()
         pages = step.lease.allocate(rows)
         if going.any():
-            lost = missing[np.isfinite(to_cpu(last)).all(axis=1)[missing]] if last is not None else missing
+            lost = missing
+            if self._guard.skips and last is not None and len(missing):  # what was skipped is no context to begin from
+                lost = missing[to_cpu(torch.isfinite(last).all(1))[missing]]
             anew = self._begin_anew(step.lease, contexts, lost, 2 * timesteps[lost])
             actions = np.asarray([last_actions[row] if going[row] else self._no_action() for row in range(rows)])
             output = self._continue(step.weights, contexts, pages, timesteps, actions, latent, anew, last)
