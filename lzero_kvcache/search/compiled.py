@@ -9,7 +9,19 @@ import numpy as np
 
 from ..engine.compiled import simulate
 from ..engine.compiling import entry, inner
-from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, select_rows
+from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
+
+
+class Roots(NamedTuple):
+    """What a search begins with; arrays are whole and in C's order, and in the types that are named."""
+    reward: np.ndarray  # [B] float32
+    logits: np.ndarray  # [B, P] float32
+    legal: np.ndarray  # [B, S] int32, see prepare_rows
+    noise: np.ndarray  # [B, S] float32
+    weight: np.float32  # of the noise
+    tables: np.ndarray  # [B, R] int64
+    counts: np.ndarray  # [B] int64
+    timesteps: np.ndarray  # [B] int64
 
 
 class Batch(NamedTuple):
@@ -71,17 +83,16 @@ def mend_rows(batch: Batch, lo: int, hi: int) -> None:
 
 
 @entry
-def search_rows(tree: Tree, rules: Rules, key: Key, network: Any, shift: np.ndarray, slab: np.ndarray,
-                pages: np.ndarray, timesteps: np.ndarray, batch: Batch, scratch: Any, lo: int, hi: int) -> None:
-    """All simulations of rows ``lo`` to ``hi``, whose roots are prepared and have their contexts in the tree.
-
-    ``pages [N - 1, B]`` are what simulations write, ``timesteps [B]`` those of the roots; the rest is as
-    :func:`simulate` takes it.
-    """
-    batch.broken[lo:hi] = 0
+def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, shift: np.ndarray, slab: np.ndarray,
+                pages: np.ndarray, batch: Batch, scratch: Any, lo: int, hi: int) -> None:
+    """A search of rows ``lo`` to ``hi``. ``pages [N - 1, B]`` are what its simulations write; the rest is as
+    :func:`simulate` takes it."""
+    prepare_rows(tree, rules, key, roots.reward, roots.logits, roots.legal, roots.noise, roots.weight, lo, hi)
+    for row in range(lo, hi):
+        tree.tables[row, 0], tree.counts[row, 0], batch.broken[row] = roots.tables[row], roots.counts[row], 0
     for simulation in range(len(pages)):
         select_rows(tree, rules, key, simulation, lo, hi)
-        gather_rows(tree, rules, timesteps, batch, lo, hi)
+        gather_rows(tree, rules, roots.timesteps, batch, lo, hi)
         simulate(
             network, shift, slab, batch.tables, batch.counts, pages[simulation], batch.actions, batch.places, scratch,
             lo, hi, batch.reward, batch.value, batch.policy
