@@ -9,22 +9,13 @@ import torch
 from oracle import Case, cached_model
 
 from lzero_kvcache.engine.compiled import new_scratch
+from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.program import read_network
-from lzero_kvcache.search.compiled import Batch, make_batch, search_rows
-from lzero_kvcache.search.tree import (
-    Rules,
-    Tree,
-    backup_rows,
-    make_key,
-    make_rules,
-    make_tree,
-    pad_legal,
-    parent,
-    prepare_rows,
-    root_values,
-    root_visits,
-    select_rows,
-)
+from lzero_kvcache.search import tree as trees
+from lzero_kvcache.search.compiled import Batch, Roots, make_batch, search_rows
+from lzero_kvcache.search.tree import Rules, Tree, make_key, make_rules, make_tree, pad_legal, root_values, root_visits
+
+prepare_rows, select_rows, backup_rows = map(entry, (trees.prepare_rows, trees.select_rows, trees.backup_rows))
 
 KEY = make_key(1, 2)
 ROWS, SIMULATIONS = 19, 12
@@ -40,16 +31,13 @@ CASES = pytest.mark.parametrize('case, rules', [
 
 
 class Root(NamedTuple):
-    """What a search begins with."""
+    """Roots of a search, and whom they belong to."""
     inference: Any
-    tables: np.ndarray
-    counts: np.ndarray
-    timesteps: np.ndarray
-    logits: np.ndarray
+    roots: Roots
 
 
 @pytest.fixture
-def root(case: Case) -> Iterator[Root]:
+def root(case: Case, rules: Rules) -> Iterator[Root]:
     """Roots whose contexts slide; every third environment has just begun its episode."""
     model = cached_model(case, ROWS, 5)
     world_model, rng = model.world_model, np.random.default_rng(0)
@@ -66,37 +54,33 @@ def root(case: Case) -> Iterator[Root]:
             output = model.initial_inference(obs[step - 1], actions, obs[step], list(timesteps))
             if step == 5:
                 (tables, counts), timesteps = world_model.inference._roots
-                yield Root(world_model.inference, tables, counts, timesteps, output.policy_logits.numpy())
+                slots = 4 if case.continuous else case.action_space_size
+                legal = pad_legal([[] if rules.sampled else LEGAL[row % 3] for row in range(ROWS)], slots)
+                noise = rng.dirichlet([0.3] * slots, ROWS).astype(np.float32)
+                yield Root(world_model.inference, Roots(
+                    np.zeros(ROWS, np.float32), output.policy_logits.numpy(), legal, noise, np.float32(0.25), tables,
+                    counts, timesteps
+                ))
 
 
-def prepared(case: Case, rules: Rules, root: Root) -> Tree:
-    slots = 4 if case.continuous else case.action_space_size
+def new_tree(case: Case, rules: Rules, roots: Roots) -> Tree:
     size = (case.action_space_size if case.continuous else 1) if rules.sampled else 0
-    tree = make_tree(ROWS, SIMULATIONS, slots, root.tables.shape[1], size)
-    legal = [[] if rules.sampled else LEGAL[row % 3] for row in range(ROWS)]
-    noise = np.random.default_rng(0).dirichlet([0.3] * slots, ROWS).astype(np.float32)
-    prepare_rows(
-        tree, rules, KEY, np.zeros(ROWS, np.float32), root.logits, pad_legal(legal, slots), noise, np.float32(0.25), 0,
-        ROWS
-    )
-    tree.tables[:, 0], tree.counts[:, 0] = root.tables, root.counts
-    return tree
+    return make_tree(ROWS, SIMULATIONS, roots.legal.shape[1], roots.tables.shape[1], size)
 
 
 def search_compiled(case: Case, rules: Rules, root: Root, bounds: Sequence[int] = (0, ROWS)) -> Tuple[Tree, Batch]:
     """A thread for all rows between two bounds."""
-    inference, tree = root.inference, prepared(case, rules, root)
+    inference, roots = root
+    tree = new_tree(case, rules, roots)
     network, kept = read_network(inference._wm)
-    pages = inference._manager.open_search((root.tables, root.counts), SIMULATIONS).pages
+    pages = inference._manager.open_search((roots.tables, roots.counts), SIMULATIONS).pages
     shift = inference._weights().shift
     if shift is None:
         shift = torch.zeros(1, case.num_layers, 2, case.embed_dim)
-    batch = make_batch(tree, root.logits.shape[1])
-    given = (
-        tree, rules, KEY, network, shift.numpy(), inference._slab().data.numpy(), pages, root.timesteps, batch
-    )
+    batch = make_batch(tree, roots.logits.shape[1])
+    given = tree, rules, KEY, roots, network, shift.numpy(), inference._slab().data.numpy(), pages, batch
     threads = [
-        threading.Thread(target=search_rows, args=(*given, new_scratch(network, root.tables.shape[1]), lo, hi))
+        threading.Thread(target=search_rows, args=(*given, new_scratch(network, roots.tables.shape[1]), lo, hi))
         for lo, hi in zip(bounds[:-1], bounds[1:])
     ]
     for thread in threads:
@@ -108,13 +92,14 @@ def search_compiled(case: Case, rules: Rules, root: Root, bounds: Sequence[int] 
 
 def search_by_steps(case: Case, rules: Rules, root: Root) -> Tree:
     """The same search with the engine's step in torch."""
-    inference, tree = root.inference, prepared(case, rules, root)
-    nodes = inference._manager.open_search((root.tables, root.counts), SIMULATIONS)
-    expand, rows = partial(inference.expand, nodes, root.timesteps), np.arange(ROWS)
+    inference, roots = root
+    tree, rows = new_tree(case, rules, roots), np.arange(ROWS)
+    prepare_rows(tree, rules, KEY, *roots[:5], 0, ROWS)
+    nodes = inference._manager.open_search((roots.tables, roots.counts), SIMULATIONS)
+    expand = partial(inference.expand, nodes, roots.timesteps)
     for simulation in range(SIMULATIONS):
         select_rows(tree, rules, KEY, simulation, 0, ROWS)
-        parents = np.array([parent(tree, row) for row in rows])
-        actions = tree.action
+        parents, actions = tree.path[rows, tree.depth - 1], tree.action
         if rules.sampled:
             actions = tree.draws[rows, parents, tree.action]
             actions = actions if case.continuous else actions.astype(np.int64)
