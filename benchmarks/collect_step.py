@@ -1,5 +1,8 @@
 """One collect step, a whole search through the policy, old against new, interleaved in one process.
 
+'tree' is the new system with LightZero's C++ tree, node by node; 'new' takes the search that ``search='auto'`` takes.
+Searches alone, without their root inference, stand beside it, and mctx's where jax and mctx are installed.
+
     python benchmarks/collect_step.py --device cpu --model cartpole --envs 8 64
     python benchmarks/collect_step.py --device cpu --config memory_unizero_config
 
@@ -29,10 +32,11 @@ from common import (
 )
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from easydict import EasyDict
+from mctx_search import mctx_search
 
 from lzero_kvcache.training import load_config
 
-SYSTEMS = (('old', False), ('new', True))
+SYSTEMS = (('old', False, 'tree'), ('tree', True, 'tree'), ('new', True, 'auto'))  # name, flag, kv_cache_cfg.search
 Configs = Dict[str, Tuple[str, EasyDict]]  # by system: the policy's name in the registry, and its config
 
 
@@ -43,9 +47,10 @@ def preset_configs(args: Any, envs: int) -> Configs:
     model = dict(model_type='mlp' if vector else 'conv', **preset['model'])
     return {name: ('unizero', EasyDict(
         model=dict(model, world_model_cfg=world_model_cfg(
-            args, envs, args.simulations, use_new_cache_manager=flag, game_segment_length=50)),
+            args, envs, args.simulations, use_new_cache_manager=flag, game_segment_length=50,
+            kv_cache_cfg=dict(backend=args.backend, search=search))),
         num_simulations=args.simulations, collector_env_num=envs, evaluator_env_num=1,
-    )) for name, flag in SYSTEMS}
+    )) for name, flag, search in SYSTEMS}
 
 
 def zoo_configs(config: str, args: Any, envs: Optional[int] = None, **changes: Any) -> Configs:
@@ -60,9 +65,10 @@ def zoo_configs(config: str, args: Any, envs: Optional[int] = None, **changes: A
         policy.num_simulations = args.simulations
         changes.update(num_simulations=args.simulations)
     configs = {}
-    for name, flag in SYSTEMS:
+    for name, flag, search in SYSTEMS:
         policy.model.world_model_cfg.update(
-            changes, device=args.device, use_new_cache_manager=flag, kv_cache_cfg=EasyDict(backend=args.backend))
+            changes, device=args.device, use_new_cache_manager=flag,
+            kv_cache_cfg=EasyDict(backend=args.backend, search=search))
         configs[name] = loaded.create_config.policy.type, copy.deepcopy(policy)
     return configs
 
@@ -78,7 +84,8 @@ def build_policies(configs: Configs, device: str) -> Dict[str, Any]:
         with silent():
             policies[name] = policy(config, enable_field=['learn', 'collect', 'eval'])
     spread_latents(policies['old']._model)
-    policies['new']._model.load_state_dict(policies['old']._model.state_dict())
+    for name in configs.keys() - {'old'}:
+        policies[name]._model.load_state_dict(policies['old']._model.state_dict())
     if not policies['old']._cfg.model.world_model_cfg.rotary_emb:
         policies['old']._model.world_model.precompute_pos_emb_diff_kv()
     return policies
@@ -123,17 +130,39 @@ def measure(policies: Dict[str, Any], envs: int, steps: int, filled: float = 1.0
     with contextlib.redirect_stdout(io.StringIO()):
         fill(policies, envs, full)
         collect(policies, envs, 1, first=full)
+        searches = {name: copy.copy(policies[name]._model.world_model.timings['search']) for name in ('tree', 'new')}
         times = collect(policies, envs, steps, first=full + 1)
-        caching = {}
+        caching, alone = {}, {}
+        for name, before in searches.items():
+            after = policies[name]._model.world_model.timings['search']
+            alone[f'{name} search ms'] = 1e3 * (after.seconds - before.seconds) / (after.count - before.count)
         for name, policy in policies.items():
+            if name == 'new' and policy._mcts_collect.use_arrays:
+                continue  # there are no parts to time in one call
             steps_of = StepTimes(policy._model, policy._cfg.device)
             with steps_of.measured():
                 [whole] = collect({name: policy}, envs, 1, first=full + 1 + steps)[name]
             caching[f'{name} caching %'] = steps_of.caching_percent(whole)
-    old, new = median(times['old']), median(times['new'])
+    old, tree, new = (median(times[name]) for name in ('old', 'tree', 'new'))
     memory = allocated_mb({name: policy._model for name, policy in policies.items()})
-    return {'old ms': old, 'new ms': new, 'old / new': old / new, **caching, 'old MiB': memory['old'],
+    return {'old ms': old, 'tree ms': tree, 'new ms': new, 'old / tree': old / tree, 'old / new': old / new, **alone,
+            **mctx_beside(policies['new'], envs, steps, alone['new search ms']), **caching, 'old MiB': memory['old'],
             'new MiB': memory['new']}
+
+
+def mctx_beside(policy: Any, envs: int, steps: int, search_ms: float) -> Dict[str, float]:
+    """mctx's search with the same products, and how many times its time ours takes; nothing where it cannot be had."""
+    cfg, world_model = policy._cfg, policy._model.world_model
+    if world_model.continuous_action_space:
+        return {}
+    search = mctx_search(cfg.device, envs, cfg.num_simulations, dict(
+        embed_dim=world_model.config.embed_dim, layers=world_model.config.num_layers,
+        actions=cfg.model.action_space_size, support=world_model.support_size,
+    ))
+    if search is None:
+        return {}
+    mctx_ms = median([timed(search, 'cpu')[1] for _ in range(steps)])
+    return {'mctx search ms': mctx_ms, 'new / mctx': search_ms / mctx_ms}
 
 
 def main() -> None:

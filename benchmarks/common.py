@@ -173,7 +173,8 @@ def allocated_mb(models: Dict[str, Any]) -> Dict[str, float]:
 def memory_of_contexts(world_model: Any) -> Dict[str, float]:
     """MiB of the contexts that the new system stores: as whole copies, and as the pages that they share."""
     manager = world_model.kv_cache_manager
-    contexts = sum(map(len, manager.init_pools + [manager.recur_pool]))
+    summary = manager.get_stats_summary()
+    contexts = sum(pool['size'] for pool in [*summary['init_pools'].values(), summary['recur_pool']])
     page = manager.storage.slab.page_bytes
     copies, pages = contexts * page * world_model.context_length / 2 / MIB, manager.pages_used * page / MIB
     return {'copies MiB': copies, 'pages MiB': pages, 'copies / pages': copies / pages}

@@ -32,7 +32,7 @@ def sample(work: str, done: int, device: str, manager: Any) -> Dict[str, Any]:
         'work': work, 'done': done, 'host RSS, MiB': psutil.Process().memory_info().rss / MIB,
         'python, 1,000 blocks': sys.getallocatedblocks() / 1000,
         'device, MiB': torch.cuda.memory_allocated() / MIB if device == 'cuda' else 0.0,
-        'pages in use': manager._pages.used, 'slab, MiB': manager.memory_mb,
+        'pages in use': manager.pages_used, 'cache, MiB': manager.memory_mb,
     }
 
 
@@ -44,14 +44,12 @@ def look_ups(manager: KVCacheManager, count: int, batch: int = 8) -> Iterator[in
         env_ids = random.permutation(manager.env_num)[:batch].tolist()
         mode = COLLECT if random.random() < 0.9 else EVAL
         last, keys = random.integers(0, 200, (2, len(env_ids))).tolist()
-        try:
-            pages = manager.allocate(len(env_ids))
+        with manager.lease() as lease:
+            pages = lease.allocate(len(env_ids))
             roots = manager.find_init(mode, env_ids, last)
             manager.store_init(mode, env_ids, keys, extend(roots, pages))
             nodes = manager.find_recur(mode, env_ids, keys)
-            manager.store_recur(env_ids, last, extend(nodes, manager.allocate(len(env_ids))))
-        finally:
-            manager.release()
+            manager.store_recur(env_ids, last, extend(nodes, lease.allocate(len(env_ids))))
         done += 2 * len(env_ids)
         if random.random() < 0.02:
             manager.clear_init_caches(mode, env_ids[0])

@@ -5,6 +5,7 @@ No test lives here. ``oracle.py`` has the models and what is right for them.
 import contextlib
 import copy
 import io
+from types import SimpleNamespace
 from typing import Any, Dict, List, Sequence
 
 import numpy as np
@@ -18,9 +19,13 @@ from seeded_search import seeded_search
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 from lzero_kvcache import KVCacheManager
+from lzero_kvcache.engine.slab import Slab
+from lzero_kvcache.engine.store import PageStore
+from lzero_kvcache.host.keys_values import KeysValuesCodec
 from lzero_kvcache.host.tree_search import NodeSearch
 
 LAYERS, HEADS, HEAD_DIM, CONTEXT_LENGTH = 2, 2, 4, 8
+PAGE_MB = 2 * LAYERS * 2 * HEADS * HEAD_DIM * 4 / 2 ** 20
 
 
 def keys_values(size: int, seed: int = 0, layers: int = LAYERS, heads: int = HEADS, head_dim: int = HEAD_DIM,
@@ -52,11 +57,40 @@ def manager(**overrides: Any) -> KVCacheManager:
     return KVCacheManager(cache_cfg(**overrides))
 
 
-def audit(used: KVCacheManager) -> None:
+def paged(**overrides: Any) -> KVCacheManager:
+    """The same over a slab on the CPU, as in a world model with rotary positions: pages hold tokens as they are."""
+    used = manager(**overrides)
+    model = SimpleNamespace(
+        context_length=CONTEXT_LENGTH, transformer=SimpleNamespace(generate_empty_keys_values=_empty_keys_values)
+    )
+    source = SimpleNamespace(read=lambda captured: SimpleNamespace(shift=None))
+    slab = Slab(LAYERS, HEADS, HEAD_DIM, getattr(torch, used.config.dtype))
+    store = PageStore(slab, KeysValuesCodec(model, source, lambda: ready(used)), 'lower init_pool_size')
+    used.use_store(store)
+    return used
+
+
+def ready(used: KVCacheManager) -> Slab:
+    """A manager's slab on the CPU, with room for all of its pages."""
+    return used.storage.ready(used.page_capacity, torch.device('cpu'))
+
+
+def _empty_keys_values(n: int, max_tokens: int) -> KeysValues:
+    return keys_values(0, max_tokens=max_tokens, rows=n)
+
+
+def roots(used: Any, mode: str = 'collect') -> List[int]:
+    """How many root contexts each environment has, found by environment or by key."""
+    pools = used.get_stats_summary()[dict(collect='init_pools', eval='eval_pools')[mode]]
+    return [pool['size'] for pool in pools.values()]
+
+
+def audit(used: KVCacheManager, held: Sequence[np.ndarray] = ()) -> None:
     """
     Overview:
         No page is lost and none is used twice: between two steps a page's references are as many as entries name it,
-        no entry names it twice, and the pages that can be allocated are those without any.
+        and tables that searches hold, no entry names it twice, and the pages that can be allocated are those without
+        any.
     """
     pages = used._pages
     reserved = pages.capacity - pages.used - pages.free  # the first ones, which no entry may name
@@ -68,6 +102,8 @@ def audit(used: KVCacheManager) -> None:
             assert (entry >= reserved).all(), 'an entry names a reserved page'
             assert len(set(entry.tolist())) == count, 'an entry names a page twice'
             mentions[entry] += 1
+    for table in held:
+        np.add.at(mentions, table.ravel(), 1)
     assert pages.references[reserved:].tolist() == mentions[reserved:].tolist()
     assert pages.free == int((mentions[reserved:] == 0).sum())
 
@@ -133,13 +169,17 @@ class Worker:
 
     def step(self, env_ids: Sequence[int]) -> Dict[int, Any]:
         """One step of some environments; what the policy returned for each."""
+        with contextlib.redirect_stdout(io.StringIO()), seeded_search(NodeSearch):
+            return self.forward(env_ids)
+
+    def forward(self, env_ids: Sequence[int]) -> Dict[int, Any]:
+        """The same with LightZero's tree, which breaks ties by the time of day, and its printed lines."""
         observations = torch.from_numpy(np.stack([self._observe(env_id) for env_id in env_ids]))
         arguments = dict(temperature=1., epsilon=0.) if self.mode == 'collect' else {}
-        with contextlib.redirect_stdout(io.StringIO()), seeded_search(NodeSearch):
-            output = self.policy.forward(
-                observations, [np.ones(2, np.int8) for _ in env_ids], to_play=[-1] * len(env_ids), ready_env_id=env_ids,
-                timestep=[np.array(self._timestep.get(env_id, 0)) for env_id in env_ids], **arguments
-            )
+        output = self.policy.forward(
+            observations, [np.ones(2, np.int8) for _ in env_ids], to_play=[-1] * len(env_ids), ready_env_id=env_ids,
+            timestep=[np.array(self._timestep.get(env_id, 0)) for env_id in env_ids], **arguments
+        )
         for env_id in env_ids:
             self._timestep[env_id] = self._timestep.get(env_id, 0) + 1
         return output

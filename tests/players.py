@@ -28,20 +28,24 @@ class Placed:
 class ByNode(Batch):
     """Puts a trace to a model as the policies' searches by node do; value and reward of nodes come as scalars."""
 
-    def __init__(self, model, mode='collect'):
+    def __init__(self, model, mode='collect', env_ids=None):
         super().__init__(model)
-        self._mode, self._open = mode, contextlib.ExitStack()
+        self._place, self._open = (mode, env_ids), contextlib.ExitStack()
         self.trace = None  # of the search that is under way, for validation
 
     def root(self, event):
         self.close()
-        rows = len(event.timesteps)
-        simulations = self.world_model.kv_cache_manager.recur_pool.pool_size // rows
-        self.trace = self._open.enter_context(self.world_model.serving(self._mode, range(rows))).trace
+        mode, env_ids = self._place
+        rows = range(len(event.timesteps)) if env_ids is None else env_ids
+        self.trace = self._open.enter_context(self.world_model.serving(mode, rows)).trace
         answer = super().root(event)
+        self.open(self.world_model.kv_cache_manager.recur_pool.pool_size // len(rows))
+        return answer
+
+    def open(self, simulations):
+        """Begin the search below the roots that were just inferred."""
         self._expand = self._open.enter_context(self.world_model.search_by_node(simulations))
         self._simulation = 0
-        return answer
 
     def expand(self, event):
         rows = np.arange(len(event.parents))
@@ -55,6 +59,16 @@ class ByNode(Batch):
     def close(self):
         """End the search that is under way."""
         self._open.close()
+
+
+class ByKey(ByNode):
+    """The same by key, as a search of a user's own is."""
+
+    def open(self, simulations):
+        """Nodes are looked up one by one."""
+
+    def expand(self, event):
+        return Batch.expand(self, event)
 
 
 def answers_of(model, trace, by_node=False):

@@ -30,15 +30,15 @@ from oracle import (
 from players import Placed, answers_of
 
 from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
-from lzero_kvcache.engine import launch as backends
-from lzero_kvcache.engine import step as engines
-from lzero_kvcache.engine.step import LEAST_PAGES, SHORT_WINDOW, Engine, _attend
+from lzero_kvcache.engine import launch, packing
+from lzero_kvcache.engine.step import SHORT_WINDOW, _attend_elementwise
 from lzero_kvcache.host import weights as layouts
 
 SEED, SUPPORT = 5, 5
 BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
 BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
 BOTH_WAYS = pytest.mark.parametrize('by_node', [False, True], ids=['keyed', 'by node'])
+
 
 def scalar(logits):
     return InverseScalarTransform(SUPPORT, 'cpu', True)(logits.softmax(-1))
@@ -80,16 +80,13 @@ class Device(str):
     type = 'cuda'
 
 
-class EngineOnGPU(Engine):
-    device = Device('cpu')
-
-
 class StandIn:
     """A graph that computes over the storage of its capture, and into the results of its capture."""
 
-    def __init__(self, engine, slab, sent, action):
-        self._engine, self._slab, self._inputs = engine, slab, (sent, action)
-        self._parameters = [(parameter, parameter.data) for parameter in engine._wm.parameters()]
+    def __init__(self, backend, slab, sent, action):
+        self._backend, self._slab, self._inputs = backend, slab, (sent, action)
+        world_model, _ = backend.source.read.args  # whose weights it reads
+        self._parameters = [(parameter, parameter.data) for parameter in world_model.parameters()]
         self._pages = slab.data
         self.result = self._run()
         self.replays = 0
@@ -111,7 +108,21 @@ class StandIn:
 
     def _run(self):
         with torch.no_grad():
-            return backends._run_fresh(self._engine, self._slab, *self._inputs)
+            return self._backend._run_fresh(self._slab, *self._inputs)
+
+
+class Copied:
+    """The event after a copy from pinned memory, which must be waited for before that is written again."""
+
+    def __init__(self):
+        self.pending = False
+
+    def record(self):
+        assert not self.pending
+        self.pending = True
+
+    def synchronize(self):
+        self.pending = False
 
 
 @pytest.fixture
@@ -120,21 +131,21 @@ def captured(monkeypatch):
     graphs = []
 
     def capture(self, slab, rows, count, action):
-        host = torch.from_numpy(np.repeat(self.engine.filler(SCRATCH_PAGE, count), rows, axis=1))
+        column = packing.filler(self.engine.geometry, SCRATCH_PAGE, count)
+        host = torch.from_numpy(np.repeat(column, rows, axis=1))
         sent, held = host.clone(), None if action is None else torch.zeros_like(action)
-        graphs.append(StandIn(self.engine, slab, sent, held))
+        graphs.append(StandIn(self, slab, sent, held))
         self.memory_mb += 1.
-        return backends._Graph(graphs[-1], host, sent, held, graphs[-1].result)
+        return launch._Graph(graphs[-1], host, Copied(), sent, held, graphs[-1].result)
 
-    monkeypatch.setattr(backends.CudaGraphBackend, '_capture', capture)
+    monkeypatch.setattr(launch.CudaGraphBackend, '_capture', capture)
     return graphs
 
 
 def on_gpu(model):
     """Make a model's backend believe that the model is on a GPU."""
     backend = model.world_model.inference.backend
-    backend.engine = copy.copy(backend.engine)
-    backend.engine.__class__ = EngineOnGPU
+    backend.source = backend.source._replace(device=lambda: Device('cpu'))
     return model
 
 
@@ -185,16 +196,17 @@ class Steps:
                     function(parameter)
 
     def numbers(self, rows):
-        engine = self.world_models[0].cache_engine
+        geometry = self.world_models[0].inference.engine.geometry
         ids = self._rng.permutation(np.arange(RESERVED_PAGES, self._pages))
-        width = engine.width - 1
+        width = geometry.width - 1
         tables = ids[:rows * width].reshape(rows, width)
-        counts = self._rng.integers(1, engine.width, size=rows)
+        counts = self._rng.integers(1, geometry.width, size=rows)
         tables[np.arange(width) >= counts[:, None]] = NULL_PAGE
         written = ids[rows * width:rows * (width + 1)]
         angles = self._rng.integers(100, size=(2, rows))
         actions = self._rng.integers(3, size=rows)
-        return engine.pack((tables, counts), written, tuple(angles), actions), tables, written
+        numbers = packing.pack(geometry, (tables, counts), written, tuple(angles), actions, int(counts.max()))
+        return numbers, tables, written
 
     def step(self, rows=6, numbers=None):
         """One step of both; whether they agree on what they answer and on what they write."""
@@ -241,7 +253,7 @@ class TestReplays:
         case = Case(rotary=rotary, context_length=20)
         trace = random_trace(np.random.default_rng(SEED), case, 3, root_steps=4, simulations=6)
         expected = answers_of(cached_model(case, 3, SEED, **cfg('eager')), trace, by_node)
-        monkeypatch.setattr(engines, 'LEAST_PAGES', 2)
+        monkeypatch.setattr(packing, 'LEAST_PAGES', 2)
         answers = answers_of(graph_model(case, 3), trace, by_node)
         assert largest_error(answers, expected) <= TOLERANCE
         assert 2 <= len(captured) <= 4  # of 2, 4, 8 and 10 pages
@@ -343,9 +355,10 @@ class TestReplays:
         expected = answers_of(model, trace)
         target = copy.deepcopy(model)
         backend = target.world_model.inference.backend
-        assert type(backend) is backends.CudaGraphBackend
+        assert type(backend) is launch.CudaGraphBackend
         assert backend is not model.world_model.inference.backend
-        assert backend.engine._wm is target.world_model
+        assert backend.source.addresses() == target.world_model.weights_source.addresses()
+        assert backend.source.addresses() != model.world_model.weights_source.addresses()
         assert not backend._graphs
         assert backend.memory_mb == target.world_model.graph_memory_mb == 0
         with torch.no_grad():
@@ -381,7 +394,7 @@ def warnings_of(lines):
 class TestGivingUp:
 
     def test_storage_that_moves_every_time(self, captured, monkeypatch, lines):
-        monkeypatch.setattr(backends, 'MAX_MOVES', 3)
+        monkeypatch.setattr(launch, 'MAX_MOVES', 3)
         steps = Steps()
         for number in range(6):
             assert steps.step(), number
@@ -394,9 +407,6 @@ class TestGivingUp:
         assert "backend='cudagraph'" in warning
         assert 'its storage keeps moving' in warning
 
-    def test_the_bound_is_a_small_number(self):
-        assert 2 <= backends.MAX_MOVES <= 64
-
     @pytest.mark.parametrize('name', ['cudagraph', 'auto'])
     def test_a_capture_that_fails(self, name, monkeypatch, lines):
         tried = []
@@ -405,7 +415,7 @@ class TestGivingUp:
             tried.append(args)
             raise RuntimeError('operation not permitted when stream is capturing\nand a long trace')
 
-        monkeypatch.setattr(backends.CudaGraphBackend, '_capture', capture)
+        monkeypatch.setattr(launch.CudaGraphBackend, '_capture', capture)
         steps = Steps(name=name)
         for _ in range(3):
             assert steps.step()
@@ -421,7 +431,7 @@ class TestGivingUp:
         def capture(*args):
             raise RuntimeError('no graph here')
 
-        monkeypatch.setattr(backends.CudaGraphBackend, '_capture', capture)
+        monkeypatch.setattr(launch.CudaGraphBackend, '_capture', capture)
         case = Case()
         trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=4)
         answers = answers_of(graph_model(case, 2), trace, by_node)
@@ -462,7 +472,7 @@ class TestKernels:
             bias = torch.zeros(rows, tokens, length).masked_fill(~seen, float('-inf'))[:, None]
         keys, values = context.permute(2, 0, 3, 1, 4)
         expected = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=bias)
-        actual = _attend(query.transpose(1, 2), keys, values, bias)
+        actual = _attend_elementwise(query.transpose(1, 2), keys, values, bias)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize('numbers', [1, layouts.MANY_NUMBERS - 1, layouts.MANY_NUMBERS, 3 * layouts.MANY_NUMBERS])
@@ -533,11 +543,11 @@ def alone_on_cuda(case, trace, env):
 class TestOnGPU:
 
     @pytest.mark.parametrize('rows', [8, 40, 64])
-    @pytest.mark.parametrize(('context_length', 'least_pages'), [(8, LEAST_PAGES), (20, 2), (80, 40)])
+    @pytest.mark.parametrize(('context_length', 'least_pages'), [(8, packing.LEAST_PAGES), (20, 2), (80, 40)])
     @BOTH_ACTIONS
     @BOTH_POSITIONS
     def test_every_way_gives_one_answer(self, rotary, continuous, context_length, least_pages, rows, monkeypatch):
-        monkeypatch.setattr(engines, 'LEAST_PAGES', least_pages)
+        monkeypatch.setattr(packing, 'LEAST_PAGES', least_pages)
         assert 8 <= SHORT_WINDOW < 80 and 8 < layouts.MANY_CAPTURED_ROWS < 40 < min(layouts.MANY_ROWS.values())
         case = Case(rotary=rotary, continuous=continuous, context_length=context_length)
         trace = random_trace(np.random.default_rng(SEED), case, rows, root_steps=3, simulations=5, episodes=0.2)
@@ -644,4 +654,4 @@ class TestOnGPU:
         keys, values = context.permute(2, 0, 3, 1, 4)
         query = query.transpose(1, 2)
         expected = F.scaled_dot_product_attention(query, keys, values)
-        torch.testing.assert_close(_attend(query, keys, values, None), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(_attend_elementwise(query, keys, values, None), expected, rtol=1e-4, atol=1e-5)

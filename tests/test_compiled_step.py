@@ -3,6 +3,7 @@
 ``B`` is the number of rows, ``R`` the pages that a context has at most.
 """
 import contextlib
+import functools
 import importlib.util
 import io
 import os
@@ -18,9 +19,10 @@ import torch
 from oracle import Case, cached_model
 
 from lzero_kvcache.engine.compiling import why_not_compiled
-from lzero_kvcache.engine.program import Network, read_network, what_is_missing
+from lzero_kvcache.engine.packing import pack, unpack
+from lzero_kvcache.engine.program import Network
 from lzero_kvcache.engine.slab import Slab
-from lzero_kvcache.engine.step import Engine
+from lzero_kvcache.host.network import read_network, what_is_missing
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
 
@@ -63,6 +65,14 @@ class Predicted(NamedTuple):
     pages: torch.Tensor
 
 
+@functools.lru_cache(maxsize=None)
+def simulate() -> Any:
+    """The simulation, compiled by itself."""
+    from lzero_kvcache.engine import compiled, compiling
+
+    return compiling.entry(compiled.simulate)
+
+
 def make_model(case: Case) -> Any:
     """A world model with random weights."""
     with contextlib.redirect_stdout(io.StringIO()):
@@ -71,9 +81,9 @@ def make_model(case: Case) -> Any:
 
 def make_contexts(world_model: Any, rows: int, seed: int, count: Optional[int] = None) -> Contexts:
     """Pages full of random numbers, in random order; of 1 to R pages, or of ``count``."""
-    rng, engine = np.random.default_rng(seed), world_model.cache_engine
-    width = engine.width - 1
-    slab = Slab(engine.layers, engine.heads, engine.head_dim)
+    rng, geometry = np.random.default_rng(seed), world_model.weights_source.geometry
+    width = geometry.width - 1
+    slab = Slab(geometry.layers, geometry.heads, geometry.head_dim)
     slab.ensure(2 + rows * (width + 1), torch.device('cpu'))
     slab.data[2:].normal_(generator=torch.Generator().manual_seed(seed))
     ids = rng.permutation(np.arange(2, len(slab.data))).reshape(rows, width + 1)
@@ -90,13 +100,14 @@ def by_engine(world_model: Any, contexts: Contexts) -> Predicted:
     """What the engine's step says. Scalars are taken from its logits in float64, since near 0 the rescaling takes the
     difference of almost equal numbers."""
     slab, tables, counts, pages, actions, places = contexts
-    engine: Engine = world_model.cache_engine
+    engine, weights = world_model.inference.engine, world_model.weights_source.read(False)
     before = slab.data.clone()
     with torch.no_grad():
-        numbers = torch.from_numpy(engine.pack((tables, counts), pages, (places[0], places[1]), actions))
-        page_ids, page_counts, positions, action = engine.unpack(numbers)
-        output = engine.step(engine.weights(), slab, page_ids, page_counts, action, positions)
-        packed = engine.for_search(output.map(torch.Tensor.double)).numpy()
+        angles = places[0], places[1]
+        numbers = torch.from_numpy(pack(engine.geometry, (tables, counts), pages, angles, actions, counts.max()))
+        page_ids, page_counts, positions, action = unpack(engine.geometry, numbers)
+        output = engine.step(weights, slab, page_ids, page_counts, action, positions)
+        packed = engine.for_search(weights, output.map(torch.Tensor.double)).numpy()
     after = slab.data.clone()
     slab.data.copy_(before)
     return Predicted(packed[:, 0], packed[:, 1], packed[:, 2:], after)
@@ -105,19 +116,20 @@ def by_engine(world_model: Any, contexts: Contexts) -> Predicted:
 def compiled_by(world_model: Any, contexts: Contexts, network: Optional[Network] = None,
                 chunks: Optional[list] = None) -> Predicted:
     """What the compiled simulation says, for all rows at once or in chunks."""
-    from lzero_kvcache.engine.compiled import new_scratch, simulate_once
+    from lzero_kvcache.engine.compiled import new_scratch
 
     slab, tables, counts, pages, actions, places = contexts
-    rows, engine = len(counts), world_model.cache_engine
+    rows, geometry = len(counts), world_model.weights_source.geometry
     before = slab.data.clone()
     if network is None:
         network, _ = read_network(world_model)
-    shift = engine.weights().shift
-    shift = np.zeros((1, engine.layers, 2, engine.embed_dim), np.float32) if shift is None else shift.detach().numpy()
+    shift = world_model.weights_source.read(False).shift
+    nothing = np.zeros((1, geometry.layers, 2, geometry.embed_dim), np.float32)
+    shift = nothing if shift is None else shift.detach().numpy()
     reward, value = np.full((2, rows), np.nan, dtype=np.float32)
     policy = np.full((rows, network.policy), np.nan, dtype=np.float32)
     for low, high in chunks or [(0, rows)]:
-        simulate_once(
+        simulate()(
             network, shift, slab.data.numpy(), tables, counts, pages, actions.reshape(rows, -1).astype(np.float32),
             places, new_scratch(network, tables.shape[1]), low, high, reward, value, policy
         )
@@ -142,7 +154,7 @@ def test_simulation_is_the_engines_step(case: Case, rows: int) -> None:
 
 def test_windows_that_just_began_and_full_ones(case: Case) -> None:
     world_model = make_model(case)
-    for count in (1, world_model.cache_engine.width - 1):
+    for count in (1, world_model.weights_source.geometry.width - 1):
         contexts = make_contexts(world_model, 9, seed=count, count=count)
         assert_close(compiled_by(world_model, contexts), by_engine(world_model, contexts))
 
@@ -253,8 +265,6 @@ def test_what_cannot_be_compiled_is_told() -> None:
     world_model = make_model(CASES['learned'])
     assert what_is_missing(world_model, torch.float32) is None
     assert what_is_missing(world_model, torch.float16) == 'pages are kept as torch.float16'
-    assert what_is_missing(world_model.train(), torch.float32) == 'the model is in training mode'
-    world_model.eval()
     world_model.head_value.head_module[1] = torch.nn.GELU()
     assert 'GELU' in what_is_missing(world_model, torch.float32)
     assert 'gated' in what_is_missing(make_model(Case(gru_gating=True)), torch.float32)

@@ -33,7 +33,7 @@ PAGES = READMES + DOCS
 # What a run, an experiment and a comparison leave behind, and a user's own config.
 OF_A_RUN = {
     'log/serial', 'log/train.log', 'ckpt', 'progress.json', 'summary.json', 'data_unizero',
-    'data_unizero/cartpole_new_seed0', 'total_config.py', 'experiment.json', 'data_experiment/NAME', *PICTURES, PAGE,
+    'data_unizero/cartpole_new_seed0', 'data_unizero/first_look', 'total_config.py', 'experiment.json', 'data_experiment/NAME', *PICTURES, PAGE,
     DATA
 }
 OF_A_USER = 'path/to/'

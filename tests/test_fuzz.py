@@ -1,13 +1,14 @@
 """Pools and pages against plain dicts: whatever is stored, cleared, grown, copied or fails, no page leaks."""
+import contextlib
 import copy
 import logging
 import os
-from typing import Any, Dict, Hashable, List, Optional, Tuple
+from typing import Any, Dict, Hashable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import pytest
 import torch
-from builders import audit, cache_cfg
+from builders import PAGE_MB, audit, paged, ready
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -19,14 +20,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lzero_kvcache import EvictionStrategy, KVCacheManager, KVCachePool
-from lzero_kvcache.cache.pages import OutOfPages, extend
-from lzero_kvcache.engine.slab import MIB
+from lzero_kvcache import EvictionStrategy, KVCachePool
+from lzero_kvcache.cache.base import CURRENT
+from lzero_kvcache.cache.nodes import NodeTable
+from lzero_kvcache.cache.pages import Lease, OutOfPages, extend
 
 ENVIRONMENTS, SIMULATIONS, INIT_SIZE = 3, 3, 3
 KEYS = st.integers(0, 5)
 MODES = st.sampled_from(['collect', 'eval'])
 ENV_IDS = st.lists(st.integers(0, ENVIRONMENTS - 1), min_size=1, max_size=ENVIRONMENTS, unique=True)
+FAILS = st.sampled_from([None, None, None, 'before', 'after'])
 STEPS = {'taken': 0}  # how many rules ran
 
 
@@ -88,8 +91,9 @@ class PoolModel:
 class ManagerMachine(RuleBasedStateMachine):
     """
     Overview:
-        A manager driven as a world model drives it: root steps, searches by key and by node, ends of episodes. Every
-        page has a number written to it that no other page ever had, so that an entry that got another's page shows.
+        A manager driven as a world model drives it: root steps and searches, by key and by environment, some of them
+        inside a search that is open, and ends of episodes. Every page has a number written to it that no other page
+        ever had, so that an entry that got another's page shows.
     """
     strategy = EvictionStrategy.FIFO
     max_pages: Optional[int] = None
@@ -98,21 +102,20 @@ class ManagerMachine(RuleBasedStateMachine):
         super().__init__()
         self.written = 0
         self.memory: Dict[int, int] = {}  # page id -> number
-        self.fail_growth = False
 
     @initialize()
     def build(self) -> None:
         options = dict(eviction=self.strategy.value, init_pool_size=INIT_SIZE)
         if self.max_pages is not None:
-            options['max_memory_mb'] = self.max_pages * 2 * 2 * 2 * 2 * 4 * 4 / MIB
-        self.manager = KVCacheManager(cache_cfg(
+            options['max_memory_mb'] = self.max_pages * PAGE_MB
+        self.manager = paged(
             env_num=ENVIRONMENTS, num_simulations=SIMULATIONS, evaluator_env_num=ENVIRONMENTS, kv_cache_cfg=options
-        ))
-        self.roots = {
-            (mode, env_id): PoolModel(INIT_SIZE, self.strategy)
-            for mode in ('collect', 'eval') for env_id in range(ENVIRONMENTS)
-        }
+        )
+        places = [(mode, env_id) for mode in ('collect', 'eval') for env_id in range(ENVIRONMENTS)]
+        self.roots = {place: PoolModel(INIT_SIZE, self.strategy) for place in places}
+        self.current: Dict[Tuple[str, int], List[int]] = {place: [] for place in places}
         self.nodes = PoolModel(ENVIRONMENTS * SIMULATIONS, self.strategy)
+        self.searches: List[Any] = []  # (lease, nodes, paths) of searches that are open
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
@@ -124,10 +127,21 @@ class ManagerMachine(RuleBasedStateMachine):
             self.written += 1
             self.memory[page] = self.written
 
-    def allocate(self, count: int) -> np.ndarray:
+    @contextlib.contextmanager
+    def step(self) -> Iterator[Lease]:
+        """A step with a lease of its own, which may fail, or find that all pages are needed by others."""
+        STEPS['taken'] += 1
+        try:
+            with self.manager.lease() as lease:
+                yield lease
+        except (_Failure, OutOfPages):
+            self.agree()
+
+    def allocate(self, lease: Lease, count: int) -> np.ndarray:
         """Pages for a step; where the manager evicted to have them, the model does not say which: it looks."""
-        pages = self.manager.allocate(count)
+        pages = lease.allocate(count)
         assert len(set(pages.tolist())) == count
+        self.agree()
         return pages
 
     def agree(self) -> None:
@@ -138,101 +152,106 @@ class ManagerMachine(RuleBasedStateMachine):
                 assert not model.entries
                 continue
             while len(model.entries) > len(pools[env_id]):
-                current = self.manager._current.get((mode, env_id))
-                assert model.evict(current)
+                assert model.evict(self.manager._newest_keys.get((mode, env_id)))
 
-    @rule(mode=MODES, env_ids=ENV_IDS, data=st.data(), fail=st.sampled_from([None, None, None, 'before', 'after']))
+    def contents_of(self, rows: Any) -> List[List[int]]:
+        return [self.content(table, count) for table, count in zip(*rows)]
+
+    @rule(mode=MODES, env_ids=ENV_IDS, data=st.data(), fail=FAILS)
     def root_step(self, mode: str, env_ids: List[int], data: st.DataObject, fail: Optional[str]) -> None:
-        STEPS['taken'] += 1
         last = [data.draw(KEYS) for _ in env_ids]
         keys = [data.draw(KEYS) for _ in env_ids]
         manager = self.manager
         manager.clear_recur_cache()
         self.nodes.clear()
-        try:
-            pages = self.allocate(len(env_ids))
-            self.agree()
+        with self.step() as lease:
+            pages = self.allocate(lease, len(env_ids))
             rows = manager.find_init(mode, env_ids, last)
-            for row, env_id in enumerate(env_ids):
-                expected = self.roots[mode, env_id].get(last[row])
-                assert self.content(rows[0][row], rows[1][row]) == (expected or [])
-            if fail == 'before':
-                raise _Failure
+            expected = [self.roots[mode, env_id].get(key) or [] for env_id, key in zip(env_ids, last)]
+            assert self.contents_of(rows) == expected
+            fail_if(fail == 'before')
             self.write(pages)
             children = extend(rows, pages)
             manager.store_init(mode, env_ids, keys, children)
-            for row, env_id in enumerate(env_ids):
-                self.roots[mode, env_id].set(keys[row], self.content(children[0][row], children[1][row]))
-            if fail == 'after':
-                raise _Failure
-        except _Failure:
-            pass
-        except OutOfPages:
-            self.agree()
-        finally:
-            manager.release()
+            for env_id, key, content in zip(env_ids, keys, self.contents_of(children)):
+                self.roots[mode, env_id].set(key, content)
+            fail_if(fail == 'after')
+
+    @rule(mode=MODES, env_ids=ENV_IDS, fail=FAILS)
+    def served_step(self, mode: str, env_ids: List[int], fail: Optional[str]) -> None:
+        """By environment: the newest root alone is kept, and no page pressure takes it."""
+        manager = self.manager
+        keys = [CURRENT] * len(env_ids)
+        with self.step() as lease:
+            pages = self.allocate(lease, len(env_ids))
+            rows = manager.find_init(mode, env_ids, keys)
+            assert self.contents_of(rows) == [self.current[mode, env_id] for env_id in env_ids]
+            for env_id in env_ids:
+                model = self.roots[mode, env_id]
+                model.queries, model.hits = model.queries + 1, model.hits + bool(self.current[mode, env_id])
+            fail_if(fail == 'before')
+            self.write(pages)
+            children = extend(rows, pages)
+            manager.store_init(mode, env_ids, keys, children)
+            self.current.update(zip([(mode, env_id) for env_id in env_ids], self.contents_of(children)))
+            fail_if(fail == 'after')
 
     @rule(mode=MODES, env_ids=ENV_IDS, data=st.data(), fail=st.booleans())
     def node_step(self, mode: str, env_ids: List[int], data: st.DataObject, fail: bool) -> None:
-        STEPS['taken'] += 1
         parents = [data.draw(KEYS) for _ in env_ids]
         keys = [data.draw(KEYS) for _ in env_ids]
         manager = self.manager
-        try:
-            pages = self.allocate(len(env_ids))
-            self.agree()
+        with self.step() as lease:
+            pages = self.allocate(lease, len(env_ids))
             rows = manager.find_recur(mode, env_ids, parents)
-            for row, env_id in enumerate(env_ids):
+            for row, (env_id, parent) in enumerate(zip(env_ids, parents)):
                 roots = self.roots[mode, env_id]
-                if parents[row] in roots.entries:
-                    expected = roots.get(parents[row])
-                else:
-                    expected = self.nodes.get((env_id, parents[row]))
+                expected = roots.get(parent) if parent in roots.entries else self.nodes.get((env_id, parent))
                 assert self.content(rows[0][row], rows[1][row]) == (expected or [])
-            if fail:
-                raise _Failure
+            fail_if(fail)
             self.write(pages)
             children = extend(rows, pages)
             manager.store_recur(env_ids, keys, children)
-            for row, env_id in enumerate(env_ids):
-                self.nodes.set((env_id, keys[row]), self.content(children[0][row], children[1][row]))
-        except _Failure:
-            pass
-        except OutOfPages:
-            self.agree()
-        finally:
-            manager.release()
+            for env_id, key, content in zip(env_ids, keys, self.contents_of(children)):
+                self.nodes.set((env_id, key), content)
 
-    @rule(mode=MODES, env_id=st.integers(0, ENVIRONMENTS - 1), key=KEYS, data=st.data(), fail=st.booleans())
-    def search_by_node(self, mode: str, env_id: int, key: int, data: st.DataObject, fail: bool) -> None:
-        """Contexts of a search stay as they are, whatever is evicted or cleared while it runs."""
+    @rule(mode=MODES, env_id=st.integers(0, ENVIRONMENTS - 1))
+    def open_search(self, mode: str, env_id: int) -> None:
+        """A search by node holds what it needs for as long as it is open, whatever is done in between."""
         STEPS['taken'] += 1
-        manager = self.manager
+        root = self.manager.find_init(mode, [env_id], [CURRENT])
+        model, expected = self.roots[mode, env_id], self.current[mode, env_id]
+        model.queries, model.hits = model.queries + 1, model.hits + bool(expected)
+        if not expected:
+            return
+        lease = self.manager.lease()
+        lease.hold(root[0])
         try:
-            root = manager.find_init(mode, [env_id], [key])
-            expected = self.roots[mode, env_id].get(key)
-            assert self.content(root[0][0], root[1][0]) == (expected or [])
-            if expected is None:
-                return
-            nodes = manager.open_search(root, SIMULATIONS)
-            self.agree()
-            paths = [list(expected)]
-            for simulation in range(SIMULATIONS):
-                if fail and simulation == 1:
-                    raise _Failure
-                if data.draw(st.booleans()):
-                    self.clear(mode, env_id)
-                parent = data.draw(st.integers(0, simulation))
-                tables, counts = nodes.expand(simulation, np.array([parent]), np.array([0]))
-                assert self.content(tables[0], counts[0]) == paths[parent]
-                self.write(nodes.pages[simulation])
-                paths.append((paths[parent] + [self.written])[-manager.width:])
-        except _Failure:
-            pass
+            self.searches.append((lease, NodeTable(root, self.allocate(lease, SIMULATIONS)), [list(expected)]))
         except OutOfPages:
+            lease.release()
             self.agree()
-        finally:
-            manager.release()
+
+    @precondition(lambda self: self.searches)
+    @rule(data=st.data())
+    def simulate(self, data: st.DataObject) -> None:
+        STEPS['taken'] += 1
+        _, nodes, paths = data.draw(st.sampled_from(self.searches))
+        simulation = len(paths) - 1
+        if simulation < SIMULATIONS:
+            parent = data.draw(st.integers(0, simulation))
+            rows = nodes.expand(simulation, np.array([parent]), np.array([0]))
+            assert self.contents_of(rows) == [paths[parent]]
+            self.write(nodes.pages[simulation])
+            paths.append((paths[parent] + [self.written])[-self.manager.width:])
+
+    @precondition(lambda self: self.searches)
+    @rule(data=st.data(), abandon=st.booleans())
+    def end_search(self, data: st.DataObject, abandon: bool) -> None:
+        STEPS['taken'] += 1
+        lease = self.searches.pop(data.draw(st.integers(0, len(self.searches) - 1)))[0]
+        if not abandon:
+            lease.release()
 
     # ---- everything else -----------------------------------------------------------------------------------------
 
@@ -243,18 +262,22 @@ class ManagerMachine(RuleBasedStateMachine):
         for (name, index), model in self.roots.items():
             if mode in (None, name) and env_id in (None, index):
                 model.clear()
+                self.current[name, index] = []
 
     @rule()
     def clear_all(self) -> None:
-        STEPS['taken'] += 1
+        self.clear(None, None)
         self.manager.clear_all()
-        for model in [*self.roots.values(), self.nodes]:
-            model.clear()
+        self.nodes.clear()
 
     @rule()
     def deep_copy(self) -> None:
         """The copy goes on, the original is changed: they share nothing."""
         STEPS['taken'] += 1
+        leases = [lease for lease, _, _ in self.searches]
+        for lease in leases:
+            lease.release()
+        self.searches.clear()
         original, self.manager = self.manager, copy.deepcopy(self.manager)
         original.clear_all()
         audit(original)
@@ -262,38 +285,31 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(count=st.one_of(st.integers(1, 12), st.integers(1, 40)))
     def take_and_give_back(self, count: int) -> None:
         """More than is free: the pages grow, or roots are evicted, or nothing happens."""
-        STEPS['taken'] += 1
-        used = self.manager._pages.used
-        try:
-            self.manager.allocate(count)
-        except OutOfPages:
-            assert self.manager._pages.used <= used
-        finally:
-            self.manager.release()
+        used = self.manager.pages_used
+        with self.step() as lease:
+            lease.allocate(count)
+        assert self.manager.pages_used <= used
         self.agree()
 
-    @precondition(lambda self: self.manager._pages.capacity < 500)
+    @precondition(lambda self: self.manager.page_capacity < 500)
     @rule()
     def growth_fails(self) -> None:
         """As when device memory has run out."""
-        STEPS['taken'] += 1
-        capacity = self.manager._pages.capacity
+        capacity = self.manager.page_capacity
         self.manager.storage.grow = lambda pages: False
-        try:
-            self.manager.allocate(self.manager._pages.free + 1)
-        except OutOfPages:
-            pass
-        finally:
-            del self.manager.storage.grow
-            self.manager.release()
-        assert self.manager._pages.capacity == capacity
+        with self.step() as lease:
+            lease.allocate(self.manager._pages.free + 1)
+        del self.manager.storage.grow
+        assert self.manager.page_capacity == capacity
         self.agree()
 
     @invariant()
     def nothing_leaks(self) -> None:
         if not hasattr(self, 'manager'):
             return
-        audit(self.manager)
+        audit(self.manager, [table for _, nodes, _ in self.searches for table in (nodes._tables[0], nodes.pages)])
+        for (mode, env_id), content in self.current.items():
+            assert self.contents_of(self.manager._current[mode].find([env_id])) == [content]
         for pool, model in self.pairs():
             assert set(pool._slots) == set(model.entries)
             assert len(pool) <= pool.pool_size
@@ -311,7 +327,8 @@ class ManagerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, 'manager'):
             self.manager.clear_all()
-            assert self.manager._pages.used == 0
+            self.searches.clear()
+            assert self.manager.pages_used == 0
 
 
 @pytest.fixture(autouse=True)
@@ -328,13 +345,18 @@ class _Failure(Exception):
     """What a step may die of."""
 
 
-def fuzz(strategy: EvictionStrategy, max_pages: Optional[int], examples: int, steps: int) -> int:
+def fail_if(fails: bool) -> None:
+    if fails:
+        raise _Failure
+
+
+def fuzz(strategy: EvictionStrategy, max_pages: Optional[int], examples: int, steps: int, *more: Phase) -> int:
     """Run a machine; how many rules it ran."""
     machine = type('Machine', (ManagerMachine,), dict(strategy=strategy, max_pages=max_pages))
     before = STEPS['taken']
     run_state_machine_as_test(machine, settings=settings(
         max_examples=examples, stateful_step_count=steps, deadline=None, database=None, derandomize=True,
-        phases=[Phase.explicit, Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck)
+        phases=[Phase.generate, *more], suppress_health_check=list(HealthCheck)
     ))
     return STEPS['taken'] - before
 
@@ -343,7 +365,7 @@ def fuzz(strategy: EvictionStrategy, max_pages: Optional[int], examples: int, st
 @pytest.mark.parametrize('max_pages', [None, 41, 60], ids=['growing', 'smallest', 'bounded'])
 @pytest.mark.parametrize('strategy', list(EvictionStrategy), ids=lambda strategy: strategy.value)
 def test_no_page_leaks_and_none_is_in_two_entries(strategy, max_pages, record_property):
-    steps = fuzz(strategy, max_pages, examples=60, steps=50)
+    steps = fuzz(strategy, max_pages, 40, 50, Phase.shrink)
     record_property('steps', steps)
     assert steps > 1000
 
@@ -352,7 +374,7 @@ def test_no_page_leaks_and_none_is_in_two_entries(strategy, max_pages, record_pr
 @pytest.mark.parametrize('max_pages', [None, 41, 60], ids=['growing', 'smallest', 'bounded'])
 @pytest.mark.parametrize('strategy', list(EvictionStrategy), ids=lambda strategy: strategy.value)
 def test_no_page_leaks_in_a_long_run(strategy, max_pages, record_property, capsys):
-    steps = fuzz(strategy, max_pages, examples=int(os.environ.get('FUZZ_EXAMPLES', 600)), steps=60)
+    steps = fuzz(strategy, max_pages, int(os.environ.get('FUZZ_EXAMPLES', 600)), 60, Phase.shrink)
     record_property('steps', steps)
     with capsys.disabled():
         print(f'\n{strategy.value}, {max_pages or "growing"} pages: {steps:,} steps')
@@ -371,7 +393,7 @@ def test_the_machine_finds_a_leak(monkeypatch):
 
     monkeypatch.setattr(PagedPool, '_drop', forgetful)
     with pytest.raises(AssertionError):
-        fuzz(EvictionStrategy.FIFO, None, examples=100, steps=50)
+        fuzz(EvictionStrategy.FIFO, None, 100, 50)
 
 
 SPARED = [
@@ -409,8 +431,8 @@ def test_hits_count_after_an_entry_was_spared():
 
 def test_contents_survive_growth():
     """The numbers above stand for pages; here they are in a slab that grows under them."""
-    manager = KVCacheManager(cache_cfg(env_num=1, num_simulations=1))
-    slab = manager.storage.ready(torch.device('cpu'))
+    manager = paged(env_num=1, num_simulations=1)
+    slab = ready(manager)
     kept = manager.take(3)
     tokens = torch.randn(3, 2, 2, 2, 8)
     slab.write(torch.from_numpy(kept), tokens)

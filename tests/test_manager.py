@@ -9,12 +9,11 @@ from typing import Any, Dict
 import numpy as np
 import pytest
 import torch
-from builders import CONTEXT_LENGTH, audit, cache_cfg, keys_values, manager, tokens
+from builders import CONTEXT_LENGTH, PAGE_MB, audit, cache_cfg, keys_values, manager, paged, ready, tokens
 from ding.utils import MODEL_REGISTRY
 from easydict import EasyDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lzero_kvcache.engine.storage import PageStorage
 from oracle import (
     Batch,
     Case,
@@ -31,53 +30,48 @@ from oracle import (
 )
 
 from lzero_kvcache import ConfigError, KVCacheManager, KVCachePool, PagedCacheManager
-from lzero_kvcache.cache.pages import RESERVED_PAGES
+from lzero_kvcache.cache.pages import PageAllocator
+from lzero_kvcache.cache.stats import CacheStats
 
 STRATEGIES = ['fifo', 'lru', 'priority']
 #: Every size that a ``KeysValues`` can have: odd ones up to 5 are stored contexts, the others are kept whole.
 SIZES = range(CONTEXT_LENGTH + 1)
-#: What a page takes in float32: two tokens, two layers, key and value, and the embedding.
-PAGE_MB = 2 * 2 * 2 * 8 * 4 / 2 ** 20
 ROUNDING = {'float32': 0., 'bfloat16': 2 ** -8, 'float16': 2 ** -11}
 
 
 class ByHand:
-    """Both ways to store by hand under one name, so that one suite serves the pools of a manager."""
+    """Every way to store by hand under one name, so that one suite serves the pools of a manager."""
+    arguments = {'init': dict(env_id=0), 'recur': {}, 'recur of one': dict(env_id=1), 'wm': {}}
 
-    def __init__(self, pool: str):
-        self.pool = pool
+    def __init__(self, pool: str, make: Any) -> None:
+        self._name, self._arguments, self.make = pool.split()[0], self.arguments[pool], make
 
     def set(self, used, key, value):
-        if self.pool == 'init':
-            return used.set_init_cache(0, key, value)
-        if self.pool == 'recur':
-            return used.set_recur_cache(key, value)
-        if self.pool == 'recur of one':
-            return used.set_recur_cache(key, value, env_id=1)
-        return used.set_wm_cache(key, value)
+        return getattr(used, f'set_{self._name}_cache')(cache_key=key, kv_cache=value, **self._arguments)
 
     def get(self, used, key):
-        if self.pool == 'init':
-            return used.get_init_cache(0, key)
-        if self.pool == 'recur':
-            return used.get_recur_cache(key)
-        if self.pool == 'recur of one':
-            return used.get_recur_cache(key, env_id=1)
-        return used.get_wm_cache(key)
+        return getattr(used, f'get_{self._name}_cache')(cache_key=key, **self._arguments)
 
 
 @pytest.fixture(params=['init', 'recur', 'recur of one', 'wm'])
-def by_hand(request):
-    return ByHand(request.param)
+def pool(request):
+    return request.param
+
+
+@pytest.fixture(params=[manager, paged], ids=['by hand', 'over pages'])
+def by_hand(request, pool):
+    return ByHand(pool, request.param)
 
 
 class TestConstruction:
 
     def test_pools(self):
-        used = KVCacheManager(cache_cfg(game_segment_length=400, num_simulations=50), env_num=8, enable_stats=True)
-        assert [pool.pool_size for pool in used.init_pools] == [400] * 8
-        assert (used.recur_pool.pool_size, used.wm_pool.pool_size) == (100, 8)
-        assert all(isinstance(pool, KVCachePool) for pool in [*used.init_pools, used.recur_pool, used.wm_pool])
+        used = KVCacheManager(cache_cfg(game_segment_length=400, num_simulations=50), env_num=2, enable_stats=True)
+        pools = [*used.init_pools, used.recur_pool, used.wm_pool]
+        assert all(isinstance(pool, KVCachePool) for pool in pools)
+        assert [(pool.name, pool.pool_size) for pool in pools] == [
+            ('init_env0', 400), ('init_env1', 400), ('recurrent', 100), ('world_model', 2)
+        ]
 
     def test_an_empty_config(self):
         used = KVCacheManager(EasyDict(), env_num=2)
@@ -85,20 +79,13 @@ class TestConstruction:
         assert used.recur_pool.pool_size == 100
         used.set_recur_cache('key', 'value')
         assert used.get_recur_cache('key') == 'value'
-
-    def test_the_environments_of_the_config(self):
-        assert len(manager(env_num=3).init_pools) == 3
-
-    def test_names(self):
-        used = manager()
-        names = [pool.name for pool in [*used.init_pools, used.recur_pool, used.wm_pool]]
-        assert names == ['init_env0', 'init_env1', 'recurrent', 'world_model']
+        assert used.memory_mb == 0
 
     @pytest.mark.parametrize('strategy', STRATEGIES)
     def test_strategy(self, strategy):
-        used = manager(kv_cache_cfg=dict(eviction=strategy))
+        used = manager(env_num=3, kv_cache_cfg=dict(eviction=strategy))
         pools = [*used.init_pools, used.recur_pool, used.wm_pool]
-        assert {pool.eviction_strategy.value for pool in pools} == {strategy}
+        assert [pool.eviction_strategy.value for pool in pools] == [strategy] * 5
 
     def test_wrong_option(self):
         with pytest.raises(ConfigError, match='evicton'):
@@ -107,80 +94,47 @@ class TestConstruction:
 
 class TestByHand:
 
-    def test_a_missing_key_is_none(self, by_hand):
-        assert by_hand.get(manager(), 'nothing') is None
-
-    @pytest.mark.parametrize('value', ['text', 3, (1, 2), [1, 2], {'a': 1}, torch.ones(3), 0, ''])
+    @pytest.mark.parametrize('value', ['text', 3, (1, 2), {'a': 1}, torch.ones(3), 0, ''])
     def test_plain_objects(self, by_hand, value):
-        used = manager()
+        used = by_hand.make()
+        assert by_hand.get(used, 'key') is None
         assert by_hand.set(used, 'key', value) in range(8)
         assert by_hand.get(used, 'key') is value
 
-    @pytest.mark.parametrize('size', SIZES)
-    def test_keys_values_are_read_back_equal(self, by_hand, size):
-        used, value = manager(), keys_values(size)
-        by_hand.set(used, 'key', value)
-        found = by_hand.get(used, 'key')
-        assert found.size == size
-        assert len(found) == len(value)
-        assert torch.equal(tokens(found), tokens(value))
-        audit(used)
-
-    def test_a_context_that_another_object_replaced_leaves_no_pages(self):
-        used = manager()
-        used.set_init_cache(0, 'key', keys_values(5))
-        used.set_init_cache(0, 'key', 'text')
-        tables, counts = used.find_init('collect', [0], ['key'])
-        assert counts.tolist() == [0]
-        assert not tables.any()
-        audit(used)
-
-    @pytest.mark.parametrize('size', SIZES)
-    def test_what_comes_out_can_be_continued(self, by_hand, size):
+    def test_keys_values_are_private_copies_that_can_be_continued(self, by_hand):
         """As LightZero's attention does: there is room for as many tokens as in the original."""
-        used, value = manager(), keys_values(size)
-        by_hand.set(used, 'key', value)
-        found = by_hand.get(used, 'key')
-        assert found[0]._k_cache._cache.shape == value[0]._k_cache._cache.shape
-        if size < CONTEXT_LENGTH:
-            more = torch.randn(2, 1, 2, 1, 4)
-            for layers in (found, value):
-                for layer in layers:
-                    layer.update(*more)
-            assert found.size == size + 1
-            assert torch.equal(tokens(found), tokens(value))
-
-    @pytest.mark.parametrize('size', [1, 4, 5, 8])
-    def test_a_private_copy_goes_in(self, by_hand, size):
-        used, value = manager(), keys_values(size)
-        kept = tokens(value)
-        by_hand.set(used, 'key', value)
-        for layer in value:
-            layer._k_cache._cache.fill_(7)
-            layer._v_cache._size = 0
-        assert torch.equal(tokens(by_hand.get(used, 'key')), kept)
-
-    @pytest.mark.parametrize('size', [1, 4, 5, 8])
-    def test_what_comes_out_corrupts_nothing(self, by_hand, size):
-        used, value = manager(), keys_values(size)
-        by_hand.set(used, 'key', value)
-        for layer in by_hand.get(used, 'key'):
-            layer._k_cache._cache.fill_(7)
-            layer._v_cache._size = 0
-        assert torch.equal(tokens(by_hand.get(used, 'key')), tokens(value))
+        used = by_hand.make()
+        for size in SIZES:
+            value = keys_values(size)
+            kept, room = tokens(value), value[0]._k_cache._cache.shape
+            by_hand.set(used, 'key', value)
+            spoil(value)
+            for _ in range(2):
+                found = by_hand.get(used, 'key')
+                assert (found.size, len(found)) == (size, len(value))
+                assert torch.equal(tokens(found), kept)
+                assert found[0]._k_cache._cache.shape == room
+                if size < CONTEXT_LENGTH:
+                    more = torch.randn(2, 1, 2, 1, 4)
+                    for layer in found:
+                        layer.update(*more)
+                    assert torch.equal(tokens(found)[..., :size, :], kept)
+                    assert torch.equal(tokens(found)[0][..., size:, :], more)
+                spoil(found)
+            audit(used)
 
     @pytest.mark.parametrize('shape', [
         dict(layers=3), dict(layers=1), dict(heads=1), dict(head_dim=8), dict(max_tokens=6), dict(max_tokens=20),
         dict(rows=3)
     ], ids=str)
     def test_other_shapes_than_the_configs(self, by_hand, shape):
-        used, value = manager(), keys_values(5, **shape)
+        used, value = by_hand.make(), keys_values(5, **shape)
         by_hand.set(used, 'key', value)
         assert torch.equal(tokens(by_hand.get(used, 'key')), tokens(value))
         assert by_hand.get(used, 'key')[0]._k_cache._cache.shape == value[0]._k_cache._cache.shape
 
     def test_a_context_that_was_made_with_gradients(self, by_hand):
-        used, value = manager(), keys_values(3)
+        used, value = by_hand.make(), keys_values(3)
         kept = tokens(value)
         for layer in value:
             for cache in (layer._k_cache, layer._v_cache):
@@ -192,7 +146,7 @@ class TestByHand:
 
     def test_many_of_all_kinds(self, by_hand):
         """More than there is room for, replaced and evicted; what is there is what was put there last."""
-        used, expected = manager(kv_cache_cfg=dict(init_pool_size=3, recurrent_pool_size=5)), {}
+        used, expected = by_hand.make(kv_cache_cfg=dict(init_pool_size=3, recurrent_pool_size=5)), {}
         for number in range(60):
             key, value = number % 7, keys_values(number % 9, seed=number) if number % 5 else f'value {number}'
             by_hand.set(used, key, value)
@@ -205,6 +159,26 @@ class TestByHand:
                     assert found is None or torch.equal(tokens(found), tokens(right))
             assert by_hand.get(used, key) is not None
             audit(used)
+
+    @pytest.mark.parametrize('strategy', STRATEGIES)
+    def test_full_pools(self, by_hand, strategy):
+        used = by_hand.make(kv_cache_cfg=dict(eviction=strategy, init_pool_size=2, recurrent_pool_size=2))
+        slots = [by_hand.set(used, key, keys_values(5, seed=key)) for key in range(3)]
+        assert slots[2] == slots[0]
+        assert by_hand.get(used, 0) is None
+        for key in (1, 2):
+            assert torch.equal(tokens(by_hand.get(used, key)), tokens(keys_values(5, seed=key)))
+        audit(used)
+
+    def test_a_context_that_another_object_replaced_leaves_no_pages(self):
+        used = paged()
+        used.set_init_cache(0, 'key', keys_values(5))
+        assert used.pages_used == 3
+        used.set_init_cache(0, 'key', 'text')
+        assert used.pages_used == 0
+        tables, counts = used.find_init('collect', [0], ['key'])
+        assert not counts.any() and not tables.any()
+        audit(used)
 
     def test_environments_are_apart(self):
         used = manager(env_num=3)
@@ -236,16 +210,6 @@ class TestByHand:
             with pytest.raises(ValueError, match=f'environment {env_id} is outside .*world_model_cfg.env_num=2'):
                 call()
 
-    @pytest.mark.parametrize('strategy', STRATEGIES)
-    def test_full_pools(self, by_hand, strategy):
-        used = manager(kv_cache_cfg=dict(eviction=strategy, init_pool_size=2, recurrent_pool_size=2))
-        slots = [by_hand.set(used, key, keys_values(5, seed=key)) for key in range(3)]
-        assert slots[2] == slots[0]
-        assert by_hand.get(used, 0) is None
-        for key in (1, 2):
-            assert torch.equal(tokens(by_hand.get(used, key)), tokens(keys_values(5, seed=key)))
-        audit(used)
-
     def test_priority(self):
         """What was asked for most stays; what was given a priority stays by that."""
         used = manager(kv_cache_cfg=dict(eviction='priority', recurrent_pool_size=3))
@@ -259,6 +223,12 @@ class TestByHand:
         for number in range(20):
             used.set_recur_cache(number, number)
         assert used.recur_pool.get('always') == 'kept'
+
+
+def spoil(value):
+    for layer in value:
+        layer._k_cache._cache.fill_(7)
+        layer._v_cache._size = 0
 
 
 class TestHierarchicalGet:
@@ -302,7 +272,7 @@ class TestClearing:
 
     @staticmethod
     def filled():
-        used = manager()
+        used = paged()
         for env_id in range(2):
             used.set_init_cache(env_id, 'key', keys_values(3))
             used.get_init_cache(env_id, 'key')
@@ -352,20 +322,20 @@ class TestClearing:
         assert used.get_init_cache(0, 'key').size == 3
 
     def test_a_root_that_is_stored_in_its_pool_by_hand_is_found_by_a_search(self):
-        used = manager()
+        used = paged()
         used.init_pools[1].set('key', keys_values(3))
         tables, counts = used.find_recur('collect', [0, 1], ['key', 'key'])
         assert counts.tolist() == [0, 2]
         assert tables[1, :2].tolist() == used.init_pools[1].tables[0, :2].tolist()
 
     def test_cleared_pages_can_be_used_again(self):
-        used = manager()
+        used = paged()
         for _ in range(300):
             used.set_recur_cache('key', keys_values(5))
             used.set_init_cache(0, 'key', keys_values(5))
             used.clear_all()
         assert used._pages.used == 0
-        assert used.page_capacity == manager().page_capacity
+        assert used.page_capacity == paged().page_capacity
 
 
 OPERATIONS = st.lists(
@@ -391,7 +361,7 @@ def test_any_use_by_hand(strategy, operations, limit):
     Pages are neither lost nor mixed, what was just set is there, and the counts are exact. (25 pages are about the
     least that one search needs, and fewer than these pools could fill.)
     """
-    used = manager(kv_cache_cfg=dict(eviction=strategy, init_pool_size=3, recurrent_pool_size=3, max_memory_mb=limit))
+    used = paged(kv_cache_cfg=dict(eviction=strategy, init_pool_size=3, recurrent_pool_size=3, max_memory_mb=limit))
     for name, *arguments in operations:
         if name.startswith('set'):
             size = arguments[1 if name != 'set_init_cache' else 2]
@@ -418,37 +388,29 @@ class TestStorage:
     @pytest.mark.parametrize('dtype', list(ROUNDING))
     @pytest.mark.parametrize('size', [1, 3, 5])
     def test_dtype(self, dtype, size):
-        used, value = manager(kv_cache_cfg=dict(dtype=dtype)), keys_values(size)
+        used, value = paged(kv_cache_cfg=dict(dtype=dtype)), keys_values(size)
         used.set_init_cache(0, 'key', value)
         found = tokens(used.get_init_cache(0, 'key'))
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, tokens(value), rtol=ROUNDING[dtype], atol=1e-7 if ROUNDING[dtype] else 0.)
         assert torch.equal(found, tokens(value).to(getattr(torch, dtype)).float())
 
-    @pytest.mark.parametrize(('dtype', 'share'), [('bfloat16', 0.5), ('float16', 0.5)])
-    def test_half_precision_is_half_the_memory(self, dtype, share):
-        sizes = []
-        for kind in ('float32', dtype):
-            used = manager(kv_cache_cfg=dict(dtype=kind))
-            used.set_init_cache(0, 'key', keys_values(3))
-            sizes.append(used.memory_mb)
-        assert sizes[1] == pytest.approx(share * sizes[0])
-
-    def test_memory_is_what_the_pages_take(self):
-        used = manager()
+    @pytest.mark.parametrize(('dtype', 'share'), [('float32', 1), ('bfloat16', 0.5), ('float16', 0.5)])
+    def test_memory_is_what_the_pages_take(self, dtype, share):
+        used = paged(kv_cache_cfg=dict(dtype=dtype))
         assert used.memory_mb == 0  # nothing is allocated before the first use
         used.set_init_cache(0, 'key', keys_values(3))
-        assert used.memory_mb == pytest.approx(used.page_capacity * PAGE_MB)
+        assert used.memory_mb == pytest.approx(share * used.page_capacity * PAGE_MB)
         assert used.get_stats_summary()['memory_mb'] == used.counters()['memory_mb'] == used.memory_mb
 
     def test_grows_with_a_line(self, lines):
-        used = manager(kv_cache_cfg=dict(init_pool_size=20, recurrent_pool_size=1))
+        used = paged(kv_cache_cfg=dict(init_pool_size=12, recurrent_pool_size=1))
         before = used.page_capacity
-        for key in range(20):
+        for key in range(8):
             for env_id in range(2):
                 used.set_init_cache(env_id, key, keys_values(5, seed=2 * key + env_id))
         assert used.page_capacity > before
-        for key in range(20):
+        for key in range(8):
             for env_id in range(2):
                 assert torch.equal(
                     tokens(used.get_init_cache(env_id, key)), tokens(keys_values(5, seed=2 * key + env_id))
@@ -463,7 +425,7 @@ class TestStorage:
     def test_a_limit_is_kept(self, strategy, lines):
         """Beyond it root contexts are evicted, warned of once; what was set last is there."""
         limit = 50 * PAGE_MB
-        used = manager(kv_cache_cfg=dict(
+        used = paged(kv_cache_cfg=dict(
             eviction=strategy, init_pool_size=50, recurrent_pool_size=1, max_memory_mb=limit
         ))
         for key in range(60):
@@ -480,7 +442,7 @@ class TestStorage:
 
     def test_nodes_are_not_evicted_for_roots(self):
         limit = 50 * PAGE_MB
-        used = manager(kv_cache_cfg=dict(init_pool_size=50, recurrent_pool_size=2, max_memory_mb=limit))
+        used = paged(kv_cache_cfg=dict(init_pool_size=50, recurrent_pool_size=2, max_memory_mb=limit))
         used.set_recur_cache('node', keys_values(5))
         for key in range(60):
             used.set_init_cache(0, key, keys_values(5, seed=key))
@@ -488,7 +450,7 @@ class TestStorage:
 
     def test_nodes_that_do_not_fit(self):
         """By hand a node takes all its pages. Too many are refused with the key to change, and nothing is lost."""
-        used = manager(kv_cache_cfg=dict(init_pool_size=1, recurrent_pool_size=40, max_memory_mb=70 * PAGE_MB))
+        used = paged(kv_cache_cfg=dict(init_pool_size=1, recurrent_pool_size=40, max_memory_mb=70 * PAGE_MB))
         with pytest.raises(RuntimeError, match='max_memory_mb'):
             for key in range(40):
                 used.set_recur_cache(key, keys_values(5, seed=key))
@@ -499,15 +461,19 @@ class TestStorage:
         assert used.get_recur_cache(key) is None
 
     @pytest.mark.parametrize('cfg', [
-        dict(), dict(num_simulations=50), dict(num_simulations=3, embed_dim=16), dict(num_layers=1, env_num=3),
-        dict(num_simulations=77, num_layers=5), dict(context_length=20, num_heads=1), dict(evaluator_env_num=9),
+        dict(), dict(num_simulations=50), dict(env_num=3), dict(context_length=20), dict(evaluator_env_num=9),
+        dict(kv_cache_cfg=dict(dtype='float16')),
     ], ids=str)
     def test_a_limit_that_is_too_small(self, cfg):
         """The message says what would do, and that does."""
+        options = cfg.setdefault('kv_cache_cfg', {})
+        options['max_memory_mb'] = 0.001
         with pytest.raises(ConfigError, match='max_memory_mb=0.001 is too small') as error:
-            manager(kv_cache_cfg=dict(max_memory_mb=0.001), **cfg)
-        least = float(re.search(r'at least ([\d.]+)', str(error.value)).group(1))
-        manager(kv_cache_cfg=dict(max_memory_mb=least), **cfg)
+            paged(**cfg)
+        options['max_memory_mb'] = least = float(re.search(r'at least ([\d.]+)', str(error.value)).group(1))
+        used = paged(**cfg)
+        ready(used)
+        assert used.memory_mb <= least
 
 
 class TestCopies:
@@ -535,10 +501,10 @@ class TestCopies:
         used = manager()
         used.set_init_cache(0, 'key', keys_values(3))
         other = copy.deepcopy(used)
-        gone = [weakref.ref(used), weakref.ref(used.storage.slab), weakref.ref(used.init_pools[0])]
+        gone = [weakref.ref(used), weakref.ref(used.init_pools[0])]
         del used
         gc.collect()
-        assert [reference() for reference in gone] == [None] * 3
+        assert [reference() for reference in gone] == [None] * 2
         assert other.get_init_cache(0, 'key').size == 3
 
     @pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
@@ -605,7 +571,7 @@ class TestInAWorldModel:
             def play(self, event):
                 used = self.world_model.kv_cache_manager
                 used.set_init_cache(0, 'mine', 'plain')
-                used.set_init_cache(1, 'mine', self.world_model._blank())
+                used.set_init_cache(1, 'mine', keys_values(0, heads=2, head_dim=16))
                 used.set_recur_cache('mine', 'plain', env_id=0)
                 return super().play(event)
 
@@ -631,7 +597,7 @@ class TestUnderALimit:
         trace = random_trace(np.random.default_rng(0), case, 3, root_steps=30, simulations=4, episodes=0.1)
         alone = [LightZeroAlone(original_model(case, 1, 0)) for _ in range(3)]
         assert_same(differences(trace, Batch(model), alone))
-        assert used.memory_mb <= least + 0.01
+        assert used.storage.slab.memory_mb <= least + 0.01
         assert sum(pool.stats.evictions for pool in used.init_pools) > 0
         audit(used)
 
@@ -694,30 +660,26 @@ class PlainManager(PagedCacheManager):
     def __init__(self, config: Any, env_num: int, enable_stats: bool) -> None:
         self.arguments = (config, env_num, enable_stats)
         self.width = config.context_length // 2 - 1
+        self.pages = PageAllocator(2000)
         self.roots: Dict[Any, Any] = {}
         self.nodes: Dict[Any, Any] = {}
-        self.asked = dict(init=[0, 0], recur=[0, 0])
-        self.made = RESERVED_PAGES
-        self.storage = PageStorage(config, self)
+        self.asked = dict(init=CacheStats(), recur=CacheStats())
 
     @property
     def page_capacity(self) -> int:
-        return 2000
+        return self.pages.capacity
 
-    def allocate(self, count: int) -> np.ndarray:
-        self.made += count
-        return np.arange(self.made - count, self.made)
+    def use_store(self, store):
+        self.storage = store
 
-    def hold(self, tables):
-        pass
-
-    def release(self):
-        pass
+    def lease(self):
+        return self.pages.lease()
 
     def find_init(self, mode, env_ids, keys):
         return self._find([self.roots.get((mode, env_id, key)) for env_id, key in zip(env_ids, keys)])
 
     def store_init(self, mode, env_ids, keys, rows):
+        self.pages.retain(rows[0])
         self.roots.update({(mode, env_id, key): row for env_id, key, *row in zip(env_ids, keys, *rows)})
 
     def find_recur(self, mode, env_ids, keys):
@@ -726,6 +688,7 @@ class PlainManager(PagedCacheManager):
         ])
 
     def store_recur(self, env_ids, keys, rows):
+        self.pages.retain(rows[0])
         self.nodes.update({(env_id, key): row for env_id, key, *row in zip(env_ids, keys, *rows)})
 
     def clear_init_caches(self, mode=None, env_id=None):
@@ -741,17 +704,16 @@ class PlainManager(PagedCacheManager):
         self.clear_recur_cache()
 
     def count_queries(self, pool, queries, hits, by_node=False):
-        self.asked[pool][0] += queries
-        self.asked[pool][1] += hits
+        self.asked[pool].record(queries, hits)
 
     def counters(self):
-        return {'memory_mb': self.storage.slab.memory_mb}
+        return {'memory_mb': self.storage.memory_mb}
 
     def get_stats_summary(self):
         return {'stats_enabled': False}
 
     def reset_stats(self):
-        self.asked = dict(init=[0, 0], recur=[0, 0])
+        self.asked = dict(init=CacheStats(), recur=CacheStats())
 
     def _find(self, found):
         tables, counts = np.zeros((len(found), self.width), np.int64), np.zeros(len(found), np.int64)
@@ -792,8 +754,8 @@ class TestCustomManagers:
             if expected is not None:
                 assert_same(row_differences(actual, expected))
         counters = own.world_model.kv_cache_manager.counters()
-        for pool, (queries, hits) in model.world_model.kv_cache_manager.asked.items():
-            assert (counters[pool]['queries'], counters[pool]['hits']) == (queries, hits)
+        for pool, asked in model.world_model.kv_cache_manager.asked.items():
+            assert (counters[pool]['queries'], counters[pool]['hits']) == (asked.total_queries, asked.hits)
         assert 0 < counters['total']['hits'] < counters['total']['queries']
 
     def test_a_subclass_that_changes_a_part(self, registered):

@@ -31,7 +31,7 @@ def assert_flat(soak, rows, mib):
         assert soak.growth(part, 'host RSS, MiB') < mib
         assert soak.growth(part, 'python, 1,000 blocks') < 1
         assert soak.growth(part, 'device, MiB') < mib / 8
-        assert len({row['slab, MiB'] for row in part[10:]}) == 1
+        assert len({row['cache, MiB'] for row in part[10:]}) == 1
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_a_short_run(soak):
     assert [row['work'] for row in rows] == ['look-ups'] * 4 + ['searches'] * 4
     assert rows[3]['done'] >= 2000
     assert rows[7]['done'] == 20
-    assert rows[7]['slab, MiB'] > 0
+    assert rows[7]['cache, MiB'] > 0
 
 
 def test_a_leak_shows(soak):

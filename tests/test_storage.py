@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders import Worker, assert_same_outputs, audit, cache_cfg, make_policy
+from builders import Worker, assert_same_outputs, audit, cache_cfg, make_policy, roots
 
 from lzero_kvcache import KVCacheManager
 from lzero_kvcache.cache.pages import OutOfPages, extend
 from lzero_kvcache.engine import slab
+from lzero_kvcache.engine.step import Window
+from lzero_kvcache.engine.store import PageStore
 
 OUT_OF_MEMORY = {
     'a GPU': torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 1.00 GiB'),
@@ -31,21 +33,30 @@ def allocation_fails(monkeypatch, error):
 
 
 def test_a_window_takes_the_memory_of_the_last_one():
-    pages = slab.Slab(layers=2, heads=1, head_dim=4)
+    pages, window = slab.Slab(layers=2, heads=1, head_dim=4), Window()
     pages.ensure(6, torch.device('cpu'))
     pages.data.copy_(torch.arange(6.).view(6, 1, 1, 1, 1, 1).expand_as(pages.data))
-    first = pages.read(torch.tensor([[1, 2], [3, 4]]))
+    first = pages.read(torch.tensor([[1, 2], [3, 4]]), window.room(pages, 4))
     assert first.shape == (2, 4, 2, 2, 4)
+    assert window.bytes == 4 * pages.page_bytes
     first.zero_()  # a step writes on its window, and the pages stay as they are
-    second = pages.read(torch.tensor([[5, 3]]))
+    second = pages.read(torch.tensor([[5, 3]]), window.room(pages, 2))
     assert second.data_ptr() == first.data_ptr()
     assert second[0, :, 0, 0, 0].tolist() == [5, 5, 3, 3]
+    assert pages.read(torch.tensor([[5, 3]])).data_ptr() != first.data_ptr()
 
 
 def use_up(policy):
     """Take every free page, so that the next step must grow or evict."""
     manager = policy._model.world_model.kv_cache_manager
     return manager, manager.take(manager._pages.free)
+
+
+def store(manager, key):
+    """A root of one page in each environment."""
+    with manager.lease() as lease:
+        contexts = extend((np.zeros((3, manager.width), np.int64), np.zeros(3, np.int64)), lease.allocate(3))
+        manager.store_init('collect', [0, 1, 2], [key] * 3, contexts)
 
 
 @pytest.fixture
@@ -72,6 +83,9 @@ def test_out_of_memory_while_growing(error, policy, monkeypatch, lines):
     worker, reference = Worker(policy), Worker(make_policy(True))
     for _ in range(12):
         worker.step([0, 1, 2]), reference.step([0, 1, 2])
+    manager = policy._model.world_model.kv_cache_manager
+    for key in range(8):  # somebody's own, found by key
+        store(manager, key)
     manager, taken = use_up(policy)
     asked = allocation_fails(monkeypatch, error)
     data, contents, capacity = manager.storage.slab.data, manager.storage.slab.data.clone(), manager.page_capacity
@@ -79,7 +93,8 @@ def test_out_of_memory_while_growing(error, policy, monkeypatch, lines):
         manager.take(capacity)  # more than there can be
     assert manager.storage.slab.data is data and torch.equal(data, contents)
     assert manager.page_capacity == capacity
-    assert [len(pool) for pool in manager.init_pools] == [1, 1, 1]  # the current root of each is kept
+    assert roots(manager) == [2, 2, 2]  # the current root of each is kept, and the newest that was stored by key
+    assert manager.counters()['init']['evictions'] == 21
     for _ in range(4):
         assert_same_outputs(worker.step([0, 1, 2]), reference.step([0, 1, 2]), [0, 1, 2])
     assert manager.storage.slab.data is data and manager.page_capacity == capacity
@@ -89,7 +104,6 @@ def test_out_of_memory_while_growing(error, policy, monkeypatch, lines):
         f'Out of memory while the page storage grew from {capacity} to {2 * capacity} pages: '
         'it stays as it was, and older root contexts are evicted from now on'
     ]
-    assert manager.counters()['init']['evictions'] > 0
     manager._pages.release(taken)
     audit(manager)
 
@@ -136,19 +150,18 @@ def test_another_error_while_growing_is_not_hidden(policy, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 def test_a_device_that_is_full(lines):
     """Its memory is really used up; what lies in the slab stays there, and is found."""
-    manager = KVCacheManager(cache_cfg(
-        num_layers=8, num_heads=8, embed_dim=1024, num_simulations=8, kv_cache_cfg=dict(init_pool_size=300)
-    ))
+    manager = KVCacheManager(cache_cfg(num_simulations=8, kv_cache_cfg=dict(init_pool_size=300)))
+    manager.use_store(PageStore(slab.Slab(layers=8, heads=8, head_dim=128), None, 'lower init_pool_size'))
     cuda = torch.device('cuda')
-    storage = manager.storage.ready(cuda)
     content = {}
-    for step in range(300):  # an episode of two environments
-        pages = manager.allocate(2)
-        token = torch.randn((2, *storage.page_shape), device=cuda)
-        storage.write(torch.from_numpy(pages).to(cuda), token)
-        roots = extend(manager.find_init('collect', [0, 1], [step - 1] * 2), pages)
-        manager.store_init('collect', [0, 1], [step] * 2, roots)
-        manager.release()
+    for step in range(300):  # an episode of two environments, found by key
+        with manager.lease() as lease:
+            pages = lease.allocate(2)
+            storage = manager.storage.ready(manager.page_capacity, cuda)
+            token = torch.randn((2, *storage.page_shape), device=cuda)
+            storage.write(torch.from_numpy(pages).to(cuda), token)
+            contexts = extend(manager.find_init('collect', [0, 1], [step - 1] * 2), pages)
+            manager.store_init('collect', [0, 1], [step] * 2, contexts)
         content.update(zip(pages.tolist(), token.cpu()))
     audit(manager)
     data, capacity = storage.data, manager.page_capacity
@@ -159,12 +172,13 @@ def test_a_device_that_is_full(lines):
         except torch.cuda.OutOfMemoryError:
             size //= 2
     held = torch.cuda.memory_allocated()
-    pages = manager.allocate(manager._pages.free + 100)
-    assert storage.data is data and manager.page_capacity == capacity
-    assert torch.cuda.memory_allocated() == held
-    assert sum('Out of memory while the page storage grew' in message for _, message in lines(logging.WARNING)) == 1
-    assert manager.counters()['init']['evictions'] >= 100
-    manager.release()
+    with manager.lease() as lease:
+        lease.allocate(manager._pages.free + 100)
+        assert storage.data is data and manager.page_capacity == capacity
+        assert torch.cuda.memory_allocated() == held
+        told = [message for _, message in lines(logging.WARNING) if 'Out of memory while the page storage' in message]
+        assert len(told) == 1
+        assert manager.counters()['init']['evictions'] >= 100
     audit(manager)
     tables, counts = manager.find_init('collect', [0, 1], [299] * 2)
     assert counts.tolist() == [manager.width] * 2

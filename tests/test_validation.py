@@ -48,11 +48,6 @@ def legacy(simulations=2, alone=False, **kwargs):
     return make_policy(True, simulations=simulations, kv_cache_cfg=options('legacy', action='raise'), **kwargs)
 
 
-def fresh_weights():
-    """Inside, policies have the weights that LightZero's constructor gives."""
-    return mock.patch('builders.randomise')
-
-
 def validator_of(policy):
     return policy._model.world_model.validator
 
@@ -198,16 +193,10 @@ class TestExact:
         assert (tally.over, tally.searches, tally.inferences, tally.rows) == (0, 6, 6 * 9, 6 * 9 * 3)
         assert tally.lost == 1
 
-    def test_a_fresh_policy(self):
-        """Every predicted latent state is the same vector."""
-        with fresh_weights():
-            policy = make_policy(True, simulations=8, kv_cache_cfg=options(action='raise'))
-        live_through(policy)
-        assert found(policy) == (set(), 0, 0)
-        assert tally_of(policy).rows > 200
-
-    def test_a_search_by_key(self):
+    @pytest.mark.parametrize('equal_latents', [False, True])
+    def test_a_search_by_key(self, equal_latents):
         policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise'))
+        randomise(policy._model, Case(equal_latents=equal_latents), SEED)
         policy._mcts_collect = UniZeroMCTSCtree(policy._cfg)
         stepped(policy, ALL, ALL, ALL)
         assert (tally_of(policy).inferences, tally_of(policy).over) == (3 * 7, 0)
@@ -217,12 +206,15 @@ class TestExact:
         world_model = cached_model(Case(), 2, SEED, kv_cache_cfg=options()).world_model
         trace = random_trace(np.random.default_rng(SEED), Case(), 2, root_steps=1, simulations=0)
         last_obs, obs = (torch.from_numpy(part) for part in (trace.events[0].last_obs, trace.events[0].obs))
-        nowhere = np.ones((2, 1, 32), np.float32), torch.zeros(2).long()
-        with world_model.serving('collect', [0, 1]) as trace:
-            world_model.forward_initial_inference(dict(obs=last_obs, action=[-1, -1], current_obs=obs), [0, 0])
-            world_model.forward_recurrent_inference([nowhere], 0, [1, 1], [0, 0])
-            world_model.validator.check(trace, [0, 0])
-        assert (world_model.validator.tally.inferences, world_model.validator.tally.searches) == (1, 0)
+        actions = torch.zeros(2).long()
+        with world_model.serving('collect', [0, 1]) as served:
+            _, root, *_ = world_model.forward_initial_inference(
+                dict(obs=last_obs, action=[-1, -1], current_obs=obs), [0, 0]
+            )
+            for latent in (root.numpy(), np.ones((2, 1, 32), np.float32)):
+                world_model.forward_recurrent_inference([(latent, actions)], 0, [1, 1], [0, 0])
+            world_model.validator.check(served.trace, [0, 0])
+        assert (world_model.validator.tally.inferences, world_model.validator.tally.searches) == (2, 0)
 
     def test_every_nth_search(self):
         policy = make_policy(True, simulations=4, kv_cache_cfg=options(freq=3))
@@ -248,7 +240,7 @@ class TestCaught:
     @staticmethod
     def spoil_a_page(policy):
         manager = policy._model.world_model.kv_cache_manager
-        page = manager.init_pools[1].tables[manager.init_pools[1].counts > 0][0, 0]
+        page = manager._current['collect'].tables[1, 0]
         manager.storage.slab.data[page] += 0.5
 
     @staticmethod
@@ -259,9 +251,10 @@ class TestCaught:
 
     @staticmethod
     def shift_angles(policy):
-        engine = policy._model.world_model.inference.engine
-        pack = engine.pack
-        engine.pack = lambda rows, pages, angles, action: pack(rows, pages, (angles[0], angles[1] + 1), action)
+        inference = policy._model.world_model.inference
+        step = inference._step
+        inference._step = lambda weights, rows, pages, timesteps, *rest: step(
+            weights, rows, pages, timesteps + 1, *rest)
 
     @pytest.mark.parametrize('spoil', ['spoil_a_page', 'swap_contexts', 'shift_angles'])
     def test_it_is_counted_and_told(self, spoil, lines):
@@ -349,6 +342,15 @@ class TestCauses:
         stepped(policy, [0, 1], [1], mode='eval')
         assert tally_of(policy).causes['rows'] == tally_of(policy).over == 3
 
+    def test_resets_at_the_end_of_a_search(self):
+        """Where fewer environments are ready than usual, LightZero puts everybody back when it has searched."""
+        policy = legacy()
+        kept = validator_of(policy).reference._policy
+        worker = stepped(policy, ALL)
+        assert min(kept.last_batch_action) >= 0
+        worker.step([0, 1])
+        assert kept.last_batch_action == [-1, -1, -1]
+
     def test_an_evaluation_between(self):
         """The two share everything in LightZero."""
         policy = legacy()
@@ -400,16 +402,11 @@ class TestCauses:
     @BOTH_POSITIONS
     @pytest.mark.parametrize('fresh', [False, True], ids=['random', 'fresh'])
     def test_everything(self, fresh, rotary):
-        """Nothing of a whole life is left unexplained."""
-        with fresh_weights() if fresh else contextlib.nullcontext():
+        """Nothing of a whole life is left unexplained, with the weights of LightZero's constructor either."""
+        with mock.patch('builders.randomise') if fresh else contextlib.nullcontext():
             policy = legacy(8, rotary=rotary)
         live_through(policy)
         assert found(policy)[1] > 20
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What validation leaves alone
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class TestModel:
@@ -459,25 +456,19 @@ class TestModel:
         assert found(policy)[2] == 0
         assert tally_of(policy).searches == 4
 
-    def test_storage_that_moves(self):
-        """As the target model's update assigns ``p.data``."""
-        policy = make_policy(True, rotary=False, kv_cache_cfg=options(action='raise'))
-        worker = stepped(policy, ALL)
-        for parameter in policy._model.parameters():
-            parameter.data = parameter.data * 1.1
-        for _ in range(2):
-            worker.step(ALL)
-        assert found(policy) == (set(), 0, 0)
-
 
 class TestTraces:
     """A search owns what it notes, so that others may be in the middle of theirs."""
 
+    @staticmethod
+    def policy(validated, seed=0):
+        cfg = options(validated, action='raise')
+        return make_policy(True, seed=seed, simulations=4, evaluators=3, kv_cache_cfg=cfg)
+
     @BOTH_KINDS
     def test_searches_of_one_model_at_once(self, validated):
         """A collection and an evaluation, noted in turns and judged in the order in which they end."""
-        policy, twin = (make_policy(True, simulations=6, kv_cache_cfg=options(validated, action='raise'))
-                        for _ in range(2))
+        policy, twin = self.policy(validated), self.policy(validated)
         policy._model.eval()
         made = dict(collect=[], eval=[])
         validator_of(twin).check = lambda trace, actions: made[trace.mode].append((trace, actions))
@@ -490,22 +481,32 @@ class TestTraces:
             validator_of(policy).check(inner, acted_there)
             validator_of(policy).check(outer, acted)
         tally = tally_of(policy)
-        assert (tally.searches, tally.inferences, tally.unexplained) == (6, 6 * 7, 0)
+        assert (tally.searches, tally.inferences, tally.unexplained) == (6, 6 * 5, 0)
 
-    @BOTH_KINDS
-    def test_a_search_inside_another_models(self, validated):
-        outer, inner = (make_policy(True, seed=seed, simulations=4, kv_cache_cfg=options(validated, action='raise'))
-                        for seed in range(2))
-        worker, search = Worker(inner), outer._mcts_collect.search
+    @staticmethod
+    def step_with_another_inside(outer, inner):
+        """Three collections, each with an evaluation between its root and its nodes."""
+        evaluator, search = Worker(inner, 'eval'), outer._mcts_collect.search
 
         def with_one_inside(*args):
-            worker.step(ALL)
+            evaluator.step(ALL)
             search(*args)
 
         outer._mcts_collect.search = with_one_inside
         stepped(outer, ALL, ALL, ALL)
+
+    @BOTH_KINDS
+    def test_a_search_inside_another_models(self, validated):
+        outer, inner = (self.policy(validated, seed) for seed in range(2))
+        self.step_with_another_inside(outer, inner)
         for policy in (outer, inner):
             assert (tally_of(policy).inferences, tally_of(policy).unexplained) == (3 * 5, 0)
+
+    @BOTH_KINDS
+    def test_a_search_inside_another(self, validated):
+        policy = self.policy(validated)
+        self.step_with_another_inside(policy, policy)
+        assert (tally_of(policy).inferences, tally_of(policy).unexplained) == (2 * 3 * 5, 0)
 
 
 class Overwriting(EagerBackend):
@@ -599,11 +600,6 @@ def test_a_training_is_the_same_with_and_without(rotary, kind, tmp_path, monkeyp
         assert all(torch.equal(value, with_one[name]) for name, value in states.items())
         assert torch.equal(rng, rng_with_one)
         np.testing.assert_equal(numbers_with_one, numbers)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class TestTally:

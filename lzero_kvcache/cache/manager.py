@@ -1,7 +1,7 @@
 """The new cache manager: pools over one set of pages. Knows keys, environments and page ids; no tensors."""
 import logging
 import math
-from typing import Any, Dict, Hashable, List, Optional, Sequence
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class KVCacheManager(PagedCacheManager, Codec):
             COLLECT: CurrentRoots(self._pages, self.env_num, self.width),
             EVAL: CurrentRoots(self._pages, self.env_num, self.width),
         }
+        self._newest_keys: Dict[Tuple[str, int], Hashable] = {}  # of roots stored by key: a search may need them
         self._told: set = set()
         self._out_of_memory = False
 
@@ -118,6 +119,7 @@ class KVCacheManager(PagedCacheManager, Codec):
         else:
             for row, (env_id, key) in enumerate(zip(env_ids, keys)):
                 pools[env_id].store([key], (rows[0][row:row + 1], rows[1][row:row + 1]))
+                self._newest_keys[mode, env_id] = key
         all_pools = self.init_pools + self.eval_pools
         held = sum(map(len, all_pools)) + sum(int((roots.counts > 0).sum()) for roots in self._current.values())
         self._filled['init'] = held / sum(pool.pool_size for pool in all_pools)
@@ -376,9 +378,10 @@ class KVCacheManager(PagedCacheManager, Codec):
                 'full', f'The page storage is full at {before} pages ({self.memory_mb:.1f} MiB): evicting older root '
                 'contexts; raise kv_cache_cfg.max_memory_mb or lower kv_cache_cfg.init_pool_size'
             )
-        for pool in self.init_pools + self.eval_pools:
-            while self._pages.free < count and len(pool):
-                pool.evict_but(None)
+        for mode, pools in ((COLLECT, self.init_pools), (EVAL, self.eval_pools)):
+            for env_id, pool in enumerate(pools):
+                while self._pages.free < count and pool.evict_but(self._newest_keys.get((mode, env_id))):
+                    pass
 
     def _warn_once(self, topic: str, message: str) -> None:
         if topic not in self._told:

@@ -133,11 +133,11 @@ class Lease:
     def __enter__(self) -> 'Lease':
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.release()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        # Garbage may be collected in the middle of anything, an allocation too: the pages are only left to be released.
+        self._leave() if kind is GeneratorExit else self.release()
 
     def __del__(self) -> None:
-        # Garbage may be collected in the middle of anything, an allocation too: the allocator releases them later.
         self._leave()
 
     def _leave(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..cache.pages import NULL_PAGE
-from .compiling import entry, inner
+from .compiling import inner
 from .lanes import (
     NUMBER,
     WIDTH,
@@ -507,7 +507,3 @@ def simulate(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.n
             network, shift, slab, tables, counts, pages, actions, places, scratch, start, min(side, high - start),
             reward, value, policy
         )
-
-
-simulate_once = entry(simulate)
-"""The same, called from Python."""

@@ -203,22 +203,6 @@ def _mix(builder: Any, weights: Any, tokens: Any, tokens_step: Any, count: Any, 
         _store(builder, turned, target, ir.Constant(kind, row * WIDTH))
 
 
-load = _instructions(LANES(*PLACE), _load)
-store = _instructions(types.void(LANES, *PLACE), _store)
-read = _instructions(FLOAT(*PLACE), _read)
-write = _instructions(types.void(FLOAT, *PLACE), _store)
-splat = _instructions(LANES(FLOAT), _splat)
-spread = _instructions(LANES(*PLACE), _spread)
-larger, smaller = (_instructions(LANES(LANES, LANES), _choose(comparison)) for comparison in '<>')
-where_less = _instructions(LANES(LANES, LANES, LANES, LANES), _where_less)
-root = _instructions(LANES(LANES), _call('llvm.sqrt'))
-nearest = _instructions(LANES(LANES), _call('llvm.rint'))
-times_power_of_two = _instructions(LANES(LANES, LANES), _times_power_of_two)
-transpose = _instructions(types.void(types.intp, types.intp, types.intp, types.intp), _transpose)
-"""Eight rows of eight numbers from one address to another, ``(source, step, target, step)``."""
-multiply_add = _instructions(LANES(LANES, LANES, LANES), _multiply_add)
-
-
 def _linear(outputs: int, tiles: int) -> Callable[..., Any]:
     """``outputs`` numbers of a linear layer for ``tiles`` times eight rows. The sums stay in registers, and a weight is
     read where it lies, as ``[outputs, inputs]``; those of the block that follows are sent for meanwhile."""
@@ -255,6 +239,20 @@ def _linear(outputs: int, tiles: int) -> Callable[..., Any]:
     return build
 
 
+load = _instructions(LANES(*PLACE), _load)
+store = _instructions(types.void(LANES, *PLACE), _store)
+read = _instructions(FLOAT(*PLACE), _read)
+write = _instructions(types.void(FLOAT, *PLACE), _store)
+multiply_add = _instructions(LANES(LANES, LANES, LANES), _multiply_add)
+splat = _instructions(LANES(FLOAT), _splat)
+spread = _instructions(LANES(*PLACE), _spread)
+larger, smaller = (_instructions(LANES(LANES, LANES), _choose(comparison)) for comparison in '<>')
+where_less = _instructions(LANES(LANES, LANES, LANES, LANES), _where_less)
+root = _instructions(LANES(LANES), _call('llvm.sqrt'))
+nearest = _instructions(LANES(LANES), _call('llvm.rint'))
+times_power_of_two = _instructions(LANES(LANES, LANES), _times_power_of_two)
+transpose = _instructions(types.void(types.intp, types.intp, types.intp, types.intp), _transpose)
+"""Eight rows of eight numbers from one address to another, ``(source, step, target, step)``."""
 score = _instructions(LANES(*[types.intp] * 8), _score)
 mix = _instructions(types.void(*[types.intp] * 8), _mix)
 
@@ -268,7 +266,6 @@ def _operator(sign: Any, instruction: str) -> None:
     operate = _instructions(
         LANES(LANES, LANES), lambda builder, a, b: getattr(builder, instruction)(a, b, flags=_MAY_FUSE)
     )
-
     are_lanes = (LANES, LANES)
     overload(sign)(lambda a, b: (lambda a, b: operate(a, b)) if (a, b) == are_lanes else None)
 
@@ -285,7 +282,7 @@ def constant(value: float) -> Any:
 
 @inner
 def exponential(x: Any) -> Any:
-    """``exp``, to 3e-7 (relative) within +-10; no smaller or larger than a float32 holds, and nan of nan."""
+    """``exp``, to 6e-7 (relative) within +-10; no smaller or larger than a float32 holds, and nan of nan."""
     x = smaller(larger(x, constant(-87.0)), constant(88.0)) * constant(1.4426950408889634)
     whole = nearest(x)
     x = x - whole

@@ -1,15 +1,11 @@
-"""A world model as tables of sizes and of addresses, for compiled functions. Knows LightZero's modules; needs no numba.
+"""A model as tables of sizes and of addresses, for compiled functions.
 
-Weights are read where they lie: what changes in place is seen at once. Storage that moves is not, see
-:meth:`Engine.addresses`.
+Weights are read where they lie: what changes in place is seen at once. Storage that moves is not; whoever holds a
+network compares the addresses of its weights.
 """
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from ding.model.common import ReparameterizationHead
-from lzero.model.common import SimNorm
-from torch import nn
 
 LINEAR, GELU, RELU, TANH, SIM_NORM, EXPONENTIAL, CLAMPED_EXPONENTIAL = range(7)
 """Kinds of operations."""
@@ -43,138 +39,3 @@ class Network(NamedTuple):
     trunk: np.ndarray  # what both parts of the policy head begin with
     first: np.ndarray  # logits, or mu
     second: np.ndarray  # sigma, or nothing
-
-
-class NotServed(Exception):
-    """A part of the model that no compiled function knows."""
-
-
-def what_is_missing(world_model: Any, dtype: torch.dtype) -> Optional[str]:
-    """Why compiled functions cannot search with this model, as it is now, and pages of this type; None if they can."""
-    if dtype != torch.float32:
-        return f'pages are kept as {dtype}'
-    if world_model.training:
-        return 'the model is in training mode'
-    try:
-        read_network(world_model)
-    except NotServed as missing:
-        return str(missing)
-    return None
-
-
-def read_network(world_model: Any) -> Tuple[Network, List[torch.Tensor]]:
-    """The model, and what holds the memory that its addresses point to."""
-    return _Reader().network(world_model)
-
-
-class _Reader:
-    def __init__(self) -> None:
-        self._kept: List[torch.Tensor] = []
-        self._eps: List[float] = []
-
-    def network(self, wm: Any) -> Tuple[Network, List[torch.Tensor]]:
-        config = wm.config
-        if config.gru_gating:
-            raise NotServed('its layers are gated')
-        embed = config.embed_dim
-        blocks = [self._block(block) for block in wm.transformer.blocks]
-        inner = wm.transformer.blocks[0].mlp[0].out_features
-        norm = self._norm(wm.transformer.ln_f)
-        factors = wm.transformer.freqs_cis if config.rotary_emb else None
-        places = wm.pos_emb.weight if factors is None else torch.view_as_real(factors)
-        action = wm.act_embedding_table
-        discrete = not wm.continuous_action_space
-        trunk, first, second = self._policy(wm.head_policy.head_module)
-        programs = dict(
-            continuous=[] if discrete else self._program(action),
-            rewards=self._program(wm.head_rewards.head_module),
-            observations=self._program(wm.head_observations.head_module),
-            value=self._program(wm.head_value.head_module), trunk=trunk, first=first, second=second
-        )
-        if len(set(self._eps)) > 1:
-            raise NotServed('its LayerNorms have several eps')
-        sizes = [operation[column] for program in programs.values() for operation in program
-                 for column in (INPUTS, OUTPUTS)]
-        network = Network(
-            embed=embed, heads=config.num_heads, inner=inner, widest=max(sizes),
-            policy=sum(program[-1][OUTPUTS] for program in (first, second) if program),
-            rotary=config.max_seq_len if config.rotary_emb else 0, discrete=discrete, eps=self._eps[0],
-            places=self._address(places), actions=self._address(action.weight) if discrete else 0,
-            norm_weight=norm[0], norm_bias=norm[1], blocks=np.array(blocks, dtype=np.int64),
-            **{name: np.array(program, dtype=np.int64).reshape(-1, 5) for name, program in programs.items()}
-        )
-        return network, self._kept
-
-    def _address(self, tensor: torch.Tensor) -> int:
-        if tensor.device.type != 'cpu' or tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise NotServed(f'it has a weight in {tensor.dtype} on {tensor.device}')
-        # Not the parameter, which may be given other storage.
-        self._kept.append(tensor.detach())
-        return tensor.data_ptr()
-
-    def _block(self, block: Any) -> List[int]:
-        attention, mlp = block.attn, block.mlp
-        kinds = [type(part) for part in mlp]
-        if kinds != [nn.Linear, nn.GELU, nn.Linear, nn.Dropout] or mlp[1].approximate != 'tanh':
-            raise NotServed(f'its MLPs are {mlp}')
-        return [
-            *self._norm(block.ln1), *self._linear(attention.query), *self._linear(attention.key),
-            *self._linear(attention.value), *self._linear(attention.proj), *self._norm(block.ln2),
-            *self._linear(mlp[0]), *self._linear(mlp[2])
-        ]
-
-    def _norm(self, norm: nn.Module) -> Sequence[int]:
-        if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
-            raise NotServed(f'it has {norm} for a LayerNorm')
-        self._eps.append(norm.eps)
-        return self._address(norm.weight), self._address(norm.bias)
-
-    def _linear(self, linear: nn.Module) -> Sequence[int]:
-        if type(linear) is not nn.Linear:
-            raise NotServed(f'it has {linear} for a Linear')
-        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
-        return self._address(linear.weight), self._address(bias)
-
-    def _program(self, module: nn.Module) -> List[List[int]]:
-        parts = list(module) if isinstance(module, nn.Sequential) else [module]
-        if not parts or type(parts[0]) is not nn.Linear:
-            raise NotServed(f'a head begins with {parts[:1]}')
-        program: List[List[int]] = []
-        for part in parts:
-            if type(part) is nn.Linear:
-                program.append([LINEAR, part.in_features, part.out_features, *self._linear(part)])
-            elif not isinstance(part, (nn.Dropout, nn.Identity)):
-                program.append(_elementwise(part, program[-1][OUTPUTS]))
-        return program
-
-    def _policy(self, head: Any) -> Tuple[List[List[int]], List[List[int]], List[List[int]]]:
-        if type(head) is not ReparameterizationHead:
-            return [], self._program(head), []
-        size = head.mu.out_features
-        bound = [[TANH, size, size, 0, 0]] if head.bound_type == 'tanh' else []
-        first = self._program(head.mu) + bound
-        if head.sigma_type == 'conditioned':
-            second = self._program(head.log_sigma_layer) + [[CLAMPED_EXPONENTIAL, size, size, 0, 0]]
-        elif head.sigma_type == 'independent':
-            second = [self._constant(head.log_sigma_param), [EXPONENTIAL, size, size, 0, 0]]
-        elif head.sigma_type == 'fixed':
-            second = [self._constant(head.sigma)]
-        else:
-            raise NotServed(f'its policy head has sigma_type={head.sigma_type!r}')
-        return self._program(head.main), first, second
-
-    def _constant(self, values: torch.Tensor) -> List[int]:
-        """A linear layer without inputs."""
-        address = self._address(values)
-        return [LINEAR, 0, values.numel(), address, address]
-
-
-def _elementwise(part: Any, size: int) -> List[int]:
-    kinds = {nn.ReLU: RELU, nn.Tanh: TANH}
-    if type(part) is nn.GELU and part.approximate == 'tanh':
-        return [GELU, size, size, 0, 0]
-    if type(part) is SimNorm:
-        return [SIM_NORM, size, size, part.dim, 0]
-    if type(part) not in kinds:
-        raise NotServed(f'a head has {part}')
-    return [kinds[type(part)], size, size, 0, 0]

@@ -23,7 +23,7 @@ from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 from scipy.special import entr
 from scipy.stats import entropy as scipy_entropy
 
-from ..cache.manager import COLLECT, EVAL
+from ..cache.manager import COLLECT, EVAL, KVCacheManager
 from ..cache.stats import Timing
 from ..config import FLAG, PREFIX, ConfigError, settle
 from ..registry import KV_CACHE_REGISTRY, register_in_place_of
@@ -110,9 +110,14 @@ class KVCachePolicy:
         model = getattr(self._model, '_orig_mod', self._model)  # torch.compile wraps it
         overridden = is_own(model, 'recurrent_inference') or is_own(model.world_model, 'forward_recurrent_inference')
         own_search = type(mcts) not in self.node_search.__mro__
+        manager = type(model.world_model.kv_cache_manager)
+        keyed = [name for name in ('find_recur', 'store_recur')
+                 if getattr(manager, name) is not getattr(KVCacheManager, name)]
         if overridden or own_search:
             logger.info('Searching by key: the policy has a search, or its model a recurrent inference, of its own')
-        return self._cfg.model.categorical_distribution and not overridden and not own_search
+        elif keyed:
+            logger.info(f'Searching by key: {manager.__name__} has a {" and a ".join(keyed)} of its own')
+        return self._cfg.model.categorical_distribution and not overridden and not own_search and not keyed
 
     def _forward_learn(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._forward_learn(*args, **kwargs)  # type: ignore[misc]
@@ -134,7 +139,7 @@ class KVCachePolicy:
         self._reset(EVAL, super()._reset_eval, env_id, args, kwargs)  # type: ignore[misc]
 
     def _search(self, mode: str, forward: Callable[..., Dict[int, Any]], args: Any, kwargs: Any) -> Dict[int, Any]:
-        arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
+        arguments = _signature(forward.__func__).bind(self, *args, **kwargs).arguments  # type: ignore[attr-defined]
         observations, ready = arguments['data'], arguments.get('ready_env_id')
         env_ids = [int(env_id) for env_id in (range(len(observations)) if ready is None else ready)]
         search = self._new_search if _is_new(self._model.world_model) else self._old_search
@@ -192,6 +197,11 @@ class KVCachePolicy:
         elif ended:
             for index in [None] if env_id is None else env_id:  # type: ignore[union-attr]
                 self._model.world_model.forget(mode, index)
+
+
+@functools.lru_cache(maxsize=None)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def _timed(function: Callable[..., Any], timing: Timing) -> Callable[..., Any]:

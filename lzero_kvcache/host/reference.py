@@ -1,7 +1,7 @@
 """LightZero's own world model, with caches of its own, as the reference that validation replays searches on.
 
 A shadow has the very modules of the world model that searches: its weights and its mode, and no parameters of its own.
-``B`` is the rows of a search.
+``B`` is the number of rows of a search.
 """
 import contextlib
 import io
@@ -34,7 +34,7 @@ def make_reference(world_model: Any, validation: str) -> Reference:
 
 
 class Shadow(WorldModel):
-    """A world model made without LightZero's constructor: shared modules, empty caches."""
+    """LightZero's world model, made without its constructor: shared modules, empty caches."""
 
     device: torch.device
     latent_state: torch.Tensor

@@ -13,7 +13,6 @@ from ..cache.stats import Timing
 from ..config import CacheConfig
 from ..engine.compiling import why_not_compiled
 from ..engine.launch import picked
-from ..engine.program import NotServed, read_network
 from ..engine.slab import Slab
 from ..engine.store import PageStore
 from ..registry import KV_CACHE_REGISTRY
@@ -21,6 +20,7 @@ from ..search.inference import Inference, Served
 from ..search.whole import Problem
 from ..validation import Validator
 from .keys_values import KeysValuesCodec
+from .network import read_network, what_is_missing
 from .reference import make_reference
 from .refused import check_served
 from .weights import source_of
@@ -141,10 +141,10 @@ class NewWorldModel(LightZeroWorldModel):
         super()._load_from_state_dict(*args, **kwargs)
         self.weights_changed('checkpoint loaded')
 
-    def _notice_moved_weights(self) -> None:
+    def _notice_moved_weights(self, addresses: Tuple[int, ...]) -> None:
         """Drop contexts if weights have moved. Addresses tell it: ``p.data = ...`` calls no hook, and version counters
         stand still under fused optimizers."""
-        place = self.weights_source.device(), self.weights_source.addresses()
+        place = self.weights_source.device(), addresses
         before, self._weights_place = self._weights_place, place
         if before is not None and before != place and before[0] == place[0]:  # another device holds the same values
             self.weights_changed('their storage moved')
@@ -159,15 +159,7 @@ class NewWorldModel(LightZeroWorldModel):
         device = self.weights_source.device()
         if device.type != 'cpu':
             return f'the model is on {device}'
-        if self._options.dtype != 'float32':
-            return f'kv_cache_cfg.dtype={self._options.dtype!r}'
-        reason = why_not_compiled()
-        if reason is None:
-            try:
-                read_network(self)
-            except NotServed as missing:
-                reason = str(missing)
-        return reason
+        return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
 
     def search_whole(self, problem: Problem) -> Any:
         """
@@ -199,8 +191,9 @@ class NewWorldModel(LightZeroWorldModel):
         Returns:
             - served (:obj:`Served`): The step; its ``trace`` is for :meth:`Validator.check`.
         """
-        self._notice_moved_weights()
-        with self.inference.serving(mode, [int(env_id) for env_id in env_ids]) as served:
+        addresses = self.weights_source.addresses()
+        self._notice_moved_weights(addresses)
+        with self.inference.serving(mode, [int(env_id) for env_id in env_ids], addresses) as served:
             yield served
 
     @torch.no_grad()

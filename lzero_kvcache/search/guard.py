@@ -17,6 +17,11 @@ class NanGuard:
             self._cause += ", or keys and values overflow kv_cache_cfg.dtype='float16' ('bfloat16' holds them)"
         self._told = False
 
+    @property
+    def skips(self) -> bool:
+        """Whether rows that are not finite go on without a context."""
+        return self._action == 'skip'
+
     def finite(self, values: np.ndarray, what: str, mode: str, env_ids: Sequence[int],
                timesteps: np.ndarray) -> np.ndarray:
         """The indices of the rows of ``values [B, K]`` that are finite. The rest is for the message: what the values

@@ -4,9 +4,10 @@
 """
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Hashable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Hashable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -32,13 +33,15 @@ from .whole import Problem, WholeSearch
 class Served:
     """A step of some environments: their root inference, and the search that follows it. It owns its roots' pages."""
 
-    def __init__(self, mode: str, env_ids: List[int], lease: Lease, trace: Any) -> None:
+    def __init__(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...], lease: Lease, trace: Any) -> None:
         self.mode, self.env_ids = mode, env_ids
+        self.addresses = addresses  # of the weights
         self.lease = lease
         self.trace = trace  # what its validation notes; or None
         self.weights: Any = None  # as the root inference read them: nobody changes them inside a search
         self.roots: Optional[Rows] = None
         self.before: Optional[Rows] = None  # the environments' roots before this step
+        self.superseded: Set[int] = set()  # environments whose root is no longer of this step
         self.kept = np.zeros(0, np.int64)  # rows whose root was stored
         self.timesteps = np.zeros(0, np.int64)  # [B]
         self.latents: Optional[torch.Tensor] = None  # [B, E], of the roots
@@ -71,45 +74,69 @@ class Inference:
         self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
         self._open = _Open()
         self._whole = WholeSearch(read_network, source, manager, store, self._guard, self.timings)
+        self._abandoned: Deque[Served] = deque()  # steps that were entered and never left
         store.beside += [self.backend, _WindowMemory(self.engine)]
 
     @contextmanager
-    def serving(self, mode: str, env_ids: List[int]) -> Iterator[Served]:
+    def serving(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...]) -> Iterator[Served]:
         """A context in which the root inference, and the search that follows it, are those of some environments."""
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')
+        self._end_abandoned()
         trace = None if self._validator is None else self._validator.open(mode, env_ids)
-        with self._manager.lease() as lease:
-            served = Served(mode, env_ids, lease, trace)
-            self._open.steps.append(served)
-            try:
-                yield served
-            except BaseException:
-                self._undo(served)
-                raise
-            finally:
-                self._open.steps.remove(served)
-                if served.keys is not None:
-                    self._manager.forget_init(served.mode, *served.keys)
+        served = Served(mode, env_ids, addresses, self._manager.lease(), trace)
+        steps = self._open.steps
+        steps.append(served)
+        try:
+            yield served
+            self._forget_keys(served)
+        except GeneratorExit:
+            self._abandoned.append(served)  # this may be garbage, which is collected in the middle of anything
+            raise
+        except BaseException:
+            self._end_failed(served)
+            raise
+        else:
+            served.lease.release()
+            for other in [*steps, *self._abandoned]:
+                if other is not served and other.mode == mode:
+                    other.superseded.update(env_ids)
+        finally:
+            steps.remove(served)
+
+    def _end_abandoned(self) -> None:
+        while self._abandoned:
+            self._end_failed(self._abandoned.popleft())
+
+    def _end_failed(self, served: Served) -> None:
+        with served.lease:
+            self._undo(served)
+            self._forget_keys(served)
+
+    def _forget_keys(self, served: Served) -> None:
+        if served.keys is not None:
+            self._manager.forget_init(served.mode, *served.keys)
 
     def _undo(self, served: Served) -> None:
         """Put back the roots that the environments had before a step that failed."""
         if served.before is None:
             return
-        there = np.flatnonzero(served.before[1])
-        for env_id in served.env_ids:
-            self._manager.clear_init_caches(served.mode, env_id)
-        if len(there):
-            env_ids = [served.env_ids[row] for row in there]
+        undone = [row for row, env_id in enumerate(served.env_ids) if env_id not in served.superseded]
+        for row in undone:
+            self._manager.clear_init_caches(served.mode, served.env_ids[row])
+        there = [row for row in undone if served.before[1][row]]
+        if there:
             rows = served.before[0][there], served.before[1][there]
-            self._manager.store_init(served.mode, env_ids, [CURRENT] * len(env_ids), rows)
+            self._manager.store_init(served.mode, [served.env_ids[row] for row in there], [CURRENT] * len(there), rows)
 
     def forget(self, mode: Optional[str], env_id: Optional[int]) -> None:
-        """Have open searches by key not find the roots of an environment, of a mode, or all, which were cleared."""
-        for step in self._open.steps:
+        """The roots of an environment, of a mode, or all were cleared: let no open search by key find them, and no step
+        that fails put them back."""
+        for step in [*self._open.steps, *self._abandoned]:
             if mode in (None, step.mode):
                 left = [row for row in step.kept if env_id not in (None, step.env_ids[row])]
                 step.kept = np.array(left, dtype=np.int64)
+                step.superseded.update(step.env_ids if env_id is None else [env_id])
 
     def _innermost(self, is_fitting: Callable[[Served], bool]) -> Optional[Served]:
         """The innermost open step, if it fits: LightZero's code does not pass along which step it is in."""
@@ -126,6 +153,7 @@ class Inference:
         predictions have no rewards, and are 0 for what is skipped. A served step has one root inference, which finds
         its contexts by environment. Any other is of environments 0 to ``B - 1`` of collection, and finds them by key.
         """
+        self._end_abandoned()
         rows = len(current_obs)
         served = self._innermost(lambda step: step.roots is None)
         if len(self._open.steps) <= (served is not None):
@@ -134,7 +162,7 @@ class Inference:
             _check_rows(served, rows)
             return self._root(served, False, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
         with self._manager.lease() as lease:
-            by_hand = Served(COLLECT, list(range(rows)), lease, None)
+            by_hand = Served(COLLECT, list(range(rows)), (), lease, None)
             return self._root(by_hand, True, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
 
     def _root(self, step: Served, by_key: bool, last_obs: torch.Tensor, last_actions: Sequence[Any],
@@ -148,7 +176,9 @@ class Inference:
         before = contexts[0].copy(), contexts[1].copy()
         pages = step.lease.allocate(rows)
         if going.any():
-            lost = missing[np.isfinite(to_cpu(last)).all(axis=1)[missing]] if last is not None else missing
+            lost = missing
+            if self._guard.skips and last is not None and len(missing):  # what was skipped is no context to begin from
+                lost = missing[to_cpu(torch.isfinite(last).all(1))[missing]]
             anew = self._begin_anew(step.lease, contexts, lost, 2 * timesteps[lost])
             actions = np.asarray([last_actions[row] if going[row] else self._no_action() for row in range(rows)])
             output = self._continue(step.weights, contexts, pages, timesteps, actions, latent, anew, last)

@@ -86,7 +86,7 @@ class WholeSearch:
         from . import compiled
         from .tree import make_key, make_rules, pad_legal
 
-        network = self._network_now()
+        network = self._network_at(served.addresses)
         slab = self._storage.ready(self._manager.page_capacity, self._source.device()).data
         assert slab is not None
         geometry = self._source.geometry
@@ -94,17 +94,17 @@ class WholeSearch:
         shift = no_shift if served.weights.shift is None else served.weights.shift.numpy()
         rows, width = served.roots[0].shape
         arrays = self._arrays_of(problem, network, rows, width)
-        arrays.tree.tables[:, 0], arrays.tree.counts[:, 0] = served.roots
         noise = np.zeros((rows, problem.slots), np.float32)
         for row, numbers in enumerate(problem.noises or ()):
             noise[row, :len(numbers)] = numbers
-        begin = compiled.Start(
+        roots = compiled.Roots(
             np.asarray(problem.rewards, dtype=np.float32), np.asarray(problem.logits, dtype=np.float32),
-            pad_legal(problem.legal, problem.slots), noise, np.float32(problem.noise_weight)
+            pad_legal(problem.legal, problem.slots), noise, np.float32(problem.noise_weight), *served.roots,
+            served.timesteps
         )
         given = (
-            arrays.tree, make_rules(**problem.rules), make_key(problem.seed, problem.number), network,
-            shift, slab.numpy(), begin, pages, served.timesteps, arrays.batch
+            arrays.tree, make_rules(**problem.rules), make_key(problem.seed, problem.number), roots, network, shift,
+            slab.numpy(), pages, arrays.batch
         )
         trace = served.trace
         if trace is None or not trace.replayed:
@@ -115,9 +115,8 @@ class WholeSearch:
             _note(trace, arrays, given[1], simulation)
         return arrays
 
-    def _network_now(self) -> Any:
-        """The addresses of weights are read anew when one of them has moved."""
-        addresses = self._source.addresses()
+    def _network_at(self, addresses: Tuple[int, ...]) -> Any:
+        """The model as addresses of its weights, read anew when one of them has moved."""
         if self._network is None or addresses != self._addresses:
             self._network, self._addresses = self._read_network(), addresses
         return self._network[0]

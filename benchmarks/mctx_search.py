@@ -1,0 +1,73 @@
+"""A search by google-deepmind/mctx with the matrix products of this model, to compare with: no attention, no contexts.
+
+Used by ``collect_step.py`` where jax and mctx are installed (``pip install "jax[cpu]" mctx``).
+"""
+import importlib.util
+import os
+from typing import Any, Callable, Dict, Optional
+
+import numpy as np
+
+
+def mctx_search(device: str, envs: int, simulations: int, sizes: Dict[str, int]) -> Optional[Callable[[], Any]]:
+    """A compiled search of ``envs`` roots that returns when it is done; None where mctx is not installed. ``sizes`` has
+    ``embed_dim``, ``layers``, ``actions`` and ``support``."""
+    if importlib.util.find_spec('jax') is None or importlib.util.find_spec('mctx') is None:
+        return None
+    if device == 'cpu':  # one thread, as the other systems are given
+        os.environ.setdefault('XLA_FLAGS', '--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1')
+        os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+    import jax
+    import jax.numpy as jnp
+    import mctx
+
+    embed, layers, actions, support = (sizes[name] for name in ('embed_dim', 'layers', 'actions', 'support'))
+    rng = np.random.default_rng(0)
+
+    def weights(*shape: int) -> Any:
+        return jnp.asarray(rng.normal(size=shape) * 0.05, dtype=jnp.float32)
+
+    blocks = [(weights(embed, 3 * embed), weights(embed, embed), weights(embed, 4 * embed), weights(4 * embed, embed))
+              for _ in range(layers)]
+    heads = {name: (weights(embed, embed), weights(embed, size)) for name, size in (
+        ('reward', support), ('latent', embed), ('value', support), ('policy', actions))}
+    table, numbers = weights(actions, embed), jnp.arange(support, dtype=jnp.float32) - support // 2
+
+    def norm(x: Any) -> Any:
+        x = x - x.mean(-1, keepdims=True)
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+
+    def token(x: Any) -> Any:
+        for qkv, projection, wide, narrow in blocks:
+            x = x + (norm(x) @ qkv)[:, :embed] @ projection
+            x = x + jax.nn.gelu(norm(x) @ wide) @ narrow
+        return norm(x)
+
+    def head(name: str, x: Any) -> Any:
+        return jax.nn.gelu(x @ heads[name][0]) @ heads[name][1]
+
+    def scalar(logits: Any) -> Any:
+        value = jax.nn.softmax(logits) @ numbers
+        root = (jnp.sqrt(jnp.abs(value) * 0.004 + 1.004004) - 1) * 500
+        return jnp.sign(value) * (root * root - 1)
+
+    def step(params: Any, key: Any, action: Any, latent: Any) -> Any:
+        x = token(table[action] + 0 * latent)
+        latent = jax.nn.softmax(head('latent', x).reshape(-1, embed // 8, 8)).reshape(-1, embed)
+        y = token(latent)
+        output = mctx.RecurrentFnOutput(
+            reward=scalar(head('reward', x)), discount=jnp.full(envs, 0.997), prior_logits=head('policy', y),
+            value=scalar(head('value', y))
+        )
+        return output, latent
+
+    @jax.jit
+    def search(key: Any) -> Any:
+        root = mctx.RootFnOutput(
+            prior_logits=jnp.zeros((envs, actions)), value=jnp.zeros(envs), embedding=jnp.zeros((envs, embed))
+        )
+        return mctx.muzero_policy(None, key, root, step, simulations).action_weights
+
+    key = jax.random.PRNGKey(0)
+    search(key).block_until_ready()
+    return lambda: search(key).block_until_ready()
