@@ -46,7 +46,7 @@ def entry(function: Function) -> Function:
     return dispatcher
 
 
-def _compiled(function: Any, **options: bool) -> Any:
+def _compiled(function: Any, **options: Any) -> Any:
     """A function that lets nobody assume away nan."""
     from numba import njit
 
