@@ -198,27 +198,6 @@ class TestTraces:
         answers = play(ByNode(cached_model(case, 1, SEED)), trace)
         assert relative_error(answers[3]['policy'], answers[1]['policy']) > WRONG
 
-    def test_the_modes_are_apart(self):
-        """The same trace in collection and in evaluation, one beside the other, event by event."""
-        case = Case()
-        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=4, simulations=3, episodes=0.2)
-        model = cached_model(case, 2, SEED)
-        expected = play(ByNode(cached_model(case, 2, SEED)), trace)
-        for mode in ('collect', 'eval'):
-            player, other = ByNode(model, mode), random_trace(
-                np.random.default_rng(SEED + 1), case, 2, root_steps=2, simulations=3
-            )
-            for number, (event, right) in enumerate(zip(trace.events, expected)):
-                if isinstance(event, Root) and number:
-                    player.close()
-                    interloper = ByNode(model, 'eval' if mode == 'collect' else 'collect')
-                    play(interloper, other)
-                    interloper.close()
-                answer = player.play(event)
-                for name in right:
-                    assert error_of(name, answer[name], right[name]) <= TOLERANCE, (mode, number, name)
-            player.close()
-
     def test_more_simulations_than_pages_were_planned_for(self):
         """The storage grows before the search starts."""
         case = Case()
