@@ -69,14 +69,6 @@ class TestConfiguration:
         changed.learn.learner.hook[HOOK_KEY].priority = 99
         assert policies.UniZeroPolicy.default_config() == first
 
-    def test_a_subclass_inherits_it(self):
-        class Mine(policies.UniZeroPolicy):
-            config = dict(batch_size=3)
-
-        assert Mine.default_config().learn.learner.hook[HOOK_KEY] == HOOK_CONFIG
-        make = POLICY_REGISTRY.get('unizero')
-        assert make.default_config().learn.learner.hook[HOOK_KEY] == HOOK_CONFIG
-
     @BOTH_FLAGS
     @pytest.mark.parametrize('policy_type', ['unizero', 'sampled_unizero'])
     def test_the_compiled_config_has_one_hook(self, new, policy_type):
@@ -173,13 +165,6 @@ class TestEnvironments:
             worker.step([0, 1, 2])
         without.policy.reset([1])
         assert differs(without.step([0, 1, 2]), with_past.step([0, 1, 2]), [0, 1, 2]) == [1]
-
-    def test_a_reset_of_all(self):
-        worker, fresh = Worker(make_policy(True)), Worker(make_policy(True))
-        worker.step([0, 1, 2])
-        worker.policy.reset()
-        worker._timestep = dict.fromkeys(range(3), 0)
-        assert_same_outputs(worker.step([0, 1, 2]), fresh.step([0, 1, 2]), [0, 1, 2])
 
     def test_a_reset_touches_one_environments_contexts(self):
         policy = make_policy(True)

@@ -489,13 +489,6 @@ class TestCounts:
         assert ours['recur_pool']['total_queries'] == ours['recur_pool']['hits'] == 4 * 10
         assert ours['wm_pool']['total_queries'] == theirs['wm_pool']['total_queries'] == 4 * 10 + 7
 
-    def test_without_counting(self):
-        policy = make('unizero', kv_cache_cfg=dict(enable_stats=False))
-        worker = Worker(policy)
-        for _ in range(2):
-            worker.step([0, 1, 2])
-        assert set(cache(policy).counters()) == {'memory_mb'}
-
 
 class TestTimes:
 
@@ -513,12 +506,6 @@ class TestTimes:
             worker.step([0, 1, 2])
             assert (timings['search'].count, timings['step'].count) == (done, 4 * done)
         assert 0. < timings['step'].seconds < timings['search'].seconds < 60.
-
-    def test_the_keyed_way_is_timed_by_step(self):
-        policy = make('unizero', simulations=4)
-        policy._mcts_collect = mcts_ctree.UniZeroMCTSCtree(policy._cfg)
-        Worker(policy).step([0, 1, 2])
-        assert policy._model.world_model.timings['step'].count == 4
 
     @BOTH_FLAGS
     def test_reanalysis_is_no_step_of_a_search(self, new):
