@@ -253,6 +253,12 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None) -> CacheCo
             )
         world_model_cfg[key] = given
     world_model_cfg['evaluator_env_num'] = policy_cfg['evaluator_env_num']
+    drawn, actions = (policy_cfg['model'].get(key) for key in ('num_of_sampled_actions', 'action_space_size'))
+    if drawn and actions and drawn > actions and not policy_cfg['model'].get('continuous_action_space'):
+        raise ConfigError(
+            f'policy.model.num_of_sampled_actions={drawn} cannot be drawn from policy.model.action_space_size={actions} '
+            f'without repeats: it must be at most {actions}'
+        )
     options = CacheConfig.read(world_model_cfg, managers)
     nodes = env_num * policy_cfg['num_simulations']
     if options.recurrent_pool_size < nodes:

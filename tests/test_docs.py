@@ -448,19 +448,18 @@ class TestExample:
     def test_by_key(self):
         manager = KVCacheManager(dict(context_length=self.CONTEXT_LENGTH, env_num=1, num_simulations=3))
         for name, parent, page, pages, _, _ in self.CONTEXTS:
-            lease = manager.lease()
-            ids = lease.allocate(1)
-            assert ids.tolist() == self.pages(page)
-            rows = np.zeros((1, self.WIDTH), np.int64), np.zeros(1, np.int64)
-            if parent:
-                rows = manager.find_recur('collect', [0], [parent])
-            child = extend(rows, ids)
-            self.check(child, self.row(pages))
-            if name.startswith('root'):
-                manager.store_init('collect', [0], [name], child)
-            else:
-                manager.store_recur([0], [name], child)
-            lease.release()
+            with manager.lease() as lease:
+                ids = lease.allocate(1)
+                assert ids.tolist() == self.pages(page)
+                rows = np.zeros((1, self.WIDTH), np.int64), np.zeros(1, np.int64)
+                if parent:
+                    rows = manager.find_recur('collect', [0], [parent])
+                child = extend(rows, ids)
+                self.check(child, self.row(pages))
+                if name.startswith('root'):
+                    manager.store_init('collect', [0], [name], child)
+                else:
+                    manager.store_recur([0], [name], child)
         manager.clear_recur_cache()
         assert manager.pages_used == 2
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from builders import audit
 from lzero.worker import MuZeroEvaluator
-from scripted import COLLECTORS, Life, Search, quiet
+from scripted import COLLECTORS, Life, Search
 
 SCRIPTS = (0, 1, 2, 3)
 EVALUATOR = 'evaluator'
@@ -154,19 +154,3 @@ class TestOneTouchesNoOther:
 
         disturbed, undisturbed = collected(True), collected(False)
         assert max(difference(disturbed[env_id], undisturbed[env_id]).value for env_id in range(4)) > WRONG
-
-    def test_a_reset_of_one_environment(self, tmp_path):
-        life = Life(SCRIPTS, True, tmp_path, timesteps=False)
-        life.collect(life.worker(COLLECTORS['segments']))
-        before = [contexts(life, env_id) for env_id in range(4)]
-        inside = [env_id for env_id in range(4) if before[env_id][0]]  # an episode
-        assert len(inside) > 1
-        with quiet():
-            life.policy.collect_mode.reset([inside[0]])
-        after = [contexts(life, env_id) for env_id in range(4)]
-        assert after[inside[0]] == ([], [])
-        assert [after[env_id] for env_id in range(4) if env_id != inside[0]] == [
-            before[env_id] for env_id in range(4) if env_id != inside[0]
-        ]
-        life.close()
-        audit(life.cache)

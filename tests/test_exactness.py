@@ -3,12 +3,9 @@ The exactness promise: in new mode every environment of a batch is answered as i
 whatever else is in the batch. ``oracle.py`` says what alone means, and how a trace is played.
 """
 import copy
-import importlib.util
-import logging
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import (
@@ -29,20 +26,7 @@ from oracle import (
     row_differences,
 )
 
-if importlib.util.find_spec('lzero_kvcache') is not None:
-    from lzero_kvcache.host.weights import MANY_ROWS
-
-
-def new_mode_exists() -> bool:
-    """Whether a model built with ``use_new_cache_manager`` is another than LightZero's own."""
-    try:
-        new, own = cached_model(Case(), 1, 0), original_model(Case(), 1, 0)
-    except Exception:
-        return importlib.util.find_spec('lzero_kvcache') is not None  # let the tests show what is broken
-    return type(new.world_model) is not type(own.world_model)
-
-
-pytestmark = pytest.mark.skipif(not new_mode_exists(), reason='lzero_kvcache is not there, or has no new mode')
+from lzero_kvcache.host.weights import MANY_ROWS
 
 SEED = 5
 
@@ -74,17 +58,6 @@ TRACES = st.fixed_dictionaries(
 
 BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
 BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
-
-
-@pytest.fixture(autouse=True)
-def _quiet_and_small():
-    """LightZero logs at its construction; one thread is faster for models as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    logging.disable(logging.INFO)
-    yield
-    logging.disable(logging.NOTSET)
-    torch.set_num_threads(threads)
 
 
 def check(case: Case, trace: Trace, seed: int = SEED) -> None:

@@ -18,7 +18,6 @@ from oracle import (
     Batch,
     Case,
     LightZeroAlone,
-    Root,
     assert_same,
     cached_model,
     construct,
@@ -144,32 +143,6 @@ class TestByHand:
         assert torch.equal(tokens(found), kept)
         assert not found[0]._k_cache._cache.requires_grad
 
-    def test_many_of_all_kinds(self, by_hand):
-        """More than there is room for, replaced and evicted; what is there is what was put there last."""
-        used, expected = by_hand.make(kv_cache_cfg=dict(init_pool_size=3, recurrent_pool_size=5)), {}
-        for number in range(60):
-            key, value = number % 7, keys_values(number % 9, seed=number) if number % 5 else f'value {number}'
-            by_hand.set(used, key, value)
-            expected[key] = value
-            for stored, right in expected.items():
-                found = by_hand.get(used, stored)
-                if isinstance(right, str):
-                    assert found in (None, right)
-                else:
-                    assert found is None or torch.equal(tokens(found), tokens(right))
-            assert by_hand.get(used, key) is not None
-            audit(used)
-
-    @pytest.mark.parametrize('strategy', STRATEGIES)
-    def test_full_pools(self, by_hand, strategy):
-        used = by_hand.make(kv_cache_cfg=dict(eviction=strategy, init_pool_size=2, recurrent_pool_size=2))
-        slots = [by_hand.set(used, key, keys_values(5, seed=key)) for key in range(3)]
-        assert slots[2] == slots[0]
-        assert by_hand.get(used, 0) is None
-        for key in (1, 2):
-            assert torch.equal(tokens(by_hand.get(used, key)), tokens(keys_values(5, seed=key)))
-        audit(used)
-
     def test_a_context_that_another_object_replaced_leaves_no_pages(self):
         used = paged()
         used.set_init_cache(0, 'key', keys_values(5))
@@ -191,14 +164,6 @@ class TestByHand:
         assert [used.get_recur_cache('node', env_id=env_id) for env_id in range(3)] == ['of 0', 'of 1', None]
         assert used.get_recur_cache('node') is None
 
-    def test_one_environments_evictions_are_its_own(self):
-        used = manager(kv_cache_cfg=dict(init_pool_size=2))
-        used.set_init_cache(0, 'key', 'value')
-        for number in range(5):
-            used.set_init_cache(1, number, 'other')
-        assert used.get_init_cache(0, 'key') == 'value'
-        assert (used.init_pools[0].stats.evictions, used.init_pools[1].stats.evictions) == (0, 3)
-
     @pytest.mark.parametrize('env_id', [2, 17, -1])
     def test_an_environment_that_is_not_there(self, env_id):
         used = manager()
@@ -209,20 +174,6 @@ class TestByHand:
         ):
             with pytest.raises(ValueError, match=f'environment {env_id} is outside .*world_model_cfg.env_num=2'):
                 call()
-
-    def test_priority(self):
-        """What was asked for most stays; what was given a priority stays by that."""
-        used = manager(kv_cache_cfg=dict(eviction='priority', recurrent_pool_size=3))
-        for key in 'abc':
-            used.set_recur_cache(key, key)
-        for key in 'aac':
-            used.get_recur_cache(key)
-        used.set_recur_cache('d', 'd')
-        assert [used.get_recur_cache(key) for key in 'abcd'] == ['a', None, 'c', 'd']
-        used.recur_pool.set('always', 'kept', priority=1000)
-        for number in range(20):
-            used.set_recur_cache(number, number)
-        assert used.recur_pool.get('always') == 'kept'
 
 
 def spoil(value):
@@ -243,17 +194,6 @@ class TestHierarchicalGet:
         used.set_init_cache(0, 'key', 'root')
         assert used.hierarchical_get(0, 'key') == 'root'
         assert used.hierarchical_get(1, 'key') == 'of nobody'
-
-    def test_never_another_environments(self):
-        used = manager()
-        used.set_init_cache(1, 'key', 'root of 1')
-        used.set_recur_cache('key', 'node of 1', env_id=1)
-        assert used.hierarchical_get(0, 'key') is None
-
-    def test_never_the_working_batch(self):
-        used = manager()
-        used.set_wm_cache('key', 'value')
-        assert used.hierarchical_get(0, 'key') is None
 
     def test_counts(self):
         """One query of the init pool, and if that has nothing, one of the recurrent pool."""
@@ -616,17 +556,6 @@ class TestUnderALimit:
 
 class TestPagesOfASearch:
 
-    def test_no_page_is_lost_on_the_way(self):
-        case = Case()
-        model = cached_model(case, 3, 0)
-        trace = random_trace(
-            np.random.default_rng(1), case, 3, root_steps=8, simulations=6, clears=0.2, episodes=0.2, unknown=0.3
-        )
-        player = Batch(model)
-        for event in trace.events:
-            player.play(event)
-            audit(model.world_model.kv_cache_manager)
-
     def test_a_node_costs_one_page(self):
         case = Case(context_length=20)
         model = cached_model(case, 3, 0)
@@ -637,21 +566,6 @@ class TestPagesOfASearch:
             before = used._pages.used
         used.clear_recur_cache()
         assert used._pages.used == 3
-
-    def test_a_step_that_fails_gives_its_pages_back(self):
-        case = Case()
-        model = cached_model(case, 2, 0)
-        trace = random_trace(np.random.default_rng(1), case, 3, root_steps=1, simulations=1)
-        root, expand = trace.events
-        with pytest.raises(ValueError, match='world_model_cfg.env_num=2'):
-            Batch(model).play(root)
-        audit(model.world_model.kv_cache_manager)
-        player = Batch(model)
-        player.play(Root(*(field[:2] for field in root)))
-        player._latents[0] = np.concatenate([player._latents[0], player._latents[0][:1]])
-        with pytest.raises((ValueError, IndexError)):
-            player.play(expand)
-        audit(model.world_model.kv_cache_manager)
 
 
 class PlainManager(PagedCacheManager):
@@ -773,10 +687,3 @@ class TestCustomManagers:
         assert len(used.recur_pool) == 0
         assert 0 < used.counters()['recur']['hits'] < used.counters()['recur']['queries'] == 16
         audit(used)
-
-    def test_a_manager_that_lacks_something_cannot_be_made(self):
-        class Half(PagedCacheManager):
-            pass
-
-        with pytest.raises(TypeError, match='abstract'):
-            Half()

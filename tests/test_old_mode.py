@@ -90,14 +90,6 @@ class TestModel:
 @CASES
 class TestStates:
 
-    def test_same_keys_in_both_modes(self, case):
-        old, new = (
-            construct(MODEL_REGISTRY.get(case.model_name), case, 2, use_new_cache_manager=flag).state_dict()
-            for flag in (False, True)
-        )
-        assert list(old) == list(new)
-        assert [value.shape for value in old.values()] == [value.shape for value in new.values()]
-
     @pytest.mark.parametrize('to_new', [False, True], ids=['new to old', 'old to new'])
     def test_they_load_either_way(self, case, to_new):
         source, target = (
@@ -107,15 +99,6 @@ class TestStates:
         target.load_state_dict(source.state_dict())
         for name, value in source.state_dict().items():
             assert torch.equal(target.state_dict()[name], value)
-
-    def test_no_cache_is_in_them(self, case):
-        """However much is cached."""
-        for flag in (False, True):
-            model = construct(MODEL_REGISTRY.get(case.model_name), case, 2, use_new_cache_manager=flag)
-            before = {name: value.shape for name, value in model.state_dict().items()}
-            trace = random_trace(np.random.default_rng(0), case, 2, root_steps=3, simulations=3)
-            play(OriginalBatch(randomise(model, case, 0)), trace)
-            assert {name: value.shape for name, value in model.state_dict().items()} == before
 
 
 @pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])

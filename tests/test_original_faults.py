@@ -4,12 +4,10 @@ What LightZero's own caching gets right for one environment, and wrong for a bat
 Each fault that the new mode mends is shown on the installed LightZero; should LightZero mend one, its test fails.
 """
 import inspect
-import logging
 
 import lzero.model.unizero_world_models.world_model as lightzero_world_model
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import (
@@ -57,17 +55,6 @@ CASES = st.builds(
     continuous=st.booleans(),
     max_seq_len=st.sampled_from([32, 8192]),
 )
-
-
-@pytest.fixture(autouse=True)
-def _quiet_and_small():
-    """LightZero logs at its construction; one thread is faster for models as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    logging.disable(logging.INFO)
-    yield
-    logging.disable(logging.NOTSET)
-    torch.set_num_threads(threads)
 
 
 def alone(case, seed=SEED):

@@ -69,14 +69,6 @@ class TestConfiguration:
         changed.learn.learner.hook[HOOK_KEY].priority = 99
         assert policies.UniZeroPolicy.default_config() == first
 
-    def test_a_subclass_inherits_it(self):
-        class Mine(policies.UniZeroPolicy):
-            config = dict(batch_size=3)
-
-        assert Mine.default_config().learn.learner.hook[HOOK_KEY] == HOOK_CONFIG
-        make = POLICY_REGISTRY.get('unizero')
-        assert make.default_config().learn.learner.hook[HOOK_KEY] == HOOK_CONFIG
-
     @BOTH_FLAGS
     @pytest.mark.parametrize('policy_type', ['unizero', 'sampled_unizero'])
     def test_the_compiled_config_has_one_hook(self, new, policy_type):
@@ -174,13 +166,6 @@ class TestEnvironments:
         without.policy.reset([1])
         assert differs(without.step([0, 1, 2]), with_past.step([0, 1, 2]), [0, 1, 2]) == [1]
 
-    def test_a_reset_of_all(self):
-        worker, fresh = Worker(make_policy(True)), Worker(make_policy(True))
-        worker.step([0, 1, 2])
-        worker.policy.reset()
-        worker._timestep = dict.fromkeys(range(3), 0)
-        assert_same_outputs(worker.step([0, 1, 2]), fresh.step([0, 1, 2]), [0, 1, 2])
-
     def test_a_reset_touches_one_environments_contexts(self):
         policy = make_policy(True)
         worker = Worker(policy)
@@ -202,29 +187,6 @@ class TestEnvironments:
         worker.step([0, 1, 2])
         assert counts(policy)['init'] == (3, 3)
 
-    @POSITIONS
-    def test_an_evaluation_between_two_collections(self, rotary):
-        """Whole episodes of it change nothing about what collection goes on with."""
-        policy, undisturbed = make_policy(True, rotary=rotary), Worker(make_policy(True, rotary=rotary))
-        worker, evaluator = Worker(policy), Worker(policy, 'eval')
-        for _ in range(4):
-            assert_same_outputs(worker.step([0, 1, 2]), undisturbed.step([0, 1, 2]), [0, 1, 2])
-            evaluator.policy.reset()
-            evaluator._timestep.clear()
-            for _ in range(3):
-                evaluator.step([0, 1])
-            evaluator.done(0)
-            evaluator.step([0])
-        assert roots(cache(policy)) == [1, 1, 1]
-
-    def test_a_collection_between_two_evaluations(self):
-        policy, undisturbed = make_policy(True), Worker(make_policy(True), 'eval')
-        worker, evaluator = Worker(policy), Worker(policy, 'eval')
-        for _ in range(4):
-            assert_same_outputs(evaluator.step([0, 1]), undisturbed.step([0, 1]), [0, 1])
-            worker.step([0, 1, 2])
-            worker.done(0)
-
     @pytest.mark.parametrize('mode', ['collect', 'eval'])
     def test_more_environments_than_the_config_knows(self, mode):
         policy = make_policy(True)
@@ -237,16 +199,6 @@ class TestEnvironments:
         worker.step([0, 1])
         assert counts(policy)['init'][0] >= 2
 
-    def test_no_page_is_lost(self):
-        policy = make_policy(True)
-        worker, evaluator = Worker(policy), Worker(policy, 'eval')
-        for step in range(6):
-            worker.step([0, 1, 2] if step % 2 else [2, 1])
-            evaluator.step([1])
-            audit(cache(policy))
-            worker.done(step % 3)
-            audit(cache(policy))
-
     def test_training_forgets_contexts_of_other_weights(self):
         policy = make_policy(True)
         worker = Worker(policy)
@@ -256,38 +208,6 @@ class TestEnvironments:
         assert roots(cache(policy)) == [0, 0, 0]
         worker.step([0, 1, 2])
         assert counts(policy)['init'] == (3, 0)  # each has a predecessor, whose context is gone
-
-
-class TestSampledPolicy:
-    """Continuous actions, through the same code."""
-
-    @staticmethod
-    def make(new):
-        main = small_cartpole(new)
-        main.policy.model.update(
-            continuous_action_space=True, num_of_sampled_actions=5, sigma_type='conditioned', action_space_size=2,
-            observation_shape=4, model_type='mlp'
-        )
-        main.policy.model.world_model_cfg.update(
-            continuous_action_space=True, num_of_sampled_actions=5, sigma_type='conditioned', fixed_sigma_value=0.5,
-            bound_type=None, policy_loss_type='kl', action_space_size=2, norm_type='BN'
-        )
-        with contextlib.redirect_stdout(io.StringIO()):
-            return POLICY_REGISTRY.get('sampled_unizero')(
-                compiled(main, 'sampled_unizero').policy, enable_field=['learn', 'collect', 'eval']
-            )
-
-    def test_environments_keep_their_contexts(self):
-        policy = self.make(True)
-        worker = Worker(policy)
-        for env_ids in ([0, 1, 2], [0, 1, 2], [2, 0], [1]):
-            output = worker.step(env_ids)
-            assert all(np.shape(output[env_id]['action']) == (2, ) for env_id in env_ids)
-        worker.done(1)
-        worker.step([0, 1, 2])
-        assert counts(policy)['init'] == (3 + 2 + 1 + 2, 8)
-        assert roots(cache(policy)) == [1, 1, 1]
-        audit(cache(policy))
 
 
 class TestEntropy:

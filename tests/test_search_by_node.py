@@ -198,27 +198,6 @@ class TestTraces:
         answers = play(ByNode(cached_model(case, 1, SEED)), trace)
         assert relative_error(answers[3]['policy'], answers[1]['policy']) > WRONG
 
-    def test_the_modes_are_apart(self):
-        """The same trace in collection and in evaluation, one beside the other, event by event."""
-        case = Case()
-        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=4, simulations=3, episodes=0.2)
-        model = cached_model(case, 2, SEED)
-        expected = play(ByNode(cached_model(case, 2, SEED)), trace)
-        for mode in ('collect', 'eval'):
-            player, other = ByNode(model, mode), random_trace(
-                np.random.default_rng(SEED + 1), case, 2, root_steps=2, simulations=3
-            )
-            for number, (event, right) in enumerate(zip(trace.events, expected)):
-                if isinstance(event, Root) and number:
-                    player.close()
-                    interloper = ByNode(model, 'eval' if mode == 'collect' else 'collect')
-                    play(interloper, other)
-                    interloper.close()
-                answer = player.play(event)
-                for name in right:
-                    assert error_of(name, answer[name], right[name]) <= TOLERANCE, (mode, number, name)
-            player.close()
-
     def test_more_simulations_than_pages_were_planned_for(self):
         """The storage grows before the search starts."""
         case = Case()
@@ -510,13 +489,6 @@ class TestCounts:
         assert ours['recur_pool']['total_queries'] == ours['recur_pool']['hits'] == 4 * 10
         assert ours['wm_pool']['total_queries'] == theirs['wm_pool']['total_queries'] == 4 * 10 + 7
 
-    def test_without_counting(self):
-        policy = make('unizero', kv_cache_cfg=dict(enable_stats=False))
-        worker = Worker(policy)
-        for _ in range(2):
-            worker.step([0, 1, 2])
-        assert set(cache(policy).counters()) == {'memory_mb'}
-
 
 class TestTimes:
 
@@ -534,12 +506,6 @@ class TestTimes:
             worker.step([0, 1, 2])
             assert (timings['search'].count, timings['step'].count) == (done, 4 * done)
         assert 0. < timings['step'].seconds < timings['search'].seconds < 60.
-
-    def test_the_keyed_way_is_timed_by_step(self):
-        policy = make('unizero', simulations=4)
-        policy._mcts_collect = mcts_ctree.UniZeroMCTSCtree(policy._cfg)
-        Worker(policy).step([0, 1, 2])
-        assert policy._model.world_model.timings['step'].count == 4
 
     @BOTH_FLAGS
     def test_reanalysis_is_no_step_of_a_search(self, new):

@@ -65,16 +65,20 @@ def folder() -> Path:
         base = Path('~/Library/Caches').expanduser()
     else:
         base = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
-    return base / 'lzero_kvcache' / _sources()
-
-
-def _sources() -> str:
     from .. import __version__
 
+    return base / 'lzero_kvcache' / f'{__version__}-{SOURCES}'
+
+
+def _hash_sources() -> str:
     digest = hashlib.sha256()
     for path in sorted(path for room in ROOMS for path in (PACKAGE / room).glob('*.py')):
         digest.update(path.read_bytes())
-    return f'{__version__}-{digest.hexdigest()[:16]}'
+    return digest.hexdigest()[:16]
+
+
+SOURCES = _hash_sources()
+"""Made as this module is imported: what is written into the files later is not what this process compiles."""
 
 
 def _kept_on_disk(name: str) -> Any:

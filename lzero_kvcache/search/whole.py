@@ -40,14 +40,9 @@ class _Arrays(NamedTuple):
     batch: Any
     scratches: List[Any]  # one for each thread
 
-    @property
-    def bytes(self) -> int:
-        arrays = [*self.tree, *self.batch, *(scratch.memory for scratch in self.scratches)]
-        return sum(array.nbytes for array in arrays)
-
 
 class WholeSearch:
-    """Runs searches of one model, and keeps the arrays of one for the next of the same size."""
+    """Runs searches of one model, and keeps the trees' arrays for the next search of as many rows or fewer."""
 
     def __init__(self, read_network: Callable[[], Tuple[Any, Any]], source: Source, manager: PagedCacheManager,
                  storage: PageStore, guard: NanGuard, timings: Dict[str, Timing]) -> None:
@@ -55,16 +50,19 @@ class WholeSearch:
         self._guard, self._timings = guard, timings
         self._network: Any = None
         self._addresses: Tuple[int, ...] = ()
-        self._arrays: Dict[Tuple[int, ...], _Arrays] = {}
+        self._trees: Dict[Tuple[int, ...], Any] = {}
+        self._scratches: List[Any] = []
         storage.beside.append(self)
 
     def __getstate__(self) -> Dict[str, Any]:
         """Copies read their own weights' addresses, and have arrays of their own."""
-        return {**self.__dict__, '_network': None, '_arrays': {}}
+        return {**self.__dict__, '_network': None, '_trees': {}, '_scratches': []}
 
     @property
     def memory_mb(self) -> float:
-        return sum(arrays.bytes for arrays in self._arrays.values()) / MIB
+        arrays = [array for tree in self._trees.values() for array in tree]
+        arrays += [scratch.memory for scratch in self._scratches]
+        return sum(array.nbytes for array in arrays) / MIB
 
     def run(self, served: Any, problem: Problem) -> Any:
         """Search from the roots of a served step; returns the tree, which the next search writes over."""
@@ -119,7 +117,7 @@ class WholeSearch:
     def _network_at(self, addresses: Tuple[int, ...]) -> Any:
         """The model as addresses of its weights, read anew when one of them has moved."""
         if self._network is None or addresses != self._addresses:
-            self._network, self._addresses = self._read_network(), addresses
+            self._network, self._addresses, self._scratches = self._read_network(), addresses, []
         return self._network[0]
 
     def _arrays_of(self, problem: Problem, network: Any, rows: int, width: int) -> _Arrays:
@@ -128,12 +126,14 @@ class WholeSearch:
         from .tree import make_tree
 
         threads = max(1, min(torch.get_num_threads(), rows // LEAST_ROWS))
-        size = (rows, problem.simulations, problem.slots, problem.action_size, width, threads)
-        if size not in self._arrays:
-            tree = make_tree(rows, problem.simulations, problem.slots, width, problem.action_size)
-            scratches = [new_scratch(network, width) for _ in range(threads)]
-            self._arrays[size] = _Arrays(tree, make_batch(tree, network.policy), scratches)
-        return self._arrays[size]
+        while len(self._scratches) < threads:
+            self._scratches.append(new_scratch(network, width))
+        size = problem.simulations, problem.slots, problem.action_size, width
+        tree = self._trees.get(size)
+        if tree is None or len(tree.depth) < rows:
+            tree = self._trees[size] = make_tree(rows, problem.simulations, problem.slots, width, problem.action_size)
+        tree = type(tree)(*(array[:rows] for array in tree))
+        return _Arrays(tree, make_batch(tree, network.policy), self._scratches[:threads])
 
     def _report(self, broken: np.ndarray, served: Any) -> None:
         """Raise an error for predictions with nan or inf, or count them; the search went on with zeros."""
