@@ -84,7 +84,7 @@ def build_policies(configs: Configs, device: str) -> Dict[str, Any]:
         with silent():
             policies[name] = policy(config, enable_field=['learn', 'collect', 'eval'])
     spread_latents(policies['old']._model)
-    for name in ('tree', 'new'):
+    for name in configs.keys() - {'old'}:
         policies[name]._model.load_state_dict(policies['old']._model.state_dict())
     if not policies['old']._cfg.model.world_model_cfg.rotary_emb:
         policies['old']._model.world_model.precompute_pos_emb_diff_kv()

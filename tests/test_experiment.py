@@ -273,7 +273,7 @@ def interruptible():
 def test_an_interrupt_ends_all_and_the_same_command_goes_on(fake, capfd, interruptible):
     fake.do(old_seed0='wait', new_seed0='wait')
     thread = when(lambda: all(
-        read_progress(os.path.join(fake.folder, f'{cache}_seed0')) == 30 for cache in ('old', 'new')),
+        read_progress(os.path.join(fake.folder, f'{cache}_seed0')).collected == 30 for cache in ('old', 'new')),
                   lambda: os.kill(os.getpid(), signal.SIGINT))
     assert run_experiment(fake, '--seeds', '0', '1', '--jobs', '2') == 130
     thread.join()
@@ -327,7 +327,7 @@ def test_a_training_says_how_far_it_is_in_its_folder(fake):
         child.process.wait()
     assert child.env_step == 0
     os.mkdir(child.trial.folder)
-    write_progress(child.trial.folder, Status(env_step=1234))
+    write_progress(child.trial.folder, Status(collected=1234))
     assert child.env_step == 1234
 
 

@@ -134,7 +134,7 @@ def test_killed_while_saving_and_gone_on(tmp_path):
 # ---------------------------------------------------------------------------------------------------- exceptions
 
 
-#: Where a step may fail, by key; ``test_search_by_node.py`` has the same for searches by node.
+#: Where a step by hand may fail; ``test_leases.py`` has the same for the policies' steps.
 PLACES = {
     'the engine': lambda world_model: (world_model.inference.engine, 'step'),
     'the slab': lambda world_model: (world_model.kv_cache_manager.storage.slab, 'write'),
@@ -201,19 +201,9 @@ def test_nan_in_the_weights_is_an_error_that_says_where():
     with pytest.raises(FloatingPointError) as caught:
         worker.step([0, 1, 2])
     message = str(caught.value)
-    assert 'in collect, environment 0, step ' in message
+    assert 'in collect, environment 0, step 3:' in message
     assert "on_nan='skip'" in message
     audit(policy._model.world_model.kv_cache_manager)
-
-
-def test_the_step_is_that_of_the_environment():
-    policy = make_policy(True)
-    worker = Worker(policy)
-    for _ in range(3):
-        worker.step([0, 1, 2])
-    poison(policy)
-    with pytest.raises(FloatingPointError, match='environment 0, step 3:'):
-        worker.step([0, 1, 2])
 
 
 def test_nan_in_one_environment_names_it_and_leaves_the_others(lines):

@@ -65,6 +65,7 @@ def lived(model, player, trace, disturb=None, at=MIDDLE):
     for number, event in enumerate(trace.events):
         if number == at and disturb is not None:
             disturb(model, player)
+            pages_that_are_taken(model)
         answers.append({name: part.clone() for name, part in player.play(event).items()})
     player.close()
     return answers
@@ -144,7 +145,7 @@ def a_search_that_is_abandoned(mode, env_ids):
     return disturb
 
 
-def pages_that_are_taken(model, player):
+def pages_that_are_taken(model, player=None):
     """More than there are: the storage grows; and all that is free is overwritten."""
     manager = model.world_model.kv_cache_manager
     with manager.lease() as lease:
@@ -211,6 +212,7 @@ def test_a_step_of_the_same_environments_inside_a_search(player):
     answers = [outer.play(event) for event in first[:4]]
     inside = [within.play(event) for event in inner]
     within.close()
+    pages_that_are_taken(model)
     answers += [outer.play(event) for event in first[4:]]
     outer.close()
     after = player(model)
@@ -237,8 +239,9 @@ def test_two_searches_from_one_root_side_by_side():
         answers[0].append(player.play(events[number]))
         if number < 4:
             answers[1].append(other.play(shifted[number]))
-        if number == 4:
+        if number == 3:
             other.close()
+            pages_that_are_taken(model)
     player.close()
     assert_undisturbed(answers[0], expected[0])
     assert_undisturbed(answers[1], expected[1][:4])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.host import entries
-from lzero_kvcache.training import load_config
+from lzero_kvcache.training import load_config, make_plan
 from lzero_kvcache.training.linked_keys import replace_token
 from lzero_kvcache.training.overrides import apply_overrides
 
@@ -87,6 +87,12 @@ def test_a_game_without_a_known_number_of_actions(pong):
         set_in(pong, 'env.env_id=TennisNoFrameskip-v4')
     main_config, _, _ = set_in(pong, 'env.env_id=TennisNoFrameskip-v4', 'policy.model.action_space_size=18')
     assert main_config.policy.model.world_model_cfg.action_space_size == 18
+
+
+@pytest.mark.usefixtures('pong')
+def test_a_game_with_another_number_of_actions_is_refused():
+    with pytest.raises(ConfigError, match="action_space_size=5 contradicts env.env_id='PongNoFrameskip-v4': it has 6"):
+        make_plan('atari_unizero_segment_config', overrides=['policy.model.action_space_size=5'])
 
 
 def test_segments_follow_the_collectors(pong):

@@ -13,7 +13,6 @@ import lzero.mcts.tree_search.mcts_ctree as mcts_ctree
 import lzero.mcts.tree_search.mcts_ctree_sampled as mcts_ctree_sampled
 import numpy as np
 import pytest
-import seeded_search
 import torch
 from builders import Worker, audit, compiled, make_policy, small_cartpole
 from ding.policy import create_policy
@@ -45,7 +44,6 @@ from oracle import (
 )
 from players import ByNode
 
-from lzero_kvcache.cache.nodes import NodeTable
 from lzero_kvcache.engine.step import StepOutput
 from lzero_kvcache.host.tree_search import NodeSearch, SampledNodeSearch
 
@@ -554,42 +552,6 @@ class TestTimes:
         assert model.world_model.timings['step'].count == 2
 
 
-class Broken(Exception):
-    pass
-
-
-def breaking(function, at):
-    """A function that raises at its ``at``-th call, counted from 0."""
-    calls = iter(range(10 ** 9))
-
-    def run(*args, **kwargs):
-        if next(calls) == at:
-            raise Broken
-        return function(*args, **kwargs)
-
-    return run
-
-
-def break_engine(policy, at):
-    engine = policy._model.world_model.inference.engine
-    return mock.patch.object(engine, 'step', breaking(engine.step, at))
-
-
-def break_tree(policy, at):
-    return mock.patch.object(
-        seeded_search.TREE, 'batch_backpropagate', breaking(seeded_search.TREE.batch_backpropagate, at)
-    )
-
-
-def break_slab(policy, at):
-    slab = cache(policy).storage.slab
-    return mock.patch.object(slab, 'write', breaking(slab.write, at))
-
-
-def break_pages(policy, at):
-    return mock.patch.object(NodeTable, '__init__', breaking(NodeTable.__init__, 0))
-
-
 class TestPages:
 
     @BOTH_MODES
@@ -603,52 +565,6 @@ class TestPages:
             audit(cache(policy))
             assert cache(policy)._pages.used == 3 * min(step, cache(policy).width)
         assert len(cache(policy).recur_pool) == 0
-
-    @pytest.mark.parametrize('at', [0, 3])
-    @pytest.mark.parametrize('breaks', [break_engine, break_tree, break_slab, break_pages])
-    @BOTH_MODES
-    def test_an_exception_in_a_search(self, mode, breaks, at):
-        """Pages come back, counts are consistent, and the step can be done again as if nothing had been."""
-        policy, unbroken = make('unizero', rotary=False), make('unizero', rotary=False)
-        worker, expected = Worker(policy, mode), Worker(unbroken, mode)
-        for _ in range(2):
-            worker.step([0, 1, 2])
-            expected.step([0, 1, 2])
-        with breaks(policy, at), pytest.raises(Broken):
-            worker.step([0, 1, 2])
-        manager = cache(policy)
-        audit(manager)
-        counters = manager.counters()
-        for pool in ('init', 'recur', 'total'):
-            assert counters[pool]['hits'] + counters[pool]['misses'] == counters[pool]['queries']
-        assert policy._model.world_model.timings['search'].count == 2
-        for _ in range(3):
-            ours, theirs = worker.step([0, 1, 2]), expected.step([0, 1, 2])
-            for env_id in range(3):
-                np.testing.assert_allclose(
-                    ours[env_id]['predicted_value'], theirs[env_id]['predicted_value'], rtol=1e-4, atol=1e-4
-                )
-                assert ours[env_id]['visit_count_distributions'] == theirs[env_id]['visit_count_distributions']
-            audit(manager)
-
-    def test_an_exception_between_two_simulations(self):
-        """By hand: whoever uses ``search_by_node`` may fail inside, and its nodes are then of no more use."""
-        case = Case()
-        model = cached_model(case, 2, SEED)
-        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=4)
-        expected = play(ByNode(cached_model(case, 2, SEED)), trace)
-        manager = model.world_model.kv_cache_manager
-        root = trace.events[0]
-        with pytest.raises(Broken), model.world_model.serving('collect', [0, 1]), torch.no_grad():
-            Batch(model).root(root)
-            with model.world_model.search_by_node(3):
-                assert manager._pages.used == 2 + 6
-                raise Broken
-        audit(manager)
-        assert manager._pages.used == 0, 'a step that failed is no step of its environments'
-        for answer, right in zip(play(ByNode(model), trace), expected):
-            for name in right:
-                assert error_of(name, answer[name], right[name]) <= TOLERANCE
 
     def test_roots_that_are_cleared_in_the_middle(self):
         """A running search holds its roots' pages, and nobody else is given them."""

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import gymnasium
 import pytest
 import torch
+from trainings import ITERATIONS, import_what_trainings_import, scalars, short_episodes, summary_of, trained
 from trainings import SMALL as IN_A_FORK
-from trainings import import_what_trainings_import, scalars, short_episodes, summary_of, trained
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.cli.train import main
@@ -26,8 +26,8 @@ from lzero_kvcache.training.config_file import PROJECT_ROOT
 from lzero_kvcache.training.error_hints import hint
 from lzero_kvcache.training.plan import Plan
 from lzero_kvcache.training.ranks import DataParallel
-from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder
-from lzero_kvcache.training.summary import Status
+from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_parents
+from lzero_kvcache.training.summary import Result, Status, write_progress, write_summary
 from lzero_kvcache.training.terminal import Output, Terminal
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
@@ -70,6 +70,12 @@ def ended(arguments):
     (['--config', 'config_new', '--set', 'env.env_id=NoSuchPole-v0'], 'env.env_id: Environment `NoSuchPole`'),
     (['--config', 'config_new', '--set', 'create_config.env.type=cartpole_lightzer'],
      "create_config.env.type='cartpole_lightzer' is registered by none"),
+    (['--config', 'config_new', '--set', 'create_config.env_manager.type=subproces'],
+     "env_manager.type='subproces' is registered by none of its import_names=[]; did you mean 'subprocess'"),
+    (['--config', 'config_new', '--set', 'policy.learning_rate=-1'], 'policy.learning_rate=-1 must be above 0'),
+    (['--config', 'config_old', '--set', 'policy.batch_size=0'], 'policy.batch_size=0 must be above 0'),
+    (['--config', 'config_new', '--exp-name', 'new/' + 'x' * 300], 'cannot be made (File name too long)'),
+    (['--config', 'config_new', '--exp-name', '/proc/foo/bar'], ' /proc/foo/bar: the folder of the experiment'),
     (['--config', 'config_new', '--set', '+policy.model.type=UniZeroModl'],
      "policy.model.type='UniZeroModl' is registered by none"),
 ])
@@ -82,6 +88,25 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
     assert captured.err.count('\n') == 1
     assert captured.out == ''
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_is_refused_before_it_begins_leaves_nothing_behind(tmp_path):
+    arguments = ['--config', 'config_new', *SMALL, 'policy.model.world_model_cfg.kv_cache_cfg.max_memory_mb=0.001']
+    (code, said), = trained(tmp_path, [*arguments, '--exp-name', 'new/run'], short_episodes)
+    assert code == 2
+    assert 'max_memory_mb=0.001' in said.splitlines()[-1]
+    assert os.listdir(tmp_path) == ['printed0']
+
+
+def test_wandb_without_a_login_is_refused(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('WANDB_MODE', 'WANDB_API_KEY'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('NETRC', str(tmp_path / 'netrc'))
+    assert main(['--config', 'config_new', '--set', 'policy.use_wandb=True']) == 2
+    error = capfd.readouterr().err
+    assert 'run wandb login, or set WANDB_MODE=offline' in error
+    assert error.count('\n') == 1
 
 
 @pytest.mark.parametrize(('arguments', 'code', 'said'), [
@@ -165,8 +190,9 @@ def test_the_plugin_is_loaded_for_any_config():
 
 def test_a_folder_is_never_claimed_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [claim_folder(str(tmp_path / 'deep' / 'run')) for _ in range(4)]
+    names, made = zip(*(claim_folder(str(tmp_path / 'deep' / 'run')) for _ in range(4)))
     assert names[0] == os.path.join('deep', 'run')
+    assert made == ('deep', *names[1:])
     assert len(set(names)) == 4
     assert all(os.path.isdir(name) and not os.path.isabs(name) for name in names)
 
@@ -175,6 +201,17 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(ConfigError, match='--exp-name'):
         claim_folder(str(tmp_path / 'file' / 'run'))
+
+
+def test_only_what_is_empty_is_removed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('shared/one', 'shared/two', 'lone/deep/run'):
+        os.makedirs(name)
+    remove_parents('shared/one', 'shared')
+    assert sorted(os.listdir('shared')) == ['one', 'two']
+    os.rmdir('lone/deep/run')
+    remove_parents('lone/deep/run', 'lone')
+    assert os.listdir() == ['shared']
 
 
 def test_a_failing_save_leaves_the_old_checkpoint(tmp_path):
@@ -278,16 +315,17 @@ def test_plain_output_has_no_bar_and_counts_repetitions(tmp_path):
         terminal.start(100)
         for _ in range(3):
             terminal.repeated('Cleared')
-        terminal.update(Status(env_step=1))
+        terminal.update(Status(collected=1))
         terminal.line('[not] markup')
-        terminal.finish(Status(env_step=100, hit_rate=0.875, seconds=10.))
+        terminal.finish(Status(env_step=100, collected=120, hit_rate=0.875, seconds=10.))
         terminal.table('Done', [('event files', 'x' * 150)])
         file.seek(0)
         text = file.read()
     assert '\x1b' not in text
     assert text.splitlines()[:4] == [
         'Cleared', '[not] markup',
-        '100/100 env steps, 0 iterations  reward -  hit rate 87.5%  10.0 steps/s', 'Cleared (3 times)',
+        '100/100 env steps, 120 collected, 0 iterations  reward -  hit rate 87.5%  12.0 steps/s',
+        'Cleared (3 times)',
     ]
     assert 'x' * 150 in text
 
@@ -392,13 +430,20 @@ def test_train_resume_in_either_system_and_evaluate(config, tmp_path):
     def run(name, cache, *arguments):
         code, said = in_a_fork(tmp_path, '--config', config, '--cache', cache, *arguments, '--exp-name', name)
         assert code == 0, said
-        return summary_of(tmp_path / name), said
+        return summary_of(tmp_path / re.search(r' into (\S+)$', said, re.MULTILINE).group(1)), said
 
     first, said = run('a', 'old', '--max-train-iter', '2')
     assert 'INFO: Using OLD cache system (original implementation)' in said
     assert 'Cleared WorldModel past_kv_cache (OLD system).' in said
     assert first['cache'] == 'old'
     assert json.loads((tmp_path / 'a' / 'progress.json').read_text())['env_step'] == first['env_step']
+
+    there = sorted(os.listdir(tmp_path))
+    code, said = in_a_fork(tmp_path, '--config', config, '--resume', first['checkpoint'], '--exp-name', 'never',
+                           '--max-train-iter', '9', '--set', 'policy.model.world_model_cfg.embed_dim=64')
+    assert code == 2
+    assert 'the checkpoint is of another model' in said.splitlines()[-1]
+    assert sorted(os.listdir(tmp_path)) == there
 
     second, said = run('b', 'new', '--resume', first['checkpoint'], '--max-train-iter', str(first['train_iter'] + 2))
     assert 'INFO: ✓ Using NEW KVCacheManager for cache management' in said
@@ -409,8 +454,9 @@ def test_train_resume_in_either_system_and_evaluate(config, tmp_path):
     assert [point.step for point in points] == list(range(first['train_iter'], second['train_iter']))
     assert summary_of(tmp_path / 'a') == first
 
-    third, _ = run('c', 'old', '--resume', second['checkpoint'], '--max-train-iter', str(second['train_iter'] + 2))
+    third, said = run('b', 'old', '--resume', second['checkpoint'], '--max-train-iter', str(second['train_iter'] + 2))
     assert_gone_on(tmp_path, second, third, 'old')
+    assert 'b is there already, so this run has another folder: b_' in said
     evaluated, _ = run('e', 'new', '--eval', third['checkpoint'])
     assert evaluated['train_iter'] == third['train_iter']
     assert [evaluation['env_step'] for evaluation in evaluated['evaluations']] == [third['env_step']]
@@ -441,12 +487,13 @@ def test_ctrl_c_on_a_terminal_leaves_a_whole_checkpoint(tmp_path):
     text = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', shown.decode('utf-8'))
     assert 'interrupted by SIGINT' in text
     assert 'Traceback' not in text
-    assert 'reward_mean' not in text  # LightZero's own output
-    assert 'reward_mean' in (tmp_path / 'a' / 'log' / 'train.log').read_text(encoding='utf-8')
+    assert 'last_batch_obs' not in text  # LightZero's own output
+    assert 'last_batch_obs' in (tmp_path / 'a' / 'log' / 'train.log').read_text(encoding='utf-8')
     summary = summary_of(tmp_path / 'a')
     checkpoint = read_checkpoint(str(tmp_path / summary['checkpoint']))
     assert checkpoint.train_iter == summary['train_iter'] > 0
     assert checkpoint.env_step == summary['env_step'] > 0
+    assert summary['collected_env_step'] >= summary['env_step']
     assert not [name for name in os.listdir(tmp_path / 'a' / 'ckpt') if name.endswith('.tmp')]
 
 
@@ -468,6 +515,82 @@ def test_a_training_in_place_replaces_only_what_it_betters_and_is_evaluated_at_i
 
 def test_the_watch_knows_nothing_before_the_training_does():
     running = watch.Watch(lambda: None, lambda: None)
-    assert (running.env_step, running.train_iter, running.cache, running.counters) == (0, 0, None, {})
+    assert (running.env_step, running.collected, running.train_iter, running.cache, running.counters) == (
+        0, 0, 0, None, {})
     assert running.save_checkpoint() is None
     running.close()
+
+
+def test_what_was_collected_never_goes_back():
+    """Also if a collection is cut off, whose steps no checkpoint counts."""
+    running = watch.Watch(lambda: None, lambda: None)
+    running.collector = SimpleNamespace(envstep=100)
+    running.steps_in_collect = 30
+    assert (running.env_step, running.collected) == (100, 130)
+    running.steps_in_collect = 0
+    assert (running.env_step, running.collected) == (100, 130)
+    running.collector.envstep = 160
+    assert (running.env_step, running.collected) == (160, 160)
+    running.discarded = 7
+    assert running.collected == 167
+
+
+def a_run_in_place(tmp_path, monkeypatch, *, summary=None, progress=None):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / 'runs' / 'a' / 'ckpt' / 'c.pth.tar'
+    path.parent.mkdir(parents=True)
+    torch.save(dict(model={}, target_model={}, optimizer_world_model={}, last_iter=5, last_step=50), str(path))
+    if summary is not None:
+        write_summary(Result(130, 'train', summary, 0, exp_name='runs/a', env_step=50, collected_env_step=80))
+    if progress is not None:
+        write_progress('runs/a', Status(cache=progress, env_step=50, collected=90))
+    plan = make_plan('config_new', resume=str(path), in_place=True)
+    run = _Training(plan, SimpleNamespace(terminal=None), DataParallel())
+    run._check()
+    return run
+
+
+@pytest.mark.parametrize('ended', [dict(summary='old', progress='old'), dict(progress='old')])
+def test_a_folder_of_the_other_system_is_not_gone_on_in(ended, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="runs/a was trained with cache system 'old', not 'new'"):
+        a_run_in_place(tmp_path, monkeypatch, **ended)
+
+
+@pytest.mark.parametrize(('ended', 'collected'), [
+    (dict(summary='new'), 80), (dict(progress='new'), 90), (dict(summary='new', progress='new'), 90), (dict(), 50)])
+def test_counts_go_on_where_they_were(ended, collected, tmp_path, monkeypatch):
+    run = a_run_in_place(tmp_path, monkeypatch, **ended)
+    assert (run.status.env_step, run.status.collected, run.watch.collected) == (50, collected, collected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cache', ['old', 'new'])
+def test_wandb_offline_has_the_last_evaluation(cache, tmp_path):
+
+    def prepare():
+        short_episodes()
+        os.environ['WANDB_MODE'] = 'offline'
+
+    import_what_trainings_import()
+    (code, said), = trained(
+        tmp_path, [*IN_A_FORK, 'policy.use_wandb=True', '--config', 'config_new', '--cache', cache], prepare)
+    assert code == 0, said
+    summary = summary_of(tmp_path / 'run')
+    assert summary['evaluations'][-1]['train_iter'] == summary['train_iter'] == ITERATIONS
+    logged, = (tmp_path / 'wandb').glob('offline-run-*/*.wandb')
+    points = list(wandb_points(logged))
+    assert points[-1]['evaluator_step/reward_mean'] == summary['last_reward']
+    assert any('kv_cache_step/total_hit_rate' in point for point in points)
+
+
+def wandb_points(path):
+    """What an offline run of wandb has logged."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+    store = DataStore()
+    store.open_for_scan(str(path))
+    for data in iter(store.scan_data, None):
+        record = Record()
+        record.ParseFromString(data)
+        if record.WhichOneof('record_type') == 'history':
+            yield {item.key or '/'.join(item.nested_key): json.loads(item.value_json) for item in record.history.item}

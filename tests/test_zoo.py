@@ -13,7 +13,8 @@ import zoo
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from trainings import SMALL, WM, check_run, import_what_trainings_import, short_episodes, trained
 
-from lzero_kvcache import ConfigError, check_config, disable, enable, inference
+from lzero_kvcache import ConfigError, check_config, disable, enable
+from lzero_kvcache.search import inference
 from lzero_kvcache.training import load_config, make_plan
 from lzero_kvcache.training.config_file import PROJECT_ROOT
 

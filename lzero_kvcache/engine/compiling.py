@@ -34,22 +34,26 @@ def why_not_compiled() -> Optional[str]:
 
 
 def inner(function: Function) -> Function:
-    """A function that compiled ones call; it lets nobody assume away nan."""
-    from numba import njit
-
-    noisy = logging.getLogger('numba')
-    if noisy.level == logging.NOTSET:  # LightZero has the root logger show everything, and numba tells each bytecode
-        noisy.setLevel(logging.WARNING)
-    compiled: Any = njit(nogil=True, error_model='numpy')
-    return compiled(function)
+    """A function that compiled ones alone call."""
+    return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def entry(function: Function) -> Function:
     """A function that is called from Python, compiled once for a machine. It may be an inner one."""
     plain: Any = getattr(function, 'py_func', function)
-    dispatcher: Any = inner(plain)
+    dispatcher = _compiled(plain)
     dispatcher._cache = _kept_on_disk(f'{plain.__module__}.{plain.__qualname__}')
     return dispatcher
+
+
+def _compiled(function: Any, **options: Any) -> Any:
+    """A function that lets nobody assume away nan."""
+    from numba import njit
+
+    noisy = logging.getLogger('numba')
+    if noisy.level == logging.NOTSET:  # LightZero has the root logger show everything, and numba tells each bytecode
+        noisy.setLevel(logging.WARNING)
+    return njit(nogil=True, error_model='numpy', **options)(function)
 
 
 def folder() -> Path:

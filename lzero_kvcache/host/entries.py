@@ -16,8 +16,9 @@ Configs = Tuple[EasyDict, EasyDict]
 def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
     """A config with all defaults of its policy, environment and learner, as a run has it; nothing is changed."""
     from ding.config import compile_config
-    from ding.utils import ENV_REGISTRY, MODEL_REGISTRY, import_module
+    from ding.utils import ENV_MANAGER_REGISTRY, ENV_REGISTRY, MODEL_REGISTRY, import_module
     for key, registry, asked in (('create_config.env.type', ENV_REGISTRY, create_config.env),
+                                 ('create_config.env_manager.type', ENV_MANAGER_REGISTRY, create_config.env_manager),
                                  ('policy.model.type', MODEL_REGISTRY, main_config.policy.model)):
         modules = asked.get('import_names', [])
         import_module(modules)
@@ -53,6 +54,14 @@ def atari_actions(env_id: str) -> Optional[int]:
     except ImportError:
         return None
     return dict(atari_env_action_space_map).get(env_id)
+
+
+def check_wandb_login() -> None:
+    """Refuse a training that would be asked for a login, where nobody can answer."""
+    import wandb
+    mode = wandb.setup().settings.mode  # type: ignore[union-attr]
+    if mode == 'online' and not wandb.api.api_key:
+        raise ConfigError('policy.use_wandb=True, and there is no login: run wandb login, or set WANDB_MODE=offline')
 
 
 def ding_version() -> str:

@@ -12,6 +12,18 @@ from ..engine.compiling import entry, inner
 from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
 
 
+class Roots(NamedTuple):
+    """What a search begins with; arrays are whole and in C's order, and in the types that are named."""
+    reward: np.ndarray  # [B] float32
+    logits: np.ndarray  # [B, P] float32
+    legal: np.ndarray  # [B, S] int32, see prepare_rows
+    noise: np.ndarray  # [B, S] float32
+    weight: np.float32  # of the noise
+    tables: np.ndarray  # [B, R] int64
+    counts: np.ndarray  # [B] int64
+    timesteps: np.ndarray  # [B] int64
+
+
 class Batch(NamedTuple):
     """What goes into the model's step and comes out of it, row by row; for the next search to write over."""
     tables: np.ndarray  # [B, R], the contexts of the nodes that are stepped from
@@ -22,15 +34,6 @@ class Batch(NamedTuple):
     value: np.ndarray  # [B]
     policy: np.ndarray  # [B, P]
     broken: np.ndarray  # [B], how many predictions were no numbers; the search went on with zeros
-
-
-class Start(NamedTuple):
-    """What roots are prepared with."""
-    rewards: np.ndarray  # [B]
-    logits: np.ndarray  # [B, P]
-    legal: np.ndarray  # [B, S], -1 after the last legal action
-    noise: np.ndarray  # [B, S], by position in the list of legal actions
-    weight: np.float32  # of the noise
 
 
 def make_batch(tree: Tree, policy: int) -> Batch:
@@ -80,20 +83,17 @@ def mend_rows(batch: Batch, lo: int, hi: int) -> None:
 
 
 @entry
-def search_rows(tree: Tree, rules: Rules, key: Key, network: Any, shift: np.ndarray, slab: np.ndarray, start: Start,
-                pages: np.ndarray, timesteps: np.ndarray, batch: Batch, scratch: Any, begin: int, end: int, lo: int,
-                hi: int) -> None:
-    """Simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``, whose roots have their contexts in the tree.
-
-    ``pages [N - 1, B]`` are what simulations write, ``timesteps [B]`` those of the roots; the rest is as
-    :func:`simulate` takes it.
-    """
+def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, shift: np.ndarray, slab: np.ndarray,
+                pages: np.ndarray, batch: Batch, scratch: Any, begin: int, end: int, lo: int, hi: int) -> None:
+    """Simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``. ``pages [N - 1, B]`` are what simulations write; the
+    rest is as :func:`simulate` takes it."""
     if begin == 0:
-        batch.broken[lo:hi] = 0
-        prepare_rows(tree, rules, key, start.rewards, start.logits, start.legal, start.noise, start.weight, lo, hi)
+        prepare_rows(tree, rules, key, roots.reward, roots.logits, roots.legal, roots.noise, roots.weight, lo, hi)
+        for row in range(lo, hi):
+            tree.tables[row, 0], tree.counts[row, 0], batch.broken[row] = roots.tables[row], roots.counts[row], 0
     for simulation in range(begin, end):
         select_rows(tree, rules, key, simulation, lo, hi)
-        gather_rows(tree, rules, timesteps, batch, lo, hi)
+        gather_rows(tree, rules, roots.timesteps, batch, lo, hi)
         simulate(
             network, shift, slab, batch.tables, batch.counts, pages[simulation], batch.actions, batch.places, scratch,
             lo, hi, batch.reward, batch.value, batch.policy

@@ -92,19 +92,20 @@ class WholeSearch:
         geometry = self._source.geometry
         no_shift = np.zeros((1, geometry.layers, 2, geometry.embed_dim), np.float32)
         shift = no_shift if served.weights.shift is None else served.weights.shift.numpy()
-        rows, width = served.roots[0].shape
+        tables, counts = served.roots
+        rows, width = tables.shape
         arrays = self._arrays_of(problem, network, rows, width)
-        arrays.tree.tables[:, 0], arrays.tree.counts[:, 0] = served.roots
         noise = np.zeros((rows, problem.slots), np.float32)
         for row, numbers in enumerate(problem.noises or ()):
             noise[row, :len(numbers)] = numbers
-        begin = compiled.Start(
+        roots = compiled.Roots(
             np.asarray(problem.rewards, dtype=np.float32), np.asarray(problem.logits, dtype=np.float32),
-            pad_legal(problem.legal, problem.slots), noise, np.float32(problem.noise_weight)
+            pad_legal(problem.legal, problem.slots), noise, np.float32(problem.noise_weight), tables, counts,
+            served.timesteps
         )
         given = (
-            arrays.tree, make_rules(**problem.rules), make_key(problem.seed, problem.number), network,
-            shift, slab.numpy(), begin, pages, served.timesteps, arrays.batch
+            arrays.tree, make_rules(**problem.rules), make_key(problem.seed, problem.number), roots, network, shift,
+            slab.numpy(), pages, arrays.batch
         )
         trace = served.trace
         if trace is None or not trace.replayed:

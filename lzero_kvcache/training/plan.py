@@ -16,6 +16,12 @@ from .linked_keys import replace_token
 from .overrides import apply_overrides
 
 TRAIN, EVALUATE = 'train', 'evaluate'
+POSITIVE = (
+    'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
+    'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.game_segment_length', 'policy.learning_rate',
+    'policy.n_episode', 'policy.num_segments', 'policy.num_simulations', 'policy.num_unroll_steps',
+    'policy.replay_buffer_size', 'policy.td_steps', 'policy.update_per_collect', 'policy.eval_freq',
+)
 
 
 @dataclass
@@ -70,6 +76,7 @@ def make_plan(
     else:
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', loaded.seed, seed)
     check_config(main_config, create_config)
+    check_values(entries.completed(main_config, create_config))
     return Plan(
         main_config=main_config, create_config=create_config, entry=loaded.entry, config=loaded.path, seed=seed,
         max_env_step=max_env_step or loaded.max_env_step, max_train_iter=max_train_iter or loaded.max_train_iter,
@@ -106,6 +113,19 @@ def set_device(device: Optional[str], main_config: EasyDict) -> None:
         device = 'cuda' if has_gpu else 'cpu'
     world_model.device = main_config.policy.device = device
     main_config.policy.cuda = device.startswith('cuda')
+
+
+def check_values(tree: EasyDict) -> None:
+    """Refuse numbers of a complete config with which no training can begin."""
+    for path in POSITIVE:
+        section, key = path.split('.')
+        value = tree[section].get(key)
+        if isinstance(value, (int, float)) and not value > 0:
+            raise ConfigError(f'{path}={value!r} must be above 0')
+    env_id, actions = tree.env.get('env_id'), tree.policy.model.get('action_space_size')
+    right = entries.atari_actions(env_id)
+    if right is not None and actions != right:
+        raise ConfigError(f'policy.model.action_space_size={actions} contradicts env.env_id={env_id!r}: it has {right}')
 
 
 def _folder_of(resume: Optional[str], exp_name: Optional[str]) -> str:

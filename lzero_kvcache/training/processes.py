@@ -31,7 +31,7 @@ class Child:
     @property
     def env_step(self) -> int:
         """How far it is."""
-        return read_progress(self.trial.folder)
+        return read_progress(self.trial.folder).collected
 
 
 class Board:

@@ -5,10 +5,11 @@ files.
 import contextlib
 import datetime
 import os
+import shutil
 import signal
 import time
 import traceback
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 
@@ -17,6 +18,7 @@ from ..host import entries
 from ..host.patches import applied
 from ..telemetry import sum_counters
 from .checkpoints import read_checkpoint
+from .error_hints import hint
 from .plan import EVALUATE, TRAIN, Plan
 from .ranks import DataParallel, Interrupted
 from .summary import (
@@ -30,6 +32,7 @@ from .summary import (
     number_text,
     peak_device_memory_mb,
     peak_host_memory_mb,
+    read_progress,
     read_summary,
     summary_rows,
     write_progress,
@@ -52,26 +55,39 @@ def run(plan: Plan, output: Optional[Output] = None, ranks: Optional[DataParalle
         return _Training(plan, output, ranks or DataParallel()).run()
 
 
-def claim_folder(exp_name: str) -> str:
+def claim_folder(asked: str) -> Tuple[str, str]:
     """
     Make the experiment's folder, and no one else's: a name that is taken gets the time appended. Returns a relative
-    path, since DI-engine puts './' before it.
+    path, since DI-engine puts './' before it, and the uppermost folder that was made.
     """
-    exp_name = os.path.relpath(os.path.expanduser(exp_name))
+    exp_name = os.path.relpath(os.path.expanduser(asked))
     stamp = datetime.datetime.now().strftime('_%y%m%d_%H%M%S')
     attempt = 0
     name = exp_name
     while True:
+        parent = made = name
+        while parent and not os.path.lexists(parent):
+            parent, made = os.path.dirname(parent), parent
         try:
             os.makedirs(name)
-            return name
+            return name, made
         except FileExistsError:
             name = exp_name + stamp + (f'_{attempt}' if attempt else '')
             attempt += 1
         except OSError as error:
+            if made != parent:
+                remove_parents(name, made)
             raise ConfigError(
-                f'{exp_name}: the folder of the experiment cannot be made ({error.strerror}); give another --exp-name'
+                f'{asked}: the folder of the experiment cannot be made ({error.strerror}); give another --exp-name'
             ) from error
+
+
+def remove_parents(folder: str, made: str) -> None:
+    """Remove the empty folders above one, up to the uppermost that was made for it."""
+    while folder != made:
+        folder = os.path.dirname(folder)
+        with contextlib.suppress(OSError):  # there are files of others by now
+            os.rmdir(folder)
 
 
 class _Training:
@@ -86,17 +102,29 @@ class _Training:
         self._pid = os.getpid()
         self._asked: Optional[int] = None
         self._saving = False
+        self._made: Optional[str] = None  # the uppermost folder that was not there before
         self._started = time.monotonic()
         self._next_refresh = 0.0
         self._before: Optional[Result] = None  # what a training in place goes on from
 
     def run(self) -> Result:
-        plan = self.plan
         self._check()
         self._make_folder()
         self._announce()
+        try:
+            return self._train()
+        except Exception as error:
+            # A run that is refused before it begins leaves nothing behind.
+            if self._made and self.watch.phase == 'start' and (isinstance(error, ConfigError) or hint(error)):
+                shutil.rmtree(self.plan.main_config.exp_name, ignore_errors=True)
+                remove_parents(self.plan.main_config.exp_name, self._made)
+                self.output.path = None
+            raise
+
+    def _train(self) -> Result:
+        plan = self.plan
         with applied(interrupts=lambda original: self._on_signal):
-            self.terminal.start(plan.max_env_step if plan.task == TRAIN else None, self.status.first_env_step)
+            self.terminal.start(plan.max_env_step if plan.task == TRAIN else None, self.status.first_collected)
             together = True
             try:
                 outcome, code = self._work(), 0
@@ -140,6 +168,12 @@ class _Training:
             self.watch.checkpoint = read_checkpoint(plan.checkpoint)
             status.first_env_step = status.env_step = self.watch.checkpoint.env_step
             status.first_train_iter = status.train_iter = self.watch.checkpoint.train_iter
+        status.cache = cache_type(plan.main_config.policy.model.world_model_cfg)
+        if plan.in_place:
+            self._check_place()
+        status.first_collected = status.collected = status.env_step + self.watch.discarded
+        if policy.get('use_wandb', False):
+            entries.check_wandb_login()
         if plan.task == TRAIN and status.first_env_step >= (plan.max_env_step or UNBOUNDED):
             raise ConfigError(
                 f'--resume {plan.checkpoint}: it stands at {status.first_env_step} environment steps, and max_env_step '
@@ -149,14 +183,34 @@ class _Training:
             raise ConfigError('--eval evaluates in one process; run it without torchrun')
         entries.try_environment(plan.main_config, plan.create_config)
 
+    def _check_place(self) -> None:
+        """The folder that a training goes on in must be of one cache system, and its counts must not go back."""
+        folder, now = self.plan.main_config.exp_name, self.status.cache
+        self._before, progress = read_summary(folder), read_progress(folder)
+        was = progress.cache if self._before is None else self._before.cache
+        if was and was != now:
+            raise ConfigError(
+                f"--in-place: {os.path.relpath(folder)} was trained with cache system '{was}', not '{now}'; give "
+                '--exp-name in its place, and the training goes on in a folder of its own'
+            )
+        if self._before is not None:
+            self.watch.best_reward = self._before.best_reward
+            progress.collected = max(progress.collected, self._before.collected_env_step)
+        self.watch.discarded = max(0, progress.collected - self.status.env_step)
+
     def _make_folder(self) -> None:
         plan, ranks = self.plan, self.ranks
         ranks.join(str(plan.main_config.policy.model.world_model_cfg.device))
         ranks.share_out(plan.main_config, entries.completed(plan.main_config, plan.create_config), plan.entry)
-        place: Callable[[str], str] = os.path.relpath if plan.in_place else claim_folder
-        exp_name = plan.main_config.exp_name = ranks.from_main(lambda: place(plan.main_config.exp_name))
-        self._before = read_summary(exp_name) if plan.in_place else None
-        self.watch.best_reward = None if self._before is None else self._before.best_reward
+        asked = plan.main_config.exp_name
+        if plan.in_place:
+            exp_name = os.path.relpath(asked)
+        else:
+            exp_name, made = ranks.from_main(lambda: claim_folder(asked))
+            self._made = made if ranks.main else None
+            if exp_name != os.path.relpath(os.path.expanduser(asked)):
+                self.terminal.line(f'{asked} is there already, so this run has another folder: {exp_name}')
+        plan.main_config.exp_name = exp_name
         log_file = LOG_FILE if ranks.main else LOG_FILE_OF_RANK.format(ranks.rank)
         self.output.attach(os.path.join(exp_name, log_file))
 
@@ -218,6 +272,7 @@ class _Training:
         self._next_refresh = moment + REFRESH_SECONDS
         watch, status = self.watch, self.status
         status.phase, status.env_step, status.train_iter = watch.phase, watch.env_step, watch.train_iter
+        status.collected = watch.collected
         status.seconds = moment - self._started
         status.hit_rate = hit_rate(watch.counters, 'total')
         fresh = watch.evaluations[len(status.evaluations):]
@@ -233,14 +288,14 @@ class _Training:
 
     def _result(self, outcome: str, code: int, checkpoint: Optional[str], counters: Dict[str, Any]) -> Result:
         plan, status = self.plan, self.status
-        world_model = plan.main_config.policy.model.world_model_cfg
+        device = str(plan.main_config.policy.model.world_model_cfg.device)
         exp_name = plan.main_config.exp_name
         result = Result(
             outcome=outcome, exit_code=code, exp_name=exp_name, config=plan.config, entry=plan.entry, task=plan.task,
-            cache=cache_type(world_model), seed=plan.seed, device=str(world_model.device),
+            cache=status.cache, seed=plan.seed, device=device,
             max_env_step=plan.max_env_step, max_train_iter=plan.max_train_iter,
-            env_step=status.env_step, train_iter=status.train_iter, seconds=status.seconds,
-            env_steps_per_second=status.speed, host_memory_mb=peak_host_memory_mb(),
+            env_step=status.env_step, collected_env_step=status.collected, train_iter=status.train_iter,
+            seconds=status.seconds, env_steps_per_second=status.speed, host_memory_mb=peak_host_memory_mb(),
             device_memory_mb=peak_device_memory_mb(), cache_memory_mb=counters.get('memory_mb'),
             hit_rates={pool: hit_rate(counters, pool) for pool in POOLS}, counters=counters,
             last_reward=status.last_reward, best_reward=status.best_reward, evaluations=status.evaluations,

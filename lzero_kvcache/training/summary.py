@@ -29,11 +29,17 @@ class Evaluation:
 
 @dataclass
 class Status:
-    """How far a run is. A resumed run starts at ``first_env_step``; speeds are of this run alone."""
+    """
+    How far a run is: ``env_step`` steps are trained on, of ``collected`` ones. A resumed run starts at
+    ``first_env_step``; speeds are of this run alone.
+    """
+    cache: str = ''
     phase: str = 'start'
     env_step: int = 0
+    collected: int = 0
     train_iter: int = 0
     first_env_step: int = 0
+    first_collected: int = 0
     first_train_iter: int = 0
     seconds: float = 0.0
     hit_rate: Optional[float] = None
@@ -49,7 +55,7 @@ class Status:
 
     @property
     def speed(self) -> Optional[float]:
-        steps = self.env_step - self.first_env_step
+        steps = self.collected - self.first_collected
         return steps / self.seconds if steps > 0 and self.seconds > 0 else None
 
 
@@ -71,6 +77,7 @@ class Result:
     max_env_step: Optional[int] = None
     max_train_iter: Optional[int] = None
     env_step: int = 0
+    collected_env_step: int = 0
     train_iter: int = 0
     seconds: float = 0.0
     env_steps_per_second: Optional[float] = None
@@ -146,6 +153,11 @@ def megabytes_text(number: Optional[float]) -> str:
     return '-' if number is None else f'{number_text(number)} MiB'
 
 
+def steps_text(trained_on: int, collected: int) -> str:
+    """Both counts; the second one alone if they are the same, or nobody counted it."""
+    return f'{trained_on:,}' if collected <= trained_on else f'{trained_on:,} trained on, {collected:,} collected'
+
+
 def summary_rows(result: Result) -> List[Tuple[str, str]]:
     """The table at the end of a run: names and values."""
     last = result.evaluations[-1] if result.evaluations else None
@@ -158,7 +170,7 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
         ('cache system', result.cache),
         *([('processes', str(result.processes))] if result.processes > 1 else []),
         ('time', str(datetime.timedelta(seconds=round(result.seconds)))),
-        ('environment steps', f'{result.env_step:,}'),
+        ('environment steps', steps_text(result.env_step, result.collected_env_step)),
         ('training iterations', f'{result.train_iter:,}'),
         ('steps per second', number_text(result.env_steps_per_second)),
         ('peak memory, host', megabytes_text(result.host_memory_mb)),
@@ -187,13 +199,14 @@ def write_progress(exp_name: str, status: Status) -> None:
         write_json(os.path.join(exp_name, PROGRESS), asdict(status))
 
 
-def read_progress(exp_name: str) -> int:
-    """The environment steps that a run has taken, 0 where it does not say."""
+def read_progress(exp_name: str) -> Status:
+    """How far a run is, or was when it was killed; nothing of it where it does not say."""
     try:
         with open(os.path.join(exp_name, PROGRESS), encoding='utf-8') as file:
-            return int(json.load(file)['env_step'])
+            held = json.load(file)
+        return Status(**{name: held[name] for name in ('cache', 'env_step', 'collected')})
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        return Status()
 
 
 def write_summary(result: Result) -> None:

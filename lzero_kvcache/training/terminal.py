@@ -13,7 +13,7 @@ import time
 from typing import Dict, List, Optional, TextIO, Tuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +24,7 @@ PACKAGE_LOGGER = 'lzero_kvcache'
 # clear_caches() prints this line, as LightZero's own does; everything else of the package is logged.
 PRINTED = re.compile(r'^Cleared WorldModel ')
 PLAIN_WIDTH = 240
-# Below this, the bar and the remaining time give way to the numbers.
+# Below this, only the numbers have room.
 WIDE = 110
 PLAIN_EVERY_SECONDS = 15.0
 
@@ -54,16 +54,17 @@ class Terminal:
             self.line(text)
 
     def start(self, total: Optional[int], done: int = 0) -> None:
-        """Start the bar towards ``total`` environment steps, None if there is no bound."""
+        """Start the bar towards ``total`` collected environment steps, None if there is no bound."""
         self._total = total
         self._next_plain = time.monotonic() + PLAIN_EVERY_SECONDS
         if not self.live:
             return
         wide = self.console.width >= WIDE
-        columns = [
-            TextColumn('{task.description}'), BarColumn(bar_width=None if wide else 8),
-            TextColumn('{task.fields[steps]}'), TextColumn('{task.fields[facts]}'), TimeElapsedColumn(),
-        ]
+        columns: List[ProgressColumn]
+        columns = [TextColumn(text) for text in ('{task.description}', '{task.fields[steps]}', '{task.fields[facts]}')]
+        columns.append(TimeElapsedColumn())
+        if wide:
+            columns.insert(1, BarColumn(bar_width=None))
         if wide and total is not None:
             columns.append(TimeRemainingColumn())
         self._progress = Progress(*columns, console=self.console, refresh_per_second=4, transient=True, expand=wide,
@@ -75,8 +76,8 @@ class Terminal:
         """Show how far the run is."""
         if self._progress is not None:
             self._progress.update(
-                self._task, completed=status.env_step, description=f'{status.phase:<8}',
-                steps=self._steps(status), facts=self._facts(status)
+                self._task, completed=status.collected, description=f'{status.phase:<8}',
+                steps=self._steps(status, f'+{status.collected - status.env_step:,}'), facts=self._facts(status)
             )
         elif time.monotonic() >= self._next_plain:
             self._plain(status)
@@ -103,15 +104,16 @@ class Terminal:
         self.console.print(table, soft_wrap=False)
 
     def _plain(self, status: Status) -> None:
-        text = f'{self._steps(status)} env steps, {status.train_iter:,} iterations  {self._facts(status)}'
+        steps = f'{self._steps(status)} env steps, {status.collected:,} collected'
+        text = f'{steps}, {status.train_iter:,} iterations  {self._facts(status)}'
         self._next_plain = time.monotonic() + PLAIN_EVERY_SECONDS
         if text != self._last_plain:
             self._last_plain = text
             self.line(text)
 
-    def _steps(self, status: Status) -> str:
+    def _steps(self, status: Status, further: str = '') -> str:
         total = '' if self._total is None else f'/{self._total:,}'
-        return f'{status.env_step:,}{total}'
+        return f'{status.env_step:,}{further}{total}'
 
     @staticmethod
     def _facts(status: Status) -> str:
@@ -138,6 +140,7 @@ class Output:
     def __enter__(self) -> 'Output':
         sys.stdout.flush()
         sys.stderr.flush()
+        self._temporary: Optional[str]
         self._log, self._temporary = tempfile.mkstemp(prefix='lzero_kvcache_', suffix='.log')
         self._patches = applied(
             descriptors=lambda original: original if self.verbose else self._log,
@@ -154,16 +157,18 @@ class Output:
         os.close(self._log)
         self._shown.close()
         self.errors.close()
-        if self.path is None:
+        if self._temporary is not None:
             os.unlink(self._temporary)
 
     def attach(self, path: str) -> None:
         """Go on writing in a file of the experiment, which is added to, after what was written so far."""
         os.makedirs(os.path.dirname(path), exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        assert self._temporary is not None
         with open(self._temporary, 'rb') as earlier:
             os.write(handle, earlier.read())
         os.unlink(self._temporary)
+        self._temporary = None
         for descriptor in (self._log, *(() if self.verbose else (1, 2))):
             os.dup2(handle, descriptor)
         os.close(handle)

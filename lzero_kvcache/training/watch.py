@@ -28,16 +28,25 @@ class Watch:
         self.updating = False
         self.stopped = False
         self.steps_in_collect = 0
+        self.discarded = 0  # steps that a part before this one collected, and that no checkpoint counts
+        self._collected = 0
         self.evaluations: List[Evaluation] = []
         self.checkpoint: Optional[Checkpoint] = None
         self.best_reward: Optional[float] = None  # of what the checkpoint was saved by
 
     @property
     def env_step(self) -> int:
+        """Steps of whole collections, which are trained on and which a checkpoint counts."""
         if self.checkpoint is not None:
             return self.checkpoint.env_step
+        return 0 if self.collector is None else int(self.collector.envstep)
+
+    @property
+    def collected(self) -> int:
+        """All steps that were taken. It never goes back, even if a collection is cut off."""
         # The collector's own count is of all ranks, each of which collects as much as this one meanwhile.
-        return 0 if self.collector is None else int(self.collector.envstep) + self.steps_in_collect * self.ranks.size
+        self._collected = max(self._collected, self.env_step + self.steps_in_collect * self.ranks.size)
+        return self._collected + self.discarded
 
     @property
     def train_iter(self) -> int:
