@@ -1,45 +1,41 @@
 """A whole search as one compiled call, against the same trees with the model's own step by node."""
 import threading
-from functools import partial
-from typing import Any, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from oracle import Case, cached_model
 
-from lzero_kvcache.engine.compiled import new_scratch
 from lzero_kvcache.engine.compiling import entry
-from lzero_kvcache.engine.program import read_network
-from lzero_kvcache.search import tree as trees
-from lzero_kvcache.search.compiled import Batch, Roots, make_batch, search_rows
-from lzero_kvcache.search.tree import Rules, Tree, make_key, make_rules, make_tree, pad_legal, root_values, root_visits
+from lzero_kvcache.search import compiled, tree
+from lzero_kvcache.search.tree import Tree, make_key, make_rules, make_tree, pad_legal, root_values, root_visits
+from lzero_kvcache.search.whole import Problem
 
-prepare_rows, select_rows, backup_rows = map(entry, (trees.prepare_rows, trees.select_rows, trees.backup_rows))
+# Compiled once for a machine, as the whole search is.
+prepare_rows, select_rows, backup_rows = map(entry, (tree.prepare_rows, tree.select_rows, tree.backup_rows))
 
-KEY = make_key(1, 2)
-ROWS, SIMULATIONS = 19, 12
+ROWS, SIMULATIONS = 25, 12
 LEGAL = [[], [2, 0], [1]]
-SAMPLED = dict(two_players=False, sampled=True)
 
 CASES = pytest.mark.parametrize('case, rules', [
-    (Case(rotary=True), make_rules(19652, 1.25, 0.997, 0.01, False)),
-    (Case(context_length=6, num_layers=1, num_heads=4), make_rules(19652, 1.25, 0.997, 0.01, True)),
-    (Case(rotary=True, continuous=True), make_rules(19652, 1.25, 0.997, 0.01, continuous=True, **SAMPLED)),
-    (Case(sampled=True), make_rules(19652, 1.25, 0.997, 0.01, **SAMPLED)),
+    (Case(rotary=True), {}),
+    (Case(context_length=6, num_layers=1, num_heads=4), dict(two_players=True)),
+    (Case(rotary=True, continuous=True), dict(sampled=True, continuous=True)),
+    (Case(sampled=True), dict(sampled=True)),
 ], ids=['rotary', 'learned, two players', 'continuous', 'sampled discrete'])
 
 
 class Root(NamedTuple):
-    """Roots of a search, and whom they belong to."""
-    inference: Any
-    roots: Roots
+    """What was just served, and what is to be searched from there."""
+    world_model: Any
+    problem: Problem
 
 
 @pytest.fixture
-def root(case: Case, rules: Rules) -> Iterator[Root]:
+def root(case: Case, rules: Dict[str, bool]) -> Iterator[Root]:
     """Roots whose contexts slide; every third environment has just begun its episode."""
-    model = cached_model(case, ROWS, 5)
+    model = cached_model(case, ROWS, 5, kv_cache_cfg=dict(on_nan='skip'))
     world_model, rng = model.world_model, np.random.default_rng(0)
     obs = torch.from_numpy(rng.normal(size=(6, ROWS, *case.obs_shape)).astype(np.float32))
     for step in range(1, 6):
@@ -53,86 +49,98 @@ def root(case: Case, rules: Rules) -> Iterator[Root]:
         with world_model.serving('collect', range(ROWS)), torch.no_grad():
             output = model.initial_inference(obs[step - 1], actions, obs[step], list(timesteps))
             if step == 5:
-                (tables, counts), timesteps = world_model.inference._roots
-                slots = 4 if case.continuous else case.action_space_size
-                legal = pad_legal([[] if rules.sampled else LEGAL[row % 3] for row in range(ROWS)], slots)
-                noise = rng.dirichlet([0.3] * slots, ROWS).astype(np.float32)
-                yield Root(world_model.inference, Roots(
-                    np.zeros(ROWS, np.float32), output.policy_logits.numpy(), legal, noise, np.float32(0.25), tables,
-                    counts, timesteps
-                ))
+                yield Root(world_model, problem_of(case, rules, output.policy_logits.tolist()))
 
 
-def new_tree(case: Case, rules: Rules, roots: Roots) -> Tree:
-    size = (case.action_space_size if case.continuous else 1) if rules.sampled else 0
-    return make_tree(ROWS, SIMULATIONS, roots.legal.shape[1], roots.tables.shape[1], size)
+def problem_of(case: Case, rules: Dict[str, bool], logits: List[List[float]]) -> Problem:
+    sampled, slots = 'sampled' in rules, 4 if case.continuous else case.action_space_size
+    legal: List[List[int]] = [[] if sampled else LEGAL[row % 3] for row in range(ROWS)]
+    noises = [np.random.dirichlet([0.3] * (len(actions) or slots)).tolist() for actions in legal]
+    constants = dict(pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=False)
+    action_size = case.action_space_size if case.continuous else 1
+    return Problem(
+        {**constants, **rules}, 1, 2, SIMULATIONS, slots, action_size if sampled else 0, [0.] * ROWS, logits, legal,
+        noises, 0.25
+    )
 
 
-def search_compiled(case: Case, rules: Rules, root: Root, bounds: Sequence[int] = (0, ROWS)) -> Tuple[Tree, Batch]:
-    """A thread for all rows between two bounds."""
-    inference, roots = root
-    tree = new_tree(case, rules, roots)
-    network, kept = read_network(inference._wm)
-    pages = inference._manager.open_search((roots.tables, roots.counts), SIMULATIONS).pages
-    shift = inference._weights().shift
-    if shift is None:
-        shift = torch.zeros(1, case.num_layers, 2, case.embed_dim)
-    batch = make_batch(tree, roots.logits.shape[1])
-    given = tree, rules, KEY, roots, network, shift.numpy(), inference._slab().data.numpy(), pages, batch
-    threads = [
-        threading.Thread(target=search_rows, args=(*given, new_scratch(network, roots.tables.shape[1]), lo, hi))
-        for lo, hi in zip(bounds[:-1], bounds[1:])
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return tree, batch
-
-
-def search_by_steps(case: Case, rules: Rules, root: Root) -> Tree:
+def search_by_steps(root: Root) -> Tree:
     """The same search with the engine's step in torch."""
-    inference, roots = root
-    tree, rows = new_tree(case, rules, roots), np.arange(ROWS)
-    prepare_rows(tree, rules, KEY, *roots[:5], 0, ROWS)
-    nodes = inference._manager.open_search((roots.tables, roots.counts), SIMULATIONS)
-    expand = partial(inference.expand, nodes, roots.timesteps)
-    for simulation in range(SIMULATIONS):
-        select_rows(tree, rules, KEY, simulation, 0, ROWS)
-        parents, actions = tree.path[rows, tree.depth - 1], tree.action
-        if rules.sampled:
-            actions = tree.draws[rows, parents, tree.action]
-            actions = actions if case.continuous else actions.astype(np.int64)
-        predicted = expand(simulation, parents, rows, actions, parents if rules.sampled else tree.depth)
-        reward, value, policy = (np.ascontiguousarray(part) for part in np.split(predicted, [1, 2], axis=1))
-        backup_rows(tree, rules, KEY, simulation, reward[:, 0], value[:, 0], policy, 0, ROWS)
+    problem, rows = root.problem, np.arange(ROWS)
+    rules, key = make_rules(**problem.rules), make_key(problem.seed, problem.number)
+    tree = make_tree(ROWS, SIMULATIONS, problem.slots, 1, problem.action_size)
+    noise = np.zeros((ROWS, problem.slots), np.float32)
+    for row, numbers in enumerate(problem.noises):
+        noise[row, :len(numbers)] = numbers
+    prepare_rows(
+        tree, rules, key, np.zeros(ROWS, np.float32), np.float32(problem.logits),
+        pad_legal(problem.legal, problem.slots), noise, np.float32(problem.noise_weight), 0, ROWS
+    )
+    with root.world_model.search_by_node(SIMULATIONS) as expand:
+        for simulation in range(SIMULATIONS):
+            select_rows(tree, rules, key, simulation, 0, ROWS)
+            parents, actions = tree.path[rows, tree.depth - 1], tree.action
+            if rules.sampled:
+                actions = tree.draws[rows, parents, tree.action]
+                actions = actions if rules.continuous else actions.astype(np.int64)
+            predicted = expand(simulation, parents, rows, actions, parents if rules.sampled else tree.depth)
+            reward, value, policy = (np.ascontiguousarray(part) for part in np.split(predicted, [1, 2], axis=1))
+            backup_rows(tree, rules, key, simulation, reward[:, 0], value[:, 0], policy, 0, ROWS)
     return tree
 
 
-@CASES
-def test_a_compiled_search_is_the_search_by_steps(case: Case, rules: Rules, root: Root) -> None:
-    one, batch = search_compiled(case, rules, root)
-    other = search_by_steps(case, rules, root)
-    assert root_visits(one) == root_visits(other)
-    np.testing.assert_array_equal(one.child, other.child)
-    np.testing.assert_allclose(one.reward, other.reward, atol=3e-4)  # what float32 makes of the step in torch
-    np.testing.assert_allclose(root_values(one), root_values(other), atol=3e-4)
-    assert np.std(one.reward) > 0.01 and not batch.broken.any()
+def found(tree: Tree) -> List[Any]:
+    """What a search leaves, as lists; the next one writes over the tree."""
+    return [root_visits(tree), root_values(tree), tree.child.tolist(), tree.reward.tolist()]
 
 
 @CASES
-def test_threads_share_the_rows_of_a_search(case: Case, rules: Rules, root: Root) -> None:
-    one, _ = search_compiled(case, rules, root)
-    other, _ = search_compiled(case, rules, root, [0, 3, 11, ROWS])
-    assert root_visits(one) == root_visits(other) and root_values(one) == root_values(other)
+def test_a_compiled_search_is_the_search_by_steps(root: Root) -> None:
+    visits, values, child, reward = found(root.world_model.search_whole(root.problem))
+    other = search_by_steps(root)
+    assert visits == root_visits(other)
+    assert child == other.child.tolist()
+    np.testing.assert_allclose(reward, other.reward, atol=3e-4)  # what float32 makes of the step in torch
+    np.testing.assert_allclose(values, root_values(other), atol=3e-4)
+    assert np.std(reward) > 0.01
+    assert root.world_model.kv_cache_manager.counters()['skipped'] == 0
 
 
 @CASES
-def test_what_is_no_number_is_counted_and_searched_as_zero(case: Case, rules: Rules, root: Root) -> None:
+def test_threads_share_the_rows_of_a_search(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, shares = found(root.world_model.search_whole(root.problem)), []
+    search_rows = compiled.search_rows
+
+    def noted(*args: Any) -> None:
+        shares.append((threading.current_thread(), *args[-2:]))
+        search_rows(*args)
+
+    monkeypatch.setattr(compiled, 'search_rows', noted)
+    torch.set_num_threads(3)
+    assert found(root.world_model.search_whole(root.problem)) == alone
+    torch.set_num_threads(1)
+    assert sorted(bounds for _, *bounds in shares) == [[0, 8], [8, 16], [16, 25]]
+    assert len({thread for thread, *_ in shares}) == 3
+
+
+@CASES
+def test_arrays_are_used_again(root: Root) -> None:
+    first = found(root.world_model.search_whole(root.problem))
+    other = found(root.world_model.search_whole(root.problem._replace(number=3, noise_weight=0.)))
+    assert other[1] != first[1]
+    assert found(root.world_model.search_whole(root.problem)) == first
+
+
+@CASES
+def test_what_is_no_number_is_counted_and_searched_as_zero(root: Root) -> None:
+    head = root.world_model.head_value
+    linear = [part for part in head.modules() if isinstance(part, torch.nn.Linear)][-1]
     with torch.no_grad():
-        linear = [part for part in root.inference._wm.head_value.modules() if isinstance(part, torch.nn.Linear)][-1]
         linear.bias.fill_(float('nan'))
-    tree, batch = search_compiled(case, rules, root)
-    assert batch.broken.tolist() == [SIMULATIONS] * ROWS
-    assert np.isfinite(root_values(tree)).all() and not batch.value.any()
-    assert [sum(visits) for visits in root_visits(tree)] == [SIMULATIONS] * ROWS
+    broken = found(root.world_model.search_whole(root.problem))
+    assert root.world_model.kv_cache_manager.counters()['skipped'] == SIMULATIONS * ROWS
+    assert np.isfinite(broken[1]).all() and all(sum(visits) == SIMULATIONS for visits in broken[0])
+    with torch.no_grad():  # a value of exactly zero
+        linear.weight.zero_()
+        linear.bias.zero_()
+    assert found(root.world_model.search_whole(root.problem)) == broken
