@@ -256,8 +256,8 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None) -> CacheCo
     drawn, actions = (policy_cfg['model'].get(key) for key in ('num_of_sampled_actions', 'action_space_size'))
     if drawn and actions and drawn > actions and not policy_cfg['model'].get('continuous_action_space'):
         raise ConfigError(
-            f'policy.model.num_of_sampled_actions={drawn} cannot be drawn from policy.model.action_space_size={actions} '
-            f'without repeats: it must be at most {actions}'
+            f'policy.model.num_of_sampled_actions={drawn} must be at most policy.model.action_space_size={actions}, '
+            'since actions are drawn without repeats'
         )
     options = CacheConfig.read(world_model_cfg, managers)
     nodes = env_num * policy_cfg['num_simulations']
