@@ -32,7 +32,7 @@ class TestDefaults:
         assert dataclasses.asdict(read()) == dict(
             use_new=False, type='new', eviction='fifo', env_num=8, num_simulations=50, init_pool_size=256,
             recurrent_pool_size=400, enable_stats=True, dtype='float32', max_memory_mb=None, backend='auto',
-            on_nan='raise', validation='off', validation_freq=100, validation_tol=1e-3, validation_action='warn'
+            search='auto', on_nan='raise', validation='off', validation_freq=100, validation_tol=1e-3, validation_action='warn'
         )
 
     def test_of_the_users_document(self):
@@ -72,7 +72,7 @@ class TestAccepted:
         ('eviction', 'fifo'), ('eviction', 'lru'), ('eviction', 'priority'), ('init_pool_size', 1),
         ('recurrent_pool_size', 12345), ('enable_stats', False), ('dtype', 'float32'), ('dtype', 'bfloat16'),
         ('dtype', 'float16'), ('max_memory_mb', 100), ('max_memory_mb', 0.5), ('type', 'new'),
-        ('backend', 'auto'), ('backend', 'eager'), ('backend', 'cudagraph'),
+        ('backend', 'auto'), ('backend', 'eager'), ('backend', 'cudagraph'), ('search', 'device'), ('search', 'tree'),
         ('on_nan', 'raise'), ('on_nan', 'skip'), ('validation', 'off'), ('validation_freq', 1),
         ('validation_tol', 1e-9), ('validation_action', 'raise'),
     ])
@@ -147,6 +147,7 @@ class TestRefused:
         ('on_nan', True, "'skip'"),
         ('backend', 'cuda', "'cudagraph'"),
         ('backend', False, "'eager'"),
+        ('search', 'ctree', "'tree'"),
         ('backend', 'compile', "was removed: use 'auto'"),
         ('type', 'newer', "'new'"),
         ('type', 5, "'new'"),

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from lzero_kvcache.host import patches
-from lzero_kvcache.host.patches import TABLE, applied
+from lzero_kvcache.host.patches import TABLE, applied, with_globals
 
 PACKAGE = Path(patches.__file__).parents[1]
 TARGETS = [target for patch in TABLE.values() for target in patch.targets]
+COPIED = [name for name, patch in TABLE.items() if patch.targets[0].startswith('copy of ')]
 
 
 def state(target):
@@ -46,7 +47,7 @@ def replacement(target):
     return (lambda: None).__code__ if target.endswith('__code__') else object()
 
 
-@pytest.mark.parametrize('name', TABLE)
+@pytest.mark.parametrize('name', sorted(TABLE.keys() - COPIED))
 @pytest.mark.parametrize('fails', [False, True])
 def test_each_is_replaced_and_comes_back(name, fails, capfd):
     before = [state(target) for target in TABLE[name].targets]
@@ -62,7 +63,19 @@ def test_each_is_replaced_and_comes_back(name, fails, capfd):
     assert [state(target) for target in TABLE[name].targets] == before
 
 
+@pytest.mark.parametrize('target', [target for name in COPIED for target in TABLE[name].targets])
+def test_a_copy_finds_another_name_and_the_module_keeps_its_own(target):
+    module, function, name = target[len('copy of '):].split(':')
+    original = state(f'{module}:{function}')
+    before = original.__globals__[name]
+    copy = with_globals(original, **{name: 'another'})
+    assert copy.__globals__[name] == 'another' and copy.__code__ is original.__code__
+    assert original.__globals__[name] is before is getattr(importlib.import_module(module), name)
+
+
 def test_nothing_else_can_be_replaced():
+    with pytest.raises(AssertionError):
+        with_globals(test_nothing_else_can_be_replaced, anything=1)
     with pytest.raises(KeyError):
         with applied(anything=lambda original: None):
             pass
