@@ -32,7 +32,7 @@ from common import (
 )
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from easydict import EasyDict
-from mctx_search import mctx_search
+from mctx_search import mctx_search_ms
 
 from lzero_kvcache.training import load_config
 
@@ -155,13 +155,12 @@ def mctx_beside(policy: Any, envs: int, steps: int, search_ms: float) -> Dict[st
     cfg, world_model = policy._cfg, policy._model.world_model
     if world_model.continuous_action_space:
         return {}
-    search = mctx_search(cfg.device, envs, cfg.num_simulations, dict(
-        embed_dim=world_model.config.embed_dim, layers=world_model.config.num_layers,
-        actions=cfg.model.action_space_size, support=world_model.support_size,
-    ))
-    if search is None:
+    mctx_ms = mctx_search_ms(
+        cfg.device, envs, cfg.num_simulations, world_model.config.embed_dim, world_model.config.num_layers,
+        cfg.model.action_space_size, world_model.support_size, steps
+    )
+    if mctx_ms is None:
         return {}
-    mctx_ms = median([timed(search, 'cpu')[1] for _ in range(steps)])
     return {'mctx search ms': mctx_ms, 'new / mctx': search_ms / mctx_ms}
 
 

@@ -1,19 +1,34 @@
 """A search by google-deepmind/mctx with the matrix products of this model, to compare with: no attention, no contexts.
 
-Used by ``collect_step.py`` where jax and mctx are installed (``pip install "jax[cpu]" mctx``).
+``collect_step.py`` runs it in a process of its own where jax and mctx are installed (``pip install "jax[cpu]" mctx``):
+
+    python benchmarks/mctx_search.py cpu 8 25 64 2 2 101 20
+
+The numbers are environments, simulations, width, layers, actions, support and repeats; it prints the median, ms.
 """
 import importlib.util
 import os
-from typing import Any, Callable, Dict, Optional
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any, Callable, Optional
 
 import numpy as np
 
 
-def mctx_search(device: str, envs: int, simulations: int, sizes: Dict[str, int]) -> Optional[Callable[[], Any]]:
-    """A compiled search of ``envs`` roots that returns when it is done; None where mctx is not installed. ``sizes`` has
-    ``embed_dim``, ``layers``, ``actions`` and ``support``."""
+def mctx_search_ms(device: str, *numbers: int) -> Optional[float]:
+    """What this file prints for its arguments; None where mctx is not installed."""
     if importlib.util.find_spec('jax') is None or importlib.util.find_spec('mctx') is None:
         return None
+    command = [sys.executable, __file__, device, *map(str, numbers)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def mctx_search(device: str, envs: int, simulations: int, embed: int, layers: int, actions: int,
+                support: int) -> Callable[[], Any]:
+    """A compiled search that returns when it is done."""
     if device == 'cpu':  # one thread, as the other systems are given
         os.environ.setdefault('XLA_FLAGS', '--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1')
         os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -21,7 +36,6 @@ def mctx_search(device: str, envs: int, simulations: int, sizes: Dict[str, int])
     import jax.numpy as jnp
     import mctx
 
-    embed, layers, actions, support = (sizes[name] for name in ('embed_dim', 'layers', 'actions', 'support'))
     rng = np.random.default_rng(0)
 
     def weights(*shape: int) -> Any:
@@ -71,3 +85,18 @@ def mctx_search(device: str, envs: int, simulations: int, sizes: Dict[str, int])
     key = jax.random.PRNGKey(0)
     search(key).block_until_ready()
     return lambda: search(key).block_until_ready()
+
+
+def main(device: str, *numbers: str) -> None:
+    *sizes, repeats = map(int, numbers)
+    search = mctx_search(device, *sizes)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        search()
+        times.append(1e3 * (time.perf_counter() - start))
+    print(statistics.median(times))
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

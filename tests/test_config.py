@@ -32,7 +32,8 @@ class TestDefaults:
         assert dataclasses.asdict(read()) == dict(
             use_new=False, type='new', eviction='fifo', env_num=8, num_simulations=50, init_pool_size=256,
             recurrent_pool_size=400, enable_stats=True, dtype='float32', max_memory_mb=None, backend='auto',
-            search='auto', on_nan='raise', validation='off', validation_freq=100, validation_tol=1e-3, validation_action='warn'
+            search='auto', on_nan='raise', validation='off', validation_freq=100, validation_tol=1e-3,
+            validation_action='warn'
         )
 
     def test_of_the_users_document(self):
