@@ -89,12 +89,13 @@ class KVCachePolicy:
         """The search of a policy: by node where new mode can, or else the one that is there, timed from outside."""
         world_model = self._model.world_model
         if _is_new(world_model) and self._can_be_by_node(mcts):
-            return self.node_search(self._cfg, self._searches_in_arrays())
+            return self.node_search(self._cfg, self._searches_in_arrays)
         timings = getattr(world_model, 'timings', None)
         if timings is not None:
             mcts.search = _timed(mcts.search, timings['search'])
         return mcts
 
+    @functools.cached_property
     def _searches_in_arrays(self) -> bool:
         if self._options.search == 'tree':
             return False
