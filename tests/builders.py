@@ -159,6 +159,7 @@ class Worker:
         Drives a policy as LightZero's collectors and evaluators do: environments with observations of their own, which
         depend on nothing but the environment and its timestep.
     """
+    temperature = 1.
 
     def __init__(self, policy: Any, mode: str = 'collect') -> None:
         self.mode, self.policy = mode, getattr(policy, mode + '_mode')
@@ -175,9 +176,9 @@ class Worker:
     def forward(self, env_ids: Sequence[int]) -> Dict[int, Any]:
         """The same with LightZero's tree, which breaks ties by the time of day, and its printed lines."""
         observations = torch.from_numpy(np.stack([self._observe(env_id) for env_id in env_ids]))
-        arguments = dict(temperature=1., epsilon=0.) if self.mode == 'collect' else {}
+        arguments = dict(temperature=self.temperature, epsilon=0.) if self.mode == 'collect' else {}
         output = self.policy.forward(
-            observations, [np.ones(2, np.int8) for _ in env_ids], to_play=[-1] * len(env_ids), ready_env_id=env_ids,
+            observations, [self.mask(env_id) for env_id in env_ids], to_play=[-1] * len(env_ids), ready_env_id=env_ids,
             timestep=[np.array(self._timestep.get(env_id, 0)) for env_id in env_ids], **arguments
         )
         for env_id in env_ids:
@@ -190,6 +191,10 @@ class Worker:
         self._episode[env_id] = self._episode.get(env_id, 0) + 1
         with contextlib.redirect_stdout(io.StringIO()):
             self.policy.reset([env_id])
+
+    def mask(self, env_id: int) -> np.ndarray:
+        """Which actions are legal; for subclasses."""
+        return np.ones(2, np.int8)
 
     def _observe(self, env_id: int) -> np.ndarray:
         seed = [env_id, self._episode.get(env_id, 0), self._timestep.get(env_id, 0), len(self.mode)]

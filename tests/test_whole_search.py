@@ -1,0 +1,444 @@
+"""Policies whose search is one compiled call, against the same policies with LightZero's tree.
+
+Statistical tests fail by chance once in a million runs or less.
+"""
+import contextlib
+import copy
+import importlib.util
+import io
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from builders import Worker, audit, compiled, keys_values, small_cartpole
+from ding.utils import POLICY_REGISTRY
+from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
+from lzero.policy.utils import select_action
+from oracle import Case, randomise
+from test_old_mode import TRAINING
+from test_tree import alike
+
+import lzero_kvcache
+from lzero_kvcache import KVCacheManager
+from lzero_kvcache.host.policies import UniZeroPolicy
+from lzero_kvcache.host.tree_search import _NodeSearch
+from lzero_kvcache.search import compiled as compiled_search
+from lzero_kvcache.search import whole
+from lzero_kvcache.search.whole import WholeSearch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
+
+SIMULATIONS, ACTIONS, ALL = 6, 5, [0, 1, 2]
+#: Values are means over a support from -50 to 50, and rounding in its logits weighs accordingly.
+TOLERANCE = 2e-3
+KINDS = pytest.mark.parametrize('kind', ['unizero', 'discrete', 'continuous'])
+MODES = pytest.mark.parametrize('mode', ['collect', 'eval'])
+POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+
+
+def make(kind='unizero', search='device', seed=0, new=True, policy_class=None, simulations=SIMULATIONS, rotary=True,
+         changes=None, cache=None, **world_model_cfg):
+    """A policy with random weights for three environments: UniZero with five actions, or Sampled UniZero, which draws
+    three of them, or five continuous ones of two numbers. ``changes`` are made to ``policy``, and ``cache`` is the rest
+    of ``kv_cache_cfg``."""
+    actions = 2 if kind == 'continuous' else ACTIONS
+    main = small_cartpole(
+        new, simulations=simulations, rotary=rotary, evaluators=3, action_space_size=actions,
+        kv_cache_cfg=dict(search=search, **(cache or {})), **world_model_cfg
+    )
+    main.policy.model.action_space_size = actions
+    if kind != 'unizero':
+        sampled = dict(continuous_action_space=kind == 'continuous', num_of_sampled_actions=5 if actions == 2 else 3)
+        main.policy.model.update(sampled)
+        main.policy.model.world_model_cfg.update(
+            sampled, sigma_type='conditioned', fixed_sigma_value=0.5, bound_type=None, policy_loss_type='kl'
+        )
+    main.policy.update(changes or {})
+    policy_type = 'unizero' if kind == 'unizero' else 'sampled_unizero'
+    with contextlib.redirect_stdout(io.StringIO()):
+        policy = (policy_class or POLICY_REGISTRY.get(policy_type))(
+            compiled(main, policy_type).policy, enable_field=['learn', 'collect', 'eval']
+        )
+    for model in (policy._model, policy._target_model):
+        randomise(model, Case(), seed)
+    return policy
+
+
+class Player(Worker):
+    """Whatever a search finds, environments go on with actions that depend on nothing but environment and timestep.
+    Where ``one_legal``, each has one legal action at its root."""
+
+    def __init__(self, policy, mode='collect', one_legal=False, temperature=1.):
+        super().__init__(policy, mode)
+        self.whole, self.one_legal, self.temperature = policy, one_legal, temperature
+
+    def mask(self, env_id):
+        mask = np.zeros(ACTIONS, np.int8) if self.one_legal else np.ones(ACTIONS, np.int8)
+        mask[env_id] = 1
+        return mask
+
+    def step(self, env_ids):
+        with contextlib.redirect_stdout(io.StringIO()):
+            return self.forward(env_ids)
+
+    def forward(self, env_ids):
+        output = super().forward(env_ids)
+        steps, model = self.whole._environments._steps, self.whole._cfg.model
+        for env_id in env_ids:
+            rng = np.random.default_rng([env_id, self._timestep[env_id]])
+            action = int(rng.integers(ACTIONS))
+            if model.world_model_cfg.continuous_action_space:
+                action = rng.uniform(-1, 1, 2).astype(np.float32)
+            steps[self.mode, env_id] = steps[self.mode, env_id]._replace(action=action)
+        return output
+
+    def restart(self):
+        """All environments begin their episodes anew."""
+        self.policy.reset()
+        self._timestep.clear()
+
+    def play(self):
+        """Fewer ready environments, in other orders; episodes end beside others that go on, until windows slide."""
+        outputs = []
+        for env_ids, done in ((ALL, None), (ALL, None), ([2, 0], 1), ([1, 0, 2], None), ([1], 0), (ALL, None), (ALL, 2),
+                              (ALL, None)):
+            outputs.append(self.step(env_ids))
+            if done is not None:
+                self.done(done)
+        return outputs
+
+
+def found(output):
+    """What a search found, exactly."""
+    return {env_id: (row['visit_count_distributions'], row['searched_value'], row['predicted_value'].tolist())
+            for env_id, row in output.items()}
+
+
+def assert_same_values(outputs, others, *names):
+    for output, other in zip(outputs, others):
+        assert list(output) == list(other)
+        for env_id, row in output.items():
+            for name in names:
+                np.testing.assert_allclose(row[name], other[env_id][name], rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
+
+
+def world_model_of(policy):
+    return policy._model.world_model
+
+
+def cache_of(policy):
+    return world_model_of(policy).kv_cache_manager
+
+
+def counts(policy):
+    """Queries and hits of each pool, and what was skipped."""
+    counters = cache_of(policy).counters()
+    pools = {pool: (counters[pool]['queries'], counters[pool]['hits']) for pool in ('init', 'recur', 'total')}
+    return dict(pools, skipped=counters['skipped'])
+
+
+@contextlib.contextmanager
+def ways():
+    """The ways that searches go inside."""
+    taken = []
+
+    def noting(function, way):
+        def run(*args):
+            taken.append(way)
+            return function(*args)
+        return run
+
+    with mock.patch.object(WholeSearch, 'run', noting(WholeSearch.run, 'arrays')), \
+            mock.patch.object(_NodeSearch, '_search_in_ctree', noting(_NodeSearch._search_in_ctree, 'ctree')):
+        yield taken
+
+
+# ---- which search --------------------------------------------------------------------------------------------------
+
+
+def told(lines):
+    """What the log says about searches, once for each search that a policy has."""
+    said = [message for level, message in lines() if message.startswith('Searching')]
+    assert said == said[:1] * len(said)
+    return said[:1]
+
+
+@pytest.mark.parametrize('search', ['auto', 'device'])
+@pytest.mark.parametrize('kind', ['unizero', 'continuous'])
+def test_searches_in_arrays(kind, search, lines):
+    policy = make(kind, search)
+    assert told(lines) == ['Searching in arrays: a search is one compiled call']
+    with ways() as taken:
+        Player(policy).step(ALL)
+        Player(policy, 'eval').step(ALL)
+    assert taken == ['arrays'] * 2
+
+
+def test_searches_in_lightzeros_tree(lines):
+    policy = make(search='tree')
+    assert told(lines) == []
+    with ways() as taken:
+        Player(policy).step(ALL)
+        Player(policy, 'eval').step(ALL)
+    assert taken == ['ctree'] * 2
+
+
+@pytest.mark.parametrize('search', ['auto', 'device'])
+@pytest.mark.parametrize('options, reason', [
+    (dict(gru_gating=True), 'its layers are gated'),
+    (dict(cache=dict(dtype='bfloat16')), 'pages are kept as torch.bfloat16'),
+    ('no numba', 'numba is not installed (pip install numba)'),
+    ('broken numba', 'numba cannot be imported: '),
+], ids=['gates', 'bfloat16', 'no numba', 'broken numba'])
+def test_what_cannot_be_compiled_is_searched_by_node(options, reason, search, lines, monkeypatch):
+    if options == 'no numba':
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'numba' else find_spec(name))
+    elif options == 'broken numba':
+        monkeypatch.setitem(sys.modules, 'numba', None)
+        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+    policy = make(search=search, **options if isinstance(options, dict) else {})
+    [said] = told(lines)
+    assert said.startswith(f"Searching in LightZero's tree, node by node: {reason}")
+    with ways() as taken:
+        output = Player(policy).step(ALL)
+    assert taken == ['ctree'] and {sum(row['visit_count_distributions']) for row in output.values()} == {SIMULATIONS}
+
+
+def test_a_managers_own_look_ups_are_asked(registered, lines):
+    asked = []
+
+    @registered('asking')
+    class Asking(KVCacheManager):
+        def find_recur(self, mode, env_ids, keys):
+            asked.append(list(env_ids))
+            return super().find_recur(mode, env_ids, keys)
+
+    policy = make(cache=dict(type='asking'))
+    assert told(lines) == ['Searching by key: Asking has a find_recur of its own']
+    with ways() as taken:
+        Player(policy).step([2, 0])
+    assert not taken and asked == [[2, 0]] * SIMULATIONS
+
+
+@pytest.mark.parametrize('where', ['made by the policy', 'put there'])
+def test_a_search_of_ones_own_is_asked(where, lines):
+    searched = []
+
+    class Own(UniZeroMCTSCtree):
+        def search(self, *args):
+            searched.append(type(args[0]).__module__)
+            super().search(*args)
+
+    policy = make()
+    own = Own(policy._cfg)
+    # As a subclass of LightZero's policy makes it before the plugin sees it, or as one of the plugin's replaces it.
+    policy._mcts_collect = policy._mcts_of(own) if where == 'made by the policy' else own
+    if where == 'made by the policy':
+        assert lines()[-1][1].startswith('Searching by key: the policy has a search')
+    with ways() as taken:
+        output = Player(policy).step(ALL)
+    assert not taken and len(searched) == 1 and 'lzero_kvcache' not in searched[0]
+    assert {sum(row['visit_count_distributions']) for row in output.values()} == {SIMULATIONS}
+
+
+def test_a_policy_of_ones_own_has_arrays_all_the_same():
+    class Own(UniZeroPolicy):
+        def _forward_collect(self, *args, **kwargs):
+            output = super()._forward_collect(*args, **kwargs)
+            return {env_id: dict(row, mine=True) for env_id, row in output.items()}
+
+    with ways() as taken:
+        output = Player(make(policy_class=Own)).step(ALL)
+    assert taken == ['arrays'] and all(row['mine'] for row in output.values())
+
+
+@pytest.mark.parametrize('kind', ['unizero', 'continuous'])
+def test_a_model_in_training_is_searched_in_lightzeros_tree(kind):
+    """Which has dropout as the model says, for as long as it is so; and roots give its results."""
+    policy = make(kind)
+    player, model = Player(policy, one_legal=True), policy._model
+    player.step(ALL)
+    with mock.patch.object(model, 'eval', model.train), ways() as taken:
+        output = player.step(ALL)
+        others = player.step(ALL)
+    assert taken == ['ctree'] * 2
+    for row in [*output.values(), *others.values()]:
+        assert sum(row['visit_count_distributions']) == SIMULATIONS and type(row['searched_value']) is float
+    with ways() as taken:
+        player.step(ALL)
+    assert taken == ['arrays']
+
+
+def test_a_model_elsewhere_is_not_searched_in_arrays():
+    """As after a move to a GPU: the device is asked for at every search."""
+    policy = make()
+    world_model = world_model_of(policy)
+    elsewhere = world_model.weights_source._replace(device=lambda: torch.device('meta'))
+    with mock.patch.object(world_model, 'weights_source', elsewhere), \
+            mock.patch.object(type(world_model), 'search_whole', side_effect=AssertionError), ways() as taken:
+        assert world_model.why_not_whole() == 'the model is on meta'
+        Player(policy).step(ALL)
+    assert taken == ['ctree']
+
+
+# ---- what is found -------------------------------------------------------------------------------------------------
+
+
+@MODES
+@KINDS
+@POSITIONS
+def test_roots_are_those_of_lightzeros_tree(kind, mode, rotary):
+    """Whatever other environments do, and if each has but one thing to do, so is all that is found."""
+    forced = kind == 'unizero'
+    device, tree = (
+        Player(make(kind, search, simulations=1 if forced else SIMULATIONS, rotary=rotary), mode, forced).play()
+        for search in ('device', 'tree')
+    )
+    assert_same_values(device, tree, 'predicted_value', 'predicted_policy_logits')
+    assert len({np.round(row['predicted_value'].item(), 3) for output in device for row in output.values()}) > 10
+    for output, other in zip(device, tree):
+        for env_id, row in output.items():
+            assert row.keys() == other[env_id].keys()
+            for name in row:
+                assert type(row[name]) is type(other[env_id][name]), name
+            assert np.shape(row['action']) == np.shape(other[env_id]['action'])
+            assert sum(row['visit_count_distributions']) == (1 if forced else SIMULATIONS)
+            if forced:
+                assert row['visit_count_distributions'] == other[env_id]['visit_count_distributions'] == [1]
+                assert row['action'] == other[env_id]['action'] == env_id
+            elif kind == 'continuous':
+                assert np.shape(row['root_sampled_actions']) == (5, 2)
+            else:
+                assert len(set(np.ravel(row['root_sampled_actions']))) == 3
+    if forced:
+        assert_same_values(device, tree, 'searched_value')
+
+
+@pytest.mark.parametrize('mode', ['collect', 'eval'])
+def test_only_what_is_legal_is_visited(mode):
+    class Choosy(Player):
+        def mask(self, env_id):
+            return np.isin(np.arange(ACTIONS), [env_id, 4]).astype(np.int8)
+
+    policy = make(simulations=20)
+    player = Choosy(policy, mode)
+    for output in player.play():
+        for env_id, row in output.items():
+            assert len(row['visit_count_distributions']) == 2 and sum(row['visit_count_distributions']) == 20
+            assert row['action'] in (env_id, 4)
+
+
+@pytest.mark.parametrize('weight', [0., 1.])
+def test_noise_at_the_roots_counts_by_its_weight(weight):
+    """Without values that tell actions apart, visits go by priors: the noise's, or the policy's."""
+    changes = dict(root_noise_weight=weight, root_dirichlet_alpha=0.3, value_delta_max=1e9)
+    player, drawn, follow = Player(make(simulations=30, changes=changes)), [], {'noise': [], 'policy': []}
+    dirichlet = np.random.dirichlet
+
+    def noting(*args):
+        drawn.append(dirichlet(*args))
+        return drawn[-1]
+
+    with mock.patch('numpy.random.dirichlet', noting):
+        outputs = [player.step(ALL) for _ in range(8)]
+    rows = [row for output in outputs for row in output.values()]
+    assert len(drawn) == len(rows) == 24
+    for noise, row in zip(drawn, rows):
+        visits = np.array(row['visit_count_distributions']) / 30
+        logits = np.array(row['predicted_policy_logits'])
+        follow['noise'].append(abs(visits - noise).max())
+        follow['policy'].append(abs(visits - np.exp(logits) / np.exp(logits).sum()).max())
+    followed, ignored = ('noise', 'policy') if weight else ('policy', 'noise')
+    assert max(follow[followed]) < 0.15 and np.mean(follow[ignored]) > 0.3
+
+
+def test_actions_are_selected_by_lightzero():
+    """From the visits, at the temperature that it is told, with numpy's numbers."""
+    eps = dict(eps_greedy_exploration_in_collect=False)
+    player = Player(make(simulations=20, changes=dict(eps=eps)), temperature=0.5)
+    taken = []
+    for seed in range(12):
+        np.random.seed(seed)
+        output = player.step(ALL)
+        np.random.seed(seed)
+        np.random.dirichlet([0.3] * ACTIONS, 3)
+        for row in output.values():
+            expected = select_action(row['visit_count_distributions'], temperature=0.5, deterministic=False)
+            assert (row['action'], row['visit_count_distribution_entropy']) == expected
+            taken.append(row['action'] == np.argmax(row['visit_count_distributions']))
+    assert any(taken) and not all(taken)
+
+
+@KINDS
+def test_random_streams_are_consumed_as_with_lightzeros_tree(kind):
+    changes = dict(root_noise_weight=0.25, eps=dict(eps_greedy_exploration_in_collect=kind == 'unizero'))
+    states = []
+    for search in ('device', 'tree'):
+        player = Player(make(kind, search, changes=changes))
+        torch.manual_seed(5)
+        np.random.seed(5)
+        random.seed(5)
+        player.play()
+        states.append((torch.get_rng_state().tolist(), np.random.get_state()[1:3], random.getstate()))
+    assert states[0][0] == states[1][0] and states[0][2] == states[1][2]
+    np.testing.assert_array_equal(states[0][1][0], states[1][1][0])
+    assert states[0][1][1] == states[1][1][1]
+
+
+class BothWays:
+    """Searches the roots of a policy's step many times over: in arrays, in LightZero's tree, and in arrays with
+    another discount. ``found`` has one row for each search of each."""
+
+    def __init__(self, policy, times):
+        self.found, self._search, self._times = {'arrays': [], 'ctree': [], 'other': []}, policy._mcts_collect, times
+        self._search.search, self._run = self.run, self._search.search
+        self._rng = np.random.default_rng(0)
+
+    def run(self, roots, model, latents, to_play, timestep):
+        rules = self._search._rules()
+        for _ in range(self._times):
+            for way, rows in self.found.items():
+                again = copy.copy(roots)
+                if way == 'ctree':
+                    self._search._search_in_ctree(again.in_ctree(), model.world_model, to_play)
+                else:
+                    changed = dict(rules, discount_factor=0.5) if way == 'other' else rules
+                    with mock.patch.object(self._search, '_rules', lambda rules=changed: rules):
+                        self._run(again, model, latents, to_play, timestep)
+                rows.append(self._numbers(again))
+        self._run(roots, model, latents, to_play, timestep)
+
+    def _numbers(self, roots):
+        visits, values = np.array(roots.get_distributions(), float), np.array(roots.get_values())
+        values += self._rng.normal(scale=0.02, size=values.shape)  # or rounding would be told from rounding
+        numbers = [visits.ravel(), visits.max(axis=1), values, abs(values)]
+        if self._search.sampled:
+            actions = np.array(roots.get_sampled_actions())
+            numbers += [actions.ravel(), (visits[:, :, None] * actions).sum(axis=1).ravel()]
+        return np.concatenate(numbers)
+
+
+@KINDS
+def test_means_over_many_searches_are_those_of_lightzeros_tree(kind):
+    """In the middle of episodes; 1e-7 for each mean, Welch's test."""
+    policy = make(kind, simulations=8, changes=dict(root_noise_weight=0.25))
+    player = Player(policy)
+    for _ in range(3):
+        player.step(ALL)
+    both = BothWays(policy, 250)
+    player.step(ALL)
+    arrays, ctree, other = (np.array(both.found[way]) for way in ('arrays', 'ctree', 'other'))
+    assert (arrays.std(axis=0) > 0).any()
+    assert alike(arrays, ctree)
+    assert not alike(other, ctree)  # such a difference would be seen
