@@ -253,12 +253,6 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None) -> CacheCo
             )
         world_model_cfg[key] = given
     world_model_cfg['evaluator_env_num'] = policy_cfg['evaluator_env_num']
-    drawn, actions = (policy_cfg['model'].get(key) for key in ('num_of_sampled_actions', 'action_space_size'))
-    if drawn and actions and drawn > actions and not policy_cfg['model'].get('continuous_action_space'):
-        raise ConfigError(
-            f'policy.model.num_of_sampled_actions={drawn} must be at most policy.model.action_space_size={actions}, '
-            'since actions are drawn without repeats'
-        )
     options = CacheConfig.read(world_model_cfg, managers)
     nodes = env_num * policy_cfg['num_simulations']
     if options.recurrent_pool_size < nodes:
@@ -267,3 +261,14 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None) -> CacheCo
             f'{env_num} environments: it must be at least {nodes}'
         )
     return options
+
+
+def check_draws(policy_cfg: Any) -> None:
+    """Refuse more drawn actions than there are: LightZero's sampled tree reads past the end of its logits."""
+    model = policy_cfg['model']
+    drawn, actions = model['num_of_sampled_actions'], model['action_space_size']
+    if not model['continuous_action_space'] and drawn > actions:
+        raise ConfigError(
+            f'policy.model.num_of_sampled_actions={drawn} must be at most policy.model.action_space_size={actions}: '
+            'actions are drawn without repeats'
+        )

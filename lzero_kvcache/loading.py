@@ -6,7 +6,7 @@ from typing import Any
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts, import_module
 from easydict import EasyDict
 
-from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, nearest, settle
+from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, check_draws, nearest, settle
 from .host.policies import KVCachePolicy
 from .host.refused import check_lightzero
 from .registry import KV_CACHE_REGISTRY
@@ -65,6 +65,8 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     config = settle(deep_merge_dicts(policy.default_config(), copy.deepcopy(main_config.policy)), KV_CACHE_REGISTRY)
     if config.use_new:
         check_lightzero()
+        if name == 'sampled_unizero':
+            check_draws(deep_merge_dicts(policy.default_config(), copy.deepcopy(main_config.policy)))
     if config.use_new and not issubclass(policy, KVCachePolicy):
         raise ConfigError(
             f'{PREFIX}.{FLAG}=True, but {policy.__module__}.{policy.__qualname__}, which is registered as {name!r}, is '

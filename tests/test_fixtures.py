@@ -8,7 +8,7 @@ from typing import Any, Dict, List
 import pytest
 from trainings import import_what_trainings_import, short_episodes, trained
 
-from lzero_kvcache import ConfigError, comparison
+from lzero_kvcache import ConfigError, comparison, config
 from lzero_kvcache.cli.commands import main
 from lzero_kvcache.cli.train import main as train
 from lzero_kvcache.config import KV_CACHE_CFG
@@ -40,7 +40,11 @@ def copied(tmp_path, monkeypatch):
 @pytest.fixture
 def a_new_option(monkeypatch):
     """The version that reads has one more option of the cache than the one that wrote."""
-    monkeypatch.setitem(KV_CACHE_CFG, NEW_OPTION.rsplit('.', 1)[-1], 'what it does')
+    name, read = NEW_OPTION.rsplit('.', 1)[-1], config._read_options
+    monkeypatch.setitem(KV_CACHE_CFG, name, config.Option('int', 1, 'what it does', config._positive_int))
+    monkeypatch.setattr(config, '_read_options', lambda *args: {
+        key: value for key, value in read(*args).items() if key != name
+    })
     monkeypatch.setitem(overrides.CACHE_KEYS, NEW_OPTION.split('.', 3)[-1], None)
 
 

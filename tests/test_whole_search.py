@@ -6,34 +6,23 @@ import contextlib
 import copy
 import importlib.util
 import io
-import json
-import os
-import pickle
 import random
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from builders import Worker, audit, compiled, keys_values, small_cartpole
+from builders import Worker, compiled, small_cartpole
 from ding.utils import POLICY_REGISTRY
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 from lzero.policy.utils import select_action
 from oracle import Case, randomise
-from test_old_mode import TRAINING
 from test_tree import alike
 
-import lzero_kvcache
 from lzero_kvcache import KVCacheManager
 from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.host.tree_search import _NodeSearch
-from lzero_kvcache.search import compiled as compiled_search
-from lzero_kvcache.search import whole
 from lzero_kvcache.search.whole import WholeSearch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')

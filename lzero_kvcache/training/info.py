@@ -75,7 +75,7 @@ def of_plan(plan: Plan) -> Rows:
         ('context', f'{model.context_length} tokens, stored as {manager.width} pages at the most'),
         ('pages', f'{pages:,} of {slab.page_bytes:,} bytes, {options.dtype}'),
         ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB'),
-        ('memory from first use', f'{pages * slab.page_bytes / MIB:,.2f} MiB'),
+        ('memory of pages', f'{pages * slab.page_bytes / MIB:,.2f} MiB'),
         ('bound of memory', bound),
         ('memory of the old system', at_most),
     ]
