@@ -98,7 +98,7 @@ def _kept_on_disk(name: str) -> Any:
                 return CompileResult._rebuild(target, *kept)
             except Exception as error:  # not there, not readable, not whole
                 where = 'once for this machine' if isinstance(error, FileNotFoundError) else f'anew ({error!r})'
-                logger.info(f'Compiling {name} {where}, which takes some ten seconds')
+                logger.info(f'Compiling {name} {where}, which takes some twenty seconds')
                 return None
 
         def save_overload(self, signature: Any, result: Any) -> None:
