@@ -55,16 +55,17 @@ class WholeSearch:
         self._guard, self._timings = guard, timings
         self._network: Any = None
         self._addresses: Tuple[int, ...] = ()
-        self._arrays: Dict[Tuple[int, ...], _Arrays] = {}
+        self._size: Tuple[int, ...] = ()
+        self._arrays: Optional[_Arrays] = None
         storage.beside.append(self)
 
     def __getstate__(self) -> Dict[str, Any]:
         """Copies read their own weights' addresses, and have arrays of their own."""
-        return {**self.__dict__, '_network': None, '_arrays': {}}
+        return {**self.__dict__, '_network': None, '_arrays': None}
 
     @property
     def memory_mb(self) -> float:
-        return sum(arrays.bytes for arrays in self._arrays.values()) / MIB
+        return 0.0 if self._arrays is None else self._arrays.bytes / MIB
 
     def run(self, served: Any, problem: Problem) -> Any:
         """Search from the roots of a served step; returns the tree, which the next search writes over."""
@@ -129,11 +130,12 @@ class WholeSearch:
 
         threads = max(1, min(torch.get_num_threads(), rows // LEAST_ROWS))
         size = (rows, problem.simulations, problem.slots, problem.action_size, width, threads)
-        if size not in self._arrays:
+        if self._arrays is None or size != self._size:
+            self._arrays = None  # never both
             tree = make_tree(rows, problem.simulations, problem.slots, width, problem.action_size)
             scratches = [new_scratch(network, width) for _ in range(threads)]
-            self._arrays[size] = _Arrays(tree, make_batch(tree, network.policy), scratches)
-        return self._arrays[size]
+            self._size, self._arrays = size, _Arrays(tree, make_batch(tree, network.policy), scratches)
+        return self._arrays
 
     def _report(self, broken: np.ndarray, served: Any) -> None:
         """Raise or count what was no number; the search has taken zeros for it."""
