@@ -1,6 +1,7 @@
 """The flag off: LightZero's own code, bit for bit, with and without the plugin."""
 import contextlib
 import copy
+import importlib.util
 import io
 import json
 import os
@@ -185,7 +186,8 @@ def train(folder, names, flag):
         queries=[world_model.root_total_query_cnt, world_model.root_hit_cnt, world_model.total_query_count],
     )
 
-
+"""
+FORKS = TRAINING + """
 assert 'lzero_kvcache' not in sys.modules
 print(json.dumps(in_forks({
     'without': lambda: train('without', ['lzero.policy.unizero'], {}),
@@ -194,19 +196,50 @@ print(json.dumps(in_forks({
 """
 
 
-def test_a_training_with_and_without_the_plugin(tmp_path):
-    """Collection, evaluation, reanalysis and updates: the same weights in the end, the same random numbers drawn."""
+BESIDE_NUMBA = """
+import sys
+if sys.argv[1] == 'without':
+    sys.modules['numba'] = None
+""" + TRAINING + """
+import ding.utils.segment_tree as segment_tree
+results = train(sys.argv[1], ['lzero.policy.unizero', 'lzero_kvcache'], {'use_new_cache_manager': False})
+print(json.dumps(dict(results, segment_tree=type(segment_tree._setitem).__name__)))
+"""
+
+
+def trained(folder, programs):
+    """What each program prints in the end; they run at once."""
     root = Path(lzero_kvcache.__file__).resolve().parent.parent
     path = os.pathsep.join([str(root), str(Path(__file__).resolve().parent)])
-    done = subprocess.run(
-        [sys.executable, '-c', TRAINING], cwd=str(tmp_path), timeout=500, capture_output=True, text=True, check=False,
-        env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', WANDB_MODE='disabled')
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout.splitlines()[-1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', *program], cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', WANDB_MODE='disabled')
+        ) for program in programs
+    ]
+    results = []
+    for process in processes:
+        out, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors[-3000:]
+        results.append(json.loads(out.splitlines()[-1]))
+    return results
+
+
+def test_a_training_with_and_without_the_plugin(tmp_path):
+    """Collection, evaluation, reanalysis and updates: the same weights in the end, the same random numbers drawn."""
+    [results] = trained(tmp_path, [[FORKS]])
     for result in results.values():
         assert 'error' not in result, result['error']
     assert [result.pop('plugin') for result in results.values()] == [False, True]
     assert [result.pop('world_model').split('.')[0] for result in results.values()] == ['lzero', 'lzero_kvcache']
     assert results['with'] == results['without']
     assert results['without']['queries'][2] > 100  # so many rows were expanded
+
+
+@pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
+def test_a_training_with_and_without_numba(tmp_path):
+    """DI-engine compiles its segment tree where numba can be imported; LightZero does not ask it."""
+    beside, alone = trained(tmp_path, [[BESIDE_NUMBA, 'with'], [BESIDE_NUMBA, 'without']])
+    assert (beside.pop('segment_tree'), alone.pop('segment_tree')) == ('CPUDispatcher', 'partial')
+    assert beside == alone
+    assert alone['queries'][2] > 100

@@ -6,14 +6,16 @@ import contextlib
 import copy
 import importlib.util
 import io
+import pickle
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from builders import Worker, compiled, small_cartpole
+from builders import Worker, audit, compiled, keys_values, small_cartpole
 from ding.utils import POLICY_REGISTRY
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 from lzero.policy.utils import select_action
@@ -23,6 +25,8 @@ from test_tree import alike
 from lzero_kvcache import KVCacheManager
 from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.host.tree_search import _NodeSearch
+from lzero_kvcache.search import compiled as compiled_search
+from lzero_kvcache.search import whole
 from lzero_kvcache.search.whole import WholeSearch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
@@ -65,7 +69,8 @@ def make(kind='unizero', search='device', seed=0, new=True, policy_class=None, s
 
 class Player(Worker):
     """Whatever a search finds, environments go on with actions that depend on nothing but environment and timestep.
-    Where ``one_legal``, each has one legal action at its root."""
+    Where ``one_legal``, each has one legal action at its root, its own number."""
+    goes_its_own_way = True
 
     def __init__(self, policy, mode='collect', one_legal=False, temperature=1.):
         super().__init__(policy, mode)
@@ -83,7 +88,7 @@ class Player(Worker):
     def forward(self, env_ids):
         output = super().forward(env_ids)
         steps, model = self.whole._environments._steps, self.whole._cfg.model
-        for env_id in env_ids:
+        for env_id in env_ids if self.goes_its_own_way and not self.one_legal else []:
             rng = np.random.default_rng([env_id, self._timestep[env_id]])
             action = int(rng.integers(ACTIONS))
             if model.world_model_cfg.continuous_action_space:
@@ -418,6 +423,7 @@ class BothWays:
         return np.concatenate(numbers)
 
 
+@pytest.mark.filterwarnings('ignore:Precision loss')  # of numbers that never vary
 @KINDS
 def test_means_over_many_searches_are_those_of_lightzeros_tree(kind):
     """In the middle of episodes; 1e-7 for each mean, Welch's test."""
@@ -431,3 +437,329 @@ def test_means_over_many_searches_are_those_of_lightzeros_tree(kind):
     assert (arrays.std(axis=0) > 0).any()
     assert alike(arrays, ctree)
     assert not alike(other, ctree)  # such a difference would be seen
+
+
+# ---- counts, memory, what is no number -----------------------------------------------------------------------------
+
+
+@KINDS
+@MODES
+def test_counts_and_times_are_those_of_lightzeros_tree(kind, mode):
+    seen = []
+    for search in ('device', 'tree'):
+        policy = make(kind, search)
+        player, timings = Player(policy, mode), world_model_of(policy).timings
+        player.play()
+        cache_of(policy).clear_init_caches(env_id=1)
+        player.step(ALL)
+        assert (timings['search'].count, timings['step'].count) == (9, 9 * SIMULATIONS)
+        assert 0 < timings['step'].seconds <= timings['search'].seconds < 60
+        seen.append((counts(policy), cache_of(policy).get_stats_summary()))
+        seen[-1][1].pop('memory_mb')
+    assert seen[0] == seen[1]
+    rows = 3 + 3 + 2 + 3 + 1 + 3 + 3 + 3 + 3
+    assert seen[0][0]['recur'] == (rows * SIMULATIONS, ) * 2 and seen[0][0]['init'] == (rows - 6, rows - 7)
+
+
+def test_trees_count_as_memory():
+    """Those of one size, however many sizes there were."""
+    policy, trees, run = make(simulations=40), [], WholeSearch.run
+    search, player = world_model_of(policy).inference._whole, Player(policy)
+    with mock.patch.object(WholeSearch, 'run', lambda *args: trees.append(run(*args)) or trees[-1]):
+        player.step(ALL)
+        of_three, first = search.memory_mb, sum(array.nbytes for array in trees[0]) / 2 ** 20
+        assert first < of_three < first + 0.5
+        for env_ids in ([0, 1], [2], [0, 2], ALL):
+            player.step(env_ids)
+    assert search.memory_mb == of_three
+    with mock.patch.object(cache_of(policy).storage, 'beside', []):
+        without = cache_of(policy).memory_mb
+    windows = world_model_of(policy).inference.engine.window.bytes / 2 ** 20
+    assert cache_of(policy).counters()['memory_mb'] == pytest.approx(without + windows + of_three)
+
+
+def spoil(policy, env_id):
+    """Have the only action of an environment (see ``Player``) predict no number."""
+    with torch.no_grad():
+        world_model_of(policy).act_embedding_table.weight[env_id] = float('nan')
+
+
+def test_what_is_no_number_names_environment_and_step():
+    policy = make()
+    player = Player(policy, one_legal=True)
+    player.step([1, 2])
+    player.done(2)
+    spoil(policy, 2)
+    message = 'A reward, value or policy with nan or inf in collect, environment 2, step 0'
+    with mock.patch.object(policy._mcts_collect._cfg, 'num_simulations', 1), \
+            pytest.raises(FloatingPointError, match=message):
+        player.step([1, 2])
+    audit(cache_of(policy))
+
+
+def test_what_is_no_number_is_skipped_and_counted_as_with_lightzeros_tree():
+    found_of = {}
+    for search in ('device', 'tree'):
+        policy = make(search=search, simulations=1, cache=dict(on_nan='skip'))
+        player = Player(policy, one_legal=True)
+        spoil(policy, 2)
+        found_of[search] = [player.step(ALL)]
+        assert counts(policy)['skipped'] == 1
+        found_of[search].append(player.step(ALL))
+        assert counts(policy)['skipped'] == 3  # its root as well
+        audit(cache_of(policy))
+    assert_same_values(*found_of.values(), 'predicted_value', 'searched_value')
+    assert found_of['device'][0][2]['searched_value'] == 0
+    policy = make(cache=dict(on_nan='skip'))
+    with torch.no_grad():
+        world_model_of(policy).head_rewards.head_module[-1].bias.fill_(float('nan'))
+    for output in Player(policy).play():
+        for row in output.values():
+            assert np.isfinite(row['searched_value']) and sum(row['visit_count_distributions']) == SIMULATIONS
+    assert counts(policy)['skipped'] == counts(policy)['recur'][0]
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+def twin(policy, **options):
+    """A fresh policy with the same weights, whose next search draws the same numbers."""
+    other = make(**options)
+    other._model.load_state_dict(policy._model.state_dict())
+    other._mcts_collect._searches = policy._mcts_collect._searches
+    return other
+
+
+def add_noise(model):
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.add_(0.05 * noise)
+
+
+def move(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.9
+
+
+def replace_a_layer(model):
+    head = model.world_model.head_value.head_module
+    head[-1] = torch.nn.Linear(head[-1].in_features, head[-1].out_features)
+
+
+def load(model):
+    model.load_state_dict(randomise(copy.deepcopy(model), Case(), 3).state_dict())
+
+
+@POSITIONS
+@pytest.mark.parametrize('change', [add_noise, move, replace_a_layer, load])
+def test_weights_that_change_between_searches_are_seen_at_once(change, rotary):
+    policy, unchanged = make(rotary=rotary), make(rotary=rotary)
+    player, other = Player(policy), Player(unchanged)
+    for _ in range(2):
+        assert found(player.step(ALL)) == found(other.step(ALL))
+    change(policy._model)
+    player.restart()
+    other.restart()
+    expected = Player(twin(policy, rotary=rotary))
+    for _ in range(3):
+        after = found(player.step(ALL))
+        assert after == found(expected.step(ALL)) != found(other.step(ALL))
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+                         ids=['deepcopy', 'pickle'])
+def test_copies_of_a_model_have_arrays_and_weights_of_their_own(copied):
+    policy, other = make(), make()
+    player = Player(policy)
+    player.step(ALL)
+    model = copied(policy._model._orig_mod)
+    assert model.world_model.inference._whole.memory_mb == 0 < world_model_of(policy).inference._whole.memory_mb
+    other._model = other._collect_model = model
+    add_noise(policy._model)  # which is not seen by the copy
+    other._mcts_collect._searches = 0
+    assert found(Player(other).step(ALL)) == found(Player(make()).step(ALL))
+    arrays = [
+        [array for tree in whole_search._trees.values() for array in tree]
+        for whole_search in (model.world_model.inference._whole, world_model_of(policy).inference._whole)
+    ]
+    assert not any(np.shares_memory(one, another) for one in arrays[0] for another in arrays[1])
+    assert policy._target_model.world_model.inference._whole.memory_mb == 0
+
+
+def test_checkpoints_have_the_same_keys():
+    keys = []
+    for search in ('device', 'tree'):
+        policy = make(search=search)
+        Player(policy).step(ALL)
+        state = policy.learn_mode.state_dict()
+        keys.append({name: list(part) for name, part in state.items() if isinstance(part, dict)})
+    assert keys[0] == keys[1] and any('world_model' in name for name in keys[0]['model'])
+
+
+# ---- pages ---------------------------------------------------------------------------------------------------------
+
+
+def test_older_contexts_make_room_for_a_search():
+    policy, unlimited = make(cache=dict(max_memory_mb=0.05, init_pool_size=9)), make()
+    player = Player(policy)
+    for key in range(16):
+        cache_of(policy).set_init_cache(key % 3, key, keys_values(5, heads=2, head_dim=16))
+    for output, expected in zip(player.play(), Player(unlimited).play()):
+        assert found(output) == found(expected)
+    assert sum(pool['evictions'] for pool in cache_of(policy).get_stats_summary()['init_pools'].values()) > 0
+    audit(cache_of(policy))
+
+
+class Broken(Exception):
+    pass
+
+
+def broken_at(function, calls):
+    """The function, which raises at some of its calls, counted from 0."""
+    count = iter(range(10 ** 6))
+
+    def run(*args, **kwargs):
+        if next(count) in calls:
+            raise Broken
+        return function(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.parametrize('name, owner, calls', [
+    ('search_rows', lambda policy: compiled_search, [0]),
+    ('search_rows', lambda policy: compiled_search, [0, 1, 2]),
+    ('ready', lambda policy: cache_of(policy).storage, [1]),
+    ('take', cache_of, [1]),
+    ('lease', cache_of, [1]),
+    ('count_queries', cache_of, [1]),
+    ('_report', lambda policy: world_model_of(policy).inference._whole, [0]),
+], ids=['a thread', 'all threads', 'the slab', 'pages', 'a lease', 'a count', 'the look at predictions'])
+def test_nothing_is_left_of_a_search_that_fails(name, owner, calls, monkeypatch):
+    """The same step again finds what it would have found."""
+    monkeypatch.setattr(whole, 'LEAST_ROWS', 1)
+    torch.set_num_threads(3)
+    policy, unbroken = make(rotary=False), make(rotary=False)
+    player, other = Player(policy), Player(unbroken)
+    for _ in range(2):
+        assert found(player.step(ALL)) == found(other.step(ALL))
+    place = owner(policy)
+    with mock.patch.object(place, name, broken_at(getattr(place, name), calls)), pytest.raises(Broken):
+        player.step(ALL)
+    audit(cache_of(policy))
+    assert world_model_of(policy).timings['search'].count == 2
+    policy._mcts_collect._searches = unbroken._mcts_collect._searches
+    for _ in range(4):
+        assert found(player.step(ALL)) == found(other.step(ALL))
+        audit(cache_of(policy))
+        assert cache_of(policy).pages_used == cache_of(unbroken).pages_used
+
+
+@MODES
+@KINDS
+def test_a_search_gives_its_pages_back(kind, mode):
+    policy = make(kind)
+    player = Player(policy, mode)
+    for step in range(1, 7):
+        player.step(ALL)
+        audit(cache_of(policy))
+        assert cache_of(policy).pages_used == 3 * min(step, cache_of(policy).width)
+
+
+# ---- validation ----------------------------------------------------------------------------------------------------
+
+
+def validated(kind='unizero', validation='exact', **options):
+    cache = dict(validation=validation, validation_freq=1, validation_tol=1e-3, validation_action='raise')
+    return make(kind, cache=cache, **options)
+
+
+@KINDS
+@POSITIONS
+@pytest.mark.parametrize('validation', ['exact', 'legacy'])
+def test_searches_are_replayed(kind, rotary, validation):
+    policy = validated(kind, validation, rotary=rotary)
+    player = Player(policy)
+    player.goes_its_own_way = False  # replays go on with what was found
+    player.play()
+    tally = world_model_of(policy).validator.tally
+    assert (tally.searches, tally.unexplained, tally.failures) == (8, 0, 0)
+    assert tally.rows == 21 * (1 + SIMULATIONS) and tally.inferences == 8 * (1 + SIMULATIONS)
+    assert validation == 'legacy' or tally.over == 0
+
+
+def test_only_searches_that_are_replayed_are_noted(monkeypatch):
+    policy = make(cache=dict(validation='exact', validation_freq=3))
+    calls, search_rows = [], compiled_search.search_rows
+    monkeypatch.setattr(compiled_search, 'search_rows', lambda *args: calls.append(args[-4:-2]) or search_rows(*args))
+    player = Player(policy)
+    lengths = []
+    for _ in range(4):
+        player.step(ALL)
+        lengths.append(len(calls))
+        calls.clear()
+    assert lengths == [1, 1, SIMULATIONS, 1]
+
+
+@pytest.mark.parametrize('kind', ['unizero', 'continuous'])
+def test_a_replay_sees_a_page_that_is_not_what_it_should_be(kind):
+    """Of one environment, between its root and its search."""
+    policy, run = validated(kind), WholeSearch.run
+    player = Player(policy)
+    player.step(ALL)
+
+    def spoiled(search, served, problem):
+        cache_of(policy).storage.slab.data[served.roots[0][1, 0]] += 0.5
+        return run(search, served, problem)
+
+    with mock.patch.object(WholeSearch, 'run', spoiled), pytest.raises(RuntimeError, match='environment 1, step'):
+        player.step(ALL)
+    tally = world_model_of(policy).validator.tally
+    assert 0 < tally.unexplained <= SIMULATIONS
+
+
+def test_a_replay_sees_a_weight_that_is_not_the_models():
+    """As if what moved had not been noticed."""
+    policy = validated()
+    player = Player(policy)
+    player.step(ALL)
+    search = world_model_of(policy).inference._whole
+    network, kept = search._network
+    bias = torch.ones(network.rewards[-1, 2])
+    bias[:3] = -5
+    network.rewards[-1, 4] = bias.data_ptr()
+    with pytest.raises(RuntimeError, match='reward differs'):
+        player.step(ALL)
+
+
+# ---- beside each other ---------------------------------------------------------------------------------------------
+
+
+def some_players():
+    """Policies of all kinds, LightZero's own among them."""
+    return [Player(make(kind, seed=seed)) for seed, kind in enumerate(['unizero', 'unizero', 'discrete', 'continuous'])]
+
+
+def test_policies_that_take_turns_find_what_each_finds_alone():
+    names = {name: vars(sys.modules[f'lzero.policy.{name}'])['MCTSCtree'] for name in ('unizero', 'sampled_unizero')}
+    alone = [[found(output) for output in player.play()] for player in some_players()]
+    old = Player(make(new=False))
+    generators = [iter([lambda player=player: player.step(ALL)] * 4) for player in some_players()]
+    steps = [[found(next(generator)()) for generator in generators] for _ in range(2)]
+    for outputs, right in zip(zip(*steps), alone):
+        assert list(outputs) == right[:2]
+    assert {sum(row['visit_count_distributions']) for row in old.step(ALL).values()} == {SIMULATIONS}
+    assert all(vars(sys.modules[f'lzero.policy.{name}'])['MCTSCtree'] is tree for name, tree in names.items())
+
+
+def test_policies_in_two_threads_find_what_each_finds_alone():
+    alone = [[found(output) for output in player.play()] for player in some_players()]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads, contextlib.redirect_stdout(io.StringIO()):
+            together = list(threads.map(Player.play, some_players()))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [[found(output) for output in outputs] for outputs in together] == alone
