@@ -230,8 +230,8 @@ def trained(folder, programs):
     path = os.pathsep.join([str(root), str(Path(__file__).resolve().parent)])
     processes = [
         subprocess.Popen(
-            [sys.executable, '-c', *program], cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', WANDB_MODE='disabled')
+            [sys.executable, '-c', *program], cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', WANDB_MODE='disabled')
         ) for program in programs
     ]
     results = []
