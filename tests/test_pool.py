@@ -429,3 +429,19 @@ class TestPagedPool(PoolTestMixin):
         assert (held(pool, 'ab'), pool.get('a'), pool._pages.used) == (['a'], [1, 2], 2)
         assert pool.set('c', [5]) != slot
         assert pool._pages.free == 0
+
+
+def test_storing_many_evicts_no_page_of_those_to_come():
+    """The entry that leaves holds the only reference to a page of the next row."""
+    pages = PageAllocator(10)
+    pool = PagedPool(2, 'fifo', True, 'small', pages=pages, width=2, codec=None)
+    first, second, third = pages.allocate(3)
+    none = np.zeros((1, 2), np.int64)
+    for key, page in (('old', first), ('older', second)):
+        none[0, 0] = page
+        pool.store([key], (none.copy(), np.ones(1, np.int64)))
+    pages.release(np.array([first, second]))  # the pool's alone now
+    pool.store(['new', 'newer'], (np.array([[third, 0], [first, third]]), np.array([1, 2])))
+    pages.release(np.array([third]))
+    assert pages.references[[first, second, third]].tolist() == [1, 0, 2]
+    assert pages.free == 10 - 2 - 2

@@ -252,8 +252,10 @@ class PagedPool(KVCachePool):
         new = dict(zip(keys, reversed(self._unused)))
         together = len(new) == len(keys) and self._slots.keys().isdisjoint(new)
         if not together and len(keys) > 1:
-            for row, key in enumerate(keys):
-                self.store([key], (tables[row:row + 1], counts[row:row + 1]))
+            with self._pages.lease() as lease:
+                lease.hold(tables)  # to store one may evict an entry that shares pages with the next
+                for row, key in enumerate(keys):
+                    self.store([key], (tables[row:row + 1], counts[row:row + 1]))
             return
         self._pages.retain(tables)
         try:
