@@ -12,6 +12,7 @@ FLAG = 'use_new_cache_manager'
 SIZES = ('game_segment_length', 'num_simulations', 'env_num')
 OPTIONS = 'kv_cache_cfg'
 PREFIX = 'policy.model.world_model_cfg'
+MIB = 1024 * 1024
 
 # What LightZero's own code assumes where the key is absent.
 DEFAULT_NUM_SIMULATIONS = 50

@@ -5,7 +5,7 @@ from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..config import PREFIX, CacheConfig, ConfigError, lookup
+from ..config import MIB, PREFIX, CacheConfig, ConfigError, lookup
 from ..registry import KV_CACHE_REGISTRY
 from .base import CURRENT, PagedCacheManager
 from .current import CurrentRoots
@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 COLLECT, EVAL = 'collect', 'eval'
 DEFAULT_CONTEXT_LENGTH = 8  # of a manager that is used by hand with a config that names none
-MIB = 1024 * 1024
 
 
 @KV_CACHE_REGISTRY.register('new')

@@ -3,7 +3,7 @@ from typing import Optional
 
 import torch
 
-MIB = 1024 * 1024
+from ..config import MIB
 
 
 class Slab:
