@@ -575,6 +575,7 @@ def test_copies_of_a_model_have_arrays_and_weights_of_their_own(copied):
     player.step(ALL)
     model = copied(policy._model._orig_mod)
     assert model.world_model.inference._whole.memory_mb == 0 < world_model_of(policy).inference._whole.memory_mb
+    assert model.world_model.inference._whole._network is None  # or it would hold weights of the other
     other._model = other._collect_model = model
     add_noise(policy._model)  # which is not seen by the copy
     other._mcts_collect._searches = 0
