@@ -76,10 +76,15 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     return config
 
 
-def _switch(main_config: EasyDict, create_config: EasyDict, flag: bool, options: Any) -> None:
-    names = create_config.policy.setdefault('import_names', [])
+def load_plugin(create_config: EasyDict) -> None:
+    """Add this package to what DI-engine imports, so that flag and statistics work in any LightZero config."""
+    names = list(create_config.policy.get('import_names', []))
     if PLUGIN not in names:
-        create_config.policy['import_names'] = list(names) + [PLUGIN]
+        create_config.policy.import_names = names + [PLUGIN]
+
+
+def _switch(main_config: EasyDict, create_config: EasyDict, flag: bool, options: Any) -> None:
+    load_plugin(create_config)
     world_model_cfg = main_config.policy.model.world_model_cfg
     world_model_cfg[FLAG] = flag
     if options:

@@ -2,14 +2,14 @@
 import os
 import re
 from dataclasses import dataclass
-from typing import List, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 from easydict import EasyDict
 
 from ..config import FLAG, ConfigError
 from ..host import entries
-from ..loading import PLUGIN, check_config, disable, enable
+from ..loading import check_config, disable, enable, load_plugin
 from .checkpoints import CHECKPOINTS
 from .config_file import load_config
 from .linked_keys import replace_token
@@ -83,13 +83,6 @@ def make_plan(
         threads=threads or loaded.threads, task=EVALUATE if evaluate else TRAIN, checkpoint=evaluate or resume,
         in_place=in_place,
     )
-
-
-def load_plugin(create_config: EasyDict) -> None:
-    """Add this package to what DI-engine imports, so that flag and statistics work in any LightZero config."""
-    names: List[str] = list(create_config.policy.get('import_names', []))
-    if PLUGIN not in names:
-        create_config.policy.import_names = names + [PLUGIN]
 
 
 def set_cache(cache: str, main_config: EasyDict, create_config: EasyDict) -> None:
