@@ -155,6 +155,17 @@ def test_what_lies_beside_it_can_be_imported_inside_main(write):
     assert load_config(path).seed == 5
 
 
+@pytest.mark.parametrize('imported_before', [False, True])
+def test_a_config_that_others_change_is_read_anew(write, monkeypatch, imported_before):
+    monkeypatch.syspath_prepend(os.path.dirname(write('elsewhere/base.py')))
+    if imported_before:
+        importlib.import_module('base').main_config['exp_name'] = 'wrong'
+    changed = "from base import create_config, main_config\nmain_config['exp_name'] += '_changed'"
+    write('a/base.py')
+    for name in ('a/first.py', 'a/second.py'):
+        assert load_config(write(name, body=changed)).main_config.exp_name == 'data/x_seed0_changed'
+
+
 def test_changing_what_was_loaded_changes_no_module():
     loaded = load_config('cartpole_unizero_config.py')
     original = importlib.import_module('zoo.classic_control.cartpole.config.cartpole_unizero_config')

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import inspect
 import os
+import sys
 import traceback
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterator, Optional
@@ -137,6 +138,10 @@ def _where(path: str, error: BaseException) -> str:
 
 def _look_beside(folder: str) -> None:
     """Let files beside a config be imported for the rest of the process, as for a script that Python runs."""
+    # A config changes the one that it imports: that is read anew, whichever config or folder it was imported for.
+    for name, module in list(sys.modules.items()):
+        if hasattr(module, 'main_config') and os.path.isfile(os.path.join(folder, name + '.py')):
+            del sys.modules[name]
     if folder in _beside:
         return
     for stack in _beside.values():
