@@ -16,7 +16,7 @@ import torch
 from ..config import ConfigError
 from ..host import entries
 from ..host.patches import applied
-from ..telemetry import sum_counters
+from ..telemetry import summed_over_ranks
 from .checkpoints import read_checkpoint
 from .error_hints import hint
 from .plan import EVALUATE, TRAIN, Plan
@@ -145,7 +145,7 @@ class _Training:
                 self.watch.close()
             # With ranks that have not agreed on ending, there is nothing to share.
             counters = self.watch.counters
-            result = self._result(outcome, code, checkpoint, sum_counters(counters) if together else counters)
+            result = self._result(outcome, code, checkpoint, summed_over_ranks(counters) if together else counters)
             if self.ranks.main:
                 write_summary(result)
             if together:
