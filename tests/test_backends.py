@@ -360,7 +360,7 @@ class TestReplays:
         assert backend.source.addresses() == target.world_model.weights_source.addresses()
         assert backend.source.addresses() != model.world_model.weights_source.addresses()
         assert not backend._graphs
-        assert backend.memory_mb == target.world_model.graph_memory_mb == 0
+        assert backend.memory_mb == 0
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
@@ -546,7 +546,7 @@ class TestOnGPU:
                 model.world_model.forget()
                 assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE, (name, by_node)
             assert model.world_model.inference.backend.reuses_output == (name == 'cudagraph')
-            assert (model.world_model.graph_memory_mb > 0) == (name == 'cudagraph')
+            assert (model.world_model.inference.backend.memory_mb > 0) == (name == 'cudagraph')
         for env in (0, rows - 1):
             right = alone_on_cuda(case, trace, env)
             assert largest_error(rows_of(expected, env), right) <= TOLERANCE

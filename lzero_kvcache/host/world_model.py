@@ -86,11 +86,6 @@ class NewWorldModel(LightZeroWorldModel):
         return self.inference.timings
 
     @property
-    def graph_memory_mb(self) -> float:
-        """MiB that captured graphs hold beside the pages."""
-        return self.inference.backend.memory_mb
-
-    @property
     def hyperparameters(self) -> Dict[str, Any]:
         """What tells this cache from others."""
         options = self._options
