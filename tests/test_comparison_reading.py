@@ -11,7 +11,7 @@ from rich.console import Console
 from lzero_kvcache import comparison as package
 from lzero_kvcache.comparison import compare_runs
 from lzero_kvcache.comparison.page import PANELS, band_of, draw, line_of
-from lzero_kvcache.comparison.reading import REWARD, Curve, Unreadable, find_runs, read_config, read_run
+from lzero_kvcache.comparison.reading import REWARD, Curve, Unreadable, find_runs, read_config
 from lzero_kvcache.comparison.table import measures_table
 
 
@@ -129,13 +129,6 @@ class TestReading:
         with pytest.raises(Unreadable, match='after 0 of 13 bytes'):
             read(str(tmp_path))
 
-    def test_the_bar_counts_bytes(self, tmp_path):
-        folder = write_run(tmp_path / 'old_s0', search_ms=range(8000))
-        sizes = []
-        read_run(find_runs([folder])[0], sizes.append)
-        assert sum(sizes) == event_file(folder).stat().st_size
-        assert len(sizes) > 2
-
     def test_the_bar_is_shown_on_a_terminal_and_gone_after(self, tmp_path, monkeypatch):
         paths = pair(tmp_path)
         monkeypatch.setattr(package, '_write', lambda *_: [])
@@ -143,7 +136,7 @@ class TestReading:
             printed = io.StringIO()
             console = Console(file=printed, width=120, force_terminal=terminal, force_interactive=terminal)
             compare_runs(paths, str(tmp_path / 'out'), console=console)
-            assert ('reading ' in printed.getvalue()) is terminal
+            assert ('reading' in printed.getvalue()) is terminal
 
     def test_numbers_that_are_none(self, tmp_path):
         paths = pair(tmp_path, new=dict(rewards=(5., float('nan')), search_ms=(float('nan'), 7.),

@@ -22,7 +22,6 @@ from lzero_kvcache.training.processes import Board, Child
 from lzero_kvcache.training.summary import (
     Evaluation,
     Result,
-    Status,
     add_up,
     read_progress,
     read_summary,
@@ -68,7 +67,7 @@ def test_every_system_and_seed_once_in_a_folder_of_its_own(tmp_path):
 def test_a_run_is_begun_with_all_that_was_asked_for(tmp_path):
     made = make(tmp_path, device='cpu', overrides=SMALL)
     assert made.command(made.trials[0]) == [
-        sys.executable, '-m', 'lzero_kvcache.training', '--config', 'config_new', '--max-env-step', '60', '--device',
+        sys.executable, '-m', 'lzero_kvcache.cli.train', '--config', 'config_new', '--max-env-step', '60', '--device',
         'cpu', '--set', *SMALL, '--cache', 'old', '--seed', '0', '--exp-name', str(tmp_path / 'old_seed0')
     ]
 
@@ -273,7 +272,7 @@ def interruptible():
 def test_an_interrupt_ends_all_and_the_same_command_goes_on(fake, capfd, interruptible):
     fake.do(old_seed0='wait', new_seed0='wait')
     thread = when(lambda: all(
-        read_progress(os.path.join(fake.folder, f'{cache}_seed0')).collected == 30 for cache in ('old', 'new')),
+        read_progress(os.path.join(fake.folder, f'{cache}_seed0'))[1] == 30 for cache in ('old', 'new')),
                   lambda: os.kill(os.getpid(), signal.SIGINT))
     assert run_experiment(fake, '--seeds', '0', '1', '--jobs', '2') == 130
     thread.join()
@@ -327,7 +326,7 @@ def test_a_training_says_how_far_it_is_in_its_folder(fake):
         child.process.wait()
     assert child.env_step == 0
     os.mkdir(child.trial.folder)
-    write_progress(child.trial.folder, Status(collected=1234))
+    write_progress(result(exp_name=child.trial.folder, collected_env_step=1234), 'train')
     assert child.env_step == 1234
 
 

@@ -16,7 +16,8 @@ from lzero_kvcache.training import overrides, summary
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.experiment import Trial
 from lzero_kvcache.training.processes import Children
-from lzero_kvcache.training.summary import read_summary, summary_rows
+from lzero_kvcache.training.summary import read_summary
+from lzero_kvcache.training.terminal import summary_rows
 
 BEFORE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'fixtures', 'before_rooms')
 RUNS = ('experiment/old_seed0', 'experiment/new_seed0', 'single_old', 'single_new')

@@ -40,6 +40,10 @@ def hook():
     return KVCacheStatsHook(HOOK_KEY, 30, position='after_iter')
 
 
+def values_of(hook, counters):
+    return hook.values(counters, {})
+
+
 def counters(*init_and_recur, **more):
     """Counters of (queries, hits) of the init and the recurrent pool, as a manager returns them."""
     pools = dict(zip(('init', 'recur'), init_and_recur))
@@ -57,11 +61,11 @@ def rates(values):
 class TestValues:
 
     def test_names(self):
-        assert set(hook().values(counters((4, 3), (8, 8)))) == OLD_TAGS | {'memory_mb'}
-        assert set(hook().values(counters((4, 3), (8, 8), evictions=0, occupancy=0.5))) == NEW_TAGS | {'memory_mb'}
+        assert set(values_of(hook(), counters((4, 3), (8, 8)))) == OLD_TAGS | {'memory_mb'}
+        assert set(values_of(hook(), counters((4, 3), (8, 8), evictions=0, occupancy=0.5))) == NEW_TAGS | {'memory_mb'}
 
     def test_numbers_are_handed_on(self):
-        values = hook().values(counters((4, 3), (8, 8), evictions=2, occupancy=0.5))
+        values = values_of(hook(), counters((4, 3), (8, 8), evictions=2, occupancy=0.5))
         assert [values[f'init_{name}'] for name in ('queries', 'hits', 'misses', 'evictions', 'occupancy')] == [
             4, 3, 1, 2, 0.5
         ]
@@ -69,32 +73,32 @@ class TestValues:
 
     def test_rates_cover_the_searches_since_the_phase_before(self):
         used = hook()
-        assert rates(used.values(counters((4, 3), (8, 8)))) == [0.75, 1.0, 11 / 12]
-        assert rates(used.values(counters((8, 3), (16, 12)))) == [0., 0.5, 4 / 12]
+        assert rates(values_of(used, counters((4, 3), (8, 8)))) == [0.75, 1.0, 11 / 12]
+        assert rates(values_of(used, counters((8, 3), (16, 12)))) == [0., 0.5, 4 / 12]
 
     def test_rates_hold_between_phases(self):
         used = hook()
-        used.values(counters((4, 3), (8, 8)))
+        values_of(used, counters((4, 3), (8, 8)))
         for _ in range(50):
-            assert rates(used.values(counters((4, 3), (8, 8)))) == [0.75, 1.0, 11 / 12]
-        assert rates(used.values(counters((6, 5), (8, 8)))) == [1.0, 1.0, 1.0]
+            assert rates(values_of(used, counters((4, 3), (8, 8)))) == [0.75, 1.0, 11 / 12]
+        assert rates(values_of(used, counters((6, 5), (8, 8)))) == [1.0, 1.0, 1.0]
 
     def test_no_rate_before_the_first_query(self):
         used = hook()
-        assert rates(used.values(counters((0, 0), (0, 0)))) == [None, None, None]
-        assert rates(used.values(counters((0, 0), (2, 2)))) == [None, 1.0, 1.0]
-        assert rates(used.values(counters((2, 0), (2, 2)))) == [0.0, 1.0, 0.0]
+        assert rates(values_of(used, counters((0, 0), (0, 0)))) == [None, None, None]
+        assert rates(values_of(used, counters((0, 0), (2, 2)))) == [None, 1.0, 1.0]
+        assert rates(values_of(used, counters((2, 0), (2, 2)))) == [0.0, 1.0, 0.0]
 
     @pytest.mark.parametrize('after', [(4, 3), (12, 3), (10, 10), (40, 5), (12, 11)])
     def test_somebody_resets_the_statistics(self, after):
         """Rates are of what was counted since then, however much that is: never negative, never above 1."""
         used = hook()
-        used.values(counters((10, 8), (10, 8)))
-        for rate in rates(used.values(counters(after, after))):
+        values_of(used, counters((10, 8), (10, 8)))
+        for rate in rates(values_of(used, counters(after, after))):
             assert 0 <= rate <= 1
 
     def test_without_counting(self):
-        assert hook().values({'memory_mb': 2.5}) == {'memory_mb': 2.5}
+        assert values_of(hook(), {'memory_mb': 2.5}) == {'memory_mb': 2.5}
 
 
 class Engine:

@@ -24,11 +24,12 @@ from lzero_kvcache.training import make_plan, watch
 from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
 from lzero_kvcache.training.config_file import PROJECT_ROOT
 from lzero_kvcache.training.error_hints import hint
+from lzero_kvcache.training.output import Output
 from lzero_kvcache.training.plan import Plan
 from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_parents
-from lzero_kvcache.training.summary import Result, Status, write_progress, write_summary
-from lzero_kvcache.training.terminal import Output, Terminal
+from lzero_kvcache.training.summary import Result, write_progress, write_summary
+from lzero_kvcache.training.terminal import Terminal
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
          'env.evaluator_env_num=1']
@@ -315,9 +316,10 @@ def test_plain_output_has_no_bar_and_counts_repetitions(tmp_path):
         terminal.start(100)
         for _ in range(3):
             terminal.repeated('Cleared')
-        terminal.update(Status(collected=1))
+        terminal.update(Result(0, 'train', 'new', 0, collected_env_step=1), 'collect')
         terminal.line('[not] markup')
-        terminal.finish(Status(env_step=100, collected=120, hit_rate=0.875, seconds=10.))
+        terminal.finish(Result(0, 'train', 'new', 0, env_step=100, collected_env_step=120, hit_rates=dict(total=0.875),
+                               env_steps_per_second=12.))
         terminal.table('Done', [('event files', 'x' * 150)])
         file.seek(0)
         text = file.read()
@@ -541,9 +543,9 @@ def a_run_in_place(tmp_path, monkeypatch, *, summary=None, progress=None):
     path.parent.mkdir(parents=True)
     torch.save(dict(model={}, target_model={}, optimizer_world_model={}, last_iter=5, last_step=50), str(path))
     if summary is not None:
-        write_summary(Result(130, 'train', summary, 0, exp_name='runs/a', env_step=50, collected_env_step=80))
+        write_summary(Result(130, 'train', summary, 0, exp_name='runs/a', collected_env_step=80))
     if progress is not None:
-        write_progress('runs/a', Status(cache=progress, env_step=50, collected=90))
+        write_progress(Result(0, 'train', progress, 0, exp_name='runs/a', collected_env_step=90), 'train')
     plan = make_plan('config_new', resume=str(path), in_place=True)
     run = _Training(plan, SimpleNamespace(terminal=None), DataParallel())
     run._check()
@@ -560,7 +562,7 @@ def test_a_folder_of_the_other_system_is_not_gone_on_in(ended, tmp_path, monkeyp
     (dict(summary='new'), 80), (dict(progress='new'), 90), (dict(summary='new', progress='new'), 90), (dict(), 50)])
 def test_counts_go_on_where_they_were(ended, collected, tmp_path, monkeypatch):
     run = a_run_in_place(tmp_path, monkeypatch, **ended)
-    assert (run.status.env_step, run.status.collected, run.watch.collected) == (50, collected, collected)
+    assert (run.watch.env_step, run.watch.collected) == (50, collected)
 
 
 @pytest.mark.slow
