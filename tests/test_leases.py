@@ -38,7 +38,8 @@ from lzero_kvcache.cache.nodes import NodeTable
 from lzero_kvcache.host.old_world_model import OldWorldModel
 from lzero_kvcache.host.tree_search import NodeSearch
 from lzero_kvcache.host.world_model import NewWorldModel
-from lzero_kvcache.search import inference
+from lzero_kvcache.search import by_key, by_node
+from lzero_kvcache.search import roots as root_inference
 
 SEED, CASE = 11, Case()
 ROWS, ENVIRONMENTS, SIMULATIONS = 2, 4, 6
@@ -179,7 +180,7 @@ def test_what_runs_inside_a_search_changes_nothing_of_it(inside, player):
     expected = lived(model_of(), player(model_of()), trace)
     answers = lived(model, player(model), trace, INSIDE[inside])
     assert_undisturbed(answers, expected)
-    assert model.world_model.inference._open.steps == []
+    assert model.world_model.inference.open.steps == []
     audit(model.world_model.kv_cache_manager)
 
 
@@ -502,8 +503,10 @@ POINTS = {
     'forgetting keys': (lambda policy: (cache(policy), 'forget_init'), 'by key'),
     'a table of nodes': (lambda policy: (NodeTable, '__init__'), 'by node'),
     'expanding a node': (lambda policy: (NodeTable, 'expand'), 'by node'),
-    'the copy there': (lambda policy: (inference, 'send'), 'both'),
-    'the copy back': (lambda policy: (inference, 'to_cpu'), 'both'),
+    'the copy there': (lambda policy: (root_inference, 'send'), 'both'),
+    'the copy back': (lambda policy: (root_inference, 'to_cpu'), 'both'),
+    "a node's copy back, by key": (lambda policy: (by_key, 'to_cpu'), 'by key'),
+    "a node's copy back": (lambda policy: (by_node, 'to_cpu'), 'by node'),
     'the tree, down': (lambda policy: (seeded_search.TREE, 'batch_traverse'), 'both'),
     'the tree, up': (lambda policy: (seeded_search.TREE, 'batch_backpropagate'), 'both'),
 }
@@ -560,7 +563,7 @@ def test_a_failure_at_each_point_of_a_step(point, keyed):
         step += 1
     assert failures > 0
     audit(cache(policy))
-    assert policy._model.world_model.inference._open.steps == []
+    assert policy._model.world_model.inference.open.steps == []
 
 
 # ---------------------------------------------------------------------------------------------------- by environment
@@ -571,9 +574,10 @@ class TestByEnvironment:
     @pytest.mark.parametrize('mode', ['collect', 'eval'])
     def test_a_served_step_hashes_nothing_and_copies_no_latent(self, mode, monkeypatch):
         hashed, copied = [], []
-        for found, name in ((hashed, 'hash_rows'), (copied, 'to_cpu')):
-            function = getattr(inference, name)
-            monkeypatch.setattr(inference, name, lambda value, found=found, function=function: (
+        for owner, found, name in ((root_inference, hashed, 'hash_rows'), (root_inference, copied, 'to_cpu'),
+                                   (by_node, copied, 'to_cpu')):
+            function = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda value, found=found, function=function: (
                 found.append(value.shape), function(value))[1])
         policy = policy_of()
         worker = Worker(policy, mode)

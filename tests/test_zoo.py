@@ -14,7 +14,7 @@ from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from trainings import SMALL, WM, check_run, import_what_trainings_import, short_episodes, trained
 
 from lzero_kvcache import ConfigError, check_config, disable, enable
-from lzero_kvcache.search import inference
+from lzero_kvcache.search import roots
 from lzero_kvcache.training import load_config, make_plan
 from lzero_kvcache.training.config_file import PROJECT_ROOT
 
@@ -342,14 +342,14 @@ def test_contexts_fill_and_slide(tmp_path, heavy_imports):
 
     def prepare():
         short_episodes()
-        extend = inference.extend
+        extend = roots.extend
 
         def watched(rows, pages):
             tables, counts = rows
             note(slid, (counts == tables.shape[1]).sum())
             return extend(rows, pages)
 
-        inference.extend = watched  # what root contexts go through; in the fork, and nowhere else
+        roots.extend = watched  # what root contexts go through; in the fork, and nowhere else
 
     small = [*memory(name, distractor), f'{WM}.context_length={context_length}']
     [(code, printed)] = trained(tmp_path, ['--config', name, '--cache', 'new', *small], prepare)

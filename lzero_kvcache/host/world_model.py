@@ -16,7 +16,8 @@ from ..engine.launch import picked
 from ..engine.slab import Slab
 from ..engine.store import PageStore
 from ..registry import KV_CACHE_REGISTRY
-from ..search.inference import Inference, Served
+from ..search.inference import Inference
+from ..search.served import Served
 from ..search.whole import Problem
 from ..validation import Validator
 from .keys_values import KeysValuesCodec
@@ -116,7 +117,7 @@ class NewWorldModel(LightZeroWorldModel):
             self.kv_cache_manager.clear_all()
         else:
             self.kv_cache_manager.clear_init_caches(mode, env_id)
-        self.inference.forget(mode, env_id)
+        self.inference.open.forget(mode, env_id)
         if self.validator is not None:
             self.validator.reference.forget(mode, env_id)
 
@@ -188,7 +189,7 @@ class NewWorldModel(LightZeroWorldModel):
         """
         addresses = self.weights_source.addresses()
         self._notice_moved_weights(addresses)
-        with self.inference.serving(mode, [int(env_id) for env_id in env_ids], addresses) as served:
+        with self.inference.open.serving(mode, [int(env_id) for env_id in env_ids], addresses) as served:
             yield served
 
     @torch.no_grad()
