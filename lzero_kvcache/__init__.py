@@ -10,7 +10,7 @@ with contextlib.ExitStack() as _quiet:
         _quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
         _quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
     from . import telemetry  # noqa: F401
-    from .host import models, policies  # noqa: F401  (these register with DI-engine)
+    from .host import models, policies, targets  # noqa: F401  (what LightZero and DI-engine find in place of their own)
 
 from .cache.base import BaseCacheManager, PagedCacheManager
 from .cache.eviction import EvictionStrategy
