@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import seeded_search
 import torch
-from builders import Worker, assert_same_outputs, audit, keys_values, make_policy, paged, roots, tokens
+from builders import Worker, assert_same_outputs, audit, make_policy, roots
 from ding.utils import MODEL_REGISTRY
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 from lzero.policy import utils as lightzero_utils
@@ -38,7 +38,8 @@ from lzero_kvcache.cache.nodes import NodeTable
 from lzero_kvcache.host.old_world_model import OldWorldModel
 from lzero_kvcache.host.tree_search import NodeSearch
 from lzero_kvcache.host.world_model import NewWorldModel
-from lzero_kvcache.search import inference
+from lzero_kvcache.search import by_key, by_node
+from lzero_kvcache.search import roots as root_inference
 
 SEED, CASE = 11, Case()
 ROWS, ENVIRONMENTS, SIMULATIONS = 2, 4, 6
@@ -179,25 +180,8 @@ def test_what_runs_inside_a_search_changes_nothing_of_it(inside, player):
     expected = lived(model_of(), player(model_of()), trace)
     answers = lived(model, player(model), trace, INSIDE[inside])
     assert_undisturbed(answers, expected)
-    assert model.world_model.inference._open.steps == []
+    assert model.world_model.inference.open.steps == []
     audit(model.world_model.kv_cache_manager)
-
-
-@BOTH_SEARCHES
-def test_the_pages_of_an_open_search_are_nobody_elses(player):
-    """Of a root by hand, of nodes by key, and of what is taken: none is a page that the search may read or write."""
-    model = model_of()
-    playing, manager = player(model), model.world_model.kv_cache_manager
-    for event in trace_of().events[:MIDDLE]:
-        playing.play(event)
-    used = set(np.flatnonzero(manager._pages.references).tolist())
-    for disturb in (nodes_by_key, a_root_by_hand):
-        disturb(model, playing)
-        assert used <= set(np.flatnonzero(manager._pages.references).tolist())
-    with manager.lease() as lease:
-        assert not used & set(lease.allocate(30).tolist())
-    playing.close()
-    audit(manager)
 
 
 @BOTH_SEARCHES
@@ -519,8 +503,10 @@ POINTS = {
     'forgetting keys': (lambda policy: (cache(policy), 'forget_init'), 'by key'),
     'a table of nodes': (lambda policy: (NodeTable, '__init__'), 'by node'),
     'expanding a node': (lambda policy: (NodeTable, 'expand'), 'by node'),
-    'the copy there': (lambda policy: (inference, 'send'), 'both'),
-    'the copy back': (lambda policy: (inference, 'to_cpu'), 'both'),
+    'the copy there': (lambda policy: (root_inference, 'send'), 'both'),
+    'the copy back': (lambda policy: (root_inference, 'to_cpu'), 'both'),
+    "a node's copy back, by key": (lambda policy: (by_key, 'to_cpu'), 'by key'),
+    "a node's copy back": (lambda policy: (by_node, 'to_cpu'), 'by node'),
     'the tree, down': (lambda policy: (seeded_search.TREE, 'batch_traverse'), 'both'),
     'the tree, up': (lambda policy: (seeded_search.TREE, 'batch_backpropagate'), 'both'),
 }
@@ -577,27 +563,7 @@ def test_a_failure_at_each_point_of_a_step(point, keyed):
         step += 1
     assert failures > 0
     audit(cache(policy))
-    assert policy._model.world_model.inference._open.steps == []
-
-
-@pytest.mark.parametrize('point', ['take', 'ready', 'write'])
-@pytest.mark.parametrize('pool', ['init', 'recur'])
-def test_a_context_that_cannot_be_stored_by_hand(pool, point):
-    used = paged()
-    used.set_init_cache(0, 'other', keys_values(3))
-    owner = {'take': used, 'ready': used.storage, 'write': used.storage.slab}[point]
-    store = used.set_recur_cache if pool == 'recur' else lambda *args: used.set_init_cache(1, *args)
-    for at in range(2):
-        with failing(owner, point, at) as calls, contextlib.suppress(Broken):
-            store('key', keys_values(5))
-        if len(calls) > at:
-            assert used.pages_used == 2
-            audit(used)
-            store('key', keys_values(5))
-        assert used.pages_used == 5
-        used.clear_recur_cache()
-        used.clear_init_caches(env_id=1)
-    assert torch.equal(tokens(used.get_init_cache(0, 'other')), tokens(keys_values(3)))
+    assert policy._model.world_model.inference.open.steps == []
 
 
 # ---------------------------------------------------------------------------------------------------- by environment
@@ -608,9 +574,10 @@ class TestByEnvironment:
     @pytest.mark.parametrize('mode', ['collect', 'eval'])
     def test_a_served_step_hashes_nothing_and_copies_no_latent(self, mode, monkeypatch):
         hashed, copied = [], []
-        for found, name in ((hashed, 'hash_rows'), (copied, 'to_cpu')):
-            function = getattr(inference, name)
-            monkeypatch.setattr(inference, name, lambda value, found=found, function=function: (
+        for owner, found, name in ((root_inference, hashed, 'hash_rows'), (root_inference, copied, 'to_cpu'),
+                                   (by_node, copied, 'to_cpu')):
+            function = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda value, found=found, function=function: (
                 found.append(value.shape), function(value))[1])
         policy = policy_of()
         worker = Worker(policy, mode)
@@ -653,20 +620,3 @@ class TestByEnvironment:
         counted = cache(policy).counters()['init']
         assert (counted['queries'], counted['hits']) == (4, 4 * finds)
         audit(cache(policy))
-
-    def test_memory_stays_flat(self):
-        """An environment has the window of its newest root, however long its episode is."""
-        policy = policy_of()
-        collector, evaluator, used = Worker(policy), Worker(policy, 'eval'), cache(policy)
-        for step in range(30):
-            collector.step([0, 1, 2])
-            assert used.pages_used <= (3 + 3 * (step > 3)) * used.width
-            if step > 2:
-                evaluator.step([0, 1, 2])
-            if step == 6:
-                memory, capacity = used.memory_mb, used.page_capacity
-            assert used.pages_used <= 6 * used.width
-        assert (used.memory_mb, used.page_capacity) == (memory, capacity)
-        assert roots(used) == roots(used, 'eval') == [1, 1, 1]
-        assert used.counters()['init']['evictions'] == 0
-        audit(used)

@@ -22,7 +22,7 @@ from players import ByKey, ByNode, Placed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lzero_kvcache.engine import launch
-from lzero_kvcache.search import inference
+from lzero_kvcache.search import by_key, by_node, inference, roots
 
 SEED, ROWS = 3, 4
 ON_CPU = 'cpu'
@@ -60,8 +60,9 @@ class Counting:
             call = self._call(getattr(world_model.inference, name), device)
             monkeypatch.setattr(world_model.inference, name, call)
         if device == ON_CPU:
-            for owner, name, way in ((inference, 'send', 'there'), (inference, 'to_cpu', 'back'),
-                                     (launch.EagerBackend, 'step', 'there')):
+            there, back = (roots, by_key, inference), (roots, by_key, by_node)
+            places = [(owner, 'send', 'there') for owner in there] + [(owner, 'to_cpu', 'back') for owner in back]
+            for owner, name, way in [*places, (launch.EagerBackend, 'step', 'there')]:
                 monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), way))
 
     def _call(self, function, device):

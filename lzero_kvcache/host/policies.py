@@ -28,7 +28,7 @@ from ..cache.stats import Timing
 from ..config import FLAG, PREFIX, ConfigError, settle
 from ..registry import KV_CACHE_REGISTRY, register_in_place_of
 from ..search.environments import Environments
-from ..search.inference import Served
+from ..search.served import Served
 from ..telemetry import HOOK_CONFIG, HOOK_KEY
 from .patches import with_globals
 from .refused import check_served, is_own

@@ -2,7 +2,7 @@
 import logging
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from ..engine.store import PageStore
 from ..engine.transfer import send
 from ..engine.weights import Weights
 from ..registry import KV_CACHE_REGISTRY
-from ..search.inference import Inference, Served
+from ..search.inference import Inference
+from ..search.served import Served
 from ..search.whole import Problem
 from ..validation import Validator
 from .keys_values import KeysValuesCodec
@@ -89,11 +90,6 @@ class NewWorldModel(LightZeroWorldModel):
         return self.inference.timings
 
     @property
-    def graph_memory_mb(self) -> float:
-        """MiB that captured graphs hold beside the pages."""
-        return self.inference.backend.memory_mb
-
-    @property
     def hyperparameters(self) -> Dict[str, Any]:
         """What tells this cache from others."""
         options = self._options
@@ -124,7 +120,7 @@ class NewWorldModel(LightZeroWorldModel):
             self.kv_cache_manager.clear_all()
         else:
             self.kv_cache_manager.clear_init_caches(mode, env_id)
-        self.inference.forget(mode, env_id)
+        self.inference.open.forget(mode, env_id)
         if self.validator is not None:
             self.validator.reference.forget(mode, env_id)
 
@@ -164,18 +160,34 @@ class NewWorldModel(LightZeroWorldModel):
             return f'the model is on {device}'
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
 
-    def search_whole(self, problem: Problem) -> Any:
+    @contextmanager
+    def search_whole(self, problem: Problem) -> Iterator[Any]:
         """
         Overview:
             Search from the roots that were just served, in one compiled call.
         Arguments:
             - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
         Returns:
-            - tree (:obj:`Tree`): The trees in arrays, until the next search.
+            - tree (:obj:`Tree`): The trees in arrays; later searches write over them.
         Raises:
             - RuntimeError: No root inference was served.
         """
-        return self.inference.search_whole(problem)
+        with torch.no_grad(), self.inference.search_whole(problem) as tree:
+            yield tree
+
+    def reanalyze_whole(self, problem: Problem, latent: np.ndarray,
+                        start_pos: Any) -> Tuple[List[List[int]], List[float]]:
+        """
+        Overview:
+            Search from states without contexts, in compiled calls for some rows at a time.
+        Arguments:
+            - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
+            - latent (:obj:`np.ndarray`): The roots' latent states ``[B, E]``.
+            - start_pos (:obj:`Any`): Timesteps ``[batch, unroll]``, as a replay buffer passes them.
+        Returns:
+            - found (:obj:`Tuple[List[List[int]], List[float]]`): The roots' visits and values.
+        """
+        return self.inference.reanalyze_whole(problem, latent, start_pos)
 
     def _ready_slab(self) -> Slab:
         return self._storage.ready(self.kv_cache_manager.page_capacity, self.weights_source.device())
@@ -196,7 +208,7 @@ class NewWorldModel(LightZeroWorldModel):
         """
         addresses = self.weights_source.addresses()
         self._notice_moved_weights(addresses)
-        with self.inference.serving(mode, [int(env_id) for env_id in env_ids], addresses) as served:
+        with self.inference.open.serving(mode, [int(env_id) for env_id in env_ids], addresses) as served:
             yield served
 
     @torch.no_grad()

@@ -1,13 +1,7 @@
-"""The rows of a batch on the CPU: their keys and timesteps. ``B`` rows, ``E`` embedding."""
-from typing import Any, List, Sequence
+"""The timesteps of a batch's rows, ``B`` of them, from what LightZero passes as such."""
+from typing import Any, Sequence
 
 import numpy as np
-import xxhash
-
-
-def hash_rows(latent: np.ndarray) -> List[int]:
-    """The key of each row ``[B, E]``: XXH3's 64 bits of its bytes."""
-    return list(map(xxhash.xxh3_64_intdigest, latent))
 
 
 def timesteps_of(start_pos: Any, rows: int) -> np.ndarray:

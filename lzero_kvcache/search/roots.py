@@ -1,0 +1,123 @@
+"""Root inference: the states that searches begin at, each in its environment's context."""
+from typing import Any, Hashable, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+
+from ..cache.base import CURRENT
+from ..cache.manager import COLLECT
+from ..cache.pages import Rows, extend
+from ..engine.packing import pack, unpack
+from ..engine.step import StepOutput
+from ..engine.transfer import send, to_cpu
+from ..engine.weights import Weights
+from .keys import hash_rows
+from .served import Served
+from .steps import Steps, checksum, zero_for_nan
+from .timesteps import timesteps_of
+
+
+class RootInference(Steps):
+    """Looks contexts up by environment, or by key, and stores those that the step made."""
+
+    def root(self, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
+             start_pos: Any) -> StepOutput:
+        """The roots of a search, each in its environment's context; one copy to the device, one back.
+
+        ``last_actions [B]`` led from ``last_obs`` to ``current_obs [B, ...]``; -1 where an episode starts. The
+        predictions have no rewards, and are 0 for what is skipped. A served step has one root inference, which finds
+        its contexts by environment. Any other is of environments 0 to ``B - 1`` of collection, and finds them by key.
+        """
+        self.open.end_abandoned()
+        rows = len(current_obs)
+        served = self.open.innermost(lambda step: step.roots is None)
+        if len(self.open.steps) <= (served is not None):
+            self._manager.clear_recur_cache()  # unless a search around this one needs its nodes
+        if served is not None:
+            served.check_rows(rows)
+            return self._root(served, False, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
+        with self._manager.lease() as lease:
+            by_hand = Served(COLLECT, list(range(rows)), (), lease, None)
+            return self._root(by_hand, True, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
+
+    def _root(self, step: Served, by_key: bool, last_obs: torch.Tensor, last_actions: Sequence[Any],
+              current_obs: torch.Tensor, timesteps: np.ndarray) -> StepOutput:
+        manager, mode, env_ids = self._manager, step.mode, step.env_ids
+        step.weights = self._source.read(False)
+        rows, latent = len(current_obs), self._latents(current_obs)
+        going = np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
+        contexts, last, missing = self._last_contexts(step, by_key, last_obs, going)
+        manager.count_queries('init', int(going.sum()), int(going.sum()) - len(missing))
+        before = contexts[0].copy(), contexts[1].copy()
+        pages = step.lease.allocate(rows)
+        if going.any():
+            lost = missing
+            if self._guard.skips and last is not None and len(missing):  # what was skipped is no context to begin from
+                lost = missing[to_cpu(torch.isfinite(last).all(1))[missing]]
+            anew = self._begin_anew(step.lease, contexts, lost, 2 * timesteps[lost])
+            actions = np.asarray([last_actions[row] if going[row] else self._no_action() for row in range(rows)])
+            output = self._continue(step.weights, contexts, pages, timesteps, actions, latent, anew, last)
+        else:
+            [numbers] = send(self._source.device(), np.stack([pages, self._angle(2 * timesteps)]))
+            output = self.engine.first(step.weights, self._slab(), numbers[0], latent, numbers[1])
+        # Keys need whole latent states; otherwise a sum is enough to see whether they are finite.
+        states = latent if by_key else latent.sum(1, keepdim=True)
+        on_cpu = to_cpu(torch.cat([states, checksum(output)], dim=1))
+        kept = self._finite_roots(on_cpu, step, timesteps)
+        roots = extend(contexts, pages)
+        kept_ids, kept_roots = [env_ids[row] for row in kept], (roots[0][kept], roots[1][kept])
+        if by_key:
+            keys = hash_rows(on_cpu[:, :-1])
+            manager.store_init(mode, kept_ids, [keys[row] for row in kept], kept_roots)
+        else:
+            step.roots, step.before, step.kept = roots, before, kept
+            step.timesteps, step.latents = timesteps, latent
+            for env_id in set(env_ids).difference(kept_ids):  # an environment whose root was skipped begins afresh
+                manager.clear_init_caches(mode, env_id)
+            if kept_ids:
+                manager.store_init(mode, kept_ids, [CURRENT] * len(kept_ids), kept_roots)
+        if step.trace is not None:
+            step.trace.note_root(last_obs, last_actions, current_obs, timesteps, missing, output)
+        return output if len(kept) == rows else output.map(zero_for_nan)
+
+    def _last_contexts(self, step: Served, by_key: bool, last_obs: torch.Tensor,
+                       going: np.ndarray) -> Tuple[Rows, Optional[torch.Tensor], np.ndarray]:
+        """The contexts of the last roots, the last latent states where they are needed, and the rows whose context is
+        missing. By environment, last observations are encoded only if a context is missing."""
+        manager, rows = self._manager, len(going)
+        tables, counts = np.zeros((rows, manager.width), np.int64), np.zeros(rows, np.int64)
+        # All rows at once, as they were encoded when they were current: another batch size would change last bits.
+        last = self._latents(last_obs) if by_key and going.any() else None
+        continued = np.flatnonzero(going)
+        if len(continued):
+            keys: List[Hashable] = [CURRENT] * len(continued)
+            if last is not None:
+                hashed = hash_rows(to_cpu(last))
+                keys = [hashed[row] for row in continued]
+            env_ids = [step.env_ids[row] for row in continued]
+            tables[continued], counts[continued] = manager.find_init(step.mode, env_ids, keys)
+            step.lease.hold(tables)
+        missing = np.flatnonzero(going & (counts == 0))
+        if len(missing) and last is None:
+            last = self._latents(last_obs)
+        return (tables, counts), last, missing
+
+    def _continue(self, weights: Weights, rows: Rows, pages: np.ndarray, timesteps: np.ndarray, actions: np.ndarray,
+                  latent: torch.Tensor, anew: np.ndarray, last: Optional[torch.Tensor]) -> StepOutput:
+        """An action and an observation that is given, for contexts of which some are begun anew before."""
+        engine, slab = self.engine, self._slab()
+        angles = 2 * timesteps - 1, 2 * timesteps
+        packed = pack(engine.geometry, rows, pages, angles, actions, int(rows[1].max()))
+        numbers, begun = send(self._source.device(), packed, anew)
+        if anew.shape[1]:
+            assert last is not None
+            engine.begin(weights, slab, begun[0], last[begun[2]], begun[1])
+        page_ids, page_counts, positions, action = unpack(engine.geometry, numbers)
+        return engine.step(weights, slab, page_ids, page_counts, action, positions, latent)
+
+    def _finite_roots(self, on_cpu: np.ndarray, step: Served, timesteps: np.ndarray) -> np.ndarray:
+        """Rows ``[K]`` whose latent state, value and policy are finite."""
+        kept = self._guard.finite(on_cpu[:, :-1], 'A latent state', step.mode, step.env_ids, timesteps)
+        return kept[self._guard.finite(
+            on_cpu[kept, -1:], 'A value or policy', step.mode, [step.env_ids[row] for row in kept], timesteps[kept]
+        )]

@@ -1,0 +1,126 @@
+"""The steps that are being served: whose rows a root inference and the search after it have, and what becomes of their
+roots when a step ends, fails or is abandoned."""
+import threading
+from collections import deque
+from contextlib import contextmanager
+from typing import Any, Callable, Deque, Hashable, Iterator, List, Optional, Set, Tuple
+
+import numpy as np
+import torch
+
+from ..cache.base import CURRENT, PagedCacheManager
+from ..cache.pages import Lease, Rows
+
+
+class Served:
+    """A step of some environments: their root inference, and the search that follows it. It owns its roots' pages."""
+
+    def __init__(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...], lease: Lease, trace: Any) -> None:
+        self.mode, self.env_ids = mode, env_ids
+        self.addresses = addresses  # of the weights
+        self.lease = lease
+        self.trace = trace  # what its validation notes; or None
+        self.weights: Any = None  # as the root inference read them: nobody changes them inside a search
+        self.roots: Optional[Rows] = None
+        self.before: Optional[Rows] = None  # the environments' roots before this step
+        self.superseded: Set[int] = set()  # environments whose root is no longer of this step
+        self.kept = np.zeros(0, np.int64)  # rows whose root was stored
+        self.timesteps = np.zeros(0, np.int64)  # [B]
+        self.latents: Optional[torch.Tensor] = None  # [B, E], of the roots
+        self.keys: Optional[Tuple[List[int], List[Hashable]]] = None  # environments and keys, if searched by key
+        self.searches = 0  # how many by node are running
+
+    def check_rows(self, rows: int) -> None:
+        if len(self.env_ids) != rows:
+            raise ValueError(f'{rows} rows for {len(self.env_ids)} environments {self.env_ids}')
+
+
+class _Open(threading.local):
+    """Each thread has open steps of its own, and so has each copy of a model."""
+
+    def __init__(self) -> None:
+        self.steps: List[Served] = []
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+class OpenSteps:
+    """The steps of one model that are being served."""
+
+    def __init__(self, manager: PagedCacheManager, validator: Any) -> None:
+        self._manager, self._validator = manager, validator
+        self._open = _Open()
+        self._abandoned: Deque[Served] = deque()  # steps that were entered and never left
+
+    @property
+    def steps(self) -> List[Served]:
+        """Those of this thread, the innermost last."""
+        return self._open.steps
+
+    @contextmanager
+    def serving(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...]) -> Iterator[Served]:
+        """A context in which the root inference, and the search that follows it, are those of some environments."""
+        if len(set(env_ids)) < len(env_ids):
+            raise ValueError(f'an environment has two rows: {env_ids}')
+        self.end_abandoned()
+        trace = None if self._validator is None else self._validator.open(mode, env_ids)
+        served = Served(mode, env_ids, addresses, self._manager.lease(), trace)
+        steps = self.steps
+        steps.append(served)
+        try:
+            yield served
+            self._forget_keys(served)
+        except GeneratorExit:
+            self._abandoned.append(served)  # this may be garbage, which is collected in the middle of anything
+            raise
+        except BaseException:
+            self._end_failed(served)
+            raise
+        else:
+            served.lease.release()
+            for other in [*steps, *self._abandoned]:
+                if other is not served and other.mode == mode:
+                    other.superseded.update(env_ids)
+        finally:
+            steps.remove(served)
+
+    def end_abandoned(self) -> None:
+        """Put back what steps that were never left have changed."""
+        while self._abandoned:
+            self._end_failed(self._abandoned.popleft())
+
+    def _end_failed(self, served: Served) -> None:
+        with served.lease:
+            self._undo(served)
+            self._forget_keys(served)
+
+    def _forget_keys(self, served: Served) -> None:
+        if served.keys is not None:
+            self._manager.forget_init(served.mode, *served.keys)
+
+    def _undo(self, served: Served) -> None:
+        """Put back the roots that the environments had before a step that failed."""
+        if served.before is None:
+            return
+        undone = [row for row, env_id in enumerate(served.env_ids) if env_id not in served.superseded]
+        for row in undone:
+            self._manager.clear_init_caches(served.mode, served.env_ids[row])
+        there = [row for row in undone if served.before[1][row]]
+        if there:
+            rows = served.before[0][there], served.before[1][there]
+            self._manager.store_init(served.mode, [served.env_ids[row] for row in there], [CURRENT] * len(there), rows)
+
+    def forget(self, mode: Optional[str], env_id: Optional[int]) -> None:
+        """The roots of an environment, of a mode, or all were cleared: let no open search by key find them, and no step
+        that fails put them back."""
+        for step in [*self.steps, *self._abandoned]:
+            if mode in (None, step.mode):
+                left = [row for row in step.kept if env_id not in (None, step.env_ids[row])]
+                step.kept = np.array(left, dtype=np.int64)
+                step.superseded.update(step.env_ids if env_id is None else [env_id])
+
+    def innermost(self, is_fitting: Callable[[Served], bool]) -> Optional[Served]:
+        """The innermost open step, if it fits: LightZero's code does not pass along which step it is in."""
+        steps = self.steps
+        return steps[-1] if steps and is_fitting(steps[-1]) else None

@@ -1,0 +1,89 @@
+"""What every inference over pages needs: the model's steps, and where contexts are begun anew."""
+from typing import Any, Callable, Optional
+
+import numpy as np
+import torch
+
+from ..cache.base import PagedCacheManager
+from ..cache.pages import SCRATCH_PAGE, Lease, Rows
+from ..cache.stats import Timing
+from ..config import CacheConfig
+from ..engine.launch import Result, make_backend
+from ..engine.packing import pack
+from ..engine.slab import MIB
+from ..engine.step import Engine, StepOutput
+from ..engine.store import PageStore
+from ..engine.weights import Source, Weights
+from .guard import NanGuard
+from .served import OpenSteps
+
+
+class Steps:
+    """The steps of one model over the pages of its manager."""
+
+    def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], manager: PagedCacheManager,
+                 store: PageStore, options: CacheConfig, validator: Any) -> None:
+        self.engine = Engine(source.geometry)
+        self.backend = make_backend(options.backend, self.engine, source, SCRATCH_PAGE)
+        self.timings = {'search': Timing(), 'step': Timing()}
+        self.open = OpenSteps(manager, validator)
+        self._source, self._encode, self._manager, self._store = source, encode, manager, store
+        self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
+        store.beside += [self.backend, _WindowMemory(self.engine)]
+
+    def _begin_anew(self, lease: Lease, rows: Rows, lost: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Give rows whose contexts are lost a page each. Returns what it takes to begin them there in one forward: the
+        pages, their observations' angles and the rows, ``[3, K]``."""
+        tables, counts = rows
+        if not len(lost):
+            return np.zeros((3, 0), dtype=np.int64)
+        pages = lease.allocate(len(lost))
+        tables[lost, 0], counts[lost] = pages, 1
+        return np.stack([pages, self._angle(positions), lost])
+
+    def _step(self, weights: Weights, rows: Rows, pages: np.ndarray, timesteps: np.ndarray,
+              actions: Optional[np.ndarray], on_device: Optional[torch.Tensor], longest: int) -> Result:
+        """A recurrent step from nodes at ``timesteps``; everything that comes from the CPU travels in one copy."""
+        angles = 2 * timesteps + 1, 2 * timesteps + 2
+        numbers = pack(self.engine.geometry, rows, pages, angles, actions, longest)
+        return self.backend.step(weights, self._slab(), numbers, on_device)
+
+    def _latents(self, obs: torch.Tensor) -> torch.Tensor:
+        return self._encode(obs).reshape(len(obs), -1)
+
+    def _slab(self) -> Any:
+        return self._store.ready(self._manager.page_capacity, self._source.device())
+
+    def _angle(self, position: np.ndarray) -> np.ndarray:
+        geometry = self.engine.geometry
+        return position % geometry.rotary_positions if geometry.rotary else position
+
+    def _is_first(self, action: Any) -> bool:
+        return not isinstance(action, np.ndarray) if self.engine.geometry.continuous else int(action) == -1
+
+    def _no_action(self) -> Any:
+        geometry = self.engine.geometry
+        return np.zeros(geometry.action_size, np.float32) if geometry.continuous else 0
+
+
+class _WindowMemory:
+    """What an engine keeps for gathered windows, as the store counts it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def memory_mb(self) -> float:
+        return self._engine.window.bytes / MIB
+
+
+def checksum(output: StepOutput) -> torch.Tensor:
+    """A sum ``[B, 1]`` that is finite where reward, value and policy are. If these are finite, so are the keys and
+    values that they were computed with."""
+    parts = output.logits_rewards, output.logits_value, output.logits_policy
+    return torch.cat([part for part in parts if part is not None], dim=-1).sum(-1)
+
+
+def zero_for_nan(part: torch.Tensor) -> torch.Tensor:
+    """LightZero's trees cannot handle nan or inf."""
+    return part.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
