@@ -95,13 +95,16 @@ def assert_same(actual, expected):
 
 
 @OF_EACH_CASE
-def test_target_values(case):
+@pytest.mark.parametrize('device', [
+    'cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')),
+])
+def test_target_values(case, device):
     buffer = filled(case, config(case))
     context, _, actions, _, timesteps = batch_of(buffer)
     own, new = both(case)
     expected = buffer._compute_target_reward_value(context, own, actions, timesteps)
     assert np.ptp(expected[1]) > 1
-    assert_same(buffer._compute_target_reward_value(context, new, actions, timesteps), expected)
+    assert_same(buffer._compute_target_reward_value(context, new.to(device), actions, timesteps), expected)
 
 
 @OF_EACH_CASE
