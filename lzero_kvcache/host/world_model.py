@@ -272,7 +272,8 @@ class NewWorldModel(LightZeroWorldModel):
         ]
         return outputs, latents, value.new_zeros(len(value), 0, self.support_size), policy, value
 
-    def observed(self, latents: torch.Tensor, actions: np.ndarray, timesteps: np.ndarray) -> Tuple[Weights, torch.Tensor]:
+    def observed(self, latents: torch.Tensor, actions: np.ndarray,
+                 timesteps: np.ndarray) -> Tuple[Weights, torch.Tensor]:
         """
         Overview:
             The transformer over whole sequences of observations and actions, each without a context.
@@ -287,13 +288,9 @@ class NewWorldModel(LightZeroWorldModel):
         """
         source = self.weights_source
         weights, geometry = source.read(False), source.geometry
-        taken, angles = np.ascontiguousarray(actions[:, :-1]), None
-        if geometry.rotary:
-            first = 2 * np.asarray(timesteps)[:, 0].astype(np.int64) % geometry.rotary_positions
-            [angles, taken] = send(source.device(), first, taken)
-        else:
-            [taken] = send(source.device(), taken)
-        return weights, observe(geometry, weights, latents, taken, angles)
+        angles = 2 * np.asarray(timesteps)[:, 0].astype(np.int64) % max(1, geometry.rotary_positions)
+        first, taken = send(source.device(), angles, actions[:, :-1])
+        return weights, observe(geometry, weights, latents, taken, first if geometry.rotary else None)
 
     @torch.no_grad()
     def forward_recurrent_inference(self, state_action_history: Sequence[Any], simulation_index: int = 0,
