@@ -20,7 +20,7 @@ BUDGET_TOLERANCE = 0.75
 BUDGETS = {'max_env_step': 'environment steps', 'max_train_iter': 'training iterations'}
 MACHINE = {'system': 'systems', 'processor': 'processors', 'cpus': 'numbers of CPUs', 'threads': 'numbers of threads',
            'gpu': 'GPUs', 'python': 'versions of Python', 'torch': 'versions of torch', 'ding': 'versions of DI-engine'}
-# Kinds of measures: a difference between runs can make one kind incomparable, and leave the others.
+# What measures are about: a difference between runs can make those of one thing incomparable, and leave the others.
 TIME, SPEED, MEMORY, HITS, COUNT, REWARDS = 'time', 'speed', 'memory', 'hits', 'count', 'reward'
 EVERYTHING = (TIME, SPEED, MEMORY, HITS, COUNT, REWARDS)
 TIMES_AND_REWARDS, TIMES_AND_MEMORY = (TIME, SPEED, COUNT, REWARDS), (TIME, SPEED, MEMORY)
@@ -81,7 +81,7 @@ class Row(NamedTuple):
 
 
 class Caution(NamedTuple):
-    """A warning of a comparison; ``blocks`` are the kinds of measures that it makes incomparable."""
+    """A warning of a comparison; ``blocks`` is what those measures are about that it makes incomparable."""
     text: str
     blocks: Tuple[str, ...] = ()
 
