@@ -76,8 +76,7 @@ def runs_table(comparison: Comparison, runs: Optional[Sequence[TrainedRun]] = No
 def config_table(comparison: Comparison) -> Table:
     """The config keys that sides have different values for; without rows if the configs are the same."""
     names = [side.name for side in comparison.sides]
-    rows = [[difference.key, *(difference.values.get(name, NONE) for name in names)]
-            for difference in comparison.differences]
+    rows = [[key, *(values.get(name, NONE) for name in names)] for key, values in comparison.differences.items()]
     return Table('What the configs differ in', ['key', *names], rows)
 
 
