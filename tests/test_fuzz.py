@@ -35,10 +35,9 @@ STEPS = {'taken': 0}  # how many rules ran
 
 class ManagerMachine(RuleBasedStateMachine):
     """
-    Overview:
-        A manager driven as a world model drives it: root steps and searches, by key and by environment, some of them
-        inside a search that is open, and ends of episodes. Every page has a number written to it that no other page
-        ever had, so that an entry that got another's page shows.
+    A manager driven as a world model drives it: root steps and searches, by key and by environment, some of them
+    inside a search that is open, and ends of episodes. Every page has a number written to it that no other page
+    ever had, so that an entry that got another's page shows.
     """
     strategy = EvictionStrategy.FIFO
     max_pages: Optional[int] = None
