@@ -34,7 +34,7 @@ SCRIPTS = ((3, 5, 4), (7, 2, 6), (4, 4, 9), (9, 3, 2))
 class ScriptedEnv(BaseEnv):
     """
     The last observation of an episode is also the first of the next one, since LightZero's segment collector starts an
-    episode with the one or with the other. ``cfg`` has the number of the ``script``, and whether ``timesteps`` are told.
+    episode with the one or with the other. ``cfg`` has the number of the ``script`` and whether ``timesteps`` are told.
     """
 
     def __init__(self, cfg: Dict[str, Any]) -> None:

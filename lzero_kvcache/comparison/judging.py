@@ -202,7 +202,7 @@ def _measure(name: str, title: str, kind: str, about: str, events: Callable[[Tra
              prefer: str = 'summary') -> Measure:
     """A measure that a summary holds under ``keys``, or else under its name."""
     path = keys or (name,)
-    sources = {'summary': lambda run: finite(run.said(*path)), 'events': events}
+    sources = {'summary': lambda run: finite(run.from_summary(*path)), 'events': events}
     return Measure(name, title, kind, about, {prefer: sources[prefer], **sources})
 
 
@@ -343,7 +343,7 @@ def _budgets(sides: Sequence[Side], runs: Sequence[TrainedRun]) -> List[Caution]
              if run.summary.get('outcome', 'done') != 'done']
     asked = []
     for key, title in BUDGETS.items():
-        asked += _disagreement(sides, f'budgets of {title}', operator.methodcaller('said', key),
+        asked += _disagreement(sides, f'budgets of {title}', operator.methodcaller('from_summary', key),
                                'times and rewards are not comparable', TIMES_AND_REWARDS)
     steps = {run.name: run.env_step for run in runs if run.env_step is not None}
     if asked or not steps:
@@ -359,7 +359,7 @@ def _machines(sides: Sequence[Side]) -> List[Caution]:
     effect = 'times and memory are not comparable', TIMES_AND_MEMORY
     warnings = [
         *_disagreement(sides, 'devices', _device, *effect),
-        *_disagreement(sides, 'numbers of processes', operator.methodcaller('said', 'processes'), *effect),
+        *_disagreement(sides, 'numbers of processes', operator.methodcaller('from_summary', 'processes'), *effect),
     ]
     for key, title in MACHINE.items():
         warnings += _disagreement(sides, title, functools.partial(_of_machine, key=key), *effect)
@@ -399,7 +399,7 @@ def _device(run: TrainedRun) -> Any:
 
 def _of_machine(run: TrainedRun, key: str) -> Any:
     """A machine without a GPU says so."""
-    machine = run.said('machine')
+    machine = run.from_summary('machine')
     return (machine[key] or 'none') if isinstance(machine, dict) and key in machine else None
 
 

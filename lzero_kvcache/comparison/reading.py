@@ -104,7 +104,7 @@ class TrainedRun:
     @property
     def caches(self) -> List[str]:
         """The cache systems of its segments, several if it was resumed with another one."""
-        segments = self.said('segments')
+        segments = self.from_summary('segments')
         systems = [segment.get('cache') for segment in segments if isinstance(segment, dict)] \
             if isinstance(segments, list) else []
         return list(dict.fromkeys(filter(None, systems or [self.cache])))
@@ -123,7 +123,7 @@ class TrainedRun:
         name = os.path.basename(self.name)
         return SEED.sub('', STAMP.sub('', name)).strip('_-.') or name
 
-    def said(self, *keys: str) -> Any:
+    def from_summary(self, *keys: str) -> Any:
         """What the summary says under nested keys, None if nothing."""
         value: Any = self.summary
         for key in keys:
@@ -214,7 +214,7 @@ def read_run(run: TrainedRun) -> None:
         run.summary = _read_summary(os.path.join(run.folder, SUMMARY_FILE))
     except (OSError, ValueError) as error:
         run.notes.append(f'{SUMMARY_FILE} cannot be parsed ({error})')
-    if run.said('task') == 'evaluate':
+    if run.from_summary('task') == 'evaluate':
         raise Unreadable('it evaluated a checkpoint and trained nothing')
 
 
