@@ -1,12 +1,10 @@
 """The cache's numbers in tensorboard (and wandb) at every training iteration, and its options, once."""
 import importlib
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
 import torch.distributed as dist
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
-
-from .cache.stats import Timing
 
 HOOK_KEY = 'kv_cache_stats'
 HOOK_CONFIG = {'type': HOOK_KEY, 'name': HOOK_KEY, 'priority': 30, 'position': 'after_iter'}
@@ -40,171 +38,101 @@ COMPARED = (
 )
 
 
-class Point(NamedTuple):
-    """What was counted up to a training iteration."""
-    counters: Dict[str, Any]
-    timings: Dict[str, Timing]
-    iteration: int
-    env_step: int
-
-
-class RankSums:
-    """Sums the numbers of all ranks while they go on training. Every rank must ask equally often."""
-
-    def __init__(self) -> None:
-        self._pending: Optional[Tuple[Any, torch.Tensor, Point]] = None
-
-    def exchange(self, point: Point) -> Optional[Point]:
-        """Send this rank's numbers off, and return the sums of what all ranks sent at the iteration before; None at the
-        first. By now all of them have exchanged the gradients of a later iteration, so that none waits for another."""
-        numbers = _numbers(point.counters, point.timings)
-        work = dist.all_reduce(numbers, async_op=True)
-        sums = self.last()
-        self._pending = work, numbers, point
-        return sums
-
-    def last(self) -> Optional[Point]:
-        """The sums that are still to come, once."""
-        if self._pending is None:
-            return None
-        work, numbers, point = self._pending
-        self._pending = None
-        work.wait()
-        return _with_numbers(point, numbers)
-
-
-def several_ranks() -> bool:
-    """Whether this process trains together with others."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def sum_counters(counters: Dict[str, Any]) -> Dict[str, Any]:
-    """The sums of all ranks' counters, in which occupancies are means; all ranks must ask."""
-    if not several_ranks():
-        return counters
-    numbers = _numbers(counters, {})
-    dist.all_reduce(numbers)
-    return _with_numbers(Point(counters, {}, 0, 0), numbers).counters
-
-
-def _numbers(counters: Dict[str, Any], timings: Dict[str, Timing]) -> torch.Tensor:
-    """In an order that is the same on all ranks, since they have the same config."""
-    numbers: List[float] = [counters.get('memory_mb', 0.), counters.get('skipped', 0)]
-    for pool in POOLS:
-        numbers += [float(value) for _, value in sorted(counters.get(pool, {}).items())]
-    for _, timing in sorted(timings.items()):
-        numbers += [timing.count, timing.seconds]
+def summed_over_ranks(numbers: Dict[str, Any]) -> Dict[str, Any]:
+    """Nested dicts with the sums of all ranks' numbers, and means of occupancies; all ranks must ask."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return numbers
     device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+    sums = torch.tensor(_leaves(numbers), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return _summed(numbers, iter(sums.tolist()))
 
 
-def _with_numbers(point: Point, numbers: torch.Tensor) -> Point:
-    values = iter(numbers.tolist())
-    counters: Dict[str, Any] = {'memory_mb': next(values)}
-    skipped = int(next(values))
-    if 'skipped' in point.counters:
-        counters['skipped'] = skipped
-    for pool in POOLS:
-        if pool in point.counters:
-            counters[pool] = {name: type(value)(next(values)) for name, value in sorted(point.counters[pool].items())}
-            if 'occupancy' in counters[pool]:
-                counters[pool]['occupancy'] /= dist.get_world_size()
-    timings = {name: Timing(int(next(values)), next(values)) for name in sorted(point.timings)}
-    return Point(counters, timings, point.iteration, point.env_step)
+def _leaves(numbers: Dict[str, Any]) -> List[float]:
+    """In an order that is the same on all ranks, since they have the same config."""
+    return [leaf for _, value in sorted(numbers.items())
+            for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
+
+
+def _summed(numbers: Dict[str, Any], sums: Iterator[float]) -> Dict[str, Any]:
+    summed: Dict[str, Any] = {}
+    for name, value in sorted(numbers.items()):
+        summed[name] = _summed(value, sums) if isinstance(value, dict) else type(value)(next(sums))
+        if name == 'occupancy':
+            summed[name] /= dist.get_world_size()
+    return summed
 
 
 class KVCacheStatsHook(LearnerHook):
     """
     After each training iteration, writes ``kv_cache_iter/POOL_METRIC`` against iterations and
-    ``kv_cache_step/POOL_METRIC`` against environment steps. Counters are cumulative; a rate covers the searches since
-    the training phase before, and holds until there are newer ones. In data-parallel training the first rank writes
-    what all ranks counted, one iteration late.
+    ``kv_cache_step/POOL_METRIC`` against environment steps. Counters are cumulative; a rate or a mean time covers what
+    was new since the training phase before, and holds until there is more. In data-parallel training the first rank
+    writes what all ranks counted.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.pop('ext_args', None)
         super().__init__(*args, **kwargs)
-        self._seen: Dict[str, Tuple[int, int]] = {}
-        self._rates: Dict[str, float] = {}
-        self._timed: Dict[str, Timing] = {}
+        self._seen: Dict[str, Tuple[float, ...]] = {}
         self._means: Dict[str, float] = {}
         self._introduced = False
-        self._sums: Optional[RankSums] = None
 
     def __call__(self, engine: Any) -> None:
         """Write one point under every tag; ``engine`` is DI-engine's learner. Ranks without a logger write nothing."""
-        world_model = engine.policy.get_attribute('model').world_model
+        policy, writer = engine.policy, engine.tb_logger
+        world_model = policy.get_attribute('model').world_model
         manager = getattr(world_model, 'kv_cache_manager', None)
         if manager is None:
             return
-        point: Optional[Point] = Point(
-            manager.counters(), world_model.timings, engine.last_iter.val, engine.collector_envstep
-        )
-        if several_ranks():
-            if self._sums is None:
-                self._sums = RankSums()
-                engine.register_hook(_LastPoint(self))
-            point = self._sums.exchange(point)  # type: ignore[arg-type]
-        self.write(engine, point)
-
-    def write_last(self, engine: Any) -> None:
-        """Write the point of the last iteration, which is late."""
-        if self._sums is not None:
-            self.write(engine, self._sums.last())
-
-    def write(self, engine: Any, point: Optional[Point]) -> None:
-        """Write one point under every tag, if there is one."""
-        if point is None or engine.tb_logger is None:
+        timings = {name: vars(timing) for name, timing in world_model.timings.items()}
+        counted = summed_over_ranks(dict(counters=manager.counters(), timings=timings))
+        if writer is None:
             return
         if not self._introduced:
             self._introduced = True
-            engine.tb_logger.add_custom_scalars(LAYOUT)
-            policy = engine.policy
-            world_model = policy.get_attribute('model').world_model
-            write_hyperparameters(engine.tb_logger, {
+            writer.add_custom_scalars(LAYOUT)
+            write_hyperparameters(writer, {
                 **world_model.hyperparameters, 'num_simulations': policy.get_attribute('cfg').num_simulations
             })
-        values = {**self.values(point.counters), **self.times(point.timings)}
+        iteration, env_step = engine.last_iter.val, engine.collector_envstep
+        values = self.values(**counted)
         for name, value in values.items():
-            engine.tb_logger.add_scalar(f'kv_cache_iter/{name}', value, point.iteration)
-            engine.tb_logger.add_scalar(f'kv_cache_step/{name}', value, point.env_step)
-        validator = getattr(engine.policy.get_attribute('model').world_model, 'validator', None)
+            writer.add_scalar(f'kv_cache_iter/{name}', value, iteration)
+            writer.add_scalar(f'kv_cache_step/{name}', value, env_step)
+        validator = getattr(world_model, 'validator', None)
         validated = {} if validator is None else validator.tally.read()
         for name, value in validated.items():
-            engine.tb_logger.add_scalar(f'{VALIDATION}/{name}', value, point.iteration)
-        if engine.policy.get_attribute('cfg').get('use_wandb', False):
+            writer.add_scalar(f'{VALIDATION}/{name}', value, iteration)
+        if policy.get_attribute('cfg').get('use_wandb', False):
             import wandb
             logged = {f'kv_cache_step/{name}': value for name, value in values.items()}
             logged.update({f'{VALIDATION}/{name}': value for name, value in validated.items()})
-            wandb.log(logged, step=point.env_step)
+            wandb.log(logged, step=env_step)
 
-    def values(self, counters: Dict[str, Any]) -> Dict[str, float]:
-        """The values of a manager's ``counters()`` by tag; a rate is left out before the first query."""
+    def values(self, counters: Dict[str, Any], timings: Dict[str, Dict[str, Any]]) -> Dict[str, float]:
+        """The values of a manager's ``counters()`` and a world model's times by tag; means are left out before the
+        first query, search or step."""
         values: Dict[str, float] = {name: counters[name] for name in ('memory_mb', 'skipped') if name in counters}
         for pool in POOLS:
             counts = counters.get(pool)
-            if counts is None:
-                continue
-            values.update({f'{pool}_{metric}': counts[metric] for metric in METRICS if metric in counts})
-            queries, hits = self._seen.get(pool, (0, 0))
-            if counts['hits'] < hits or counts['queries'] - counts['hits'] < queries - hits:
-                queries, hits = 0, 0  # somebody reset the statistics
-            if counts['queries'] > queries:
-                self._rates[pool] = (counts['hits'] - hits) / (counts['queries'] - queries)
-            self._seen[pool] = (counts['queries'], counts['hits'])
-            if pool in self._rates:
-                values[f'{pool}_hit_rate'] = self._rates[pool]
-        return values
-
-    def times(self, timings: Dict[str, Timing]) -> Dict[str, float]:
-        """Mean milliseconds of a search and of a recurrent step since there were last new ones; left out before the
-        first. ``timings`` are a world model's, cumulative."""
+            if counts is not None:
+                values.update({f'{pool}_{metric}': counts[metric] for metric in METRICS if metric in counts})
+                queries, hits = counts['queries'], counts['hits']
+                self._renew(f'{pool}_hit_rate', queries, hits, queries - hits)
         for name, timing in timings.items():
-            before = self._timed.get(name, Timing())
-            if timing.count > before.count:
-                self._means[f'{name}_ms'] = 1e3 * (timing.seconds - before.seconds) / (timing.count - before.count)
-                self._timed[name] = Timing(timing.count, timing.seconds)
-        return self._means
+            self._renew(f'{name}_ms', timing['count'], 1e3 * timing['seconds'])
+        return {**values, **self._means}
+
+    def _renew(self, name: str, count: int, *amounts: float) -> None:
+        """Take the mean of the first amount over what was counted since there was last something new."""
+        now = (count, *amounts)
+        before = self._seen.get(name, now)
+        if name not in self._seen or any(new < old for new, old in zip(now, before)):
+            before = (0, ) * len(now)  # nothing was counted before, or somebody reset the statistics
+        if count > before[0]:
+            self._means[name] = (amounts[0] - before[1]) / (count - before[0])
+        self._seen[name] = now
 
 
 def write_hyperparameters(tb_logger: Any, values: Dict[str, Any]) -> None:
@@ -215,17 +143,6 @@ def write_hyperparameters(tb_logger: Any, values: Dict[str, Any]) -> None:
     summary = importlib.import_module(type(writer).__module__.rpartition('.')[0] + '.summary')
     writer.add_summary(summary.hparams(HYPERPARAMETERS, dict.fromkeys(COMPARED, 0.))[0])
     writer.add_summary(summary.hparams(values, {})[1])
-
-
-class _LastPoint(LearnerHook):
-    """At the end of a data-parallel training."""
-
-    def __init__(self, hook: KVCacheStatsHook) -> None:
-        super().__init__(name=f'{HOOK_KEY}_last', priority=hook.priority, position='after_run')
-        self._hook = hook
-
-    def __call__(self, engine: Any) -> None:
-        self._hook.write_last(engine)
 
 
 register_learner_hook(HOOK_KEY, KVCacheStatsHook)

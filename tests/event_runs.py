@@ -86,7 +86,7 @@ def break_off(folder, share=0.5):
 
 def read(*paths):
     """The runs that paths stand for."""
-    return [read_run(folder, lambda size: None) for folder in find_runs(paths)]
+    return [read_run(folder) for folder in find_runs(paths)]
 
 
 def compared(*paths, groups=()):

@@ -26,7 +26,6 @@ from trainings import (
 )
 
 from lzero_kvcache import ConfigError, telemetry
-from lzero_kvcache.cache.stats import Timing
 from lzero_kvcache.cli.train import main
 from lzero_kvcache.host import entries
 from lzero_kvcache.training import make_plan, runner
@@ -73,7 +72,6 @@ def test_alone_nothing_is_exchanged():
     alone.part()
     assert alone.main
     assert alone.from_main(lambda: 'made') == 'made'
-    assert telemetry.sum_counters({'memory_mb': 1.}) == {'memory_mb': 1.}
     original = ENTRY.calculate_update_per_collect
     with alone.patched():
         assert ENTRY.calculate_update_per_collect is original
@@ -150,10 +148,9 @@ class TestAgreement:
         with pytest.raises(Interrupted, match='SIGTERM'):
             ranks.in_evaluation()
 
-    def test_one_iteration_after_an_update(self, ranks):
+    def test_after_an_update(self, ranks):
         ranks.after_update()
         ranks.asked = signal.SIGINT
-        ranks.after_update()
         with pytest.raises(Interrupted, match='SIGINT'):
             ranks.after_update()
 
@@ -176,88 +173,21 @@ class TestAgreement:
             assert ENTRY.calculate_update_per_collect(config, segments, world_size=2) == 6
         assert ENTRY.calculate_update_per_collect is original
 
-    def test_gradients_that_are_not_there_are_left_out(self, ranks):
-        from ding.policy.base_policy import Policy
-        model = torch.nn.Linear(2, 1)
-        model.weight.grad = torch.ones_like(model.weight)
-        policy = types.SimpleNamespace(_bp_update_sync=True)
-        with ranks.patched():
-            Policy.sync_gradients(policy, model)
-        assert model.bias.grad is None
-        assert model.weight.grad.tolist() == [[1., 1.]]
-
     def test_a_buffer_counts_as_the_emptiest_does(self, ranks):
         buffer = types.SimpleNamespace(get_num_of_transitions=lambda: 9, get_num_of_game_segments=lambda: 2, size=4)
         common = ranks._counted(lambda config: buffer)('config')
         assert (common.get_num_of_transitions(), common.get_num_of_game_segments(), common.size) == (9, 2, 4)
 
-    def test_other_ranks_have_no_log_files(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        from ding.worker.learner import base_learner
-        with DataParallel(Ranks(1, 2, 2)).patched():
-            logger, writer = base_learner.build_logger('./here', 'learner', need_tb=False)
-            logger.info('quiet')
-        assert writer is None
-        assert os.listdir(tmp_path) == ['group']
-
-
-# ---------------------------------------------------------------------------------------------------- telemetry
-
-
-def numbers(queries):
-    pool = {'queries': queries, 'hits': queries - 1, 'misses': 1, 'occupancy': 0.5}
-    return {'memory_mb': 1.5, 'skipped': queries, 'init': pool, 'recur': dict(pool), 'total': dict(pool)}
-
 
 @pytest.mark.usefixtures('group')
-class TestSums:
-
-    def test_one_iteration_late_and_the_last_at_the_end(self):
-        sums = telemetry.RankSums()
-        points = [
-            telemetry.Point(numbers(4 * i), {'search': Timing(i, i / 2)}, i, 10 * i) for i in range(1, 4)
-        ]
-        assert [sums.exchange(point) for point in points] == [None, *points[:2]]
-        assert sums.last() == points[2]
-        assert sums.last() is None
-
-    def test_what_the_hook_writes(self, monkeypatch):
-        monkeypatch.setattr(telemetry, 'several_ranks', lambda: True)
-        written, registered = [], []
-        timings = {'search': Timing(), 'step': Timing()}
-        counted = {}
-        manager = types.SimpleNamespace(counters=lambda: counted)
-        attributes = dict(
-            model=types.SimpleNamespace(world_model=types.SimpleNamespace(
-                kv_cache_manager=manager, timings=timings, hyperparameters=dict(cache_system='new'))),
-            cfg=EasyDict(use_wandb=False, num_simulations=4)
-        )
-        introduced = []
-        monkeypatch.setattr(telemetry, 'write_hyperparameters', lambda _, values: introduced.append(values))
-        writer = types.SimpleNamespace(
-            add_custom_scalars=lambda layout: None,
-            add_scalar=lambda tag, value, step: written.append((tag, value, step))
-        )
-        engine = types.SimpleNamespace(
-            policy=types.SimpleNamespace(get_attribute=attributes.get), tb_logger=writer,
-            last_iter=types.SimpleNamespace(val=0), collector_envstep=5, register_hook=registered.append
-        )
-        hook = telemetry.KVCacheStatsHook(telemetry.HOOK_KEY, 30, position='after_iter')
-        for iteration, queries in enumerate((4, 8, 8)):
-            counted.update(numbers(queries))
-            timings['search'].record(0.5)
-            engine.last_iter.val = iteration
-            hook(engine)
-        last, = registered
-        assert last.position == 'after_run'
-        last(engine)
-        points = [(value, step) for tag, value, step in written if tag == 'kv_cache_iter/total_queries']
-        assert points == [(4, 0), (8, 1), (8, 2)]
-        rates = [value for tag, value, _ in written if tag == 'kv_cache_iter/total_hit_rate']
-        assert rates == [0.75, 1., 1.]
-        assert [value for tag, value, _ in written if tag == 'kv_cache_iter/search_ms'] == [500.] * 3
-        assert [value for tag, value, _ in written if tag == 'kv_cache_iter/skipped'] == [4, 8, 8]
-        assert introduced == [dict(cache_system='new', num_simulations=4)]
+def test_sums_of_counts_and_means_of_occupancies(monkeypatch):
+    pool = {'queries': 8, 'hits': 7, 'occupancy': 0.5}
+    numbers = {'memory_mb': 1.5, 'init': pool, 'search': {'count': 3, 'seconds': 0.25}}
+    assert telemetry.summed_over_ranks(numbers) is numbers
+    monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
+    summed = telemetry.summed_over_ranks(numbers)
+    assert summed == {**numbers, 'init': {**pool, 'occupancy': 0.25}}
+    assert [type(summed['init'][name]) for name in pool] == [int, int, float]
 
 
 # ---------------------------------------------------------------------------------------------------- real trainings

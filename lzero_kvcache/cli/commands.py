@@ -1,6 +1,5 @@
 """``python -m lzero_kvcache``. Exit codes are 0: done; 1: a run failed; 2: wrong usage; 130: interrupted."""
 import argparse
-import logging
 import os
 import sys
 from typing import Optional, Sequence
@@ -11,8 +10,6 @@ from ..config import ConfigError
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    # LightZero sets the root logger to DEBUG, and then every library speaks.
-    logging.getLogger().setLevel(logging.WARNING)
     options = parsed(command_parser(), argv)
     try:
         return {'compare': compare, 'experiment': experiment, 'info': info}[options.command](options)
@@ -32,8 +29,8 @@ def experiment(options: argparse.Namespace) -> int:
     from ..comparison import compare_runs
     from ..training.error_hints import hinted
     from ..training.experiment import Experiment
+    from ..training.output import Output
     from ..training.processes import Board, Children
-    from ..training.terminal import Output
     name = os.path.splitext(os.path.basename(options.config))[0]
     folder = options.out or os.path.join('data_experiment', name)
     with Output(silent=True), hinted():  # loading a config prints much
@@ -63,8 +60,9 @@ def info(options: argparse.Namespace) -> int:
     """Print what is installed, and what a config's cache takes."""
     from ..training.error_hints import hinted
     from ..training.info import installed, of_plan
+    from ..training.output import Output
     from ..training.plan import make_plan
-    from ..training.terminal import Output, Terminal
+    from ..training.terminal import Terminal
     if options.assignments and options.config is None:
         raise ConfigError('--set changes a config; give --config too')
     with Output(silent=True), hinted():  # building a policy prints much

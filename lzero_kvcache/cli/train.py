@@ -4,6 +4,7 @@
 """
 import argparse
 import logging
+import sys
 import traceback
 from typing import Optional, Sequence
 
@@ -11,10 +12,10 @@ from lzero_kvcache_options import parsed, refused, train_parser
 
 from ..config import ConfigError
 from ..training.error_hints import hint
+from ..training.output import PACKAGE_LOGGER, Output
 from ..training.plan import Plan, make_plan
 from ..training.ranks import DataParallel, Ranks
 from ..training.runner import run as run_plan
-from ..training.terminal import PACKAGE_LOGGER, Output
 
 FAILED = 1
 
@@ -52,3 +53,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         resume=options.resume, evaluate=options.eval, in_place=options.in_place, threads=options.threads,
         overrides=sum(options.assignments, []),
     )
+
+
+if __name__ == '__main__':
+    sys.exit(main())

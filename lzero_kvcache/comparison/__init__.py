@@ -3,18 +3,18 @@ Trainings side by side: ``reading`` finds and reads runs, ``judging`` compares t
 
 Knows the files that trainings leave behind. Must not train, run a config or know how the cache works.
 """
-import functools
 import json
 import os
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from rich.console import Console
+from rich.progress import track
 
 from ..config import ConfigError
 from .judging import Comparison, as_json, check_groups, judge
 from .page import draw, report_of
 from .reading import RunFolder, TrainedRun, Unreadable, find_runs, read_run
-from .table import default_console, line, reading_bar, show
+from .table import default_console, line, show
 
 __all__ = ['compare_runs']
 
@@ -46,19 +46,17 @@ def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[
 def _read(folders: Sequence[RunFolder], console: Console) -> Tuple[List[TrainedRun], Dict[str, str]]:
     readable: List[TrainedRun] = []
     left_out: Dict[str, str] = {}
-    total = sum(os.path.getsize(file) for folder in folders for file in folder.event_files)
-    with reading_bar(console, total) as advance:
-        for folder in folders:
-            try:
-                readable.append(read_run(folder, functools.partial(advance, folder.name)))
-            except Unreadable as error:
-                left_out[folder.name] = str(error)
+    for folder in track(folders, 'reading', console=console, transient=True, disable=not console.is_terminal):
+        try:
+            readable.append(read_run(folder))
+        except Unreadable as error:
+            left_out[folder.name] = str(error)
     return readable, left_out
 
 
 def _write(comparison: Comparison, out: str) -> List[str]:
     data = json.dumps(as_json(comparison), indent=2, allow_nan=False, ensure_ascii=False)
-    contents = {name: draw(comparison, form=name.rpartition('.')[2]) for name in PICTURES}
+    contents = {name: draw(comparison, name.rpartition('.')[2]) for name in PICTURES}
     contents.update({PAGE: report_of(comparison).encode('utf-8'), DATA: data.encode('utf-8')})
     paths = [os.path.join(out, name) for name in contents]
     try:

@@ -18,11 +18,8 @@ from .judging import INTERQUARTILE_MEAN, MEDIAN, Comparison, summed_up
 from .reading import CACHE_BY_STEP, HOST_MEMORY, REWARD, Curve
 from .table import Table, config_table, measures_table, origin, runs_table, runs_text, side_text
 
-# Told apart by who sees colours otherwise (Okabe and Ito), on white and on black.
+# Told apart by who sees colours otherwise (Okabe and Ito).
 COLOURS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-COLOURS_ON_DARK = ('#F0793A', '#4AA8E0', '#2FC49A', '#DE9BC0', '#F0B840', '#8CCBF2')
-PAPER, INK, RULES = '#FFFFFF', '#1F2328', '#D7DCE1'
-DARK_PAPER, LIGHT_INK, DARK_RULES = '#15181C', '#DDE2E8', '#343A41'
 COLUMNS, PANEL_INCHES, DPI = 3, (4.1, 2.9), 144
 STEPS, MINUTES = 'environment steps', 'minutes'
 # More points than a panel has pixels to show them are averaged.
@@ -32,6 +29,13 @@ BAND_RESAMPLES = 500
 
 # The same comparison is the same file, whenever it is drawn.
 UNDATED = {'png': None, 'svg': {'Date': None}, 'pdf': {'CreationDate': None}}
+STYLE_OF_FIGURES = {
+    **dict.fromkeys(('text.color', 'axes.labelcolor', 'axes.titlecolor', 'xtick.color', 'ytick.color'), '#1F2328'),
+    **dict.fromkeys(('axes.edgecolor', 'grid.color'), '#D7DCE1'), 'axes.grid': True, 'grid.linewidth': 0.6,
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 11, 'axes.titlelocation': 'left',
+    'axes.titleweight': 'bold', 'font.size': 9.5, 'text.parse_math': False, 'xtick.major.size': 0,
+    'ytick.major.size': 0, 'svg.hashsalt': 'comparison',
+}
 
 Line = Tuple[np.ndarray, np.ndarray]
 
@@ -58,19 +62,18 @@ PANELS = (
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
-def draw(comparison: Comparison, dark: bool = False, columns: int = COLUMNS, form: str = 'png') -> bytes:
-    """All panels that a run has points for as a PNG, SVG or PDF, at most so many side by side."""
-    colours = COLOURS_ON_DARK if dark else COLOURS
+def draw(comparison: Comparison, form: str = 'png') -> bytes:
+    """All panels that a run has points for as a PNG, SVG or PDF."""
     panels = _shown_panels(comparison)
-    with context(['default', _style(*(DARK_PAPER, LIGHT_INK, DARK_RULES) if dark else (PAPER, INK, RULES))]):
-        columns = max(1, min(columns, len(panels)))
+    with context(['default', STYLE_OF_FIGURES]):
+        columns = max(1, min(COLUMNS, len(panels)))
         lines = max(1, -(-len(panels) // columns))
         width, height = columns * PANEL_INCHES[0], lines * PANEL_INCHES[1] + 0.7
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, rect=(0, 0, 1, 1 - 0.45 / height))
         figure = Figure(figsize=(width, height), layout=layout)
         for index, panel in enumerate(panels):
-            _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, comparison, colours)
-        handles = [Line2D([], [], color=colours[index % len(colours)], linewidth=2.4)
+            _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, comparison)
+        handles = [Line2D([], [], color=COLOURS[index % len(COLOURS)], linewidth=2.4)
                    for index in range(len(comparison.sides))]
         figure.legend(handles, [' ' + side_text(side) for side in comparison.sides], loc='upper left',
                       bbox_to_anchor=(0.005, 1.), ncols=len(handles), frameon=False, fontsize=11)
@@ -79,24 +82,13 @@ def draw(comparison: Comparison, dark: bool = False, columns: int = COLUMNS, for
     return file.getvalue()
 
 
-def _style(paper: str, ink: str, rules: str) -> Any:
-    return {
-        'figure.facecolor': paper, 'axes.facecolor': paper, 'savefig.facecolor': paper, 'text.color': ink,
-        'axes.labelcolor': ink, 'axes.titlecolor': ink, 'xtick.color': ink, 'ytick.color': ink, 'axes.edgecolor': rules,
-        'grid.color': rules, 'axes.grid': True, 'grid.linewidth': 0.6, 'axes.spines.top': False,
-        'axes.spines.right': False, 'axes.titlesize': 11, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold',
-        'font.size': 9.5, 'text.parse_math': False, 'xtick.major.size': 0, 'ytick.major.size': 0,
-        'svg.hashsalt': 'comparison',
-    }
-
-
 def _shown_panels(comparison: Comparison) -> List[Panel]:
     return [panel for panel in PANELS if any(panel.tag in run.curves for run in comparison.runs)]
 
 
-def _draw_panel(axes: Any, panel: Panel, comparison: Comparison, colours: Sequence[str]) -> None:
+def _draw_panel(axes: Any, panel: Panel, comparison: Comparison) -> None:
     for index, side in enumerate(comparison.sides):
-        colour = colours[index % len(colours)]
+        colour = COLOURS[index % len(COLOURS)]
         lines = [line_of(run.curves[panel.tag], panel) for run in side.runs if panel.tag in run.curves]
         lines = [line for line in lines if len(line[0])]
         band = band_of(lines, comparison.statistic)
@@ -153,6 +145,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --paper: #15181c; --ink: #dde2e8; --quiet: #9aa4af; --rule: #343a41; --stripe: #1b1f24;
     --note: #2b2312; --note-rule: #d29922; }
+  img { filter: invert(.92) hue-rotate(180deg); }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 3rem; max-width: 80rem; background: var(--paper);
@@ -176,11 +169,10 @@ tbody th { font-weight: 500; }
 .keys td { min-width: 6rem; }
 code { font: .92em ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere; }
 figure { margin: 0; }
-img { display: block; width: 100%; height: auto; }
+img { display: block; width: 100%; min-width: 60rem; height: auto; }
 figcaption { color: var(--quiet); padding-top: .4rem; }
 @media (max-width: 40rem) { th, td { padding: .3rem .45rem; font-size: .9rem; } }
 """
-NARROW, DARK = '(max-width: 40rem)', '(prefers-color-scheme: dark)'
 # The browser itself refuses whatever would have to be fetched.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 CURVES = {MEDIAN: 'Thick: the median of all runs of a side; band: their range; thin: each run.',
@@ -235,16 +227,10 @@ def _figure(comparison: Comparison) -> str:
         return '<p>No run wrote a curve that is shown here.</p>'
     shown = '; '.join(f'{panel.title} against {panel.against}' for panel in panels)
     alt = f'Curves of {_listed([side.name for side in comparison.sides])}: {shown}.'
-    sources = ''.join(
-        f'<source media="{media}" srcset="{_data(draw(comparison, dark, columns))}">\n'
-        for media, dark, columns in ((f'{NARROW} and {DARK}', True, 1), (NARROW, False, 1), (DARK, True, COLUMNS))
-    )
-    return (f'<figure><picture>{sources}<img src="{_data(draw(comparison))}" alt="{escape(alt)}"></picture>'
+    picture = base64.b64encode(draw(comparison)).decode('ascii')
+    return (f'<figure><div class="scroll" role="region" tabindex="0" aria-labelledby="curves">'
+            f'<img src="data:image/png;base64,{picture}" alt="{escape(alt)}"></div>'
             f'<figcaption>{CURVES[comparison.statistic]}</figcaption></figure>')
-
-
-def _data(png: bytes) -> str:
-    return 'data:image/png;base64,' + base64.b64encode(png).decode('ascii')
 
 
 def _configs(comparison: Comparison) -> str:

@@ -27,8 +27,6 @@ FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$
 RECORD_FRAME = 8 + 4 + 4
 # Seconds by which the events of one file may be out of order.
 CLOCK_TOLERANCE = 1.
-# The progress bar need not move more often than this.
-ADVANCE_BYTES = 1 << 18
 
 REWARD = 'evaluator_step/reward_mean'
 HOST_MEMORY = 'Buffer/memory_usage/process'
@@ -211,10 +209,10 @@ def _distinct_end(path: str, paths: Sequence[str]) -> str:
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-def read_run(folder: RunFolder, advance: Callable[[int], None]) -> TrainedRun:
-    """Read all that a run left behind; ``advance`` is called with numbers of bytes that were read."""
+def read_run(folder: RunFolder) -> TrainedRun:
+    """Read all that a run left behind."""
     run = TrainedRun(folder.folder, folder.event_files, folder.name)
-    _read_events(run, advance)
+    _read_events(run)
     try:
         run.config = read_config(run.path(CONFIG_FILE))
     except ValueError as error:
@@ -235,13 +233,13 @@ class _EventFile:
     with the first event and is never set back.
     """
 
-    def __init__(self, path: str, advance: Callable[[int], None]) -> None:
+    def __init__(self, path: str) -> None:
         self.started, self.now, self.ended, self.set_back, self.scalars = 0., 0., 0., 0., 0
         self.points: Dict[str, array] = defaultdict(lambda: array('d'))
         self.fault: Optional[str] = None
         self._before: Optional[float] = None
         try:
-            for event in _events(path, advance):
+            for event in _events(path):
                 self._tick(event.wall_time)
                 for value in event.summary.value:
                     self._add(event.step, value)
@@ -275,10 +273,10 @@ class _EventFile:
         return points[np.argsort(points[:, 0], kind='stable')]
 
 
-def _read_events(run: TrainedRun, advance: Callable[[int], None]) -> None:
+def _read_events(run: TrainedRun) -> None:
     if not run.event_files:
         raise Unreadable('no event file in it')
-    files = [_EventFile(path, advance) for path in run.event_files]
+    files = [_EventFile(path) for path in run.event_files]
     faults = [file.fault for file in files if file.fault]
     filled = [file for file in files if file.scalars]
     if not filled:
@@ -314,24 +312,19 @@ def _parts_that_count(parts: Sequence[np.ndarray]) -> List[np.ndarray]:
     return sorted(counted, key=lambda part: part[0, 0])
 
 
-def _events(file: str, advance: Callable[[int], None]) -> Iterator[Any]:
+def _events(file: str) -> Iterator[Any]:
     """The events of a file. tensorboard's reader stops at a damaged record without a word, so its bytes are counted."""
     name = os.path.basename(file)
-    done = reported = 0
+    done = 0
     try:
         size = os.path.getsize(file)
         for record in RawEventFileLoader(file).Load():
             done += len(record) + RECORD_FRAME
-            if done - reported >= ADVANCE_BYTES:
-                advance(done - reported)
-                reported = done
             yield event_pb2.Event.FromString(record)
     except OSError as error:
         raise Unreadable(f'{name} cannot be read ({error.strerror})') from error
     except DecodeError as error:
         raise Unreadable(f'{name} is no event file') from error
-    finally:
-        advance(done - reported)
     if done < size:
         raise Unreadable(f'{name} breaks off or is damaged after {done:,} of {size:,} bytes; '
                          f'the rest, {(size - done) / size:.1%}, is missing')

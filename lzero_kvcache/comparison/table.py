@@ -1,12 +1,10 @@
 """The comparison as headings and cells, the same on the terminal and in the page; and how the terminal shows it."""
-import contextlib
 import datetime
 import shlex
 import sys
-from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Iterator, List, NamedTuple, Optional, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -157,16 +155,6 @@ def runs_text(count: int) -> str:
 def default_console() -> Console:
     """Standard output; a file or a pipe is taken to be as wide as WIDTH."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-
-
-@contextlib.contextmanager
-def reading_bar(console: Console, total: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar over bytes on a terminal, gone when all are read; takes a run's name and how many more bytes were read."""
-    columns = (TextColumn('reading {task.description}', markup=False), BarColumn(), DownloadColumn(),
-               TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task('', total=total)
-        yield lambda name, size: progress.update(task, description=name, advance=size)
 
 
 def show(comparison: Comparison, console: Console) -> None:

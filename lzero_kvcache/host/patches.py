@@ -220,6 +220,13 @@ def _importable(_: str, make: Make) -> Iterator[None]:
                 del sys.modules[name]
 
 
+def forget_configs(folder: str) -> None:
+    """Let configs of a folder be read anew: a config changes the one that it imports, for itself alone."""
+    for name, module in list(sys.modules.items()):
+        if hasattr(module, 'main_config') and os.path.isfile(os.path.join(folder, name + '.py')):
+            del sys.modules[name]
+
+
 def _folders(module: Any) -> List[str]:
     """Where a module's file, or a package's folders, lie."""
     places = list(getattr(module, '__path__', [])) or [getattr(module, '__file__', None) or '']

@@ -9,7 +9,6 @@ import difflib
 import importlib.util
 import inspect
 import os
-import sys
 import traceback
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterator, Optional
@@ -18,7 +17,7 @@ from easydict import EasyDict
 
 from ..config import ConfigError
 from ..host.entries import recorded_call
-from ..host.patches import ENTRIES, applied
+from ..host.patches import ENTRIES, applied, forget_configs
 from ..loading import POLICIES
 from .error_hints import hint
 
@@ -138,10 +137,7 @@ def _where(path: str, error: BaseException) -> str:
 
 def _look_beside(folder: str) -> None:
     """Let files beside a config be imported for the rest of the process, as for a script that Python runs."""
-    # A config changes the one that it imports: that is read anew, whichever config or folder it was imported for.
-    for name, module in list(sys.modules.items()):
-        if hasattr(module, 'main_config') and os.path.isfile(os.path.join(folder, name + '.py')):
-            del sys.modules[name]
+    forget_configs(folder)
     if folder in _beside:
         return
     for stack in _beside.values():

@@ -9,8 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..host.patches import applied
 from .experiment import Experiment, Trial
-from .summary import number_text, read_progress
-from .terminal import Terminal
+from .summary import read_progress
+from .terminal import Terminal, number_text
 
 POLL_SECONDS = 0.25
 PLAIN_EVERY_SECONDS = 60.0
@@ -31,7 +31,7 @@ class Child:
     @property
     def env_step(self) -> int:
         """How far it is."""
-        return read_progress(self.trial.folder).collected
+        return read_progress(self.trial.folder)[1]
 
 
 class Board:

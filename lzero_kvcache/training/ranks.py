@@ -18,6 +18,8 @@ from ..host import entries
 from ..host.patches import applied
 
 SHARED_OUT = ('batch_size', 'n_episode', 'num_segments')
+# The one that counts if both were sent stands first.
+ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,14 +51,13 @@ class DataParallel:
     The processes of one training; alone, every method does nothing.
 
     Ranks agree on an interrupt where all of them meet anyway, so that none waits for one that has gone: at the end of a
-    collection, after an evaluation and, one iteration late, after an update.
+    collection, after an evaluation and after an update.
     """
 
     def __init__(self, ranks: Optional[Ranks] = None) -> None:
         self.rank, self.size, self._on_this_machine = ranks or Ranks()
         self.asked: Optional[int] = None
         self._device = torch.device('cpu')
-        self._pending: Optional[Tuple[Any, torch.Tensor]] = None
 
     @property
     def main(self) -> bool:
@@ -122,33 +123,19 @@ class DataParallel:
             self._broadcast([False, None], src=0)
 
     def after_update(self) -> None:
-        """
-        Learn whether an interrupt was asked for before the last update. No rank waits for another here: by now all have
-        exchanged the gradients of a later one.
-        """
-        if not self.several:
-            return
-        asked = self._flags()
-        pending, self._pending = self._pending, (dist.all_reduce(asked, async_op=True), asked)
-        if pending is not None:
-            pending[0].wait()
-            self._end_if_asked(pending[1].tolist())
-
-    def _flags(self) -> torch.Tensor:
-        flags = [float(self.asked == number) for number in (signal.SIGINT, signal.SIGTERM)]
-        return torch.tensor(flags, dtype=torch.float64, device=self._device)
-
-    @staticmethod
-    def _end_if_asked(flags: List[float]) -> None:
-        for flag, number in zip(reversed(flags), (signal.SIGTERM, signal.SIGINT)):
-            if flag:
-                raise Interrupted(number, agreed=True)
+        """Learn whether an interrupt was asked for. All ranks have just exchanged the gradients of this update."""
+        if self.several:
+            self._sum(0.0)
 
     def _sum(self, number: float) -> float:
-        numbers = torch.cat([torch.tensor([number], dtype=torch.float64, device=self._device), self._flags()])
+        """The sum of all ranks' numbers; raises on all of them if an interrupt was asked for on any."""
+        asked = [float(self.asked == signum) for signum in ENDING]
+        numbers = torch.tensor([number, *asked], dtype=torch.float64, device=self._device)
         dist.all_reduce(numbers)
         total, *flags = numbers.tolist()
-        self._end_if_asked(flags)
+        for flag, signum in zip(flags, ENDING):
+            if flag:
+                raise Interrupted(signum, agreed=True)
         return total
 
     def _least(self, number: int) -> int:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 import traceback
+from dataclasses import replace
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -16,29 +17,26 @@ import torch
 from ..config import ConfigError
 from ..host import entries
 from ..host.patches import applied
-from ..telemetry import sum_counters
+from ..telemetry import summed_over_ranks
 from .checkpoints import read_checkpoint
 from .error_hints import hint
+from .output import Output
 from .plan import EVALUATE, TRAIN, Plan
 from .ranks import DataParallel, Interrupted
 from .summary import (
-    POOLS,
     Result,
-    Status,
     add_up,
     cache_type,
-    hit_rate,
+    hit_rates,
     machine,
-    number_text,
     peak_device_memory_mb,
     peak_host_memory_mb,
     read_progress,
     read_summary,
-    summary_rows,
     write_progress,
     write_summary,
 )
-from .terminal import Output
+from .terminal import number_text, summary_rows
 from .watch import Watch
 
 UNBOUNDED = int(1e10)
@@ -97,7 +95,9 @@ class _Training:
         self.ranks = ranks
         self.output = output
         self.terminal = output.terminal
-        self.status = Status()
+        self.result = Result(
+            0, plan.task, '', plan.seed, config=plan.config, entry=plan.entry, max_env_step=plan.max_env_step,
+            max_train_iter=plan.max_train_iter, processes=ranks.size)
         self.watch = Watch(self._refresh, self._after_update, self.ranks)
         self._pid = os.getpid()
         self._asked: Optional[int] = None
@@ -105,6 +105,7 @@ class _Training:
         self._made: Optional[str] = None  # the uppermost folder that was not there before
         self._started = time.monotonic()
         self._next_refresh = 0.0
+        self._first_collected = 0
         self._before: Optional[Result] = None  # what a training in place goes on from
 
     def run(self) -> Result:
@@ -124,10 +125,10 @@ class _Training:
     def _train(self) -> Result:
         plan = self.plan
         with applied(interrupts=lambda original: self._on_signal):
-            self.terminal.start(plan.max_env_step if plan.task == TRAIN else None, self.status.first_collected)
-            together = True
+            self.terminal.start(plan.max_env_step if plan.task == TRAIN else None, self._first_collected)
+            result, together = self.result, True
             try:
-                outcome, code = self._work(), 0
+                result.outcome = self._work()
                 self._saving = True
                 checkpoint = self.watch.latest_checkpoint()
             except BaseException as error:
@@ -135,28 +136,28 @@ class _Training:
                 if interrupt is None:
                     self.output.write_log(traceback.format_exc())
                     raise
-                outcome, code = f'interrupted by {interrupt}', 128 + interrupt.signum
+                result.outcome, result.exit_code = f'interrupted by {interrupt}', 128 + interrupt.signum
                 self._saving = True
                 together = interrupt.agreed
                 checkpoint = self.watch.save_checkpoint() if plan.task == TRAIN and self.ranks.main else None
             finally:
                 self._refresh(now=True)
-                self.terminal.finish(self.status)
+                self.terminal.finish(result)
                 self.watch.close()
             # With ranks that have not agreed on ending, there is nothing to share.
-            counters = self.watch.counters
-            result = self._result(outcome, code, checkpoint, sum_counters(counters) if together else counters)
+            counters = summed_over_ranks(result.counters) if together else result.counters
+            result = self._completed(checkpoint, counters)
             if self.ranks.main:
                 write_summary(result)
             if together:
                 self.ranks.part()
-        self.terminal.table('Training: ' + outcome if plan.task == TRAIN else 'Evaluation: ' + outcome,
-                            summary_rows(result))
+        title = 'Training: ' if plan.task == TRAIN else 'Evaluation: '
+        self.terminal.table(title + result.outcome, summary_rows(result))
         return result
 
     def _check(self) -> None:
         """Refuse what cannot work, before a folder is made."""
-        plan, status = self.plan, self.status
+        plan, result, watch = self.plan, self.result, self.watch
         if plan.threads:
             torch.set_num_threads(plan.threads)
         policy = plan.main_config.policy
@@ -165,19 +166,17 @@ class _Training:
             if path:
                 read_checkpoint(path)  # LightZero and DI-engine load it without looking at what it holds
         if plan.checkpoint is not None:
-            self.watch.checkpoint = read_checkpoint(plan.checkpoint)
-            status.first_env_step = status.env_step = self.watch.checkpoint.env_step
-            status.first_train_iter = status.train_iter = self.watch.checkpoint.train_iter
-        status.cache = cache_type(plan.main_config.policy.model.world_model_cfg)
+            watch.checkpoint = read_checkpoint(plan.checkpoint)
+        result.cache = cache_type(policy.model.world_model_cfg)
         if plan.in_place:
             self._check_place()
-        status.first_collected = status.collected = status.env_step + self.watch.discarded
+        self._first_collected = watch.collected
         if policy.get('use_wandb', False):
             entries.check_wandb_login()
-        if plan.task == TRAIN and status.first_env_step >= (plan.max_env_step or UNBOUNDED):
+        if plan.task == TRAIN and watch.env_step >= (plan.max_env_step or UNBOUNDED):
             raise ConfigError(
-                f'--resume {plan.checkpoint}: it stands at {status.first_env_step} environment steps, and max_env_step '
-                f'is {plan.max_env_step}; give a higher --max-env-step'
+                f'--resume {plan.checkpoint}: it stands at {watch.env_step} environment steps, and max_env_step is '
+                f'{plan.max_env_step}; give a higher --max-env-step'
             )
         if self.ranks.several and plan.task == EVALUATE:
             raise ConfigError('--eval evaluates in one process; run it without torchrun')
@@ -185,18 +184,18 @@ class _Training:
 
     def _check_place(self) -> None:
         """The folder that a training goes on in must be of one cache system, and its counts must not go back."""
-        folder, now = self.plan.main_config.exp_name, self.status.cache
-        self._before, progress = read_summary(folder), read_progress(folder)
-        was = progress.cache if self._before is None else self._before.cache
+        folder, now = self.plan.main_config.exp_name, self.result.cache
+        self._before = before = read_summary(folder)
+        was, collected = read_progress(folder)
+        if before is not None:
+            was, collected = before.cache, max(collected, before.collected_env_step)
+            self.watch.best_reward = before.best_reward
         if was and was != now:
             raise ConfigError(
                 f"--in-place: {os.path.relpath(folder)} was trained with cache system '{was}', not '{now}'; give "
                 '--exp-name in its place, and the training goes on in a folder of its own'
             )
-        if self._before is not None:
-            self.watch.best_reward = self._before.best_reward
-            progress.collected = max(progress.collected, self._before.collected_env_step)
-        self.watch.discarded = max(0, progress.collected - self.status.env_step)
+        self.watch.discarded = max(0, collected - self.watch.env_step)
 
     def _make_folder(self) -> None:
         plan, ranks = self.plan, self.ranks
@@ -210,20 +209,20 @@ class _Training:
             self._made = made if ranks.main else None
             if exp_name != os.path.relpath(os.path.expanduser(asked)):
                 self.terminal.line(f'{asked} is there already, so this run has another folder: {exp_name}')
-        plan.main_config.exp_name = exp_name
+        plan.main_config.exp_name = self.result.exp_name = exp_name
         log_file = LOG_FILE if ranks.main else LOG_FILE_OF_RANK.format(ranks.rank)
         self.output.attach(os.path.join(exp_name, log_file))
 
     def _announce(self) -> None:
-        plan, status, line = self.plan, self.status, self.terminal.line
+        plan, watch, line = self.plan, self.watch, self.terminal.line
         if plan.task == EVALUATE:
             line(f'Evaluating {plan.checkpoint} into {plan.main_config.exp_name}')
             return
         line(f'Training {plan.config} with {plan.entry} into {plan.main_config.exp_name}')
         if plan.checkpoint is not None:
             line(
-                f'Going on from {plan.checkpoint}: {status.first_env_step:,} env steps, {status.first_train_iter:,} '
-                'iterations. A checkpoint holds no replay buffer, so collection begins with an empty one'
+                f'Going on from {plan.checkpoint}: {watch.env_step:,} env steps, {watch.train_iter:,} iterations. A '
+                'checkpoint holds no replay buffer, so collection begins with an empty one'
             )
         if plan.max_env_step is None and plan.max_train_iter is None:
             line('No max_env_step in the config and none given: it trains until interrupted (Ctrl-C)')
@@ -270,36 +269,35 @@ class _Training:
         if not now and moment < self._next_refresh:
             return
         self._next_refresh = moment + REFRESH_SECONDS
-        watch, status = self.watch, self.status
-        status.phase, status.env_step, status.train_iter = watch.phase, watch.env_step, watch.train_iter
-        status.collected = watch.collected
-        status.seconds = moment - self._started
-        status.hit_rate = hit_rate(watch.counters, 'total')
-        fresh = watch.evaluations[len(status.evaluations):]
-        status.evaluations = list(watch.evaluations)
+        watch, result = self.watch, self.result
+        result.env_step, result.train_iter = watch.env_step, watch.train_iter
+        result.collected_env_step = watch.collected
+        result.seconds = moment - self._started
+        steps = result.collected_env_step - self._first_collected
+        result.env_steps_per_second = steps / result.seconds if steps > 0 else None
+        result.counters = watch.counters
+        result.hit_rates = hit_rates(result.counters)
+        fresh = watch.evaluations[len(result.evaluations):]
+        result.evaluations = list(watch.evaluations)
         for evaluation in fresh:
+            result.last_reward = evaluation.reward
             self.terminal.line(
                 f'Evaluation after {evaluation.env_step:,} env steps, iteration {evaluation.train_iter:,}: '
                 f'reward {number_text(evaluation.reward)}'
             )
-        self.terminal.update(status)
+        result.best_reward = max((evaluation.reward for evaluation in result.evaluations), default=None)
+        self.terminal.update(result, watch.phase)
         if self.ranks.main:
-            write_progress(self.plan.main_config.exp_name, status)
+            write_progress(result, watch.phase)
 
-    def _result(self, outcome: str, code: int, checkpoint: Optional[str], counters: Dict[str, Any]) -> Result:
-        plan, status = self.plan, self.status
-        device = str(plan.main_config.policy.model.world_model_cfg.device)
-        exp_name = plan.main_config.exp_name
-        result = Result(
-            outcome=outcome, exit_code=code, exp_name=exp_name, config=plan.config, entry=plan.entry, task=plan.task,
-            cache=status.cache, seed=plan.seed, device=device,
-            max_env_step=plan.max_env_step, max_train_iter=plan.max_train_iter,
-            env_step=status.env_step, collected_env_step=status.collected, train_iter=status.train_iter,
-            seconds=status.seconds, env_steps_per_second=status.speed, host_memory_mb=peak_host_memory_mb(),
-            device_memory_mb=peak_device_memory_mb(), cache_memory_mb=counters.get('memory_mb'),
-            hit_rates={pool: hit_rate(counters, pool) for pool in POOLS}, counters=counters,
-            last_reward=status.last_reward, best_reward=status.best_reward, evaluations=status.evaluations,
-            event_files=os.path.join(exp_name, 'log', 'serial'), checkpoint=checkpoint or plan.checkpoint,
-            log_file=self.output.path, processes=self.ranks.size, machine=machine(),
+    def _completed(self, checkpoint: Optional[str], counters: Dict[str, Any]) -> Result:
+        """The result of a run that has ended; of all of the training, where it went on in place."""
+        device = str(self.plan.main_config.policy.model.world_model_cfg.device)
+        result = replace(
+            self.result, device=device, counters=counters, hit_rates=hit_rates(counters),
+            host_memory_mb=peak_host_memory_mb(), device_memory_mb=peak_device_memory_mb(),
+            cache_memory_mb=counters.get('memory_mb'), checkpoint=checkpoint or self.plan.checkpoint,
+            event_files=os.path.join(self.result.exp_name, 'log', 'serial'), log_file=self.output.path,
+            machine=machine(),
         )
         return result if self._before is None else add_up(self._before, result)

@@ -1,9 +1,9 @@
 """The numbers of a run: while it goes on, in its ``progress.json``, and when it has ended, in its ``summary.json``."""
 import contextlib
-import datetime
 import json
 import os
 import platform
+import resource
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar
@@ -28,42 +28,11 @@ class Evaluation:
 
 
 @dataclass
-class Status:
-    """
-    How far a run is: ``env_step`` steps are trained on, of ``collected`` ones. A resumed run starts at
-    ``first_env_step``; speeds are of this run alone.
-    """
-    cache: str = ''
-    phase: str = 'start'
-    env_step: int = 0
-    collected: int = 0
-    train_iter: int = 0
-    first_env_step: int = 0
-    first_collected: int = 0
-    first_train_iter: int = 0
-    seconds: float = 0.0
-    hit_rate: Optional[float] = None
-    evaluations: List[Evaluation] = field(default_factory=list)
-
-    @property
-    def last_reward(self) -> Optional[float]:
-        return self.evaluations[-1].reward if self.evaluations else None
-
-    @property
-    def best_reward(self) -> Optional[float]:
-        return max((evaluation.reward for evaluation in self.evaluations), default=None)
-
-    @property
-    def speed(self) -> Optional[float]:
-        steps = self.collected - self.first_collected
-        return steps / self.seconds if steps > 0 and self.seconds > 0 else None
-
-
-@dataclass
 class Result:
     """
-    A run that has ended; ``summary.json`` in its folder is this. Its first fields say which run it is and whether it is
-    done; each field after them has a default, for summaries of versions that did not have it.
+    A run as far as it is, and ``summary.json`` in its folder when it has ended. ``env_step`` steps are trained on, of
+    ``collected_env_step``. The first fields say which run it is and whether it is done; each field after them has a
+    default, for summaries of versions that did not have it.
     """
     exit_code: int
     task: str
@@ -106,19 +75,15 @@ def cache_type(world_model_cfg: EasyDict) -> str:
     return (world_model_cfg.get(OPTIONS) or {}).get('type') or 'new'
 
 
-def hit_rate(counters: Dict[str, Any], pool: str) -> Optional[float]:
-    """The share of look-ups in a pool that found something; None before the first."""
-    counts = counters.get(pool) or {}
-    queries = counts.get('queries')
-    return counts.get('hits', 0) / queries if queries else None
+def hit_rates(counters: Dict[str, Any]) -> Dict[str, Optional[float]]:
+    """The share of look-ups in each pool that found something; None before the first."""
+    counts = {pool: counters.get(pool) or {} for pool in POOLS}
+    return {pool: held.get('hits', 0) / held['queries'] if held.get('queries') else None
+            for pool, held in counts.items()}
 
 
-def peak_host_memory_mb() -> Optional[float]:
-    """The most MiB that this process has held; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
+def peak_host_memory_mb() -> float:
+    """The most MiB that this process has held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024. ** 2 if sys.platform == 'darwin' else 1024.)
 
@@ -139,53 +104,6 @@ def machine() -> Dict[str, Any]:
     )
 
 
-def rate_text(rate: Optional[float]) -> str:
-    """A share as ``87.5%``; ``-`` for None."""
-    return '-' if rate is None else f'{rate:.1%}'
-
-
-def number_text(number: Optional[float]) -> str:
-    """A number as ``1,234.5``; ``-`` for None."""
-    return '-' if number is None else f'{number:,.1f}'
-
-
-def megabytes_text(number: Optional[float]) -> str:
-    return '-' if number is None else f'{number_text(number)} MiB'
-
-
-def steps_text(trained_on: int, collected: int) -> str:
-    """Both counts; the second one alone if they are the same, or nobody counted it."""
-    return f'{trained_on:,}' if collected <= trained_on else f'{trained_on:,} trained on, {collected:,} collected'
-
-
-def summary_rows(result: Result) -> List[Tuple[str, str]]:
-    """The table at the end of a run: names and values."""
-    last = result.evaluations[-1] if result.evaluations else None
-    reward = '- (no evaluation yet; policy.eval_freq says how often)'
-    if last is not None:
-        reward = f'{number_text(last.reward)} after {last.env_step:,} steps'
-    rates = '  '.join(f'{pool} {rate_text(result.hit_rates.get(pool))}' for pool in POOLS)
-    skipped = result.counters.get('skipped')
-    return [
-        ('cache system', result.cache),
-        *([('processes', str(result.processes))] if result.processes > 1 else []),
-        ('time', str(datetime.timedelta(seconds=round(result.seconds)))),
-        ('environment steps', steps_text(result.env_step, result.collected_env_step)),
-        ('training iterations', f'{result.train_iter:,}'),
-        ('steps per second', number_text(result.env_steps_per_second)),
-        ('peak memory, host', megabytes_text(result.host_memory_mb)),
-        ('peak memory, device', megabytes_text(result.device_memory_mb)),
-        ('cache memory', megabytes_text(result.cache_memory_mb)),
-        ('hit rates', rates),
-        *([('skipped for nan or inf', f'{skipped:,} rows')] if skipped else []),
-        ('last reward', reward),
-        ('best reward', number_text(result.best_reward)),
-        ('event files', result.event_files),
-        ('checkpoint', result.checkpoint or '-'),
-        ('log', result.log_file or '-'),
-    ]
-
-
 def write_json(path: str, content: Any) -> None:
     """Replace a file in one step, so that nobody reads half of it."""
     with open(path + '.tmp', 'w', encoding='utf-8') as file:
@@ -193,20 +111,23 @@ def write_json(path: str, content: Any) -> None:
     os.replace(path + '.tmp', path)
 
 
-def write_progress(exp_name: str, status: Status) -> None:
+def write_progress(result: Result, phase: str) -> None:
     """Say in a run's folder how far it is; if the disk is full, the training's own files will tell."""
     with contextlib.suppress(OSError):
-        write_json(os.path.join(exp_name, PROGRESS), asdict(status))
+        write_json(os.path.join(result.exp_name, PROGRESS), dict(
+            cache=result.cache, phase=phase, env_step=result.env_step, collected=result.collected_env_step,
+            train_iter=result.train_iter, seconds=result.seconds,
+        ))
 
 
-def read_progress(exp_name: str) -> Status:
-    """How far a run is, or was when it was killed; nothing of it where it does not say."""
+def read_progress(exp_name: str) -> Tuple[str, int]:
+    """The cache system of a run and the steps that it has collected, or had when it was killed."""
     try:
         with open(os.path.join(exp_name, PROGRESS), encoding='utf-8') as file:
             held = json.load(file)
-        return Status(**{name: held[name] for name in ('cache', 'env_step', 'collected')})
+        return held['cache'], held['collected']
     except (OSError, ValueError, KeyError, TypeError):
-        return Status()
+        return '', 0
 
 
 def write_summary(result: Result) -> None:
@@ -250,7 +171,7 @@ def add_up(before: Result, after: Result) -> Result:
     return replace(
         after, seconds=seconds, env_steps_per_second=steps / seconds if steps else None,
         host_memory_mb=most('host_memory_mb'), device_memory_mb=most('device_memory_mb'),
-        counters=counters, hit_rates={pool: hit_rate(counters, pool) for pool in POOLS},
+        counters=counters, hit_rates=hit_rates(counters),
         last_reward=before.last_reward if after.last_reward is None else after.last_reward,
         best_reward=most('best_reward'), evaluations=before.evaluations + after.evaluations,
     )
