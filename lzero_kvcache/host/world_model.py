@@ -70,6 +70,7 @@ class NewWorldModel(LightZeroWorldModel):
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
+        self._in_arrays: Dict[str, bool] = {}  # for each kind of search
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
@@ -159,6 +160,29 @@ class NewWorldModel(LightZeroWorldModel):
         if device.type != 'cpu':
             return f'the model is on {device}'
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
+
+    def searches_in_arrays(self, doing: str) -> bool:
+        """
+        Overview:
+            Whether to search in arrays, by what is asked for and what can be; the first time, the log says so.
+        Arguments:
+            - doing (:obj:`str`): What the search is for, in a word for the log.
+        Returns:
+            - in_arrays (:obj:`bool`): Or else in LightZero's tree.
+        """
+        if self._options.search == 'tree':
+            return False
+        if doing not in self._in_arrays:
+            reason = self.why_not_whole()
+            self._in_arrays[doing] = reason is None
+            told = "in LightZero's tree, node by node"
+            if reason is None:
+                logger.info(f'{doing} in arrays: a search is one compiled call')
+            elif self._options.search == 'device':
+                logger.warning(f"{doing} {told}, not as kv_cache_cfg.search='device' asks: {reason}")
+            else:
+                logger.info(f'{doing} {told}: {reason}')
+        return self._in_arrays[doing]
 
     @contextmanager
     def search_whole(self, problem: Problem) -> Iterator[Any]:
