@@ -6,6 +6,7 @@ step writes. A window has ``2W`` slots ``[-, o0, a0, o1, ..., action, observatio
 does not exist, and is never read, so that the token at position ``p`` of a context stands in slot ``p + 1``. Tables of
 pages are int64 ``[B, W]``, counts of pages ``[B]``, positions of tokens ``[K, B]``.
 """
+import importlib.util
 import threading
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
@@ -104,6 +105,8 @@ class Engine:
         A count of 0 starts a context, and its action is not looked at. ``positions [2, B]`` are those of both tokens.
         The observation is ``latent [B, E]``, and no reward is predicted; or without it the predicted observation.
         """
+        if latent is None and not weights.training and reads_pages(slab):
+            return self.simulate(weights, slab, tables, counts, action, positions)
         window = slab.read(tables, self.window.room(slab, tables.numel()))
         last = window.shape[1] - 1
         if weights.shift is not None:
@@ -114,6 +117,29 @@ class Engine:
             page = page - weights.shift[positions.T]
         slab.write(tables[:, -1], page)
         return output
+
+    def simulate(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
+                 positions: torch.Tensor) -> StepOutput:
+        """:meth:`step` with the predicted observation and without a window: Triton reads pages where they are."""
+        token = weights.embed_action(action)
+        x = self._over_pages(weights, slab, tables, counts, positions, 0, token).unsqueeze(1)
+        rewards, latent = weights.rewards(x), weights.observations(x).squeeze(1)
+        return self._predict(
+            weights, self._over_pages(weights, slab, tables, counts, positions, 1, latent), latent, rewards
+        )
+
+    def _over_pages(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor,
+                    positions: torch.Tensor, part: int, x: torch.Tensor) -> torch.Tensor:
+        """The output ``[B, E]`` for a page's action or observation ``x [B, E]``; see :func:`.paged.attend`."""
+        from .paged import attend
+
+        if not self.geometry.rotary:
+            x = x + F.embedding(positions[part], weights.places)
+        for index, layer in enumerate(weights.layers):
+            qkv = layer.qkv(layer.norm1(x))
+            y = attend(self.geometry, weights, slab, index, part, qkv, tables, counts, positions)
+            x = with_residuals(layer, x, layer.proj(y))
+        return weights.norm(x)
 
     def step_alone(self, weights: Weights, state: torch.Tensor, action: torch.Tensor,
                    positions: Optional[torch.Tensor]) -> StepOutput:
@@ -231,6 +257,12 @@ class Engine:
             padded[:, 0, :, :slots - 1].masked_fill_(hidden, float('-inf'))
             self._masks[slots, device] = masks = (padded[:, :, :1].contiguous(), padded[:, :, 1:].contiguous())
         return masks
+
+
+def reads_pages(slab: Slab) -> bool:
+    """Whether attention can read pages where they are."""
+    assert slab.data is not None
+    return slab.data.is_cuda and importlib.util.find_spec('triton') is not None
 
 
 def with_residuals(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
