@@ -1,6 +1,7 @@
 """LightZero's transformer and heads, laid out for the engine; read anew for each search."""
 import functools
 import math
+from importlib.util import find_spec
 from typing import Any, List, Optional, Tuple
 
 import torch
@@ -165,8 +166,18 @@ def _function(module: nn.Module, many_rows: int) -> Function:
 def _linear(weight: torch.Tensor, bias: Optional[torch.Tensor], many_rows: int) -> Function:
     if bias is None or not weight.is_cuda:
         return lambda x: F.linear(x, weight, bias)
-    # With the bias fused in, cuBLAS picks float32 kernels that take up to twice as long for many rows.
-    return lambda x: F.linear(x, weight, bias) if x.shape[0] < many_rows else F.linear(x, weight).add_(bias)
+    quick = many_rows == MANY_CAPTURED_ROWS and find_spec('triton') is not None
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if quick:
+            from ..engine import products
+
+            if products.fits(x, weight):
+                return products.linear(x, weight, bias)
+        # With the bias fused in, cuBLAS picks float32 kernels that take up to twice as long for many rows.
+        return F.linear(x, weight, bias) if x.shape[0] < many_rows else F.linear(x, weight).add_(bias)
+
+    return run
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
