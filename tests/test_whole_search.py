@@ -26,7 +26,7 @@ from lzero_kvcache import KVCacheManager
 from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.host.tree_search import _NodeSearch
 from lzero_kvcache.search import compiled as compiled_search
-from lzero_kvcache.search import whole
+from lzero_kvcache.search import tree, whole
 from lzero_kvcache.search.whole import WholeSearch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
@@ -134,6 +134,10 @@ def cache_of(policy):
     return world_model_of(policy).kv_cache_manager
 
 
+def spaces_of(policy):
+    return world_model_of(policy).inference._whole._spaces
+
+
 def counts(policy):
     """Queries and hits of each pool, and what was skipped."""
     counters = cache_of(policy).counters()
@@ -161,17 +165,15 @@ def ways():
 
 
 def told(lines):
-    """What the log says about searches, once for each search that a policy has."""
-    said = [message for level, message in lines() if message.startswith('Searching')]
-    assert said == said[:1] * len(said)
-    return said[:1]
+    """What the log says about searches, and how loud, for both that a policy has."""
+    return [(level, message) for level, message in lines() if message.startswith('Searching')]
 
 
 @pytest.mark.parametrize('search', ['auto', 'device'])
 @pytest.mark.parametrize('kind', ['unizero', 'continuous'])
 def test_searches_in_arrays(kind, search, lines):
     policy = make(kind, search)
-    assert told(lines) == ['Searching in arrays: a search is one compiled call']
+    assert told(lines) == [('INFO', 'Searching in arrays: a search is one compiled call')]
     with ways() as taken:
         Player(policy).step(ALL)
         Player(policy, 'eval').step(ALL)
@@ -202,8 +204,11 @@ def test_what_cannot_be_compiled_is_searched_by_node(options, reason, search, li
         monkeypatch.setitem(sys.modules, 'numba', None)
         monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
     policy = make(search=search, **options if isinstance(options, dict) else {})
-    [said] = told(lines)
-    assert said.startswith(f"Searching in LightZero's tree, node by node: {reason}")
+    [(level, said)] = told(lines)
+    ignored = search == 'device'
+    assert level == ('WARNING' if ignored else 'INFO')
+    beside = ", not as kv_cache_cfg.search='device' asks" if ignored else ''
+    assert said.startswith(f"Searching in LightZero's tree, node by node{beside}: {reason}")
     with ways() as taken:
         output = Player(policy).step(ALL)
     assert taken == ['ctree'] and {sum(row['visit_count_distributions']) for row in output.values()} == {SIMULATIONS}
@@ -219,7 +224,7 @@ def test_a_managers_own_look_ups_are_asked(registered, lines):
             return super().find_recur(mode, env_ids, keys)
 
     policy = make(cache=dict(type='asking'))
-    assert told(lines) == ['Searching by key: Asking has a find_recur of its own']
+    assert told(lines) == [('INFO', 'Searching by key: Asking has a find_recur of its own')] * 2
     with ways() as taken:
         Player(policy).step([2, 0])
     assert not taken and asked == [[2, 0]] * SIMULATIONS
@@ -463,15 +468,16 @@ def test_counts_and_times_are_those_of_lightzeros_tree(kind, mode):
 
 def test_trees_count_as_memory():
     """Those of one size, however many sizes there were."""
-    policy, trees, run = make(simulations=40), [], WholeSearch.run
-    search, player = world_model_of(policy).inference._whole, Player(policy)
-    with mock.patch.object(WholeSearch, 'run', lambda *args: trees.append(run(*args)) or trees[-1]):
+    policy, trees, read = make(simulations=40), [], tree.root_visits
+    spaces, player = spaces_of(policy), Player(policy)
+    with mock.patch.object(tree, 'root_visits', lambda found: trees.append((found, spaces.memory_mb)) or read(found)):
         player.step(ALL)
-        of_three, first = search.memory_mb, sum(array.nbytes for array in trees[0]) / 2 ** 20
-        assert first < of_three < first + 0.5
+        of_three, [(first, meanwhile)] = spaces.memory_mb, trees
+        assert meanwhile == of_three
+        assert 0 < of_three - sum(array.nbytes for array in first) / 2 ** 20 < 0.5
         for env_ids in ([0, 1], [2], [0, 2], ALL):
             player.step(env_ids)
-    assert search.memory_mb == of_three
+    assert spaces.memory_mb == of_three
     with mock.patch.object(cache_of(policy).storage, 'beside', []):
         without = cache_of(policy).memory_mb
     windows = world_model_of(policy).inference.engine.window.bytes / 2 ** 20
@@ -574,18 +580,18 @@ def test_copies_of_a_model_have_arrays_and_weights_of_their_own(copied):
     player = Player(policy)
     player.step(ALL)
     model = copied(policy._model._orig_mod)
-    assert model.world_model.inference._whole.memory_mb == 0 < world_model_of(policy).inference._whole.memory_mb
+    assert model.world_model.inference._whole._spaces.memory_mb == 0 < spaces_of(policy).memory_mb
     assert model.world_model.inference._whole._network is None  # or it would hold weights of the other
     other._model = other._collect_model = model
     add_noise(policy._model)  # which is not seen by the copy
     other._mcts_collect._searches = 0
     assert found(Player(other).step(ALL)) == found(Player(make()).step(ALL))
     arrays = [
-        [array for tree in whole_search._trees.values() for array in tree]
-        for whole_search in (model.world_model.inference._whole, world_model_of(policy).inference._whole)
+        [array for spaces in search._spaces._free.values() for space in spaces for array in space.tree]
+        for search in (model.world_model.inference._whole, world_model_of(policy).inference._whole)
     ]
     assert not any(np.shares_memory(one, another) for one in arrays[0] for another in arrays[1])
-    assert policy._target_model.world_model.inference._whole.memory_mb == 0
+    assert policy._target_model.world_model.inference._whole._spaces.memory_mb == 0
 
 
 def test_checkpoints_have_the_same_keys():
@@ -726,7 +732,7 @@ def test_a_replay_sees_a_weight_that_is_not_the_models():
     player = Player(policy)
     player.step(ALL)
     search = world_model_of(policy).inference._whole
-    network, kept = search._network
+    (network, _), _ = search._network
     bias = torch.ones(network.rewards[-1, 2])
     bias[:3] = -5
     network.rewards[-1, 4] = bias.data_ptr()

@@ -31,7 +31,8 @@ class NanGuard:
             return np.arange(len(values))
         finite = np.isfinite(values).all(axis=1)
         row = int(np.argmin(finite))
-        message = f'{what} with nan or inf in {mode}, environment {env_ids[row]}, step {timesteps[row]}'
+        unit = 'row' if mode == 'reanalysis' else 'environment'
+        message = f'{what} with nan or inf in {mode}, {unit} {env_ids[row]}, step {timesteps[row]}'
         if self._action == 'raise':
             raise FloatingPointError(
                 f"{message}: {self._cause}; kv_cache_cfg.on_nan='skip' goes on without such contexts"
@@ -41,3 +42,11 @@ class NanGuard:
             logger.warning(f'{message}: its context is not stored; further ones are only counted')
         self._count(int(np.count_nonzero(~finite)))
         return np.flatnonzero(finite)
+
+    def report(self, broken: np.ndarray, mode: str, env_ids: Sequence[int], timesteps: np.ndarray) -> None:
+        """Raise an error for a search some of whose predictions were no numbers, ``broken [B]``, or count them; the
+        search went on with zeros."""
+        if broken.any():
+            values = np.where(broken > 0, np.nan, 0.0)[:, None]
+            self.finite(values, 'A reward, value or policy', mode, env_ids, timesteps)
+            self._count(int(broken.sum() - np.count_nonzero(broken)))  # each prediction counts

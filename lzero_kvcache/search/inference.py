@@ -2,7 +2,8 @@
 
 ``B`` rows, ``E`` embedding, ``A`` numbers of a continuous action, ``P`` policy logits. A latent state is ``[B, E]``.
 """
-from typing import Any, Callable, Sequence
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from ..engine.transfer import send
 from ..engine.weights import Source
 from .by_key import NodesByKey
 from .by_node import NodesByPlace
+from .gpu import Found, GpuSearch
 from .roots import RootInference
+from .served import Served
 from .timesteps import reanalysis_timesteps_of, steps_after
 from .whole import Problem, WholeSearch
 
@@ -28,14 +31,32 @@ class Inference(RootInference, NodesByKey, NodesByPlace):
                  read_network: Callable[[], Any]) -> None:
         super().__init__(source, encode, manager, store, options, validator)
         self._whole = WholeSearch(read_network, source, manager, store, self._guard, self.timings)
+        self._on_gpu = GpuSearch(self.engine, source, manager, store, self._guard, self.timings)
+
+    @contextmanager
+    def search_whole(self, problem: Problem) -> Iterator[Any]:
+        """A context with the trees of a search from the roots that were just served, which was one compiled call."""
+        with self._whole.run(self._served(), problem) as tree:
+            yield tree
 
     @torch.no_grad()
-    def search_whole(self, problem: Problem) -> Any:
-        """Search from the roots that were just served, in one compiled call; returns the trees."""
+    def search_on_gpu(self, problem: Problem) -> Found:
+        """Search from the roots that were just served, on the GPU; returns the roots' visits and values."""
+        return self._on_gpu.run(self._served(), problem)
+
+    def _served(self) -> Served:
         served = self.open.innermost(lambda step: step.roots is not None)
         if served is None:
             raise RuntimeError('a search follows a root inference inside `serving`')
-        return self._whole.run(served, problem)
+        return served
+
+    @torch.no_grad()
+    def reanalyze_whole(self, problem: Problem, latent: np.ndarray,
+                        start_pos: Any) -> Tuple[List[List[int]], List[float]]:
+        """Search from states ``[B, E]`` without contexts; returns the roots' visits and values."""
+        return self._whole.reanalyze(
+            problem, latent, reanalysis_timesteps_of(start_pos, len(latent)), self._source.addresses()
+        )
 
     def reanalysis(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
                    start_pos: Any) -> StepOutput:
