@@ -3,22 +3,27 @@
 Weights are split along their inputs over programs, since outputs alone are too few to keep a GPU busy; a second launch
 adds the parts and the bias. Three products of tf32 are as exact as one of float32.
 """
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 
-ROWS, OUTPUTS, INPUTS = 16, 32, 64
-"""What a program has in work."""
+INPUTS = 64
+"""Inputs that a program reads together."""
 
-MOST_ROWS = 64
-"""From here on cuBLAS is as fast."""
+MOST_ROWS = 256
+"""Beyond, nothing was measured (docs/results.md)."""
 
 LEAST_INPUTS = 512
 """Below, a product is too short to be split."""
 
-PARTS = 4
+
+def sizes(rows: int, outputs: int) -> Tuple[int, int, int]:
+    """Rows and outputs of a program, and into how many parts inputs are split; chosen by measurement."""
+    if rows <= 64:
+        return max(16, triton.next_power_of_2(rows)), 32, 4
+    return 64, 64, 4 if outputs <= 1024 else 2
 
 
 @triton.jit
@@ -54,7 +59,8 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether :func:`linear` is for such a layer and so many rows."""
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
-    return (rows < MOST_ROWS and inputs >= LEAST_INPUTS and inputs % (PARTS * INPUTS) == 0 and outputs >= OUTPUTS
+    split = inputs % (sizes(rows, outputs)[2] * INPUTS) == 0
+    return (rows <= MOST_ROWS and inputs >= LEAST_INPUTS and split and outputs >= 32
             and x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and weight.is_contiguous())
 
 
@@ -62,11 +68,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) 
     """``F.linear``."""
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
-    parts, out = x.new_empty(PARTS, rows, outputs), x.new_empty(x.shape[:-1] + (outputs, ))
-    _product[triton.cdiv(outputs, OUTPUTS), triton.cdiv(rows, ROWS), PARTS](
-        x, weight, parts, rows, outputs, inputs, ROWS, OUTPUTS, INPUTS, PARTS, num_warps=4, num_stages=4
+    rows_each, outputs_each, count = sizes(rows, outputs)
+    parts, out = x.new_empty(count, rows, outputs), x.new_empty(x.shape[:-1] + (outputs, ))
+    _product[triton.cdiv(outputs, outputs_each), triton.cdiv(rows, rows_each), count](
+        x, weight, parts, rows, outputs, inputs, rows_each, outputs_each, INPUTS, count, num_warps=4, num_stages=4
     )
     _add[triton.cdiv(out.numel(), 512), ](
-        parts, weight if bias is None else bias, out, out.numel(), outputs, PARTS, bias is not None, 512
+        parts, weight if bias is None else bias, out, out.numel(), outputs, count, bias is not None, 512
     )
     return out
