@@ -1,5 +1,5 @@
-"""A search on a GPU: by Triton's interpreter against the compiled search on the CPU, and on a GPU against the same trees
-with the model's step by node."""
+"""A search on a GPU: by Triton's interpreter against the compiled search on the CPU, and on a GPU against the same
+trees with the model's step by node."""
 import importlib.util
 from typing import Any, Dict, Iterator, List
 

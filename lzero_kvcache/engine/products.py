@@ -9,9 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-INPUTS = 64
-"""Inputs that a program reads together."""
-
 MOST_ROWS = 256
 """Beyond, nothing was measured (docs/results.md)."""
 
@@ -19,11 +16,12 @@ LEAST_INPUTS = 512
 """Below, a product is too short to be split."""
 
 
-def sizes(rows: int, outputs: int) -> Tuple[int, int, int]:
-    """Rows and outputs of a program, and into how many parts inputs are split; chosen by measurement."""
+def sizes(rows: int, outputs: int) -> Tuple[int, int, int, int]:
+    """Rows and outputs of a program, inputs that it reads together, and into how many parts inputs are split; chosen by
+    measurement (docs/results.md)."""
     if rows <= 64:
-        return max(16, triton.next_power_of_2(rows)), 32, 4
-    return 64, 64, 4 if outputs <= 1024 else 2
+        return max(16, triton.next_power_of_2(rows)), 32, 64, 4
+    return 64, 64, 32, 4 if outputs <= 1024 else 2
 
 
 @triton.jit
@@ -59,8 +57,8 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether :func:`linear` is for such a layer and so many rows."""
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
-    split = inputs % (sizes(rows, outputs)[2] * INPUTS) == 0
-    return (rows <= MOST_ROWS and inputs >= LEAST_INPUTS and split and outputs >= 32
+    _rows, _outputs, together, count = sizes(rows, outputs)
+    return (rows <= MOST_ROWS and inputs >= LEAST_INPUTS and inputs % (together * count) == 0 and outputs >= 32
             and x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and weight.is_contiguous())
 
 
@@ -68,10 +66,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) 
     """``F.linear``."""
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
-    rows_each, outputs_each, count = sizes(rows, outputs)
+    rows_each, outputs_each, together, count = sizes(rows, outputs)
     parts, out = x.new_empty(count, rows, outputs), x.new_empty(x.shape[:-1] + (outputs, ))
     _product[triton.cdiv(outputs, outputs_each), triton.cdiv(rows, rows_each), count](
-        x, weight, parts, rows, outputs, inputs, rows_each, outputs_each, INPUTS, count, num_warps=4, num_stages=4
+        x, weight, parts, rows, outputs, inputs, rows_each, outputs_each, together, count, num_warps=4, num_stages=4
     )
     _add[triton.cdiv(out.numel(), 512), ](
         parts, weight if bias is None else bias, out, out.numel(), outputs, count, bias is not None, 512

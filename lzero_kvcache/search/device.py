@@ -135,6 +135,7 @@ class Space:
                 self._run_begin()
                 self._run_simulation()
         torch.cuda.current_stream(self._device).wait_stream(stream)
+        del self._weights  # those of a capture are counted
         before = torch.cuda.memory_allocated(self._device)
         begin, simulation = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(begin):
