@@ -36,10 +36,14 @@ class Root(NamedTuple):
 
 @pytest.fixture
 def root(case: Case, rules: Dict[str, bool]) -> Iterator[Root]:
+    yield from roots_of(cached_model(case, ROWS, 5, kv_cache_cfg=dict(on_nan='skip')), case, rules)
+
+
+def roots_of(model: Any, case: Case, rules: Dict[str, bool]) -> Iterator[Root]:
     """Roots whose contexts slide; every third environment has just begun its episode."""
-    model = cached_model(case, ROWS, 5, kv_cache_cfg=dict(on_nan='skip'))
     world_model, rng = model.world_model, np.random.default_rng(0)
     obs = torch.from_numpy(rng.normal(size=(6, ROWS, *case.obs_shape)).astype(np.float32))
+    obs = obs.to(world_model.weights_source.device())
     for step in range(1, 6):
         actions: List[Any] = list(rng.integers(0, case.action_space_size, ROWS))
         if case.continuous:
@@ -145,7 +149,7 @@ def test_threads_share_the_products_of_a_wide_model(root: Root, monkeypatch: pyt
     monkeypatch.setattr(whole, 'LEAST_ROWS', ROWS)
     torch.set_num_threads(3)
     assert found(root) == alone and helped == []
-    monkeypatch.setattr(whole, 'WIDE', 1)
+    monkeypatch.setattr(whole, 'LEAST_COLUMNS', 10)
     assert found(root) == alone
     torch.set_num_threads(1)
     assert sorted(worker for _, worker, _ in helped) == [1, 2] and len({thread for thread, *_ in helped}) == 2
@@ -163,7 +167,7 @@ def test_who_helps_out_leaves_a_search_that_fails(root: Root, monkeypatch: pytes
 
     before = found(root)
     monkeypatch.setattr(whole, 'LEAST_ROWS', ROWS)
-    monkeypatch.setattr(whole, 'WIDE', 1)
+    monkeypatch.setattr(whole, 'LEAST_COLUMNS', 10)
     torch.set_num_threads(2)
     with monkeypatch.context() as meanwhile, pytest.raises(Broken):
         meanwhile.setattr(compiled, 'search_rows', broken)

@@ -45,4 +45,4 @@ def in_arrays(compute: Callable[..., Any]) -> Callable[..., Any]:
 def _is_served(buffer: Any, model: Any) -> bool:
     world_model = model.world_model
     return (isinstance(world_model, NewWorldModel) and buffer._cfg.model.categorical_distribution
-            and not has_own_inference(model) and world_model.searches_in_arrays('Reanalyzing'))
+            and not has_own_inference(model) and world_model.searches_in_arrays('Reanalyzing', on_gpu=False))

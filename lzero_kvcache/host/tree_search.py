@@ -18,7 +18,7 @@ from .roots import Roots
 
 
 def can_be_in_arrays(world_model: Any) -> bool:
-    """Whether the model is where, and in the mode in which, it can be searched in arrays, at the moment."""
+    """Whether the model is where, and in the mode in which, the CPU can search it in arrays, at the moment."""
     return not world_model.training and world_model.weights_source.device().type == 'cpu'
 
 
@@ -27,6 +27,7 @@ class _NodeSearch:
     _cfg: Any
     tree: Any
     sampled = False
+    on_gpu = True  # whether such a search can run on a GPU in one call
 
     def __init__(self, cfg: Any, use_arrays: bool = False) -> None:
         super().__init__(cfg)  # type: ignore[call-arg]
@@ -49,6 +50,9 @@ class _NodeSearch:
             self._search_in_ctree(roots, world_model, to_play_batch)
         elif can_be_in_arrays(world_model):
             self._search_in_arrays(roots, world_model)
+        elif self.on_gpu and world_model.weights_source.device().type == 'cuda' and not world_model.training:
+            visits, values = world_model.search_on_device(self.problem(roots))
+            roots.take(visits, values, None)
         else:
             self._search_in_ctree(roots.in_ctree(), world_model, to_play_batch)
 
@@ -119,7 +123,7 @@ class NodeSearch(_NodeSearch, UniZeroMCTSCtree):
 class SampledNodeSearch(_NodeSearch, SampledUniZeroMCTSCtree):
     """``SampledUniZeroMCTSCtree`` by node."""
     tree = tree_sampled_muzero
-    sampled = True
+    sampled, on_gpu = True, False
 
     def _slots(self) -> Tuple[int, int]:
         model = self._cfg.model

@@ -15,10 +15,12 @@ from ..engine.compiling import why_not_compiled
 from ..engine.launch import picked
 from ..engine.sequence import observe
 from ..engine.slab import Slab
+from ..engine.step import has_triton
 from ..engine.store import PageStore
 from ..engine.transfer import send
 from ..engine.weights import Weights
 from ..registry import KV_CACHE_REGISTRY
+from ..search.device import Found
 from ..search.inference import Inference
 from ..search.served import Served
 from ..search.whole import Problem
@@ -149,31 +151,36 @@ class NewWorldModel(LightZeroWorldModel):
         if before is not None and before != place and before[0] == place[0]:  # another device holds the same values
             self.weights_changed('their storage moved')
 
-    def why_not_whole(self) -> Optional[str]:
+    def why_not_whole(self, on_gpu: bool = True) -> Optional[str]:
         """
         Overview:
-            Why a search cannot run as one compiled call with this model as it is now.
+            Why a search cannot run as one call, on the device that the model is on, as it is now.
+        Arguments:
+            - on_gpu (:obj:`bool`): Whether it is a search that there is for GPUs.
         Returns:
             - reason (:obj:`Optional[str]`): None where it can.
         """
         device = self.weights_source.device()
+        if device.type == 'cuda' and on_gpu:
+            return None if has_triton() else 'triton is not installed (pip install triton)'
         if device.type != 'cpu':
             return f'the model is on {device}'
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
 
-    def searches_in_arrays(self, doing: str) -> bool:
+    def searches_in_arrays(self, doing: str, on_gpu: bool = True) -> bool:
         """
         Overview:
             Whether to search in arrays, by what is asked for and what can be; the first time, the log says so.
         Arguments:
             - doing (:obj:`str`): What the search is for, in a word for the log.
+            - on_gpu (:obj:`bool`): Whether it is a search that there is for GPUs.
         Returns:
             - in_arrays (:obj:`bool`): Or else in LightZero's tree.
         """
         if self._options.search == 'tree':
             return False
         if doing not in self._in_arrays:
-            reason = self.why_not_whole()
+            reason = self.why_not_whole(on_gpu)
             self._in_arrays[doing] = reason is None
             told = "in LightZero's tree, node by node"
             if reason is None:
@@ -198,6 +205,19 @@ class NewWorldModel(LightZeroWorldModel):
         """
         with torch.no_grad(), self.inference.search_whole(problem) as tree:
             yield tree
+
+    def search_on_device(self, problem: Problem) -> Found:
+        """
+        Overview:
+            Search on a GPU from the roots that were just served.
+        Arguments:
+            - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
+        Returns:
+            - found (:obj:`Tuple[List[List[int]], List[float]]`): The roots' visits and values.
+        Raises:
+            - RuntimeError: No root inference was served.
+        """
+        return self.inference.search_on_device(problem)
 
     def reanalyze_whole(self, problem: Problem, latent: np.ndarray,
                         start_pos: Any) -> Tuple[List[List[int]], List[float]]:

@@ -1,0 +1,105 @@
+"""Attention on a GPU that reads pages where they are. Importing it imports Triton.
+
+Shapes as in :mod:`.step`; the context of a row is the tokens ``0`` to ``2 count - 2``, and what it adds are the action
+and the observation of the page in its table's last column.
+"""
+import torch
+import triton
+import triton.language as tl
+
+from .slab import Slab
+from .weights import Geometry, Weights
+
+TOKENS = 16
+"""Tokens of a context that are looked at together."""
+
+
+@triton.jit
+def _rotated(at, d, there, cosine, sine):
+    pair = tl.load(at + (d ^ 1), mask=there, other=0.)
+    return tl.load(at + d, mask=there, other=0.) * cosine + tl.where(d % 2 == 0, -pair, pair) * sine
+
+
+@triton.jit
+def _attend(qkv, slab, tables, counts, positions, moved, out, layer, scale, rows, row_step, page_step, width,
+            LAYERS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
+            PART: tl.constexpr, ROTARY: tl.constexpr, TOKENS: tl.constexpr):
+    """Keys and values of a token into its page, and its attention: a row and a head for each program. ``moved`` is
+    what learned positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, PADDED)
+    there = d < SIZE
+    embed = HEADS * SIZE
+    at = qkv + row * 3 * embed + head * SIZE
+    count = tl.load(counts + row)
+    position = tl.load(positions + PART * rows + row)
+    value = tl.load(at + 2 * embed + d, mask=there, other=0.)
+    if ROTARY:
+        factors = moved + position * SIZE + d // 2 * 2
+        cosine = tl.load(factors, mask=there, other=0.)
+        sine = tl.load(factors + 1, mask=there, other=0.)
+        query = _rotated(at, d, there, cosine, sine)
+        key = _rotated(at + embed, d, there, cosine, sine)
+        kept, kept_value = key, value
+    else:
+        query = tl.load(at + d, mask=there, other=0.)
+        key = tl.load(at + embed + d, mask=there, other=0.)
+        shift = moved + (position * LAYERS + layer) * 2 * embed + head * SIZE + d
+        kept = key - tl.load(shift, mask=there, other=0.)
+        kept_value = value - tl.load(shift + embed, mask=there, other=0.)
+    page = tl.load(tables + row * row_step + (width - 1) * page_step)
+    own = slab + ((page * 2 + PART) * LAYERS + layer) * 2 * embed + head * SIZE + d
+    tl.store(own, kept.to(slab.dtype.element_ty), mask=there)
+    tl.store(own + embed, kept_value.to(slab.dtype.element_ty), mask=there)
+    query *= scale
+    top = tl.sum(query * key, 0)
+    total = top * 0 + 1
+    mixed = value
+    if PART == 1:  # the action, which its own launch has written
+        before = own - LAYERS * 2 * embed
+        key = tl.load(before, mask=there, other=0.).to(tl.float32)
+        value = tl.load(before + embed, mask=there, other=0.).to(tl.float32)
+        if not ROTARY:
+            shift = moved + (tl.load(positions + row) * LAYERS + layer) * 2 * embed + head * SIZE + d
+            key += tl.load(shift, mask=there, other=0.)
+            value += tl.load(shift + embed, mask=there, other=0.)
+        score = tl.sum(query * key, 0)
+        higher = tl.maximum(top, score)
+        old, new = tl.exp(top - higher), tl.exp(score - higher)
+        top, total, mixed = higher, old + new, mixed * old + value * new
+    tokens = (2 * count - 1).to(tl.int32)
+    for start in range(0, tokens, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        seen = token < tokens
+        both = seen[:, None] & there[None, :]
+        pages = tl.load(tables + row * row_step + (token + 1) // 2 * page_step, mask=seen, other=0)
+        places = ((pages * 2 + (token + 1) % 2) * LAYERS + layer) * 2 * embed + head * SIZE
+        keys = tl.load(slab + places[:, None] + d[None, :], mask=both, other=0.).to(tl.float32)
+        values = tl.load(slab + embed + places[:, None] + d[None, :], mask=both, other=0.).to(tl.float32)
+        if not ROTARY:
+            shifts = moved + ((token * LAYERS + layer) * 2 * embed + head * SIZE)[:, None] + d[None, :]
+            keys += tl.load(shifts, mask=both, other=0.)
+            values += tl.load(shifts + embed, mask=both, other=0.)
+        scores = tl.where(seen, tl.sum(query[None, :] * keys, 1), -float('inf'))
+        higher = tl.maximum(top, tl.max(scores, 0))
+        old, weights = tl.exp(top - higher), tl.exp(scores - higher)
+        total = total * old + tl.sum(weights, 0)
+        mixed = mixed * old + tl.sum(values * weights[:, None], 0)
+        top = higher
+    tl.store(out + row * embed + head * SIZE + d, mixed / total, mask=there)
+
+
+def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, part: int, qkv: torch.Tensor,
+           tables: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Attention ``[B, E]`` of a page's action (``part`` 0) or observation (1) with ``qkv [B, 3E]``, whose key and value
+    are written into the page."""
+    rows, embed = len(qkv), geometry.embed_dim
+    moved = torch.view_as_real(weights.places) if geometry.rotary else weights.shift
+    assert moved is not None and slab.data is not None and moved.is_contiguous() and positions.is_contiguous()
+    out = qkv.new_empty(rows, embed)
+    _attend[rows, geometry.heads](
+        qkv, slab.data, tables, counts, positions, moved, out, layer, geometry.head_dim ** -0.5, rows,
+        *tables.stride(), tables.shape[1], geometry.layers, geometry.heads, geometry.head_dim,
+        triton.next_power_of_2(geometry.head_dim), part, geometry.rotary, TOKENS, num_warps=2
+    )
+    return out
