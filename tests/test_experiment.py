@@ -11,12 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trainings import when
+from trainings import PROJECT_ROOT, when
 
 from lzero_kvcache import ConfigError, comparison
-from lzero_kvcache.cli.commands import main
 from lzero_kvcache.training import experiment, processes
-from lzero_kvcache.training.config_file import PROJECT_ROOT
 from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
 from lzero_kvcache.training.processes import Board, Child
 from lzero_kvcache.training.summary import (
@@ -28,6 +26,7 @@ from lzero_kvcache.training.summary import (
     write_progress,
     write_summary,
 )
+from lzero_kvcache_options import main
 
 SMALL = ['policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2', 'env.evaluator_env_num=1']
 
@@ -67,8 +66,8 @@ def test_every_system_and_seed_once_in_a_folder_of_its_own(tmp_path):
 def test_a_run_is_begun_with_all_that_was_asked_for(tmp_path):
     made = make(tmp_path, device='cpu', overrides=SMALL)
     assert made.command(made.trials[0]) == [
-        sys.executable, '-m', 'lzero_kvcache.cli.train', '--config', 'config_new', '--max-env-step', '60', '--device',
-        'cpu', '--set', *SMALL, '--cache', 'old', '--seed', '0', '--exp-name', str(tmp_path / 'old_seed0')
+        sys.executable, '-m', 'lzero_kvcache_options', 'train', '--config', 'config_new', '--max-env-step', '60',
+        '--device', 'cpu', '--set', *SMALL, '--cache', 'old', '--seed', '0', '--exp-name', str(tmp_path / 'old_seed0')
     ]
 
 
@@ -161,7 +160,7 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     ([], '--config'),
-    (['--config', 'nosuch'], 'nosuch: no such file'),
+    (['--config', 'nosuch'], '--config nosuch: there is no such file'),
     (['--config', 'config_new', '--cache', 'both'], "'both'"),
     (['--config', 'config_new', '--seeds', '-1'], '-1'),
     (['--config', 'config_new', '--jobs', '0'], "'0' is not a whole number of at least 1"),

@@ -14,9 +14,9 @@ import torch
 from builders import Worker, audit, make_policy, roots
 from oracle import Batch, Case, assert_same, cached_model, play, random_trace, row_differences
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from trainings import PROJECT_ROOT
 
 from lzero_kvcache.training.checkpoints import read_checkpoint
-from lzero_kvcache.training.config_file import PROJECT_ROOT
 
 SEED = 5
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
@@ -98,7 +98,7 @@ def test_killed_while_saving_and_gone_on(tmp_path):
     script = tmp_path / 'slow.py'
     script.write_text(
         'import sys, time, torch\n'
-        'from lzero_kvcache.cli import train\n'
+        'from lzero_kvcache_options import main\n'
         'save, saves = torch.save, []\n'
         'def slow(data, file):\n'
         '    saves.append(0)\n'
@@ -109,7 +109,7 @@ def test_killed_while_saving_and_gone_on(tmp_path):
         "        open('half', 'w').close()\n"
         '        time.sleep(60)\n'
         'torch.save = slow\n'
-        'sys.exit(train.main())\n'
+        'sys.exit(main(["train", *sys.argv[1:]]))\n'
     )
     process = subprocess.Popen(
         [sys.executable, str(script), '--config', 'config_new', '--exp-name', 'run', *SMALL], cwd=str(tmp_path),
@@ -332,7 +332,7 @@ def test_skipping_goes_on_and_stores_again_when_the_weights_are_well():
 POISONED = """
 import sys
 import torch
-from lzero_kvcache.cli import train
+from lzero_kvcache_options import main
 from lzero_kvcache.training.watch import Watch
 
 enter = Watch.enter
@@ -347,7 +347,7 @@ def enter_and_poison(watch, phase):
 
 
 Watch.enter = enter_and_poison
-sys.exit(train.main())
+sys.exit(main(['train', *sys.argv[1:]]))
 """
 
 
@@ -356,7 +356,7 @@ POISONED_FOR_A_WHILE = """
 import sys
 import torch
 from lzero_kvcache.host import policies
-from lzero_kvcache.cli import train
+from lzero_kvcache_options import main
 
 forward, steps = policies.UniZeroPolicy._forward_collect, []
 
@@ -375,7 +375,7 @@ def forward_and_poison(policy, *args, **kwargs):
 
 
 policies.UniZeroPolicy._forward_collect = forward_and_poison
-sys.exit(train.main())
+sys.exit(main(['train', *sys.argv[1:]]))
 """
 
 

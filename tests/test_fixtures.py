@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List
 
 import pytest
-from trainings import import_what_trainings_import, short_episodes, trained
+from trainings import import_what_trainings_import, short_episodes, train, trained
 
 from lzero_kvcache import ConfigError, comparison, config
-from lzero_kvcache.cli.commands import main
-from lzero_kvcache.cli.train import main as train
 from lzero_kvcache.config import KV_CACHE_CFG
 from lzero_kvcache.training import overrides, summary
 from lzero_kvcache.training.checkpoints import read_checkpoint
@@ -18,6 +16,7 @@ from lzero_kvcache.training.experiment import Trial
 from lzero_kvcache.training.processes import Children
 from lzero_kvcache.training.summary import read_summary
 from lzero_kvcache.training.terminal import summary_rows
+from lzero_kvcache_options import main
 
 BEFORE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'fixtures', 'before_rooms')
 RUNS = ('experiment/old_seed0', 'experiment/new_seed0', 'single_old', 'single_new')

@@ -15,14 +15,21 @@ from types import SimpleNamespace
 import gymnasium
 import pytest
 import torch
-from trainings import ITERATIONS, import_what_trainings_import, scalars, short_episodes, summary_of, trained
+from trainings import (
+    ITERATIONS,
+    PROJECT_ROOT,
+    import_what_trainings_import,
+    scalars,
+    short_episodes,
+    summary_of,
+    trained,
+)
 from trainings import SMALL as IN_A_FORK
+from trainings import train as main
 
 from lzero_kvcache import ConfigError
-from lzero_kvcache.cli.train import main
 from lzero_kvcache.training import make_plan, watch
 from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
-from lzero_kvcache.training.config_file import PROJECT_ROOT
 from lzero_kvcache.training.error_hints import hint
 from lzero_kvcache.training.output import Output
 from lzero_kvcache.training.plan import Plan
@@ -48,7 +55,7 @@ def ended(arguments):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     ([], '--config'),
-    (['--config', 'nosuch'], 'nosuch: no such file'),
+    (['--config', 'nosuch'], '--config nosuch: there is no such file'),
     (['--config', 'config_new', '--colour'], '--colour'),
     (['--config', 'config_new', '--cache', 'both'], "'both'"),
     (['--config', 'config_new', '--max-env-step', '0'], "'0' is not a whole number of at least 1"),
@@ -85,9 +92,9 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
     assert ended(arguments) == 2
     captured = capfd.readouterr()
     assert message in captured.err
-    assert captured.err.startswith('train.py: error: ')
+    assert captured.err.startswith('lzero-kvcache: error: ')
     assert captured.err.count('\n') == 1
-    assert captured.out == ''
+    assert re.fullmatch(r'(Config: .*\n)?', captured.out)
     assert os.listdir(tmp_path) == []
 
 
@@ -112,7 +119,7 @@ def test_wandb_without_a_login_is_refused(capfd, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('arguments', 'code', 'said'), [
     (['--help'], 0, 'It is Python code, and it will be run'), (['--version'], 0, 'lzero_kvcache 0.'),
-    (['--colour'], 2, 'train.py: error: '),
+    (['--colour'], 2, 'lzero-kvcache: error: '),
 ])
 def test_what_needs_no_torch_is_answered_without_it(arguments, code, said, tmp_path):
     """Importing it takes seconds."""
@@ -152,11 +159,11 @@ def test_options_override_the_config():
 
 def test_every_option_reaches_the_plan(monkeypatch):
     from lzero_kvcache.cli import train
-    from lzero_kvcache_options import train_parser
+    from lzero_kvcache_options import command_parser
     asked = {}
     monkeypatch.setattr(train, 'make_plan', lambda config, **given: asked.update(given, config=config))
-    train.plan_of(train_parser().parse_args([
-        '--config', 'c', '--cache', 'new', '--seed', '1', '--exp-name', 'e', '--max-env-step', '2e3',
+    train.plan_of(command_parser().parse_args([
+        'train', '--config', 'c', '--cache', 'new', '--seed', '1', '--exp-name', 'e', '--max-env-step', '2e3',
         '--max-train-iter', '4', '--device', 'cpu', '--resume', 'r', '--in-place', '--threads', '5', '--set', 'a=1',
         'b=2', '--set', 'c=3']))
     assert asked == dict(
