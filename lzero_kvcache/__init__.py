@@ -8,7 +8,7 @@ with root_level.kept():
     from . import telemetry  # noqa: F401
     from .host import policies  # noqa: F401
     # isort: split
-    from .host import models  # noqa: F401  (all three register with DI-engine)
+    from .host import models, targets  # noqa: F401  (what LightZero and DI-engine find in place of their own)
 
 from .cache.base import BaseCacheManager, PagedCacheManager
 from .cache.eviction import EvictionStrategy

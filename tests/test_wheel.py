@@ -5,6 +5,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import lzero
@@ -30,8 +31,10 @@ def test_a_wheel_trains_from_an_empty_folder(tmp_path):
     venv.create(tmp_path / 'environment', with_pip=False)
     python = tmp_path / 'environment' / 'bin' / 'python'
     [site] = (tmp_path / 'environment' / 'lib').glob('python3*/site-packages')
-    subprocess.run([sys.executable, '-m', 'pip', 'install', '--no-deps', '--prefix', str(tmp_path / 'environment'),
-                    str(wheel)], check=True, timeout=300)
+    # Without --ignore-installed pip would uninstall the package from the environment that runs the tests.
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '--no-deps', '--ignore-installed', '--prefix',
+                    str(tmp_path / 'environment'), str(wheel)], check=True, timeout=300)
+    assert metadata.version('lzero_kvcache')
     (site / 'others.pth').write_text(str(Path(lzero.__file__).parent.parent))
     empty = tmp_path / 'empty'
     empty.mkdir()

@@ -58,8 +58,8 @@ class _NodeSearch:
             noise_weight=prepared.noise_weight
         )
         self._searches += 1
-        tree = world_model.search_whole(problem)
-        roots.take(root_visits(tree), root_values(tree), root_actions(tree) if self.sampled else None)
+        with world_model.search_whole(problem) as tree:
+            roots.take(root_visits(tree), root_values(tree), root_actions(tree) if self.sampled else None)
 
     def _slots(self) -> Tuple[int, int]:
         """How many children a node has, and how many numbers an action that is drawn for it."""
