@@ -2,11 +2,13 @@
 import copy
 import importlib
 import os
+import sys
 import textwrap
 from unittest import mock
 
 import lzero.entry
 import pytest
+import zoo
 from trainings import PROJECT_ROOT
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as lightzeros_cartpole
 
@@ -276,3 +278,19 @@ def test_what_goes_wrong_in_main_is_said_in_one_line(does, said, write):
 def test_capturing_from_a_function_that_trains_nothing():
     with pytest.raises(ConfigError, match='calls none of train_unizero'):
         capture_entry_call(lambda: None)
+
+
+def test_a_folder_zoo_of_the_users_own(write, tmp_path):
+    """LightZero's package has the name; its path can be added to, as the error says."""
+    (tmp_path / 'zoo').mkdir()
+    (tmp_path / 'zoo' / 'mygame.py').write_text('')
+    with pytest.raises(ConfigError, match="'zoo.mygame' below the zoo that is installed, .*site-packages/zoo; "
+                                          "if it is in a folder zoo of yours, write in the config: (.*)") as caught:
+        load_config(write(rest='import zoo.mygame'))
+    advice = str(caught.value).rpartition('config: ')[2].replace('PATH/TO', str(tmp_path))
+    before = list(zoo.__path__)
+    try:
+        load_config(write(rest=advice + '\nimport zoo.mygame'))
+    finally:
+        zoo.__path__[:] = before
+        sys.modules.pop('zoo.mygame', None)

@@ -18,6 +18,7 @@ import torch
 from trainings import (
     ITERATIONS,
     PROJECT_ROOT,
+    WM,
     import_what_trainings_import,
     scalars,
     short_episodes,
@@ -76,6 +77,21 @@ def ended(arguments):
      "env_manager.type='subproces' is registered by none of its import_names=[]; did you mean 'subprocess'"),
     (['--config', 'config_new', '--set', 'policy.learning_rate=-1'], 'policy.learning_rate=-1 must be above 0'),
     (['--config', 'config_old', '--set', 'policy.batch_size=0'], 'policy.batch_size=0 must be above 0'),
+    *((['--config', config, '--set', *changes], message) for config in ('config_old', 'config_new')
+      for changes, message in [
+        (['policy.model.action_space_size=60', f'{WM}.action_space_size=6'],
+         f'policy.model.action_space_size=60 contradicts {WM}.action_space_size=6: it must be 6'),
+        (['policy.model.action_space_size=3'],  # its copy follows, the environment does not
+         "policy.model.action_space_size=3 contradicts the environment of env.env_id='CartPole-v0': its action masks"),
+        (['policy.model.observation_shape=5'], 'policy.model.observation_shape=5 contradicts the environment of'),
+        (['env.collector_env_num=5', 'policy.collector_env_num=3'],
+         'env.collector_env_num=5 contradicts policy.collector_env_num=3'),
+        (['env.evaluator_env_num=2', 'policy.evaluator_env_num=3'],
+         'env.evaluator_env_num=2 contradicts policy.evaluator_env_num=3'),
+        ([f'{WM}.support_size=51'], f'{WM}.support_size=51 contradicts policy.model.support_scale=50: it must be 101'),
+        ([f'{WM}.num_heads=5'], f'{WM}.num_heads=5 contradicts {WM}.embed_dim=64'),
+        ([f'{WM}.max_tokens=30'], f'{WM}.max_tokens=30 contradicts {WM}.max_blocks=10: it must be 20'),
+    ]),
     (['--config', 'config_new', '--exp-name', 'new/' + 'x' * 300], 'cannot be made (File name too long)'),
     (['--config', 'config_new', '--exp-name', '/proc/foo/bar'], ' /proc/foo/bar: the folder of the experiment'),
     (['--config', 'config_new', '--set', '+policy.model.type=UniZeroModl'],
@@ -410,6 +426,11 @@ def test_train_resume_in_either_system_and_evaluate(config, tmp_path):
                            '--max-train-iter', '9', '--set', 'policy.model.world_model_cfg.embed_dim=64')
     assert code == 2
     assert 'the checkpoint is of another model' in said.splitlines()[-1]
+    for key in ('policy.model_path', 'policy.learn.learner.hook.load_ckpt_before_run'):
+        other = ['policy.model.world_model_cfg.embed_dim=64', f'+{key}={first["checkpoint"]}']
+        code, said = in_a_fork(tmp_path, '--config', config, '--exp-name', 'never', '--set', *other)
+        assert code == 2, said
+        assert 'the checkpoint is of another model' in said.splitlines()[-1]
     assert sorted(os.listdir(tmp_path)) == there
 
     second, said = run('b', 'new', '--resume', first['checkpoint'], '--max-train-iter', str(first['train_iter'] + 2))
@@ -466,10 +487,10 @@ def test_ctrl_c_on_a_terminal_leaves_a_whole_checkpoint(tmp_path):
 
 @pytest.mark.parametrize('best', [None, 17.])
 def test_a_training_in_place_replaces_only_what_it_betters_and_is_evaluated_at_its_end(best, monkeypatch):
-    monkeypatch.setattr(watch, 'load_state', lambda policy, checkpoint: None)
     running = watch.Watch(lambda: None, lambda: None)
     last_iter, evaluations = SimpleNamespace(update=lambda value: None), []
-    running.learner = SimpleNamespace(policy=None, last_iter=last_iter, train_iter=5, save_checkpoint=None)
+    policy = SimpleNamespace(load_state_dict=lambda state: None)
+    running.learner = SimpleNamespace(policy=policy, last_iter=last_iter, train_iter=5, save_checkpoint=None)
     running.collector = SimpleNamespace(envstep=50)
     running.evaluator = SimpleNamespace(_max_episode_return=float('-inf'), policy=None,
                                         eval=lambda *arguments: evaluations.append(arguments))

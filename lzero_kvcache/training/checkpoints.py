@@ -52,14 +52,3 @@ def save_atomically(data: Mapping[str, Any], path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-
-
-def load_state(learn_mode: Any, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint of either cache system into DI-engine's view on a policy."""
-    try:
-        learn_mode.load_state_dict(checkpoint.state)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = ' '.join(str(error).split())[:300]
-        raise ConfigError(
-            f'the checkpoint is of another model: {reason}; use the config that it was trained with'
-        ) from error

@@ -12,8 +12,8 @@ from ..host import entries
 from ..loading import check_config, disable, enable, load_plugin
 from .checkpoints import CHECKPOINTS
 from .config_file import load_config
-from .linked_keys import replace_token
-from .overrides import apply_overrides
+from .linked_keys import check, replace_token
+from .overrides import apply_overrides, leaves
 
 TRAIN, EVALUATE = 'train', 'evaluate'
 POSITIVE = (
@@ -115,10 +115,7 @@ def check_values(tree: EasyDict) -> None:
         value = tree[section].get(key)
         if isinstance(value, (int, float)) and not value > 0:
             raise ConfigError(f'{path}={value!r} must be above 0')
-    env_id, actions = tree.env.get('env_id'), tree.policy.model.get('action_space_size')
-    right = entries.atari_actions(env_id)
-    if right is not None and actions != right:
-        raise ConfigError(f'policy.model.action_space_size={actions} contradicts env.env_id={env_id!r}: it has {right}')
+    check(leaves(tree))
 
 
 def _folder_of(resume: Optional[str], exp_name: Optional[str]) -> str:

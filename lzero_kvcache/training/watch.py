@@ -8,7 +8,7 @@ import numpy as np
 
 from ..host import entries
 from ..host.patches import applied
-from .checkpoints import CHECKPOINTS, Checkpoint, load_state, save_atomically
+from .checkpoints import CHECKPOINTS, Checkpoint, save_atomically
 from .ranks import DataParallel
 from .summary import Evaluation
 
@@ -72,7 +72,7 @@ class Watch:
         if self.checkpoint is None:
             return
         checkpoint, self.checkpoint = self.checkpoint, None
-        load_state(self.learner.policy, checkpoint)
+        self.learner.policy.load_state_dict(checkpoint.state)
         self.learner.last_iter.update(checkpoint.train_iter)
         self.learner.collector_envstep = checkpoint.env_step
         self.collector._total_envstep_count = checkpoint.env_step
@@ -131,7 +131,7 @@ class Watch:
         assert checkpoint is not None
         entries.make_evaluator(
             configs, seed, functools.partial(_watched_evaluator, self),
-            lambda learn_mode: load_state(learn_mode, checkpoint))
+            lambda learn_mode: learn_mode.load_state_dict(checkpoint.state))
         self.evaluator.eval(None, checkpoint.train_iter, checkpoint.env_step)
 
 
