@@ -72,6 +72,12 @@ def atari_actions(env_id: str) -> Optional[int]:
     return dict(atari_env_action_space_map).get(env_id)
 
 
+def zoo_folder() -> str:
+    """Where LightZero's zoo is."""
+    import zoo
+    return list(zoo.__path__)[0]
+
+
 def check_wandb_login() -> None:
     """Refuse a training that would be asked for a login, where nobody can answer."""
     import wandb

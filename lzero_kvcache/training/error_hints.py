@@ -1,10 +1,10 @@
 """Errors that a user can mend with one command, recognised by their exceptions; any other keeps its traceback."""
 import contextlib
 import re
-import sys
 from typing import Iterator, Optional
 
 from ..config import ConfigError
+from ..host import entries
 
 # What LightZero's environments need, by module.
 PACKAGES = {
@@ -32,10 +32,10 @@ def hint(error: BaseException) -> Optional[str]:
     missing = _missing_module(error)
     if missing:
         package = PACKAGES.get(missing.split('.')[0])
-        if missing.startswith('zoo.') and 'zoo' in sys.modules:
+        if missing.startswith('zoo.'):
             return (
-                f"there is no module '{missing}' below the zoo that is installed, {sys.modules['zoo'].__path__[0]}; if "
-                "it is in a folder zoo of yours, write in the config: import zoo; zoo.__path__.append('PATH/TO/zoo')"
+                f"there is no module '{missing}' below the zoo that is installed, {entries.zoo_folder()}; if it "
+                "is in a folder zoo of yours, write in the config: import zoo; zoo.__path__.append('PATH/TO/zoo')"
             )
         if package is None:  # perhaps a file of the user's, whose name may be that of a stranger's package
             return f"there is no module '{missing}': put its folder on PYTHONPATH, or install the package that has it"
