@@ -104,6 +104,8 @@ class TestRefused:
         ('backend', 'compile', "was removed: use 'auto'"), ('init_pool_size', True, 'whole number'),
         ('init_pool_size', '400', 'whole number'), ('init_pool_size', 400., 'whole number'),
         ('init_pool_size', 0, 'at least 1'), ('recurrent_pool_size', [1], 'whole number'),
+        ('validation', 'exakt', "did you mean 'exact'"), ('validation_freq', 1.5, 'whole number'),
+        ('validation_tol', 0, 'above 0'), ('validation_action', 'stop', "'raise'"),
         ('enable_stats', 1, 'True or False'), ('max_memory_mb', -1.5, 'above 0'), ('max_memory_mb', '100', 'above 0'),
         ('max_memory_mb', True, 'above 0'), ('max_memory_mb', float('nan'), 'above 0'),
     ])

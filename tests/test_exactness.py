@@ -100,7 +100,7 @@ def test_random_traces(request, how, case, parts):
 
 @pytest.mark.slow
 @HOW
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, parts=TRACES)
 def test_many_random_traces(request, how, case, parts):
     how and request.getfixturevalue(how)

@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 import torch
 from builders import Worker, audit, make_policy, roots
-from oracle import Batch, Case, assert_same, cached_model, play, random_trace, row_differences
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from trainings import PROJECT_ROOT
 
 from lzero_kvcache.training.checkpoints import read_checkpoint
 
-SEED = 5
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
          'env.evaluator_env_num=1', 'policy.eval_freq=10', 'policy.learn.learner.hook.save_ckpt_after_iter=5']
 
@@ -131,54 +129,6 @@ def test_killed_while_saving_and_gone_on(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- exceptions
-
-
-#: Where a step by hand may fail; ``test_leases.py`` has the same for the policies' steps.
-PLACES = {
-    'the engine': lambda world_model: (world_model.inference.engine, 'step'),
-    'the slab': lambda world_model: (world_model.kv_cache_manager.storage.slab, 'write'),
-    'a look-up of roots': lambda world_model: (world_model.kv_cache_manager, 'find_init'),
-    'a look-up of nodes': lambda world_model: (world_model.kv_cache_manager, 'find_recur'),
-    'storing roots': lambda world_model: (world_model.kv_cache_manager, 'store_init'),
-    'storing nodes': lambda world_model: (world_model.kv_cache_manager, 'store_recur'),
-}
-
-
-@pytest.mark.parametrize('place', list(PLACES))
-@pytest.mark.parametrize('at', [0, 1, 4])
-def test_an_exception_inside_a_step(place, at):
-    """References and counts are consistent, and the step can be done again as if nothing had been."""
-    case = Case()
-    model = cached_model(case, 3, SEED)
-    trace = random_trace(np.random.default_rng(SEED), case, 3, root_steps=6, simulations=4, clears=0.1, episodes=0.2)
-    expected = play(Batch(cached_model(case, 3, SEED)), trace)
-    owner, name = PLACES[place](model.world_model)
-    function, calls = getattr(owner, name), []
-
-    def failing(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == at + 1:
-            raise ArithmeticError(place)
-        return function(*args, **kwargs)
-
-    setattr(owner, name, failing)
-    player, manager, failures = Batch(model), model.world_model.kv_cache_manager, 0
-    for event, right in zip(trace.events, expected):
-        try:
-            answer = player.play(event)
-        except ArithmeticError:
-            failures += 1
-            audit(manager)
-            counters = manager.counters()
-            for pool in ('init', 'recur', 'total'):
-                assert counters[pool]['hits'] + counters[pool]['misses'] == counters[pool]['queries']
-            for key in ('queries', 'hits'):
-                assert counters['init'][key] + counters['recur'][key] == counters['total'][key]
-            answer = player.play(event)
-        if right is not None:
-            assert_same(row_differences(answer, right))
-    assert failures == 1
-    audit(manager)
 
 
 # ---------------------------------------------------------------------------------------------------- nan

@@ -152,13 +152,13 @@ def check_random(case, parts, player=PathReference):
 
 class TestTraces:
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=CASES, parts=TRACES)
     def test_every_node_is_answered_for_its_true_path(self, case, parts):
         check_random(case, parts)
 
     @pytest.mark.slow
-    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=CASES, parts=TRACES)
     def test_many_nodes_are_answered_for_their_true_path(self, case, parts):
         check_random(case, parts)

@@ -37,7 +37,8 @@ def assert_flat(soak, rows, mib):
 @pytest.mark.slow
 @pytest.mark.parametrize('device', DEVICES)
 def test_memory_is_flat(device, soak):
-    assert_flat(soak, soak.soak(soak.options().parse_args(['--device', device])), mib=8)
+    options = soak.options().parse_args(['--device', device, '--look-ups', '60000', '--searches', '600'])
+    assert_flat(soak, soak.soak(options), mib=8)
 
 
 def test_a_leak_shows(soak):

@@ -136,18 +136,6 @@ def below_one_root(case, *rows):
 
 class TestOptions:
 
-    @pytest.mark.parametrize(('key', 'value', 'right'), [
-        ('validation', 'exakt', "did you mean 'exact'"), ('validation', True, "'legacy'"),
-        ('validation_freq', 0, 'at least 1'), ('validation_freq', 1.5, 'whole number'),
-        ('validation_tol', 0, 'above 0'), ('validation_tol', float('nan'), 'above 0'),
-        ('validation_action', 'stop', "'raise'"),
-    ])
-    def test_what_is_refused(self, key, value, right):
-        with pytest.raises(ConfigError) as error:
-            CacheConfig.read(dict(use_new_cache_manager=True, kv_cache_cfg={key: value}))
-        assert f'kv_cache_cfg.{key}={value!r}' in str(error.value)
-        assert right in str(error.value)
-
     @BOTH_KINDS
     def test_the_flag_alone_switches_back(self, validated):
         cfg = dict(kv_cache_cfg=dict(validation=validated, validation_freq=3))

@@ -16,8 +16,8 @@ from ..engine.transfer import to_cpu
 from .refused import is_own
 from .world_model import NewWorldModel
 
-CHUNK = 128
-"""Observations that a GPU encodes while the next ones are packed."""
+CHUNKS = {'cuda': 128}
+"""Observations that a device encodes while the next ones are packed; all of them where none are given."""
 
 Targets = Tuple[np.ndarray, np.ndarray]
 """Rewards and values ``[B, U]``."""
@@ -63,14 +63,14 @@ def target_values(cfg: Any, context: Sequence[Any], world_model: NewWorldModel, 
 
 
 def _encoded(world_model: NewWorldModel, observations: List[Any], model_type: str) -> torch.Tensor:
-    """Latent states ``[N, E]`` of observations, each some stacked frames; they are sent once, as the buffer has them."""
+    """Latent states ``[N, E]`` of observations, each of some frames; they are sent once, as the buffer has them."""
     device = world_model.weights_source.device()
     first = prepare_observation(observations[:1], model_type)
     kind = torch.from_numpy(first).dtype
     packed = torch.empty((len(observations),) + first.shape[1:], dtype=kind, pin_memory=device.type == 'cuda')
     frames = packed.numpy().reshape((-1,) + np.shape(observations[0])[1:])
     stacked = len(frames) // len(observations)
-    chunk = CHUNK if device.type == 'cuda' else len(observations)
+    chunk = CHUNKS.get(device.type, len(observations))
     latents = []
     for start in range(0, len(observations), chunk):
         end = start + chunk

@@ -70,6 +70,7 @@ class NewWorldModel(LightZeroWorldModel):
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
+        self._in_arrays: Dict[str, bool] = {}  # for each kind of search
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
@@ -160,6 +161,29 @@ class NewWorldModel(LightZeroWorldModel):
             return f'the model is on {device}'
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
 
+    def searches_in_arrays(self, doing: str) -> bool:
+        """
+        Overview:
+            Whether to search in arrays, by what is asked for and what can be; the first time, the log says so.
+        Arguments:
+            - doing (:obj:`str`): What the search is for, in a word for the log.
+        Returns:
+            - in_arrays (:obj:`bool`): Or else in LightZero's tree.
+        """
+        if self._options.search == 'tree':
+            return False
+        if doing not in self._in_arrays:
+            reason = self.why_not_whole()
+            self._in_arrays[doing] = reason is None
+            told = "in LightZero's tree, node by node"
+            if reason is None:
+                logger.info(f'{doing} in arrays: a search is one compiled call')
+            elif self._options.search == 'device':
+                logger.warning(f"{doing} {told}, not as kv_cache_cfg.search='device' asks: {reason}")
+            else:
+                logger.info(f'{doing} {told}: {reason}')
+        return self._in_arrays[doing]
+
     @contextmanager
     def search_whole(self, problem: Problem) -> Iterator[Any]:
         """
@@ -248,7 +272,8 @@ class NewWorldModel(LightZeroWorldModel):
         ]
         return outputs, latents, value.new_zeros(len(value), 0, self.support_size), policy, value
 
-    def observed(self, latents: torch.Tensor, actions: np.ndarray, timesteps: np.ndarray) -> Tuple[Weights, torch.Tensor]:
+    def observed(self, latents: torch.Tensor, actions: np.ndarray,
+                 timesteps: np.ndarray) -> Tuple[Weights, torch.Tensor]:
         """
         Overview:
             The transformer over whole sequences of observations and actions, each without a context.
@@ -263,13 +288,9 @@ class NewWorldModel(LightZeroWorldModel):
         """
         source = self.weights_source
         weights, geometry = source.read(False), source.geometry
-        taken, angles = np.ascontiguousarray(actions[:, :-1]), None
-        if geometry.rotary:
-            first = 2 * np.asarray(timesteps)[:, 0].astype(np.int64) % geometry.rotary_positions
-            [angles, taken] = send(source.device(), first, taken)
-        else:
-            [taken] = send(source.device(), taken)
-        return weights, observe(geometry, weights, latents, taken, angles)
+        angles = 2 * np.asarray(timesteps)[:, 0].astype(np.int64) % max(1, geometry.rotary_positions)
+        first, taken = send(source.device(), angles, actions[:, :-1])
+        return weights, observe(geometry, weights, latents, taken, first if geometry.rotary else None)
 
     @torch.no_grad()
     def forward_recurrent_inference(self, state_action_history: Sequence[Any], simulation_index: int = 0,
