@@ -187,6 +187,8 @@ def _add_train(commands: Any) -> None:
     checkpoint.add_argument('--eval', metavar='CKPT', help='evaluate a checkpoint, and train nothing')
     add('--in-place', action='store_true', help="with --resume: go on in the checkpoint's own folder, whose summary "
         'then covers all of the training')
+    add('--keep-checkpoints', type=count(1), metavar='N', help='keep the newest N checkpoints and the best one '
+        '(default: all)')
     add('--threads', type=count(1), metavar='N', help='CPU threads of torch (default: threads of the config, or '
         "torch's own choice)")
     _add_set(parser, 'set any key of the config, a new one as +KEY=VALUE; copies of the value in other keys follow it')

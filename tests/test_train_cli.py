@@ -36,7 +36,8 @@ from lzero_kvcache.training.output import Output
 from lzero_kvcache.training.plan import Plan
 from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_parents
-from lzero_kvcache.training.summary import Result, write_progress, write_summary
+from lzero_kvcache.training.summary import Evaluation, Result, write_progress, write_summary
+from lzero_kvcache.training.terminal import reward_text
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
          'env.evaluator_env_num=1']
@@ -174,11 +175,12 @@ def test_every_option_reaches_the_plan(monkeypatch):
     monkeypatch.setattr(train, 'make_plan', lambda config, **given: asked.update(given, config=config))
     train.plan_of(command_parser().parse_args([
         'train', '--config', 'c', '--cache', 'new', '--seed', '1', '--exp-name', 'e', '--max-env-step', '2e3',
-        '--max-train-iter', '4', '--device', 'cpu', '--resume', 'r', '--in-place', '--threads', '5', '--set', 'a=1',
+        '--max-train-iter', '4', '--device', 'cpu', '--resume', 'r', '--in-place', '--threads', '5',
+        '--keep-checkpoints', '2', '--set', 'a=1',
         'b=2', '--set', 'c=3']))
     assert asked == dict(
         config='c', cache='new', seed=1, exp_name='e', max_env_step=2000, max_train_iter=4, device='cpu', resume='r',
-        evaluate=None, in_place=True, threads=5, overrides=['a=1', 'b=2', 'c=3'])
+        evaluate=None, in_place=True, threads=5, keep_checkpoints=2, overrides=['a=1', 'b=2', 'c=3'])
 
 
 def test_in_place_is_in_the_checkpoints_folder(tmp_path, monkeypatch):
@@ -216,6 +218,14 @@ def test_only_what_is_empty_is_removed(tmp_path, monkeypatch):
     os.rmdir('lone/deep/run')
     remove_parents('lone/deep/run', 'lone')
     assert os.listdir() == ['shared']
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    save = watch.Watch(lambda: None, lambda: None, keep_checkpoints=2)._saved(None)
+    for name in ('iteration_0', 'ckpt_best', 'iteration_9', 'iteration_10', 'iteration_100'):
+        save(str(tmp_path / f'{name}.pth.tar'), {})
+        os.utime(tmp_path / f'{name}.pth.tar', (len(os.listdir(tmp_path)) if 'best' in name else int(name[10:]), ) * 2)
+    assert sorted(os.listdir(tmp_path)) == ['ckpt_best.pth.tar', 'iteration_10.pth.tar', 'iteration_100.pth.tar']
 
 
 def test_a_failing_save_leaves_the_old_checkpoint(tmp_path):
@@ -372,6 +382,11 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(error, command)
     assert command in hint(error)
 
 
+def test_an_evaluation_is_a_mean_with_its_deviation():
+    assert reward_text(Evaluation(10, 2, 57.3, 4.1, 8)) == '57.3 ± 4.1 over 8 episodes'
+    assert reward_text(Evaluation(10, 2, 57.3)) == '57.3'
+
+
 def test_other_errors_are_not_explained_away():
     assert hint(ValueError('the ROM of my heart')) is None
 
@@ -433,11 +448,19 @@ def test_train_resume_in_either_system_and_evaluate(config, tmp_path):
         assert 'the checkpoint is of another model' in said.splitlines()[-1]
     assert sorted(os.listdir(tmp_path)) == there
 
+    evaluation = first['evaluations'][-1]
+    assert evaluation['episodes'] == 1 and evaluation['deviation'] == 0
+    assert set(first['versions']) == {'lzero_kvcache', 'LightZero', 'DI-engine', 'torch'}
+    assert first['started'] < first['ended']
+    assert first['machine']['cpu']
+    assert first['resumed_at'] == []
+
     second, said = run('b', 'new', '--resume', first['checkpoint'], '--max-train-iter', str(first['train_iter'] + 2))
     assert 'INFO: ✓ Using NEW KVCacheManager for cache management' in said
     assert 'no replay buffer' in said
     assert_gone_on(tmp_path, first, second, 'new')
     assert second['hit_rates']['total'] == 1
+    assert second['resumed_at'] == [first['env_step']]
     points = scalars(tmp_path / 'b', 'kv_cache_iter/total_hit_rate')
     assert [point.step for point in points] == list(range(first['train_iter'], second['train_iter']))
     assert summary_of(tmp_path / 'a') == first

@@ -45,5 +45,6 @@ def plan_of(options: argparse.Namespace) -> Plan:
         options.config, cache=options.cache, seed=options.seed, exp_name=options.exp_name,
         max_env_step=options.max_env_step, max_train_iter=options.max_train_iter, device=options.device,
         resume=options.resume, evaluate=options.eval, in_place=options.in_place, threads=options.threads,
+        keep_checkpoints=options.keep_checkpoints,
         overrides=sum(options.assignments, []),
     )

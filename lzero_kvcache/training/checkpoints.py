@@ -3,6 +3,7 @@ Checkpoints of DI-engine's learner: read without running what they may contain, 
 policy.
 """
 import contextlib
+import glob
 import os
 from dataclasses import dataclass
 from typing import Any, Dict, Mapping
@@ -52,3 +53,10 @@ def save_atomically(data: Mapping[str, Any], path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def prune(folder: str, keep: int) -> None:
+    """Remove all but the newest checkpoints of iterations; the best one has another name, and stays."""
+    paths = glob.glob(os.path.join(glob.escape(folder), 'iteration_*.pth.tar'))
+    for path in sorted(paths, key=os.path.getmtime)[:-keep]:
+        os.unlink(path)

@@ -2,7 +2,6 @@
 import os
 import platform
 import re
-from importlib import metadata
 from typing import Dict, List, Optional, Tuple
 
 import torch
@@ -17,6 +16,7 @@ from ..host.refused import which_lightzero
 from ..loading import check_config
 from .error_hints import hinted
 from .plan import Plan, make_plan, set_cache, set_device
+from .summary import version_of
 
 Rows = List[Tuple[str, str]]
 
@@ -29,11 +29,11 @@ def installed() -> Rows:
     if device.type == 'cuda':
         on_device = f'cuda, {torch.cuda.get_device_name()}'
     return [
-        ('lzero_kvcache', _version('lzero_kvcache')),
+        ('lzero_kvcache', version_of('lzero_kvcache')),
         ('python', platform.python_version()),
         ('torch', torch.__version__),
-        ('LightZero', f"{_version('LightZero')}, {which}: {sign}"),
-        ('DI-engine', _version('DI-engine')),
+        ('LightZero', f"{version_of('LightZero')}, {which}: {sign}"),
+        ('DI-engine', version_of('DI-engine')),
         ('device', on_device),
         ("backend 'auto'", picked('auto', device)),
     ]
@@ -93,13 +93,6 @@ def _search(name: str, missing: Optional[str], device: str) -> str:
     if missing is None and device != 'cpu':
         missing = f'the model is on {device}'
     return f'in arrays, one compiled call, of {name!r}' if missing is None else f"in LightZero's tree: {missing}"
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return 'not installed as a package'
 
 
 def of_zoo() -> Rows:

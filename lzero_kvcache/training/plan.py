@@ -38,6 +38,8 @@ class Plan:
     task: str = TRAIN
     checkpoint: Optional[str] = None
     in_place: bool = False
+    keep_checkpoints: Optional[int] = None
+    overrides: Sequence[str] = ()
 
 
 def make_plan(
@@ -53,6 +55,7 @@ def make_plan(
         evaluate: Optional[str] = None,
         in_place: bool = False,
         threads: Optional[int] = None,
+        keep_checkpoints: Optional[int] = None,
         overrides: Sequence[str] = (),
 ) -> Plan:
     """Load a config file and change it as asked; the arguments are the options of ``train.py``."""
@@ -81,7 +84,7 @@ def make_plan(
         main_config=main_config, create_config=create_config, entry=loaded.entry, config=loaded.path, seed=seed,
         max_env_step=max_env_step or loaded.max_env_step, max_train_iter=max_train_iter or loaded.max_train_iter,
         threads=threads or loaded.threads, task=EVALUATE if evaluate else TRAIN, checkpoint=evaluate or resume,
-        in_place=in_place,
+        in_place=in_place, keep_checkpoints=keep_checkpoints, overrides=overrides,
     )
 
 

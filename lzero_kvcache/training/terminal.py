@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from .summary import POOLS, Result
+from .summary import POOLS, Evaluation, Result
 
 PLAIN_WIDTH = 240
 # Below this, only the numbers have room.
@@ -117,6 +117,14 @@ def number_text(number: Optional[float]) -> str:
     return '-' if number is None else f'{number:,.1f}'
 
 
+def reward_text(evaluation: Evaluation) -> str:
+    """As ``57.3 ± 4.1 over 8 episodes``: the mean and the standard deviation."""
+    if evaluation.deviation is None:
+        return number_text(evaluation.reward)
+    return (f'{number_text(evaluation.reward)} ± {number_text(evaluation.deviation)} over {evaluation.episodes} '
+            'episodes')
+
+
 def megabytes_text(number: Optional[float]) -> str:
     return '-' if number is None else f'{number_text(number)} MiB'
 
@@ -131,7 +139,7 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
     last = result.evaluations[-1] if result.evaluations else None
     reward = '- (no evaluation yet; policy.eval_freq says how often)'
     if last is not None:
-        reward = f'{number_text(last.reward)} after {last.env_step:,} steps'
+        reward = f'{reward_text(last)}, after {last.env_step:,} steps'
     rates = '  '.join(f'{pool} {rate_text(result.hit_rates.get(pool))}' for pool in POOLS)
     skipped = result.counters.get('skipped')
     return [
