@@ -79,6 +79,7 @@ setup(
     extras_require={
         'atari': ATARI,
         'box2d': BOX2D,
+        'docs': ['mkdocs>=1.6,<2', 'mkdocstrings[python]'],
         'memory': MEMORY,
         'zoo': ZOO,
         'test': ZOO + ['pytest>=8', 'pytest-timeout', 'pytest-xdist>=3.2', 'hypothesis', 'ruff', 'mypy'],
