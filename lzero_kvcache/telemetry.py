@@ -12,19 +12,13 @@ POOLS = ('init', 'recur', 'total')
 VALIDATION = 'kv_cache_validation'
 METRICS = ('hit_rate', 'queries', 'hits', 'misses', 'evictions', 'occupancy')
 
-_SHOWN_TOGETHER = {
-    'hit_rate': ('hit_rate',), 'hits and misses': ('hits', 'misses'), 'evictions': ('evictions',),
-    'occupancy': ('occupancy',)
-}
+# One chart for each number, in which tensorboard gives each run its colour.
 LAYOUT = {
+    'reward': {'evaluation': ['Multiline', ['evaluator_iter/reward_mean']]},
     'kv_cache': {
-        **{
-            title: ['Multiline', [f'kv_cache_iter/{pool}_{metric}' for pool in POOLS for metric in metrics]]
-            for title, metrics in _SHOWN_TOGETHER.items()
-        },
-        'memory': ['Multiline', ['kv_cache_iter/memory_mb']],
-        'time': ['Multiline', ['kv_cache_iter/search_ms', 'kv_cache_iter/step_ms']],
-    }
+        name: ['Multiline', [f'kv_cache_iter/{name}']]
+        for name in (*(f'{pool}_{metric}' for metric in METRICS for pool in POOLS), 'memory_mb', 'search_ms', 'step_ms')
+    },
 }
 # What tensorboard's page of hyperparameters shows of a run, each with a value of its type. The page takes the list from
 # one of the runs, so each run names all of it, one of the old system too.
@@ -97,13 +91,13 @@ class KVCacheStatsHook(LearnerHook):
             })
         iteration, env_step = engine.last_iter.val, engine.collector_envstep
         values = self.values(**counted)
-        for name, value in values.items():
-            writer.add_scalar(f'kv_cache_iter/{name}', value, iteration)
-            writer.add_scalar(f'kv_cache_step/{name}', value, env_step)
         validator = getattr(world_model, 'validator', None)
         validated = {} if validator is None else validator.tally.read()
-        for name, value in validated.items():
-            writer.add_scalar(f'{VALIDATION}/{name}', value, iteration)
+        write_scalars(writer, iteration, {
+            **{f'kv_cache_iter/{name}': value for name, value in values.items()},
+            **{f'{VALIDATION}/{name}': value for name, value in validated.items()},
+        })
+        write_scalars(writer, env_step, {f'kv_cache_step/{name}': value for name, value in values.items()})
         if policy.get_attribute('cfg').get('use_wandb', False):
             import wandb
             logged = {f'kv_cache_step/{name}': value for name, value in values.items()}
@@ -135,14 +129,26 @@ class KVCacheStatsHook(LearnerHook):
         self._seen[name] = now
 
 
+def write_scalars(tb_logger: Any, step: int, values: Dict[str, float]) -> None:
+    """Write points of one step as one event: an event for each would take a fifth of a small training's iteration."""
+    scalar = _summaries(tb_logger).scalar
+    together, *others = [scalar(name, value) for name, value in values.items()]
+    for other in others:
+        together.MergeFrom(other)
+    tb_logger._get_file_writer().add_summary(together, step)
+
+
 def write_hyperparameters(tb_logger: Any, values: Dict[str, Any]) -> None:
     """Write the ``HYPERPARAMETERS`` that a run has into its own event file. The ``add_hparams`` of torch's and of
     tensorboardX's writers would begin another file, and say that the run has ended."""
-    writer = tb_logger._get_file_writer()
-    # Both have the same function for this beside their writer, each for messages of its own kind.
-    summary = importlib.import_module(type(writer).__module__.rpartition('.')[0] + '.summary')
+    writer, summary = tb_logger._get_file_writer(), _summaries(tb_logger)
     writer.add_summary(summary.hparams(HYPERPARAMETERS, dict.fromkeys(COMPARED, 0.))[0])
     writer.add_summary(summary.hparams(values, {})[1])
+
+
+def _summaries(tb_logger: Any) -> Any:
+    """The module beside torch's or tensorboardX's writer, with functions that make messages of the writer's kind."""
+    return importlib.import_module(type(tb_logger._get_file_writer()).__module__.rpartition('.')[0] + '.summary')
 
 
 register_learner_hook(HOOK_KEY, KVCacheStatsHook)

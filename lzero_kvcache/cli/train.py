@@ -12,7 +12,7 @@ from ..config import ConfigError
 from ..training.error_hints import hint
 from ..training.output import PACKAGE_LOGGER, Output
 from ..training.plan import Plan, make_plan
-from ..training.ranks import DataParallel, Ranks
+from ..training.ranks import DataParallel
 from ..training.runner import run as run_plan
 
 FAILED = 1
@@ -20,7 +20,7 @@ FAILED = 1
 
 def train(options: argparse.Namespace) -> int:
     """Train or evaluate one plan."""
-    ranks = DataParallel(Ranks.read())
+    ranks = DataParallel.of_torchrun()
     with Output(options.verbose, silent=not ranks.main) as output:
         logging.getLogger(PACKAGE_LOGGER).setLevel(options.log_level.upper())
         try:
