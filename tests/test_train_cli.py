@@ -37,7 +37,7 @@ from lzero_kvcache.training.plan import Plan
 from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_parents
 from lzero_kvcache.training.summary import Evaluation, Result, write_progress, write_summary
-from lzero_kvcache.training.terminal import reward_text
+from lzero_kvcache.training.terminal import reward_text, run_text
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
          'env.evaluator_env_num=1']
@@ -385,6 +385,16 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(error, command)
 def test_an_evaluation_is_a_mean_with_its_deviation():
     assert reward_text(Evaluation(10, 2, 57.3, 4.1, 8)) == '57.3 ± 4.1 over 8 episodes'
     assert reward_text(Evaluation(10, 2, 57.3)) == '57.3'
+
+
+@pytest.mark.parametrize(('held', 'said'), [
+    (dict(env_step=280, collected_env_step=300, max_env_step=600, env_steps_per_second=10., best_reward=12.),
+     'collect  280+20/600 (50%), 0:00:30 left  reward -, best 12.0  hit rate -  10.0 steps/s'),
+    (dict(env_step=650, collected_env_step=650, max_env_step=600), 'collect  650+0/600 (100%)  reward -, best -'),
+    (dict(env_step=5, collected_env_step=5), 'collect  5+0  reward -'),
+])
+def test_progress_says_how_much_is_done_and_left(held, said):
+    assert run_text(Result(0, 'train', 'new', 0, **held), 'collect').startswith(said)
 
 
 def test_other_errors_are_not_explained_away():
