@@ -1,33 +1,42 @@
 """
-The options of ``train.py`` and of ``python -m lzero_kvcache``. They stand beside the package, which brings torch and
-takes seconds to import: ``--help``, ``--version`` and wrong usage must be answered at once.
+The command ``lzero-kvcache``, which is also ``python -m lzero_kvcache``, and with ``train`` before its arguments
+``train.py``. Its options stand beside the package, which brings torch and takes seconds to import: ``--help``,
+``--version``, wrong usage and a config that is nowhere must be answered at once.
 """
 import argparse
+import contextlib
+import difflib
 import importlib.util
+import io
 import os
 import re
 import sys
-from typing import Any, Callable, NoReturn, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, Tuple
 
-COMMAND = 'python -m lzero_kvcache'
-BAD_USAGE = 2
+COMMAND = 'lzero-kvcache'
+BAD_USAGE, INTERRUPTED = 2, 130
+LIGHTZERO = 'lightzero:'
+CONFIG = ("a LightZero config file: a path, a name of ours, or a name of LightZero's own zoo, in this order; "
+          "lightzero:NAME is LightZero's own. It is Python code, and it will be run")
 TRAIN_EXAMPLES = """
 examples:
-  python train.py --config config_new.py
-  python train.py --config cartpole_unizero_config.py --cache old --max-env-step 5000 --seed 1
-  python train.py --config config_new.py --set policy.num_simulations=10
+  lzero-kvcache train --config config_new.py
+  lzero-kvcache train --config cartpole_unizero_config --cache old --max-env-step 5000 --seed 1
+  lzero-kvcache train --config lightzero:cartpole_unizero_config --cache new
+  lzero-kvcache train --config config_new.py --set policy.num_simulations=10
   policy.model.world_model_cfg.kv_cache_cfg.eviction=lru
   torchrun --nproc_per_node=2 train.py --config config_new.py
 """
 COMPARE_EXAMPLES = """
 examples:
-  python -m lzero_kvcache compare data_unizero/cartpole_old_seed0 data_unizero/cartpole_new_seed0
-  python -m lzero_kvcache compare data_unizero --out figures
-  python -m lzero_kvcache compare runs/* --group fifo='*_fifo_*' lru='*_lru_*'
+  lzero-kvcache compare data_unizero/cartpole_old_seed0 data_unizero/cartpole_new_seed0
+  lzero-kvcache compare data_unizero --out figures
+  lzero-kvcache compare runs/* --group fifo='*_fifo_*' lru='*_lru_*'
 """
 EXPERIMENT_EXAMPLES = """
 example:
-  python -m lzero_kvcache experiment --config config_new.py --cache old new --seeds 0 1 2
+  lzero-kvcache experiment --config config_new.py --cache old new --seeds 0 1 2
 """
 
 
@@ -44,28 +53,79 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f'{message} (--help lists the options)')
 
 
-def parsed(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """The options, those of the command line by default; ends the program where there are none."""
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Parse and run a command; returns its exit code. ``--help`` and ``--version`` end the program."""
     try:
-        return parser.parse_args(argv)
+        options = command_parser().parse_args(argv)
+        if getattr(options, 'config', None) is not None:
+            options.config = find_config(options.config)
+            if is_first():
+                print(f'Config: {options.config}', flush=True)
+        # What LightZero, DI-engine and gym say while they are imported is of no use here.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            from lzero_kvcache.cli.commands import run
     except UsageError as error:
-        sys.exit(refused(parser.prog, str(error)))
+        return refused(str(error))
+    except ModuleNotFoundError as error:
+        return refused(f"the module '{error.name}' is not installed; in a clone of lzero_kvcache, pip install -e .")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return run(options)
 
 
-def refused(program: str, message: str, file: Any = None) -> int:
-    """Say in one line what is wrong, once where several processes find the same; returns the exit code."""
-    # A RANK without its companions is not torchrun's.
-    if int(os.environ.get('RANK') or 0) == 0 or not os.environ.get('MASTER_ADDR'):
-        print(f'{program}: error: ' + ' '.join(message.split()), file=file or sys.stderr)
+def is_first() -> bool:
+    """Whether this process speaks for all: several find the same. A RANK without its companions is not torchrun's."""
+    return int(os.environ.get('RANK') or 0) == 0 or not os.environ.get('MASTER_ADDR')
+
+
+def refused(message: str, file: Any = None) -> int:
+    """Say in one line what is wrong; returns the exit code."""
+    if is_first():
+        print(f'{COMMAND}: error: ' + ' '.join(message.split()), file=file or sys.stderr)
     return BAD_USAGE
+
+
+def our_configs() -> Dict[str, str]:
+    """The files of ``configs`` and ``zoo_configs`` by name; a wheel has these folders inside of the package."""
+    package = _package('lzero_kvcache')
+    home = package if (package / 'configs').is_dir() else package.parent
+    return {path.stem: str(path) for folder in ('configs', 'zoo_configs')
+            for path in sorted((home / folder).glob('[!_]*.py'))}
+
+
+def lightzero_configs() -> Dict[str, str]:
+    """The UniZero configs of LightZero's zoo by name, wherever it is installed."""
+    paths = sorted((_package('lzero').parent / 'zoo').rglob('*_config.py'))
+    return {LIGHTZERO + path.stem: str(path) for path in paths if 'unizero' in path.read_text(encoding='utf-8')}
+
+
+def find_config(name: str) -> str:
+    """The absolute path of a config file; ``.py`` may be left out."""
+    stem = re.sub(r'\.py$', '', name)
+    for path in (name, stem + '.py'):
+        if os.path.isfile(path):
+            return os.path.abspath(path)
+    named = {**lightzero_configs(), **our_configs()}
+    if stem in named or LIGHTZERO + stem in named:
+        return named.get(stem) or named[LIGHTZERO + stem]
+    nearest = difflib.get_close_matches(os.path.basename(stem), named, n=1, cutoff=0.5)
+    advice = f"did you mean '{nearest[0]}'?" if nearest else f'give a path, or one of: {", ".join(sorted(named))}'
+    raise UsageError(f'--config {name}: there is no such file, and neither we nor LightZero have a config of this '
+                     f'name; {advice}')
+
+
+def _package(name: str) -> Path:
+    """The folder of a package, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(name=name)
+    return Path(spec.origin).resolve().parent
 
 
 def version() -> str:
     """The package's, read without importing it."""
-    spec = importlib.util.find_spec('lzero_kvcache')
-    with open(spec.origin, encoding='utf-8') as file:  # type: ignore[union-attr, arg-type]
-        found = re.search(r"^__version__ = '([^']+)'$", file.read(), re.MULTILINE)
-    return f'lzero_kvcache {found.group(1)}'  # type: ignore[union-attr]
+    source = (_package('lzero_kvcache') / '__init__.py').read_text(encoding='utf-8')
+    return 'lzero_kvcache ' + re.findall(r"^__version__ = '([^']+)'$", source, re.MULTILINE)[0]
 
 
 def count(minimum: int) -> Callable[[str], int]:
@@ -91,13 +151,27 @@ def group(text: str) -> Tuple[str, str]:
     return name, pattern
 
 
-def train_parser() -> argparse.ArgumentParser:
-    """The options of ``train.py``."""
-    parser = _Parser(prog='train.py', epilog=TRAIN_EXAMPLES,
-                     description='Train a LightZero UniZero config with the old or the new KV cache.')
+def command_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = _Parser(prog=COMMAND, description='Trainings with the KV cache of UniZero, and tools around it.')
+    parser.add_argument('--version', action='version', version=version())
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    _add_train(commands)
+    _add_compare(commands)
+    _add_experiment(commands)
+    _add_info(commands)
+    commands.add_parser(
+        'zoo', help="our configs and LightZero's", description="List our configs and LightZero's own for UniZero, what "
+        'each needs, and whether that is installed here: an environment of each is built.')
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        'train', help='train or evaluate a config', epilog=TRAIN_EXAMPLES,
+        description='Train a LightZero UniZero config with the old or the new KV cache.')
     add = parser.add_argument
-    add('--config', required=True, metavar='FILE', help='a LightZero config file; a bare name is looked for here, in '
-        'configs/ and in zoo_configs/. It is Python code, and it will be run')
+    add('--config', required=True, metavar='FILE', help=CONFIG)
     add('--cache', choices=('old', 'new'), help='the cache system (default: what the config says)')
     add('--seed', type=count(0), metavar='N', help="default: the config's seed, or 0")
     add('--exp-name', metavar='PATH', help='folder of the experiment; a name that exists gets the time appended '
@@ -113,6 +187,8 @@ def train_parser() -> argparse.ArgumentParser:
     checkpoint.add_argument('--eval', metavar='CKPT', help='evaluate a checkpoint, and train nothing')
     add('--in-place', action='store_true', help="with --resume: go on in the checkpoint's own folder, whose summary "
         'then covers all of the training')
+    add('--keep-checkpoints', type=count(1), metavar='N', help='keep the newest N checkpoints and the best one '
+        '(default: all)')
     add('--threads', type=count(1), metavar='N', help='CPU threads of torch (default: threads of the config, or '
         "torch's own choice)")
     _add_set(parser, 'set any key of the config, a new one as +KEY=VALUE; copies of the value in other keys follow it')
@@ -120,18 +196,6 @@ def train_parser() -> argparse.ArgumentParser:
     add('--log-level', choices=('info', 'debug'), default='info', help='debug: every miss, eviction, clear and growth '
         "of the cache, in the run's log file")
     add('--version', action='version', version=version())
-    return parser
-
-
-def command_parser() -> argparse.ArgumentParser:
-    """The commands of ``python -m lzero_kvcache``, and their options."""
-    parser = _Parser(prog=COMMAND, description='Tools around the KV cache of UniZero.')
-    parser.add_argument('--version', action='version', version=version())
-    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    _add_compare(commands)
-    _add_experiment(commands)
-    _add_info(commands)
-    return parser
 
 
 def _add_set(parser: argparse.ArgumentParser, text: str) -> None:
@@ -159,7 +223,7 @@ def _add_experiment(commands: Any) -> None:
         description='Train one config for each cache system and seed, each in a process of its own, and compare them. '
         'The same command goes on where it was cut off.')
     add = parser.add_argument
-    add('--config', required=True, metavar='FILE', help='a LightZero config file, as for train.py')
+    add('--config', required=True, metavar='FILE', help='a LightZero config file, as for train')
     add('--cache', nargs='+', choices=('old', 'new'), default=['old', 'new'], metavar='SYSTEM',
         help='old, new or both, the baseline first (default: old new)')
     add('--seeds', nargs='+', type=count(0), default=[0, 1, 2], metavar='N', help='default: 0 1 2')
@@ -168,8 +232,8 @@ def _add_experiment(commands: Any) -> None:
     add('--out', metavar='DIR', help='folder of the experiment (default: data_experiment/NAME of the config)')
     add('--max-env-step', type=count(1), metavar='N', help='environment steps of each run (default: those of the '
         'config)')
-    add('--device', choices=('auto', 'cpu', 'cuda'), metavar='DEVICE', help='auto, cpu or cuda, as for train.py')
-    add('--threads', type=count(1), metavar='N', help='CPU threads of each run, as for train.py')
+    add('--device', choices=('auto', 'cpu', 'cuda'), metavar='DEVICE', help='auto, cpu or cuda, as for train')
+    add('--threads', type=count(1), metavar='N', help='CPU threads of each run, as for train')
     _add_set(parser, 'set any key of the config in every run')
 
 
@@ -178,5 +242,9 @@ def _add_info(commands: Any) -> None:
         'info', help='versions, device, backend; sizes and memory of a config',
         description='Say what is installed, and what the cache of a config will take. The policy of the config is '
         'built on the CPU, without environments.')
-    parser.add_argument('--config', metavar='FILE', help='a LightZero config file, as for train.py')
+    parser.add_argument('--config', metavar='FILE', help='a LightZero config file, as for train')
     _add_set(parser, 'set any key of the config')
+
+
+if __name__ == '__main__':
+    sys.exit(main())

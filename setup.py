@@ -16,6 +16,7 @@ ATARI = ['opencv-python-headless<4.11']
 BOX2D = ['Box2D==2.3.10', 'pygame>=2.1.3']
 MEMORY = ['pycolab==1.2', 'six']
 ZOO = ATARI + BOX2D + MEMORY
+CONFIGS = {f'lzero_kvcache.{folder}': folder for folder in ('configs', 'zoo_configs')}
 
 HERE = Path(__file__).resolve().parent
 README = HERE / 'README.md'
@@ -47,9 +48,12 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
         'Typing :: Typed',
     ],
-    packages=find_packages(include=['lzero_kvcache', 'lzero_kvcache.*']),
+    # Configs and zoo stand at the top level of the repository, and inside of the package in a wheel.
+    packages=[*find_packages(include=['lzero_kvcache', 'lzero_kvcache.*']), *CONFIGS],
+    package_dir=CONFIGS,
     py_modules=['lzero_kvcache_options'],
     package_data={'lzero_kvcache': ['py.typed']},
+    entry_points={'console_scripts': ['lzero-kvcache = lzero_kvcache_options:main']},
     zip_safe=False,
     python_requires='>=3.8,<3.12',
     install_requires=[
@@ -75,6 +79,7 @@ setup(
     extras_require={
         'atari': ATARI,
         'box2d': BOX2D,
+        'docs': ['mkdocs>=1.6,<2', 'mkdocstrings[python]'],
         'memory': MEMORY,
         'zoo': ZOO,
         'test': ZOO + ['pytest>=8', 'pytest-timeout', 'pytest-xdist>=3.2', 'hypothesis', 'ruff', 'mypy'],

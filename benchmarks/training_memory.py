@@ -16,8 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lzero_kvcache.training.config_file import PROJECT_ROOT
-
 SECONDS = 0.5
 ROWS = 10
 CACHE = 'kv_cache_step/memory_mb'
@@ -46,7 +44,7 @@ def resident_mb(root: int) -> float:
 
 def watch(arguments: Sequence[str]) -> List[Tuple[float, float]]:
     """Train, and sample (wall time, MiB)."""
-    process = subprocess.Popen([sys.executable, os.path.join(PROJECT_ROOT, 'train.py'), *arguments])
+    process = subprocess.Popen([sys.executable, '-m', 'lzero_kvcache_options', 'train', *arguments])
     samples = []
     while process.poll() is None:
         samples.append((time.time(), resident_mb(process.pid)))

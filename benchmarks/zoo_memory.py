@@ -3,15 +3,14 @@ new one holds after a collect step of every environment (pages, gathered windows
 
     python benchmarks/zoo_memory.py
 """
-from pathlib import Path
 from typing import Any, Dict, List
 
 from collect_step import build_policies, collect, zoo_configs
 from common import parser, report, silent
 
-from lzero_kvcache.training.config_file import PROJECT_ROOT
+from lzero_kvcache_options import our_configs
 
-CONFIGS = sorted(path.stem for path in Path(PROJECT_ROOT, 'zoo_configs').glob('*_config.py'))
+CONFIGS = sorted(name for name in our_configs() if name.endswith('_config'))
 
 
 def memory(config: str, args: Any) -> Dict[str, Any]:

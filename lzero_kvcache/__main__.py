@@ -1,7 +1,7 @@
-"""``python -m lzero_kvcache COMMAND``: ``compare``, ``experiment`` or ``info``."""
+"""``python -m lzero_kvcache`` is the command ``lzero-kvcache``."""
 import sys
 
-from .cli.commands import main
+from lzero_kvcache_options import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -204,7 +204,9 @@ def _refuse_misspelt_keys(world_model_cfg: Any) -> None:
             continue
         close = difflib.get_close_matches(key, (FLAG, OPTIONS), n=1, cutoff=0.75)
         if key not in SIZES:
-            close = close or difflib.get_close_matches(key, SIZES, n=1, cutoff=0.85)
+            # LightZero has keys such as evaluator_env_num.
+            near = [size for size in SIZES if size not in key]
+            close = close or difflib.get_close_matches(key, near, n=1, cutoff=0.85)
         if close:
             value = lookup(world_model_cfg, key)
             raise ConfigError(f'{PREFIX}.{key}={value!r} is unknown: did you mean {close[0]!r}?')

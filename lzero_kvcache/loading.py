@@ -1,7 +1,7 @@
 """Switching a LightZero config between the two systems, and checking it before anything starts."""
 import contextlib
 import copy
-from typing import Any
+from typing import Any, List
 
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts, import_module
 from easydict import EasyDict
@@ -56,17 +56,19 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     Raises:
         - ConfigError: The message is one line that says which key to change to what.
     """
+    main_config, create_config = EasyDict(copy.deepcopy(main_config)), EasyDict(copy.deepcopy(create_config))
     name = create_config.policy.type
     if name not in POLICIES:
         raise ConfigError(f'create_config.policy.type={name!r} is not a UniZero policy: {nearest(name, POLICIES)}')
     with contextlib.suppress(ImportError):  # a module that is missing is reported where it is needed
-        import_module(create_config.policy.get('import_names', []))  # these register a policy of one's own
+        import_module(import_names(create_config))  # these register a policy of one's own
     policy = POLICY_REGISTRY.get(name)
-    config = settle(deep_merge_dicts(policy.default_config(), copy.deepcopy(main_config.policy)), KV_CACHE_REGISTRY)
+    merged = deep_merge_dicts(policy.default_config(), main_config.policy)
+    config = settle(copy.deepcopy(merged), KV_CACHE_REGISTRY)
     if config.use_new:
         check_lightzero()
         if name == 'sampled_unizero':
-            check_draws(deep_merge_dicts(policy.default_config(), copy.deepcopy(main_config.policy)))
+            check_draws(merged)
     if config.use_new and not issubclass(policy, KVCachePolicy):
         raise ConfigError(
             f'{PREFIX}.{FLAG}=True, but {policy.__module__}.{policy.__qualname__}, which is registered as {name!r}, is '
@@ -76,16 +78,22 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     return config
 
 
+def import_names(create_config: EasyDict) -> List[str]:
+    """What DI-engine imports for a config's policy; a string is one name, which DI-engine takes for single letters."""
+    names = create_config['policy'].get('import_names', [])
+    return [names] if isinstance(names, str) else list(names)
+
+
 def load_plugin(create_config: EasyDict) -> None:
     """Add this package to what DI-engine imports, so that flag and statistics work in any LightZero config."""
-    names = list(create_config.policy.get('import_names', []))
-    if PLUGIN not in names:
-        create_config.policy.import_names = names + [PLUGIN]
+    names = import_names(create_config)
+    create_config['policy']['import_names'] = names if PLUGIN in names else [*names, PLUGIN]
 
 
 def _switch(main_config: EasyDict, create_config: EasyDict, flag: bool, options: Any) -> None:
     load_plugin(create_config)
-    world_model_cfg = main_config.policy.model.world_model_cfg
+    model = main_config['policy'].setdefault('model', EasyDict())
+    world_model_cfg = model.setdefault('world_model_cfg', EasyDict())
     world_model_cfg[FLAG] = flag
     if options:
         world_model_cfg[OPTIONS] = EasyDict({**world_model_cfg.get(OPTIONS, {}), **options})

@@ -12,19 +12,13 @@ POOLS = ('init', 'recur', 'total')
 VALIDATION = 'kv_cache_validation'
 METRICS = ('hit_rate', 'queries', 'hits', 'misses', 'evictions', 'occupancy')
 
-_SHOWN_TOGETHER = {
-    'hit_rate': ('hit_rate',), 'hits and misses': ('hits', 'misses'), 'evictions': ('evictions',),
-    'occupancy': ('occupancy',)
-}
+# One chart for each number, in which tensorboard gives each run its colour.
 LAYOUT = {
+    'reward': {'evaluation': ['Multiline', ['evaluator_iter/reward_mean']]},
     'kv_cache': {
-        **{
-            title: ['Multiline', [f'kv_cache_iter/{pool}_{metric}' for pool in POOLS for metric in metrics]]
-            for title, metrics in _SHOWN_TOGETHER.items()
-        },
-        'memory': ['Multiline', ['kv_cache_iter/memory_mb']],
-        'time': ['Multiline', ['kv_cache_iter/search_ms', 'kv_cache_iter/step_ms']],
-    }
+        name: ['Multiline', [f'kv_cache_iter/{name}']]
+        for name in (*(f'{pool}_{metric}' for metric in METRICS for pool in POOLS), 'memory_mb', 'search_ms', 'step_ms')
+    },
 }
 # What tensorboard's page of hyperparameters shows of a run, each with a value of its type. The page takes the list from
 # one of the runs, so each run names all of it, one of the old system too.

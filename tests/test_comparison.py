@@ -407,6 +407,12 @@ class TestMixed:
             compared(self.mixed(tmp_path))
 
 
+def test_a_run_that_went_on_without_its_replay_buffer_is_marked(tmp_path):
+    paths = [write_run(tmp_path / 'old_s0', summary=dict(resumed_at=[1200])), write_run(tmp_path / 'new_s0', new=True)]
+    said = [warning.text for warning in compared(*paths).warnings]
+    assert 'old_s0 went on with an empty replay buffer at 1,200 environment steps, which bends its curves' in said
+
+
 class TestOrigin:
 
     def test_what_the_summaries_say(self, tmp_path):
@@ -458,7 +464,7 @@ class TestCommand:
         """Nothing is printed but what was asked for, neither by LightZero nor by anything it imports."""
         pair(tmp_path)
         command = ['compare', 'old_seed0', 'new_seed0', '--group', 'B=old*', 'A=new*']
-        done = subprocess.run([sys.executable, '-m', 'lzero_kvcache', *command], cwd=str(tmp_path), text=True,
+        done = subprocess.run([sys.executable, '-m', 'lzero_kvcache_options', *command], cwd=str(tmp_path), text=True,
                               capture_output=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
         assert (done.returncode, done.stderr) == (0, '')
         lines = done.stdout.rstrip('\n').split('\n')

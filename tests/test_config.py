@@ -9,7 +9,7 @@ from ding.utils import POLICY_REGISTRY
 from easydict import EasyDict
 
 from lzero_kvcache import KV_CACHE_REGISTRY, CacheConfig, ConfigError, KVCacheManager
-from lzero_kvcache.config import KV_CACHE_CFG, settle
+from lzero_kvcache.config import FLAG, KV_CACHE_CFG, settle
 from lzero_kvcache.host import models
 
 BOTH_FLAGS = pytest.mark.parametrize('flag', [False, True], ids=['old', 'new'])
@@ -246,3 +246,10 @@ def test_no_key_of_lightzero_is_taken_for_a_misspelt_one(policy_type):
     cfg = POLICY_REGISTRY.get(policy_type).default_config().model.world_model_cfg
     assert len(cfg) > 20
     CacheConfig.read(cfg, KV_CACHE_REGISTRY)
+
+
+@pytest.mark.parametrize('key', ['eval_num_simulations', 'collector_env_num', 'game_segment_length_for_reanalyze'])
+@pytest.mark.parametrize('flag', [True, False])
+def test_a_longer_name_is_no_misspelt_one(key, flag):
+    """Those of another version of LightZero."""
+    CacheConfig.read({FLAG: flag, key: 3})

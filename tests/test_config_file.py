@@ -2,16 +2,20 @@
 import copy
 import importlib
 import os
+import sys
 import textwrap
 from unittest import mock
 
 import lzero.entry
 import pytest
+import zoo
+from trainings import PROJECT_ROOT
+from zoo.classic_control.cartpole.config import cartpole_unizero_config as lightzeros_cartpole
 
+import lzero_kvcache_options
 from lzero_kvcache import ConfigError
 from lzero_kvcache.host.patches import ENTRIES
 from lzero_kvcache.training import capture_entry_call, find_config, load_config
-from lzero_kvcache.training.config_file import PROJECT_ROOT
 
 BODY = """
 main_config = dict(
@@ -48,19 +52,41 @@ def test_the_current_folder_comes_before_the_project(write):
     assert find_config('config_new') == path
 
 
-@pytest.mark.parametrize('folder', ['configs', 'zoo_configs'])
-def test_folders_of_the_current_folder_are_searched(folder, write):
-    path = write(folder + '/other.py')
-    assert find_config('other.py') == path
+def test_a_path_is_never_looked_for_elsewhere(write):
+    path = write('configs/config_new.py')
+    assert find_config('configs/config_new') == path
+    assert find_config('config_new').startswith(PROJECT_ROOT)
+
+
+def test_a_name_is_ours_before_it_is_lightzeros():
+    """LightZero's own is found where LightZero is, and changes nothing of what it says of caching."""
+    ours, own = load_config('cartpole_unizero_config'), load_config('lightzero:cartpole_unizero_config.py')
+    assert ours.path == os.path.join(PROJECT_ROOT, 'zoo_configs', 'cartpole_unizero_config.py')
+    assert own.path == os.path.realpath(lightzeros_cartpole.__file__)
+    flags = [loaded.main_config.policy.model.world_model_cfg.get('use_new_cache_manager') for loaded in (ours, own)]
+    assert flags == [True, None]
+
+
+def test_a_name_that_lightzero_alone_has(tmp_path, monkeypatch):
+    folder = tmp_path / 'zoo' / 'game' / 'config'
+    folder.mkdir(parents=True)
+    (folder / 'game_unizero_config.py').write_text('# unizero')
+    (folder / 'game_muzero_config.py').write_text('# muzero')
+    package = lzero_kvcache_options._package
+    monkeypatch.setattr(lzero_kvcache_options, '_package', lambda name: tmp_path / 'lzero' if name == 'lzero'
+                        else package(name))
+    assert find_config('game_unizero_config') == str(folder / 'game_unizero_config.py')
+    with pytest.raises(ConfigError, match="did you mean 'lightzero:game_unizero_config'"):
+        find_config('lightzero:game_muzero_config')
 
 
 def test_an_unknown_name_gets_the_nearest_one(write):
-    with pytest.raises(ConfigError, match="did you mean 'config_old.py'"):
+    with pytest.raises(ConfigError, match="did you mean 'config_old'"):
         find_config('confg_old.py')
 
 
 def test_a_name_near_to_none_gets_them_all(write):
-    with pytest.raises(ConfigError, match='config_new.py, config_old.py') as caught:
+    with pytest.raises(ConfigError, match='config_new, config_old') as caught:
         find_config('qqqqqqqqqqqq')
     assert '\n' not in str(caught.value)
 
@@ -252,3 +278,19 @@ def test_what_goes_wrong_in_main_is_said_in_one_line(does, said, write):
 def test_capturing_from_a_function_that_trains_nothing():
     with pytest.raises(ConfigError, match='calls none of train_unizero'):
         capture_entry_call(lambda: None)
+
+
+def test_a_folder_zoo_of_the_users_own(write, tmp_path):
+    """LightZero's package has the name; its path can be added to, as the error says."""
+    (tmp_path / 'zoo').mkdir()
+    (tmp_path / 'zoo' / 'mygame.py').write_text('')
+    with pytest.raises(ConfigError, match="'zoo.mygame' below the zoo that is installed, .*site-packages/zoo; "
+                                          "if it is in a folder zoo of yours, write in the config: (.*)") as caught:
+        load_config(write(rest='import zoo.mygame'))
+    advice = str(caught.value).rpartition('config: ')[2].replace('PATH/TO', str(tmp_path))
+    before = list(zoo.__path__)
+    try:
+        load_config(write(rest=advice + '\nimport zoo.mygame'))
+    finally:
+        zoo.__path__[:] = before
+        sys.modules.pop('zoo.mygame', None)

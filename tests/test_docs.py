@@ -21,7 +21,7 @@ from lzero_kvcache.host.patches import TABLE
 from lzero_kvcache.host.reference import CAUSES
 from lzero_kvcache.telemetry import VALIDATION
 from lzero_kvcache.validation.tally import QUANTITIES, Tally
-from lzero_kvcache_options import COMMAND, command_parser, train_parser
+from lzero_kvcache_options import COMMAND, command_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'lzero_kvcache'
@@ -261,7 +261,8 @@ class TestNumbers:
 def test_the_options_of_train():
     rows = table_with('docs/training.md', '--config FILE')
     listed = {option for row in rows for option in re.findall(r'`(--[\w-]+)', row[0])}
-    known = {option for action in train_parser()._actions for option in action.option_strings} - {'-h'}
+    command = next(action for action in command_parser()._actions if action.dest == 'command')
+    known = {option for action in command.choices['train']._actions for option in action.option_strings} - {'-h'}
     assert listed == known
 
 
@@ -374,7 +375,7 @@ def test_commands(name):
         if command.startswith(COMMAND + ' '):
             command_parser().parse_args(shlex.split(command[len(COMMAND):]))
         if command.startswith('python train.py '):
-            train_parser().parse_args(shlex.split(command.split(' ', 2)[2]))
+            command_parser().parse_args(['train', *shlex.split(command.split(' ', 2)[2])])
         for script in re.findall(r'(?:python|--nproc_per_node=2) (\S+\.py)', command):
             assert (ROOT / script).exists()
             options = read(script) + read('benchmarks/common.py') + read('lzero_kvcache_options.py')

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trainings import when
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+from trainings import PROJECT_ROOT, when
 
 from lzero_kvcache import ConfigError, comparison
-from lzero_kvcache.cli.commands import main
 from lzero_kvcache.training import experiment, processes
-from lzero_kvcache.training.config_file import PROJECT_ROOT
+from lzero_kvcache.training.event_files import purge
 from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
 from lzero_kvcache.training.processes import Board, Child
 from lzero_kvcache.training.summary import (
@@ -25,6 +26,7 @@ from lzero_kvcache.training.summary import (
     read_summary,
     write_summary,
 )
+from lzero_kvcache_options import main
 
 SMALL = ['policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2', 'env.evaluator_env_num=1']
 
@@ -56,8 +58,8 @@ def make(folder, caches=('old', 'new'), seeds=(0, 1), config='config_new', **cha
 def test_a_run_is_begun_with_all_that_was_asked_for(tmp_path):
     made = make(tmp_path, device='cpu', overrides=SMALL)
     assert made.command(made.trials[0]) == [
-        sys.executable, '-m', 'lzero_kvcache.cli.train', '--config', 'config_new', '--max-env-step', '60', '--device',
-        'cpu', '--set', *SMALL, '--cache', 'old', '--seed', '0', '--exp-name', str(tmp_path / 'old_seed0')
+        sys.executable, '-m', 'lzero_kvcache_options', 'train', '--config', 'config_new', '--max-env-step', '60',
+        '--device', 'cpu', '--set', *SMALL, '--cache', 'old', '--seed', '0', '--exp-name', str(tmp_path / 'old_seed0')
     ]
 
 
@@ -141,7 +143,7 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     ([], '--config'),
-    (['--config', 'nosuch'], 'nosuch: no such file'),
+    (['--config', 'nosuch'], '--config nosuch: there is no such file'),
     (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
 ])
 def test_bad_usage_is_one_line_and_writes_nothing(arguments, message, capfd, tmp_path, monkeypatch):
@@ -346,3 +348,25 @@ def test_a_real_experiment_is_cut_off_and_goes_on(tmp_path):
     events = tmp_path / 'e' / 'old_seed0' / 'log' / 'serial'
     assert len(list(events.iterdir())) == 2
     assert (tmp_path / 'e' / 'compare.json').exists()
+
+
+def test_points_after_the_checkpoint_are_cut_off(tmp_path):
+    """Tags of both kinds of steps, in several files, one of which is torn."""
+    def write(steps, suffix):
+        writer = SummaryWriter(str(tmp_path), filename_suffix=suffix)
+        for step in steps:
+            for tag, at in (('learner_iter/loss', step), ('kv_cache_step/hits', 30 * step)):
+                writer.add_scalar(tag, step, at)
+        writer.close()
+
+    write(range(3), '.0')
+    write(range(3, 9), '.1')
+    torn = max(tmp_path.iterdir(), key=lambda path: path.name[-1])
+    torn.write_bytes(torn.read_bytes()[:-5])
+    assert purge(str(tmp_path), 5) == 2 * 4 - 1
+    write(range(5, 7), '.2')
+    events = EventAccumulator(str(tmp_path), size_guidance={'scalars': 0})
+    events.Reload()
+    assert [point.step for point in events.Scalars('learner_iter/loss')] == list(range(7))
+    assert [point.step for point in events.Scalars('kv_cache_step/hits')] == [30 * step for step in range(7)]
+    assert purge(str(tmp_path / 'none'), 5) == 0

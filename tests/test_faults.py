@@ -13,9 +13,9 @@ import pytest
 import torch
 from builders import Worker, audit, make_policy, roots
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from trainings import PROJECT_ROOT
 
 from lzero_kvcache.training.checkpoints import read_checkpoint
-from lzero_kvcache.training.config_file import PROJECT_ROOT
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
          'env.evaluator_env_num=1', 'policy.eval_freq=10', 'policy.learn.learner.hook.save_ckpt_after_iter=5']
@@ -95,7 +95,7 @@ def test_killed_while_saving_and_gone_on(tmp_path):
     script = tmp_path / 'slow.py'
     script.write_text(
         'import sys, time, torch\n'
-        'from lzero_kvcache.cli import train\n'
+        'from lzero_kvcache_options import main\n'
         'save, saves = torch.save, []\n'
         'def slow(data, file):\n'
         '    saves.append(0)\n'
@@ -106,7 +106,7 @@ def test_killed_while_saving_and_gone_on(tmp_path):
         "        open('half', 'w').close()\n"
         '        time.sleep(60)\n'
         'torch.save = slow\n'
-        'sys.exit(train.main())\n'
+        'sys.exit(main(["train", *sys.argv[1:]]))\n'
     )
     process = subprocess.Popen(
         [sys.executable, str(script), '--config', 'config_new', '--exp-name', 'run', *SMALL], cwd=str(tmp_path),
@@ -250,7 +250,7 @@ POISONED_FOR_A_WHILE = """
 import sys
 import torch
 from lzero_kvcache.host import policies
-from lzero_kvcache.cli import train
+from lzero_kvcache_options import main
 
 forward, steps = policies.UniZeroPolicy._forward_collect, []
 
@@ -269,7 +269,7 @@ def forward_and_poison(policy, *args, **kwargs):
 
 
 policies.UniZeroPolicy._forward_collect = forward_and_poison
-sys.exit(train.main())
+sys.exit(main(['train', *sys.argv[1:]]))
 """
 
 

@@ -1,13 +1,15 @@
 """``python -m lzero_kvcache info``: each line against the manager of a policy that is built and used."""
+import re
+
 import pytest
 import torch
 from builders import Worker, make_policy
 
 from lzero_kvcache import __version__
-from lzero_kvcache.cli.commands import main
 from lzero_kvcache.engine.slab import MIB
-from lzero_kvcache.host import refused
+from lzero_kvcache.host import entries, refused
 from lzero_kvcache.training import info, make_plan
+from lzero_kvcache_options import lightzero_configs, main, our_configs
 
 WM = 'policy.model.world_model_cfg.'
 SMALL = ['policy.num_simulations=6', 'env.collector_env_num=3', 'env.evaluator_env_num=2',
@@ -119,14 +121,14 @@ def test_the_command_prints_both_tables_and_nothing_else(capfd, tmp_path, monkey
     captured = capfd.readouterr()
     assert captured.err == ''
     assert [line for line in captured.out.split('\n') if line and line[0] not in '│┌├└'] == [
-        line for line in captured.out.split('\n') if line.strip() in ('installed', 'cache')
+        line for line in captured.out.split('\n') if line.strip() in ('installed', 'cache') or line[:8] == 'Config: '
     ]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['--set', 'policy.num_simulations=3'], 'give --config too'),
-    (['--config', 'nosuch'], 'nosuch: no such file'),
+    (['--config', 'nosuch'], '--config nosuch: there is no such file'),
     (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
     (['--config', 'config_new', '--set', WM + 'context_length=7'], 'context_length=7'),
 ])
@@ -135,4 +137,25 @@ def test_bad_usage_is_one_line(arguments, message, capfd):
     captured = capfd.readouterr()
     assert message in captured.err
     assert captured.err.count('\n') == 1
-    assert captured.out == ''
+    assert re.fullmatch(r'(Config: .*\n)?', captured.out)
+
+
+def test_the_zoo_is_tried(monkeypatch):
+    """One of ours, one of LightZero's, and one of each whose environment, or whose file, lacks something."""
+    ours = {name: path for name, path in our_configs().items() if name in ('memory_unizero_config', 'config_new')}
+    own = {name: path for name, path in lightzero_configs().items() if 'stack4' in name or 'memory' in name}
+    monkeypatch.setattr(info, 'our_configs', lambda: ours)
+    monkeypatch.setattr(info, 'lightzero_configs', lambda: own)
+    try_environment = entries.try_environment
+
+    def without_pycolab(main_config, create_config):
+        if 'memory' in create_config.env.type:
+            raise ModuleNotFoundError(name='pycolab')
+        try_environment(main_config, create_config)
+
+    monkeypatch.setattr(entries, 'try_environment', without_pycolab)
+    rows = dict(info.of_zoo())
+    missing = "extra memory: the module 'pycolab' is not installed; pip install 'pycolab==1.2'"
+    assert 'ImportError: cannot import name' in rows.pop('lightzero:atari_unizero_stack4_config')
+    assert rows == {'config_new': 'no extra: installed', 'memory_unizero_config': missing,
+                    'lightzero:memory_unizero_config': missing}

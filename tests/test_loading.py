@@ -13,6 +13,7 @@ import lzero.entry
 import pytest
 from builders import compiled, small_cartpole
 from ding.policy import create_policy
+from easydict import EasyDict
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 import lzero_kvcache
@@ -253,3 +254,19 @@ def test_an_enabled_config_trains_with_the_new_system(new):
     if new:
         assert len(world_model.kv_cache_manager.init_pools) == 8
         assert world_model.kv_cache_manager.recur_pool.pool_size == 8 * 25
+
+
+@pytest.mark.parametrize('names', ['lzero.policy.unizero', ['lzero.policy.unizero'], []])
+@pytest.mark.parametrize('kind', [dict, EasyDict])
+def test_enable_takes_whatever_a_config_is_made_of(kind, names):
+    """Plain dicts, a name alone, and a config that leaves the world model to LightZero."""
+    main = kind(env=dict(), policy=dict())
+    create = kind(policy=dict(type='unizero', import_names=names))
+    enable(main, create, eviction='lru')
+    world_model_cfg = main['policy']['model']['world_model_cfg']
+    assert (world_model_cfg['use_new_cache_manager'], world_model_cfg['kv_cache_cfg']['eviction']) == (True, 'lru')
+    listed = [names] if isinstance(names, str) else names
+    assert create['policy']['import_names'] == [*listed, 'lzero_kvcache']
+    assert check_config(main, create).eviction == 'lru'
+    disable(main, create)
+    assert not check_config(main, create).use_new

@@ -91,7 +91,7 @@ def test_a_game_without_a_known_number_of_actions(pong):
 
 @pytest.mark.usefixtures('pong')
 def test_a_game_with_another_number_of_actions_is_refused():
-    with pytest.raises(ConfigError, match="action_space_size=5 contradicts env.env_id='PongNoFrameskip-v4': it has 6"):
+    with pytest.raises(ConfigError, match="size=5 contradicts env.env_id='PongNoFrameskip-v4': it must be 6"):
         make_plan('atari_unizero_segment_config', overrides=['policy.model.action_space_size=5'])
 
 

@@ -17,7 +17,6 @@ from lzero_kvcache.telemetry import (
     COMPARED,
     HOOK_KEY,
     HYPERPARAMETERS,
-    LAYOUT,
     KVCacheStatsHook,
     write_hyperparameters,
 )
@@ -161,13 +160,12 @@ class TestEventFile:
         written = events.Tensors('custom_scalars__config__')
         assert len(written) == 1
         layout = layout_pb2.Layout.FromString(written[0].tensor_proto.string_val[0])
-        charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
-        assert [category.title for category in layout.category] == ['kv_cache']
-        assert charts == {title: tags for title, (_, tags) in LAYOUT['kv_cache'].items()}
-        shown = [tag for tags in charts.values() for tag in tags]
-        assert len(shown) == len(set(shown))
-        assert set(shown) <= {f'kv_cache_iter/{tag}' for tag in NEW_TAGS | TIMES | {'memory_mb'}}
-        assert charts['hit_rate'] == [f'kv_cache_iter/{pool}_hit_rate' for pool in ('init', 'recur', 'total')]
+        charts = {category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+                  for category in layout.category}
+        assert list(charts) == ['reward', 'kv_cache']
+        assert charts['reward'] == {'evaluation': ['evaluator_iter/reward_mean']}
+        # One chart for each pool and metric.
+        assert charts['kv_cache'] == {tag: [f'kv_cache_iter/{tag}'] for tag in NEW_TAGS | TIMES | {'memory_mb'}}
 
     def test_a_policy_without_the_plugins_model(self, tmp_path):
         policy = make_policy(False)

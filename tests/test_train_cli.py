@@ -15,20 +15,29 @@ from types import SimpleNamespace
 import gymnasium
 import pytest
 import torch
-from trainings import ITERATIONS, import_what_trainings_import, scalars, short_episodes, summary_of, trained
+from trainings import (
+    ITERATIONS,
+    PROJECT_ROOT,
+    WM,
+    import_what_trainings_import,
+    scalars,
+    short_episodes,
+    summary_of,
+    trained,
+)
 from trainings import SMALL as IN_A_FORK
+from trainings import train as main
 
 from lzero_kvcache import ConfigError
-from lzero_kvcache.cli.train import main
 from lzero_kvcache.training import make_plan, watch
 from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
-from lzero_kvcache.training.config_file import PROJECT_ROOT
 from lzero_kvcache.training.error_hints import hint
 from lzero_kvcache.training.output import Output
 from lzero_kvcache.training.plan import Plan
 from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_parents
-from lzero_kvcache.training.summary import Result, write_progress, write_summary
+from lzero_kvcache.training.summary import Evaluation, Result, write_progress, write_summary
+from lzero_kvcache.training.terminal import reward_text, run_text
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
          'env.evaluator_env_num=1']
@@ -47,7 +56,7 @@ def ended(arguments):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     ([], '--config'),
-    (['--config', 'nosuch'], 'nosuch: no such file'),
+    (['--config', 'nosuch'], '--config nosuch: there is no such file'),
     (['--config', 'config_new', '--colour'], '--colour'),
     (['--config', 'config_new', '--cache', 'both'], "'both'"),
     (['--config', 'config_new', '--max-env-step', '0'], "'0' is not a whole number of at least 1"),
@@ -69,6 +78,21 @@ def ended(arguments):
      "env_manager.type='subproces' is registered by none of its import_names=[]; did you mean 'subprocess'"),
     (['--config', 'config_new', '--set', 'policy.learning_rate=-1'], 'policy.learning_rate=-1 must be above 0'),
     (['--config', 'config_old', '--set', 'policy.batch_size=0'], 'policy.batch_size=0 must be above 0'),
+    *((['--config', config, '--set', *changes], message) for config in ('config_old', 'config_new')
+      for changes, message in [
+        (['policy.model.action_space_size=60', f'{WM}.action_space_size=6'],
+         f'policy.model.action_space_size=60 contradicts {WM}.action_space_size=6: it must be 6'),
+        (['policy.model.action_space_size=3'],  # its copy follows, the environment does not
+         "policy.model.action_space_size=3 contradicts the environment of env.env_id='CartPole-v0': its action masks"),
+        (['policy.model.observation_shape=5'], 'policy.model.observation_shape=5 contradicts the environment of'),
+        (['env.collector_env_num=5', 'policy.collector_env_num=3'],
+         'env.collector_env_num=5 contradicts policy.collector_env_num=3'),
+        (['env.evaluator_env_num=2', 'policy.evaluator_env_num=3'],
+         'env.evaluator_env_num=2 contradicts policy.evaluator_env_num=3'),
+        ([f'{WM}.support_size=51'], f'{WM}.support_size=51 contradicts policy.model.support_scale=50: it must be 101'),
+        ([f'{WM}.num_heads=5'], f'{WM}.num_heads=5 contradicts {WM}.embed_dim=64'),
+        ([f'{WM}.max_tokens=30'], f'{WM}.max_tokens=30 contradicts {WM}.max_blocks=10: it must be 20'),
+    ]),
     (['--config', 'config_new', '--exp-name', 'new/' + 'x' * 300], 'cannot be made (File name too long)'),
     (['--config', 'config_new', '--exp-name', '/proc/foo/bar'], ' /proc/foo/bar: the folder of the experiment'),
     (['--config', 'config_new', '--set', '+policy.model.type=UniZeroModl'],
@@ -79,9 +103,9 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
     assert ended(arguments) == 2
     captured = capfd.readouterr()
     assert message in captured.err
-    assert captured.err.startswith('train.py: error: ')
+    assert captured.err.startswith('lzero-kvcache: error: ')
     assert captured.err.count('\n') == 1
-    assert captured.out == ''
+    assert re.fullmatch(r'(Config: .*\n)?', captured.out)
     assert os.listdir(tmp_path) == []
 
 
@@ -106,7 +130,7 @@ def test_wandb_without_a_login_is_refused(capfd, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('arguments', 'code', 'said'), [
     (['--help'], 0, 'It is Python code, and it will be run'), (['--version'], 0, 'lzero_kvcache 0.'),
-    (['--colour'], 2, 'train.py: error: '),
+    (['--colour'], 2, 'lzero-kvcache: error: '),
 ])
 def test_what_needs_no_torch_is_answered_without_it(arguments, code, said, tmp_path):
     """Importing it takes seconds."""
@@ -146,16 +170,17 @@ def test_options_override_the_config():
 
 def test_every_option_reaches_the_plan(monkeypatch):
     from lzero_kvcache.cli import train
-    from lzero_kvcache_options import train_parser
+    from lzero_kvcache_options import command_parser
     asked = {}
     monkeypatch.setattr(train, 'make_plan', lambda config, **given: asked.update(given, config=config))
-    train.plan_of(train_parser().parse_args([
-        '--config', 'c', '--cache', 'new', '--seed', '1', '--exp-name', 'e', '--max-env-step', '2e3',
-        '--max-train-iter', '4', '--device', 'cpu', '--resume', 'r', '--in-place', '--threads', '5', '--set', 'a=1',
+    train.plan_of(command_parser().parse_args([
+        'train', '--config', 'c', '--cache', 'new', '--seed', '1', '--exp-name', 'e', '--max-env-step', '2e3',
+        '--max-train-iter', '4', '--device', 'cpu', '--resume', 'r', '--in-place', '--threads', '5',
+        '--keep-checkpoints', '2', '--set', 'a=1',
         'b=2', '--set', 'c=3']))
     assert asked == dict(
         config='c', cache='new', seed=1, exp_name='e', max_env_step=2000, max_train_iter=4, device='cpu', resume='r',
-        evaluate=None, in_place=True, threads=5, overrides=['a=1', 'b=2', 'c=3'])
+        evaluate=None, in_place=True, threads=5, keep_checkpoints=2, overrides=['a=1', 'b=2', 'c=3'])
 
 
 def test_in_place_is_in_the_checkpoints_folder(tmp_path, monkeypatch):
@@ -193,6 +218,14 @@ def test_only_what_is_empty_is_removed(tmp_path, monkeypatch):
     os.rmdir('lone/deep/run')
     remove_parents('lone/deep/run', 'lone')
     assert os.listdir() == ['shared']
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    save = watch.Watch(lambda: None, lambda: None, keep_checkpoints=2)._saved(None)
+    for name in ('iteration_0', 'ckpt_best', 'iteration_9', 'iteration_10', 'iteration_100'):
+        save(str(tmp_path / f'{name}.pth.tar'), {})
+        os.utime(tmp_path / f'{name}.pth.tar', (len(os.listdir(tmp_path)) if 'best' in name else int(name[10:]), ) * 2)
+    assert sorted(os.listdir(tmp_path)) == ['ckpt_best.pth.tar', 'iteration_10.pth.tar', 'iteration_100.pth.tar']
 
 
 def test_a_failing_save_leaves_the_old_checkpoint(tmp_path):
@@ -349,6 +382,21 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(error, command)
     assert command in hint(error)
 
 
+def test_an_evaluation_is_a_mean_with_its_deviation():
+    assert reward_text(Evaluation(10, 2, 57.3, 4.1, 8)) == '57.3 ± 4.1 over 8 episodes'
+    assert reward_text(Evaluation(10, 2, 57.3)) == '57.3'
+
+
+@pytest.mark.parametrize(('held', 'said'), [
+    (dict(env_step=280, collected_env_step=300, max_env_step=600, env_steps_per_second=10., best_reward=12.),
+     'collect  280+20/600 (50%), 0:00:30 left  reward -, best 12.0  hit rate -  10.0 steps/s'),
+    (dict(env_step=650, collected_env_step=650, max_env_step=600), 'collect  650+0/600 (100%)  reward -, best -'),
+    (dict(env_step=5, collected_env_step=5), 'collect  5+0  reward -'),
+])
+def test_progress_says_how_much_is_done_and_left(held, said):
+    assert run_text(Result(0, 'train', 'new', 0, **held), 'collect').startswith(said)
+
+
 def test_other_errors_are_not_explained_away():
     assert hint(ValueError('the ROM of my heart')) is None
 
@@ -403,13 +451,26 @@ def test_train_resume_in_either_system_and_evaluate(config, tmp_path):
                            '--max-train-iter', '9', '--set', 'policy.model.world_model_cfg.embed_dim=64')
     assert code == 2
     assert 'the checkpoint is of another model' in said.splitlines()[-1]
+    for key in ('policy.model_path', 'policy.learn.learner.hook.load_ckpt_before_run'):
+        other = ['policy.model.world_model_cfg.embed_dim=64', f'+{key}={first["checkpoint"]}']
+        code, said = in_a_fork(tmp_path, '--config', config, '--exp-name', 'never', '--set', *other)
+        assert code == 2, said
+        assert 'the checkpoint is of another model' in said.splitlines()[-1]
     assert sorted(os.listdir(tmp_path)) == there
+
+    evaluation = first['evaluations'][-1]
+    assert evaluation['episodes'] == 1 and evaluation['deviation'] == 0
+    assert set(first['versions']) == {'lzero_kvcache', 'LightZero', 'DI-engine', 'torch'}
+    assert first['started'] < first['ended']
+    assert first['machine']['cpu']
+    assert first['resumed_at'] == []
 
     second, said = run('b', 'new', '--resume', first['checkpoint'], '--max-train-iter', str(first['train_iter'] + 2))
     assert 'INFO: ✓ Using NEW KVCacheManager for cache management' in said
     assert 'no replay buffer' in said
     assert_gone_on(tmp_path, first, second, 'new')
     assert second['hit_rates']['total'] == 1
+    assert second['resumed_at'] == [first['env_step']]
     points = scalars(tmp_path / 'b', 'kv_cache_iter/total_hit_rate')
     assert [point.step for point in points] == list(range(first['train_iter'], second['train_iter']))
     assert summary_of(tmp_path / 'a') == first
@@ -459,10 +520,10 @@ def test_ctrl_c_on_a_terminal_leaves_a_whole_checkpoint(tmp_path):
 
 @pytest.mark.parametrize('best', [None, 17.])
 def test_a_training_in_place_replaces_only_what_it_betters_and_is_evaluated_at_its_end(best, monkeypatch):
-    monkeypatch.setattr(watch, 'load_state', lambda policy, checkpoint: None)
     running = watch.Watch(lambda: None, lambda: None)
     last_iter, evaluations = SimpleNamespace(update=lambda value: None), []
-    running.learner = SimpleNamespace(policy=None, last_iter=last_iter, train_iter=5, save_checkpoint=None)
+    policy = SimpleNamespace(load_state_dict=lambda state: None)
+    running.learner = SimpleNamespace(policy=policy, last_iter=last_iter, train_iter=5, save_checkpoint=None)
     running.collector = SimpleNamespace(envstep=50)
     running.evaluator = SimpleNamespace(_max_episode_return=float('-inf'), policy=None,
                                         eval=lambda *arguments: evaluations.append(arguments))

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import zoo
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
-from trainings import SMALL, WM, check_run, import_what_trainings_import, short_episodes, trained
+from trainings import PROJECT_ROOT, SMALL, WM, check_run, import_what_trainings_import, short_episodes, trained
 
 from lzero_kvcache import ConfigError, check_config, disable, enable
 from lzero_kvcache.search import roots
 from lzero_kvcache.training import load_config
-from lzero_kvcache.training.config_file import PROJECT_ROOT
 
 SHIPPED = {path.stem: path for path in Path(zoo.__file__).parent.rglob('*unizero*_config.py')}
 NAMES = sorted(
@@ -178,7 +177,7 @@ def test_what_is_missing_is_said_in_one_line(missing, tmp_path):
     if missing == 'ROM':
         pytest.importorskip('cv2')
     [(code, printed)] = trained(tmp_path, ['--config', name], prepare)
-    lines = [line for line in printed.splitlines() if line.startswith('train.py: error: ')]
+    lines = [line for line in printed.splitlines() if line.startswith('lzero-kvcache: error: ')]
     assert code == 2, printed
     assert len(lines) == 1
     assert lines[0].endswith(command)

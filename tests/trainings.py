@@ -10,9 +10,10 @@ import torch
 from forks import in_forks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lzero_kvcache.cli.train import main
 from lzero_kvcache.telemetry import METRICS, POOLS
+from lzero_kvcache_options import main
 
+PROJECT_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WM = 'policy.model.world_model_cfg'
 ITERATIONS = 3
 SMALL = [
@@ -24,6 +25,11 @@ SMALL = [
 EPISODE = 40  # steps; the time limit of gymnasium's environments
 
 
+def train(arguments: List[str]) -> int:
+    """``train.py``."""
+    return main(['train', *arguments])
+
+
 def trained(folder: Any, arguments: List[str], *prepare: Callable[[], None]) -> List[Tuple[int, str]]:
     """The exit code and the output of each of several processes, one for each function that is called in it first."""
 
@@ -33,7 +39,7 @@ def trained(folder: Any, arguments: List[str], *prepare: Callable[[], None]) -> 
             os.dup2(printed.fileno(), 1)
             os.dup2(printed.fileno(), 2)
             prepare()
-            return main(arguments)
+            return train(arguments)
 
     names = [f'printed{rank}' for rank in range(len(prepare))]
     codes = in_forks({name: partial(run, name, function) for name, function in zip(names, prepare)})

@@ -1,22 +1,23 @@
-"""``python -m lzero_kvcache``. Exit codes are 0: done; 1: a run failed; 2: wrong usage; 130: interrupted."""
+"""The commands of ``lzero-kvcache``. Exit codes are 0: done; 1: a run failed; 2: wrong usage; 130: interrupted."""
 import argparse
 import os
 import sys
-from typing import Optional, Sequence
 
-from lzero_kvcache_options import COMMAND, command_parser, parsed, refused
+from lzero_kvcache_options import INTERRUPTED, refused
 
 from ..config import ConfigError
+from .train import train
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    options = parsed(command_parser(), argv)
+def run(options: argparse.Namespace) -> int:
+    """Run the command that options are of; returns the exit code."""
+    commands = {'train': train, 'compare': compare, 'experiment': experiment, 'info': info, 'zoo': zoo}
     try:
-        return {'compare': compare, 'experiment': experiment, 'info': info}[options.command](options)
+        return commands[options.command](options)
     except ConfigError as error:
-        return refused(COMMAND, str(error))
+        return refused(str(error))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -72,4 +73,15 @@ def info(options: argparse.Namespace) -> int:
     terminal = Terminal(sys.stdout)
     for title, rows in tables:
         terminal.table(title, rows)
+    return 0
+
+
+def zoo(options: argparse.Namespace) -> int:
+    """Print which configs there are, and what they need."""
+    from ..training.info import of_zoo
+    from ..training.output import Output
+    from ..training.terminal import Terminal
+    with Output(silent=True):  # building environments prints much
+        rows = of_zoo()
+    Terminal(sys.stdout).table('configs', rows)
     return 0

@@ -18,8 +18,9 @@ ABSENT = '(absent)'
 # Collection ends with a whole phase, so that runs of one budget end some steps apart.
 BUDGET_TOLERANCE = 0.75
 BUDGETS = {'max_env_step': 'environment steps', 'max_train_iter': 'training iterations'}
-MACHINE = {'system': 'systems', 'processor': 'processors', 'cpus': 'numbers of CPUs', 'threads': 'numbers of threads',
-           'gpu': 'GPUs', 'python': 'versions of Python', 'torch': 'versions of torch', 'ding': 'versions of DI-engine'}
+MACHINE = {'system': 'systems', 'processor': 'processors', 'cpu': 'CPUs', 'cpus': 'numbers of CPUs',
+           'threads': 'numbers of threads', 'gpu': 'GPUs', 'python': 'versions of Python',
+           'torch': 'versions of torch', 'ding': 'versions of DI-engine'}
 # What measures are about: a difference between runs can make those of one thing incomparable, and leave the others.
 TIME, SPEED, MEMORY, HITS, COUNT, REWARDS = 'time', 'speed', 'memory', 'hits', 'count', 'reward'
 EVERYTHING = (TIME, SPEED, MEMORY, HITS, COUNT, REWARDS)
@@ -303,7 +304,9 @@ def _config_differences(sides: Sequence[Side]) -> Dict[str, Dict[str, str]]:
 def _notes(runs: Sequence[TrainedRun]) -> List[Caution]:
     mixed = [f"{run.name} is mixed: it was trained with {' and '.join(run.caches)}, and is in no side's numbers"
              for run in runs if len(run.caches) > 1]
-    return list(map(Caution, mixed + [f'{run.name}: {note}' for run in runs for note in run.notes]))
+    resumed = [f'{run.name} went on with an empty replay buffer at {step:,} environment steps, which bends its curves'
+               for run in runs for step in run.summary.get('resumed_at') or []]
+    return list(map(Caution, mixed + resumed + [f'{run.name}: {note}' for run in runs for note in run.notes]))
 
 
 def _warnings(sides: Sequence[Side]) -> List[Caution]:

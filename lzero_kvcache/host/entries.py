@@ -4,6 +4,7 @@ import inspect
 import os
 from typing import Any, Callable, Dict, Optional, Tuple
 
+import numpy as np
 from easydict import EasyDict
 
 from ..config import ConfigError, nearest
@@ -31,14 +32,29 @@ def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
 
 
 def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
-    """Build and reset one environment, so that what it lacks is found before a worker process needs it."""
+    """Build and reset one environment, so that what it lacks is found before a worker process needs it, and hold what
+    it returns to the model."""
     from ding.envs import get_vec_env_setting
-    env_fn, collector_configs, _ = get_vec_env_setting(completed(main_config, create_config).env)
+    cfg = completed(main_config, create_config)
+    env_fn, collector_configs, _ = get_vec_env_setting(cfg.env)
     env = env_fn(cfg=collector_configs[0])
     try:
-        env.reset()
+        first = env.reset()
     finally:
         env.close()
+    model, which = cfg.policy.model, f'the environment of env.env_id={cfg.env.get("env_id")!r}'
+    mask, seen = (first.get(key) for key in ('action_mask', 'observation')) if isinstance(first, dict) else (None, None)
+    if not model.continuous_action_space and mask is not None and len(mask) != model.action_space_size:
+        raise ConfigError(
+            f'policy.model.action_space_size={model.action_space_size} contradicts {which}: its action masks are of '
+            f'{len(mask)} actions'
+        )
+    shape, frames = model.observation_shape, model.get('frame_stack_num', 1)
+    if isinstance(seen, np.ndarray) and seen.size * frames != np.prod(shape):
+        raise ConfigError(
+            f'policy.model.observation_shape={shape!r} contradicts {which}, and env.observation_shape if it has one: '
+            f'it observes {seen.shape}, and policy.model.frame_stack_num={frames}'
+        )
 
 
 def build_policy(main_config: EasyDict, create_config: EasyDict) -> Any:
@@ -54,6 +70,12 @@ def atari_actions(env_id: str) -> Optional[int]:
     except ImportError:
         return None
     return dict(atari_env_action_space_map).get(env_id)
+
+
+def zoo_folder() -> str:
+    """Where LightZero's zoo is."""
+    import zoo
+    return list(zoo.__path__)[0]
 
 
 def check_wandb_login() -> None:

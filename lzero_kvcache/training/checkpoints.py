@@ -3,6 +3,7 @@ Checkpoints of DI-engine's learner: read without running what they may contain, 
 policy.
 """
 import contextlib
+import glob
 import os
 from dataclasses import dataclass
 from typing import Any, Dict, Mapping
@@ -54,12 +55,8 @@ def save_atomically(data: Mapping[str, Any], path: str) -> None:
         raise
 
 
-def load_state(learn_mode: Any, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint of either cache system into DI-engine's view on a policy."""
-    try:
-        learn_mode.load_state_dict(checkpoint.state)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = ' '.join(str(error).split())[:300]
-        raise ConfigError(
-            f'the checkpoint is of another model: {reason}; use the config that it was trained with'
-        ) from error
+def prune(folder: str, keep: int) -> None:
+    """Remove all but the newest checkpoints of iterations; the best one has another name, and stays."""
+    paths = glob.glob(os.path.join(glob.escape(folder), 'iteration_*.pth.tar'))
+    for path in sorted(paths, key=os.path.getmtime)[:-keep]:
+        os.unlink(path)

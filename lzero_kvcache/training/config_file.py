@@ -1,11 +1,10 @@
 """
-Finds a LightZero config file and loads what it declares. Loading runs the file, which is Python code, but never a
+Loads what a LightZero config file declares. Loading runs the file, which is Python code, but never a
 training. Changing what was loaded is the business of ``overrides.py``.
 """
 import atexit
 import contextlib
 import copy
-import difflib
 import importlib.util
 import inspect
 import os
@@ -15,14 +14,14 @@ from typing import Any, Callable, Dict, Iterator, Optional
 
 from easydict import EasyDict
 
+import lzero_kvcache_options
+
 from ..config import ConfigError
 from ..host.entries import recorded_call
 from ..host.patches import ENTRIES, applied, forget_configs
 from ..loading import POLICIES
 from .error_hints import hint
 
-FOLDERS = ('', 'configs', 'zoo_configs')
-PROJECT_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # LightZero's Atari files build their config in ``main(env_id, seed)``, whose arguments come from the command line.
 MAIN_DEFAULTS = {'env_id': 'PongNoFrameskip-v4', 'seed': 0}
 
@@ -44,25 +43,11 @@ class LoadedConfig:
 
 
 def find_config(name: str) -> str:
-    """
-    The absolute path of a config file. A name is looked for in the current folder, then in ``configs`` and
-    ``zoo_configs``, of the current folder and of this project; ``.py`` may be left out.
-    """
-    folders = [os.path.join(root, folder) for root in (os.getcwd(), PROJECT_ROOT) for folder in FOLDERS]
-    for folder in folders:
-        for candidate in (name, name + '.py'):
-            path = os.path.join(folder, candidate)
-            if os.path.isfile(path):
-                return os.path.abspath(path)
-    known = sorted({
-        entry
-        for folder in folders if os.path.basename(folder) in FOLDERS[1:] and os.path.isdir(folder)
-        for entry in os.listdir(folder) if entry.endswith('.py') and not entry.startswith('_')
-    })
-    nearest = difflib.get_close_matches(os.path.basename(name), known, n=1, cutoff=0.5)
-    advice = f"did you mean '{nearest[0]}'?" if nearest else \
-        "give a path, or one of: {}".format(', '.join(known) or 'none here')
-    raise ConfigError(f"--config {name}: no such file here, in configs/ or in zoo_configs/; {advice}")
+    """The absolute path of a config file: of a path, of a name of ours, or of one of LightZero's own zoo."""
+    try:
+        return lzero_kvcache_options.find_config(name)
+    except lzero_kvcache_options.UsageError as error:
+        raise ConfigError(str(error)) from None
 
 
 def load_config(name: str) -> LoadedConfig:

@@ -4,6 +4,7 @@ import re
 from typing import Iterator, Optional
 
 from ..config import ConfigError
+from ..host import entries
 
 # What LightZero's environments need, by module.
 PACKAGES = {
@@ -21,6 +22,8 @@ PACKAGES = {
 }
 ROMS = "pip install --target atari_roms --no-deps ale-py==0.10.1 && ale-import-roms atari_roms/ale_py/roms"
 _ROM_MESSAGE = re.compile(r"unable to find (the )?game|ROM.{0,80}(not (found|supported)|missing)|ale-import-roms", re.I)
+# torch's, of modules and of optimizers.
+_OTHER_MODEL = re.compile(r'^(Error\(s\) in loading state_dict for|loaded state dict )')
 
 
 def hint(error: BaseException) -> Optional[str]:
@@ -29,6 +32,11 @@ def hint(error: BaseException) -> Optional[str]:
     missing = _missing_module(error)
     if missing:
         package = PACKAGES.get(missing.split('.')[0])
+        if missing.startswith('zoo.'):
+            return (
+                f"there is no module '{missing}' below the zoo that is installed, {entries.zoo_folder()}; if it "
+                "is in a folder zoo of yours, write in the config: import zoo; zoo.__path__.append('PATH/TO/zoo')"
+            )
         if package is None:  # perhaps a file of the user's, whose name may be that of a stranger's package
             return f"there is no module '{missing}': put its folder on PYTHONPATH, or install the package that has it"
         return f"the module '{missing}' is not installed; pip install {package}"
@@ -36,6 +44,8 @@ def hint(error: BaseException) -> Optional[str]:
         return f'env.env_id: {text}'
     if type(error).__name__ == 'DependencyNotInstalled':
         return text
+    if _OTHER_MODEL.search(text):
+        return f'the checkpoint is of another model: {text[:300]}; use the config that it was trained with'
     if _ROM_MESSAGE.search(text):
         return f"the game's ROM file is not installed; {ROMS}"
     if isinstance(error, TypeError) and 'Descriptors cannot be created directly' in text:

@@ -18,7 +18,7 @@ from .overrides import cache_defaults, known_leaves
 from .plan import TRAIN, Plan, make_plan
 from .summary import Result, read_summary, write_json
 
-PROGRAM = (sys.executable, '-m', 'lzero_kvcache.cli.train')
+PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
 EXPERIMENT = 'experiment.json'
 LOCK = 'experiment.lock'
 # What a later call may add to, and what must be as it was.

@@ -1,17 +1,22 @@
-"""What is installed, and what the cache of a config will take. Builds a policy, and allocates nothing."""
+"""What is installed, which configs there are, and what the cache of one will take. Allocates nothing."""
 import os
 import platform
-from importlib import metadata
-from typing import List, Optional, Tuple
+import re
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
+from lzero_kvcache_options import lightzero_configs, our_configs
+
+from ..config import ConfigError
 from ..engine.launch import picked
 from ..engine.slab import MIB
-from ..host.entries import build_policy
+from ..host import entries
 from ..host.refused import which_lightzero
 from ..loading import check_config
-from .plan import Plan, set_cache, set_device
+from .error_hints import hinted
+from .plan import Plan, make_plan, set_cache, set_device
+from .summary import version_of
 
 Rows = List[Tuple[str, str]]
 
@@ -24,11 +29,11 @@ def installed() -> Rows:
     if device.type == 'cuda':
         on_device = f'cuda, {torch.cuda.get_device_name()}'
     return [
-        ('lzero_kvcache', _version('lzero_kvcache')),
+        ('lzero_kvcache', version_of('lzero_kvcache')),
         ('python', platform.python_version()),
         ('torch', torch.__version__),
-        ('LightZero', f"{_version('LightZero')}, {which}: {sign}"),
-        ('DI-engine', _version('DI-engine')),
+        ('LightZero', f"{version_of('LightZero')}, {which}: {sign}"),
+        ('DI-engine', version_of('DI-engine')),
         ('device', on_device),
         ("backend 'auto'", picked('auto', device)),
     ]
@@ -40,14 +45,14 @@ def of_plan(plan: Plan) -> Rows:
     device = str(plan.main_config.policy.model.world_model_cfg.device)
     options = check_config(*configs)
     set_device('cpu', plan.main_config)
-    policy = build_policy(*configs)
+    policy = entries.build_policy(*configs)
     model = policy._model.world_model
     manager = old = model.kv_cache_manager
     if options.use_new:
         set_cache('old', *configs)
-        old = build_policy(*configs)._model.world_model.kv_cache_manager
+        old = entries.build_policy(*configs)._model.world_model.kv_cache_manager
     at_most = f'{old.full_memory_mb:,.2f} MiB, once every slot was used'
-    rows: Rows = [('config', plan.config), ('policy', str(plan.create_config.policy.type)), ('device', device)]
+    rows: Rows = [('policy', str(plan.create_config.policy.type)), ('device', device)]
     if not options.use_new:
         return [
             *rows,
@@ -90,8 +95,20 @@ def _search(name: str, missing: Optional[str], device: str) -> str:
     return f'in arrays, one compiled call, of {name!r}' if missing is None else f"in LightZero's tree: {missing}"
 
 
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return 'not installed as a package'
+def of_zoo() -> Rows:
+    """Our configs and LightZero's for UniZero: which extra each needs, and what is missing here."""
+    rows: Rows = []
+    extras: Dict[str, str] = {}  # by the type of the environment; LightZero's configs need what ours do
+    for name, path in {**our_configs(), **lightzero_configs()}.items():
+        extra = 'unknown'
+        try:
+            with hinted():
+                plan = make_plan(path)
+                with open(path, encoding='utf-8') as file:
+                    needed = re.search(r'^Install: .*\[(\w+)\]', file.read(), re.MULTILINE)
+                extra = extras.setdefault(plan.create_config.env.type, f'extra {needed[1]}' if needed else 'no extra')
+                entries.try_environment(plan.main_config, plan.create_config)
+            rows.append((name, f'{extra}: installed'))
+        except ConfigError as error:
+            rows.append((name, f'{extra}: {error}'))
+    return rows

@@ -1,6 +1,7 @@
 """
 LightZero's configs keep several copies of one number. If a relation held before a change, and the user changed one side
-of it, the other side is changed so that it still holds, unless the user set that as well.
+of it, the other side is changed so that it still holds, unless the user set that as well. A relation without which no
+training can run is refused where it does not hold.
 """
 import re
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Tuple
@@ -10,12 +11,17 @@ from ..host.entries import atari_actions
 
 WM = PREFIX + '.'
 
-# Paths that hold the same value in every config that works; any of them may be the one that is set.
-COPIES: Tuple[Tuple[str, ...], ...] = (
-    ('env.collector_env_num', 'policy.collector_env_num', WM + 'collector_env_num'),
-    ('env.evaluator_env_num', 'policy.evaluator_env_num', WM + 'evaluator_env_num'),
-    ('policy.num_simulations', WM + 'num_simulations'),
+# Paths that hold the same value in every training that runs.
+NEEDED_COPIES: Tuple[Tuple[str, ...], ...] = (
+    ('env.collector_env_num', 'policy.collector_env_num'),
+    ('env.evaluator_env_num', 'policy.evaluator_env_num'),
     ('policy.model.action_space_size', WM + 'action_space_size'),
+)
+# Paths that hold the same value in most configs; any of them may be the one that is set.
+COPIES: Tuple[Tuple[str, ...], ...] = (
+    ('policy.collector_env_num', WM + 'collector_env_num'),
+    ('policy.evaluator_env_num', WM + 'evaluator_env_num'),
+    ('policy.num_simulations', WM + 'num_simulations'),
     ('policy.model.continuous_action_space', WM + 'continuous_action_space', 'env.continuous'),
     ('policy.model.num_of_sampled_actions', WM + 'num_of_sampled_actions'),
     ('policy.model.norm_type', WM + 'norm_type'),
@@ -29,10 +35,11 @@ COPIES: Tuple[Tuple[str, ...], ...] = (
 
 
 class Rule(NamedTuple):
-    """``target`` is ``compute`` of the values of ``sources``."""
+    """``target`` is ``compute`` of the values of ``sources``, in every training that runs if it is ``needed``."""
     target: str
     sources: Tuple[str, ...]
     compute: Callable[..., Any]
+    needed: bool = False
 
 
 def _same(value: Any) -> Any:
@@ -45,7 +52,8 @@ def _is_cuda(device: Any) -> bool:
 
 def _rules() -> List[Rule]:
     rules = [
-        Rule(target, (source, ), _same) for group in COPIES for target in group for source in group if source != target
+        Rule(target, (source, ), _same, group in NEEDED_COPIES)
+        for group in NEEDED_COPIES + COPIES for target in group for source in group if source != target
     ]
     return rules + [
         # Fewer episodes or segments than environments stop the collectors by an assertion.
@@ -53,13 +61,14 @@ def _rules() -> List[Rule]:
         Rule('policy.num_segments', ('env.collector_env_num', ), _same),
         Rule('env.n_evaluator_episode', ('env.evaluator_env_num', ), _same),
         Rule(WM + 'env_num', ('env.collector_env_num', 'env.evaluator_env_num'), max),
-        Rule(WM + 'max_tokens', (WM + 'max_blocks', ), lambda blocks: 2 * blocks),
+        Rule(WM + 'max_tokens', (WM + 'max_blocks', ), lambda blocks: 2 * blocks, needed=True),
+        Rule(WM + 'support_size', ('policy.model.support_scale', ), lambda scale: 2 * scale + 1, needed=True),
         Rule(WM + 'num_unroll_steps', ('policy.num_unroll_steps', ), _same),
         Rule(WM + 'max_blocks', ('policy.num_unroll_steps', ), _same),
         Rule(WM + 'context_length_for_recurrent', (WM + 'context_length', ), _same),
         Rule('policy.device', (WM + 'device', ), _same),
         Rule('policy.cuda', (WM + 'device', ), _is_cuda),
-        Rule('policy.model.action_space_size', ('env.env_id', ), atari_actions),
+        Rule('policy.model.action_space_size', ('env.env_id', ), atari_actions, needed=True),
     ]
 
 
@@ -114,6 +123,20 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
         if renamed != name:
             complete['exp_name'] = renamed
     return complete
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Refuse the values of a complete config with which no training can run, in either system."""
+    for rule in RULES:
+        held = [values.get(source) for source in rule.sources]
+        target = values.get(rule.target)
+        right = None if target is None or None in held else rule.compute(*held)
+        if rule.needed and right is not None and right != target:
+            said = ' and '.join(f'{source}={value!r}' for source, value in zip(rule.sources, held))
+            raise ConfigError(f'{rule.target}={target!r} contradicts {said}: it must be {right!r}')
+    heads, width = values[WM + 'num_heads'], values[WM + 'embed_dim']
+    if width % heads:
+        raise ConfigError(f'{WM}num_heads={heads!r} contradicts {WM}embed_dim={width!r}: it must divide that')
 
 
 def rename(name: str, before: Mapping[str, Any], changed: Mapping[str, Any]) -> str:

@@ -44,9 +44,9 @@ def apply_overrides(
 def known_leaves(main_config: EasyDict, create_config: EasyDict, defaults: Mapping[str, Any]) -> Dict[str, Any]:
     """Every dotted path that a config can set, with the value it has now; an empty dict is a value."""
     known = cache_defaults()
-    known.update(_leaves(defaults))
-    known.update(_leaves(main_config))
-    known.update(_leaves({CREATE: create_config}))
+    known.update(leaves(defaults))
+    known.update(leaves(main_config))
+    known.update(leaves({CREATE: create_config}))
     return known
 
 
@@ -66,7 +66,7 @@ def _parse(assignment: str, known: Mapping[str, Any]) -> Dict[str, Any]:
     children = [key for key in known if key.startswith(path + '.')]
     if children and isinstance(value, dict):
         changed: Dict[str, Any] = {}
-        for key, child in _leaves(value).items():
+        for key, child in leaves(value).items():
             changed.update(_checked(assignment, f'{path}.{key}', child, repr(child), known))
         return changed
     if children:
@@ -134,15 +134,16 @@ def _like(present: Any, value: Any, text: str, assignment: str) -> Any:
     return value
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = '') -> Dict[str, Any]:
-    leaves: Dict[str, Any] = {}
+def leaves(tree: Mapping[str, Any], prefix: str = '') -> Dict[str, Any]:
+    """Every dotted path of a tree with its value; an empty dict is a value."""
+    found: Dict[str, Any] = {}
     for key, value in tree.items():
         path = f'{prefix}{key}'
         if isinstance(value, dict) and value:
-            leaves.update(_leaves(value, path + '.'))
+            found.update(leaves(value, path + '.'))
         else:
-            leaves[path] = value
-    return leaves
+            found[path] = value
+    return found
 
 
 def _assign(main_config: EasyDict, create_config: EasyDict, path: str, value: Any) -> None:

@@ -12,8 +12,8 @@ from ..host import entries
 from ..loading import check_config, disable, enable, load_plugin
 from .checkpoints import CHECKPOINTS
 from .config_file import load_config
-from .linked_keys import replace_token
-from .overrides import apply_overrides
+from .linked_keys import check, replace_token
+from .overrides import apply_overrides, leaves
 
 TRAIN, EVALUATE = 'train', 'evaluate'
 POSITIVE = (
@@ -38,6 +38,8 @@ class Plan:
     task: str = TRAIN
     checkpoint: Optional[str] = None
     in_place: bool = False
+    keep_checkpoints: Optional[int] = None
+    overrides: Sequence[str] = ()
 
 
 def make_plan(
@@ -53,6 +55,7 @@ def make_plan(
         evaluate: Optional[str] = None,
         in_place: bool = False,
         threads: Optional[int] = None,
+        keep_checkpoints: Optional[int] = None,
         overrides: Sequence[str] = (),
 ) -> Plan:
     """Load a config file and change it as asked; the arguments are the options of ``train.py``."""
@@ -81,7 +84,7 @@ def make_plan(
         main_config=main_config, create_config=create_config, entry=loaded.entry, config=loaded.path, seed=seed,
         max_env_step=max_env_step or loaded.max_env_step, max_train_iter=max_train_iter or loaded.max_train_iter,
         threads=threads or loaded.threads, task=EVALUATE if evaluate else TRAIN, checkpoint=evaluate or resume,
-        in_place=in_place,
+        in_place=in_place, keep_checkpoints=keep_checkpoints, overrides=overrides,
     )
 
 
@@ -115,10 +118,7 @@ def check_values(tree: EasyDict) -> None:
         value = tree[section].get(key)
         if isinstance(value, (int, float)) and not value > 0:
             raise ConfigError(f'{path}={value!r} must be above 0')
-    env_id, actions = tree.env.get('env_id'), tree.policy.model.get('action_space_size')
-    right = entries.atari_actions(env_id)
-    if right is not None and actions != right:
-        raise ConfigError(f'policy.model.action_space_size={actions} contradicts env.env_id={env_id!r}: it has {right}')
+    check(leaves(tree))
 
 
 def _folder_of(resume: Optional[str], exp_name: Optional[str]) -> str:

@@ -7,6 +7,7 @@ import datetime
 import os
 import shutil
 import signal
+import sys
 import time
 import traceback
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ..host.patches import applied
 from ..telemetry import summed_over_ranks
 from .checkpoints import read_checkpoint
 from .error_hints import hint
+from .event_files import purge
 from .output import Output
 from .plan import EVALUATE, TRAIN, Plan
 from .ranks import DataParallel, Interrupted
@@ -29,17 +31,20 @@ from .summary import (
     cache_type,
     hit_rates,
     machine,
+    moment,
     peak_device_memory_mb,
     peak_host_memory_mb,
     read_progress,
     read_summary,
+    versions,
     write_progress,
     write_summary,
 )
-from .terminal import Bar, number_text, run_text, summary_rows
+from .terminal import Bar, reward_text, run_text, summary_rows
 from .watch import Watch
 
 UNBOUNDED = int(1e10)
+EVENT_FILES = os.path.join('log', 'serial')
 LOG_FILE = os.path.join('log', 'train.log')
 LOG_FILE_OF_RANK = os.path.join('log', 'train_rank{}.log')
 # The bar is redrawn four times a second; asking for counters more often than that is for nothing.
@@ -97,8 +102,9 @@ class _Training:
         self.terminal = output.terminal
         self.result = Result(
             0, plan.task, '', plan.seed, config=plan.config, entry=plan.entry, max_env_step=plan.max_env_step,
-            max_train_iter=plan.max_train_iter, processes=ranks.size)
-        self.watch = Watch(self._refresh, self._after_update, self.ranks)
+            max_train_iter=plan.max_train_iter, processes=ranks.size, versions=versions(), started=moment(),
+            command=[os.path.basename(sys.argv[0]), *sys.argv[1:]], overrides=list(plan.overrides))
+        self.watch = Watch(self._refresh, self._after_update, self.ranks, plan.keep_checkpoints)
         self._pid = os.getpid()
         self._asked: Optional[int] = None
         self._saving = False
@@ -206,6 +212,10 @@ class _Training:
         asked = plan.main_config.exp_name
         if plan.in_place:
             exp_name = os.path.relpath(asked)
+            if ranks.main:
+                cut = purge(os.path.join(exp_name, EVENT_FILES), self.watch.train_iter)
+                if cut:
+                    self.terminal.line(f'Removed {cut:,} points of event files that came after the checkpoint')
         else:
             exp_name, made = ranks.from_main(lambda: claim_folder(asked))
             self._made = made if ranks.main else None
@@ -222,6 +232,7 @@ class _Training:
             return
         line(f'Training {plan.config} with {plan.entry} into {plan.main_config.exp_name}')
         if plan.checkpoint is not None:
+            self.result.resumed_at = [watch.env_step]
             line(
                 f'Going on from {plan.checkpoint}: {watch.env_step:,} env steps, {watch.train_iter:,} iterations. A '
                 'checkpoint holds no replay buffer, so collection begins with an empty one'
@@ -285,7 +296,7 @@ class _Training:
             result.last_reward = evaluation.reward
             self.terminal.line(
                 f'Evaluation after {evaluation.env_step:,} env steps, iteration {evaluation.train_iter:,}: '
-                f'reward {number_text(evaluation.reward)}'
+                f'reward {reward_text(evaluation)}'
             )
         result.best_reward = max((evaluation.reward for evaluation in result.evaluations), default=None)
         self._bar.update(result.collected_env_step, run_text(result, watch.phase))
@@ -299,7 +310,7 @@ class _Training:
             self.result, device=device, counters=counters, hit_rates=hit_rates(counters),
             host_memory_mb=peak_host_memory_mb(), device_memory_mb=peak_device_memory_mb(),
             cache_memory_mb=counters.get('memory_mb'), checkpoint=checkpoint or self.plan.checkpoint,
-            event_files=os.path.join(self.result.exp_name, 'log', 'serial'), log_file=self.output.path,
-            machine=machine(),
+            event_files=os.path.join(self.result.exp_name, EVENT_FILES), log_file=self.output.path,
+            machine=machine(), ended=moment(),
         )
         return result if self._before is None else add_up(self._before, result)

@@ -1,11 +1,13 @@
 """The numbers of a run: while it goes on, in its ``progress.json``, and when it has ended, in its ``summary.json``."""
 import contextlib
+import datetime
 import json
 import os
 import platform
 import resource
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import metadata
 from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar
 
 import torch
@@ -21,10 +23,12 @@ POOLS = ('total', *(pool for pool in telemetry.POOLS if pool != 'total'))
 
 @dataclass
 class Evaluation:
-    """One evaluation: when it took place and its mean episode return."""
+    """One evaluation: when it took place, its mean episode return, the standard deviation, and of how many episodes."""
     env_step: int
     train_iter: int
     reward: float
+    deviation: Optional[float] = None
+    episodes: Optional[int] = None
 
 
 @dataclass
@@ -63,6 +67,12 @@ class Result:
     log_file: Optional[str] = None
     processes: int = 1
     machine: Dict[str, Any] = field(default_factory=dict)
+    versions: Dict[str, str] = field(default_factory=dict)
+    command: List[str] = field(default_factory=list)
+    overrides: List[str] = field(default_factory=list)
+    started: str = ''
+    ended: str = ''
+    resumed_at: List[int] = field(default_factory=list)  # env steps where it went on with an empty replay buffer
 
 
 T = TypeVar('T', Evaluation, Result)
@@ -97,11 +107,40 @@ def peak_device_memory_mb() -> Optional[float]:
 
 def machine() -> Dict[str, Any]:
     """What two runs must share for their speeds to be comparable."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return dict(
+        cpu=_cpu_name(),
         system=platform.system(), processor=platform.machine(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
-        gpu=gpu, python=platform.python_version(), torch=torch.__version__, ding=ding_version(),
+        gpu=', '.join(gpus) or None, python=platform.python_version(), torch=torch.__version__, ding=ding_version(),
     )
+
+
+def _cpu_name() -> str:
+    """As Linux says it, or what Python knows elsewhere."""
+    with contextlib.suppress(OSError):
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            for line in file:
+                if line.startswith('model name'):
+                    return line.partition(':')[2].strip()
+    return platform.processor()
+
+
+def version_of(distribution: str) -> str:
+    """The version of what is installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return 'not installed as a package'
+
+
+def versions() -> Dict[str, str]:
+    """What a run was made with."""
+    return {name: version_of(name) for name in ('lzero_kvcache', 'LightZero', 'DI-engine', 'torch')}
+
+
+def moment() -> str:
+    """Now, in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
 
 
 def write_json(path: str, content: Any) -> None:
@@ -174,4 +213,5 @@ def add_up(before: Result, after: Result) -> Result:
         counters=counters, hit_rates=hit_rates(counters),
         last_reward=before.last_reward if after.last_reward is None else after.last_reward,
         best_reward=most('best_reward'), evaluations=before.evaluations + after.evaluations,
+        started=before.started or after.started, resumed_at=before.resumed_at + after.resumed_at,
     )

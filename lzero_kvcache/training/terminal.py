@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from .summary import POOLS, Result
+from .summary import POOLS, Evaluation, Result
 
 PLAIN_WIDTH = 240
 # Below this, only the numbers have room.
@@ -93,11 +93,17 @@ class Bar:
 
 
 def run_text(result: Result, phase: str) -> str:
-    """How far a run is: steps that are trained on and those that were collected since, of all."""
-    total = '' if result.max_env_step is None else f'/{result.max_env_step:,}'
-    steps = f'{result.env_step:,}+{result.collected_env_step - result.env_step:,}{total}'
-    rate, speed = rate_text(result.hit_rates.get('total')), number_text(result.env_steps_per_second)
-    return f'{phase:<8} {steps}  reward {number_text(result.last_reward)}  hit rate {rate}  {speed} steps/s'
+    """How far a run is: steps that are trained on and those that were collected since, of all; how long it has left."""
+    steps = f'{result.env_step:,}+{result.collected_env_step - result.env_step:,}'
+    total, speed = result.max_env_step, result.env_steps_per_second
+    if total is not None:
+        steps += f'/{total:,} ({min(1., result.collected_env_step / total):.0%})'
+        if speed:
+            left = max(0, total - result.collected_env_step) / speed
+            steps += f', {datetime.timedelta(seconds=round(left))} left'
+    rewards = f'reward {number_text(result.last_reward)}, best {number_text(result.best_reward)}'
+    rate = rate_text(result.hit_rates.get('total'))
+    return f'{phase:<8} {steps}  {rewards}  hit rate {rate}  {number_text(speed)} steps/s'
 
 
 def rate_text(rate: Optional[float]) -> str:
@@ -108,6 +114,14 @@ def rate_text(rate: Optional[float]) -> str:
 def number_text(number: Optional[float]) -> str:
     """A number as ``1,234.5``; ``-`` for None."""
     return '-' if number is None else f'{number:,.1f}'
+
+
+def reward_text(evaluation: Evaluation) -> str:
+    """As ``57.3 ± 4.1 over 8 episodes``: the mean and the standard deviation."""
+    if evaluation.deviation is None:
+        return number_text(evaluation.reward)
+    return (f'{number_text(evaluation.reward)} ± {number_text(evaluation.deviation)} over {evaluation.episodes} '
+            'episodes')
 
 
 def megabytes_text(number: Optional[float]) -> str:
@@ -124,7 +138,7 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
     last = result.evaluations[-1] if result.evaluations else None
     reward = '- (no evaluation yet; policy.eval_freq says how often)'
     if last is not None:
-        reward = f'{number_text(last.reward)} after {last.env_step:,} steps'
+        reward = f'{reward_text(last)}, after {last.env_step:,} steps'
     rates = '  '.join(f'{pool} {rate_text(result.hit_rates.get(pool))}' for pool in POOLS)
     skipped = result.counters.get('skipped')
     return [

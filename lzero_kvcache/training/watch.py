@@ -8,7 +8,7 @@ import numpy as np
 
 from ..host import entries
 from ..host.patches import applied
-from .checkpoints import CHECKPOINTS, Checkpoint, load_state, save_atomically
+from .checkpoints import CHECKPOINTS, Checkpoint, prune, save_atomically
 from .ranks import DataParallel
 from .summary import Evaluation
 
@@ -17,10 +17,11 @@ class Watch:
     """``on_change`` is called whenever something moved; ``after_update`` after each iteration, and it may raise."""
 
     def __init__(self, on_change: Callable[[], None], after_update: Callable[[], None],
-                 ranks: Optional[DataParallel] = None) -> None:
+                 ranks: Optional[DataParallel] = None, keep_checkpoints: Optional[int] = None) -> None:
         self.on_change = on_change
         self.after_update = after_update
         self.ranks = ranks or DataParallel()
+        self.keep_checkpoints = keep_checkpoints
         self.learner: Any = None
         self.collector: Any = None
         self.evaluator: Any = None
@@ -72,7 +73,7 @@ class Watch:
         if self.checkpoint is None:
             return
         checkpoint, self.checkpoint = self.checkpoint, None
-        load_state(self.learner.policy, checkpoint)
+        self.learner.policy.load_state_dict(checkpoint.state)
         self.learner.last_iter.update(checkpoint.train_iter)
         self.learner.collector_envstep = checkpoint.env_step
         self.collector._total_envstep_count = checkpoint.env_step
@@ -98,9 +99,19 @@ class Watch:
         if self.learner is None or self.collector is None:
             return None
         self.learner.collector_envstep = int(self.collector.envstep)
-        with applied(save_file=atomically):
+        with applied(save_file=self._saved):
             self.learner.save_checkpoint()
         return self.latest_checkpoint()
+
+    def _saved(self, _: Callable) -> Callable:
+        """In place of DI-engine's ``save_file``."""
+
+        def save(path: str, data: Any, *args: Any, **kwargs: Any) -> None:
+            save_atomically(data, path)
+            if self.keep_checkpoints is not None:
+                prune(os.path.dirname(path), self.keep_checkpoints)
+
+        return save
 
     def latest_checkpoint(self) -> Optional[str]:
         if self.learner is None:
@@ -122,7 +133,7 @@ class Watch:
                 compile_config=lambda original: functools.partial(original, renew_dir=False),
                 learner=functools.partial(_watched_learner, self),
                 collector=functools.partial(_watched_collector, self),
-                evaluator=functools.partial(_watched_evaluator, self), save_file=atomically):
+                evaluator=functools.partial(_watched_evaluator, self), save_file=self._saved):
             yield
 
     def evaluate(self, configs: entries.Configs, seed: int) -> None:
@@ -131,13 +142,8 @@ class Watch:
         assert checkpoint is not None
         entries.make_evaluator(
             configs, seed, functools.partial(_watched_evaluator, self),
-            lambda learn_mode: load_state(learn_mode, checkpoint))
+            lambda learn_mode: learn_mode.load_state_dict(checkpoint.state))
         self.evaluator.eval(None, checkpoint.train_iter, checkpoint.env_step)
-
-
-def atomically(_: Callable) -> Callable:
-    """In place of DI-engine's ``save_file``."""
-    return lambda path, data, *args, **kwargs: save_atomically(data, path)
 
 
 def _before_each(action: Callable[[], None], policy: Any, after: Callable[[Any], None] = lambda output: None) -> Any:
@@ -229,8 +235,9 @@ def _watched_evaluator(watch: Watch, base: type) -> type:
             stop, info = super().eval(save_ckpt_fn, train_iter, envstep, *args, **kwargs)
             watch.stopped = bool(stop)
             if info is not None:
-                reward = float(np.mean(info['eval_episode_return']))
-                watch.evaluations.append(Evaluation(int(envstep), int(train_iter), reward))
+                rewards = np.asarray(info['eval_episode_return'], dtype=float)
+                watch.evaluations.append(Evaluation(
+                    int(envstep), int(train_iter), float(rewards.mean()), float(rewards.std()), rewards.size))
             watch.on_change()
             return stop, info
 
