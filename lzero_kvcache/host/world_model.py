@@ -21,6 +21,7 @@ from ..search.served import Served
 from ..search.whole import Problem
 from ..validation import Validator
 from .keys_values import KeysValuesCodec
+from .lightzero import lightzero
 from .network import read_network, what_is_missing
 from .reference import make_reference
 from .refused import check_served
@@ -69,6 +70,9 @@ class NewWorldModel(LightZeroWorldModel):
         self._told_weights_changed = False
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
+
+    def _initialize_cache_structures(self) -> None:
+        lightzero.no_caches(self)
 
     def _initialize_transformer_keys_values(self) -> None:
         """The working batch is gathered anew for each step."""
@@ -150,6 +154,26 @@ class NewWorldModel(LightZeroWorldModel):
         if before is not None and before != place and before[0] == place[0]:  # another device holds the same values
             self.weights_changed('their storage moved')
 
+    def reserve_angles(self, start_pos: Any, depth: int) -> None:
+        """
+        Overview:
+            Have rotary angles for roots at some timesteps and nodes so deep below them.
+        Arguments:
+            - start_pos (:obj:`Any`): The timesteps, or one for all.
+            - depth (:obj:`int`): The largest depth.
+        """
+        if not self.config.rotary_emb:
+            return
+        first, last = 2 * int(np.min(start_pos)), 2 * (int(np.max(start_pos)) + depth) + 3
+        table = lightzero.longer_table(self.transformer, first, last)
+        if table is not None:
+            self._notice_moved_weights(self.weights_source.addresses())
+            self.transformer.freqs_cis = table
+            moved = self.weights_source.addresses()
+            self._weights_place = self.weights_source.device(), moved  # no weight has moved: contexts stay
+            for step in self.inference.open.steps:
+                step.addresses = moved
+
     def why_not_whole(self) -> Optional[str]:
         """
         Overview:
@@ -215,6 +239,7 @@ class NewWorldModel(LightZeroWorldModel):
         """
         if obs_act_dict['current_obs'] is None:
             return super().forward_initial_inference(obs_act_dict, start_pos)
+        self.reserve_angles(start_pos, self._options.num_simulations)
         output = self.inference.root(
             obs_act_dict['obs'], obs_act_dict['action'], obs_act_dict['current_obs'], start_pos
         )
@@ -240,6 +265,7 @@ class NewWorldModel(LightZeroWorldModel):
         latent, action = state_action_history[-1]
         latent = np.ascontiguousarray(torch.as_tensor(latent).cpu().numpy(), dtype=np.float32)
         latent = latent.reshape(latent.shape[0], -1)
+        self.reserve_angles(start_pos, max(search_depth, default=0))
         infer = self.inference.reanalysis if self.reanalyze_phase else self.inference.node
         output = infer(latent, action, search_depth, start_pos)
         return (output.output_sequence, output.latent_state, output.logits_rewards, output.logits_policy,

@@ -9,7 +9,7 @@ import torch
 from ..engine.launch import picked
 from ..engine.slab import MIB
 from ..host.entries import build_policy
-from ..host.refused import which_lightzero
+from ..host.lightzero import lightzero
 from ..loading import check_config
 from .plan import Plan, set_cache, set_device
 
@@ -18,7 +18,6 @@ Rows = List[Tuple[str, str]]
 
 def installed() -> Rows:
     """Versions, and what runs are made on."""
-    which, sign = which_lightzero()
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     on_device = f'cpu, {os.cpu_count()} processors'
     if device.type == 'cuda':
@@ -27,7 +26,8 @@ def installed() -> Rows:
         ('lzero_kvcache', _version('lzero_kvcache')),
         ('python', platform.python_version()),
         ('torch', torch.__version__),
-        ('LightZero', f"{_version('LightZero')}, {which}: {sign}"),
+        ('LightZero', f"{_version('LightZero')}, {lightzero.NAME}: {lightzero.SIGN}"),
+        ('served of it', lightzero.SERVED),
         ('DI-engine', _version('DI-engine')),
         ('device', on_device),
         ("backend 'auto'", picked('auto', device)),
@@ -53,7 +53,7 @@ def of_plan(plan: Plan) -> Rows:
             *rows,
             ('cache system', 'old'),
             ('init pools', f'{model.env_num} x {model.shared_pool_size_init} contexts'),
-            ('recurrent pool', f'{model.shared_pool_size:,} contexts'),
+            ('recurrent pool', f'{getattr(model, lightzero.RECURRENT_SLOTS):,} contexts'),
             ('working batch', f'{model.env_num} contexts'),
             ('context', f'{model.context_length} tokens'),
             ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB'),
