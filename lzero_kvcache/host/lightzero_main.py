@@ -14,6 +14,9 @@ SERVED = 'UniZero with discrete actions; its own new manager with the old search
 RECURRENT_SLOTS = 'shared_pool_size_recur'
 """Attribute of a world model that says how many contexts its recurrent pool has."""
 
+KEEPS_REANALYSES = True
+"""Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
+
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
 """What a policy must be built for to collect."""
 
@@ -101,7 +104,9 @@ def simulations_of(cfg: Any) -> int:
 
 def never_full(world_model: Any) -> None:
     """Let a world model store nodes without end, in a recurrent pool that is made longer by somebody else."""
-    world_model.shared_pool_size_recur, world_model.pool_idx_to_key_map_recur_infer = 2 ** 62, defaultdict(lambda: None)
+    world_model.shared_pool_size_recur = 2 ** 62
+    world_model.pool_idx_to_key_map_recur_infer = defaultdict(lambda: None)
+    world_model.pool_idx_to_key_map_init_envs = [defaultdict(lambda: None) for _ in range(world_model.env_num)]
 
 
 # ---- a step of a policy ----------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ SERVED = 'all of UniZero and Sampled UniZero'
 RECURRENT_SLOTS = 'shared_pool_size'
 """Attribute of a world model that says how many contexts its recurrent pool has."""
 
+KEEPS_REANALYSES = False
+"""Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
+
 POLICY_FIELDS = ('collect',)
 """What a policy must be built for to collect."""
 

@@ -112,7 +112,8 @@ class NewWorldModel(LightZeroWorldModel):
             Forget every context, and say which system was cleared.
         """
         self.forget()
-        print('Cleared WorldModel KV caches (NEW system).')
+        if not self.reanalyze_phase:
+            print('Cleared WorldModel KV caches (NEW system).')
 
     def forget(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
         """
@@ -266,8 +267,10 @@ class NewWorldModel(LightZeroWorldModel):
         latent = np.ascontiguousarray(torch.as_tensor(latent).cpu().numpy(), dtype=np.float32)
         latent = latent.reshape(latent.shape[0], -1)
         self.reserve_angles(start_pos, max(search_depth, default=0))
-        infer = self.inference.reanalysis if self.reanalyze_phase else self.inference.node
-        output = infer(latent, action, search_depth, start_pos)
+        if self.reanalyze_phase and not (lightzero.KEEPS_REANALYSES and len(latent) <= self.env_num):
+            output = self.inference.reanalysis(latent, action, search_depth, start_pos)
+        else:
+            output = self.inference.node(latent, action, search_depth, start_pos, self.reanalyze_phase)
         return (output.output_sequence, output.latent_state, output.logits_rewards, output.logits_policy,
                 output.logits_value)
 
