@@ -1,16 +1,14 @@
 """A key-value cache for LightZero's UniZero, picked by one flag in ``world_model_cfg``."""
-import contextlib
-import io
 import logging
-import sys
 
-# Under ``python -m``, what LightZero, DI-engine and gym say while they are imported is of no use.
-with contextlib.ExitStack() as _quiet:
-    if sys.argv[:1] == ['-m']:
-        _quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        _quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+from .host import root_level
+
+# The policies come first: what LightZero imports with them must not meet the level that its world model sets.
+with root_level.kept():
     from . import telemetry  # noqa: F401
-    from .host import models, policies  # noqa: F401  (these register with DI-engine)
+    from .host import policies  # noqa: F401
+    # isort: split
+    from .host import models, targets  # noqa: F401  (what LightZero and DI-engine find in place of their own)
 
 from .cache.base import BaseCacheManager, PagedCacheManager
 from .cache.eviction import EvictionStrategy
@@ -42,6 +40,6 @@ __all__ = [
     'enable',
 ]
 
-# LightZero sets the root logger to DEBUG; a line for every miss is for those who ask for it.
+# LightZero has the root logger show everything; a line for every miss is for those who ask for it.
 if logging.getLogger(__name__).level == logging.NOTSET:
     logging.getLogger(__name__).setLevel(logging.INFO)

@@ -248,9 +248,9 @@ def _check_context_length(world_model_cfg: Any) -> None:
         raise ConfigError(f'{PREFIX}.context_length={length} must not exceed max_tokens={max_tokens}')
 
 
-def settle(policy_cfg: Any, managers: Optional[Iterable[str]], simulations: int) -> CacheConfig:
-    """Validate what a policy config, merged with its policy's defaults, says about caching; its longest search has so
-    many simulations.
+def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulations: int = 0) -> CacheConfig:
+    """Validate what a policy config, merged with its policy's defaults, says about caching; some of its searches may
+    have more simulations than ``num_simulations``.
 
     In new mode it fills in the sizes that ``world_model_cfg`` lacks from the policy's own, and refuses those that would
     make a pool too small.
@@ -268,6 +268,7 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]], simulations: int)
         world_model_cfg.setdefault('env_num', DEFAULT_ENV_NUM)
         return CacheConfig.read(world_model_cfg, managers)
     env_num = max(policy_cfg['collector_env_num'], policy_cfg['evaluator_env_num'])
+    simulations = max(simulations, policy_cfg['num_simulations'])
     needed = {'env_num': env_num, 'num_simulations': simulations}
     sources = {'env_num': 'collector_env_num and policy.evaluator_env_num', 'num_simulations': 'num_simulations'}
     for key, least in needed.items():

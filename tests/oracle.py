@@ -69,14 +69,9 @@ def adapter() -> Any:
 @dataclass(frozen=True)
 class Case:
     """
-    Overview:
-        The make of a model. Small on purpose: each head of LightZero's world model precomputes ``max_tokens ** 2``
-        slices at construction.
-    Arguments:
-        - sampled (:obj:`bool`): Use SampledUniZeroModel, as continuous actions always do.
-        - equal_latents (:obj:`bool`): Leave the last layer of the latent head at zero, as in a fresh model, where
-            every predicted latent state is the same vector.
-        - unroll (:obj:`int`): Time steps that a full forward (reanalysis) must hold.
+    The make of a model, a small one: each head of LightZero's world model precomputes ``max_tokens ** 2`` slices.
+    ``equal_latents`` leaves the last layer of the latent head at zero, as in a fresh model, where all predicted latent
+    states are equal; ``unroll`` is how many time steps a full forward (reanalysis) must hold.
     """
     rotary: bool = False
     num_layers: int = 2
@@ -185,10 +180,9 @@ def construct(model_class: type, case: Case, env_num: int, **overrides: Any) -> 
 
 def randomise(model: nn.Module, case: Case, seed: int) -> nn.Module:
     """
-    Overview:
-        Replace all weights by random ones under which latent states differ from node to node and every answer depends
-        on its whole context. (A fresh model will not do: the last layers of its heads are zero, and its weights of
-        size 0.02 make attention almost uniform.)
+    Replace all weights by random ones under which latent states differ from node to node and every answer depends
+    on its whole context. (A fresh model will not do: the last layers of its heads are zero, and its weights of
+    size 0.02 make attention almost uniform.)
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -323,15 +317,12 @@ def random_trace(
         repeats: float = 0.,
 ) -> Trace:
     """
-    Overview:
-        A random sequence of root steps, each with a random search below it. Half of all expansions go on from the
-        newest node, so that trees are deep enough for windows to slide; the others start from any known node, so that
-        depths in a batch are unequal. No node is expanded twice by the same (discrete) action.
-    Arguments:
-        - clears (:obj:`float`): Probability, per simulation, that contexts are thrown away before it.
-        - episodes (:obj:`float`): Probability, per environment and root step, that a new episode starts there.
-        - unknown (:obj:`float`): Probability, per environment, that the trace starts in the middle of an episode.
-        - repeats (:obj:`float`): Probability, per environment and root step, that the last observation is seen again.
+    A random sequence of root steps, each with a random search below it. Half of all expansions go on from the
+    newest node, so that trees are deep enough for windows to slide; the others start from any known node, so that
+    depths in a batch are unequal. No node is expanded twice by the same (discrete) action. Of the probabilities,
+    ``clears`` is that of contexts being thrown away before a simulation, ``unknown`` that of an environment beginning
+    in the middle of an episode; ``episodes`` and ``repeats``, in each root step, those of a new episode and of the last
+    observation being seen again.
     """
     events: List[Event] = []
     timesteps = rng.choice([0, 1, 30, case.max_seq_len // 2 - 2], size=env_num)
@@ -416,11 +407,10 @@ def _random_obs(rng: np.random.Generator, case: Case, rows: int) -> np.ndarray:
 
 class Batch:
     """
-    Overview:
-        Puts a whole batch to a model, argument for argument as LightZero's policies and tree searches do: timesteps are
-        0-d arrays, actions of a continuing discrete episode numpy integers, those of a fresh one the int -1; a search
-        passes latent states as one array, actions as one tensor (int64 [B], or float64 [B, A]), and keeps what the
-        model returned without copying it.
+    Puts a whole batch to a model, argument for argument as LightZero's policies and tree searches do: timesteps are
+    0-d arrays, actions of a continuing discrete episode numpy integers, those of a fresh one the int -1; a search
+    passes latent states as one array, actions as one tensor (int64 [B], or float64 [B, A]), and keeps what the
+    model returned without copying it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -524,10 +514,9 @@ class _EndlessSlots(list):
 
 class LightZeroAlone(Batch):
     """
-    Overview:
-        The oracle: LightZero's own model with one environment, whose slots are never overwritten. A context that a
-        search does not find raises TypeError in LightZero, because it indexes its pool by None; here that slot is
-        empty, and so LightZero's own code goes on to rebuild the context from the latent state, as it was meant to.
+    The oracle: LightZero's own model with one environment, whose slots are never overwritten. A context that a
+    search does not find raises TypeError in LightZero, because it indexes its pool by None; here that slot is
+    empty, and so LightZero's own code goes on to rebuild the context from the latent state, as it was meant to.
     """
 
     def __init__(self, model: nn.Module) -> None:

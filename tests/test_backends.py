@@ -237,16 +237,6 @@ class TestReplays:
         assert captured[0].replays == 3 * 6
         assert largest_error(answers, expected) <= TOLERANCE
 
-    def test_keyed_and_by_node_have_graphs_of_their_own(self, captured):
-        """Actions of the one are on the device, those of the other are packed."""
-        case = Case()
-        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=1, simulations=3)
-        model = graph_model(case, 2)
-        expected = [answers_of(cached_model(case, 2, SEED), trace, by_node) for by_node in (False, True)]
-        for by_node in (False, True, False, True):
-            assert largest_error(answers_of(model, trace, by_node), expected[by_node]) <= TOLERANCE
-        assert len(captured) == 2
-
     @BOTH_WAYS
     @BOTH_POSITIONS
     def test_windows_that_grow_have_graphs_of_their_own(self, rotary, by_node, captured, monkeypatch):
@@ -258,13 +248,6 @@ class TestReplays:
         assert largest_error(answers, expected) <= TOLERANCE
         assert 2 <= len(captured) <= 4  # of 2, 4, 8 and 10 pages
         assert sum(graph.replays for graph in captured) == 4 * 6
-
-    def test_a_smaller_batch_is_filled_up(self, captured):
-        steps = Steps()
-        assert steps.step(6)
-        for rows in (5, 1, 6, 3):
-            assert steps.step(rows)
-        assert len(captured) == 1
 
     def test_a_larger_batch_has_a_graph_of_its_own(self, captured):
         steps = Steps()
@@ -360,7 +343,7 @@ class TestReplays:
         assert backend.source.addresses() == target.world_model.weights_source.addresses()
         assert backend.source.addresses() != model.world_model.weights_source.addresses()
         assert not backend._graphs
-        assert backend.memory_mb == target.world_model.graph_memory_mb == 0
+        assert backend.memory_mb == 0
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
@@ -442,58 +425,6 @@ class TestGivingUp:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class TestKernels:
-
-    @pytest.mark.parametrize('masked', [False, True])
-    @pytest.mark.parametrize('tokens', [1, 2])
-    @pytest.mark.parametrize(
-        ('rows', 'heads', 'dim', 'length'), [(1, 1, 4, 1), (3, 2, 8, 7), (40, 8, 96, 7), (5, 4, 16, 63)]
-    )
-    def test_attention_over_a_few_tokens(self, rows, heads, dim, length, tokens, masked):
-        """Masked or not, over keys and values that are strided as in a window."""
-        query = torch.randn(rows, tokens, heads, dim)
-        context = torch.randn(rows, length + 2, 3, 2, heads * dim)[:, 1:1 + length, 1].view(rows, length, 2, heads, dim)
-        bias = None
-        if masked:
-            seen = torch.rand(rows, tokens, length) < 0.5
-            seen[..., -1] = True
-            bias = torch.zeros(rows, tokens, length).masked_fill(~seen, float('-inf'))[:, None]
-        keys, values = context.permute(2, 0, 3, 1, 4)
-        expected = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=bias)
-        actual = _attend_elementwise(query.transpose(1, 2), keys, values, bias)
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-    @pytest.mark.parametrize('numbers', [1, layouts.MANY_NUMBERS - 1, layouts.MANY_NUMBERS, 3 * layouts.MANY_NUMBERS])
-    def test_gelu(self, numbers):
-        x = 10 * torch.randn(numbers)
-        x[0] = 0
-        torch.testing.assert_close(layouts._gelu(x), F.gelu(x, approximate='tanh'), rtol=1e-5, atol=1e-6)
-
-    @pytest.mark.parametrize('rows', [1, layouts.MANY_CAPTURED_ROWS - 1, layouts.MANY_CAPTURED_ROWS, 100])
-    @pytest.mark.parametrize('on_gpu', [False, True], ids=['cpu', 'gpu'])
-    @pytest.mark.parametrize('has_bias', [False, True])
-    def test_a_bias_is_fused_in_for_few_rows_only(self, rows, on_gpu, has_bias, monkeypatch):
-        class Weight(torch.Tensor):
-            is_cuda = on_gpu
-
-        weight, bias = torch.randn(6, 5), torch.randn(6) if has_bias else None
-        x = torch.randn(rows, 1, 5)
-        before = x.clone()
-        expected = F.linear(x, weight, bias)
-        fused, linear = [], F.linear
-
-        def spy(x, weight, bias=None):
-            fused.append(bias is not None)
-            return linear(x, weight, bias)
-
-        monkeypatch.setattr(layouts.F, 'linear', spy)
-        linear_layer = layouts._linear(weight.as_subclass(Weight), bias, layouts.MANY_CAPTURED_ROWS)
-        actual = linear_layer(x).as_subclass(torch.Tensor)
-        torch.testing.assert_close(actual, expected)
-        assert torch.equal(x, before)
-        assert fused == [has_bias and (rows < layouts.MANY_CAPTURED_ROWS or not on_gpu)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # On a GPU
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,7 +477,7 @@ class TestOnGPU:
                 model.world_model.forget()
                 assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE, (name, by_node)
             assert model.world_model.inference.backend.reuses_output == (name == 'cudagraph')
-            assert (model.world_model.graph_memory_mb > 0) == (name == 'cudagraph')
+            assert (model.world_model.inference.backend.memory_mb > 0) == (name == 'cudagraph')
         for env in (0, rows - 1):
             right = alone_on_cuda(case, trace, env)
             assert largest_error(rows_of(expected, env), right) <= TOLERANCE

@@ -18,7 +18,6 @@ from lzero_kvcache import ConfigError
 from lzero_kvcache.__main__ import main
 from lzero_kvcache.comparison import compare_runs
 from lzero_kvcache.comparison.judging import MEASURES, as_json, summed_up
-from lzero_kvcache.comparison.page import report_of
 from lzero_kvcache.comparison.table import measures_table, origin, runs_table
 
 FLAG = 'policy.model.world_model_cfg.use_new_cache_manager'
@@ -84,10 +83,6 @@ class TestWhole:
             assert (spread['low'], spread['high']) == (spread['least'], spread['greatest'])
         assert measure['ratios']['cartpole_new'] == pytest.approx(ratio)
 
-    def test_steps_per_second(self, data):
-        [measure] = [measure for measure in data['measures'] if measure['name'] == 'env_steps_per_second']
-        assert measure['sides']['old']['mean'] == pytest.approx((1000 / 100 + 1000 / 110 + 1000 / 120) / 3)
-
     def test_what_one_side_does_not_have(self, data):
         measures = {measure['name']: measure for measure in data['measures']}
         assert measures['evictions']['sides']['old'] is None
@@ -108,13 +103,6 @@ class TestWhole:
         assert ['peak device memory, MiB', '-', '-', '-'] in lines
         assert ['last reward', '160.0 [150.0, 170.0]', '150.0 [100.0, 200.0]', '10.0 lower'] in lines
         assert ['search, ms', '80.0', '60.0', '-'] in lines  # of another environment
-
-    def test_every_seed_is_shown(self, whole):
-        lines = whole[1].split('\n')
-        cells = [cell.strip() for line in lines if line.startswith('│ last reward ')
-                 for cell in line.strip('│').split('│')[1:]]
-        for value in ('150.0', '160.0', '170.0', '100.0', '150.0', '200.0', '-20.0'):
-            assert value in cells
 
     def test_config_differences(self, whole, data):
         assert data['config_differences'] == [
@@ -203,6 +191,7 @@ class TestPage:
     def test_every_warning(self, text, data):
         for line in [*data['warnings'], *data['left_out'].values()]:
             assert line.replace("'", '&#x27;') in text
+        assert '<footer class="quiet"><p>Trained 2023-11-14 22:13 to ' in text
 
     def test_it_needs_nothing_but_itself(self, page, text):
         assert page.references and all(link.startswith('data:image/png;base64,') for link in page.references)
@@ -389,13 +378,6 @@ class TestManyRuns:
         held = sum(low < 0 < high for _, low, high in (summed_up(draw, 'interquartile mean', 500) for draw in draws))
         assert 0.88 < held / 300 < 0.98
 
-    def test_rows_of_a_curve(self):
-        values = np.stack([np.arange(12.), np.full(12, 5.)], axis=1)
-        centre, low, high = summed_up(values, 'interquartile mean', 200)
-        assert centre.tolist() == [5.5, 5]
-        assert low[0] < 5.5 < high[0]
-        assert (low[1], high[1]) == (5, 5)
-
 
 class TestMixed:
 
@@ -439,10 +421,6 @@ class TestOrigin:
             'Versions: lzero_kvcache 0.2.0, lightzero 0.2.0',
             "old_s0: train.py --set 'a=b c'",
         ]
-
-    def test_the_foot_of_the_page(self, tmp_path):
-        assert '<footer class="quiet"><p>Trained 2023-11-14 22:13 to 2023-11-14 22:31 UTC</p>' in report_of(
-            compared(*pair(tmp_path)))
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -119,24 +119,10 @@ class TestReading:
         assert done < of == int(size * share)
         assert note.endswith(f'; the rest, {(of - done) / of:.1%}, is missing')
 
-    def test_a_file_in_which_nothing_is_whole(self, tmp_path):
-        break_off(write_run(tmp_path / 'old_s0'), 0.01)
-        with pytest.raises(Unreadable, match='breaks off'):
-            read(str(tmp_path))
-
     def test_a_file_that_is_something_else(self, tmp_path):
         (tmp_path / 'events.out.tfevents.1.host').write_text('no event file')
         with pytest.raises(Unreadable, match='after 0 of 13 bytes'):
             read(str(tmp_path))
-
-    def test_the_bar_is_shown_on_a_terminal_and_gone_after(self, tmp_path, monkeypatch):
-        paths = pair(tmp_path)
-        monkeypatch.setattr(package, '_write', lambda *_: [])
-        for terminal in (True, False):
-            printed = io.StringIO()
-            console = Console(file=printed, width=120, force_terminal=terminal, force_interactive=terminal)
-            compare_runs(paths, str(tmp_path / 'out'), console=console)
-            assert ('reading' in printed.getvalue()) is terminal
 
     def test_numbers_that_are_none(self, tmp_path):
         paths = pair(tmp_path, new=dict(rewards=(5., float('nan')), search_ms=(float('nan'), 7.),

@@ -1,5 +1,6 @@
 """A whole search as one compiled call, against the same trees with the model's own step by node."""
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, List, NamedTuple
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from oracle import Case, cached_model
 
 from lzero_kvcache.engine.compiling import entry
-from lzero_kvcache.search import compiled, tree
+from lzero_kvcache.engine.team import FINISHED
+from lzero_kvcache.search import compiled, tree, whole
 from lzero_kvcache.search.tree import Tree, make_key, make_rules, make_tree, pad_legal, root_values, root_visits
 from lzero_kvcache.search.whole import Problem
 
@@ -89,14 +91,20 @@ def search_by_steps(root: Root) -> Tree:
     return tree
 
 
-def found(tree: Tree) -> List[Any]:
-    """What a search leaves, as lists; the next one writes over the tree."""
+def found(root: Root, **changes: Any) -> List[Any]:
+    """What a compiled search leaves."""
+    with root.world_model.search_whole(root.problem._replace(**changes)) as tree:
+        return left(tree)
+
+
+def left(tree: Tree) -> List[Any]:
+    """What a search left, as lists."""
     return [root_visits(tree), root_values(tree), tree.child.tolist(), tree.reward.tolist()]
 
 
 @CASES
 def test_a_compiled_search_is_the_search_by_steps(root: Root) -> None:
-    visits, values, child, reward = found(root.world_model.search_whole(root.problem))
+    visits, values, child, reward = found(root)
     other = search_by_steps(root)
     assert visits == root_visits(other)
     assert child == other.child.tolist()
@@ -108,7 +116,7 @@ def test_a_compiled_search_is_the_search_by_steps(root: Root) -> None:
 
 @CASES
 def test_threads_share_the_rows_of_a_search(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, shares = found(root.world_model.search_whole(root.problem)), []
+    alone, shares = found(root), []
     search_rows = compiled.search_rows
 
     def noted(*args: Any) -> None:
@@ -117,18 +125,87 @@ def test_threads_share_the_rows_of_a_search(root: Root, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(compiled, 'search_rows', noted)
     torch.set_num_threads(3)
-    assert found(root.world_model.search_whole(root.problem)) == alone
+    assert found(root) == alone
     torch.set_num_threads(1)
     assert sorted(bounds for _, *bounds in shares) == [[0, 8], [8, 16], [16, 25]]
     assert len({thread for thread, *_ in shares}) == 3
 
 
 @CASES
+def test_threads_share_the_products_of_a_wide_model(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, helped = found(root), []
+    help_search = compiled.help_search
+
+    def noted(team: np.ndarray, worker: int) -> None:
+        help_search(team, worker)
+        if threading.current_thread() is not threading.main_thread():  # which only has it compiled
+            helped.append((threading.current_thread(), worker, int(team[FINISHED])))
+
+    monkeypatch.setattr(compiled, 'help_search', noted)
+    monkeypatch.setattr(whole, 'LEAST_ROWS', ROWS)
+    torch.set_num_threads(3)
+    assert found(root) == alone and helped == []
+    monkeypatch.setattr(whole, 'WIDE', 1)
+    assert found(root) == alone
+    torch.set_num_threads(1)
+    assert sorted(worker for _, worker, _ in helped) == [1, 2] and len({thread for thread, *_ in helped}) == 2
+    assert all(finished % 3 == 0 and finished > 3 * SIMULATIONS for *_, finished in helped)
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize('case, rules', [(Case(), {})])
+def test_who_helps_out_leaves_a_search_that_fails(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise Broken
+
+    before = found(root)
+    monkeypatch.setattr(whole, 'LEAST_ROWS', ROWS)
+    monkeypatch.setattr(whole, 'WIDE', 1)
+    torch.set_num_threads(2)
+    with monkeypatch.context() as meanwhile, pytest.raises(Broken):
+        meanwhile.setattr(compiled, 'search_rows', broken)
+        found(root)
+    assert threading.active_count() == 1
+    assert found(root) == before
+    torch.set_num_threads(1)
+
+
+@CASES
+def test_two_threads_search_one_model(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is in the middle of its search when the other goes on."""
+    alone = [found(root, number=number) for number in (3, 4)]
+    [served], search = root.world_model.inference.open.steps, root.world_model.inference._whole
+    search_rows, middle, begun = compiled.search_rows, threading.Barrier(2, timeout=60), threading.Event()
+
+    def in_halves(*args: Any) -> None:
+        search_rows(*args[:-4], 0, SIMULATIONS // 2, *args[-2:])
+        begun.set()
+        middle.wait()
+        search_rows(*args[:-4], SIMULATIONS // 2, SIMULATIONS, *args[-2:])
+
+    def run(number: int) -> List[Any]:
+        with search.run(served, root.problem._replace(number=number)) as tree:
+            return left(tree)
+
+    monkeypatch.setattr(compiled, 'search_rows', in_halves)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run, 3)
+        assert begun.wait(60)
+        second = threads.submit(run, 4)
+        assert [first.result(60), second.result(60)] == alone
+    monkeypatch.undo()
+    assert [found(root, number=number) for number in (3, 4)] == alone
+
+
+@CASES
 def test_arrays_are_used_again(root: Root) -> None:
-    first = found(root.world_model.search_whole(root.problem))
-    other = found(root.world_model.search_whole(root.problem._replace(number=3, noise_weight=0.)))
+    first = found(root)
+    other = found(root, number=3, noise_weight=0.)
     assert other[1] != first[1]
-    assert found(root.world_model.search_whole(root.problem)) == first
+    assert found(root) == first
 
 
 @CASES
@@ -137,10 +214,10 @@ def test_what_is_no_number_is_counted_and_searched_as_zero(root: Root) -> None:
     linear = [part for part in head.modules() if isinstance(part, torch.nn.Linear)][-1]
     with torch.no_grad():
         linear.bias.fill_(float('nan'))
-    broken = found(root.world_model.search_whole(root.problem))
+    broken = found(root)
     assert root.world_model.kv_cache_manager.counters()['skipped'] == SIMULATIONS * ROWS
     assert np.isfinite(broken[1]).all() and all(sum(visits) == SIMULATIONS for visits in broken[0])
     with torch.no_grad():  # a value of exactly zero
         linear.weight.zero_()
         linear.bias.zero_()
-    assert found(root.world_model.search_whole(root.problem)) == broken
+    assert found(root) == broken

@@ -131,7 +131,8 @@ def compiled_by(world_model: Any, contexts: Contexts, network: Optional[Network]
     for low, high in chunks or [(0, rows)]:
         simulate()(
             network, shift, slab.data.numpy(), tables, counts, pages, actions.reshape(rows, -1).astype(np.float32),
-            places, new_scratch(network, tables.shape[1]), low, high, reward, value, policy
+            places, new_scratch(network, tables.shape[1]), low, high, reward, value, policy,
+            np.zeros((0, 0), np.float32)
         )
     after = slab.data.clone()
     slab.data.copy_(before)

@@ -1,12 +1,10 @@
 """What a user may write into ``world_model_cfg`` about caching, what it means, and what is refused in which words."""
-import copy
-import dataclasses
 import gc
 import types
 
 import numpy as np
 import pytest
-from builders import cache_cfg, compiled, make_policy, small_cartpole
+from builders import compiled, make_policy, small_cartpole
 from ding.utils import POLICY_REGISTRY
 from easydict import EasyDict
 
@@ -28,18 +26,6 @@ def read(flag=None, kv_cache_cfg=None, **world_model_cfg):
 
 class TestDefaults:
 
-    def test_of_an_empty_config(self):
-        assert dataclasses.asdict(read()) == dict(
-            use_new=False, type='new', eviction='fifo', env_num=8, num_simulations=50, init_pool_size=256,
-            recurrent_pool_size=400, enable_stats=True, dtype='float32', max_memory_mb=None, backend='auto',
-            search='auto', on_nan='raise', validation='off', validation_freq=100, validation_tol=1e-3,
-            validation_action='warn'
-        )
-
-    def test_of_the_users_document(self):
-        options = read(True, env_num=8, num_simulations=50, game_segment_length=400)
-        assert (options.use_new, options.init_pool_size, options.recurrent_pool_size) == (True, 400, 400)
-
     @pytest.mark.parametrize(('sizes', 'expected'), [
         (dict(num_simulations=128), 256),
         (dict(num_simulations=129), 258),
@@ -59,26 +45,8 @@ class TestDefaults:
     def test_recurrent_pool_size(self, sizes, expected):
         assert read(**sizes).recurrent_pool_size == expected
 
-    def test_sizes_that_are_given_win(self):
-        options = read(
-            True, dict(init_pool_size=3, recurrent_pool_size=9), game_segment_length=400, num_simulations=50, env_num=8
-        )
-        assert (options.init_pool_size, options.recurrent_pool_size) == (3, 9)
-
 
 class TestAccepted:
-
-    @BOTH_FLAGS
-    @pytest.mark.parametrize(('key', 'value'), [
-        ('eviction', 'fifo'), ('eviction', 'lru'), ('eviction', 'priority'), ('init_pool_size', 1),
-        ('recurrent_pool_size', 12345), ('enable_stats', False), ('dtype', 'float32'), ('dtype', 'bfloat16'),
-        ('dtype', 'float16'), ('max_memory_mb', 100), ('max_memory_mb', 0.5), ('type', 'new'),
-        ('backend', 'auto'), ('backend', 'eager'), ('backend', 'cudagraph'), ('search', 'device'), ('search', 'tree'),
-        ('on_nan', 'raise'), ('on_nan', 'skip'), ('validation', 'off'), ('validation_freq', 1),
-        ('validation_tol', 1e-9), ('validation_action', 'raise'),
-    ])
-    def test_options(self, flag, key, value):
-        assert getattr(read(flag, {key: value}), key) == value
 
     def test_numpy_numbers(self):
         options = read(True, dict(init_pool_size=np.int64(5), max_memory_mb=np.float32(2)), env_num=np.int32(3))
@@ -101,13 +69,6 @@ class TestAccepted:
         registered('mine', KVCacheManager)
         assert read(True, dict(type='mine')).type == 'mine'
 
-    @BOTH_FLAGS
-    def test_reading_changes_nothing(self, flag):
-        cfg = cache_cfg(use_new_cache_manager=flag, kv_cache_cfg=dict(eviction='lru'))
-        before = copy.deepcopy(cfg)
-        CacheConfig.read(cfg, KV_CACHE_REGISTRY)
-        assert cfg == before
-
 
 class TestRefused:
     """One line that names the key, its value and what would be right, whichever way the flag stands."""
@@ -121,9 +82,8 @@ class TestRefused:
 
     @BOTH_FLAGS
     @pytest.mark.parametrize(('key', 'nearest'), [
-        ('evicton', 'eviction'), ('enable_stat', 'enable_stats'), ('init_size', 'init_pool_size'), ('dtpye', 'dtype'),
-        ('recurrent_size', 'recurrent_pool_size'), ('recur_pool_size', 'recurrent_pool_size'), ('typ', 'type'),
-        ('max_memory', 'max_memory_mb'),
+        ('evicton', 'eviction'), ('init_size', 'init_pool_size'), ('dtpye', 'dtype'), ('typ', 'type'),
+        ('recur_pool_size', 'recurrent_pool_size'), ('max_memory', 'max_memory_mb'),
     ])
     def test_unknown_key(self, flag, key, nearest):
         message = self.message(flag, {key: 1})
@@ -138,37 +98,16 @@ class TestRefused:
 
     @BOTH_FLAGS
     @pytest.mark.parametrize(('key', 'value', 'right'), [
-        ('eviction', 'fifoo', "'fifo'"),
-        ('eviction', 'LRU', "'lru'"),
-        ('eviction', 3, "'priority'"),
-        ('eviction', ['lru'], "'lru'"),
-        ('dtype', 'float64', "'float"),
-        ('dtype', 'bfloat', "'bfloat16'"),
-        ('on_nan', 'ignore', "'raise'"),
-        ('on_nan', True, "'skip'"),
-        ('backend', 'cuda', "'cudagraph'"),
-        ('backend', False, "'eager'"),
-        ('search', 'ctree', "'tree'"),
-        ('backend', 'compile', "was removed: use 'auto'"),
-        ('type', 'newer', "'new'"),
-        ('type', 5, "'new'"),
-        ('init_pool_size', True, 'whole number'),
-        ('init_pool_size', '400', 'whole number'),
-        ('init_pool_size', 400., 'whole number'),
-        ('init_pool_size', [400], 'whole number'),
-        ('init_pool_size', 0, 'at least 1'),
-        ('init_pool_size', -3, 'at least 1'),
-        ('recurrent_pool_size', False, 'whole number'),
-        ('recurrent_pool_size', '1', 'whole number'),
-        ('recurrent_pool_size', 0, 'at least 1'),
-        ('enable_stats', 1, 'True or False'),
-        ('enable_stats', 'False', 'True or False'),
-        ('max_memory_mb', 0, 'above 0'),
-        ('max_memory_mb', -1.5, 'above 0'),
-        ('max_memory_mb', True, 'above 0'),
-        ('max_memory_mb', '100', 'above 0'),
-        ('max_memory_mb', float('nan'), 'above 0'),
-        ('max_memory_mb', float('inf'), 'above 0'),
+        ('eviction', 'LRU', "'lru'"), ('eviction', 3, "'priority'"), ('eviction', ['lru'], "'lru'"),
+        ('dtype', 'float64', "'float"), ('on_nan', True, "'skip'"), ('backend', 'cuda', "'cudagraph'"),
+        ('backend', False, "'eager'"), ('search', 'ctree', "'tree'"), ('type', 'newer', "'new'"), ('type', 5, "'new'"),
+        ('backend', 'compile', "was removed: use 'auto'"), ('init_pool_size', True, 'whole number'),
+        ('init_pool_size', '400', 'whole number'), ('init_pool_size', 400., 'whole number'),
+        ('init_pool_size', 0, 'at least 1'), ('recurrent_pool_size', [1], 'whole number'),
+        ('validation', 'exakt', "did you mean 'exact'"), ('validation_freq', 1.5, 'whole number'),
+        ('validation_tol', 0, 'above 0'), ('validation_action', 'stop', "'raise'"),
+        ('enable_stats', 1, 'True or False'), ('max_memory_mb', -1.5, 'above 0'), ('max_memory_mb', '100', 'above 0'),
+        ('max_memory_mb', True, 'above 0'), ('max_memory_mb', float('nan'), 'above 0'),
     ])
     def test_wrong_value_of_an_option(self, flag, key, value, right):
         message = self.message(flag, {key: value})
@@ -192,19 +131,10 @@ class TestRefused:
         assert 'True or False' in message
 
     @pytest.mark.parametrize(('key', 'right'), [
-        ('use_new_cache_manger', 'use_new_cache_manager'),
-        ('use_new_cache_manager_', 'use_new_cache_manager'),
-        ('use_new_kv_cache_manager', 'use_new_cache_manager'),
-        ('use_new_cachemanager', 'use_new_cache_manager'),
-        ('use_cache_manager', 'use_new_cache_manager'),
-        ('use_new_manager', 'use_new_cache_manager'),
-        ('use_new_cache', 'use_new_cache_manager'),
-        ('new_cache_manager', 'use_new_cache_manager'),
-        ('kv_cache_config', 'kv_cache_cfg'),
-        ('kv_cach_cfg', 'kv_cache_cfg'),
-        ('kvcache_cfg', 'kv_cache_cfg'),
-        ('kv_cache', 'kv_cache_cfg'),
-        ('num_simulatons', 'num_simulations'),
+        ('use_new_cache_manger', 'use_new_cache_manager'), ('use_new_kv_cache_manager', 'use_new_cache_manager'),
+        ('use_cache_manager', 'use_new_cache_manager'), ('use_new_cache', 'use_new_cache_manager'),
+        ('new_cache_manager', 'use_new_cache_manager'), ('kv_cache_config', 'kv_cache_cfg'),
+        ('kvcache_cfg', 'kv_cache_cfg'), ('kv_cache', 'kv_cache_cfg'), ('num_simulatons', 'num_simulations'),
         ('game_segment_lenght', 'game_segment_length'),
     ])
     def test_misspelt_flag_or_options(self, key, right):
@@ -218,10 +148,7 @@ class TestRefused:
         assert f'kv_cache_cfg={value!r}' in self.message(flag, value)
 
     def test_old_with_the_flag_on(self):
-        message = self.message(True, dict(type='old'))
-        assert "type='old'" in message
-        assert 'use_new_cache_manager=True' in message
-        assert 'use_new_cache_manager=False' in message
+        assert 'use_new_cache_manager=False' in self.message(True, dict(type='old'))
 
     def test_a_type_is_checked_without_a_registry_too(self):
         with pytest.raises(ConfigError, match='type=5'):
@@ -230,26 +157,16 @@ class TestRefused:
 
 class TestContextLength:
 
-    @pytest.mark.parametrize('length', [4, 6, 8, 20])
-    def test_even_ones_are_served(self, length):
-        read(True, context_length=length, max_tokens=20)
-
-    @pytest.mark.parametrize(('length', 'better'), [
-        (5, 6), (7, 8), (2, 4), (3, 4), (1, 4)
-    ])
-    def test_others_are_refused_in_new_mode(self, length, better):
+    @pytest.mark.parametrize(('length', 'better'), [(5, 6), (2, 4), (1, 4)])
+    def test_others_are_refused_in_new_mode_alone(self, length, better):
         with pytest.raises(ConfigError, match=f'context_length={length} must be even and at least 4.*try {better},'):
             read(True, context_length=length)
+        read(False, context_length=length)
 
-    @pytest.mark.parametrize('length', [0, -4, 8., '8', True])
+    @pytest.mark.parametrize('length', [0, 8., '8', True])
     def test_nonsense_is_refused_in_new_mode(self, length):
         with pytest.raises(ConfigError, match='context_length='):
             read(True, context_length=length)
-
-    @pytest.mark.parametrize('length', [1, 2, 3, 5, 7])
-    def test_lightzero_may_do_in_old_mode_as_it_likes(self, length):
-        read(False, context_length=length)
-        read(None, context_length=length)
 
     def test_more_than_the_model_has_positions_for(self):
         with pytest.raises(ConfigError, match='context_length=22 must not exceed max_tokens=20'):
@@ -292,9 +209,6 @@ class TestSettle:
         assert 'num_simulations' not in cfg.model.world_model_cfg
         assert cfg.model.world_model_cfg.env_num == 8
 
-    def test_contradictions_are_lightzeros_business_in_old_mode(self):
-        settle(policy_cfg(new=False, env_num=1, num_simulations=1), KV_CACHE_REGISTRY)
-
     @pytest.mark.parametrize(('sizes', 'message'), [
         (dict(env_num=2), r'env_num=2 is too small.*collector_env_num.*at least 3'),
         (dict(env_num=3, evaluators=4), r'env_num=3 is too small.*evaluator_env_num.*at least 4'),
@@ -305,18 +219,11 @@ class TestSettle:
         with pytest.raises(ConfigError, match=message):
             settle(policy_cfg(**sizes), KV_CACHE_REGISTRY)
 
-    def test_the_smallest_that_is_enough(self):
-        settle(policy_cfg(env_num=3, num_simulations=4, kv_cache_cfg=dict(recurrent_pool_size=12)), KV_CACHE_REGISTRY)
-
     @BOTH_FLAGS
-    def test_python_search(self, flag):
-        with pytest.raises(ConfigError, match='mcts_ctree=False'):
-            settle(policy_cfg(flag, policy=dict(mcts_ctree=False)), KV_CACHE_REGISTRY)
-
-    @BOTH_FLAGS
-    def test_random_collection(self, flag):
-        with pytest.raises(ConfigError, match='random_collect_episode_num=2'):
-            settle(policy_cfg(flag, policy=dict(random_collect_episode_num=2)), KV_CACHE_REGISTRY)
+    @pytest.mark.parametrize(('key', 'value'), [('mcts_ctree', False), ('random_collect_episode_num', 2)])
+    def test_what_cannot_work_in_either_mode(self, flag, key, value):
+        with pytest.raises(ConfigError, match=f'{key}={value}'):
+            settle(policy_cfg(flag, policy={key: value}), KV_CACHE_REGISTRY)
 
     @BOTH_FLAGS
     @pytest.mark.parametrize('wrong', [dict(kv_cache_cfg=dict(evicton='lru')), dict(num_simulations='4')])

@@ -1,6 +1,5 @@
 """The user's document, to the letter: names, log lines, printed lines, and what its verification snippet does."""
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -27,7 +26,6 @@ NEW_LINES = [
     'Initialized KVCacheManager for 8 environments',
 ]
 OLD_LINES = ['Using OLD cache system (original implementation)']
-POOL_KEYS = {'hits', 'misses', 'evictions', 'total_queries', 'hit_rate', 'size', 'capacity'}
 
 
 def build(case=None, **cfg):
@@ -59,12 +57,6 @@ class TestLines:
         assert capsys.readouterr() == (line, '')
 
 
-def test_the_level_of_the_lines_is_not_the_users_business(lines):
-    """They are there with the levels that importing leaves: LightZero's root at DEBUG, the plugin at INFO."""
-    assert logging.getLogger('lzero_kvcache').level == logging.INFO
-    assert logging.getLogger('lzero_kvcache.cache.pool').getEffectiveLevel() == logging.INFO
-
-
 @pytest.mark.parametrize('case', MODELS, ids=['UniZero', 'SampledUniZero', 'continuous'])
 @pytest.mark.parametrize(('cfg', 'expected'), [
     ({}, False),
@@ -77,32 +69,7 @@ def test_the_attribute(case, cfg, expected):
     assert build(case, **cfg).use_new_cache_manager is expected
 
 
-def test_the_snippet_new(capsys):
-    world_model = build(**EXAMPLE_2)
-    capsys.readouterr()
-    print(f"Using new cache manager: {world_model.use_new_cache_manager}")
-    if world_model.use_new_cache_manager:
-        stats = world_model.kv_cache_manager.get_stats_summary()
-        print(f"Cache stats: {stats}")
-    else:
-        print("Using legacy cache system")
-    first, second, *rest = capsys.readouterr().out.split('\n')
-    assert first == 'Using new cache manager: True'
-    assert second.startswith("Cache stats: {'stats_enabled': True, 'init_pools': {'env_0': {'hits': 0, ")
-    assert rest == ['']
-
-
 class TestSummary:
-
-    def test_keys_and_sizes(self):
-        summary = build(**EXAMPLE_2).kv_cache_manager.get_stats_summary()
-        assert summary['stats_enabled'] is True
-        assert list(summary['init_pools']) == [f'env_{i}' for i in range(8)]
-        pools = [*summary['init_pools'].values(), summary['recur_pool'], summary['wm_pool']]
-        assert [pool['capacity'] for pool in pools] == [400] * 8 + [400, 8]
-        for pool in pools:
-            assert POOL_KEYS <= set(pool)
-            assert {pool[key] for key in POOL_KEYS - {'capacity'}} == {0}
 
     @pytest.mark.parametrize('flag', [False, True], ids=['old', 'new'])
     def test_can_be_written_as_json(self, flag):
@@ -117,31 +84,10 @@ class TestSummary:
         assert summary['stats_enabled'] is True
         assert summary['recur_pool']['total_queries'] > 0
 
-    def test_counts_of_a_search(self):
-        """Two environments, two root steps, two simulations below each."""
-        case = Case()
-        model = construct(MODEL_REGISTRY.get('UniZeroModel'), case, 2, use_new_cache_manager=True)
-        player = Batch(model)
-        for event in random_trace(np.random.default_rng(0), case, 2, root_steps=2, simulations=2).events:
-            player.play(event)
-        summary = model.world_model.kv_cache_manager.get_stats_summary()
-        for pool in [*summary['init_pools'].values(), summary['recur_pool'], summary['wm_pool']]:
-            assert pool['hits'] + pool['misses'] == pool['total_queries']
-            assert pool['hit_rate'] == pytest.approx(pool['hits'] / pool['total_queries'])
-        assert [pool['size'] for pool in summary['init_pools'].values()] == [2, 2]
-        # The working batch gathered two rows at the second root step, and two at each of four simulations.
-        assert (summary['wm_pool']['total_queries'], summary['wm_pool']['hits']) == (10, 10)
-
     @pytest.mark.parametrize('flag', [False, True], ids=['old', 'new'])
     def test_without_counting(self, flag):
         world_model = build(use_new_cache_manager=flag, kv_cache_cfg=dict(enable_stats=False))
         assert world_model.kv_cache_manager.get_stats_summary() == {'stats_enabled': False}
-
-
-def test_the_old_system_has_a_manager_too():
-    summary = build(env_num=3).kv_cache_manager.get_stats_summary()
-    assert summary['stats_enabled'] is True
-    assert {'init_pools', 'recur_pool'} <= set(summary)
 
 
 @pytest.mark.parametrize('case', [Case(), Case(context_length=4, rotary=True)], ids=['learned', 'rotary'])

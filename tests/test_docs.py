@@ -4,9 +4,7 @@ import copy
 import importlib.util
 import re
 import shlex
-from dataclasses import fields
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import pytest
@@ -151,12 +149,6 @@ class TestOptions:
             [[key], [option.kind], re.sub(r"('\w+')", r'`\1`', option.meaning)]
             for key, option in config.KV_CACHE_CFG.items()
         ]
-
-    def test_kinds_are_the_types_that_are_read(self):
-        types = {field.name: field.type for field in fields(config.CacheConfig)}
-        types['max_memory_mb'] = {Optional[float]: float}[types['max_memory_mb']]
-        for key, option in config.KV_CACHE_CFG.items():
-            assert option.kind == types[key].__name__, key
 
     @pytest.mark.parametrize('sizes', SIZES, ids=str)
     def test_defaults(self, sizes):
@@ -462,15 +454,3 @@ class TestExample:
                     manager.store_recur([0], [name], child)
         manager.clear_recur_cache()
         assert manager.pages_used == 2
-
-    def test_what_a_context_reads_as(self):
-        """Tokens of the pages, the action half of the first one masked."""
-        tokens = {'P0': '-- o0', 'P1': 'a0 o1', 'P2': 'a1 n1', 'P3': 'a2 n2', 'P4': 'a3 n3'}
-        for _, _, _, pages, reads, count in self.CONTEXTS:
-            expected = [token for page in pages.split() for token in tokens[page].split()]
-            assert ['--'] + expected[1:] == reads.split()
-            assert len(expected) - 1 == int(count) <= self.CONTEXT_LENGTH - 3
-
-    def test_what_is_said_of_its_size(self):
-        copies, held = len(self.CONTEXTS) * self.CONTEXT_LENGTH, 2 * len(self.CONTEXTS)
-        assert f'Five whole copies would hold {copies} tokens; the pages hold {held}.' in read('docs/design.md')

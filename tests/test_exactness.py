@@ -76,21 +76,6 @@ def check_random(case: Case, parts: dict) -> None:
     check(case, random_trace(np.random.default_rng(seed), case, **parts), seed)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(case=CASES, parts=TRACES)
-def test_random_traces(case, parts):
-    check_random(case, parts)
-
-
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@given(case=CASES, parts=TRACES)
-def test_windows_that_grow(case, parts):
-    """Windows are as long as the longest context of a batch asks for; these contexts are for several lengths."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('lzero_kvcache.engine.packing.LEAST_PAGES', 2)
-        check_random(case, parts)
-
-
 @pytest.fixture
 def as_for_many_rows(monkeypatch):
     """Small batches are computed as those of hundreds of rows are."""
@@ -98,21 +83,33 @@ def as_for_many_rows(monkeypatch):
     monkeypatch.setattr('lzero_kvcache.host.weights.MANY_NUMBERS', 1)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.fixture
+def windows_that_grow(monkeypatch):
+    """Windows are as long as the longest context of a batch asks for; these contexts are for several lengths."""
+    monkeypatch.setattr('lzero_kvcache.engine.packing.LEAST_PAGES', 2)
+
+
+HOW = pytest.mark.parametrize('how', [None, 'windows_that_grow', 'as_for_many_rows'])
+
+
+@HOW
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, parts=TRACES)
-def test_many_rows(as_for_many_rows, case, parts):
+def test_random_traces(request, how, case, parts):
+    how and request.getfixturevalue(how)
     check_random(case, parts)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('half', [1, 2])  # for two processes
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@HOW
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, parts=TRACES)
-def test_many_random_traces(half, case, parts):
+def test_many_random_traces(request, how, case, parts):
+    how and request.getfixturevalue(how)
     check_random(case, parts)
 
 
-@pytest.mark.parametrize('context_length', [4, 6, 8, 20])
+@pytest.mark.parametrize('context_length', [4, 20])
 @BOTH_POSITIONS
 def test_unequal_depths_and_slides(rotary, context_length):
     """One environment goes straight down, one stays at the root, the others take ways in between; then time goes on."""

@@ -1,11 +1,9 @@
 """``python -m lzero_kvcache experiment``: what is begun, gone on with, left alone and refused; a real one, cut off."""
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -25,7 +23,6 @@ from lzero_kvcache.training.summary import (
     add_up,
     read_progress,
     read_summary,
-    write_progress,
     write_summary,
 )
 
@@ -54,14 +51,6 @@ def make(folder, caches=('old', 'new'), seeds=(0, 1), config='config_new', **cha
 
 
 # ---------------------------------------------------------------------------------------------------- what is run
-
-
-def test_every_system_and_seed_once_in_a_folder_of_its_own(tmp_path):
-    made = make(tmp_path, caches=['old', 'new', 'old'], seeds=[3, 1, 3])
-    assert [(trial.name, trial.cache, trial.seed) for trial in made.trials] == [
-        ('old_seed3', 'old', 3), ('new_seed3', 'new', 3), ('old_seed1', 'old', 1), ('new_seed1', 'new', 1)
-    ]
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_run_is_begun_with_all_that_was_asked_for(tmp_path):
@@ -113,15 +102,6 @@ def test_which_runs_are_done(changes, is_done, tmp_path):
 # ---------------------------------------------------------------------------------------------------- its folder
 
 
-def test_the_settings_are_on_disk(tmp_path):
-    made = make(tmp_path / 'deep' / 'experiment', threads=1)
-    with made.opened():
-        held = json.loads((tmp_path / 'deep' / 'experiment' / 'experiment.json').read_text())
-    assert held['config'] == os.path.join(PROJECT_ROOT, 'configs', 'config_new.py')
-    assert (held['max_env_step'], held['threads'], held['seeds'], held['caches']) == (60, 1, [0, 1], ['old', 'new'])
-    assert held['options'] == ['--max-env-step', '60', '--threads', '1']
-
-
 def opened(made):
     with made.opened():
         pass
@@ -162,10 +142,6 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize(('arguments', 'message'), [
     ([], '--config'),
     (['--config', 'nosuch'], 'nosuch: no such file'),
-    (['--config', 'config_new', '--cache', 'both'], "'both'"),
-    (['--config', 'config_new', '--seeds', '-1'], '-1'),
-    (['--config', 'config_new', '--jobs', '0'], "'0' is not a whole number of at least 1"),
-    (['--config', 'config_new', '--max-env-step', 'many'], "'many' is not a whole number"),
     (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
 ])
 def test_bad_usage_is_one_line_and_writes_nothing(arguments, message, capfd, tmp_path, monkeypatch):
@@ -231,13 +207,6 @@ def test_all_are_run_and_compared(fake, capfd):
     assert all(f'{name}: done, 60 env steps in 0:00:12, last reward 15.0' in said for name in names)
     assert '4 of 4 runs are done' in said
     assert '\x1b' not in said
-
-
-def test_what_is_done_is_left_alone(fake, capfd):
-    assert run_experiment(fake, '--seeds', '0') == 0
-    assert run_experiment(fake, '--seeds', '0', '1') == 0
-    assert [name for name, _ in fake.begun()] == ['old_seed0', 'new_seed0', 'old_seed1', 'new_seed1']
-    assert 'new_seed0: is done already' in capfd.readouterr().out
 
 
 def test_one_that_fails_does_not_stop_the_others(fake, capfd):
@@ -319,36 +288,6 @@ def test_nobody_else_works_on_it_while_any_of_its_processes_lives(fake):
     opened(make(fake.folder))
 
 
-def test_a_training_says_how_far_it_is_in_its_folder(fake):
-    made = make(fake.folder)
-    with made.opened() as lock:
-        child = Child(made.trials[0], [sys.executable, '-c', 'pass'], lock)
-        child.process.wait()
-    assert child.env_step == 0
-    os.mkdir(child.trial.folder)
-    write_progress(result(exp_name=child.trial.folder, collected_env_step=1234), 'train')
-    assert child.env_step == 1234
-
-
-def test_bars_on_a_terminal(tmp_path):
-    reader, writer = pty.openpty()
-    made = make(tmp_path, seeds=[0])
-    with open(writer, 'w') as file:
-        board = Board(file, made)
-        running = [SimpleNamespace(trial=made.trials[1], env_step=45)]
-        board.done += 1
-        board.update(running)
-        board.line('a line')
-        time.sleep(0.3)
-        board.update([])
-        board.close()
-        shown = os.read(reader, 65536).decode()
-    assert '1 of 2 runs done' in shown
-    assert 'new_seed0' in shown and '45/60' in shown and '105/120' in shown
-    assert 'a line' in shown
-    os.close(reader)
-
-
 # ---------------------------------------------------------------------------------------------------- going on in place
 
 
@@ -372,13 +311,6 @@ def test_a_part_without_steps_or_evaluations_adds_nothing():
     both = add_up(result(), after)
     assert (both.last_reward, both.best_reward) == (15., 15.)
     assert both.env_steps_per_second == pytest.approx(60 / 14)
-
-
-def test_a_summary_is_read_as_it_was_written(tmp_path):
-    written = result(exp_name=str(tmp_path), evaluations=[Evaluation(1, 2, 3.)])
-    write_summary(written)
-    assert read_summary(str(tmp_path)) == written
-    assert read_summary(str(tmp_path / 'nowhere')) is None
 
 
 # ---------------------------------------------------------------------------------------------------- a real one

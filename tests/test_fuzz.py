@@ -7,8 +7,7 @@ from typing import Any, Dict, Hashable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import pytest
-import torch
-from builders import PAGE_MB, audit, paged, ready
+from builders import PAGE_MB, audit, paged
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -20,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lzero_kvcache import EvictionStrategy, KVCachePool
+from lzero_kvcache import EvictionStrategy
 from lzero_kvcache.cache.base import CURRENT
 from lzero_kvcache.cache.nodes import NodeTable
 from lzero_kvcache.cache.pages import Lease, OutOfPages, extend
@@ -372,13 +371,10 @@ def test_no_page_leaks_and_none_is_in_two_entries(strategy, max_pages, record_pr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('max_pages', [None, 41, 60], ids=['growing', 'smallest', 'bounded'])
-@pytest.mark.parametrize('strategy', list(EvictionStrategy), ids=lambda strategy: strategy.value)
-def test_no_page_leaks_in_a_long_run(strategy, max_pages, record_property, capsys):
-    steps = fuzz(strategy, max_pages, int(os.environ.get('FUZZ_EXAMPLES', 600)), 60, Phase.shrink)
+@pytest.mark.parametrize(('strategy', 'max_pages'), zip(EvictionStrategy, [None, 60, 41]))
+def test_no_page_leaks_in_a_long_run(strategy, max_pages, record_property):
+    steps = fuzz(strategy, max_pages, int(os.environ.get('FUZZ_EXAMPLES', 250)), 60, Phase.shrink)
     record_property('steps', steps)
-    with capsys.disabled():
-        print(f'\n{strategy.value}, {max_pages or "growing"} pages: {steps:,} steps')
     assert steps > 1000
 
 
@@ -395,47 +391,3 @@ def test_the_machine_finds_a_leak(monkeypatch):
     monkeypatch.setattr(PagedPool, '_drop', forgetful)
     with pytest.raises(AssertionError):
         fuzz(EvictionStrategy.FIFO, None, 100, 50)
-
-
-SPARED = [
-    (EvictionStrategy.FIFO, [], ['c', 'd', 'e']),
-    (EvictionStrategy.LRU, ['a', 'b'], ['b', 'd', 'e']),  # 'c' was next to go, and still is
-    (EvictionStrategy.PRIORITY, ['c', 'c'], ['b', 'c', 'e']),
-]
-
-
-@pytest.mark.parametrize(('strategy', 'reads', 'left'), SPARED)
-def test_what_sparing_an_entry_does_to_it(strategy, reads, left):
-    pool = KVCachePool(3, strategy)
-    for key in 'abc':
-        pool.set(key, key)
-    for key in reads:
-        pool.get(key)
-    assert pool.evict_but('c')
-    assert sorted(pool._slots) == ['b', 'c']
-    if strategy is EvictionStrategy.PRIORITY:
-        pool.get('b')
-    pool.set('d', 'd')
-    pool.set('e', 'e')
-    assert sorted(pool._slots) == left
-
-
-def test_hits_count_after_an_entry_was_spared():
-    pool = KVCachePool(2, EvictionStrategy.PRIORITY)
-    pool.set('a', 1)
-    pool.evict_but('a')
-    pool.get('a')
-    pool.set('b', 2)
-    pool.set('c', 3)
-    assert sorted(pool._slots) == ['a', 'c']
-
-
-def test_contents_survive_growth():
-    """The numbers above stand for pages; here they are in a slab that grows under them."""
-    manager = paged(env_num=1, num_simulations=1)
-    slab = ready(manager)
-    kept = manager.take(3)
-    tokens = torch.randn(3, 2, 2, 2, 8)
-    slab.write(torch.from_numpy(kept), tokens)
-    manager.take(manager._pages.free + 5)
-    assert torch.equal(slab.read(torch.from_numpy(kept).view(3, 1)), tokens)

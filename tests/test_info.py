@@ -5,7 +5,6 @@ from builders import Worker, make_policy
 
 from lzero_kvcache import __version__
 from lzero_kvcache.cli.commands import main
-from lzero_kvcache.engine import launch as backend
 from lzero_kvcache.engine.slab import MIB
 from lzero_kvcache.host import refused
 from lzero_kvcache.training import info, make_plan
@@ -112,13 +111,6 @@ def test_what_is_installed():
 def test_lightzeros_are_told_apart_by_what_they_have(source, which, monkeypatch):
     monkeypatch.setattr(refused.inspect, 'getsource', lambda module: source)
     assert refused.which_lightzero()[0] == which
-
-
-@pytest.mark.parametrize(('name', 'device', 'expected'), [
-    ('auto', 'cpu', 'eager'), ('auto', 'cuda', 'cudagraph'), ('cudagraph', 'cpu', 'eager'), ('eager', 'cuda', 'eager'),
-])
-def test_what_is_picked(name, device, expected):
-    assert backend.picked(name, torch.device(device)) == expected
 
 
 def test_the_command_prints_both_tables_and_nothing_else(capfd, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import seeded_search
 import torch
-from builders import Worker, assert_same_outputs, audit, keys_values, make_policy, paged, roots, tokens
+from builders import Worker, assert_same_outputs, audit, make_policy, roots
 from ding.utils import MODEL_REGISTRY
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 from lzero.policy import utils as lightzero_utils
@@ -182,23 +182,6 @@ def test_what_runs_inside_a_search_changes_nothing_of_it(inside, player):
     assert_undisturbed(answers, expected)
     assert model.world_model.inference.open.steps == []
     audit(model.world_model.kv_cache_manager)
-
-
-@BOTH_SEARCHES
-def test_the_pages_of_an_open_search_are_nobody_elses(player):
-    """Of a root by hand, of nodes by key, and of what is taken: none is a page that the search may read or write."""
-    model = model_of()
-    playing, manager = player(model), model.world_model.kv_cache_manager
-    for event in trace_of().events[:MIDDLE]:
-        playing.play(event)
-    used = set(np.flatnonzero(manager._pages.references).tolist())
-    for disturb in (nodes_by_key, a_root_by_hand):
-        disturb(model, playing)
-        assert used <= set(np.flatnonzero(manager._pages.references).tolist())
-    with manager.lease() as lease:
-        assert not used & set(lease.allocate(30).tolist())
-    playing.close()
-    audit(manager)
 
 
 @BOTH_SEARCHES
@@ -583,26 +566,6 @@ def test_a_failure_at_each_point_of_a_step(point, keyed):
     assert policy._model.world_model.inference.open.steps == []
 
 
-@pytest.mark.parametrize('point', ['take', 'ready', 'write'])
-@pytest.mark.parametrize('pool', ['init', 'recur'])
-def test_a_context_that_cannot_be_stored_by_hand(pool, point):
-    used = paged()
-    used.set_init_cache(0, 'other', keys_values(3))
-    owner = {'take': used, 'ready': used.storage, 'write': used.storage.slab}[point]
-    store = used.set_recur_cache if pool == 'recur' else lambda *args: used.set_init_cache(1, *args)
-    for at in range(2):
-        with failing(owner, point, at) as calls, contextlib.suppress(Broken):
-            store('key', keys_values(5))
-        if len(calls) > at:
-            assert used.pages_used == 2
-            audit(used)
-            store('key', keys_values(5))
-        assert used.pages_used == 5
-        used.clear_recur_cache()
-        used.clear_init_caches(env_id=1)
-    assert torch.equal(tokens(used.get_init_cache(0, 'other')), tokens(keys_values(3)))
-
-
 # ---------------------------------------------------------------------------------------------------- by environment
 
 
@@ -657,20 +620,3 @@ class TestByEnvironment:
         counted = cache(policy).counters()['init']
         assert (counted['queries'], counted['hits']) == (4, 4 * finds)
         audit(cache(policy))
-
-    def test_memory_stays_flat(self):
-        """An environment has the window of its newest root, however long its episode is."""
-        policy = policy_of()
-        collector, evaluator, used = Worker(policy), Worker(policy, 'eval'), cache(policy)
-        for step in range(30):
-            collector.step([0, 1, 2])
-            assert used.pages_used <= (3 + 3 * (step > 3)) * used.width
-            if step > 2:
-                evaluator.step([0, 1, 2])
-            if step == 6:
-                memory, capacity = used.memory_mb, used.page_capacity
-            assert used.pages_used <= 6 * used.width
-        assert (used.memory_mb, used.page_capacity) == (memory, capacity)
-        assert roots(used) == roots(used, 'eval') == [1, 1, 1]
-        assert used.counters()['init']['evictions'] == 0
-        audit(used)

@@ -3,6 +3,7 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,31 +11,40 @@ from pathlib import Path
 
 import lzero.entry
 import pytest
-from builders import compiled
+from builders import compiled, small_cartpole
 from ding.policy import create_policy
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 import lzero_kvcache
 from lzero_kvcache import ConfigError, KVCacheManager, OldCacheManager, check_config, disable, enable
+from lzero_kvcache.host import root_level
 
 ROOT = Path(lzero_kvcache.__file__).resolve().parent.parent
 
 IMPORTS = """
-import json
-import torch, ding.policy, ding.worker
-from ding.utils import MODEL_REGISTRY, POLICY_REGISTRY, import_module
-from ding.worker.learner.learner_hook import hook_mapping
+import importlib, json, logging, os, sys
+from functools import partial
+import torch, scipy.stats
 from forks import in_forks
+
+OF_LIGHTZERO = ['lzero.policy.unizero', 'lzero.policy.sampled_unizero', 'lzero.entry', 'lzero.model.unizero_model']
 
 
 def imported(*names):
+    import ding.policy, ding.worker
+    from ding.utils import MODEL_REGISTRY, POLICY_REGISTRY, import_module
+    from ding.worker.learner.learner_hook import hook_mapping
     import_module(names)
     once = {name: POLICY_REGISTRY.get(name) for name in POLICY_REGISTRY}
     import_module(names)
     import_module(names[::-1])
     import lzero_kvcache
+    importlib.reload(lzero_kvcache)
+    for name in [name for name in sys.modules if name.split('.')[0] == 'lzero_kvcache']:
+        del sys.modules[name]
+    import lzero_kvcache
     return dict(
-        same=all(POLICY_REGISTRY.get(name) is cls for name, cls in once.items()),
+        same=all(POLICY_REGISTRY.get(name).__qualname__ == cls.__qualname__ for name, cls in once.items()),
         policies={name: POLICY_REGISTRY.get(name).__module__ for name in ('unizero', 'sampled_unizero', 'muzero')},
         models={name: MODEL_REGISTRY.get(name).__module__ for name in ('UniZeroModel', 'SampledUniZeroModel')},
         managers=sorted(lzero_kvcache.KV_CACHE_REGISTRY),
@@ -42,7 +52,27 @@ def imported(*names):
     )
 
 
+def said_by(*names):
+    # The lines that imports print, and what becomes of the root logger's level.
+    with open(f'said_{os.getpid()}', 'w+') as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        levels = []
+        for name in names:
+            before = logging.getLogger().level
+            importlib.import_module(name)
+            if name == 'lzero_kvcache':
+                levels = [before, logging.getLogger().level]
+        sys.stdout.flush()
+        said.seek(0)
+        return dict(lines=sorted(said.read().splitlines()), levels=levels)
+
+
+ORDERS = [OF_LIGHTZERO[:n] + ['lzero_kvcache'] + OF_LIGHTZERO[n:] for n in (0, 1, 4)]
+ORDERS.append(['lzero.entry', 'lzero_kvcache', *OF_LIGHTZERO])
 print(json.dumps(in_forks({
+    'LightZero alone': partial(said_by, *OF_LIGHTZERO),
+    **{'both, ' + ' '.join(order): partial(said_by, *order) for order in ORDERS},
     'LightZero first': lambda: imported('lzero.policy.unizero', 'lzero.policy.sampled_unizero', 'lzero_kvcache'),
     'plugin first': lambda: imported('lzero_kvcache', 'lzero.policy.sampled_unizero', 'lzero.policy.unizero'),
 })))
@@ -50,12 +80,12 @@ print(json.dumps(in_forks({
 
 
 @pytest.fixture(scope='module')
-def fresh_processes():
-    """What is registered in processes that import LightZero and the plugin in either order."""
+def fresh_processes(tmp_path_factory):
+    """What is registered and said in processes that import LightZero and the plugin in several orders."""
     path = os.pathsep.join([str(ROOT), str(Path(__file__).resolve().parent)])
     done = subprocess.run(
         [sys.executable, '-c', IMPORTS], env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1'), timeout=300,
-        capture_output=True, text=True, check=False
+        capture_output=True, text=True, check=False, cwd=str(tmp_path_factory.mktemp('imports'))
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -63,7 +93,7 @@ def fresh_processes():
 
 @pytest.mark.parametrize('order', ['LightZero first', 'plugin first'])
 def test_import_order(fresh_processes, order):
-    """Once or several times; what the plugin does not serve stays LightZero's."""
+    """Once or several times, reloaded, and after it was forgotten; what the plugin does not serve stays LightZero's."""
     assert fresh_processes[order] == dict(
         same=True,
         policies=dict(
@@ -74,6 +104,41 @@ def test_import_order(fresh_processes, order):
         managers=['new', 'old'],
         hook='lzero_kvcache.telemetry',
     )
+
+
+def test_an_import_says_nothing_and_leaves_the_level_of_logs(fresh_processes):
+    alone = fresh_processes['LightZero alone']['lines']
+    assert alone
+    together = {name: said for name, said in fresh_processes.items() if name.startswith('both')}
+    for name, said in together.items():
+        assert said['lines'] == alone, name
+        assert said['levels'][0] == said['levels'][1], name
+
+
+def test_the_level_that_lightzero_sets_comes_with_the_first_model(monkeypatch):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, 'level', logging.ERROR)
+    with root_level.kept():
+        root.setLevel(logging.DEBUG)
+    assert root.level == logging.ERROR
+    policy = compiled(small_cartpole(new=True)).policy
+    create_policy(policy, enable_field=['collect'])
+    assert root.level == logging.DEBUG
+    root.setLevel(logging.ERROR)
+    create_policy(policy, enable_field=['collect'])
+    assert root.level == logging.ERROR
+
+
+def test_what_brings_the_plugin_along_may_print(tmp_path):
+    """Under ``python -m``, too."""
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / '__init__.py').write_text('import lzero_kvcache')
+    (tmp_path / 'mine' / 'main.py').write_text('')
+    (tmp_path / 'lzero.py').write_text('print("said by LightZero", flush=True)\nraise SystemExit')
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run([sys.executable, '-m', 'mine.main'], env=dict(os.environ, PYTHONPATH=path), timeout=300,
+                          capture_output=True, text=True, check=False)
+    assert 'said by LightZero' in done.stdout
 
 
 def cartpole_configs():

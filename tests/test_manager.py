@@ -80,25 +80,12 @@ class TestConstruction:
         assert used.get_recur_cache('key') == 'value'
         assert used.memory_mb == 0
 
-    @pytest.mark.parametrize('strategy', STRATEGIES)
-    def test_strategy(self, strategy):
-        used = manager(env_num=3, kv_cache_cfg=dict(eviction=strategy))
-        pools = [*used.init_pools, used.recur_pool, used.wm_pool]
-        assert [pool.eviction_strategy.value for pool in pools] == [strategy] * 5
-
     def test_wrong_option(self):
         with pytest.raises(ConfigError, match='evicton'):
             manager(kv_cache_cfg=dict(evicton='lru'))
 
 
 class TestByHand:
-
-    @pytest.mark.parametrize('value', ['text', 3, (1, 2), {'a': 1}, torch.ones(3), 0, ''])
-    def test_plain_objects(self, by_hand, value):
-        used = by_hand.make()
-        assert by_hand.get(used, 'key') is None
-        assert by_hand.set(used, 'key', value) in range(8)
-        assert by_hand.get(used, 'key') is value
 
     def test_keys_values_are_private_copies_that_can_be_continued(self, by_hand):
         """As LightZero's attention does: there is room for as many tokens as in the original."""
@@ -143,16 +130,6 @@ class TestByHand:
         assert torch.equal(tokens(found), kept)
         assert not found[0]._k_cache._cache.requires_grad
 
-    def test_a_context_that_another_object_replaced_leaves_no_pages(self):
-        used = paged()
-        used.set_init_cache(0, 'key', keys_values(5))
-        assert used.pages_used == 3
-        used.set_init_cache(0, 'key', 'text')
-        assert used.pages_used == 0
-        tables, counts = used.find_init('collect', [0], ['key'])
-        assert not counts.any() and not tables.any()
-        audit(used)
-
     def test_environments_are_apart(self):
         used = manager(env_num=3)
         for env_id in range(3):
@@ -195,18 +172,6 @@ class TestHierarchicalGet:
         assert used.hierarchical_get(0, 'key') == 'root'
         assert used.hierarchical_get(1, 'key') == 'of nobody'
 
-    def test_counts(self):
-        """One query of the init pool, and if that has nothing, one of the recurrent pool."""
-        used = manager()
-        used.set_init_cache(0, 'root', 1)
-        used.set_recur_cache('node', 2, env_id=0)
-        for key in ('root', 'node', 'nothing'):
-            used.hierarchical_get(0, key)
-        assert used.init_pools[0].stats.summary() == dict(
-            hits=1, misses=2, evictions=0, total_queries=3, hit_rate=pytest.approx(1 / 3)
-        )
-        assert (used.recur_pool.stats.hits, used.recur_pool.stats.misses) == (1, 1)
-
 
 class TestClearing:
 
@@ -237,45 +202,12 @@ class TestClearing:
         assert [len(pool) for pool in [*used.init_pools, used.recur_pool, used.wm_pool]] == left
         audit(used)
 
-    def test_counts_stay(self):
-        used = self.filled()
-        before = used.get_stats_summary()
-        used.clear_all()
-        after = used.get_stats_summary()
-        for pool in (after['init_pools']['env_0'], after['recur_pool'], after['wm_pool']):
-            assert pool['size'] == 0
-            assert pool['total_queries'] == 1
-        for summary in (before, after):
-            for pool in [*summary['init_pools'].values(), summary['recur_pool'], summary['wm_pool']]:
-                del pool['size']
-        assert before == after
-
-    def test_reset_stats_resets_counts_and_nothing_else(self):
-        used = self.filled()
-        used.count_queries('recur', 5, 3)
-        used.reset_stats()
-        summary = used.get_stats_summary()
-        for pool in [*summary['init_pools'].values(), summary['recur_pool'], summary['wm_pool']]:
-            assert {pool[key] for key in ('hits', 'misses', 'evictions', 'total_queries', 'hit_rate')} == {0}
-            assert pool['size'] == 1
-        assert used.counters()['total']['queries'] == 0
-        assert used.get_init_cache(0, 'key').size == 3
-
     def test_a_root_that_is_stored_in_its_pool_by_hand_is_found_by_a_search(self):
         used = paged()
         used.init_pools[1].set('key', keys_values(3))
         tables, counts = used.find_recur('collect', [0, 1], ['key', 'key'])
         assert counts.tolist() == [0, 2]
         assert tables[1, :2].tolist() == used.init_pools[1].tables[0, :2].tolist()
-
-    def test_cleared_pages_can_be_used_again(self):
-        used = paged()
-        for _ in range(300):
-            used.set_recur_cache('key', keys_values(5))
-            used.set_init_cache(0, 'key', keys_values(5))
-            used.clear_all()
-        assert used._pages.used == 0
-        assert used.page_capacity == paged().page_capacity
 
 
 OPERATIONS = st.lists(
@@ -343,24 +275,6 @@ class TestStorage:
         assert used.memory_mb == pytest.approx(share * used.page_capacity * PAGE_MB)
         assert used.get_stats_summary()['memory_mb'] == used.counters()['memory_mb'] == used.memory_mb
 
-    def test_grows_with_a_line(self, lines):
-        used = paged(kv_cache_cfg=dict(init_pool_size=12, recurrent_pool_size=1))
-        before = used.page_capacity
-        for key in range(8):
-            for env_id in range(2):
-                used.set_init_cache(env_id, key, keys_values(5, seed=2 * key + env_id))
-        assert used.page_capacity > before
-        for key in range(8):
-            for env_id in range(2):
-                assert torch.equal(
-                    tokens(used.get_init_cache(env_id, key)), tokens(keys_values(5, seed=2 * key + env_id))
-                )
-        grown = [message for level, message in lines() if message.startswith('Grew the page storage')]
-        assert grown
-        assert grown[0].startswith(f'Grew the page storage from {before} to ')
-        assert len(grown) <= 3
-        audit(used)
-
     @pytest.mark.parametrize('strategy', STRATEGIES)
     def test_a_limit_is_kept(self, strategy, lines):
         """Beyond it root contexts are evicted, warned of once; what was set last is there."""
@@ -418,25 +332,6 @@ class TestStorage:
 
 class TestCopies:
 
-    def test_a_deep_copy_is_independent(self):
-        used = manager()
-        used.set_init_cache(0, 'both', keys_values(3, seed=1))
-        other = copy.deepcopy(used)
-        used.set_init_cache(0, 'one', keys_values(3, seed=2))
-        other.set_init_cache(0, 'other', keys_values(3, seed=3))
-        other.set_init_cache(0, 'both', keys_values(5, seed=4))
-        assert torch.equal(tokens(used.get_init_cache(0, 'both')), tokens(keys_values(3, seed=1)))
-        assert torch.equal(tokens(other.get_init_cache(0, 'both')), tokens(keys_values(5, seed=4)))
-        assert used.get_init_cache(0, 'other') is None
-        assert other.get_init_cache(0, 'one') is None
-        assert torch.equal(tokens(used.get_init_cache(0, 'one')), tokens(keys_values(3, seed=2)))
-        used.clear_all()
-        assert torch.equal(tokens(other.get_init_cache(0, 'other')), tokens(keys_values(3, seed=3)))
-        used.get_init_cache(0, 'nothing')
-        assert (used.init_pools[0].stats.misses, other.init_pools[0].stats.misses) == (2, 1)
-        for each in (used, other):
-            audit(each)
-
     def test_a_copy_holds_nothing_of_its_original(self):
         used = manager()
         used.set_init_cache(0, 'key', keys_values(3))
@@ -473,19 +368,6 @@ class TestInAWorldModel:
             model.world_model.transformer(torch.randn(1, size, 32), value, start_pos=0)
         return value
 
-    @pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
-    @pytest.mark.parametrize('size', range(1, 9))
-    def test_read_back_equal(self, rotary, size):
-        """To float tolerance where pages hold what is left without the positions."""
-        model = cached_model(Case(rotary=rotary), 2, 0)
-        value = self.context(model, size)
-        kept, used = tokens(value), model.world_model.kv_cache_manager
-        used.set_init_cache(1, 'key', value)
-        used.set_recur_cache('key', value)
-        for found in (used.get_init_cache(1, 'key'), used.get_recur_cache('key'), used.hierarchical_get(1, 'key')):
-            torch.testing.assert_close(tokens(found), kept, rtol=1e-5, atol=1e-6)
-            assert not tokens(found).requires_grad
-
     def test_what_the_model_stored_is_what_lightzero_stores(self):
         """A root's context, read by hand."""
         case = Case()
@@ -501,29 +383,10 @@ class TestInAWorldModel:
             found = used.init_pools[0].get(list(used.init_pools[0]._slots)[-1])
             torch.testing.assert_close(tokens(found), tokens(right), rtol=1e-4, atol=1e-5)
 
-    def test_a_search_goes_on_beside_it(self):
-        case = Case()
-        trace = random_trace(np.random.default_rng(0), case, 2, root_steps=3, simulations=4)
-        model = cached_model(case, 2, 0)
-
-        class Meddler(Batch):
-
-            def play(self, event):
-                used = self.world_model.kv_cache_manager
-                used.set_init_cache(0, 'mine', 'plain')
-                used.set_init_cache(1, 'mine', keys_values(0, heads=2, head_dim=16))
-                used.set_recur_cache('mine', 'plain', env_id=0)
-                return super().play(event)
-
-        alone = [LightZeroAlone(original_model(case, 1, 0)) for _ in range(2)]
-        assert_same(differences(trace, Meddler(model), alone))
-        audit(model.world_model.kv_cache_manager)
-
 
 class TestUnderALimit:
 
-    @pytest.mark.parametrize('strategy', STRATEGIES)
-    @pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+    @pytest.mark.parametrize(('rotary', 'strategy'), [(False, 'fifo'), (True, 'lru'), (False, 'priority')])
     def test_long_episodes_in_the_least_memory(self, rotary, strategy):
         """What a running search and the current steps need is never evicted, so nothing is answered otherwise."""
         case = Case(rotary=rotary)
@@ -534,7 +397,7 @@ class TestUnderALimit:
             case, 3, 0, num_simulations=4, kv_cache_cfg=dict(max_memory_mb=least + 0.01, eviction=strategy)
         )
         used = model.world_model.kv_cache_manager
-        trace = random_trace(np.random.default_rng(0), case, 3, root_steps=30, simulations=4, episodes=0.1)
+        trace = random_trace(np.random.default_rng(0), case, 3, root_steps=20, simulations=4, episodes=0.1)
         alone = [LightZeroAlone(original_model(case, 1, 0)) for _ in range(3)]
         assert_same(differences(trace, Batch(model), alone))
         assert used.storage.slab.memory_mb <= least + 0.01

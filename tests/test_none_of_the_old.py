@@ -158,10 +158,6 @@ class TestNothingIsAllocated:
         assert all(hasattr(world_model, name) for name in POOLS)
         assert containers(world_model)
 
-    def test_nothing_before_the_first_use(self):
-        world_model = make_policy(True)._model.world_model
-        assert world_model.kv_cache_manager.memory_mb == 0
-
     def test_after_use_nothing_is_left_but_pages(self):
         policy = make_policy(True)
         worker = Worker(policy)
@@ -200,15 +196,6 @@ class TestClearing:
         assert roots(manager) == [2, 2, 2]
         assert len(manager.recur_pool) == 12
         return world_model, manager
-
-    def test_everything(self, capsys):
-        world_model, manager = self.used()
-        world_model.clear_caches()
-        assert capsys.readouterr().out == 'Cleared WorldModel KV caches (NEW system).\n'
-        assert roots(manager) == [0, 0, 0]
-        assert len(manager.recur_pool) == 0
-        assert manager.pages_used == 0
-        audit(manager)
 
     def test_precomputing_positions_changes_nothing(self):
         world_model, manager = self.used()

@@ -188,34 +188,34 @@ def train(folder, names, flag):
 
 """
 FORKS = TRAINING + """
+import ding.utils.segment_tree as segment_tree
 assert 'lzero_kvcache' not in sys.modules
-print(json.dumps(in_forks({
+print(json.dumps(dict(in_forks({
     'without': lambda: train('without', ['lzero.policy.unizero'], {}),
     'with': lambda: train('with', ['lzero.policy.unizero', 'lzero_kvcache'], {'use_new_cache_manager': False}),
-})))
+}), segment_tree=type(segment_tree._setitem).__name__)))
 """
-
-
-BESIDE_NUMBA = """
+WITHOUT_NUMBA = """
 import sys
-if sys.argv[1] == 'without':
-    sys.modules['numba'] = None
+sys.modules['numba'] = None
 """ + TRAINING + """
 import ding.utils.segment_tree as segment_tree
-results = train(sys.argv[1], ['lzero.policy.unizero', 'lzero_kvcache'], {'use_new_cache_manager': False})
-print(json.dumps(dict(results, segment_tree=type(segment_tree._setitem).__name__)))
+results = train('alone', ['lzero.policy.unizero', 'lzero_kvcache'], {'use_new_cache_manager': False})
+print(json.dumps(dict(alone=results, segment_tree=type(segment_tree._setitem).__name__)))
 """
 
 
-def trained(folder, programs):
+@pytest.fixture(scope='module')
+def trainings(tmp_path_factory):
     """What each program prints in the end; they run at once."""
     root = Path(lzero_kvcache.__file__).resolve().parent.parent
     path = os.pathsep.join([str(root), str(Path(__file__).resolve().parent)])
     processes = [
         subprocess.Popen(
-            [sys.executable, '-c', *program], cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', WANDB_MODE='disabled')
-        ) for program in programs
+            [sys.executable, '-c', program], cwd=str(tmp_path_factory.mktemp('training')), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+            env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', WANDB_MODE='disabled')
+        ) for program in (FORKS, WITHOUT_NUMBA)
     ]
     results = []
     for process in processes:
@@ -225,21 +225,20 @@ def trained(folder, programs):
     return results
 
 
-def test_a_training_with_and_without_the_plugin(tmp_path):
+def test_a_training_with_and_without_the_plugin(trainings):
     """Collection, evaluation, reanalysis and updates: the same weights in the end, the same random numbers drawn."""
-    [results] = trained(tmp_path, [[FORKS]])
-    for result in results.values():
+    results = [dict(trainings[0][name]) for name in ('without', 'with')]
+    for result in results:
         assert 'error' not in result, result['error']
-    assert [result.pop('plugin') for result in results.values()] == [False, True]
-    assert [result.pop('world_model').split('.')[0] for result in results.values()] == ['lzero', 'lzero_kvcache']
-    assert results['with'] == results['without']
-    assert results['without']['queries'][2] > 100  # so many rows were expanded
+    assert [result.pop('plugin') for result in results] == [False, True]
+    assert [result.pop('world_model').split('.')[0] for result in results] == ['lzero', 'lzero_kvcache']
+    assert results[0] == results[1]
+    assert results[0]['queries'][2] > 100  # so many rows were expanded
 
 
 @pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
-def test_a_training_with_and_without_numba(tmp_path):
+def test_a_training_with_and_without_numba(trainings):
     """DI-engine compiles its segment tree where numba can be imported; LightZero does not ask it."""
-    beside, alone = trained(tmp_path, [[BESIDE_NUMBA, 'with'], [BESIDE_NUMBA, 'without']])
-    assert (beside.pop('segment_tree'), alone.pop('segment_tree')) == ('CPUDispatcher', 'partial')
-    assert beside == alone
-    assert alone['queries'][2] > 100
+    beside, alone = trainings
+    assert (beside['segment_tree'], alone['segment_tree']) == ('CPUDispatcher', 'partial')
+    assert beside['with'] == alone['alone']

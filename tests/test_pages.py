@@ -1,9 +1,7 @@
 """Page ids, reference counts and leases, against a model that is a plain dict."""
 import copy
-import gc
 
 import numpy as np
-import pytest
 from failing import failing
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -152,13 +150,6 @@ TestPages = PagesMachine.TestCase
 TestPages.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
-def test_a_refused_allocation_takes_nothing():
-    pages = PageAllocator(RESERVED_PAGES + 3)
-    with pytest.raises(OutOfPages, match='4 pages wanted, 3 of 5 free'):
-        pages.allocate(4)
-    assert sorted(pages.allocate(3).tolist()) == [RESERVED_PAGES, RESERVED_PAGES + 1, RESERVED_PAGES + 2]
-
-
 def test_a_lease_takes_pages_where_it_is_told_to():
     """A manager grows or evicts first; what that needs, other leases among it, is not the lease's."""
     pages = PageAllocator(RESERVED_PAGES)
@@ -174,28 +165,6 @@ def test_a_lease_takes_pages_where_it_is_told_to():
     assert pages.used == 0
 
 
-def test_a_table_may_be_written_to_while_a_lease_holds_it():
-    pages = PageAllocator(RESERVED_PAGES + 2)
-    table = pages.allocate(2)
-    with pages.lease() as lease:
-        lease.hold(table)
-        pages.release(table)
-        table.fill(NULL_PAGE)
-        assert pages.used == 2
-    assert pages.used == 0
-
-
-def test_a_lease_in_a_cycle_ends_with_it():
-    """Its pages come back whenever garbage is collected, be that in the middle of an allocation."""
-    pages = PageAllocator(RESERVED_PAGES + 3)
-    lease = pages.lease()
-    lease.allocate(3)
-    lease.itself = lease
-    del lease
-    gc.collect()
-    assert len(pages.allocate(3)) == 3
-
-
 def test_a_copied_lease_ends_by_itself():
     pages = PageAllocator(RESERVED_PAGES + 3)
     lease = pages.lease()
@@ -205,20 +174,6 @@ def test_a_copied_lease_ends_by_itself():
     assert (pages.used, copied_pages.used) == (0, 2)
     del copied
     assert copied_pages.used == 0
-
-
-def test_tables_of_a_search_tree():
-    """The drawn example: context_length 8, so that a stored context has three pages at the most."""
-    pages = PageAllocator(RESERVED_PAGES + 5)
-    p0, p1, p2, p3, p4 = pages.allocate(5)
-    nothing = np.zeros((1, 3), np.int64), np.zeros(1, np.int64)
-    root_0 = extend(nothing, np.array([p0]))
-    root_1 = extend(root_0, np.array([p1]))
-    node_1, node_2 = (extend(root_1, np.array([page])) for page in (p2, p3))
-    node_3 = extend(node_1, np.array([p4]))
-    tables = [context[0][0].tolist() for context in (root_0, root_1, node_1, node_2, node_3)]
-    assert tables == [[p0, 0, 0], [p0, p1, 0], [p0, p1, p2], [p0, p1, p3], [p1, p2, p4]]
-    assert [int(context[1][0]) for context in (root_0, root_1, node_1, node_2, node_3)] == [1, 2, 3, 3, 3]
 
 
 def test_extend_leaves_its_argument_alone():

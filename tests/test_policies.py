@@ -17,7 +17,6 @@ from builders import (
     roots,
     small_cartpole,
 )
-from ding.utils import MODEL_REGISTRY, POLICY_REGISTRY
 from hypothesis import given
 from hypothesis import strategies as st
 from lzero.policy import utils as lightzero_utils
@@ -43,12 +42,6 @@ def counts(policy):
 
 class TestConfiguration:
 
-    @pytest.mark.parametrize('name', ['unizero', 'sampled_unizero'])
-    def test_the_registered_policies_are_ours(self, name):
-        policy = POLICY_REGISTRY.get(name)
-        assert issubclass(policy, policies.KVCachePolicy)
-        assert issubclass(policy, (LightZeroUniZeroPolicy, LightZeroSampledUniZeroPolicy))
-
     @pytest.mark.parametrize(('ours', 'theirs'), [
         (policies.UniZeroPolicy, LightZeroUniZeroPolicy),
         (policies.SampledUniZeroPolicy, LightZeroSampledUniZeroPolicy),
@@ -62,12 +55,6 @@ class TestConfiguration:
         if not original.learn.get('learner'):
             assert config.learn.pop('learner') == dict(hook={})
         assert config == original
-
-    def test_asking_twice_changes_nothing(self):
-        first = policies.UniZeroPolicy.default_config()
-        changed = policies.UniZeroPolicy.default_config()
-        changed.learn.learner.hook[HOOK_KEY].priority = 99
-        assert policies.UniZeroPolicy.default_config() == first
 
     @BOTH_FLAGS
     @pytest.mark.parametrize('policy_type', ['unizero', 'sampled_unizero'])
@@ -83,27 +70,6 @@ class TestConfiguration:
             assert hooks[HOOK_KEY].priority == user_hook.get(HOOK_KEY, {}).get('priority', HOOK_CONFIG['priority'])
             assert hooks.log_show_after_iter == user_hook.get('log_show_after_iter', 100)
             assert 'save_ckpt_after_iter' in hooks
-
-    @BOTH_FLAGS
-    def test_which_model_a_policy_builds(self, new):
-        policy = make_policy(new)
-        assert policy._model.world_model.use_new_cache_manager is new
-        assert type(policy._model._orig_mod) is MODEL_REGISTRY.get('UniZeroModel')
-
-    @BOTH_FLAGS
-    def test_the_target_model_has_a_cache_of_its_own(self, new):
-        policy = make_policy(new)
-        ours, theirs = policy._model.world_model, policy._target_model.world_model
-        assert ours.kv_cache_manager is not theirs.kv_cache_manager
-        worker = Worker(policy)
-        for _ in range(2):
-            worker.step([0, 1, 2])
-        assert counts(policy)['init'] == (3, 3)
-        assert theirs.kv_cache_manager.counters()['total']['queries'] == 0
-        with contextlib.redirect_stdout(io.StringIO()):
-            theirs.clear_caches()
-        worker.step([0, 1, 2])
-        assert counts(policy)['init'] == (6, 6)
 
 
 class Twins:
@@ -142,12 +108,6 @@ class TestEnvironments:
         twins.step([1])
         twins.step([0, 1, 2])
 
-    def test_ready_environments_as_a_set(self):
-        """As LightZero's collectors pass them."""
-        twins = Twins([0, 1, 2])
-        for ready in ({0, 1, 2}, {2, 0}, {0, 1, 2}):
-            twins.step(list(ready), ready)
-
     def test_ready_environments_as_an_array_or_not_at_all(self):
         twins = Twins([0, 1, 2])
         twins.step([0, 1, 2], np.arange(3))
@@ -165,15 +125,6 @@ class TestEnvironments:
             worker.step([0, 1, 2])
         without.policy.reset([1])
         assert differs(without.step([0, 1, 2]), with_past.step([0, 1, 2]), [0, 1, 2]) == [1]
-
-    def test_a_reset_touches_one_environments_contexts(self):
-        policy = make_policy(True)
-        worker = Worker(policy)
-        for _ in range(3):
-            worker.step([0, 1, 2])
-        worker.done(1)
-        assert roots(cache(policy)) == [1, 0, 1]
-        audit(cache(policy))
 
     @pytest.mark.parametrize('steps', [200, 2000])
     def test_the_periodic_clearing_is_no_reset(self, steps):
@@ -198,16 +149,6 @@ class TestEnvironments:
         audit(cache(policy))
         worker.step([0, 1])
         assert counts(policy)['init'][0] >= 2
-
-    def test_training_forgets_contexts_of_other_weights(self):
-        policy = make_policy(True)
-        worker = Worker(policy)
-        worker.step([0, 1, 2])
-        with contextlib.redirect_stdout(io.StringIO()):
-            policy.recompute_pos_emb_diff_and_clear_cache()
-        assert roots(cache(policy)) == [0, 0, 0]
-        worker.step([0, 1, 2])
-        assert counts(policy)['init'] == (3, 0)  # each has a predecessor, whose context is gone
 
 
 class TestEntropy:
@@ -240,17 +181,6 @@ class TestCounts:
     """The design's table, on a script whose counts are told by hand: three environments, four simulations."""
 
     @BOTH_FLAGS
-    def test_steps_of_one_episode(self, new):
-        policy = make_policy(new)
-        worker = Worker(policy)
-        worker.step([0, 1, 2])
-        assert counts(policy) == dict(init=(0, 0), recur=(12, 12), total=(12, 12))
-        worker.step([0, 1, 2])
-        assert counts(policy) == dict(init=(3, 3), recur=(24, 24), total=(27, 27))
-        worker.step([0, 1, 2])
-        assert counts(policy) == dict(init=(6, 6), recur=(36, 36), total=(42, 42))
-
-    @BOTH_FLAGS
     def test_one_environments_new_episode(self, new):
         """It has no predecessor. In old mode its end throws the other two contexts away: both are misses."""
         policy = make_policy(new)
@@ -274,16 +204,6 @@ class TestCounts:
         worker.step([0, 1, 2])
         hits = 3 if new else 0
         assert counts(policy) == dict(init=(5, 2 + hits), recur=(32, 32), total=(37, 34 + hits))
-
-    @BOTH_FLAGS
-    def test_a_reset_of_all(self, new):
-        policy = make_policy(new)
-        worker = Worker(policy)
-        worker.step([0, 1, 2])
-        with contextlib.redirect_stdout(io.StringIO()):
-            worker.policy.reset()
-        worker.step([0, 1, 2])
-        assert counts(policy) == dict(init=(0, 0), recur=(24, 24), total=(24, 24))
 
     @BOTH_FLAGS
     def test_collection_and_evaluation_together(self, new):
@@ -321,15 +241,6 @@ class TestCounts:
         for pool in [*summary['init_pools'].values(), *summary['eval_pools'].values(), summary['recur_pool']]:
             assert pool['hits'] + pool['misses'] == pool['total_queries']
             assert pool['misses'] == 0
-
-    @BOTH_FLAGS
-    def test_without_counting(self, new):
-        policy = make_policy(new, kv_cache_cfg=dict(enable_stats=False))
-        worker = Worker(policy)
-        worker.step([0, 1, 2])
-        worker.step([0, 1, 2])
-        assert set(cache(policy).counters()) == {'memory_mb'}
-        assert cache(policy).get_stats_summary() == {'stats_enabled': False}
 
     @BOTH_FLAGS
     def test_resetting(self, new):
@@ -371,15 +282,3 @@ class TestCheckpoints:
         for _ in range(3):
             Worker(policy).step([0, 1, 2])
         assert saved() == before
-
-    def test_loading_forgets_contexts_of_other_weights(self):
-        policy = make_policy(True, seed=1)
-        state = make_policy(False, seed=2).learn_mode.state_dict()
-        worker, fresh = Worker(policy), Worker(make_policy(True, seed=2))
-        worker.step([0, 1, 2])
-        policy.learn_mode.load_state_dict(state)
-        assert roots(cache(policy)) == [0, 0, 0]
-        worker.policy.reset()
-        worker._timestep.clear()
-        for _ in range(3):
-            assert_same_outputs(worker.step([0, 1, 2]), fresh.step([0, 1, 2]), [0, 1, 2])

@@ -16,7 +16,6 @@ import pytest
 import torch
 from builders import Worker, audit, compiled, make_policy, small_cartpole
 from ding.policy import create_policy
-from ding.utils import MODEL_REGISTRY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lzero.policy import InverseScalarTransform
@@ -33,10 +32,8 @@ from oracle import (
     Trace,
     assert_same,
     cached_model,
-    construct,
     original_model,
     play,
-    random_reanalysis,
     random_trace,
     randomise,
     relative_error,
@@ -155,18 +152,18 @@ def check_random(case, parts, player=PathReference):
 
 class TestTraces:
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=CASES, parts=TRACES)
     def test_every_node_is_answered_for_its_true_path(self, case, parts):
         check_random(case, parts)
 
     @pytest.mark.slow
-    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=CASES, parts=TRACES)
     def test_many_nodes_are_answered_for_their_true_path(self, case, parts):
         check_random(case, parts)
 
-    @pytest.mark.parametrize('context_length', [4, 8, 20])
+    @pytest.mark.parametrize('context_length', [4, 20])
     @BOTH_ACTIONS
     @BOTH_POSITIONS
     def test_as_lightzero_alone_and_as_the_keyed_way(self, rotary, continuous, context_length):
@@ -370,38 +367,6 @@ class TestSearches:
         assert shadowed.differ < 2e-4
         audit(cache(policy))
 
-    @BOTH_MODES
-    @BOTH_POSITIONS
-    def test_the_same_actions_are_visited(self, mode, rotary):
-        """Two policies side by side, each with a tree of its own, in which ties are broken the same way."""
-        by_node, keyed = make('unizero', rotary), make('unizero', rotary)
-        setattr(keyed, '_mcts_' + mode, mcts_ctree.UniZeroMCTSCtree(keyed._cfg))
-        workers = Worker(by_node, mode), Worker(keyed, mode)
-        for number, env_ids in enumerate(([0, 1, 2], [0, 1, 2], [2, 0], [0, 1, 2], [1], [0, 1, 2], [1, 2])):
-            if number == 3:
-                for worker in workers:
-                    worker.done(2)
-            ours, theirs = (worker.step(env_ids) for worker in workers)
-            for env_id in env_ids:
-                for name in ('visit_count_distributions', 'action'):
-                    assert ours[env_id][name] == theirs[env_id][name]
-                for name in ('searched_value', 'predicted_value', 'predicted_policy_logits'):
-                    np.testing.assert_allclose(ours[env_id][name], theirs[env_id][name], rtol=2e-4, atol=2e-4)
-        # and these are searches in which something was chosen
-        assert len({tuple(out['visit_count_distributions']) for out in ours.values()}) > 1
-
-    @pytest.mark.usefixtures('lightzeros_tree')
-    def test_a_fresh_policy(self):
-        """Before the first update all predicted latent states are equal, and then the ways of finding differ."""
-        policy = make('unizero', rotary=False)
-        randomise(policy._model, Case(equal_latents=True), SEED)
-        shadowed = Shadowed('unizero', policy._mcts_collect)
-        policy._mcts_collect = shadowed
-        worker = Worker(policy)
-        for _ in range(3):
-            worker.step([0, 1, 2])
-        assert shadowed.differ > WRONG
-
     @pytest.mark.usefixtures('lightzeros_tree')
     @BOTH_MODES
     def test_board_games_are_given_copies_of_the_players(self, mode):
@@ -477,18 +442,6 @@ class TestCounts:
         worker.step([1])
         assert counts(policy)['init'] == (5, 4)  # a context that was thrown away
 
-    def test_as_the_keyed_way_counts(self):
-        by_node, keyed = make('unizero', simulations=4), make('unizero', simulations=4)
-        keyed._mcts_collect = mcts_ctree.UniZeroMCTSCtree(keyed._cfg)
-        workers = Worker(by_node), Worker(keyed)
-        for env_ids in ([0, 1, 2], [0, 1, 2], [1], [0, 1, 2]):
-            for worker in workers:
-                worker.step(env_ids)
-            assert counts(by_node) == counts(keyed)
-        ours, theirs = (cache(policy).get_stats_summary() for policy in (by_node, keyed))
-        assert ours['recur_pool']['total_queries'] == ours['recur_pool']['hits'] == 4 * 10
-        assert ours['wm_pool']['total_queries'] == theirs['wm_pool']['total_queries'] == 4 * 10 + 7
-
 
 class TestTimes:
 
@@ -506,16 +459,6 @@ class TestTimes:
             worker.step([0, 1, 2])
             assert (timings['search'].count, timings['step'].count) == (done, 4 * done)
         assert 0. < timings['step'].seconds < timings['search'].seconds < 60.
-
-    @BOTH_FLAGS
-    def test_reanalysis_is_no_step_of_a_search(self, new):
-        case = Case()
-        model = construct(MODEL_REGISTRY.get(case.model_name), case, 2, use_new_cache_manager=new)
-        player = Batch(model)
-        player.play(random_reanalysis(np.random.default_rng(SEED), case, samples=2, simulations=2))
-        assert model.world_model.timings['step'].count == 0
-        play(player, random_trace(np.random.default_rng(SEED), case, 2, root_steps=1, simulations=2))
-        assert model.world_model.timings['step'].count == 2
 
 
 class TestPages:

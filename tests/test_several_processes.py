@@ -173,29 +173,10 @@ class TestAgreement:
             assert ENTRY.calculate_update_per_collect(config, segments, world_size=2) == 6
         assert ENTRY.calculate_update_per_collect is original
 
-    def test_gradients_that_are_not_there_are_left_out(self, ranks):
-        from ding.policy.base_policy import Policy
-        model = torch.nn.Linear(2, 1)
-        model.weight.grad = torch.ones_like(model.weight)
-        policy = types.SimpleNamespace(_bp_update_sync=True)
-        with ranks.patched():
-            Policy.sync_gradients(policy, model)
-        assert model.bias.grad is None
-        assert model.weight.grad.tolist() == [[1., 1.]]
-
     def test_a_buffer_counts_as_the_emptiest_does(self, ranks):
         buffer = types.SimpleNamespace(get_num_of_transitions=lambda: 9, get_num_of_game_segments=lambda: 2, size=4)
         common = ranks._counted(lambda config: buffer)('config')
         assert (common.get_num_of_transitions(), common.get_num_of_game_segments(), common.size) == (9, 2, 4)
-
-    def test_other_ranks_have_no_log_files(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        from ding.worker.learner import base_learner
-        with DataParallel(Ranks(1, 2, 2)).patched():
-            logger, writer = base_learner.build_logger('./here', 'learner', need_tb=False)
-            logger.info('quiet')
-        assert writer is None
-        assert os.listdir(tmp_path) == ['group']
 
 
 @pytest.mark.usefixtures('group')

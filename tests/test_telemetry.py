@@ -1,12 +1,9 @@
 """What tensorboard gets: the hook's values on scripted counters, and a real event file read back."""
-import copy
 import math
 import types
 
 import pytest
 from builders import Worker, make_policy
-from ding.worker.learner.learner_hook import LearnerHook, build_learner_hook_by_cfg
-from easydict import EasyDict
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -18,7 +15,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lzero_kvcache.telemetry import (
     COMPARED,
-    HOOK_CONFIG,
     HOOK_KEY,
     HYPERPARAMETERS,
     LAYOUT,
@@ -64,13 +60,6 @@ class TestValues:
         assert set(values_of(hook(), counters((4, 3), (8, 8)))) == OLD_TAGS | {'memory_mb'}
         assert set(values_of(hook(), counters((4, 3), (8, 8), evictions=0, occupancy=0.5))) == NEW_TAGS | {'memory_mb'}
 
-    def test_numbers_are_handed_on(self):
-        values = values_of(hook(), counters((4, 3), (8, 8), evictions=2, occupancy=0.5))
-        assert [values[f'init_{name}'] for name in ('queries', 'hits', 'misses', 'evictions', 'occupancy')] == [
-            4, 3, 1, 2, 0.5
-        ]
-        assert (values['total_queries'], values['total_hits'], values['memory_mb']) == (12, 11, 1.5)
-
     def test_rates_cover_the_searches_since_the_phase_before(self):
         used = hook()
         assert rates(values_of(used, counters((4, 3), (8, 8)))) == [0.75, 1.0, 11 / 12]
@@ -96,9 +85,6 @@ class TestValues:
         values_of(used, counters((10, 8), (10, 8)))
         for rate in rates(values_of(used, counters(after, after))):
             assert 0 <= rate <= 1
-
-    def test_without_counting(self):
-        assert values_of(hook(), {'memory_mb': 2.5}) == {'memory_mb': 2.5}
 
 
 class Engine:
@@ -149,14 +135,6 @@ class TestEventFile:
             assert all(math.isfinite(value) for _, value in series)
 
     @BOTH_FLAGS
-    def test_the_same_numbers_on_both_axes(self, new, tmp_path):
-        run(new, tmp_path)
-        points = read(tmp_path)
-        for tag, series in points.items():
-            other = points[tag.replace('kv_cache_iter/', 'kv_cache_step/')]
-            assert [value for _, value in series] == [value for _, value in other]
-
-    @BOTH_FLAGS
     def test_numbers(self, new, tmp_path):
         """Three environments, four simulations, two steps in each phase, nothing lost."""
         run(new, tmp_path)
@@ -191,34 +169,12 @@ class TestEventFile:
         assert set(shown) <= {f'kv_cache_iter/{tag}' for tag in NEW_TAGS | TIMES | {'memory_mb'}}
         assert charts['hit_rate'] == [f'kv_cache_iter/{pool}_hit_rate' for pool in ('init', 'recur', 'total')]
 
-    @BOTH_FLAGS
-    def test_who_has_no_logger_writes_nothing(self, new, tmp_path):
-        """As every rank but the first."""
-        engine = Engine(make_policy(new), None)
-        engine.after_iteration(hook(), 5)
-
     def test_a_policy_without_the_plugins_model(self, tmp_path):
         policy = make_policy(False)
         del policy._model.world_model.kv_cache_manager
         with SummaryWriter(str(tmp_path)) as writer:
             Engine(policy, writer).after_iteration(hook(), 5)
         assert read(tmp_path) == {}
-
-    @BOTH_FLAGS
-    def test_wandb_where_the_config_uses_it(self, new, tmp_path, monkeypatch):
-        import wandb
-        logged = []
-        monkeypatch.setattr(wandb, 'log', lambda values, step: logged.append((step, values)))
-        policy = make_policy(new)
-        Worker(policy).step([0, 1, 2])
-        with SummaryWriter(str(tmp_path)) as writer:
-            Engine(policy, writer).after_iteration(hook(), 5)
-            assert logged == []
-            policy._cfg.use_wandb = True
-            Engine(policy, writer).after_iteration(hook(), 5)
-        (step, values), = logged
-        assert step == 5
-        assert values['kv_cache_step/recur_hits'] == 12
 
 
 def hyperparameters(folder):
@@ -291,11 +247,3 @@ class TestHyperparameters:
         with tensorboardX.SummaryWriter(str(tmp_path)) as writer:
             write_hyperparameters(writer, dict(cache_system='new', env_num=3))
         assert hyperparameters(tmp_path) == (dict(cache_system='new', env_num=3), list(COMPARED))
-
-
-def test_di_engine_builds_the_hook_from_the_default_config():
-    hooks = build_learner_hook_by_cfg(EasyDict({HOOK_KEY: copy.deepcopy(HOOK_CONFIG)}))
-    built, = hooks['after_iter']
-    assert isinstance(built, KVCacheStatsHook)
-    assert isinstance(built, LearnerHook)
-    assert [hooks[position] for position in ('before_run', 'after_run', 'before_iter')] == [[], [], []]

@@ -26,7 +26,7 @@ from lzero_kvcache import KVCacheManager
 from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.host.tree_search import _NodeSearch
 from lzero_kvcache.search import compiled as compiled_search
-from lzero_kvcache.search import whole
+from lzero_kvcache.search import tree, whole
 from lzero_kvcache.search.whole import WholeSearch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
@@ -132,6 +132,10 @@ def world_model_of(policy):
 
 def cache_of(policy):
     return world_model_of(policy).kv_cache_manager
+
+
+def spaces_of(policy):
+    return world_model_of(policy).inference._whole._spaces
 
 
 def counts(policy):
@@ -463,15 +467,16 @@ def test_counts_and_times_are_those_of_lightzeros_tree(kind, mode):
 
 def test_trees_count_as_memory():
     """Those of one size, however many sizes there were."""
-    policy, trees, run = make(simulations=40), [], WholeSearch.run
-    search, player = world_model_of(policy).inference._whole, Player(policy)
-    with mock.patch.object(WholeSearch, 'run', lambda *args: trees.append(run(*args)) or trees[-1]):
+    policy, trees, read = make(simulations=40), [], tree.root_visits
+    spaces, player = spaces_of(policy), Player(policy)
+    with mock.patch.object(tree, 'root_visits', lambda found: trees.append((found, spaces.memory_mb)) or read(found)):
         player.step(ALL)
-        of_three, first = search.memory_mb, sum(array.nbytes for array in trees[0]) / 2 ** 20
-        assert first < of_three < first + 0.5
+        of_three, [(first, meanwhile)] = spaces.memory_mb, trees
+        assert meanwhile == of_three
+        assert 0 < of_three - sum(array.nbytes for array in first) / 2 ** 20 < 0.5
         for env_ids in ([0, 1], [2], [0, 2], ALL):
             player.step(env_ids)
-    assert search.memory_mb == of_three
+    assert spaces.memory_mb == of_three
     with mock.patch.object(cache_of(policy).storage, 'beside', []):
         without = cache_of(policy).memory_mb
     windows = world_model_of(policy).inference.engine.window.bytes / 2 ** 20
@@ -574,18 +579,18 @@ def test_copies_of_a_model_have_arrays_and_weights_of_their_own(copied):
     player = Player(policy)
     player.step(ALL)
     model = copied(policy._model._orig_mod)
-    assert model.world_model.inference._whole.memory_mb == 0 < world_model_of(policy).inference._whole.memory_mb
+    assert model.world_model.inference._whole._spaces.memory_mb == 0 < spaces_of(policy).memory_mb
     assert model.world_model.inference._whole._network is None  # or it would hold weights of the other
     other._model = other._collect_model = model
     add_noise(policy._model)  # which is not seen by the copy
     other._mcts_collect._searches = 0
     assert found(Player(other).step(ALL)) == found(Player(make()).step(ALL))
     arrays = [
-        [array for tree in whole_search._trees.values() for array in tree]
-        for whole_search in (model.world_model.inference._whole, world_model_of(policy).inference._whole)
+        [array for spaces in search._spaces._free.values() for space in spaces for array in space.tree]
+        for search in (model.world_model.inference._whole, world_model_of(policy).inference._whole)
     ]
     assert not any(np.shares_memory(one, another) for one in arrays[0] for another in arrays[1])
-    assert policy._target_model.world_model.inference._whole.memory_mb == 0
+    assert policy._target_model.world_model.inference._whole._spaces.memory_mb == 0
 
 
 def test_checkpoints_have_the_same_keys():
@@ -726,7 +731,7 @@ def test_a_replay_sees_a_weight_that_is_not_the_models():
     player = Player(policy)
     player.step(ALL)
     search = world_model_of(policy).inference._whole
-    network, kept = search._network
+    (network, _), _ = search._network
     bias = torch.ones(network.rewards[-1, 2])
     bias[:3] = -5
     network.rewards[-1, 4] = bias.data_ptr()

@@ -1,5 +1,4 @@
 """The configs of ``zoo_configs/``: LightZero's own and nothing but the plugin; a training of each in both systems."""
-import ast
 import copy
 import os
 import re
@@ -117,21 +116,6 @@ def test_a_config_is_valid_in_both_systems(name):
     assert options.env_num == max(policy.collector_env_num, policy.evaluator_env_num)
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_the_header_says_what_a_user_needs(name):
-    source = Path(PROJECT_ROOT, 'zoo_configs', name + '.py').read_text(encoding='utf-8')
-    header = ast.get_docstring(ast.parse(source))
-    said = dict(re.findall(r'^(Install|Cost|Entry|Run): +(.+)$', header, re.MULTILINE))
-    assert list(said) == ['Install', 'Cost', 'Entry', 'Run']
-    loaded = load_config(name)
-    assert said['Entry'] == loaded.entry
-    several = 'torchrun --nproc_per_node=2 train.py' if name in SEVERAL else 'python train.py'
-    assert said['Run'] == f'{several} --config {name}.py [--cache old]'
-    steps = re.search(r'([\d,]+) environment steps', said['Cost']).group(1)
-    assert int(steps.replace(',', '')) == loaded.max_env_step
-    assert bool(loaded.main_config.policy.get('multi_gpu')) == (name in SEVERAL)
-
-
 def test_the_table_of_the_zoo():
     """Names, observations, actions, positions, contexts and extras; the other columns are what was seen."""
     text = Path(PROJECT_ROOT, 'docs', 'zoo.md').read_text(encoding='utf-8')
@@ -213,14 +197,6 @@ def test_what_is_missing_is_said_in_one_line(missing, tmp_path):
     assert os.listdir(str(tmp_path)) == ['printed0']
 
 
-def test_pygame_is_said_in_one_line(tmp_path):
-    """Gymnasium looks for it after Box2D."""
-    pytest.importorskip('Box2D')
-    [(code, printed)] = trained(tmp_path, ['--config', 'lunarlander_disc_unizero_config'], without('pygame', *BOX2D))
-    assert code == 2, printed
-    assert printed.splitlines()[-1].endswith("the module 'pygame' is not installed; pip install pygame")
-
-
 # ---------------------------------------------------------------------------------------------------- real trainings
 
 # An episode of Pong has a thousand steps, and it must have ended before one is trained on.
@@ -300,8 +276,8 @@ def heavy_imports():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('cache', SYSTEMS)
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(('name', 'cache'), [
+    *((name, 'new') for name in NAMES), *((name, 'old') for name in OF_EACH_FAMILY)])
 def test_a_training_in_its_own_environment(name, cache, tmp_path, heavy_imports, request):
     needed(name)
     roms = request.getfixturevalue('rom_folder') if name in ATARI else None
@@ -360,16 +336,6 @@ def test_contexts_fill_and_slide(tmp_path, heavy_imports):
     assert noted(slid)[:full + 1] == [0] * full + [1]
     assert max(noted(slid)) == 3
     assert sum(noted(slid)) >= 5 * (1 + distractor - full)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', SEVERAL)
-def test_data_parallel_configs_need_several_processes(name, tmp_path, request):
-    needed(name)
-    roms = request.getfixturevalue('rom_folder')
-    [(code, printed)] = trained(tmp_path, ['--config', name], with_roms(roms))
-    assert code == 2
-    assert 'torchrun --nproc_per_node=N train.py' in printed.splitlines()[-1]
 
 
 @pytest.mark.slow

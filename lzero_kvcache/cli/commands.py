@@ -1,6 +1,5 @@
 """``python -m lzero_kvcache``. Exit codes are 0: done; 1: a run failed; 2: wrong usage; 130: interrupted."""
 import argparse
-import logging
 import os
 import sys
 from typing import Optional, Sequence
@@ -11,8 +10,6 @@ from ..config import ConfigError
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    # LightZero sets the root logger to DEBUG, and then every library speaks.
-    logging.getLogger().setLevel(logging.WARNING)
     options = parsed(command_parser(), argv)
     try:
         return {'compare': compare, 'experiment': experiment, 'info': info}[options.command](options)

@@ -1,5 +1,5 @@
 """A simulation of the model on the CPU as one compiled function: what :meth:`Engine.step` and :meth:`Engine.for_search`
-do, with pages read and written where they are. Importing it imports numba.
+do, and :meth:`Engine.begin`, with pages read and written where they are. Importing it imports numba.
 
 Rows stand side by side: numbers of ``tiles`` times eight rows are ``[tiles, numbers, 8]``, so that one row cannot touch
 another. Attention alone goes row by row, since pages do. Places in memory are addresses.
@@ -65,6 +65,7 @@ from .program import (
     WIDEN_WEIGHT,
     Network,
 )
+from .team import FINISHED, JOB, POSTED, WORKERS, await_count, count_up, new_team
 
 TILES = 8
 """Tiles that are worked on together: what they need fits into a core's own cache, and weights are read once for all."""
@@ -89,6 +90,7 @@ class Scratch(NamedTuple):
     step: int
     scores: int  # [tokens, 8]
     ends: int  # [8]: the lengths of a tile's rows
+    team: np.ndarray  # of the threads that share out this one's products
     nothing: int = 0
 
 
@@ -111,7 +113,8 @@ def new_scratch(network: Network, width: int) -> Scratch:
         addresses[name] = address
         address += size * NUMBER
     lengths, chosen = np.zeros((2, side), dtype=np.int64)
-    return Scratch(memory, np.zeros((side, tokens), dtype=np.int64), lengths, chosen, step=step, **addresses)
+    table = np.zeros((side, tokens), dtype=np.int64)
+    return Scratch(memory, table, lengths, chosen, step=step, team=new_team(1), **addresses)
 
 
 def _whole(size: int) -> int:
@@ -123,14 +126,14 @@ def _whole(size: int) -> int:
 
 
 @inner
-def _linear(weight: int, bias: int, source: int, source_step: int, target: int, target_step: int, inputs: int,
-            outputs: int, tiles: int, added: int) -> None:
-    """``target = weight source + bias``, and ``+ added``; steps lead from a tile to the next, in numbers."""
+def _columns(weight: int, bias: int, source: int, source_step: int, target: int, target_step: int, inputs: int,
+             begin: int, end: int, tiles: int, added: int) -> None:
+    """Outputs ``begin`` to ``end - 1`` of a linear layer."""
     paired = 0
-    if outputs >= 6:
+    if end - begin >= 6:
         paired = tiles - tiles % 2
-        for n in range(0, outputs, 6):
-            n = min(n, outputs - 6)  # the last ones are computed twice
+        for n in range(begin, end, 6):
+            n = min(n, end - 6)  # the last ones are computed twice
             for tile in range(0, paired, 2):
                 linear_6_outputs_2_tiles(
                     weight + n * inputs * NUMBER, bias + n * NUMBER, source + tile * source_step * NUMBER, source_step,
@@ -140,19 +143,58 @@ def _linear(weight: int, bias: int, source: int, source_step: int, target: int, 
     for tile in range(paired, tiles):
         x, y = source + tile * source_step * NUMBER, target + tile * target_step * NUMBER
         other = added + tile * target_step * NUMBER if added else added
-        if outputs >= 8:
-            for n in range(0, outputs, 8):
-                n = min(n, outputs - 8)
+        if end - begin >= 8:
+            for n in range(begin, end, 8):
+                n = min(n, end - 8)
                 linear_8_outputs_1_tile(
                     weight + n * inputs * NUMBER, bias + n * NUMBER, x, source_step, y + n * TILE, target_step, inputs,
                     other + n * TILE if added else added
                 )
         else:
-            for n in range(outputs):
+            for n in range(begin, end):
                 linear_1_output_1_tile(
                     weight + n * inputs * NUMBER, bias + n * NUMBER, x, source_step, y + n * TILE, target_step, inputs,
                     other + n * TILE if added else added
                 )
+
+
+@inner
+def _share(team: np.ndarray, worker: int) -> None:
+    """One worker's columns of the product that was posted."""
+    job = team[JOB:]
+    outputs = job[7]
+    part = -(-outputs // (team[WORKERS] * 24)) * 24  # whole blocks of six and of eight
+    begin, end = min(part * worker, outputs), min(part * (worker + 1), outputs)
+    _columns(job[0], job[1], job[2], job[3], job[4], job[5], job[6], begin, end, job[8], job[9])
+    count_up(team, FINISHED)
+
+
+@inner
+def help_out(team: np.ndarray, worker: int) -> None:
+    """Compute the columns of worker ``worker``, from 1 on, of all products until the team is dismissed."""
+    posted = 0
+    while True:
+        posted += 1
+        if await_count(team, POSTED, posted) > posted:
+            return
+        _share(team, worker)
+
+
+@inner
+def _linear(weight: int, bias: int, source: int, source_step: int, target: int, target_step: int, inputs: int,
+            outputs: int, tiles: int, added: int, team: np.ndarray) -> None:
+    """``target = weight source + bias``, and ``+ added``; steps lead from a tile to the next, in numbers."""
+    first = outputs - outputs  # a literal is compiled anew
+    if len(team) == 0:
+        _columns(weight, bias, source, source_step, target, target_step, inputs, first, outputs, tiles, added)
+        return
+    job = team[JOB:]
+    job[0], job[1], job[2], job[3], job[4] = weight, bias, source, source_step, target
+    job[5], job[6], job[7], job[8], job[9] = target_step, inputs, outputs, tiles, added
+    finished = team[FINISHED] + team[WORKERS]
+    count_up(team, POSTED)
+    _share(team, first)
+    await_count(team, FINISHED, finished)
 
 
 @inner
@@ -223,7 +265,7 @@ def _run(program: np.ndarray, source: int, scratch: Scratch, tiles: int, eps: fl
             inputs = operation[INPUTS]
             _linear(
                 operation[WEIGHT], operation[BIAS], at, inputs * WIDTH, target, size * WIDTH, inputs, size, tiles,
-                scratch.nothing
+                scratch.nothing, scratch.team
             )
             at = target
         elif operation[KIND] == LAYER_NORM:
@@ -350,40 +392,46 @@ def _attend(network: Network, layer: int, shift: int, shift_step: int, scratch: 
 
 
 @inner
-def _token(network: Network, shift: int, shift_step: int, scratch: Scratch, rows: int) -> None:
-    """Takes the tokens in ``scratch.x`` through all layers; what they predict from is in ``scratch.y``."""
-    embed, tiles, nothing = network.embed, (rows + WIDTH - 1) // WIDTH, scratch.nothing
+def _token(network: Network, shift: int, shift_step: int, scratch: Scratch, rows: int, predicts: bool) -> None:
+    """Takes the tokens in ``scratch.x`` through all layers, for their keys and values; what they predict from comes to
+    be in ``scratch.y``, if they predict."""
+    embed, tiles, nothing, team = network.embed, (rows + WIDTH - 1) // WIDTH, scratch.nothing, scratch.team
     step = embed * WIDTH
     for layer in range(len(network.blocks)):
         block = network.blocks[layer]
         _norm(block[NORM1_WEIGHT], block[NORM1_BIAS], scratch.x, scratch.y, embed, tiles, network.eps)
         _linear(block[QUERY_WEIGHT], block[QUERY_BIAS], scratch.y, step, scratch.qkv, 3 * step, embed, embed, tiles,
-                nothing)
+                nothing, team)
         _linear(
             block[KEY_WEIGHT], block[KEY_BIAS], scratch.y, step, scratch.qkv + step * NUMBER, 3 * step, embed, embed,
-            tiles, nothing
+            tiles, nothing, team
         )
         _linear(
             block[VALUE_WEIGHT], block[VALUE_BIAS], scratch.y, step, scratch.qkv + 2 * step * NUMBER, 3 * step, embed,
-            embed, tiles, nothing
+            embed, tiles, nothing, team
         )
         if network.rotary:
             _rotate(network, scratch, tiles)
+        if layer == len(network.blocks) - 1 and not predicts:
+            for tile in range(tiles):
+                _keep(network, layer, shift, shift_step, scratch, tile, min(WIDTH, rows - tile * WIDTH))
+            return
         for tile in range(tiles):
             _attend(network, layer, shift, shift_step, scratch, tile, min(WIDTH, rows - tile * WIDTH))
         _linear(
-            block[PROJ_WEIGHT], block[PROJ_BIAS], scratch.y, step, scratch.between, step, embed, embed, tiles, scratch.x
+            block[PROJ_WEIGHT], block[PROJ_BIAS], scratch.y, step, scratch.between, step, embed, embed, tiles,
+            scratch.x, team
         )
         _norm(block[NORM2_WEIGHT], block[NORM2_BIAS], scratch.between, scratch.y, embed, tiles, network.eps)
         wide = network.inner * WIDTH
         _linear(
             block[WIDEN_WEIGHT], block[WIDEN_BIAS], scratch.y, step, scratch.inner, wide, embed, network.inner, tiles,
-            nothing
+            nothing, team
         )
         _elementwise(GELU, scratch.inner, network.inner * tiles)
         _linear(
             block[NARROW_WEIGHT], block[NARROW_BIAS], scratch.inner, wide, scratch.x, step, network.inner, embed, tiles,
-            scratch.between
+            scratch.between, team
         )
     _norm(network.norm_weight, network.norm_bias, scratch.x, scratch.y, embed, tiles, network.eps)
 
@@ -470,20 +518,22 @@ def _spread_out(source: int, begin: int, end: int, start: int, rows: int, out: n
 @inner
 def _simulate_rows(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, counts: np.ndarray,
                    pages: np.ndarray, actions: np.ndarray, places: np.ndarray, scratch: Scratch, start: int, rows: int,
-                   reward: np.ndarray, value: np.ndarray, policy: np.ndarray) -> None:
+                   reward: np.ndarray, value: np.ndarray, policy: np.ndarray, latent: np.ndarray) -> None:
     tiles = (rows + WIDTH - 1) // WIDTH
     shift_at = shift.ctypes.data
     shift_step = 0 if network.rotary else len(network.blocks) * 2 * network.embed * NUMBER
     _find_tokens(network, slab.ctypes.data, tables, counts, pages, scratch, start, rows)
     _enter(network, _embed(network, actions, scratch, start, rows), places[0], scratch, start, rows)
-    _token(network, shift_at, shift_step, scratch, rows)
+    _token(network, shift_at, shift_step, scratch, rows, True)
     rewards = _run(network.rewards, scratch.y, scratch, tiles, network.eps)
     _scalars(rewards, network.rewards[-1, OUTPUTS], scratch, start, rows, reward)
     for row in range(rows):
         scratch.lengths[row] += 1
-    latents = _run(network.observations, scratch.y, scratch, tiles, network.eps)
-    _enter(network, latents, places[1], scratch, start, rows)
-    _token(network, shift_at, shift_step, scratch, rows)
+    observed = _run(network.observations, scratch.y, scratch, tiles, network.eps)
+    if len(latent):
+        _spread_out(observed, tiles - tiles, network.embed, start, rows, latent)
+    _enter(network, observed, places[1], scratch, start, rows)
+    _token(network, shift_at, shift_step, scratch, rows, True)
     values = _run(network.value, scratch.y, scratch, tiles, network.eps)
     _scalars(values, network.value[-1, OUTPUTS], scratch, start, rows, value)
     trunk = _run(network.trunk, scratch.y, scratch, tiles, network.eps)
@@ -499,17 +549,35 @@ def _simulate_rows(network: Network, shift: np.ndarray, slab: np.ndarray, tables
 @inner
 def simulate(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, counts: np.ndarray,
              pages: np.ndarray, actions: np.ndarray, places: np.ndarray, scratch: Scratch, low: int, high: int,
-             reward: np.ndarray, value: np.ndarray, policy: np.ndarray) -> None:
+             reward: np.ndarray, value: np.ndarray, policy: np.ndarray, latent: np.ndarray) -> None:
     """Expands a node in each of the rows ``low`` to ``high - 1``.
 
     ``shift`` is that of :class:`Weights` ``[T, L, 2, E]``, or zeros ``[L, 2, E]`` with rotary positions; ``slab`` the
     pages as one array; ``tables [B, R]``, ``counts [B]`` the contexts, ``pages [B]`` what is written; ``actions`` in
     float32, ``[B, 1]`` indices or ``[B, A]``; ``places [2, B]`` the rotary positions of the two tokens. Predicts
-    ``reward [B]``, ``value [B]`` and ``policy [B, P]``.
+    ``reward [B]``, ``value [B]``, ``policy [B, P]`` and, unless it is empty, ``latent [B, E]``.
     """
     side = TILES * WIDTH
     for start in range(low, high, side):
         _simulate_rows(
             network, shift, slab, tables, counts, pages, actions, places, scratch, start, min(side, high - start),
-            reward, value, policy
+            reward, value, policy, latent
         )
+
+
+@inner
+def begin_contexts(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray,
+                   counts: np.ndarray, pages: np.ndarray, places: np.ndarray, scratch: Scratch, low: int, high: int,
+                   latent: np.ndarray) -> None:
+    """Starts contexts that hold the observations ``latent [B, E]`` alone, in ``pages [B]``, at rotary positions
+    ``places [B]``; ``counts [B]`` are zeros."""
+    side = TILES * WIDTH
+    shift_step = 0 if network.rotary else len(network.blocks) * 2 * network.embed * NUMBER
+    for start in range(low, high, side):
+        rows = min(side, high - start)
+        _find_tokens(network, slab.ctypes.data, tables, counts, pages, scratch, start, rows)
+        for row in range(rows):
+            scratch.chosen[row] = start + row
+        _gather(latent.ctypes.data, network.embed, scratch.y, scratch, rows)
+        _enter(network, scratch.y, places, scratch, start, rows)
+        _token(network, shift.ctypes.data, shift_step, scratch, rows, False)

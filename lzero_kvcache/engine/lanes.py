@@ -39,7 +39,7 @@ class LanesModel(PrimitiveModel):
 LANES, PLACE, FLOAT = LanesType(), (types.intp, types.intp), types.float32
 
 
-def _instructions(signature: Any, build: Callable[..., Any]) -> Any:
+def instructions(signature: Any, build: Callable[..., Any]) -> Any:
     """A function of numba's that consists of the instructions which ``build(builder, *args)`` writes."""
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         made = build(builder, *args)
@@ -239,31 +239,31 @@ def _linear(outputs: int, tiles: int) -> Callable[..., Any]:
     return build
 
 
-load = _instructions(LANES(*PLACE), _load)
-store = _instructions(types.void(LANES, *PLACE), _store)
-read = _instructions(FLOAT(*PLACE), _read)
-write = _instructions(types.void(FLOAT, *PLACE), _store)
-multiply_add = _instructions(LANES(LANES, LANES, LANES), _multiply_add)
-splat = _instructions(LANES(FLOAT), _splat)
-spread = _instructions(LANES(*PLACE), _spread)
-larger, smaller = (_instructions(LANES(LANES, LANES), _choose(comparison)) for comparison in '<>')
-where_less = _instructions(LANES(LANES, LANES, LANES, LANES), _where_less)
-root = _instructions(LANES(LANES), _call('llvm.sqrt'))
-nearest = _instructions(LANES(LANES), _call('llvm.rint'))
-times_power_of_two = _instructions(LANES(LANES, LANES), _times_power_of_two)
-transpose = _instructions(types.void(types.intp, types.intp, types.intp, types.intp), _transpose)
+load = instructions(LANES(*PLACE), _load)
+store = instructions(types.void(LANES, *PLACE), _store)
+read = instructions(FLOAT(*PLACE), _read)
+write = instructions(types.void(FLOAT, *PLACE), _store)
+multiply_add = instructions(LANES(LANES, LANES, LANES), _multiply_add)
+splat = instructions(LANES(FLOAT), _splat)
+spread = instructions(LANES(*PLACE), _spread)
+larger, smaller = (instructions(LANES(LANES, LANES), _choose(comparison)) for comparison in '<>')
+where_less = instructions(LANES(LANES, LANES, LANES, LANES), _where_less)
+root = instructions(LANES(LANES), _call('llvm.sqrt'))
+nearest = instructions(LANES(LANES), _call('llvm.rint'))
+times_power_of_two = instructions(LANES(LANES, LANES), _times_power_of_two)
+transpose = instructions(types.void(types.intp, types.intp, types.intp, types.intp), _transpose)
 """Eight rows of eight numbers from one address to another, ``(source, step, target, step)``."""
-score = _instructions(LANES(*[types.intp] * 8), _score)
-mix = _instructions(types.void(*[types.intp] * 8), _mix)
+score = instructions(LANES(*[types.intp] * 8), _score)
+mix = instructions(types.void(*[types.intp] * 8), _mix)
 
 _KERNEL = types.void(*[types.intp] * 8)
-linear_6_outputs_2_tiles = _instructions(_KERNEL, _linear(6, 2))
-linear_8_outputs_1_tile = _instructions(_KERNEL, _linear(8, 1))
-linear_1_output_1_tile = _instructions(_KERNEL, _linear(1, 1))
+linear_6_outputs_2_tiles = instructions(_KERNEL, _linear(6, 2))
+linear_8_outputs_1_tile = instructions(_KERNEL, _linear(8, 1))
+linear_1_output_1_tile = instructions(_KERNEL, _linear(1, 1))
 
 
 def _operator(sign: Any, instruction: str) -> None:
-    operate = _instructions(
+    operate = instructions(
         LANES(LANES, LANES), lambda builder, a, b: getattr(builder, instruction)(a, b, flags=_MAY_FUSE)
     )
     are_lanes = (LANES, LANES)

@@ -179,7 +179,7 @@ class Engine:
                 y = qkv[:, 2 * dim:]
             else:
                 y = self._attend(weights, query, context, bias)
-            x = _with_residuals(layer, x, layer.proj(y.reshape(rows * tokens, dim)))
+            x = with_residuals(layer, x, layer.proj(y.reshape(rows * tokens, dim)))
         return weights.norm(x) if predicts else x
 
     def _write(self, qkv: torch.Tensor, slot: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -233,7 +233,7 @@ class Engine:
         return masks
 
 
-def _with_residuals(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def with_residuals(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The rest of a block after its attention, ``y``."""
     if layer.gates is None:
         x = x + y

@@ -120,7 +120,10 @@ def _as_it_is(main_config: Any) -> Any:
 def run_entry(entry: str, configs: Configs, **arguments: Any) -> Any:
     """Run an entry; returns the trained policy."""
     import lzero.entry
-    return getattr(lzero.entry, entry)(list(configs), **arguments)
+
+    from .reanalysis import in_arrays
+    with applied(reanalysis=in_arrays):
+        return getattr(lzero.entry, entry)(list(configs), **arguments)
 
 
 def make_evaluator(configs: Configs, seed: int, derive: Callable[[type], type], load: Callable[[Any], None]) -> Any:

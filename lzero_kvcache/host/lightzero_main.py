@@ -17,6 +17,9 @@ RECURRENT_SLOTS = 'shared_pool_size_recur'
 KEEPS_REANALYSES = True
 """Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
 
+COMPUTES_TARGETS = False
+"""Whether the engine computes what a replay buffer asks of the target model."""
+
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
 """What a policy must be built for to collect."""
 

@@ -14,6 +14,9 @@ RECURRENT_SLOTS = 'shared_pool_size'
 KEEPS_REANALYSES = False
 """Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
 
+COMPUTES_TARGETS = True
+"""Whether the engine computes what a replay buffer asks of the target model."""
+
 POLICY_FIELDS = ('collect',)
 """What a policy must be built for to collect."""
 

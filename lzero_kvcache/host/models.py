@@ -13,6 +13,7 @@ from ..registry import register_in_place_of
 from .lightzero import lightzero
 from .old_world_model import OldWorldModel
 from .patches import with_globals
+from .root_level import set_as_lightzero_does
 from .world_model import NewWorldModel
 
 _MANAGER_WORLD_MODEL = lightzero.manager_world_model()
@@ -20,6 +21,7 @@ _MANAGER_WORLD_MODEL = lightzero.manager_world_model()
 
 def _build(model: Any, module: Any, original: type, args: Any, kwargs: Any) -> None:
     """Run LightZero's constructor with a world model of ours under the name ``WorldModel``, by which it builds one."""
+    set_as_lightzero_does()
     init = original.__init__  # type: ignore[misc]
     config = inspect.signature(init).bind(model, *args, **kwargs).arguments['world_model_cfg']
     system = picked_system(config)

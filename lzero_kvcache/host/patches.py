@@ -69,6 +69,9 @@ TABLE: Dict[str, Patch] = {
     'save_file': Patch(
         ('ding.worker.learner.learner_hook:save_file', ), 'checkpoints.save_atomically',
         'a kill during a save would leave a torn checkpoint', RUN),
+    'reanalysis': Patch(
+        ('lzero.mcts.buffer.game_buffer_unizero:UniZeroGameBuffer._compute_target_policy_reanalyzed', ),
+        'a copy of it, or itself', 'it finds other roots and another search', RUN),
     # ---- LightZero and DI-engine, in a run of several processes
     'allreduce': Patch(
         tuple(f'{module}:allreduce_data' for module in COLLECTORS), 'a sum that carries interrupts',
@@ -97,7 +100,9 @@ TABLE: Dict[str, Patch] = {
     'Tokenizer': Patch(
         _of_models('Tokenizer'), 'MemoryTokenizer', "LightZero cannot construct 'image_memory' models without", CALL),
     'MCTSCtree': Patch(
-        _of_policies('MCTSCtree'), 'roots that are searched in arrays', 'a search is one compiled call', CALL),
+        (*_of_policies('MCTSCtree'), 'copy of lzero.mcts.buffer.game_buffer_unizero:'
+         'UniZeroGameBuffer._compute_target_policy_reanalyzed:MCTSCtree'),
+        'roots that are searched in arrays', 'a search is one compiled call', CALL),
     'select_action': Patch(_of_policies('select_action'), 'a copy of it', 'it finds another entropy', CALL),
     'entropy': Patch(
         ('copy of lzero.policy.utils:select_action:entropy', ), "the sum alone, without scipy's checks",

@@ -32,7 +32,7 @@ from ..search.served import Served
 from ..telemetry import HOOK_CONFIG, HOOK_KEY
 from .lightzero import lightzero
 from .patches import with_globals
-from .refused import check_policy, check_served, is_own
+from .refused import check_policy, check_served, has_own_inference
 from .tree_search import NodeSearch, SampledNodeSearch
 from .world_model import NewWorldModel
 
@@ -94,29 +94,17 @@ class KVCachePolicy:
         """The search of a policy: by node where new mode can, or else the one that is there, timed from outside."""
         world_model = self._model.world_model
         if _is_new(world_model) and self._can_be_by_node(mcts):
-            return self.node_search(mcts._cfg, self._searches_in_arrays)
+            return self.node_search(mcts._cfg, world_model.searches_in_arrays('Searching'))
         timings = getattr(world_model, 'timings', None)
         if timings is not None:
             mcts.search = _timed(mcts.search, timings['search'])
         return mcts
 
-    @functools.cached_property
-    def _searches_in_arrays(self) -> bool:
-        if self._options.search == 'tree':
-            return False
-        reason = self._model.world_model.why_not_whole()
-        if reason is None:
-            logger.info('Searching in arrays: a search is one compiled call')
-        else:
-            logger.info(f"Searching in LightZero's tree, node by node: {reason}")
-        return reason is None
-
     def _can_be_by_node(self, mcts: Any) -> bool:
         """Whether a search by node passes over no search or inference of a user's, and values are categorical."""
-        model = getattr(self._model, '_orig_mod', self._model)  # torch.compile wraps it
-        overridden = is_own(model, 'recurrent_inference') or is_own(model.world_model, 'forward_recurrent_inference')
+        overridden = has_own_inference(self._model)
         own_search = type(mcts) not in self.node_search.__mro__
-        manager = type(model.world_model.kv_cache_manager)
+        manager = type(self._model.world_model.kv_cache_manager)
         keyed = [name for name in ('find_recur', 'store_recur')
                  if getattr(manager, name) is not getattr(KVCacheManager, name)]
         if overridden or own_search:

@@ -42,6 +42,12 @@ def is_own(owner: Any, name: str) -> bool:
     return not _is_known(defining.__module__) or not _is_written_by_known(vars(defining)[name])
 
 
+def has_own_inference(model: Any) -> bool:
+    """Whether a search must ask somebody's own recurrent inference."""
+    model = getattr(model, '_orig_mod', model)  # torch.compile wraps it
+    return is_own(model, 'recurrent_inference') or is_own(model.world_model, 'forward_recurrent_inference')
+
+
 def _passed_over(world_model: Any) -> Iterator[str]:
     transformer = world_model.transformer
     heads = world_model.head_rewards, world_model.head_observations, world_model.head_policy, world_model.head_value

@@ -18,8 +18,14 @@ from .patches import with_globals
 from .roots import Roots
 
 
+def can_be_in_arrays(world_model: Any) -> bool:
+    """Whether the model is where, and in the mode in which, it can be searched in arrays, at the moment."""
+    return not world_model.training and world_model.weights_source.device().type == 'cpu'
+
+
 class _NodeSearch:
     """What both searches share."""
+    _cfg: Any
     tree: Any
     sampled = False
 
@@ -43,33 +49,37 @@ class _NodeSearch:
         world_model = model.world_model
         if not isinstance(roots, Roots):
             self._search_in_ctree(roots, world_model, to_play_batch)
-        elif world_model.training or world_model.weights_source.device().type != 'cpu':
-            self._search_in_ctree(roots.in_ctree(), world_model, to_play_batch)
-        else:
+        elif can_be_in_arrays(world_model):
             self._search_in_arrays(roots, world_model)
+        else:
+            self._search_in_ctree(roots.in_ctree(), world_model, to_play_batch)
         return lightzero.searched()
 
-    def _search_in_arrays(self, roots: Roots, world_model: Any) -> None:
-        from ..search.tree import root_actions, root_values, root_visits
-        cfg, prepared = self._cfg, roots.prepared  # type: ignore[attr-defined]
+    def problem(self, roots: Roots) -> Problem:
+        """What roots that are prepared ask, as this object's next search."""
+        prepared = roots.prepared
         assert prepared is not None
         slots, action_size = self._slots()
-        problem = Problem(
-            rules=self._rules(), seed=torch.initial_seed(), number=self._searches, simulations=cfg.num_simulations,
+        number, self._searches = self._searches, self._searches + 1
+        return Problem(
+            rules=self._rules(), seed=torch.initial_seed(), number=number, simulations=self._cfg.num_simulations,
             slots=slots, action_size=action_size, rewards=prepared.rewards, logits=prepared.logits,
             legal=[[]] * roots.num if self.sampled else roots.legal_actions, noises=prepared.noises,
             noise_weight=prepared.noise_weight
         )
-        self._searches += 1
-        tree = world_model.search_whole(problem)
-        roots.take(root_visits(tree), root_values(tree), root_actions(tree) if self.sampled else None)
+
+    def _search_in_arrays(self, roots: Roots, world_model: Any) -> None:
+        from ..search.tree import root_actions, root_values, root_visits
+        problem = self.problem(roots)
+        with world_model.search_whole(problem) as tree:
+            roots.take(root_visits(tree), root_values(tree), root_actions(tree) if self.sampled else None)
 
     def _slots(self) -> Tuple[int, int]:
         """How many children a node has, and how many numbers an action that is drawn for it."""
-        return self._cfg.model.action_space_size, 0  # type: ignore[attr-defined]
+        return self._cfg.model.action_space_size, 0
 
     def _rules(self) -> Dict[str, Any]:
-        cfg = self._cfg  # type: ignore[attr-defined]
+        cfg = self._cfg
         return dict(
             pb_c_base=cfg.pb_c_base, pb_c_init=cfg.pb_c_init, discount_factor=cfg.discount_factor,
             value_delta_max=cfg.value_delta_max, two_players=cfg.env_type != 'not_board_games',
@@ -85,7 +95,7 @@ class _NodeSearch:
         return results.get_search_len()
 
     def _search_in_ctree(self, roots: Any, world_model: Any, to_play_batch: Any) -> None:
-        cfg, tree, rows = self._cfg, self.tree, roots.num  # type: ignore[attr-defined]
+        cfg, tree, rows = self._cfg, self.tree, roots.num
         min_max_stats = tree.MinMaxStatsList(rows)
         min_max_stats.set_delta(cfg.value_delta_max)
         board_game = cfg.env_type != 'not_board_games'

@@ -2,7 +2,7 @@
 import logging
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -13,8 +13,11 @@ from ..cache.stats import Timing
 from ..config import CacheConfig
 from ..engine.compiling import why_not_compiled
 from ..engine.launch import picked
+from ..engine.sequence import observe
 from ..engine.slab import Slab
 from ..engine.store import PageStore
+from ..engine.transfer import send
+from ..engine.weights import Weights
 from ..registry import KV_CACHE_REGISTRY
 from ..search.inference import Inference
 from ..search.served import Served
@@ -68,6 +71,7 @@ class NewWorldModel(LightZeroWorldModel):
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
+        self._in_arrays: Dict[str, bool] = {}  # for each kind of search
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
@@ -89,11 +93,6 @@ class NewWorldModel(LightZeroWorldModel):
     def timings(self) -> Dict[str, Timing]:
         """How often searches and their recurrent steps ran, and for how long."""
         return self.inference.timings
-
-    @property
-    def graph_memory_mb(self) -> float:
-        """MiB that captured graphs hold beside the pages."""
-        return self.inference.backend.memory_mb
 
     @property
     def hyperparameters(self) -> Dict[str, Any]:
@@ -187,18 +186,57 @@ class NewWorldModel(LightZeroWorldModel):
             return f'the model is on {device}'
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
 
-    def search_whole(self, problem: Problem) -> Any:
+    def searches_in_arrays(self, doing: str) -> bool:
+        """
+        Overview:
+            Whether to search in arrays, by what is asked for and what can be; the first time, the log says so.
+        Arguments:
+            - doing (:obj:`str`): What the search is for, in a word for the log.
+        Returns:
+            - in_arrays (:obj:`bool`): Or else in LightZero's tree.
+        """
+        if self._options.search == 'tree':
+            return False
+        if doing not in self._in_arrays:
+            reason = self.why_not_whole()
+            self._in_arrays[doing] = reason is None
+            told = "in LightZero's tree, node by node"
+            if reason is None:
+                logger.info(f'{doing} in arrays: a search is one compiled call')
+            elif self._options.search == 'device':
+                logger.warning(f"{doing} {told}, not as kv_cache_cfg.search='device' asks: {reason}")
+            else:
+                logger.info(f'{doing} {told}: {reason}')
+        return self._in_arrays[doing]
+
+    @contextmanager
+    def search_whole(self, problem: Problem) -> Iterator[Any]:
         """
         Overview:
             Search from the roots that were just served, in one compiled call.
         Arguments:
             - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
         Returns:
-            - tree (:obj:`Tree`): The trees in arrays, until the next search.
+            - tree (:obj:`Tree`): The trees in arrays; later searches write over them.
         Raises:
             - RuntimeError: No root inference was served.
         """
-        return self.inference.search_whole(problem)
+        with torch.no_grad(), self.inference.search_whole(problem) as tree:
+            yield tree
+
+    def reanalyze_whole(self, problem: Problem, latent: np.ndarray,
+                        start_pos: Any) -> Tuple[List[List[int]], List[float]]:
+        """
+        Overview:
+            Search from states without contexts, in compiled calls for some rows at a time.
+        Arguments:
+            - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
+            - latent (:obj:`np.ndarray`): The roots' latent states ``[B, E]``.
+            - start_pos (:obj:`Any`): Timesteps ``[batch, unroll]``, as a replay buffer passes them.
+        Returns:
+            - found (:obj:`Tuple[List[List[int]], List[float]]`): The roots' visits and values.
+        """
+        return self.inference.reanalyze_whole(problem, latent, start_pos)
 
     def _ready_slab(self) -> Slab:
         return self._storage.ready(self.kv_cache_manager.page_capacity, self.weights_source.device())
@@ -226,8 +264,7 @@ class NewWorldModel(LightZeroWorldModel):
     def forward_initial_inference(self, obs_act_dict: Dict[str, Any], start_pos: Any = 0) -> Tuple[Any, ...]:
         """
         Overview:
-            The root inference of a search, or the targets of a training batch (then ``current_obs`` is None, and it
-            is LightZero's own).
+            The root inference of a search, or of a training batch's sequences (then ``current_obs`` is None).
         Arguments:
             - obs_act_dict (:obj:`Dict[str, Any]`): ``obs`` and ``action`` of the last step, ``current_obs``; an \
                 action of -1 starts an episode in its row.
@@ -239,13 +276,47 @@ class NewWorldModel(LightZeroWorldModel):
             - ValueError: More rows than environments; the message names the key to raise.
         """
         if obs_act_dict['current_obs'] is None:
-            return super().forward_initial_inference(obs_act_dict, start_pos)
+            if self.training or np.ndim(start_pos) < 2 or not lightzero.COMPUTES_TARGETS:
+                return super().forward_initial_inference(obs_act_dict, start_pos)
+            return self._forward_sequences(obs_act_dict['obs'], obs_act_dict['action'], start_pos)
         self.reserve_angles(start_pos, self._options.num_simulations)
         output = self.inference.root(
             obs_act_dict['obs'], obs_act_dict['action'], obs_act_dict['current_obs'], start_pos
         )
         no_reward = output.logits_value.new_zeros(len(output.logits_value), 0, self.support_size)
         return output.output_sequence, output.latent_state, no_reward, output.logits_policy, output.logits_value
+
+    def _forward_sequences(self, obs: torch.Tensor, actions: np.ndarray, timesteps: np.ndarray) -> Tuple[Any, ...]:
+        """Sequences of observations ``[B (L + 1), ...]`` and actions ``[B, L]``; the last one's policy and value are
+        those of the one before, as in LightZero."""
+        latents = self.tokenizer.encode_to_obs_embeddings(obs)
+        rows, steps = actions.shape[:2]
+        weights, outputs = self.observed(latents.view(rows, steps + 1, -1)[:, :-1], actions, timesteps)
+        policy, value = [
+            torch.cat([logits, logits[:, -1:]], dim=1).flatten(0, 1)
+            for logits in (weights.policy(outputs), weights.value(outputs))
+        ]
+        return outputs, latents, value.new_zeros(len(value), 0, self.support_size), policy, value
+
+    def observed(self, latents: torch.Tensor, actions: np.ndarray,
+                 timesteps: np.ndarray) -> Tuple[Weights, torch.Tensor]:
+        """
+        Overview:
+            The transformer over whole sequences of observations and actions, each without a context.
+        Arguments:
+            - latents (:obj:`torch.Tensor`): Latent states of the observations ``[B, L, E]``.
+            - actions (:obj:`np.ndarray`): The actions ``[B, L]``, or ``[B, L, A]`` for continuous ones; the last is \
+                not looked at.
+            - timesteps (:obj:`np.ndarray`): Those of the observations ``[B, L]``, for rotary positions.
+        Returns:
+            - weights (:obj:`Weights`): The model as it is now.
+            - outputs (:obj:`torch.Tensor`): The outputs for the observations ``[B, L, E]``, which heads predict from.
+        """
+        source = self.weights_source
+        weights, geometry = source.read(False), source.geometry
+        angles = 2 * np.asarray(timesteps)[:, 0].astype(np.int64) % max(1, geometry.rotary_positions)
+        first, taken = send(source.device(), angles, actions[:, :-1])
+        return weights, observe(geometry, weights, latents, taken, first if geometry.rotary else None)
 
     @torch.no_grad()
     def forward_recurrent_inference(self, state_action_history: Sequence[Any], simulation_index: int = 0,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..engine.compiled import simulate
+from ..engine.compiled import begin_contexts, help_out, simulate
 from ..engine.compiling import entry, inner
 from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
 
@@ -36,6 +36,15 @@ class Batch(NamedTuple):
     broken: np.ndarray  # [B], how many predictions were no numbers; the search went on with zeros
 
 
+class States(NamedTuple):
+    """Of a reanalysis, whose nodes have no context but the state before them; empty in any other search."""
+    latents: np.ndarray  # [B, N, E], of all nodes
+    latent: np.ndarray  # [B, E], of those that are stepped from, and then of those that are added
+    pages: np.ndarray  # [B], where the contexts are that begin with them
+    places: np.ndarray  # [B], their rotary positions
+    counts: np.ndarray  # [B], zeros
+
+
 def make_batch(tree: Tree, policy: int) -> Batch:
     """Arrays for searches in a tree whose model predicts ``policy`` numbers of a policy."""
     rows, _, pages = tree.tables.shape
@@ -43,6 +52,16 @@ def make_batch(tree: Tree, policy: int) -> Batch:
         np.zeros((rows, pages), np.int64), np.zeros(rows, np.int64),
         np.zeros((rows, max(tree.draws.shape[3], 1)), np.float32), np.zeros((2, rows), np.int64),
         np.zeros(rows, np.float32), np.zeros(rows, np.float32), np.zeros((rows, policy), np.float32),
+        np.zeros(rows, np.int64)
+    )
+
+
+def make_states(latents: np.ndarray, timesteps: np.ndarray) -> States:
+    """For a reanalysis of roots at timesteps ``[B]`` with room for ``latents [B, N, E]``; or for any other search, if
+    there are none."""
+    rows, _, embed = latents.shape
+    return States(
+        latents, np.zeros((rows, embed), np.float32), np.arange(1, rows + 1), 2 * timesteps[:rows],
         np.zeros(rows, np.int64)
     )
 
@@ -61,6 +80,20 @@ def gather_rows(tree: Tree, rules: Rules, timesteps: np.ndarray, batch: Batch, l
         # Where trees are sampled, LightZero has the node's index for its depth.
         after = timesteps[row] + (node if rules.sampled else tree.depth[row])
         batch.places[0, row], batch.places[1, row] = 2 * after + 1, 2 * after + 2
+
+
+@inner
+def begin_rows(tree: Tree, network: Any, shift: np.ndarray, slab: np.ndarray, batch: Batch, states: States,
+               scratch: Any, lo: int, hi: int) -> None:
+    """Contexts that begin with the states of the nodes that were selected."""
+    for row in range(lo, hi):
+        states.latent[row] = states.latents[row, parent(tree, row)]
+        batch.tables[row, 0], batch.counts[row] = states.pages[row], 1
+        # Both tokens have the same place, as in LightZero's reanalysis.
+        batch.places[0, row] = batch.places[1, row] = batch.places[1, row] + 1
+    begin_contexts(
+        network, shift, slab, batch.tables, states.counts, states.pages, states.places, scratch, lo, hi, states.latent
+    )
 
 
 @inner
@@ -84,9 +117,11 @@ def mend_rows(batch: Batch, lo: int, hi: int) -> None:
 
 @entry
 def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, shift: np.ndarray, slab: np.ndarray,
-                pages: np.ndarray, batch: Batch, scratch: Any, begin: int, end: int, lo: int, hi: int) -> None:
+                pages: np.ndarray, batch: Batch, states: States, scratch: Any, begin: int, end: int, lo: int,
+                hi: int) -> None:
     """Simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``. ``pages [N - 1, B]`` are what simulations write; the
     rest is as :func:`simulate` takes it."""
+    reanalyzes = len(states.latent) > 0
     if begin == 0:
         prepare_rows(tree, rules, key, roots.reward, roots.logits, roots.legal, roots.noise, roots.weight, lo, hi)
         for row in range(lo, hi):
@@ -94,10 +129,20 @@ def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, 
     for simulation in range(begin, end):
         select_rows(tree, rules, key, simulation, lo, hi)
         gather_rows(tree, rules, roots.timesteps, batch, lo, hi)
+        if reanalyzes:
+            begin_rows(tree, network, shift, slab, batch, states, scratch, lo, hi)
         simulate(
             network, shift, slab, batch.tables, batch.counts, pages[simulation], batch.actions, batch.places, scratch,
-            lo, hi, batch.reward, batch.value, batch.policy
+            lo, hi, batch.reward, batch.value, batch.policy, states.latent
         )
         mend_rows(batch, lo, hi)
-        extend_rows(tree, pages[simulation], simulation, lo, hi)
+        if reanalyzes:
+            for row in range(lo, hi):
+                states.latents[row, simulation + 1] = states.latent[row]
+        else:
+            extend_rows(tree, pages[simulation], simulation, lo, hi)
         backup_rows(tree, rules, key, simulation, batch.reward, batch.value, batch.policy, lo, hi)
+
+
+help_search = entry(help_out)
+"""What the other threads of a team run meanwhile."""

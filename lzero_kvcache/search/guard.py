@@ -31,7 +31,8 @@ class NanGuard:
             return np.arange(len(values))
         finite = np.isfinite(values).all(axis=1)
         row = int(np.argmin(finite))
-        message = f'{what} with nan or inf in {mode}, environment {env_ids[row]}, step {timesteps[row]}'
+        unit = 'row' if mode == 'reanalysis' else 'environment'
+        message = f'{what} with nan or inf in {mode}, {unit} {env_ids[row]}, step {timesteps[row]}'
         if self._action == 'raise':
             raise FloatingPointError(
                 f"{message}: {self._cause}; kv_cache_cfg.on_nan='skip' goes on without such contexts"

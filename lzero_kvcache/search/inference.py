@@ -2,7 +2,8 @@
 
 ``B`` rows, ``E`` embedding, ``A`` numbers of a continuous action, ``P`` policy logits. A latent state is ``[B, E]``.
 """
-from typing import Any, Callable, Sequence
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -29,13 +30,22 @@ class Inference(RootInference, NodesByKey, NodesByPlace):
         super().__init__(source, encode, manager, store, options, validator)
         self._whole = WholeSearch(read_network, source, manager, store, self._guard, self.timings)
 
-    @torch.no_grad()
-    def search_whole(self, problem: Problem) -> Any:
-        """Search from the roots that were just served, in one compiled call; returns the trees."""
+    @contextmanager
+    def search_whole(self, problem: Problem) -> Iterator[Any]:
+        """A context with the trees of a search from the roots that were just served, which was one compiled call."""
         served = self.open.innermost(lambda step: step.roots is not None)
         if served is None:
             raise RuntimeError('a search follows a root inference inside `serving`')
-        return self._whole.run(served, problem)
+        with self._whole.run(served, problem) as tree:
+            yield tree
+
+    @torch.no_grad()
+    def reanalyze_whole(self, problem: Problem, latent: np.ndarray,
+                        start_pos: Any) -> Tuple[List[List[int]], List[float]]:
+        """Search from states ``[B, E]`` without contexts; returns the roots' visits and values."""
+        return self._whole.reanalyze(
+            problem, latent, reanalysis_timesteps_of(start_pos, len(latent)), self._source.addresses()
+        )
 
     def reanalysis(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
                    start_pos: Any) -> StepOutput:

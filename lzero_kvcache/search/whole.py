@@ -2,22 +2,30 @@
 
 numba is imported by the first search.
 """
+import itertools
 import threading
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
 from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
-from ..engine.slab import MIB
 from ..engine.store import PageStore
-from ..engine.weights import Source
+from ..engine.weights import Source, Weights
 from .guard import NanGuard
+from .spaces import Space, Spaces
 
 LEAST_ROWS = 8
 """Rows that are worth a thread: as many as the compiled step works on side by side."""
+
+WIDE = 192
+"""Width of a model from which on threads that share out products are worth while."""
+
+CHUNK = 64
+"""Rows of a reanalysis that a thread has in work: what the compiled step works on together."""
 
 
 class Problem(NamedTuple):
@@ -34,143 +42,197 @@ class Problem(NamedTuple):
     noises: Optional[Sequence[Sequence[float]]]  # [B][...], by position in the list of legal actions
     noise_weight: float
 
-
-class _Arrays(NamedTuple):
-    tree: Any
-    batch: Any
-    scratches: List[Any]  # one for each thread
+    def part(self, rows: slice, number: int) -> 'Problem':
+        """The same for some of the rows, as a search of another number."""
+        return self._replace(
+            number=number, rewards=self.rewards[rows], logits=self.logits[rows], legal=self.legal[rows],
+            noises=None if self.noises is None else self.noises[rows]
+        )
 
 
 class WholeSearch:
-    """Runs searches of one model, and keeps the trees' arrays for the next search of as many rows or fewer."""
+    """Runs searches of one model; several threads may search at once."""
 
     def __init__(self, read_network: Callable[[], Tuple[Any, Any]], source: Source, manager: PagedCacheManager,
                  storage: PageStore, guard: NanGuard, timings: Dict[str, Timing]) -> None:
         self._read_network, self._source, self._manager, self._storage = read_network, source, manager, storage
         self._guard, self._timings = guard, timings
-        self._network: Any = None
-        self._addresses: Tuple[int, ...] = ()
-        self._trees: Dict[Tuple[int, ...], Any] = {}
-        self._scratches: List[Any] = []
-        storage.beside.append(self)
+        self._network: Any = None  # and what holds its memory; for the addresses of weights
+        self._spaces = Spaces()
+        self._reanalyses = itertools.count(2 ** 31)  # numbers that no policy's search has
+        storage.beside.append(self._spaces)
 
     def __getstate__(self) -> Dict[str, Any]:
-        """Copies read their own weights' addresses, and have arrays of their own."""
-        return {**self.__dict__, '_network': None, '_trees': {}, '_scratches': []}
+        """Copies read their own weights' addresses."""
+        return {**self.__dict__, '_network': None}
 
-    @property
-    def memory_mb(self) -> float:
-        arrays = [array for tree in self._trees.values() for array in tree]
-        arrays += [scratch.memory for scratch in self._scratches]
-        return sum(array.nbytes for array in arrays) / MIB
-
-    def run(self, served: Any, problem: Problem) -> Any:
-        """Search from the roots of a served step; returns the tree, which the next search writes over."""
+    @contextmanager
+    def run(self, served: Any, problem: Problem) -> Iterator[Any]:
+        """Search from the roots of a served step; gives the trees, which belong to another search afterwards."""
         start = time.perf_counter()
-        rows = len(served.env_ids)
-        with self._manager.lease() as lease:
-            lease.hold(served.roots[0])
-            pages = lease.allocate(problem.simulations * rows).reshape(problem.simulations, rows)
-            self._manager.count_nodes(pages.size)
-            arrays = self._search(served, problem, pages)
-        self._manager.count_queries('recur', pages.size, pages.size, by_node=True)
-        self._report(arrays.batch.broken, served)
-        seconds = time.perf_counter() - start
-        self._timings['search'].record(seconds)
-        self._timings['step'].record(seconds, problem.simulations)
-        return arrays.tree
+        tables, counts = served.roots
+        rows, width = tables.shape
+        network, _held = self._network_at(served.addresses)
+        with self._space(network, problem, rows, width) as space:
+            with self._manager.lease() as lease:
+                lease.hold(tables)
+                pages = lease.allocate(problem.simulations * rows).reshape(problem.simulations, rows)
+                self._manager.count_nodes(pages.size)
+                slab = self._storage.ready(self._manager.page_capacity, self._source.device()).data
+                assert slab is not None
+                trace = served.trace if served.trace is not None and served.trace.replayed else None
+                broken = self._search(
+                    problem, space, network, served.weights, tables, counts, served.timesteps, slab.numpy(), pages,
+                    trace
+                )
+            self._manager.count_queries('recur', pages.size, pages.size, by_node=True)
+            self._report(broken, served.mode, served.env_ids, served.timesteps)
+            seconds = time.perf_counter() - start
+            self._timings['search'].record(seconds)
+            self._timings['step'].record(seconds, problem.simulations)
+            yield space.tree
 
-    def _search(self, served: Any, problem: Problem, pages: np.ndarray) -> _Arrays:
+    def reanalyze(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
+                  addresses: Tuple[int, ...]) -> Tuple[List[List[int]], List[float]]:
+        """Search from states ``[B, E]`` without contexts, some rows at a time; returns visits and values of the roots.
+        """
+        from .tree import root_values, root_visits
+
+        (network, _held), weights = self._network_at(addresses), self._source.read(False)
+        visits: List[List[int]] = []
+        values: List[float] = []
+        rows, most = len(latents), CHUNK * torch.get_num_threads()
+        for begin in range(0, rows, most):
+            chosen = slice(begin, min(begin + most, rows))
+            part = problem.part(chosen, next(self._reanalyses))
+            count = chosen.stop - begin
+            with self._space(network, part, count, 1, reanalyzes=True) as space:
+                space.latents[:, 0] = latents[chosen]
+                pages = np.tile(np.arange(count + 1, 2 * count + 1), (problem.simulations, 1))
+                none = np.zeros((count, 1), np.int64)
+                broken = self._search(
+                    part, space, network, weights, none, none[:, 0], timesteps[chosen], space.slab, pages, None
+                )
+                self._report(broken, 'reanalysis', range(begin, chosen.stop), timesteps[chosen])
+                visits += root_visits(space.tree)
+                values += root_values(space.tree)
+        return visits, values
+
+    def _search(self, problem: Problem, space: Space, network: Any, weights: Weights, tables: np.ndarray,
+                counts: np.ndarray, timesteps: np.ndarray, slab: np.ndarray, pages: np.ndarray,
+                trace: Any) -> np.ndarray:
+        """Search, and note each simulation if there is a trace; returns how many predictions of each row ``[B]`` were
+        no numbers."""
         from . import compiled
         from .tree import make_key, make_rules, pad_legal
 
-        network = self._network_at(served.addresses)
-        slab = self._storage.ready(self._manager.page_capacity, self._source.device()).data
-        assert slab is not None
-        geometry = self._source.geometry
+        geometry, rows = self._source.geometry, len(tables)
         no_shift = np.zeros((1, geometry.layers, 2, geometry.embed_dim), np.float32)
-        shift = no_shift if served.weights.shift is None else served.weights.shift.numpy()
-        tables, counts = served.roots
-        rows, width = tables.shape
-        arrays = self._arrays_of(problem, network, rows, width)
+        shift = no_shift if weights.shift is None else weights.shift.numpy()
         noise = np.zeros((rows, problem.slots), np.float32)
         for row, numbers in enumerate(problem.noises or ()):
             noise[row, :len(numbers)] = numbers
         roots = compiled.Roots(
             np.asarray(problem.rewards, dtype=np.float32), np.asarray(problem.logits, dtype=np.float32),
-            pad_legal(problem.legal, problem.slots), noise, np.float32(problem.noise_weight), tables, counts,
-            served.timesteps
+            pad_legal(problem.legal, problem.slots), noise, np.float32(problem.noise_weight), tables, counts, timesteps
         )
+        rules, batch = make_rules(**problem.rules), compiled.make_batch(space.tree, network.policy)
+        states = compiled.make_states(space.latents, timesteps)
         given = (
-            arrays.tree, make_rules(**problem.rules), make_key(problem.seed, problem.number), roots, network, shift,
-            slab.numpy(), pages, arrays.batch
+            space.tree, rules, make_key(problem.seed, problem.number), roots, network, shift, slab, pages, batch, states
         )
-        trace = served.trace
-        if trace is None or not trace.replayed:
-            _in_threads(compiled.search_rows, given, arrays.scratches, 0, problem.simulations, rows)
-            return arrays
-        for simulation in range(problem.simulations):
-            _in_threads(compiled.search_rows, given, arrays.scratches, simulation, simulation + 1, rows)
-            _note(trace, arrays, given[1], simulation)
-        return arrays
+        helpers = 0
+        if len(space.scratches) == 1 and network.embed >= WIDE:
+            helpers = torch.get_num_threads() - 1
+        if trace is None:
+            _in_threads(given, space.scratches, helpers, 0, problem.simulations, rows)
+        else:
+            for simulation in range(problem.simulations):
+                _in_threads(given, space.scratches, helpers, simulation, simulation + 1, rows)
+                _note(trace, space.tree, batch, rules, simulation)
+        return batch.broken
 
-    def _network_at(self, addresses: Tuple[int, ...]) -> Any:
-        """The model as addresses of its weights, read anew when one of them has moved."""
-        if self._network is None or addresses != self._addresses:
-            self._network, self._addresses, self._scratches = self._read_network(), addresses, []
-        return self._network[0]
+    def _network_at(self, addresses: Tuple[int, ...]) -> Tuple[Any, Any]:
+        """The model as addresses of its weights, read anew when one of them has moved, and what holds their memory."""
+        known = self._network
+        if known is None or known[1] != addresses:
+            self._network = known = self._read_network(), addresses
+        return known[0]
 
-    def _arrays_of(self, problem: Problem, network: Any, rows: int, width: int) -> _Arrays:
+    @contextmanager
+    def _space(self, network: Any, problem: Problem, rows: int, width: int,
+               reanalyzes: bool = False) -> Iterator[Space]:
+        """Memory for a search of so many rows, each with contexts of ``width`` pages."""
         from ..engine.compiled import new_scratch
-        from .compiled import make_batch
         from .tree import make_tree
 
+        geometry = self._source.geometry
         threads = max(1, min(torch.get_num_threads(), rows // LEAST_ROWS))
-        while len(self._scratches) < threads:
-            self._scratches.append(new_scratch(network, width))
-        size = problem.simulations, problem.slots, problem.action_size, width
-        tree = self._trees.get(size)
-        if tree is None or len(tree.depth) < rows:
-            tree = self._trees[size] = make_tree(rows, problem.simulations, problem.slots, width, problem.action_size)
-        tree = type(tree)(*(array[:rows] for array in tree))
-        return _Arrays(tree, make_batch(tree, network.policy), self._scratches[:threads])
 
-    def _report(self, broken: np.ndarray, served: Any) -> None:
+        def make() -> Space:
+            tree = make_tree(rows, problem.simulations, problem.slots, width, problem.action_size)
+            states = rows if reanalyzes else 0
+            latents = np.zeros((states, problem.simulations + 1, geometry.embed_dim), np.float32)
+            pages = (2 * states + 1, 2, geometry.layers, 2, geometry.heads, geometry.head_dim)
+            return Space(tree, [], latents, np.zeros(pages, np.float32))
+
+        sizes = (network.embed, network.inner, network.widest, network.policy, len(network.blocks))
+        size = (problem.simulations, problem.slots, problem.action_size, width, int(reanalyzes), *sizes)
+        with self._spaces.lease(size, rows, make) as space:
+            while len(space.scratches) < threads:
+                space.scratches.append(new_scratch(network, width))
+            tree = type(space.tree)(*(array[:rows] for array in space.tree))
+            yield space._replace(tree=tree, scratches=space.scratches[:threads], latents=space.latents[:rows])
+
+    def _report(self, broken: np.ndarray, mode: str, env_ids: Sequence[int], timesteps: np.ndarray) -> None:
         """Raise an error for predictions with nan or inf, or count them; the search went on with zeros."""
         if not broken.any():
             return
         values = np.where(broken > 0, np.nan, 0.0)[:, None]
-        what = 'A reward, value or policy'
-        self._guard.finite(values, what, served.mode, served.env_ids, served.timesteps)
+        self._guard.finite(values, 'A reward, value or policy', mode, env_ids, timesteps)
         self._manager.count_skipped(int(broken.sum() - np.count_nonzero(broken)))  # each prediction counts
 
 
-def _in_threads(search: Callable[..., None], given: Sequence[Any], scratches: Sequence[Any], begin: int, end: int,
-                rows: int) -> None:
-    """Search with some rows in each thread; threads live for one search, so that a fork finds none."""
-    bounds = np.linspace(0, rows, len(scratches) + 1).astype(int)
+def _in_threads(given: Sequence[Any], scratches: Sequence[Any], helpers: int, begin: int, end: int, rows: int) -> None:
+    """Search with some rows in each thread, or in one that others help with its products. Threads live for one search,
+    so that a fork finds none."""
+    from ..engine.team import dismiss, new_team
+    from . import compiled
+
     errors: List[BaseException] = []
 
-    def run(scratch: Any, lo: int, hi: int) -> None:
+    def run(*args: Any) -> None:
         try:
-            search(*given, scratch, begin, end, int(lo), int(hi))
+            compiled.search_rows(*given, *args)
         except BaseException as error:
             errors.append(error)
 
-    shares = list(zip(scratches, bounds[:-1], bounds[1:]))
-    threads = [threading.Thread(target=run, args=share) for share in shares[1:]]
-    for thread in threads:
-        thread.start()
-    run(*shares[0])
-    for thread in threads:
-        thread.join()
+    team = new_team(1 + helpers)
+    if helpers:  # compiled before anybody waits for it
+        dismissed = new_team(2)
+        dismiss(dismissed)
+        compiled.help_search(dismissed, 1)
+    bounds = [rows * share // len(scratches) for share in range(len(scratches) + 1)]
+    first, *rest = [
+        (scratch._replace(team=team), begin, end, *share) for scratch, *share in zip(scratches, bounds, bounds[1:])
+    ]
+    threads = [threading.Thread(target=run, args=share) for share in rest]
+    threads += [threading.Thread(target=compiled.help_search, args=(team, worker)) for worker in range(1, 1 + helpers)]
+    try:
+        for thread in threads:
+            thread.start()
+        run(*first)
+    finally:
+        dismiss(team)
+        for thread in threads:
+            thread.join()
     if errors:
         raise errors[0]
 
 
-def _note(trace: Any, arrays: _Arrays, rules: Any, simulation: int) -> None:
+def _note(trace: Any, tree: Any, batch: Any, rules: Any, simulation: int) -> None:
     """What validation needs of one simulation."""
-    tree, batch, rows = arrays.tree, arrays.batch, np.arange(len(arrays.tree.depth))
+    rows = np.arange(len(tree.depth))
     parents = tree.path[rows, tree.depth - 1]
     actions, depths = tree.action.copy(), tree.depth.copy()
     if rules.sampled:

@@ -1,0 +1,28 @@
+"""
+The level of the root logger. LightZero's world model sets it when it is imported, which in LightZero alone is with the
+first model; the plugin imports it earlier, and puts off what follows from that.
+"""
+import contextlib
+import logging
+from typing import Iterator, List
+
+_put_off: List[int] = []
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Imports that leave the level as it was."""
+    root = logging.getLogger()
+    before = root.level
+    try:
+        yield
+    finally:
+        if root.level != before:
+            _put_off.append(root.level)
+            root.setLevel(before)
+
+
+def set_as_lightzero_does() -> None:
+    """Do once what was put off."""
+    while _put_off:
+        logging.getLogger().setLevel(_put_off.pop())

@@ -1,0 +1,100 @@
+"""Target values of a training batch: the target model's inference over sampled sequences.
+
+``B`` sequences, ``L`` of their observations that the model sees, ``U = L + 1`` target values of each.
+"""
+import functools
+from typing import Any, Callable, List, Sequence, Tuple
+
+import numpy as np
+import torch
+from lzero.mcts.buffer.game_buffer_sampled_unizero import SampledUniZeroGameBuffer
+from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
+from lzero.mcts.utils import prepare_observation
+from lzero.policy import inverse_scalar_transform
+
+from ..engine.transfer import to_cpu
+from .lightzero import lightzero
+from .refused import is_own
+from .world_model import NewWorldModel
+
+CHUNKS = {'cuda': 128}
+"""Observations that a device encodes while the next ones are packed; all of them where none are given."""
+
+Targets = Tuple[np.ndarray, np.ndarray]
+"""Rewards and values ``[B, U]``."""
+
+
+def _asking(original: Callable[..., Targets]) -> Callable[..., Targets]:
+    """A buffer's method that computes target values here, where the model that it is given has the new system."""
+
+    @functools.wraps(original)
+    def compute(buffer: Any, context: Sequence[Any], model: Any, actions: np.ndarray, timesteps: np.ndarray) -> Targets:
+        if not _serves(buffer._cfg, model):
+            return original(buffer, context, model, actions, timesteps)
+        return target_values(buffer._cfg, context, model.world_model, actions, timesteps)
+
+    return compute
+
+
+def _serves(cfg: Any, model: Any) -> bool:
+    world_model = model.world_model
+    if not lightzero.COMPUTES_TARGETS or not isinstance(world_model, NewWorldModel) or world_model.training:
+        return False
+    own = is_own(getattr(model, '_orig_mod', model), 'initial_inference') \
+        or is_own(world_model, 'forward_initial_inference')
+    return not own and cfg.env_type == 'not_board_games' and not cfg.use_root_value
+
+
+@torch.no_grad()
+def target_values(cfg: Any, context: Sequence[Any], world_model: NewWorldModel, actions: np.ndarray,
+                  timesteps: np.ndarray) -> Targets:
+    """The rewards of sequences, and their discounted sums with the values of the observations that follow; ``context``
+    is what LightZero's buffer prepares, and the actions are ``[B, L]`` or ``[B, L, A]``."""
+    observations, mask, positions, segment_rewards, _, _, td_steps = context[:7]
+    rows, steps = actions.shape[:2]
+    seen = [observation for index, observation in enumerate(observations) if (index + 1) % (steps + 1)]
+    latents = _encoded(world_model, seen, cfg.model.model_type)
+    weights, outputs = world_model.observed(latents.view(rows, steps, -1), actions, timesteps)
+    on_device = inverse_scalar_transform(weights.value(outputs).flatten(0, 1), cfg.model.support_scale)
+    td = np.asarray(td_steps).reshape(rows, steps + 1)[:, :1]
+    rewards, sums = _summed(segment_rewards, positions, td, steps + 1, cfg.discount_factor)
+    values = to_cpu(on_device).reshape(rows, steps)
+    values = np.concatenate([values, values[:, -1:]], axis=1)  # as LightZero's model answers for the last
+    return rewards, values * cfg.discount_factor ** td * np.reshape(mask, values.shape) + sums
+
+
+def _encoded(world_model: NewWorldModel, observations: List[Any], model_type: str) -> torch.Tensor:
+    """Latent states ``[N, E]`` of observations, each of some frames; they are sent once, as the buffer has them."""
+    device = world_model.weights_source.device()
+    first = prepare_observation(observations[:1], model_type)
+    kind = torch.from_numpy(first).dtype
+    packed = torch.empty((len(observations),) + first.shape[1:], dtype=kind, pin_memory=device.type == 'cuda')
+    frames = packed.numpy().reshape((-1,) + np.shape(observations[0])[1:])
+    stacked = len(frames) // len(observations)
+    chunk = CHUNKS.get(device.type, len(observations))
+    latents = []
+    for start in range(0, len(observations), chunk):
+        end = start + chunk
+        np.concatenate(observations[start:end], out=frames[start * stacked:end * stacked], casting='unsafe')
+        sent = packed[start:end].to(device, non_blocking=True)
+        latents.append(world_model.tokenizer.encode_to_obs_embeddings(sent.float()).flatten(1))
+    return torch.cat(latents)
+
+
+def _summed(segment_rewards: Sequence[np.ndarray], positions: Sequence[int], td: np.ndarray, count: int,
+            discount: float) -> Targets:
+    """Rewards ``[B, U]`` from positions of segments on, and discounted sums of ``td [B, 1]`` from each on; 0 past a
+    segment's end."""
+    longest = int(td.max())
+    rewards = np.zeros((len(td), count + longest - 1))
+    for row, (rewards_of, position) in enumerate(zip(segment_rewards, positions)):
+        taken = rewards_of[position:position + rewards.shape[1]]
+        rewards[row, :len(taken)] = taken
+    sums = np.zeros((len(td), count))
+    for step in range(longest):
+        sums += rewards[:, step:step + count] * (discount ** step * (step < td))
+    return rewards[:, :count], sums
+
+
+for _kind in (UniZeroGameBuffer, SampledUniZeroGameBuffer):
+    _kind._compute_target_reward_value = _asking(_kind._compute_target_reward_value)

@@ -1,0 +1,282 @@
+"""Reanalysis in arrays: against the same trees with the model's reanalysis step by step, and in LightZero's buffer.
+
+Statistical tests fail by chance once in a million runs or less.
+"""
+import contextlib
+import importlib
+from typing import Any, List, NamedTuple, Tuple
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from easydict import EasyDict
+from lzero.mcts import UniZeroGameBuffer
+from oracle import Case, cached_model, original_model
+from scripted import COLLECTORS, Life, quiet
+from seeded_search import seeded_search
+from test_tree import alike
+
+from lzero_kvcache.engine.compiling import entry
+from lzero_kvcache.host import entries
+from lzero_kvcache.host.patches import applied
+from lzero_kvcache.host.reanalysis import Reanalysis, in_arrays
+from lzero_kvcache.search import tree, whole
+from lzero_kvcache.search.tree import make_key, make_rules, make_tree, pad_legal, root_values, root_visits
+from lzero_kvcache.search.whole import Problem
+
+pytest.importorskip('numba')
+
+prepare_rows, select_rows, backup_rows = map(entry, (tree.prepare_rows, tree.select_rows, tree.backup_rows))
+
+SAMPLES, UNROLL, SIMULATIONS = 5, 3, 10
+ROWS = SAMPLES * (UNROLL + 1)
+LEGAL = [[], [2, 0], [1]]
+FIRST = 2 ** 31  # number of a model's first reanalysis
+#: Values are means over a support from -50 to 50, and rounding in its logits weighs accordingly.
+TOLERANCE = 3e-4
+
+CASES = pytest.mark.parametrize('case, two_players', [
+    (Case(rotary=True), False), (Case(), True), (Case(num_layers=1, num_heads=4), False),
+], ids=['rotary', 'learned, two players', 'one layer'])
+
+
+class Asked(NamedTuple):
+    """What a replay buffer asks."""
+    world_model: Any
+    problem: Problem
+    latents: np.ndarray
+    timesteps: np.ndarray
+
+
+def asked(case: Case, two_players: bool, **kv_cache_cfg: Any) -> Asked:
+    world_model, rng = cached_model(case, 2, 5, kv_cache_cfg=kv_cache_cfg).world_model, np.random.default_rng(0)
+    slots = case.action_space_size
+    rules = dict(
+        pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=two_players
+    )
+    problem = Problem(
+        rules, 1, 0, SIMULATIONS, slots, 0, [0.] * ROWS, rng.normal(size=(ROWS, slots)).tolist(),
+        [LEGAL[row % 3] for row in range(ROWS)], rng.dirichlet([0.3] * slots, ROWS).tolist(), 0.25
+    )
+    latents = rng.dirichlet([1.] * 8, (ROWS, case.embed_dim // 8)).reshape(ROWS, -1).astype(np.float32)
+    return Asked(world_model, problem, latents, 40 + np.arange(UNROLL) + np.zeros((SAMPLES, 1), np.int64))
+
+
+def by_steps(question: Asked, number: int = FIRST) -> Tuple[List[List[int]], List[float]]:
+    """The same search with one reanalysis of LightZero's for each simulation."""
+    world_model, problem, roots, timesteps = question
+    rules, key, rows = make_rules(**problem.rules), make_key(problem.seed, number), np.arange(len(roots))
+    found = make_tree(len(roots), SIMULATIONS, problem.slots, 1)
+    prepare_rows(
+        found, rules, key, np.zeros(len(roots), np.float32), np.float32(problem.logits),
+        pad_legal(problem.legal, problem.slots), np.float32(problem.noises), np.float32(problem.noise_weight), 0,
+        len(roots)
+    )
+    latents, scalar = [roots], world_model.weights_source.read(False).scalar
+    with mock.patch.object(world_model, 'reanalyze_phase', True), torch.no_grad():
+        for simulation in range(SIMULATIONS):
+            select_rows(found, rules, key, simulation, 0, len(roots))
+            parents = found.path[rows, found.depth - 1]
+            state = np.stack([latents[parent][row] for row, parent in enumerate(parents)])
+            _, latent, reward, policy, value = world_model.forward_recurrent_inference(
+                [(state[:, None], torch.from_numpy(found.action.astype(np.int64)))], simulation, found.depth.tolist(),
+                timesteps
+            )
+            latents.append(latent.squeeze(1).numpy())
+            rewards, values = (scalar(logits.squeeze(1)).numpy().reshape(-1) for logits in (reward, value))
+            backup_rows(found, rules, key, simulation, rewards, values, policy.squeeze(1).numpy(), 0, len(roots))
+    return root_visits(found), root_values(found)
+
+
+def part_of(question: Asked, begin: int, end: int) -> Asked:
+    """Some of the rows, as one sequence; its last timestep is one that the buffer appends."""
+    world_model, problem, latents, timesteps = question
+    rows = slice(begin, end)
+    padded = np.pad(timesteps, ((0, 0), (0, 1))).reshape(-1)[rows]
+    assert padded[-1] == 0
+    return Asked(world_model, problem.part(rows, 0), latents[rows], padded[None, :-1])
+
+
+@CASES
+def test_it_is_the_search_by_steps(case: Case, two_players: bool) -> None:
+    question = asked(case, two_players)
+    visits, values = question.world_model.reanalyze_whole(*question[1:])
+    expected, expected_values = by_steps(question)
+    assert visits == expected
+    np.testing.assert_allclose(values, expected_values, atol=TOLERANCE)
+    assert np.std(values) > 0.01 and all(sum(row) == SIMULATIONS for row in visits)
+    assert [len(row) for row in visits[:3]] == [case.action_space_size, 2, 1]
+
+
+@CASES
+def test_some_rows_at_a_time(case: Case, two_players: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with draws of its own; the last are fewer. Memory is that of some rows, and is counted."""
+    question = asked(case, two_players)
+    manager, spaces = question.world_model.kv_cache_manager, question.world_model.inference._whole._spaces
+    before = manager.memory_mb
+    monkeypatch.setattr(whole, 'CHUNK', 2 * (UNROLL + 1))
+    visits, values = question.world_model.reanalyze_whole(*question[1:])
+    parts = [by_steps(part_of(question, begin, min(begin + 8, ROWS)), FIRST + number)
+             for number, begin in enumerate((0, 8, 16))]
+    assert visits == [row for part, _ in parts for row in part]
+    np.testing.assert_allclose(values, [value for _, part in parts for value in part], atol=TOLERANCE)
+    small = spaces.memory_mb
+    assert manager.memory_mb - before == pytest.approx(small)
+    latents_and_pages = 8 * (SIMULATIONS + 1) * case.embed_dim + 17 * 4 * case.num_layers * case.embed_dim
+    assert small > 4 * latents_and_pages / 2 ** 20
+    monkeypatch.setattr(whole, 'CHUNK', 64)
+    question.world_model.reanalyze_whole(*question[1:])
+    assert small < spaces.memory_mb < 2.5 * small
+
+
+def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    question = asked(Case(), False)
+    alone = by_steps(question)[0]
+    torch.set_num_threads(2)
+    visits, _ = question.world_model.reanalyze_whole(*question[1:])
+    torch.set_num_threads(1)
+    assert visits == alone
+
+
+def test_what_is_no_number_is_reported() -> None:
+    for on_nan in ('raise', 'skip'):
+        question = asked(Case(), False, on_nan=on_nan)
+        with torch.no_grad():
+            question.world_model.head_value.head_module[-1].bias.fill_(float('nan'))
+        raised = pytest.raises(FloatingPointError, match='with nan or inf in reanalysis, row 0, step 40')
+        with raised if on_nan == 'raise' else contextlib.nullcontext():
+            question.world_model.reanalyze_whole(*question[1:])
+        assert question.world_model.kv_cache_manager.counters()['skipped'] == (ROWS * SIMULATIONS) * (on_nan == 'skip')
+
+
+# ---- LightZero's buffer ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def life(tmp_path: Any) -> Any:
+    """A policy and what its collector has collected."""
+    made = []
+
+    def make(**kv_cache_cfg: Any) -> Tuple[Any, Any]:
+        life = Life((0, 1, 2), True, tmp_path, max_blocks=10, max_tokens=20,
+                    kv_cache_cfg=dict(dict(search='device'), **kv_cache_cfg))
+        made.append(life)
+        for config in (life.config.policy, life.policy._cfg):
+            config.update(batch_size=3, num_unroll_steps=UNROLL, root_noise_weight=0.25)
+            config.update(reanalyze_ratio=1., reanalyze_partition=0.75)
+        buffer = UniZeroGameBuffer(life.config.policy)
+        segments = life.collect(life.worker(COLLECTORS['segments']))
+        for segment in segments[0]:  # LightZero pads a target's rewards with scalars
+            segment.reward_segment = np.ravel(segment.reward_segment)
+        with quiet():
+            buffer.push_game_segments(segments)
+        return buffer, life.policy
+
+    yield make
+    for life in made:
+        life.close()
+
+
+@contextlib.contextmanager
+def ways() -> Any:
+    """How each search of a reanalysis goes."""
+    taken: List[str] = []
+
+    def noted(function: Any, way: str) -> Any:
+        def run(*args: Any) -> Any:
+            taken.append(way)
+            return function(*args)
+        return run
+
+    searches = importlib.import_module('lzero.mcts.tree_search.mcts_ctree').UniZeroMCTSCtree
+    with mock.patch.object(whole.WholeSearch, 'reanalyze', noted(whole.WholeSearch.reanalyze, 'arrays')), \
+            mock.patch.object(searches, 'search', noted(searches.search, 'ctree')):
+        yield taken
+
+
+def lines_of(lines: Any) -> List[Tuple[str, str]]:
+    return [(level, message) for level, message in lines() if message.startswith('Reanalyzing')]
+
+
+def test_a_buffer_reanalyzes_in_arrays(life: Any, lines: Any) -> None:
+    buffer, policy = life()
+    module = importlib.import_module('lzero.mcts.buffer.game_buffer_unizero')
+    own, method = module.MCTSCtree, UniZeroGameBuffer._compute_target_policy_reanalyzed
+    with applied(reanalysis=in_arrays), ways() as taken:
+        assert module.MCTSCtree is own
+        for _ in range(2):
+            _, (_, _, policies) = buffer.sample(3, policy)
+        buffer.reanalyze_buffer(2, policy)
+    assert taken == ['arrays'] * 3
+    assert UniZeroGameBuffer._compute_target_policy_reanalyzed is method
+    sums = policies.sum(-1)
+    assert policies.shape == (3, UNROLL + 1, 2) and set(np.round(sums, 6).ravel()) <= {0., 1.} and sums.any()
+    assert lines_of(lines) == [('INFO', 'Reanalyzing in arrays: a search is one compiled call')]
+    assert policy._target_model.world_model.inference._whole._spaces.memory_mb > 0
+
+
+@pytest.mark.parametrize('search, prepare, told', [
+    ('tree', lambda buffer, model: None, None),
+    ('auto', lambda buffer, model: setattr(model.world_model.config, 'gru_gating', True),
+     ('INFO', "Reanalyzing in LightZero's tree, node by node: its layers are gated")),
+    ('device', lambda buffer, model: setattr(model.world_model.config, 'gru_gating', True),
+     ('WARNING', "Reanalyzing in LightZero's tree, node by node, not as kv_cache_cfg.search='device' asks: its layers "
+                 "are gated")),
+    ('device', lambda buffer, model: setattr(model, 'recurrent_inference', model.recurrent_inference), None),
+    ('device', lambda buffer, model: setattr(model, 'eval', model.train),
+     ('INFO', 'Reanalyzing in arrays: a search is one compiled call')),
+], ids=['tree', 'auto', 'device', 'inference of its own', 'training'])
+def test_what_is_reanalyzed_in_lightzeros_tree(search: str, prepare: Any, told: Any, life: Any, lines: Any) -> None:
+    buffer, policy = life(search=search)
+    target = policy._target_model
+    prepare(buffer, getattr(target, '_orig_mod', target))
+    with applied(reanalysis=in_arrays), ways() as taken, seeded_search(), \
+            mock.patch.object(target, 'eval', target.train if told and 'arrays' in told[1] else target.eval):
+        _, (_, _, policies) = buffer.sample(3, policy)
+    assert taken == ['ctree'] and policies.sum() > 0
+    assert lines_of(lines) == [told] * (told is not None)
+
+
+def test_old_mode_reanalyzes_as_it_does() -> None:
+    """Whatever runs around it, the very method is called, with what it was called with."""
+    model, buffer = original_model(Case(), 1, 0), object()
+    compute = mock.Mock(return_value='targets', __name__='compute')
+    for context in (None, []):
+        assert in_arrays(compute)(buffer, context, model, 1, batch_timestep=2) == 'targets'
+        compute.assert_called_with(buffer, context, model, 1, batch_timestep=2)
+
+
+def test_runs_reanalyze_in_arrays() -> None:
+    before, during = UniZeroGameBuffer._compute_target_policy_reanalyzed, []
+
+    def train(configs: Any, **arguments: Any) -> Any:
+        during.append(UniZeroGameBuffer._compute_target_policy_reanalyzed.__wrapped__)  # type: ignore[attr-defined]
+        return configs, arguments
+
+    with mock.patch('lzero.entry.train_unizero', train):
+        assert entries.run_entry('train_unizero', (EasyDict(a=1), EasyDict(b=2)), seed=3) == ([{'a': 1}, {'b': 2}],
+                                                                                              {'seed': 3})
+    assert during == [before] and UniZeroGameBuffer._compute_target_policy_reanalyzed is before
+
+
+@pytest.mark.filterwarnings('ignore:Precision loss')  # of numbers that never vary
+def test_means_over_many_reanalyses_are_those_of_lightzeros_tree(life: Any) -> None:
+    """Of the same positions; 1e-7 for each mean, Welch's test."""
+    buffer, policy = life()
+    _, context, _, batch = buffer._make_batch(2, 1.)
+    compute, model = UniZeroGameBuffer._compute_target_policy_reanalyzed, policy._target_model.eval()
+
+    def targets(compute: Any) -> np.ndarray:
+        with quiet():
+            return np.array([
+                compute(buffer, context, model, batch[1], batch[-1])[..., 0].ravel() for _ in range(150)
+            ])
+
+    arrays, ctree = targets(in_arrays(compute)), targets(compute)
+    with mock.patch.object(Reanalysis, '_rules', lambda self, rules=Reanalysis._rules: dict(
+            rules(self), pb_c_init=12.)):
+        other = targets(in_arrays(compute))
+    assert (arrays.std(axis=0) > 0).any()
+    assert alike(arrays, ctree)
+    assert not alike(other, ctree)  # such a difference would be seen
