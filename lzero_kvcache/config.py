@@ -78,8 +78,8 @@ class Option(NamedTuple):
             return self.check(value, f'{OPTIONS}.{key}')
         if key == 'type' and value == LIGHTZERO and value not in self.choices:
             raise ConfigError(
-                f"{PREFIX}.{OPTIONS}.{key}={value!r} is the manager of LightZero's main branch, which is not installed: "
-                "use 'new', or the main branch"
+                f"{PREFIX}.{OPTIONS}.{key}={value!r} is the manager of LightZero's main branch, which is not "
+                "installed: use 'new', or the main branch"
             )
         if key == 'backend' and value == 'compile':
             raise ConfigError(f"{PREFIX}.{OPTIONS}.{key}={value!r} was removed: use 'auto'")

@@ -1,11 +1,22 @@
-"""Which LightZero is installed, told by what it has: ``lightzero`` is its adapter, where everything that it does
-otherwise than another stands."""
+"""Which LightZero is installed, told by what it has: ``lightzero`` is its adapter, where everything stands that it does
+otherwise than another."""
 import importlib
 from typing import Any
 
 from lzero.model.unizero_world_models.transformer import Block
 
-# Its version number is the same for the released package and for the main branch.
-_NAME = 'main' if 'feed_forward' in Block.__init__.__code__.co_names else 'release'
+ADAPTERS = {'mlp': 'lightzero_release', 'feed_forward': 'lightzero_main'}
+"""By what the MLP of a transformer's block is called, since the version number is the same."""
 
-lightzero: Any = importlib.import_module(f'.lightzero_{_NAME}', __package__)
+
+def adapter_of(block: type) -> str:
+    """The adapter for a LightZero with such blocks."""
+    names = block.__init__.__code__.co_names  # type: ignore[misc]
+    for name, adapter in ADAPTERS.items():
+        if name in names:
+            return adapter
+    raise ImportError(f'this LightZero is neither its release 0.2.0 nor its main branch: its blocks have no '
+                      f'{" and no ".join(ADAPTERS)}; pip install LightZero==0.2.0')
+
+
+lightzero: Any = importlib.import_module(f'.{adapter_of(Block)}', __package__)

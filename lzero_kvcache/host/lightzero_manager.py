@@ -14,7 +14,7 @@ class CountedManager(LightZeroManager, CountedFromOutside):
     constructor has just made."""
 
     def __init__(self, config: Any, env_num: int, enable_stats: bool = True) -> None:
-        LightZeroManager.__init__(self, config, env_num, enable_stats, clear_recur_log_freq=1000, clear_all_log_freq=100)
+        LightZeroManager.__init__(self, config, env_num, enable_stats)
         CountedFromOutside.__init__(self, env_num, enable_stats)
 
     def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
@@ -54,4 +54,5 @@ class ManagerWorldModel(OldWorldModel):
     """LightZero's world model with its own new manager; nothing but the counts is added."""
     use_new_cache_manager = True
     manager = CountedManager
-    system, log_line, clear_line = LIGHTZERO, "Using LightZero's own KVCacheManager", "KV caches (LightZero's own manager)"
+    system, log_line = LIGHTZERO, "Using LightZero's own KVCacheManager"
+    clear_line = "KV caches (LightZero's own manager)"

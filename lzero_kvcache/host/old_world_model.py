@@ -155,7 +155,8 @@ class OldWorldModel(LightZeroWorldModel):
     """
     use_new_cache_manager = False
     manager: Any = OldCacheManager
-    system, log_line, clear_line = 'old', 'Using OLD cache system (original implementation)', 'past_kv_cache (OLD system)'
+    system, log_line = 'old', 'Using OLD cache system (original implementation)'
+    clear_line = 'past_kv_cache (OLD system)'
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         options = CacheConfig.read(config, KV_CACHE_REGISTRY)

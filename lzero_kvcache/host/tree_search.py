@@ -89,7 +89,7 @@ class _NodeSearch:
     # ---- in LightZero's tree -----------------------------------------------------------------------------------------
 
     def _traverse_options(self) -> Tuple[Any, ...]:
-        return lightzero.traverse_options(self._cfg)  # type: ignore[attr-defined]
+        return lightzero.traverse_options(self._cfg)
 
     def _depths(self, results: Any, path: List[int]) -> List[int]:
         return results.get_search_len()
