@@ -1,6 +1,5 @@
 """Which LightZero is installed, told by what it has: ``lightzero`` is its adapter, where everything stands that it does
 otherwise than another."""
-import importlib
 from typing import Any
 
 from lzero.model.unizero_world_models.transformer import Block
@@ -19,4 +18,10 @@ def adapter_of(block: type) -> str:
                       f'{" and no ".join(ADAPTERS)}; pip install LightZero==0.2.0')
 
 
-lightzero: Any = importlib.import_module(f'.{adapter_of(Block)}', __package__)
+lightzero: Any
+if adapter_of(Block) == 'lightzero_main':
+    from . import lightzero_main
+    lightzero = lightzero_main
+else:
+    from . import lightzero_release
+    lightzero = lightzero_release
