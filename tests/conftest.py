@@ -10,6 +10,8 @@ import pytest
 import torch
 
 os.environ.setdefault('WANDB_MODE', 'disabled')
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')  # before Triton is imported
 
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import lzero_kvcache  # noqa: F401  (before the test modules, which register nothing themselves)

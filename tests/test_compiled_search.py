@@ -70,7 +70,7 @@ def search_by_steps(root: Root) -> Tree:
     """The same search with the engine's step in torch."""
     problem, rows = root.problem, np.arange(ROWS)
     rules, key = make_rules(**problem.rules), make_key(problem.seed, problem.number)
-    tree = make_tree(ROWS, SIMULATIONS, problem.slots, 1, problem.action_size)
+    tree = make_tree(ROWS, problem.simulations, problem.slots, 1, problem.action_size)
     noise = np.zeros((ROWS, problem.slots), np.float32)
     for row, numbers in enumerate(problem.noises):
         noise[row, :len(numbers)] = numbers
@@ -78,8 +78,8 @@ def search_by_steps(root: Root) -> Tree:
         tree, rules, key, np.zeros(ROWS, np.float32), np.float32(problem.logits),
         pad_legal(problem.legal, problem.slots), noise, np.float32(problem.noise_weight), 0, ROWS
     )
-    with root.world_model.search_by_node(SIMULATIONS) as expand:
-        for simulation in range(SIMULATIONS):
+    with root.world_model.search_by_node(problem.simulations) as expand:
+        for simulation in range(problem.simulations):
             select_rows(tree, rules, key, simulation, 0, ROWS)
             parents, actions = tree.path[rows, tree.depth - 1], tree.action
             if rules.sampled:

@@ -55,4 +55,4 @@ class ManagerWorldModel(OldWorldModel):
     use_new_cache_manager = True
     manager = CountedManager
     system, log_line = LIGHTZERO, "Using LightZero's own KVCacheManager"
-    clear_line = "KV caches (LightZero's own manager)"
+    clear_line = "Cleared WorldModel KV caches (LightZero's own manager)."

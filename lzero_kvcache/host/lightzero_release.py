@@ -17,6 +17,9 @@ KEEPS_REANALYSES = False
 COMPUTES_TARGETS = True
 """Whether the engine computes what a replay buffer asks of the target model."""
 
+NOT_ON_GPU: Optional[str] = None
+"""Why UniZero's searches cannot run in one piece on a GPU."""
+
 POLICY_FIELDS = ('collect',)
 """What a policy must be built for to collect."""
 

@@ -156,7 +156,7 @@ class OldWorldModel(LightZeroWorldModel):
     use_new_cache_manager = False
     manager: Any = OldCacheManager
     system, log_line = 'old', 'Using OLD cache system (original implementation)'
-    clear_line = 'past_kv_cache (OLD system)'
+    clear_line = 'Cleared WorldModel past_kv_cache (OLD system).'
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         options = CacheConfig.read(config, KV_CACHE_REGISTRY)
@@ -193,4 +193,4 @@ class OldWorldModel(LightZeroWorldModel):
         """
         with contextlib.redirect_stdout(io.StringIO()):
             super().clear_caches()
-        print(f'Cleared WorldModel {self.clear_line}.')
+        print(self.clear_line)

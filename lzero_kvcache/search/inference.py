@@ -16,7 +16,9 @@ from ..engine.transfer import send
 from ..engine.weights import Source
 from .by_key import NodesByKey
 from .by_node import NodesByPlace
+from .gpu import Found, GpuSearch
 from .roots import RootInference
+from .served import Served
 from .timesteps import reanalysis_timesteps_of, steps_after
 from .whole import Problem, WholeSearch
 
@@ -29,15 +31,24 @@ class Inference(RootInference, NodesByKey, NodesByPlace):
                  read_network: Callable[[], Any]) -> None:
         super().__init__(source, encode, manager, store, options, validator)
         self._whole = WholeSearch(read_network, source, manager, store, self._guard, self.timings)
+        self._on_gpu = GpuSearch(self.engine, source, manager, store, self._guard, self.timings)
 
     @contextmanager
     def search_whole(self, problem: Problem) -> Iterator[Any]:
         """A context with the trees of a search from the roots that were just served, which was one compiled call."""
+        with self._whole.run(self._served(), problem) as tree:
+            yield tree
+
+    @torch.no_grad()
+    def search_on_gpu(self, problem: Problem) -> Found:
+        """Search from the roots that were just served, on the GPU; returns the roots' visits and values."""
+        return self._on_gpu.run(self._served(), problem)
+
+    def _served(self) -> Served:
         served = self.open.innermost(lambda step: step.roots is not None)
         if served is None:
             raise RuntimeError('a search follows a root inference inside `serving`')
-        with self._whole.run(served, problem) as tree:
-            yield tree
+        return served
 
     @torch.no_grad()
     def reanalyze_whole(self, problem: Problem, latent: np.ndarray,
