@@ -90,8 +90,8 @@ class Option(NamedTuple):
 
 KV_CACHE_CFG: Dict[str, Option] = {
     'type': Option(
-        'str', 'new', "manager registered in KV_CACHE_REGISTRY that the flag picks; 'lightzero' is LightZero's own, of its "
-        'main branch', choices=('new', 'old')),
+        'str', 'new', "manager registered in KV_CACHE_REGISTRY that the flag picks; 'lightzero' is LightZero's own, of "
+        'its main branch', choices=('new', 'old')),
     'eviction': Option(
         'str', 'fifo', "which entry leaves a full pool: 'fifo', 'lru' or 'priority' (fewest hits); a training evicts "
         'nothing', choices=('fifo', 'lru', 'priority')),

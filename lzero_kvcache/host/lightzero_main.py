@@ -90,7 +90,7 @@ def unserved_policy(policy_type: str, cfg: Any) -> Optional[str]:
     if cfg['model']['world_model_cfg'].get('obs_type') == 'text':
         return "policy.model.world_model_cfg.obs_type='text': its searches must return latent states to be decoded"
     if (cfg['model']['world_model_cfg'].get('kv_cache_cfg') or {}).get('validation') == 'legacy':
-        return "policy.model.world_model_cfg.kv_cache_cfg.validation='legacy': of this LightZero 'exact' alone is served"
+        return "policy.model.world_model_cfg.kv_cache_cfg.validation='legacy': this LightZero has 'exact' alone"
     for name in ('value_support_range', 'reward_support_range'):
         low, high, step = cfg['model'][name]
         if (low, step) != (1 - high, 1):
