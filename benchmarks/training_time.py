@@ -174,9 +174,10 @@ class Worker:
         @functools.wraps(collect)
         def run(*args: Any, **kwargs: Any) -> Any:
             self.clock.start_loop()
-            counts, seconds = self.clock.counts, sum(self.clock.seconds[part] for part in TOTAL)
+            counts, spent = self.clock.counts, [(part, self.clock.seconds[part]) for part in TOTAL]
             print(f"{self._args.worker}: {counts['iteration']} iterations, {counts['collect step']} collect steps, "
-                  f'{seconds:.1f} s', file=self._written)
+                  f"{sum(seconds for _, seconds in spent):.1f} s: "
+                  + ', '.join(f'{part} {seconds:.2f}' for part, seconds in spent if seconds > 0.01), file=self._written)
             return collect(*args, **kwargs)
 
         return run

@@ -530,12 +530,11 @@ class LightZeroAlone(Batch):
 
 class PathReference(Batch):
     """
-    Overview:
-        One environment's answers without any cache: every node is computed by one forward of the transformer's weights
-        over all tokens of the node's true path, each token seeing the window that it had when it came. This is what
-        LightZero means, computed another way; it asks by node, so equal latent states are not mixed.
+    One environment's answers without any cache: every node is computed by one forward of the transformer's weights
+    over all tokens of the node's true path, each token seeing the window that it had when it came. This is what
+    LightZero means, computed another way; it asks by node, so equal latent states are not mixed.
 
-        Only the arithmetic of layers and heads is LightZero's. Angles of rotary positions are those of its calls.
+    Only the arithmetic of layers and heads is LightZero's. Angles of rotary positions are those of its calls.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -33,11 +33,8 @@ SCRIPTS = ((3, 5, 4), (7, 2, 6), (4, 4, 9), (9, 3, 2))
 @ENV_REGISTRY.register('scripted_lightzero', force_overwrite=True)
 class ScriptedEnv(BaseEnv):
     """
-    Overview:
-        The last observation of an episode is also the first of the next one, since LightZero's segment collector starts
-        an episode with the one or with the other.
-    Arguments:
-        - cfg (:obj:`Dict[str, Any]`): ``script``: number of the script; ``timesteps``: whether they are told, or 0.
+    The last observation of an episode is also the first of the next one, since LightZero's segment collector starts an
+    episode with the one or with the other. ``cfg`` has the number of the ``script`` and whether ``timesteps`` are told.
     """
 
     def __init__(self, cfg: Dict[str, Any]) -> None:
@@ -98,8 +95,7 @@ class Search(NamedTuple):
 
 class Noted:
     """
-    Overview:
-        A policy's collect or eval mode that notes every search by environment, and how many had a predecessor.
+    A policy's collect or eval mode that notes every search by environment, and how many had a predecessor.
     """
 
     def __init__(self, policy: Any, mode: str) -> None:
@@ -141,16 +137,8 @@ def env_id_list(env_ids: Any) -> bool:
 
 class Life:
     """
-    Overview:
-        A policy with workers, each over environments of the given scripts.
-    Arguments:
-        - scripts (:obj:`Sequence[int]`): The script of each environment, the same for collection and evaluation.
-        - new (:obj:`bool`): Which system.
-        - folder (:obj:`Any`): Where workers write their logs.
-        - timesteps (:obj:`bool`): Whether environments tell their timesteps.
-        - manager (:obj:`str`): DI-engine's environment manager.
-        - n_episode (:obj:`int`): Episodes of one collection; default: as many as environments.
-        - segment (:obj:`int`): Steps of a segment; short ones end a collection in the middle of episodes.
+    A policy with workers, each over environments of the given scripts, the same for collection and evaluation; there
+    are as many episodes in a collection as environments, or ``n_episode``.
     """
 
     def __init__(self, scripts: Sequence[int], new: bool, folder: Any, seed: int = 0, timesteps: bool = True,

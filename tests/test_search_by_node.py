@@ -196,14 +196,6 @@ class TestTraces:
         answers = play(ByNode(cached_model(case, 1, SEED)), trace)
         assert relative_error(answers[3]['policy'], answers[1]['policy']) > WRONG
 
-    def test_more_simulations_than_pages_were_planned_for(self):
-        """The storage grows before the search starts."""
-        case = Case()
-        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=12)
-        player = ByNode(cached_model(case, 2, SEED, num_simulations=2))
-        player.world_model.kv_cache_manager.recur_pool.pool_size = 24
-        assert_same(node_differences(trace, player, alone(PathReference, case, trace, SEED)))
-
 
 class TestMisuse:
 
@@ -342,13 +334,6 @@ class Shadowed:
 
 
 class TestSearches:
-
-    @KINDS
-    def test_which_search_a_policy_has(self, kind):
-        policy = make(kind)
-        assert type(policy._mcts_collect) is type(policy._mcts_eval) is KEYED[kind][3]
-        old = make(kind, new=False)
-        assert type(old._mcts_collect) is type(old._mcts_eval) is KEYED[kind][0]
 
     @pytest.mark.usefixtures('lightzeros_tree')
     @BOTH_MODES

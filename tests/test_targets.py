@@ -176,7 +176,18 @@ def test_stacked_frames_travel_as_the_buffer_has_them(kind, monkeypatch):
     actual = buffer._compute_target_reward_value(context, new, actions, timesteps)
     monkeypatch.undo()
     assert_same(actual, expected)
-    assert sent[0] == (torch.from_numpy(np.zeros(0, kind)).dtype, (BATCH * UNROLL, 3, 64, 64))  # and not the last ones
+    needed = np.reshape(context[1], (BATCH, UNROLL + 1)).any(1).sum()
+    assert needed < BATCH and sent[0] == (torch.from_numpy(np.zeros(0, kind)).dtype, (needed * UNROLL, 3, 64, 64))
+
+
+def test_all_past_the_end_of_their_episodes():
+    case = Case()
+    own, new = both(case)
+    buffer = filled(case, config(case))
+    context, _, actions, _, timesteps = batch_of(buffer)
+    context[1] = [0] * len(context[1])
+    expected = buffer._compute_target_reward_value(context, own, actions, timesteps)
+    assert_same(buffer._compute_target_reward_value(context, new, actions, timesteps), expected)
 
 
 def test_several_chunks_are_one(monkeypatch):

@@ -84,19 +84,6 @@ def live_through(policy):
             policy._model.world_model.weights_changed('a test')
 
 
-def note_again(trace, new):
-    """Note all of one trace in another, inference by inference."""
-    def outputs(answer):
-        return None, answer['latent'], answer.get('reward'), answer['policy'], answer['value']
-
-    new.note_root(trace.last_obs, trace.last_actions, trace.obs, trace.timesteps, np.array(trace.lost, int),
-                  outputs(trace.root))
-    yield
-    for path, actions, depths, answer in trace.nodes:
-        new.note_node(path, actions, depths, outputs(answer))
-        yield
-
-
 class Checked(ByNode):
     """Puts a trace to a model whose searches are validated."""
     _acted = ()
@@ -420,24 +407,6 @@ class TestTraces:
     def policy(validated, seed=0):
         cfg = options(validated, action='raise')
         return make_policy(True, seed=seed, simulations=4, evaluators=3, kv_cache_cfg=cfg)
-
-    @BOTH_KINDS
-    def test_searches_of_one_model_at_once(self, validated):
-        """A collection and an evaluation, noted in turns and judged in the order in which they end."""
-        policy, twin = self.policy(validated), self.policy(validated)
-        policy._model.eval()
-        made = dict(collect=[], eval=[])
-        validator_of(twin).check = lambda trace, actions: made[trace.mode].append((trace, actions))
-        stepped(twin, ALL, ALL, ALL)
-        stepped(twin, ALL, ALL, ALL, mode='eval')
-        for (collected, acted), (evaluated, acted_there) in zip(*made.values()):
-            outer, inner = (validator_of(policy).open(trace.mode, ALL) for trace in (collected, evaluated))
-            for _ in zip(note_again(collected, outer), note_again(evaluated, inner)):
-                pass
-            validator_of(policy).check(inner, acted_there)
-            validator_of(policy).check(outer, acted)
-        tally = tally_of(policy)
-        assert (tally.searches, tally.inferences, tally.unexplained) == (6, 6 * 5, 0)
 
     @staticmethod
     def step_with_another_inside(outer, inner):

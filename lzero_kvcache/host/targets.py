@@ -52,15 +52,24 @@ def target_values(cfg: Any, context: Sequence[Any], world_model: NewWorldModel, 
     is what LightZero's buffer prepares, and the actions are ``[B, L]`` or ``[B, L, A]``."""
     observations, mask, positions, segment_rewards, _, _, td_steps = context[:7]
     rows, steps = actions.shape[:2]
-    seen = [observation for index, observation in enumerate(observations) if (index + 1) % (steps + 1)]
-    latents = _encoded(world_model, seen, cfg.model.model_type)
-    weights, outputs = world_model.observed(latents.view(rows, steps, -1), actions, timesteps)
-    on_device = inverse_scalar_transform(weights.value(outputs).flatten(0, 1), cfg.model.support_scale)
-    td = np.asarray(td_steps).reshape(rows, steps + 1)[:, :1]
-    rewards, sums = _summed(segment_rewards, positions, td, steps + 1, cfg.discount_factor)
-    values = to_cpu(on_device).reshape(rows, steps)
-    values = np.concatenate([values, values[:, -1:]], axis=1)  # as LightZero's model answers for the last
-    return rewards, values * cfg.discount_factor ** td * np.reshape(mask, values.shape) + sums
+    valid, td = np.reshape(mask, (rows, steps + 1)), np.reshape(td_steps, (rows, steps + 1))[:, :1]
+    # What lies past the end of its episode as a whole is not looked at.
+    needed = np.flatnonzero(valid.any(1)) if valid.any() else np.zeros(1, np.int64)
+    seen = [observations[row * (steps + 1) + step] for row in needed for step in range(steps)]
+    on_device = _values(cfg, world_model, seen, actions[needed], timesteps[needed])
+    rewards, values = _summed(segment_rewards, positions, td, steps + 1, cfg.discount_factor)
+    predicted = to_cpu(on_device).reshape(len(needed), steps)
+    predicted = np.concatenate([predicted, predicted[:, -1:]], axis=1)  # as LightZero's model answers for the last
+    values[needed] += predicted * cfg.discount_factor ** td[needed] * valid[needed]
+    return rewards, values
+
+
+def _values(cfg: Any, world_model: NewWorldModel, observations: List[Any], actions: np.ndarray,
+            timesteps: np.ndarray) -> torch.Tensor:
+    """Values ``[B L, 1]`` of observations, on the model's device; it may still be computing them."""
+    latents = _encoded(world_model, observations, cfg.model.model_type)
+    weights, outputs = world_model.observed(latents.view(*actions.shape[:2], -1), actions, timesteps)
+    return inverse_scalar_transform(weights.value(outputs).flatten(0, 1), cfg.model.support_scale)
 
 
 def _encoded(world_model: NewWorldModel, observations: List[Any], model_type: str) -> torch.Tensor:

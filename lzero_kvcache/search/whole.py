@@ -21,7 +21,7 @@ from .spaces import Space, Spaces
 LEAST_ROWS = 8
 """Rows that are worth a thread: as many as the compiled step works on side by side."""
 
-WIDE = 192
+WIDE = 256
 """Width of a model from which on threads that share out products are worth while."""
 
 CHUNK = 64
