@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .products import apply, residual_norm
 from .slab import Slab
-from .step import Engine, StepOutput, with_residuals
-from .weights import Weights
+from .step import StepOutput
+from .weights import Geometry, Weights
 
 BLOCK = 16
 """Tokens that a program looks at together."""
@@ -78,36 +79,39 @@ def _attend(qkv, slab, tables, counts, positions, places, shift, out, rows, head
 
 
 class PagedStep:
-    """:meth:`Engine.step` for a search, whose observations are predicted, over pages where they lie."""
+    """:meth:`Engine.step` for a search, whose observations are predicted, over pages where they lie. Its layers have no
+    gates."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
 
     def __call__(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
                  positions: torch.Tensor) -> StepOutput:
         places = weights.places[positions]
         x = self._token(weights, slab, tables, counts, positions, weights.embed_action(action), places[0], 0)
-        token = x.unsqueeze(1)
-        rewards, latent = weights.rewards(token), weights.observations(token).squeeze(1)
+        rewards, latent = apply(weights.rewards, x), apply(weights.observations, x)
         x = self._token(weights, slab, tables, counts, positions, latent, places[1], 1)
-        return self._engine.predict(weights, x, latent, rewards)
+        parts = x, latent, rewards, apply(weights.policy, x), apply(weights.value, x)
+        return StepOutput(*(part.unsqueeze(1) for part in parts))
 
     def _token(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor,
                x: torch.Tensor, places: torch.Tensor, token: int) -> torch.Tensor:
         """The output ``[B, E]`` of a page's first (0) or second (1) token ``x [B, E]``."""
-        geometry = self._engine.geometry
-        rotary = geometry.rotary
+        geometry = self._geometry
+        rotary, rows = geometry.rotary, len(x)
         if not rotary:
             x = x + places
         factors = torch.view_as_real(weights.places) if rotary else weights.places
-        for number, layer in enumerate(weights.layers):
-            qkv = layer.qkv(layer.norm1(x))
+        next_norms = [layer.norm1 for layer in weights.layers[1:]] + [weights.norm]
+        normed = weights.layers[0].norm1(x)
+        for number, (layer, next_norm) in enumerate(zip(weights.layers, next_norms)):
             attended = torch.empty_like(x)
-            _attend[(len(x), geometry.heads)](
-                qkv, slab.data, tables, counts, positions, factors, factors if rotary else weights.shift, attended,
-                len(x), geometry.heads, geometry.layers, number, tables.shape[1], geometry.head_dim ** -0.5,
-                TOKEN=token, HEAD_DIM=geometry.head_dim, LANES=triton.next_power_of_2(geometry.head_dim), ROTARY=rotary,
-                TOKENS=BLOCK, num_warps=2
+            _attend[(rows, geometry.heads)](
+                apply(layer.qkv, normed), slab.data, tables, counts, positions, factors,
+                factors if rotary else weights.shift, attended, rows, geometry.heads, geometry.layers, number,
+                tables.shape[1], geometry.head_dim ** -0.5, TOKEN=token, HEAD_DIM=geometry.head_dim,
+                LANES=triton.next_power_of_2(geometry.head_dim), ROTARY=rotary, TOKENS=BLOCK, num_warps=2
             )
-            x = with_residuals(layer, x, layer.proj(attended))
-        return weights.norm(x)
+            x, normed = residual_norm(layer.proj, attended, x, layer.norm2)
+            x, normed = residual_norm(layer.mlp, normed, x, next_norm)
+        return normed

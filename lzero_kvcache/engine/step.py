@@ -83,7 +83,7 @@ class Engine:
               angle: Optional[torch.Tensor]) -> StepOutput:
         """The first observations of episodes: as :meth:`begin`, with predictions."""
         x = self._observe_alone(weights, slab, pages, latent, angle, predicts=True)
-        return self.predict(weights, x, latent, None)
+        return self._predict(weights, x, latent, None)
 
     def _observe_alone(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
                        angle: Optional[torch.Tensor], predicts: bool) -> torch.Tensor:
@@ -137,7 +137,7 @@ class Engine:
         if latent is not None:
             pair = torch.stack([token, latent], dim=1)
             x = self._tokens(weights, window, slots, pair, places, given.index_select(0, counts)[..., :slots - 1])
-            return self.predict(weights, x, latent, None)
+            return self._predict(weights, x, latent, None)
         bias = seen.index_select(0, counts)
         x = self._tokens(weights, window, slots - 1, token.unsqueeze(1), places[:, :1], bias[..., :slots - 2])
         return self._observe_predicted(weights, window, x, places[:, 1:], bias[..., :slots - 1])
@@ -147,9 +147,9 @@ class Engine:
         token = x.unsqueeze(1)
         rewards, latent = weights.rewards(token), weights.observations(token)
         x = self._tokens(weights, window, window.shape[1], latent, places, bias)
-        return self.predict(weights, x, latent.squeeze(1), rewards)
+        return self._predict(weights, x, latent.squeeze(1), rewards)
 
-    def predict(self, weights: Weights, x: torch.Tensor, latent: torch.Tensor,
+    def _predict(self, weights: Weights, x: torch.Tensor, latent: torch.Tensor,
                  rewards: Optional[torch.Tensor]) -> StepOutput:
         x = x.unsqueeze(1)
         return StepOutput(x, latent.unsqueeze(1), rewards, weights.policy(x), weights.value(x))

@@ -186,7 +186,8 @@ class NewWorldModel(LightZeroWorldModel):
         """
         device = self.weights_source.device()
         if device.type == 'cuda':
-            return not_on_gpu or why_not_on_gpu()
+            gated = 'its layers are gated' if self.config.gru_gating else None
+            return not_on_gpu or gated or why_not_on_gpu()
         if device.type != 'cpu':
             return f'the model is on {device}'
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)

@@ -261,7 +261,7 @@ class GpuSearch:
         from .gpu_tree import backup, select
 
         trees, geometry, rules, rows = space.trees, self._engine.geometry, problem.rules, space.rows
-        step, two_players = PagedStep(self._engine), rules['two_players']
+        step, two_players = PagedStep(geometry), rules['two_players']
         lanes, pages = triton.next_power_of_2(space.slots), triton.next_power_of_2(space.width + 1)
         first = 2 + 2 * space.slots
         timesteps, new_pages = space.given[first], space.given[first + 2 + space.width:]
