@@ -77,7 +77,10 @@ class TestMain:
         ('moe_in_transformer', True), ('multiplication_moe_in_transformer', True),
     ])
     def test_options_that_change_contexts_are_refused(self, key, value):
-        changes = {key: value, 'num_experts_of_moe_in_transformer': 2, 'num_experts_per_tok': 1}
+        changes = {
+            'num_experts_of_moe_in_transformer': 2, 'num_experts_per_tok': 1, 'moe_use_lora': False,
+            'n_shared_experts': 1, key: value
+        }
         with pytest.raises(ConfigError, match=f'{key}={value!r}'):
             cached_model(Case(), 2, 3, **changes)
 
