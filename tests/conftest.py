@@ -11,7 +11,7 @@ import torch
 
 os.environ.setdefault('WANDB_MODE', 'disabled')
 if not torch.cuda.is_available():
-    os.environ.setdefault('TRITON_INTERPRET', '1')  # before Triton is imported
+    os.environ.setdefault('TRITON_INTERPRET', '1')  # read as Triton is imported
 
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import lzero_kvcache  # noqa: F401  (before the test modules, which register nothing themselves)

@@ -18,6 +18,7 @@ from ding.envs import BaseEnv, BaseEnvTimestep, create_env_manager
 from ding.policy import create_policy
 from ding.utils import ENV_REGISTRY
 from easydict import EasyDict
+from lzero.mcts import UniZeroGameBuffer
 from lzero.worker import MuZeroCollector, MuZeroEvaluator, MuZeroSegmentCollector
 from oracle import Case, randomise
 from seeded_search import seeded_search
@@ -197,6 +198,20 @@ class Life:
         with quiet(), seeded_search(NodeSearch):
             return worker.eval(**amount)
 
+    def buffer(self) -> UniZeroGameBuffer:
+        """A replay buffer from which everything is reanalyzed, in batches of two."""
+        for each in (self.config.policy, self.policy._cfg):
+            each.update(reanalyze_ratio=1., batch_size=2, num_unroll_steps=UNROLL)
+        return UniZeroGameBuffer(self.config.policy)
+
+    def fill(self, buffer: UniZeroGameBuffer, collector: Any) -> None:
+        """Put one collection into a buffer."""
+        segments = self.collect(collector)
+        for segment in segments[0]:  # LightZero pads a target's rewards with scalars
+            segment.reward_segment = np.ravel(segment.reward_segment)
+        with quiet():
+            buffer.push_game_segments(segments)
+
     def close(self) -> None:
         """End the workers' environments, once all of them wait: DI-engine does not bear it in the middle of a reset."""
         for worker in self._workers:
@@ -218,4 +233,5 @@ def quiet() -> Any:
         logging.disable(level)
 
 
+UNROLL = 5  # fewer steps are too few for LightZero's loss
 COLLECTORS = {'episodes': MuZeroCollector, 'segments': MuZeroSegmentCollector}

@@ -70,7 +70,7 @@ def search_by_steps(root: Root) -> Tree:
     """The same search with the engine's step in torch."""
     problem, rows = root.problem, np.arange(ROWS)
     rules, key = make_rules(**problem.rules), make_key(problem.seed, problem.number)
-    tree = make_tree(ROWS, problem.simulations, problem.slots, 1, problem.action_size)
+    tree = make_tree(ROWS, SIMULATIONS, problem.slots, 1, problem.action_size)
     noise = np.zeros((ROWS, problem.slots), np.float32)
     for row, numbers in enumerate(problem.noises):
         noise[row, :len(numbers)] = numbers
@@ -78,8 +78,8 @@ def search_by_steps(root: Root) -> Tree:
         tree, rules, key, np.zeros(ROWS, np.float32), np.float32(problem.logits),
         pad_legal(problem.legal, problem.slots), noise, np.float32(problem.noise_weight), 0, ROWS
     )
-    with root.world_model.search_by_node(problem.simulations) as expand:
-        for simulation in range(problem.simulations):
+    with root.world_model.search_by_node(SIMULATIONS) as expand:
+        for simulation in range(SIMULATIONS):
             select_rows(tree, rules, key, simulation, 0, ROWS)
             parents, actions = tree.path[rows, tree.depth - 1], tree.action
             if rules.sampled:
@@ -145,7 +145,7 @@ def test_threads_share_the_products_of_a_wide_model(root: Root, monkeypatch: pyt
     monkeypatch.setattr(whole, 'LEAST_ROWS', ROWS)
     torch.set_num_threads(3)
     assert found(root) == alone and helped == []
-    monkeypatch.setattr(whole, 'WIDE', 1)
+    monkeypatch.setattr(whole, 'LEAST_COLUMNS', 10)
     assert found(root) == alone
     torch.set_num_threads(1)
     assert sorted(worker for _, worker, _ in helped) == [1, 2] and len({thread for thread, *_ in helped}) == 2
@@ -163,7 +163,7 @@ def test_who_helps_out_leaves_a_search_that_fails(root: Root, monkeypatch: pytes
 
     before = found(root)
     monkeypatch.setattr(whole, 'LEAST_ROWS', ROWS)
-    monkeypatch.setattr(whole, 'WIDE', 1)
+    monkeypatch.setattr(whole, 'LEAST_COLUMNS', 10)
     torch.set_num_threads(2)
     with monkeypatch.context() as meanwhile, pytest.raises(Broken):
         meanwhile.setattr(compiled, 'search_rows', broken)

@@ -34,6 +34,7 @@ from oracle import (
     Trace,
     assert_same,
     cached_model,
+    differences,
     original_model,
     play,
     random_trace,
@@ -105,20 +106,8 @@ def error_of(name, actual, expected):
 
 def node_differences(trace, batch, alone):
     """All differences between a batch that is asked by node and each environment alone."""
-    actual = play(batch, trace)
-    batch.close()
-    found = []
-    for env, player in enumerate(alone):
-        expected = iter([answer for answer in play(player, trace.alone(env)) if answer is not None])
-        for number, (event, answers) in enumerate(zip(trace.events, actual)):
-            if not isinstance(event, (Root, Expand)):
-                continue
-            right = for_search(next(expected))
-            assert answers.keys() == right.keys()
-            for name in right:
-                error = error_of(name, answers[name][env:env + 1], right[name])
-                found.append(Difference(error, number, type(event).__name__, env, name))
-    return sorted(found, key=lambda d: (d.event, d.env))
+    with contextlib.closing(batch):
+        return differences(trace, batch, alone, for_search, error_of)
 
 
 def batch_differences(trace, batch, keyed):

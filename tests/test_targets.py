@@ -14,6 +14,7 @@ from lzero.policy.unizero import UniZeroPolicy
 from oracle import TOLERANCE, Case, cached_model, original_model
 
 from lzero_kvcache.host import targets
+from lzero_kvcache.host.patches import applied
 
 SEED, UNROLL, TD, SEGMENT, BATCH = 3, 3, 2, 8, 16
 CASES = {
@@ -29,6 +30,13 @@ CASES = {
     'image_memory': Case(obs_type='image_memory'),
 }
 OF_EACH_CASE = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
+
+
+@pytest.fixture(autouse=True)
+def _in_a_run():
+    """Buffers as a run has them."""
+    with applied(targets=targets.of_new_system):
+        yield
 
 
 def config(case, stacked=1, **changes):

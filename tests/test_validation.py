@@ -10,7 +10,6 @@ import torch
 from builders import Worker, make_policy
 from ding.worker.learner.learner_hook import build_learner_hook_by_cfg
 from easydict import EasyDict
-from lzero.mcts import UniZeroGameBuffer
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 from lzero.worker import MuZeroEvaluator
 from oracle import Case, ClearEnv, Expand, cached_model, play, random_trace, randomise
@@ -474,18 +473,13 @@ def trained(folder, kind, rotary, **kv_cache_cfg):
     np.random.seed(0)
     torch.manual_seed(0)
     life = Life((0, 1, 2), True, folder, rotary=rotary, max_blocks=10, max_tokens=20, kv_cache_cfg=kv_cache_cfg)
-    for config in (life.config.policy, life.policy._cfg):
-        config.update(batch_size=2, num_unroll_steps=5, reanalyze_ratio=1.)
-    buffer = UniZeroGameBuffer(life.config.policy)
+    buffer = life.buffer()
     collector, evaluator = life.worker(COLLECTORS[kind]), life.worker(MuZeroEvaluator)
     losses = []
     for train_iter in range(2):
         life.evaluate(evaluator, train_iter=train_iter, n_episode=3)
-        segments = life.collect(collector)
-        for segment in segments[0]:  # LightZero pads a target's rewards with scalars
-            segment.reward_segment = np.ravel(segment.reward_segment)
+        life.fill(buffer, collector)
         with quiet(), seeded_search():
-            buffer.push_game_segments(segments)
             losses.append(life.policy.learn_mode.forward([*buffer.sample(2, life.policy), train_iter]))
             life.policy.recompute_pos_emb_diff_and_clear_cache()
     life.close()

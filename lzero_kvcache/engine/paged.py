@@ -1,117 +1,105 @@
-"""The recurrent step over pages where they lie: no window is gathered. Importing it imports Triton.
+"""Attention on a GPU that reads pages where they are. Importing it imports Triton.
 
-Shapes as in ``step.py``. Rows of ``tables [B, W]`` hold a context's pages, left-aligned, and after them the page that
-the step writes. The token at position ``p`` of a context stands in slot ``p + 1``: slot ``s`` is token ``s % 2`` of the
-row's page ``s // 2``.
+Shapes as in :mod:`.step`; the context of a row is the tokens ``0`` to ``2 count - 2``, and what it adds are the action
+and the observation of the page in its table's last column.
 """
 import torch
 import triton
 import triton.language as tl
 
-from .products import apply, residual_norm
 from .slab import Slab
-from .step import StepOutput
 from .weights import Geometry, Weights
 
-BLOCK = 16
-"""Tokens that a program looks at together."""
+TOKENS = 16
+"""Tokens of a context that are looked at together."""
 
 
 @triton.jit
-def _attend(qkv, slab, tables, counts, positions, places, shift, out, rows, heads, layers, layer, width, scale,
-            TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr, LANES: tl.constexpr, ROTARY: tl.constexpr,
-            TOKENS: tl.constexpr):
-    """One row and head: write the token's key and value to its page, and attend over the context and the token."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    dim = heads * HEAD_DIM
-    lane = tl.arange(0, LANES)
-    there = lane < HEAD_DIM
-    own = head * HEAD_DIM + lane
-    query = tl.load(qkv + row * 3 * dim + own, mask=there, other=0.0)
-    key = tl.load(qkv + row * 3 * dim + dim + own, mask=there, other=0.0)
-    value = tl.load(qkv + row * 3 * dim + 2 * dim + own, mask=there, other=0.0)
-    position = tl.load(positions + TOKEN * rows + row)
+def _rotated(at, d, there, cosine, sine):
+    pair = tl.load(at + (d ^ 1), mask=there, other=0.)
+    return tl.load(at + d, mask=there, other=0.) * cosine + tl.where(d % 2 == 0, -pair, pair) * sine
+
+
+@triton.jit
+def _attend(qkv, slab, tables, counts, positions, moved, out, layer, scale, rows, row_step, page_step, width,
+            LAYERS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
+            PART: tl.constexpr, ROTARY: tl.constexpr, TOKENS: tl.constexpr):
+    """Keys and values of a token into its page, and its attention: a row and a head for each program. ``moved`` is
+    what learned positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, PADDED)
+    there = d < SIZE
+    embed = HEADS * SIZE
+    at = qkv + row * 3 * embed + head * SIZE
     count = tl.load(counts + row)
-    page = tl.load(tables + row * width + count)
-    token_size = layers * 2 * dim
-    written = slab + (page * 2 + TOKEN) * token_size + layer * 2 * dim + own
+    position = tl.load(positions + PART * rows + row)
+    value = tl.load(at + 2 * embed + d, mask=there, other=0.)
     if ROTARY:
-        other = head * HEAD_DIM + (lane ^ 1)
-        turned_query = tl.load(qkv + row * 3 * dim + other, mask=there, other=0.0)
-        turned_key = tl.load(qkv + row * 3 * dim + dim + other, mask=there, other=0.0)
-        factor = places + position * HEAD_DIM + (lane // 2) * 2
-        cosine = tl.load(factor, mask=there, other=0.0)
-        sine = tl.load(factor + 1, mask=there, other=0.0) * tl.where(lane % 2 == 0, -1.0, 1.0)
-        query = query * cosine + turned_query * sine
-        key = key * cosine + turned_key * sine
-        tl.store(written, key, mask=there)
-        tl.store(written + dim, value, mask=there)
+        factors = moved + position * SIZE + d // 2 * 2
+        cosine = tl.load(factors, mask=there, other=0.)
+        sine = tl.load(factors + 1, mask=there, other=0.)
+        query = _rotated(at, d, there, cosine, sine)
+        key = _rotated(at + embed, d, there, cosine, sine)
+        kept, kept_value = key, value
     else:
-        moved = shift + (position * layers + layer) * 2 * dim + own
-        tl.store(written, key - tl.load(moved, mask=there, other=0.0), mask=there)
-        tl.store(written + dim, value - tl.load(moved + dim, mask=there, other=0.0), mask=there)
-    largest = tl.sum(query * key, 0) * scale
-    total = largest * 0 + 1
+        query = tl.load(at + d, mask=there, other=0.)
+        key = tl.load(at + embed + d, mask=there, other=0.)
+        shift = moved + (position * LAYERS + layer) * 2 * embed + head * SIZE + d
+        kept = key - tl.load(shift, mask=there, other=0.)
+        kept_value = value - tl.load(shift + embed, mask=there, other=0.)
+    page = tl.load(tables + row * row_step + (width - 1) * page_step)
+    own = slab + ((page * 2 + PART) * LAYERS + layer) * 2 * embed + head * SIZE + d
+    tl.store(own, kept.to(slab.dtype.element_ty), mask=there)
+    tl.store(own + embed, kept_value.to(slab.dtype.element_ty), mask=there)
+    query *= scale
+    top = tl.sum(query * key, 0)
+    total = top * 0 + 1
     mixed = value
-    earlier = tl.maximum(2 * count - 1 + TOKEN, 0)
-    begin = earlier * 0
-    while begin < earlier:
-        at = begin + tl.arange(0, TOKENS)
-        seen = at < earlier
-        both = seen[:, None] & there[None, :]
-        pages = tl.load(tables + row * width + (at + 1) // 2, mask=seen, other=0)
-        place = ((pages * 2 + (at + 1) % 2) * token_size + layer * 2 * dim)[:, None] + own[None, :]
-        keys = tl.load(slab + place, mask=both, other=0.0).to(tl.float32)
-        values = tl.load(slab + place + dim, mask=both, other=0.0).to(tl.float32)
+    if PART == 1:  # the action, which its own launch has written
+        before = own - LAYERS * 2 * embed
+        key = tl.load(before, mask=there, other=0.).to(tl.float32)
+        value = tl.load(before + embed, mask=there, other=0.).to(tl.float32)
         if not ROTARY:
-            moves = ((at * layers + layer) * 2 * dim)[:, None] + own[None, :]
-            keys += tl.load(shift + moves, mask=both, other=0.0)
-            values += tl.load(shift + moves + dim, mask=both, other=0.0)
-        scores = tl.where(seen, tl.sum(keys * query[None, :], 1) * scale, float('-inf'))
-        most = tl.maximum(largest, tl.max(scores, 0))
-        weights = tl.exp(scores - most)
-        kept = tl.exp(largest - most)
-        total = total * kept + tl.sum(weights, 0)
-        mixed = mixed * kept + tl.sum(weights[:, None] * values, 0)
-        largest = most
-        begin += TOKENS
-    tl.store(out + row * dim + own, mixed / total, mask=there)
+            shift = moved + (tl.load(positions + row) * LAYERS + layer) * 2 * embed + head * SIZE + d
+            key += tl.load(shift, mask=there, other=0.)
+            value += tl.load(shift + embed, mask=there, other=0.)
+        score = tl.sum(query * key, 0)
+        higher = tl.maximum(top, score)
+        old, new = tl.exp(top - higher), tl.exp(score - higher)
+        top, total, mixed = higher, old + new, mixed * old + value * new
+    tokens = (2 * count - 1).to(tl.int32)
+    for start in range(0, tokens, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        seen = token < tokens
+        both = seen[:, None] & there[None, :]
+        pages = tl.load(tables + row * row_step + (token + 1) // 2 * page_step, mask=seen, other=0)
+        places = ((pages * 2 + (token + 1) % 2) * LAYERS + layer) * 2 * embed + head * SIZE
+        keys = tl.load(slab + places[:, None] + d[None, :], mask=both, other=0.).to(tl.float32)
+        values = tl.load(slab + embed + places[:, None] + d[None, :], mask=both, other=0.).to(tl.float32)
+        if not ROTARY:
+            shifts = moved + ((token * LAYERS + layer) * 2 * embed + head * SIZE)[:, None] + d[None, :]
+            keys += tl.load(shifts, mask=both, other=0.)
+            values += tl.load(shifts + embed, mask=both, other=0.)
+        scores = tl.where(seen, tl.sum(query[None, :] * keys, 1), -float('inf'))
+        higher = tl.maximum(top, tl.max(scores, 0))
+        old, weights = tl.exp(top - higher), tl.exp(scores - higher)
+        total = total * old + tl.sum(weights, 0)
+        mixed = mixed * old + tl.sum(values * weights[:, None], 0)
+        top = higher
+    tl.store(out + row * embed + head * SIZE + d, mixed / total, mask=there)
 
 
-class PagedStep:
-    """:meth:`Engine.step` for a search, whose observations are predicted, over pages where they lie. Its layers have no
-    gates."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        self._geometry = geometry
-
-    def __call__(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
-                 positions: torch.Tensor) -> StepOutput:
-        places = weights.places[positions]
-        x = self._token(weights, slab, tables, counts, positions, weights.embed_action(action), places[0], 0)
-        rewards, latent = apply(weights.rewards, x), apply(weights.observations, x)
-        x = self._token(weights, slab, tables, counts, positions, latent, places[1], 1)
-        parts = x, latent, rewards, apply(weights.policy, x), apply(weights.value, x)
-        return StepOutput(*(part.unsqueeze(1) for part in parts))
-
-    def _token(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor,
-               x: torch.Tensor, places: torch.Tensor, token: int) -> torch.Tensor:
-        """The output ``[B, E]`` of a page's first (0) or second (1) token ``x [B, E]``."""
-        geometry = self._geometry
-        rotary, rows = geometry.rotary, len(x)
-        if not rotary:
-            x = x + places
-        factors = torch.view_as_real(weights.places) if rotary else weights.places
-        next_norms = [layer.norm1 for layer in weights.layers[1:]] + [weights.norm]
-        normed = weights.layers[0].norm1(x)
-        for number, (layer, next_norm) in enumerate(zip(weights.layers, next_norms)):
-            attended = torch.empty_like(x)
-            _attend[(rows, geometry.heads)](
-                apply(layer.qkv, normed), slab.data, tables, counts, positions, factors,
-                factors if rotary else weights.shift, attended, rows, geometry.heads, geometry.layers, number,
-                tables.shape[1], geometry.head_dim ** -0.5, TOKEN=token, HEAD_DIM=geometry.head_dim,
-                LANES=triton.next_power_of_2(geometry.head_dim), ROTARY=rotary, TOKENS=BLOCK, num_warps=2
-            )
-            x, normed = residual_norm(layer.proj, attended, x, layer.norm2)
-            x, normed = residual_norm(layer.mlp, normed, x, next_norm)
-        return normed
+def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, part: int, qkv: torch.Tensor,
+           tables: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Attention ``[B, E]`` of a page's action (``part`` 0) or observation (1) with ``qkv [B, 3E]``, whose key and value
+    are written into the page."""
+    rows, embed = len(qkv), geometry.embed_dim
+    moved = torch.view_as_real(weights.places) if geometry.rotary else weights.shift
+    assert moved is not None and slab.data is not None and moved.is_contiguous() and positions.is_contiguous()
+    out = qkv.new_empty(rows, embed)
+    _attend[rows, geometry.heads](
+        qkv, slab.data, tables, counts, positions, moved, out, layer, geometry.head_dim ** -0.5, rows,
+        *tables.stride(), tables.shape[1], geometry.layers, geometry.heads, geometry.head_dim,
+        triton.next_power_of_2(geometry.head_dim), part, geometry.rotary, TOKENS, num_warps=2
+    )
+    return out

@@ -6,6 +6,7 @@ step writes. A window has ``2W`` slots ``[-, o0, a0, o1, ..., action, observatio
 does not exist, and is never read, so that the token at position ``p`` of a context stands in slot ``p + 1``. Tables of
 pages are int64 ``[B, W]``, counts of pages ``[B]``, positions of tokens ``[K, B]``.
 """
+import importlib.util
 import threading
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
@@ -104,6 +105,8 @@ class Engine:
         A count of 0 starts a context, and its action is not looked at. ``positions [2, B]`` are those of both tokens.
         The observation is ``latent [B, E]``, and no reward is predicted; or without it the predicted observation.
         """
+        if latent is None and weights.captured and reads_pages(slab):
+            return self.simulate(weights, slab, tables, counts, action, positions)
         window = slab.read(tables, self.window.room(slab, tables.numel()))
         last = window.shape[1] - 1
         if weights.shift is not None:
@@ -114,6 +117,40 @@ class Engine:
             page = page - weights.shift[positions.T]
         slab.write(tables[:, -1], page)
         return output
+
+    def simulate(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
+                 positions: torch.Tensor) -> StepOutput:
+        """:meth:`step` with the predicted observation and without a window: Triton reads pages where they are."""
+        from .products import apply
+
+        token = weights.embed_action(action)
+        x = self._over_pages(weights, slab, tables, counts, positions, 0, token)
+        rewards, latent = apply(weights.rewards, x), apply(weights.observations, x)
+        x = self._over_pages(weights, slab, tables, counts, positions, 1, latent)
+        parts = x, latent, rewards, apply(weights.policy, x), apply(weights.value, x)
+        return StepOutput(*(part.unsqueeze(1) for part in parts))
+
+    def _over_pages(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor,
+                    positions: torch.Tensor, part: int, x: torch.Tensor) -> torch.Tensor:
+        """The output ``[B, E]`` for a page's action or observation ``x [B, E]``; see :func:`.paged.attend`."""
+        from .paged import attend
+        from .products import apply, residual_norm
+
+        if not self.geometry.rotary:
+            x = x + F.embedding(positions[part], weights.places)
+        norms = [layer.norm1 for layer in weights.layers[1:]] + [weights.norm]
+        normed = weights.layers[0].norm1(x)
+        for index, (layer, next_norm) in enumerate(zip(weights.layers, norms)):
+            y = attend(
+                self.geometry, weights, slab, index, part, apply(layer.qkv, normed), tables, counts, positions
+            )
+            if layer.gates is None:
+                x, normed = residual_norm(layer.proj, y, x, layer.norm2)
+                x, normed = residual_norm(layer.mlp, normed, x, next_norm)
+            else:
+                x = with_residuals(layer, x, layer.proj(y))
+                normed = next_norm(x)
+        return normed
 
     def step_alone(self, weights: Weights, state: torch.Tensor, action: torch.Tensor,
                    positions: Optional[torch.Tensor]) -> StepOutput:
@@ -231,6 +268,12 @@ class Engine:
             padded[:, 0, :, :slots - 1].masked_fill_(hidden, float('-inf'))
             self._masks[slots, device] = masks = (padded[:, :, :1].contiguous(), padded[:, :, 1:].contiguous())
         return masks
+
+
+def reads_pages(slab: Slab) -> bool:
+    """Whether attention can read pages where they are."""
+    assert slab.data is not None
+    return slab.data.is_cuda and importlib.util.find_spec('triton') is not None
 
 
 def with_residuals(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -112,6 +112,7 @@ class Weights(NamedTuple):
     places: torch.Tensor  # [positions, E] learned embeddings, or [positions, D / 2] rotary factors
     shift: Optional[torch.Tensor]  # [2W, L, 2, E]: what learned positions add to keys and values; None with rotary
     many_rows: int  # from here on more, but faster kernels pay
+    captured: bool  # whether they are for a CUDA graph, where launches cost little
     training: bool  # whether dropout is live
 
 

@@ -20,8 +20,8 @@ KEEPS_REANALYSES = True
 COMPUTES_TARGETS = False
 """Whether the engine computes what a replay buffer asks of the target model."""
 
-NOT_ON_GPU = 'an evaluation takes the first of equal scores'
-"""Why UniZero's searches cannot run in one piece on a GPU."""
+ON_GPU = False  # an evaluation takes the first of equal scores there
+"""Whether UniZero's searches can run in one call on a GPU."""
 
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
 """What a policy must be built for to collect."""

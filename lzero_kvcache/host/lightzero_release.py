@@ -17,8 +17,8 @@ KEEPS_REANALYSES = False
 COMPUTES_TARGETS = True
 """Whether the engine computes what a replay buffer asks of the target model."""
 
-NOT_ON_GPU: Optional[str] = None
-"""Why UniZero's searches cannot run in one piece on a GPU."""
+ON_GPU = True
+"""Whether UniZero's searches can run in one call on a GPU."""
 
 POLICY_FIELDS = ('collect',)
 """What a policy must be built for to collect."""

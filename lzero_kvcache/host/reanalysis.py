@@ -9,13 +9,12 @@ from .lightzero import lightzero
 from .patches import with_globals
 from .refused import has_own_inference
 from .roots import Roots
-from .tree_search import NodeSearch
+from .tree_search import NodeSearch, can_be_in_arrays
 from .world_model import NewWorldModel
 
 
 class Reanalysis(NodeSearch):
     """What the buffer's method finds as ``MCTSCtree``."""
-    not_on_gpu = 'roots have no contexts'
 
     @classmethod
     def roots(cls, num: int, legal_actions: Any) -> Roots:
@@ -24,7 +23,7 @@ class Reanalysis(NodeSearch):
     def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any = None,
                task_id: Any = None) -> Any:
         world_model = model.world_model
-        if world_model.training or not world_model.searches_in_arrays('Reanalyzing', self.not_on_gpu):
+        if not can_be_in_arrays(world_model):
             return UniZeroMCTSCtree.search(
                 self, roots.in_ctree(), model, latent_state_roots, to_play_batch, timestep
             )
@@ -50,5 +49,5 @@ def _is_served(buffer: Any, model: Any) -> bool:
     return (
         lightzero.COMPUTES_TARGETS and isinstance(world_model, NewWorldModel)
         and buffer._cfg.model.categorical_distribution and not has_own_inference(model)
-        and world_model.searches_in_arrays('Reanalyzing', Reanalysis.not_on_gpu)
+        and world_model.searches_in_arrays('Reanalyzing', on_gpu=False)
     )

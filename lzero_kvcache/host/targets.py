@@ -7,8 +7,6 @@ from typing import Any, Callable, List, Sequence, Tuple
 
 import numpy as np
 import torch
-from lzero.mcts.buffer.game_buffer_sampled_unizero import SampledUniZeroGameBuffer
-from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
 from lzero.mcts.utils import prepare_observation
 from lzero.policy import inverse_scalar_transform
 
@@ -24,19 +22,19 @@ Targets = Tuple[np.ndarray, np.ndarray]
 """Rewards and values ``[B, U]``."""
 
 
-def _asking(original: Callable[..., Targets]) -> Callable[..., Targets]:
-    """A buffer's method that computes target values here, where the model that it is given has the new system."""
+def of_new_system(compute: Callable[..., Targets]) -> Callable[..., Targets]:
+    """A buffer's ``_compute_target_reward_value`` that is :func:`target_values` where that serves its model."""
 
-    @functools.wraps(original)
-    def compute(buffer: Any, context: Sequence[Any], model: Any, actions: np.ndarray, timesteps: np.ndarray) -> Targets:
-        if not _serves(buffer._cfg, model):
-            return original(buffer, context, model, actions, timesteps)
+    @functools.wraps(compute)
+    def run(buffer: Any, context: Sequence[Any], model: Any, actions: np.ndarray, timesteps: np.ndarray) -> Targets:
+        if not _is_served(buffer._cfg, model):
+            return compute(buffer, context, model, actions, timesteps)
         return target_values(buffer._cfg, context, model.world_model, actions, timesteps)
 
-    return compute
+    return run
 
 
-def _serves(cfg: Any, model: Any) -> bool:
+def _is_served(cfg: Any, model: Any) -> bool:
     world_model = model.world_model
     if not lightzero.COMPUTES_TARGETS or not isinstance(world_model, NewWorldModel) or world_model.training:
         return False
@@ -103,7 +101,3 @@ def _summed(segment_rewards: Sequence[np.ndarray], positions: Sequence[int], td:
     for step in range(longest):
         sums += rewards[:, step:step + count] * (discount ** step * (step < td))
     return rewards[:, :count], sums
-
-
-for _kind in (UniZeroGameBuffer, SampledUniZeroGameBuffer):
-    _kind._compute_target_reward_value = _asking(_kind._compute_target_reward_value)

@@ -5,7 +5,7 @@ The tree is in arrays on the model's device (``kv_cache_cfg.search='device'``), 
 import copy
 import functools
 import types
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 import torch
@@ -18,13 +18,17 @@ from .patches import with_globals
 from .roots import Roots
 
 
+def can_be_in_arrays(world_model: Any) -> bool:
+    """Whether the model is where, and in the mode in which, the CPU can search it in arrays, at the moment."""
+    return not world_model.training and world_model.weights_source.device().type == 'cpu'
+
+
 class _NodeSearch:
     """What both searches share."""
     _cfg: Any
     tree: Any
     sampled = False
-
-    not_on_gpu: Optional[str] = lightzero.NOT_ON_GPU  # why
+    on_gpu: bool = lightzero.ON_GPU  # whether such a search can run on a GPU in one call
 
     def __init__(self, cfg: Any, use_arrays: bool = False) -> None:
         super().__init__(cfg)  # type: ignore[call-arg]
@@ -46,8 +50,11 @@ class _NodeSearch:
         world_model = model.world_model
         if not isinstance(roots, Roots):
             self._search_in_ctree(roots, world_model, to_play_batch)
-        elif not world_model.training and world_model.searches_in_arrays('Searching', self.not_on_gpu):
+        elif can_be_in_arrays(world_model):
             self._search_in_arrays(roots, world_model)
+        elif self.on_gpu and world_model.weights_source.device().type == 'cuda' and not world_model.training:
+            visits, values = world_model.search_on_device(self.problem(roots))
+            roots.take(visits, values, None)
         else:
             self._search_in_ctree(roots.in_ctree(), world_model, to_play_batch)
         return lightzero.searched()
@@ -66,11 +73,8 @@ class _NodeSearch:
         )
 
     def _search_in_arrays(self, roots: Roots, world_model: Any) -> None:
-        problem = self.problem(roots)
-        if world_model.weights_source.device().type == 'cuda':
-            visits, values = world_model.search_on_gpu(problem)
-            return roots.take(visits, values, None)
         from ..search.tree import root_actions, root_values, root_visits
+        problem = self.problem(roots)
         with world_model.search_whole(problem) as tree:
             roots.take(root_visits(tree), root_values(tree), root_actions(tree) if self.sampled else None)
 
@@ -123,8 +127,7 @@ class NodeSearch(_NodeSearch, UniZeroMCTSCtree):
 class SampledNodeSearch(_NodeSearch, SampledUniZeroMCTSCtree):
     """``SampledUniZeroMCTSCtree`` by node."""
     tree = tree_sampled_muzero
-    sampled = True
-    not_on_gpu = 'actions are drawn at each node'
+    sampled, on_gpu = True, False
 
     def _slots(self) -> Tuple[int, int]:
         model = self._cfg.model

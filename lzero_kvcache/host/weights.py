@@ -49,7 +49,8 @@ def read_weights(world_model: Any, geometry: Geometry, captured: bool = False) -
         attention_dropout=world_model.config.attn_pdrop if training else 0.0,
         rewards=rewards, observations=observations, policy=policy, value=value, scalar=to_scalar,
         places=transformer.freqs_cis if geometry.rotary else world_model.pos_emb.weight,
-        shift=None if geometry.rotary else _shift(world_model, geometry), many_rows=many_rows, training=training,
+        shift=None if geometry.rotary else _shift(world_model, geometry), many_rows=many_rows,
+        captured=captured, training=training,
     )
 
 

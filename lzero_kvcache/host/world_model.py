@@ -2,6 +2,7 @@
 import logging
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..engine.store import PageStore
 from ..engine.transfer import send
 from ..engine.weights import Weights
 from ..registry import KV_CACHE_REGISTRY
-from ..search.gpu import Found, why_not_on_gpu
+from ..search.device import Found
 from ..search.inference import Inference
 from ..search.served import Served
 from ..search.whole import Problem
@@ -72,7 +73,7 @@ class NewWorldModel(LightZeroWorldModel):
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
-        self._in_arrays: Dict[Tuple[str, str], bool] = {}  # for each kind of search and of device
+        self._in_arrays: Dict[str, bool] = {}  # for each kind of search
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
@@ -175,49 +176,45 @@ class NewWorldModel(LightZeroWorldModel):
             for step in self.inference.open.steps:
                 step.addresses = moved
 
-    def why_not_whole(self, not_on_gpu: Optional[str] = None) -> Optional[str]:
+    def why_not_whole(self, on_gpu: bool = True) -> Optional[str]:
         """
         Overview:
-            Why a search cannot run in one piece with this model as it is now.
+            Why a search cannot run as one call, on the device that the model is on, as it is now.
         Arguments:
-            - not_on_gpu (:obj:`Optional[str]`): Why this kind of search cannot run on a GPU.
+            - on_gpu (:obj:`bool`): Whether it is a search that there is for GPUs.
         Returns:
             - reason (:obj:`Optional[str]`): None where it can.
         """
         device = self.weights_source.device()
-        if device.type == 'cuda':
-            gated = 'its layers are gated' if self.config.gru_gating else None
-            return not_on_gpu or gated or why_not_on_gpu()
+        if device.type == 'cuda' and on_gpu:
+            return None if find_spec('triton') is not None else 'triton is not installed (pip install triton)'
         if device.type != 'cpu':
             return f'the model is on {device}'
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
 
-    def searches_in_arrays(self, doing: str, not_on_gpu: Optional[str] = None) -> bool:
+    def searches_in_arrays(self, doing: str, on_gpu: bool = True) -> bool:
         """
         Overview:
-            Whether to search in arrays, by what is asked for and what can be; the first time on a kind of device, the
-            log says so.
+            Whether to search in arrays, by what is asked for and what can be; the first time, the log says so.
         Arguments:
             - doing (:obj:`str`): What the search is for, in a word for the log.
-            - not_on_gpu (:obj:`Optional[str]`): Why this kind of search cannot run on a GPU.
+            - on_gpu (:obj:`bool`): Whether it is a search that there is for GPUs.
         Returns:
             - in_arrays (:obj:`bool`): Or else in LightZero's tree.
         """
         if self._options.search == 'tree':
             return False
-        device = self.weights_source.device().type
-        if (doing, device) not in self._in_arrays:
-            reason = self.why_not_whole(not_on_gpu)
-            self._in_arrays[doing, device] = reason is None
+        if doing not in self._in_arrays:
+            reason = self.why_not_whole(on_gpu)
+            self._in_arrays[doing] = reason is None
             told = "in LightZero's tree, node by node"
             if reason is None:
-                whole = 'CUDA graph' if device == 'cuda' else 'compiled call'
-                logger.info(f'{doing} in arrays: a search is one {whole}')
+                logger.info(f'{doing} in arrays: a search is one compiled call')
             elif self._options.search == 'device':
                 logger.warning(f"{doing} {told}, not as kv_cache_cfg.search='device' asks: {reason}")
             else:
                 logger.info(f'{doing} {told}: {reason}')
-        return self._in_arrays[doing, device]
+        return self._in_arrays[doing]
 
     @contextmanager
     def search_whole(self, problem: Problem) -> Iterator[Any]:
@@ -234,18 +231,18 @@ class NewWorldModel(LightZeroWorldModel):
         with torch.no_grad(), self.inference.search_whole(problem) as tree:
             yield tree
 
-    def search_on_gpu(self, problem: Problem) -> Found:
+    def search_on_device(self, problem: Problem) -> Found:
         """
         Overview:
-            Search from the roots that were just served, as one CUDA graph.
+            Search on a GPU from the roots that were just served.
         Arguments:
             - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
         Returns:
-            - found (:obj:`Found`): The roots' visits and values.
+            - found (:obj:`Tuple[List[List[int]], List[float]]`): The roots' visits and values.
         Raises:
             - RuntimeError: No root inference was served.
         """
-        return self.inference.search_on_gpu(problem)
+        return self.inference.search_on_device(problem)
 
     def reanalyze_whole(self, problem: Problem, latent: np.ndarray,
                         start_pos: Any) -> Tuple[List[List[int]], List[float]]:

@@ -42,11 +42,3 @@ class NanGuard:
             logger.warning(f'{message}: its context is not stored; further ones are only counted')
         self._count(int(np.count_nonzero(~finite)))
         return np.flatnonzero(finite)
-
-    def report(self, broken: np.ndarray, mode: str, env_ids: Sequence[int], timesteps: np.ndarray) -> None:
-        """Raise an error for a search some of whose predictions were no numbers, ``broken [B]``, or count them; the
-        search went on with zeros."""
-        if broken.any():
-            values = np.where(broken > 0, np.nan, 0.0)[:, None]
-            self.finite(values, 'A reward, value or policy', mode, env_ids, timesteps)
-            self._count(int(broken.sum() - np.count_nonzero(broken)))  # each prediction counts

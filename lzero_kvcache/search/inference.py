@@ -16,7 +16,7 @@ from ..engine.transfer import send
 from ..engine.weights import Source
 from .by_key import NodesByKey
 from .by_node import NodesByPlace
-from .gpu import Found, GpuSearch
+from .device import DeviceSearch, Found
 from .roots import RootInference
 from .served import Served
 from .timesteps import reanalysis_timesteps_of, steps_after
@@ -31,7 +31,7 @@ class Inference(RootInference, NodesByKey, NodesByPlace):
                  read_network: Callable[[], Any]) -> None:
         super().__init__(source, encode, manager, store, options, validator)
         self._whole = WholeSearch(read_network, source, manager, store, self._guard, self.timings)
-        self._on_gpu = GpuSearch(self.engine, source, manager, store, self._guard, self.timings)
+        self._device = DeviceSearch(self.engine, source, manager, store, self._guard, self.timings)
 
     @contextmanager
     def search_whole(self, problem: Problem) -> Iterator[Any]:
@@ -40,9 +40,9 @@ class Inference(RootInference, NodesByKey, NodesByPlace):
             yield tree
 
     @torch.no_grad()
-    def search_on_gpu(self, problem: Problem) -> Found:
-        """Search from the roots that were just served, on the GPU; returns the roots' visits and values."""
-        return self._on_gpu.run(self._served(), problem)
+    def search_on_device(self, problem: Problem) -> Found:
+        """Search from the roots that were just served, on a GPU; returns the roots' visits and values."""
+        return self._device.run(self._served(), problem)
 
     def _served(self) -> Served:
         served = self.open.innermost(lambda step: step.roots is not None)

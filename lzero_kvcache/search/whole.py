@@ -21,8 +21,8 @@ from .spaces import Space, Spaces
 LEAST_ROWS = 8
 """Rows that are worth a thread: as many as the compiled step works on side by side."""
 
-WIDE = 256
-"""Width of a model from which on threads that share out products are worth while."""
+LEAST_COLUMNS = 128
+"""Columns of a layer's products that are worth a thread, where there are too few rows."""
 
 CHUNK = 64
 """Rows of a reanalysis that a thread has in work: what the compiled step works on together."""
@@ -86,7 +86,7 @@ class WholeSearch:
                     trace
                 )
             self._manager.count_queries('recur', pages.size, pages.size, by_node=True)
-            self._guard.report(broken, served.mode, served.env_ids, served.timesteps)
+            self._report(broken, served.mode, served.env_ids, served.timesteps)
             seconds = time.perf_counter() - start
             self._timings['search'].record(seconds)
             self._timings['step'].record(seconds, problem.simulations)
@@ -113,7 +113,7 @@ class WholeSearch:
                 broken = self._search(
                     part, space, network, weights, none, none[:, 0], timesteps[chosen], space.slab, pages, None
                 )
-                self._guard.report(broken, 'reanalysis', range(begin, chosen.stop), timesteps[chosen])
+                self._report(broken, 'reanalysis', range(begin, chosen.stop), timesteps[chosen])
                 visits += root_visits(space.tree)
                 values += root_values(space.tree)
         return visits, values
@@ -142,8 +142,8 @@ class WholeSearch:
             space.tree, rules, make_key(problem.seed, problem.number), roots, network, shift, slab, pages, batch, states
         )
         helpers = 0
-        if len(space.scratches) == 1 and network.embed >= WIDE:
-            helpers = torch.get_num_threads() - 1
+        if len(space.scratches) == 1:
+            helpers = max(0, min(torch.get_num_threads(), network.embed // LEAST_COLUMNS) - 1)
         if trace is None:
             _in_threads(given, space.scratches, helpers, 0, problem.simulations, rows)
         else:
@@ -183,6 +183,14 @@ class WholeSearch:
                 space.scratches.append(new_scratch(network, width))
             tree = type(space.tree)(*(array[:rows] for array in space.tree))
             yield space._replace(tree=tree, scratches=space.scratches[:threads], latents=space.latents[:rows])
+
+    def _report(self, broken: np.ndarray, mode: str, env_ids: Sequence[int], timesteps: np.ndarray) -> None:
+        """Raise an error for predictions with nan or inf, or count them; the search went on with zeros."""
+        if not broken.any():
+            return
+        values = np.where(broken > 0, np.nan, 0.0)[:, None]
+        self._guard.finite(values, 'A reward, value or policy', mode, env_ids, timesteps)
+        self._manager.count_skipped(int(broken.sum() - np.count_nonzero(broken)))  # each prediction counts
 
 
 def _in_threads(given: Sequence[Any], scratches: Sequence[Any], helpers: int, begin: int, end: int, rows: int) -> None:

@@ -1,0 +1,157 @@
+"""The rules of :mod:`.tree` as kernels for a GPU, a row for each program. Importing it imports Triton.
+
+Scores are those of the compiled trees to the last bit: sums go in the order of the children, products and sums stay
+apart (``enable_fp_fusion=False``), and divisions are rounded. Shapes are those of :mod:`.tree`; what depends on visits
+alone, ``explored`` and ``spread``, comes in tables.
+"""
+import triton
+import triton.language as tl
+
+FAR = tl.constexpr(1e6)
+TIE = tl.constexpr(1e-6)
+
+
+@triton.jit
+def _quality(reward, discount, sign, value_sum, visits):
+    return reward + discount * (sign * tl.div_rn(value_sum, visits.to(tl.float32)))
+
+
+@triton.jit
+def select(visits, value_sum, reward, prior, child, order, low, high, path, depths, actions, tables, counts,
+           key, simulation_at, timesteps, pages, window, window_counts, positions, explored, spread, rules, rows, nodes,
+           slots, least_rotary, SLOTS: tl.constexpr, PAGES: tl.constexpr, PADDED: tl.constexpr,
+           TWO_PLAYERS: tl.constexpr):
+    """Walk to where the simulation adds its node, and lay out what the model's step needs there: the window of pages
+    ``[PAGES + 1, B]``, counts ``[B]`` and positions ``[2, B]``."""
+    row = tl.program_id(0)
+    simulation = tl.load(simulation_at)
+    discount, delta = tl.load(rules), tl.load(rules + 1)
+    sign = -1.0 if TWO_PLAYERS else 1.0
+    index = tl.arange(0, SLOTS)
+    first_node = row * nodes
+    lowest, highest = tl.load(low + row), tl.load(high + row)
+    width = highest - lowest
+    divisor = tl.where(width < delta, delta, width)
+    node, parent, depth, action = row * 0, row * 0, row * 0, row * 0
+    above = discount * 0
+    while node <= simulation:
+        parent = node
+        tl.store(path + first_node + depth, node)
+        begin = (first_node + node) * slots
+        slot = tl.load(order + begin + index, mask=index < slots, other=-1)
+        known = slot >= 0
+        children = tl.load(child + begin + slot, mask=known, other=-1)
+        seen = known & (children >= 0)
+        reached = tl.load(visits + first_node + children, mask=seen, other=1)
+        sums = tl.load(value_sum + first_node + children, mask=seen, other=0.)
+        rewards = tl.load(reward + first_node + children, mask=seen, other=0.)
+        worth = _quality(rewards, discount, 1.0, sums, reached)
+        total, taken = discount * 0, tl.sum(seen.to(tl.int32), 0)
+        for one in range(slots):
+            total += tl.sum(tl.where(seen & (index == one), worth, 0.), 0)
+        if (node == 0) & (taken > 0):
+            above = tl.div_rn(total, taken.to(tl.float32))
+        else:
+            above = tl.div_rn(above + total, (taken + 1).to(tl.float32))
+        value = tl.where(seen, _quality(rewards, discount, sign, sums, reached), above)
+        value = tl.where(width > 0, tl.div_rn(value - lowest, divisor), value)
+        value = tl.where(value < 0, 0., value)
+        value = tl.where(value > 1, 1., value)
+        others = tl.load(visits + first_node + node) - 1
+        priors = tl.load(prior + begin + slot, mask=known, other=0.)
+        more = tl.div_rn(tl.load(spread + others), tl.where(seen, reached, 0).to(tl.float32) + 1.0)
+        scores = tl.load(explored + others) * more * priors + value
+        valid = known & (scores > -FAR)  # not nan
+        scores = tl.where(valid, scores, -FAR)
+        best = tl.max(scores, 0)
+        first = tl.min(tl.where(valid & (scores == best), index, SLOTS), 0)
+        tied = valid & (index >= first) & (scores >= best - TIE)
+        ties = tl.sum(tied.to(tl.int32), 0)
+        word, _b, _c, _d = tl.philox(tl.load(key), row, simulation, depth, 0)
+        left = tl.umulhi(word, ties.to(tl.uint32)).to(tl.int32)
+        chosen = tied & (tl.cumsum(tied.to(tl.int32), 0) - 1 == left)
+        action = tl.sum(tl.where(chosen, slot, 0), 0)
+        node = tl.load(child + begin + action)
+        if node < 0:
+            node = simulation + 1
+            tl.store(child + begin + action, node)
+        depth += 1
+    tl.store(path + first_node + depth, node)
+    tl.store(depths + row, depth)
+    tl.store(actions + row, action.to(tl.int64))
+    count = tl.load(counts + first_node + parent)
+    column = tl.arange(0, PADDED)
+    context = tl.load(tables + (first_node + parent) * PAGES + column, mask=column < count, other=0)
+    page = tl.load(pages + simulation * rows + row)
+    tl.store(window + column * rows + row, context.to(tl.int64), mask=column < PAGES)
+    tl.store(window + PAGES * rows + row, page.to(tl.int64))
+    tl.store(window_counts + row, count.to(tl.int64))
+    dropped = (count == PAGES).to(tl.int32)
+    grown = tl.load(tables + (first_node + parent) * PAGES + column + dropped, mask=column + dropped < count, other=0)
+    grown = tl.where(column == count - dropped, page, grown)
+    tl.store(tables + (first_node + simulation + 1) * PAGES + column, grown, mask=column < PAGES)
+    tl.store(counts + first_node + simulation + 1, count - dropped + 1)
+    before = 2 * count - 1
+    if least_rotary > 0:
+        before = (2 * (tl.load(timesteps + row) + depth) + 1).to(tl.int32)
+        tl.store(positions + row, (before % least_rotary).to(tl.int64))
+        tl.store(positions + rows + row, ((before + 1) % least_rotary).to(tl.int64))
+    else:
+        tl.store(positions + row, before.to(tl.int64))
+        tl.store(positions + rows + row, (before + 1).to(tl.int64))
+
+
+@triton.jit
+def _mended(number):
+    return tl.where(tl.abs(number) < float('inf'), number, 0.)  # which nan is not, either
+
+
+@triton.jit
+def backup(visits, value_sum, reward, prior, child, order, low, high, path, depths, broken, predicted,
+           simulation_at, rules, nodes, slots, SLOTS: tl.constexpr, TWO_PLAYERS: tl.constexpr):
+    """Expand the new node by predictions ``[B, 2 + S]``, zeros for what is no number, and back its value up."""
+    row = tl.program_id(0)
+    simulation = tl.load(simulation_at)
+    discount = tl.load(rules)
+    index = tl.arange(0, SLOTS)
+    there = index < slots
+    numbers = predicted + row * (2 + slots)
+    new_reward, value = tl.load(numbers), tl.load(numbers + 1)
+    logits = tl.load(numbers + 2 + index, mask=there, other=0.)
+    odd = tl.sum((_mended(logits) != logits).to(tl.int32), 0)
+    odd += (_mended(new_reward) != new_reward).to(tl.int32) + (_mended(value) != value).to(tl.int32)
+    tl.store(broken + row, tl.load(broken + row) + (odd > 0).to(tl.int32))
+    new_reward, value = _mended(new_reward), _mended(value)
+    logits = tl.where(there, _mended(logits), -float('inf'))
+    first_node = row * nodes
+    new = first_node + simulation + 1
+    powers = tl.exp(logits - tl.max(logits, 0))
+    tl.store(prior + new * slots + index, tl.div_rn(powers, tl.sum(powers, 0)), mask=there)
+    tl.store(order + new * slots + index, index, mask=there)
+    tl.store(child + new * slots + index, index * 0 - 1, mask=there)
+    tl.store(reward + new, new_reward)
+    lowest, highest = tl.load(low + row), tl.load(high + row)
+    last = tl.load(depths + row)
+    sign = -1.0 if TWO_PLAYERS else 1.0
+    depth = last
+    while depth >= 0:
+        node = first_node + tl.load(path + first_node + depth)
+        theirs = value
+        old = depth < last  # nobody but this program has written the new one
+        own_reward = tl.where(old, tl.load(reward + node), new_reward)
+        step = own_reward
+        if TWO_PLAYERS:
+            own = (last - depth) % 2 == 0
+            theirs = tl.where(own, value, -value)
+            step = tl.where(own, -own_reward, own_reward)
+        added = tl.where(old, tl.load(value_sum + node), 0.) + theirs
+        count = tl.where(old, tl.load(visits + node), 0) + 1
+        tl.store(value_sum + node, added)
+        tl.store(visits + node, count)
+        reached = _quality(own_reward, discount, sign, added, count)
+        highest = tl.where(reached > highest, reached, highest)
+        lowest = tl.where(reached < lowest, reached, lowest)
+        value = step + discount * value
+        depth -= 1
+    tl.store(low + row, lowest)
+    tl.store(high + row, highest)
