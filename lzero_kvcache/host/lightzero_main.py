@@ -20,6 +20,9 @@ KEEPS_REANALYSES = True
 COMPUTES_TARGETS = False
 """Whether the engine computes what a replay buffer asks of the target model."""
 
+HAS_MANAGER = True
+"""Whether LightZero has a new manager of its own."""
+
 ON_GPU = False  # an evaluation takes the first of equal scores there
 """Whether UniZero's searches can run in one call on a GPU."""
 
@@ -67,12 +70,6 @@ def name_world_model(model: Any, world_model: type) -> Dict[str, Any]:
         return {'WorldModel': world_model}
     model.world_model_cls = world_model
     return {}
-
-
-def manager_world_model() -> Optional[type]:
-    """The world model with a new manager of LightZero's own."""
-    from .lightzero_manager import ManagerWorldModel
-    return ManagerWorldModel
 
 
 def unserved_of(world_model: Any) -> Iterator[str]:

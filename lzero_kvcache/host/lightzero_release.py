@@ -17,6 +17,9 @@ KEEPS_REANALYSES = False
 COMPUTES_TARGETS = True
 """Whether the engine computes what a replay buffer asks of the target model."""
 
+HAS_MANAGER = False
+"""Whether LightZero has a new manager of its own."""
+
 ON_GPU = True
 """Whether UniZero's searches can run in one call on a GPU."""
 
@@ -46,11 +49,6 @@ def world_model_of(model: Any, module: Any) -> type:
 def name_world_model(model: Any, world_model: type) -> Dict[str, Any]:
     """Let a model's constructor make another world model: by names that it has to find, which are returned."""
     return {'WorldModel': world_model}
-
-
-def manager_world_model() -> Optional[type]:
-    """The world model with a new manager of LightZero's own."""
-    return None
 
 
 def unserved_of(world_model: Any) -> Iterator[str]:

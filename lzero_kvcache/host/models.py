@@ -1,6 +1,6 @@
 """LightZero's models with a world model of either system, picked by ``world_model_cfg``."""
 import inspect
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from ding.utils import MODEL_REGISTRY
@@ -16,7 +16,10 @@ from .patches import with_globals
 from .root_level import set_as_lightzero_does
 from .world_model import NewWorldModel
 
-_MANAGER_WORLD_MODEL = lightzero.manager_world_model()
+_MANAGER_WORLD_MODEL: Optional[type] = None
+if lightzero.HAS_MANAGER:
+    from .lightzero_manager import ManagerWorldModel
+    _MANAGER_WORLD_MODEL = ManagerWorldModel
 
 
 def _build(model: Any, module: Any, original: type, args: Any, kwargs: Any) -> None:
