@@ -36,10 +36,14 @@ class Root(NamedTuple):
 
 @pytest.fixture
 def root(case: Case, rules: Dict[str, bool]) -> Iterator[Root]:
+    yield from roots_of(cached_model(case, ROWS, 5, kv_cache_cfg=dict(on_nan='skip')), case, rules)
+
+
+def roots_of(model: Any, case: Case, rules: Dict[str, bool]) -> Iterator[Root]:
     """Roots whose contexts slide; every third environment has just begun its episode."""
-    model = cached_model(case, ROWS, 5, kv_cache_cfg=dict(on_nan='skip'))
     world_model, rng = model.world_model, np.random.default_rng(0)
     obs = torch.from_numpy(rng.normal(size=(6, ROWS, *case.obs_shape)).astype(np.float32))
+    obs = obs.to(world_model.weights_source.device())
     for step in range(1, 6):
         actions: List[Any] = list(rng.integers(0, case.action_space_size, ROWS))
         if case.continuous:

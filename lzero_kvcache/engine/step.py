@@ -105,7 +105,7 @@ class Engine:
         A count of 0 starts a context, and its action is not looked at. ``positions [2, B]`` are those of both tokens.
         The observation is ``latent [B, E]``, and no reward is predicted; or without it the predicted observation.
         """
-        if latent is None and weights.captured and reads_pages(slab):
+        if latent is None and weights.captured and slab.data is not None and slab.data.is_cuda and has_triton():
             return self.simulate(weights, slab, tables, counts, action, positions)
         window = slab.read(tables, self.window.room(slab, tables.numel()))
         last = window.shape[1] - 1
@@ -270,10 +270,9 @@ class Engine:
         return masks
 
 
-def reads_pages(slab: Slab) -> bool:
-    """Whether attention can read pages where they are."""
-    assert slab.data is not None
-    return slab.data.is_cuda and importlib.util.find_spec('triton') is not None
+def has_triton() -> bool:
+    """Whether a GPU can read pages where they are."""
+    return importlib.util.find_spec('triton') is not None
 
 
 def with_residuals(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,6 @@ class Space:
         self.rows, self.simulations, self._slots, self._width = rows, problem.simulations, problem.slots, width
         self._rules = problem.rules
         self._device = source.device()
-        self.memory_mb = 0.0
         self._make()
         self._begin: Callable[[], None] = self._run_begin
         self.simulate: Callable[[], None] = self._run_simulation
@@ -110,6 +109,8 @@ class Space:
         self._explored = torch.from_numpy(explored + np.float32(rules['pb_c_init'])).to(device)
         self._spread = torch.from_numpy(np.sqrt(others)).to(device)
         self._numbers = torch.tensor([rules['discount_factor'], rules['value_delta_max']], device=device)
+        parts = [*self.tree, self._on_device, self._window, self._counts, self._positions, self.predicted]
+        self.memory_mb = sum(part.numel() * part.element_size() for part in parts) / MIB
         self.empty_rows(0)
 
     def empty_rows(self, used: int) -> None:
@@ -126,7 +127,6 @@ class Space:
 
     def capture(self) -> None:
         """From now on, replay graphs."""
-        before = torch.cuda.memory_allocated(self._device)
         self.begin()
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -135,19 +135,16 @@ class Space:
                 self._run_begin()
                 self._run_simulation()
         torch.cuda.current_stream(self._device).wait_stream(stream)
+        del self._weights  # those of a capture are counted
+        before = torch.cuda.memory_allocated(self._device)
         begin, simulation = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(begin):
             self._run_begin()
         with torch.cuda.graph(simulation, pool=begin.pool()):
             self._run_simulation()
         self._begin, self.simulate = begin.replay, simulation.replay
-        self.memory_mb = (torch.cuda.memory_allocated(self._device) - before) / MIB + self.bytes / MIB
-
-    @property
-    def bytes(self) -> int:
-        """Of the trees and what is beside them."""
-        parts = [*self.tree, self._on_device, self._window, self._counts, self._positions, self.predicted]
-        return sum(part.numel() * part.element_size() for part in parts)
+        # What else is freed meanwhile, as a model that went, must not count.
+        self.memory_mb += max(0, torch.cuda.memory_allocated(self._device) - before) / MIB
 
     def _run_begin(self) -> None:
         tree, sent = self.tree, self._sent
