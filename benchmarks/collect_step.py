@@ -13,7 +13,6 @@ are random. What is measured begins when contexts are full, so that a window sli
 import contextlib
 import copy
 import io
-import logging
 import time
 from functools import partial
 from typing import Any, Dict, List, Optional, Tuple
@@ -173,7 +172,6 @@ def mctx_beside(policy: Any, envs: int, steps: int, search_ms: float) -> Dict[st
 
 
 def main() -> None:
-    logging.disable(logging.DEBUG)  # LightZero's main branch writes a line for every look-up
     options = parser(__doc__)
     options.add_argument('--config', nargs='+', default=[], help='files of zoo_configs/, in place of --model')
     options.add_argument('--envs', type=int, nargs='+', help="default: 8 and 64, or the config's")
