@@ -1,6 +1,7 @@
 """One collect step, a whole search through the policy, old against new, interleaved in one process.
 
-'tree' is the new system with LightZero's C++ tree, node by node; 'new' takes the search that ``search='auto'`` takes.
+'tree' is the new system with LightZero's C++ tree, node by node; 'new' takes the search that ``search='auto'`` takes;
+'lightzero' is the manager that LightZero's main branch has of its own, where that is installed.
 Searches alone, without their root inference, stand beside it, and mctx's where jax and mctx are installed.
 
     python benchmarks/collect_step.py --device cpu --model cartpole --envs 8 64
@@ -34,9 +35,13 @@ from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from easydict import EasyDict
 from mctx_search import mctx_search_ms
 
+from lzero_kvcache import KV_CACHE_REGISTRY
 from lzero_kvcache.training import load_config
 
-SYSTEMS = (('old', False, 'tree'), ('tree', True, 'tree'), ('new', True, 'auto'))  # name, flag, kv_cache_cfg.search
+SYSTEMS = (  # name, flag, kv_cache_cfg.search and type
+    ('old', False, 'tree', 'new'), ('tree', True, 'tree', 'new'), ('new', True, 'auto', 'new'),
+    *((('lightzero', True, 'tree', 'lightzero'),) if 'lightzero' in KV_CACHE_REGISTRY else ()),
+)
 Configs = Dict[str, Tuple[str, EasyDict]]  # by system: the policy's name in the registry, and its config
 
 
@@ -48,9 +53,10 @@ def preset_configs(args: Any, envs: int) -> Configs:
     return {name: ('unizero', EasyDict(
         model=dict(model, world_model_cfg=world_model_cfg(
             args, envs, args.simulations, use_new_cache_manager=flag, game_segment_length=50,
-            kv_cache_cfg=dict(backend=args.backend, search=search))),
-        num_simulations=args.simulations, collector_env_num=envs, evaluator_env_num=1,
-    )) for name, flag, search in SYSTEMS}
+            kv_cache_cfg=dict(backend=args.backend, search=search, type=manager))),
+        num_simulations=args.simulations, collect_num_simulations=args.simulations,
+        eval_num_simulations=args.simulations, collector_env_num=envs, evaluator_env_num=1,
+    )) for name, flag, search, manager in SYSTEMS}
 
 
 def zoo_configs(config: str, args: Any, envs: Optional[int] = None, **changes: Any) -> Configs:
@@ -65,10 +71,10 @@ def zoo_configs(config: str, args: Any, envs: Optional[int] = None, **changes: A
         policy.num_simulations = args.simulations
         changes.update(num_simulations=args.simulations)
     configs = {}
-    for name, flag, search in SYSTEMS:
+    for name, flag, search, manager in SYSTEMS:
         policy.model.world_model_cfg.update(
             changes, device=args.device, use_new_cache_manager=flag,
-            kv_cache_cfg=EasyDict(backend=args.backend, search=search))
+            kv_cache_cfg=EasyDict(backend=args.backend, search=search, type=manager))
         configs[name] = loaded.create_config.policy.type, copy.deepcopy(policy)
     return configs
 
@@ -137,17 +143,18 @@ def measure(policies: Dict[str, Any], envs: int, steps: int, filled: float = 1.0
             after = policies[name]._model.world_model.timings['search']
             alone[f'{name} search ms'] = 1e3 * (after.seconds - before.seconds) / (after.count - before.count)
         for name, policy in policies.items():
-            if name == 'new' and policy._mcts_collect.use_arrays:
-                continue  # there are no parts to time in one call
+            if name == 'lightzero' or name == 'new' and policy._mcts_collect.use_arrays:
+                continue  # whose parts are not told apart, or are one call
             steps_of = StepTimes(policy._model, policy._cfg.device)
             with steps_of.measured():
                 [whole] = collect({name: policy}, envs, 1, first=full + 1 + steps)[name]
             caching[f'{name} caching %'] = steps_of.caching_percent(whole)
     old, tree, new = (median(times[name]) for name in ('old', 'tree', 'new'))
+    beside = {f'{name} ms': median(times[name]) for name in times.keys() - {'old', 'tree', 'new'}}
     memory = allocated_mb({name: policy._model for name, policy in policies.items()})
-    return {'old ms': old, 'tree ms': tree, 'new ms': new, 'old / tree': old / tree, 'old / new': old / new, **alone,
-            **mctx_beside(policies['new'], envs, steps, alone['new search ms']), **caching, 'old MiB': memory['old'],
-            'new MiB': memory['new']}
+    return {'old ms': old, 'tree ms': tree, 'new ms': new, 'old / tree': old / tree, 'old / new': old / new, **beside,
+            **alone, **mctx_beside(policies['new'], envs, steps, alone['new search ms']), **caching,
+            'old MiB': memory['old'], 'new MiB': memory['new']}
 
 
 def mctx_beside(policy: Any, envs: int, steps: int, search_ms: float) -> Dict[str, float]:

@@ -12,6 +12,8 @@ FLAG = 'use_new_cache_manager'
 SIZES = ('game_segment_length', 'num_simulations', 'env_num')
 OPTIONS = 'kv_cache_cfg'
 PREFIX = 'policy.model.world_model_cfg'
+LIGHTZERO = 'lightzero'
+"""``kv_cache_cfg.type`` of the manager that LightZero's main branch has of its own."""
 MIB = 1024 * 1024
 
 # What LightZero's own code assumes where the key is absent.
@@ -74,6 +76,11 @@ class Option(NamedTuple):
             return self.default
         if self.check is not None:
             return self.check(value, f'{OPTIONS}.{key}')
+        if key == 'type' and value == LIGHTZERO and value not in self.choices:
+            raise ConfigError(
+                f"{PREFIX}.{OPTIONS}.{key}={value!r} is the manager of LightZero's main branch, which is not "
+                "installed: use 'new', or the main branch"
+            )
         if key == 'backend' and value == 'compile':
             raise ConfigError(f"{PREFIX}.{OPTIONS}.{key}={value!r} was removed: use 'auto'")
         if not isinstance(value, str) or value not in self.choices:
@@ -83,7 +90,8 @@ class Option(NamedTuple):
 
 KV_CACHE_CFG: Dict[str, Option] = {
     'type': Option(
-        'str', 'new', 'manager registered in KV_CACHE_REGISTRY that the flag picks', choices=('new', 'old')),
+        'str', 'new', "manager registered in KV_CACHE_REGISTRY that the flag picks; 'lightzero' is LightZero's own, of "
+        'its main branch', choices=('new', 'old')),
     'eviction': Option(
         'str', 'fifo', "which entry leaves a full pool: 'fifo', 'lru' or 'priority' (fewest hits); a training evicts "
         'nothing', choices=('fifo', 'lru', 'priority')),
@@ -147,6 +155,11 @@ class CacheConfig:
     validation_tol: float
     validation_action: str
 
+    @property
+    def system(self) -> str:
+        """'new' (whichever manager), 'old', or 'lightzero': LightZero's own new one."""
+        return system_of(self.use_new, self.type)
+
     @classmethod
     def read(cls, world_model_cfg: Any, managers: Optional[Iterable[str]] = None) -> 'CacheConfig':
         """
@@ -174,11 +187,22 @@ class CacheConfig:
             raise ConfigError(
                 f"{PREFIX}.{OPTIONS}.type='old' contradicts {FLAG}=True: set {FLAG}=False for the old system"
             )
-        if use_new:
+        if system_of(use_new, values['type']) == 'new':
             _check_context_length(world_model_cfg)
         else:
-            values['validation'] = 'off'  # switching back takes the flag alone
+            values['validation'] = 'off'  # switching back takes the flag, or the type, alone
         return cls(use_new=use_new, env_num=env_num, num_simulations=num_simulations, **values)
+
+
+def system_of(use_new: bool, manager: Optional[str]) -> str:
+    """The cache system that the flag and ``kv_cache_cfg.type`` pick."""
+    return 'old' if not use_new else LIGHTZERO if manager == LIGHTZERO else 'new'
+
+
+def picked_system(world_model_cfg: Any) -> str:
+    """The same of a ``world_model_cfg``, before it is checked."""
+    options = lookup(world_model_cfg, OPTIONS, None)
+    return system_of(bool(lookup(world_model_cfg, FLAG, False)), lookup(options, 'type', None) if options else None)
 
 
 def _read_options(options: Any, managers: Optional[Iterable[str]]) -> Dict[str, Any]:
@@ -227,8 +251,9 @@ def _check_context_length(world_model_cfg: Any) -> None:
         raise ConfigError(f'{PREFIX}.context_length={length} must not exceed max_tokens={max_tokens}')
 
 
-def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None) -> CacheConfig:
-    """Validate what a policy config, merged with its policy's defaults, says about caching.
+def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulations: int = 0) -> CacheConfig:
+    """Validate what a policy config, merged with its policy's defaults, says about caching; some of its searches may
+    have more simulations than ``num_simulations``.
 
     In new mode it fills in the sizes that ``world_model_cfg`` lacks from the policy's own, and refuses those that would
     make a pool too small.
@@ -241,12 +266,13 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None) -> CacheCo
             'LightZero has no random policy for UniZero; set it to 0'
         )
     world_model_cfg = policy_cfg['model']['world_model_cfg']
-    if not lookup(world_model_cfg, FLAG, False):
+    if picked_system(world_model_cfg) != 'new':
         # LightZero's own default, which our policies leave out to see whether a user gave it.
         world_model_cfg.setdefault('env_num', DEFAULT_ENV_NUM)
         return CacheConfig.read(world_model_cfg, managers)
     env_num = max(policy_cfg['collector_env_num'], policy_cfg['evaluator_env_num'])
-    needed = {'env_num': env_num, 'num_simulations': policy_cfg['num_simulations']}
+    simulations = max(simulations, policy_cfg['num_simulations'])
+    needed = {'env_num': env_num, 'num_simulations': simulations}
     sources = {'env_num': 'collector_env_num and policy.evaluator_env_num', 'num_simulations': 'num_simulations'}
     for key, least in needed.items():
         given = _size(world_model_cfg, key, least)
@@ -257,7 +283,7 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None) -> CacheCo
         world_model_cfg[key] = given
     world_model_cfg['evaluator_env_num'] = policy_cfg['evaluator_env_num']
     options = CacheConfig.read(world_model_cfg, managers)
-    nodes = env_num * policy_cfg['num_simulations']
+    nodes = env_num * simulations
     if options.recurrent_pool_size < nodes:
         raise ConfigError(
             f'{PREFIX}.{OPTIONS}.recurrent_pool_size={options.recurrent_pool_size} is too small for one search of '

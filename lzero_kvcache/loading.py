@@ -7,8 +7,9 @@ from ding.utils import POLICY_REGISTRY, deep_merge_dicts, import_module
 from easydict import EasyDict
 
 from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, check_draws, nearest, settle
+from .host.lightzero import lightzero
 from .host.policies import KVCachePolicy
-from .host.refused import check_lightzero
+from .host.refused import check_policy
 from .registry import KV_CACHE_REGISTRY
 
 PLUGIN = 'lzero_kvcache'
@@ -63,13 +64,13 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     with contextlib.suppress(ImportError):  # a module that is missing is reported where it is needed
         import_module(import_names(create_config))  # these register a policy of one's own
     policy = POLICY_REGISTRY.get(name)
-    merged = deep_merge_dicts(policy.default_config(), main_config.policy)
-    config = settle(copy.deepcopy(merged), KV_CACHE_REGISTRY)
-    if config.use_new:
-        check_lightzero()
+    merged = deep_merge_dicts(policy.default_config(), copy.deepcopy(main_config.policy))
+    config = settle(merged, KV_CACHE_REGISTRY, lightzero.simulations_of(merged))
+    if config.system == 'new':
+        check_policy(name, merged)
         if name == 'sampled_unizero':
             check_draws(merged)
-    if config.use_new and not issubclass(policy, KVCachePolicy):
+    if config.system == 'new' and not issubclass(policy, KVCachePolicy):
         raise ConfigError(
             f'{PREFIX}.{FLAG}=True, but {policy.__module__}.{policy.__qualname__}, which is registered as {name!r}, is '
             'no policy of lzero_kvcache: derive it from lzero_kvcache.host.policies.UniZeroPolicy or '

@@ -116,7 +116,8 @@ def small_cartpole(new: bool, collectors: int = 3, evaluators: int = 2, simulati
     main = copy.deepcopy(cartpole.main_config)
     main.env.update(collector_env_num=collectors, evaluator_env_num=evaluators, n_evaluator_episode=evaluators)
     main.policy.update(
-        cuda=False, device='cpu', num_simulations=simulations, batch_size=4, collector_env_num=collectors,
+        cuda=False, device='cpu', num_simulations=simulations, collect_num_simulations=simulations,
+        eval_num_simulations=simulations, batch_size=4, collector_env_num=collectors,
         evaluator_env_num=evaluators, n_episode=collectors, num_unroll_steps=3, root_noise_weight=0.,
         update_per_collect=2, eps=dict(eps_greedy_exploration_in_collect=True, start=0., end=0.)
     )

@@ -20,12 +20,19 @@ from unittest import mock
 import lzero.model.sampled_unizero_model as sampled_unizero_model
 import lzero.model.unizero_model as unizero_model
 import numpy as np
+import pytest
 import torch
 import torch.nn as nn
 from ding.utils import MODEL_REGISTRY
 from easydict import EasyDict
 from lzero.model.common import SimNorm
 from lzero.model.unizero_world_models.tokenizer import Tokenizer
+from lzero.policy.unizero import UniZeroPolicy
+
+#: Whether LightZero is its main branch, whose gated layers, models for text and for 'image_memory' cannot be
+#: constructed, and whose rotary angles do not wrap.
+ON_MAIN = hasattr(unizero_model.UniZeroModel, 'world_model_cls')
+ON_RELEASE_ALONE = pytest.mark.skipif(ON_MAIN, reason="LightZero's main branch cannot construct it")
 
 #: Largest relative error that still counts as the same answer, in float32.
 TOLERANCE = 1e-4
@@ -45,6 +52,14 @@ ORIGINAL_MODELS = {
 
 #: What a model answers, by name: 'latent' [B, 1, E], 'policy', 'value', and (not for roots) 'reward' [B, ...].
 Answer = Dict[str, torch.Tensor]
+
+
+
+def adapter() -> Any:
+    """What is of the LightZero that is installed. Imported late, since this module is used without the plugin too."""
+    from lzero_kvcache.host.lightzero import lightzero
+    return lightzero
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
@@ -102,8 +117,8 @@ class TokenizerWithEmptyLpips(Tokenizer):
     SampledUniZeroModel wants torchvision for it. Inference never touches it, so an empty module serves both.
     """
 
-    def __init__(self, encoder: nn.Module = None, decoder_network: nn.Module = None, with_lpips: bool = False) -> None:
-        super().__init__(encoder, decoder_network, with_lpips=False)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, 'with_lpips': False})
         self.lpips = nn.Identity()
 
 
@@ -125,38 +140,23 @@ def _constructible(case: Case) -> Iterator[None]:
 def world_model_cfg(case: Case, env_num: int, **overrides: Any) -> EasyDict:
     """A ``world_model_cfg`` with the keys and values of LightZero's default one, but for the case's shape."""
     blocks = max(case.context_length // 2, case.unroll)
-    cfg = dict(
+    cfg = copy.deepcopy(UniZeroPolicy.config['model']['world_model_cfg'])
+    cfg.update(
         continuous_action_space=case.continuous,
-        tokens_per_block=2,
         max_blocks=blocks,
         max_tokens=2 * blocks,
         context_length=case.context_length,
         gru_gating=case.gru_gating,
         device='cpu',
-        analysis_sim_norm=False,
-        analysis_dormant_ratio=False,
         action_space_size=case.action_space_size,
-        group_size=8,
-        attention='causal',
         num_layers=case.num_layers,
         num_heads=case.num_heads,
         embed_dim=case.embed_dim,
-        embed_pdrop=0.1,
-        resid_pdrop=0.1,
-        attn_pdrop=0.1,
         support_size=11,
-        max_cache_size=5000,
         env_num=env_num,
         num_simulations=64,
-        latent_recon_loss_weight=0.,
-        perceptual_loss_weight=0.,
-        policy_entropy_weight=0,
-        predict_latent_loss_type='group_kl',
         obs_type=case.obs_type,
-        gamma=1,
-        dormant_threshold=0.025,
         rotary_emb=case.rotary,
-        rope_theta=10000,
         max_seq_len=case.max_seq_len,
     )
     if case.continuous:
@@ -331,6 +331,8 @@ def random_trace(
         fresh = rng.random(env_num) < (episodes if step else 1. - unknown)
         timesteps = np.where(fresh, rng.choice([0, 0, 17], size=env_num), timesteps + 1) if step else timesteps
         actions = [None if is_fresh else _random_action(rng, case) for is_fresh in fresh]
+        if ON_MAIN:  # the action before a first step would have an angle below 0
+            timesteps = np.maximum(timesteps, ~fresh)
         obs = _random_obs(rng, case, env_num)
         seen_again = rng.random(env_num) < repeats
         obs[seen_again] = last_obs[seen_again]
@@ -520,7 +522,8 @@ class LightZeroAlone(Batch):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         assert self.world_model.env_num == 1
-        self.world_model.shared_pool_size = self.world_model.shared_pool_size_init = 2 ** 62
+        adapter().never_full(self.world_model)
+        self.world_model.shared_pool_size_init = 2 ** 62
         self.world_model.shared_pool_recur_infer = _EndlessSlots()
         self.world_model.shared_pool_init_infer = [_EndlessSlots()]
 
@@ -636,7 +639,7 @@ class Path:
         visible = (index[None, :] >= starts[:, None]) & (index[None, :] <= index[:, None])  # [T query, T key]
         shifts = None
         if model.config.rotary_emb:
-            angles = torch.tensor([token.angle for token in self.tokens]) % model.config.max_seq_len
+            angles = torch.tensor([token.angle for token in self.tokens]) % adapter().angles_of(model.config)
         else:
             # A token takes the position embedding of its place in the window that it came into. When the window slides,
             # its keys and values are moved to the place that it has then.
@@ -657,10 +660,10 @@ class Path:
             h = attention.proj(self._attend(query, key, value, visible))
             if block.gru_gating:
                 x = block.gate1(x, h)
-                x = block.gate2(x, block.mlp(block.ln2(x)))
+                x = block.gate2(x, adapter().mlp_of(block)(block.ln2(x)))
             else:
                 x = x + h
-                x = x + block.mlp(block.ln2(x))
+                x = x + adapter().mlp_of(block)(block.ln2(x))
         return transformer.ln_f(x)[-1].view(1, 1, -1)
 
     def _rotate(self, t: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:

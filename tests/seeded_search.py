@@ -25,12 +25,17 @@ class Roots(ptree_mz.Roots):
     """Roots whose distributions are lists, as the C++ tree's are."""
 
 
+def batch_traverse(*args: Any) -> Any:
+    """LightZero's, without the argument that its main branch adds for the one in C++."""
+    return ptree_mz.batch_traverse(*args[:7])
+
+
 #: What the search calls of ``mz_tree``, from Python.
 TREE = types.SimpleNamespace(
     MinMaxStatsList=MinMaxStatsList,
     ResultsWrapper=Results,
     Roots=Roots,
-    batch_traverse=ptree_mz.batch_traverse,
+    batch_traverse=batch_traverse,
     batch_backpropagate=ptree_mz.batch_backpropagate,
 )
 

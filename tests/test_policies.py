@@ -22,11 +22,16 @@ from hypothesis import strategies as st
 from lzero.policy import utils as lightzero_utils
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
+from oracle import ON_MAIN
 
 from lzero_kvcache.host import policies
 from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY
 
 BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
+#: LightZero's main branch keeps the last observations of vectors as whole numbers, so that it finds no root.
+OLD_FINDS_ROOTS = pytest.mark.parametrize('new', [
+    pytest.param(False, marks=pytest.mark.skipif(ON_MAIN, reason='the main branch finds no root')), True
+], ids=['old', 'new'])
 POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
 
 
@@ -180,7 +185,7 @@ class TestEntropy:
 class TestCounts:
     """The design's table, on a script whose counts are told by hand: three environments, four simulations."""
 
-    @BOTH_FLAGS
+    @OLD_FINDS_ROOTS
     def test_one_environments_new_episode(self, new):
         """It has no predecessor. In old mode its end throws the other two contexts away: both are misses."""
         policy = make_policy(new)
@@ -193,7 +198,7 @@ class TestCounts:
         worker.step([0, 1, 2])
         assert counts(policy) == dict(init=(5, hits + 3), recur=(36, 36), total=(41, 39 + hits))
 
-    @BOTH_FLAGS
+    @OLD_FINDS_ROOTS
     def test_fewer_ready_environments(self, new):
         """After a step with two of three, old mode puts all rows back to "first step"."""
         policy = make_policy(new)
@@ -205,7 +210,7 @@ class TestCounts:
         hits = 3 if new else 0
         assert counts(policy) == dict(init=(5, 2 + hits), recur=(32, 32), total=(37, 34 + hits))
 
-    @BOTH_FLAGS
+    @OLD_FINDS_ROOTS
     def test_collection_and_evaluation_together(self, new):
         policy = make_policy(new)
         Worker(policy).step([0, 1, 2])
@@ -242,7 +247,7 @@ class TestCounts:
             assert pool['hits'] + pool['misses'] == pool['total_queries']
             assert pool['misses'] == 0
 
-    @BOTH_FLAGS
+    @OLD_FINDS_ROOTS
     def test_resetting(self, new):
         policy = make_policy(new)
         worker = Worker(policy)

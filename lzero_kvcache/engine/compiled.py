@@ -42,6 +42,7 @@ from .program import (
     KEY_BIAS,
     KEY_WEIGHT,
     KIND,
+    LAYER_NORM,
     LINEAR,
     NARROW_BIAS,
     NARROW_WEIGHT,
@@ -254,18 +255,21 @@ def _elementwise(kind: int, at: int, size: int) -> None:
 
 
 @inner
-def _run(program: np.ndarray, source: int, scratch: Scratch, tiles: int) -> int:
+def _run(program: np.ndarray, source: int, scratch: Scratch, tiles: int, eps: float) -> int:
     """Where the output of the last operation is, which the run after the next overwrites."""
     at = source
     for operation in program:
         size = operation[OUTPUTS]
+        target = scratch.right if at == scratch.left else scratch.left
         if operation[KIND] == LINEAR:
-            target = scratch.right if at == scratch.left else scratch.left
             inputs = operation[INPUTS]
             _linear(
                 operation[WEIGHT], operation[BIAS], at, inputs * WIDTH, target, size * WIDTH, inputs, size, tiles,
                 scratch.nothing, scratch.team
             )
+            at = target
+        elif operation[KIND] == LAYER_NORM:
+            _norm(operation[WEIGHT], operation[BIAS], at, target, size, tiles, eps)
             at = target
         elif operation[KIND] == SIM_NORM:
             group = operation[WEIGHT]
@@ -480,7 +484,7 @@ def _embed(network: Network, actions: np.ndarray, scratch: Scratch, start: int, 
         for i in range(size):
             at = ((row // WIDTH) * size + i) * WIDTH + row % WIDTH
             write(actions[start + row, i], scratch.y, at)
-    return _run(network.continuous, scratch.y, scratch, (rows + WIDTH - 1) // WIDTH)
+    return _run(network.continuous, scratch.y, scratch, (rows + WIDTH - 1) // WIDTH, network.eps)
 
 
 @inner
@@ -521,24 +525,25 @@ def _simulate_rows(network: Network, shift: np.ndarray, slab: np.ndarray, tables
     _find_tokens(network, slab.ctypes.data, tables, counts, pages, scratch, start, rows)
     _enter(network, _embed(network, actions, scratch, start, rows), places[0], scratch, start, rows)
     _token(network, shift_at, shift_step, scratch, rows, True)
-    rewards = _run(network.rewards, scratch.y, scratch, tiles)
+    rewards = _run(network.rewards, scratch.y, scratch, tiles, network.eps)
     _scalars(rewards, network.rewards[-1, OUTPUTS], scratch, start, rows, reward)
     for row in range(rows):
         scratch.lengths[row] += 1
-    observed = _run(network.observations, scratch.y, scratch, tiles)
+    observed = _run(network.observations, scratch.y, scratch, tiles, network.eps)
     if len(latent):
         _spread_out(observed, tiles - tiles, network.embed, start, rows, latent)
     _enter(network, observed, places[1], scratch, start, rows)
     _token(network, shift_at, shift_step, scratch, rows, True)
-    values = _run(network.value, scratch.y, scratch, tiles)
+    values = _run(network.value, scratch.y, scratch, tiles, network.eps)
     _scalars(values, network.value[-1, OUTPUTS], scratch, start, rows, value)
-    trunk = _run(network.trunk, scratch.y, scratch, tiles)
+    trunk = _run(network.trunk, scratch.y, scratch, tiles, network.eps)
     if len(network.trunk):
         _copy(trunk, scratch.y, tiles * network.trunk[-1, OUTPUTS] * WIDTH)
     size = network.first[-1, OUTPUTS]
-    _spread_out(_run(network.first, scratch.y, scratch, tiles), size - size, size, start, rows, policy)
+    _spread_out(_run(network.first, scratch.y, scratch, tiles, network.eps), size - size, size, start, rows, policy)
     if len(network.second):
-        _spread_out(_run(network.second, scratch.y, scratch, tiles), size, network.policy, start, rows, policy)
+        sigma = _run(network.second, scratch.y, scratch, tiles, network.eps)
+        _spread_out(sigma, size, network.policy, start, rows, policy)
 
 
 @inner

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LINEAR, GELU, RELU, TANH, SIM_NORM, EXPONENTIAL, CLAMPED_EXPONENTIAL = range(7)
+LINEAR, GELU, RELU, TANH, SIM_NORM, EXPONENTIAL, CLAMPED_EXPONENTIAL, LAYER_NORM = range(8)
 """Kinds of operations."""
 
 KIND, INPUTS, OUTPUTS, WEIGHT, BIAS = range(5)

@@ -8,6 +8,7 @@ import numpy as np
 from easydict import EasyDict
 
 from ..config import ConfigError, nearest
+from .lightzero import lightzero
 from .patches import ENTRIES, applied
 
 Configs = Tuple[EasyDict, EasyDict]
@@ -60,7 +61,7 @@ def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
 def build_policy(main_config: EasyDict, create_config: EasyDict) -> Any:
     """The policy of a config as its collector has it: without environments, optimizer and target model."""
     from ding.policy import create_policy
-    return create_policy(completed(main_config, create_config).policy, enable_field=['collect'])
+    return create_policy(completed(main_config, create_config).policy, enable_field=list(lightzero.POLICY_FIELDS))
 
 
 def atari_actions(env_id: str) -> Optional[int]:

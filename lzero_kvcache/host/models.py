@@ -1,6 +1,6 @@
 """LightZero's models with a world model of either system, picked by ``world_model_cfg``."""
 import inspect
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from ding.utils import MODEL_REGISTRY
@@ -8,13 +8,18 @@ from lzero.model import sampled_unizero_model, unizero_model
 from lzero.model.unizero_world_models.tokenizer import Tokenizer
 from lzero.model.unizero_world_models.world_model import WorldModel
 
-from ..config import FLAG, PREFIX, ConfigError, lookup
+from ..config import FLAG, LIGHTZERO, PREFIX, ConfigError, picked_system
 from ..registry import register_in_place_of
+from .lightzero import lightzero
 from .old_world_model import OldWorldModel
 from .patches import with_globals
-from .refused import check_lightzero
 from .root_level import set_as_lightzero_does
 from .world_model import NewWorldModel
+
+_MANAGER_WORLD_MODEL: Optional[type] = None
+if lightzero.HAS_MANAGER:
+    from .lightzero_manager import ManagerWorldModel
+    _MANAGER_WORLD_MODEL = ManagerWorldModel
 
 
 def _build(model: Any, module: Any, original: type, args: Any, kwargs: Any) -> None:
@@ -22,16 +27,15 @@ def _build(model: Any, module: Any, original: type, args: Any, kwargs: Any) -> N
     set_as_lightzero_does()
     init = original.__init__  # type: ignore[misc]
     config = inspect.signature(init).bind(model, *args, **kwargs).arguments['world_model_cfg']
-    use_new = lookup(config, FLAG, False)
-    if use_new:
-        check_lightzero()
-    names = {}
-    if module.WorldModel is WorldModel:
-        names['WorldModel'] = model.new_world_model if use_new else model.old_world_model
-    elif use_new:  # somebody's own, which has LightZero's own caching
+    system = picked_system(config)
+    names, named = {}, lightzero.world_model_of(model, module)
+    if named is WorldModel:
+        picked = {'old': model.old_world_model, 'new': model.new_world_model, LIGHTZERO: _MANAGER_WORLD_MODEL}
+        names = lightzero.name_world_model(model, picked[system])
+    elif system == 'new':  # somebody's own, which has LightZero's own caching
         raise ConfigError(
-            f'{PREFIX}.{FLAG}=True, but {module.__name__}.WorldModel is {module.WorldModel.__module__}.'
-            f'{module.WorldModel.__qualname__}: derive it from lzero_kvcache.host.world_model.NewWorldModel, and name '
+            f'{PREFIX}.{FLAG}=True, but {module.__name__}.WorldModel is {named.__module__}.'
+            f'{named.__qualname__}: derive it from lzero_kvcache.host.world_model.NewWorldModel, and name '
             f'it as {type(model).__name__}.new_world_model'
         )
     if config.obs_type == 'image_memory' and module.Tokenizer is Tokenizer:

@@ -12,6 +12,7 @@ from ..engine.program import (
     EXPONENTIAL,
     GELU,
     INPUTS,
+    LAYER_NORM,
     LINEAR,
     OUTPUTS,
     RELU,
@@ -19,6 +20,7 @@ from ..engine.program import (
     TANH,
     Network,
 )
+from .lightzero import lightzero
 
 
 class NotServed(Exception):
@@ -52,7 +54,7 @@ class _Reader:
             raise NotServed('its layers are gated')
         embed = config.embed_dim
         blocks = [self._block(block) for block in wm.transformer.blocks]
-        inner = wm.transformer.blocks[0].mlp[0].out_features
+        inner = lightzero.mlp_of(wm.transformer.blocks[0])[0].out_features
         norm = self._norm(wm.transformer.ln_f)
         factors = wm.transformer.freqs_cis if config.rotary_emb else None
         places = wm.pos_emb.weight if factors is None else torch.view_as_real(factors)
@@ -72,7 +74,7 @@ class _Reader:
         network = Network(
             embed=embed, heads=config.num_heads, inner=inner, widest=max(sizes),
             policy=sum(program[-1][OUTPUTS] for program in (first, second) if program),
-            rotary=config.max_seq_len if config.rotary_emb else 0, discrete=discrete, eps=self._eps[0],
+            rotary=lightzero.angles_of(config) if config.rotary_emb else 0, discrete=discrete, eps=self._eps[0],
             places=self._address(places), actions=self._address(action.weight) if discrete else 0,
             norm_weight=norm[0], norm_bias=norm[1], blocks=np.array(blocks, dtype=np.int64),
             **{name: np.array(program, dtype=np.int64).reshape(-1, 5) for name, program in programs.items()}
@@ -87,7 +89,7 @@ class _Reader:
         return tensor.data_ptr()
 
     def _block(self, block: Any) -> List[int]:
-        attention, mlp = block.attn, block.mlp
+        attention, mlp = block.attn, lightzero.mlp_of(block)
         kinds = [type(part) for part in mlp]
         if kinds != [nn.Linear, nn.GELU, nn.Linear, nn.Dropout] or mlp[1].approximate != 'tanh':
             raise NotServed(f'its MLPs are {mlp}')
@@ -111,12 +113,15 @@ class _Reader:
 
     def _program(self, module: nn.Module) -> List[List[int]]:
         parts = list(module) if isinstance(module, nn.Sequential) else [module]
-        if not parts or type(parts[0]) is not nn.Linear:
+        if not parts or type(parts[0]) not in (nn.Linear, nn.LayerNorm):
             raise NotServed(f'a head begins with {parts[:1]}')
         program: List[List[int]] = []
         for part in parts:
             if type(part) is nn.Linear:
                 program.append([LINEAR, part.in_features, part.out_features, *self._linear(part)])
+            elif type(part) is nn.LayerNorm:
+                size = part.weight.numel()
+                program.append([LAYER_NORM, size, size, *self._norm(part)])
             elif not isinstance(part, (nn.Dropout, nn.Identity)):
                 program.append(_elementwise(part, program[-1][OUTPUTS]))
         return program

@@ -1,7 +1,10 @@
 """The old system: LightZero's own code, with numbers that are counted from outside."""
+import contextlib
+import io
 import logging
 import time
-from typing import Any, Dict, Optional, Tuple
+from abc import abstractmethod
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
@@ -10,47 +13,29 @@ from ..cache.stats import CacheStats, Timing
 from ..config import CacheConfig
 from ..engine.slab import MIB
 from ..registry import KV_CACHE_REGISTRY
+from .lightzero import lightzero
 
 logger = logging.getLogger(__name__)
 
 
-@KV_CACHE_REGISTRY.register('old')
-class OldCacheManager(BaseCacheManager):
-    """
-    Overview:
-        A view on LightZero's own caches, which it leaves as they are. Root queries are counted by the policy, which
-        knows the episodes; recurrent ones by LightZero itself.
-    Arguments:
-        - config (:obj:`Any`): A ``world_model_cfg``.
-        - env_num (:obj:`int`): Environments.
-        - enable_stats (:obj:`bool`): Whether there are counts.
-    """
+class CountedFromOutside(BaseCacheManager):
+    """The counts of caches of LightZero's own. Root queries are counted by the policy, which knows the episodes;
+    recurrent ones by LightZero itself."""
 
-    def __init__(self, config: Any, env_num: int, enable_stats: bool = True) -> None:
+    def __init__(self, env_num: int, enable_stats: bool) -> None:
         self.env_num, self.enable_stats = env_num, enable_stats
         self._roots = CacheStats()
         self._before = (0, 0)
         self._world_model: Any = None
 
     def attach(self, world_model: Any) -> None:
-        """
-        Overview:
-            Say whose caches these are.
-        """
+        """Say whose caches these are."""
         self._world_model = world_model
 
-    def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
-        for index, cache in enumerate(self._world_model.past_kv_cache_init_infer_envs):
-            if env_id in (None, index):
-                cache.clear()
-
-    def clear_recur_cache(self) -> None:
-        self._world_model.past_kv_cache_recurrent_infer.clear()
-
-    def clear_all(self) -> None:
-        self.clear_init_caches()
-        self.clear_recur_cache()
-        self._world_model.keys_values_wm_list.clear()
+    @property
+    @abstractmethod
+    def memory_mb(self) -> float:
+        """MiB of the pools and of the working batch."""
 
     def count_queries(self, pool: str, queries: int, hits: int, by_node: bool = False) -> None:
         assert pool == 'init', 'LightZero counts recurrent queries itself'
@@ -71,41 +56,28 @@ class OldCacheManager(BaseCacheManager):
     def get_stats_summary(self) -> Dict[str, Any]:
         if not self.enable_stats:
             return {'stats_enabled': False}
-        model = self._world_model
-        # LightZero counts roots of all environments together; its pools are dicts that only ever grow until cleared.
+        roots, nodes = self._pools()
+        # LightZero counts roots of all environments together.
         return {
             'stats_enabled': True,
-            'init_pools': {
-                f'env_{i}': {'size': len(cache), 'capacity': model.shared_pool_size_init}
-                for i, cache in enumerate(model.past_kv_cache_init_infer_envs)
-            },
+            'init_pools': {f'env_{index}': pool for index, pool in enumerate(roots)},
             'init_pool_total': self._roots.summary(),
-            'recur_pool': {
-                **self._nodes().summary(),
-                'size': len(model.past_kv_cache_recurrent_infer), 'capacity': model.shared_pool_size
-            },
+            'recur_pool': {**self._nodes().summary(), **nodes},
             'memory_mb': self.memory_mb,
         }
 
-    @property
-    def memory_mb(self) -> float:
-        """MiB of the pools and of the working batch."""
-        model = self._world_model
-        pools = [model.shared_pool_recur_infer, model.shared_pool_wm, *model.shared_pool_init_infer]
-        copies = [entry for pool in pools for entry in pool if entry is not None]
-        working = [model.keys_values_wm, model.keys_values_wm_single_env, model.keys_values_wm_single_env_tmp]
-        size = sum(_bytes(value) for value in working)
-        if copies:  # all of one shape
-            size += len(copies) * _bytes(copies[0])
-        return size / MIB
+    @abstractmethod
+    def _pools(self) -> Tuple[List[Dict[str, int]], Dict[str, int]]:
+        """Size and capacity of each environment's pool of roots, and of that of nodes."""
 
     @property
     def full_memory_mb(self) -> float:
         """MiB that they come to once every slot was used; LightZero allocates a slot when it is."""
         model = self._world_model
-        slots = model.shared_pool_size + model.shared_pool_size_wm + self.env_num * model.shared_pool_size_init
+        slots = getattr(model, lightzero.RECURRENT_SLOTS) + model.shared_pool_size_wm
+        slots += self.env_num * model.shared_pool_size_init
         # The working batch is of all environments, and of one, twice.
-        return (slots + self.env_num + 2) * _bytes(model.keys_values_wm_single_env_tmp) / MIB
+        return (slots + self.env_num + 2) * bytes_of(model.keys_values_wm_single_env_tmp) / MIB
 
     def reset_stats(self) -> None:
         self._roots.reset()
@@ -117,8 +89,58 @@ class OldCacheManager(BaseCacheManager):
         stats.record(model.total_query_count - self._before[0], model.hit_count - self._before[1])
         return stats
 
+    def _memory_of(self, entries: Iterable[Any]) -> float:
+        """MiB of entries, all of one shape, and of the working batch."""
+        model, copies = self._world_model, [entry for entry in entries if entry is not None]
+        working = [model.keys_values_wm, model.keys_values_wm_single_env, model.keys_values_wm_single_env_tmp]
+        size = sum(bytes_of(value) for value in working)
+        return (size + (len(copies) * bytes_of(copies[0]) if copies else 0)) / MIB
 
-def _bytes(value: Any) -> int:
+
+@KV_CACHE_REGISTRY.register('old')
+class OldCacheManager(CountedFromOutside):
+    """
+    Overview:
+        A view on LightZero's own caches, which it leaves as they are.
+    Arguments:
+        - config (:obj:`Any`): A ``world_model_cfg``.
+        - env_num (:obj:`int`): Environments.
+        - enable_stats (:obj:`bool`): Whether there are counts.
+    """
+
+    def __init__(self, config: Any, env_num: int, enable_stats: bool = True) -> None:
+        super().__init__(env_num, enable_stats)
+
+    def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
+        for index, cache in enumerate(self._world_model.past_kv_cache_init_infer_envs):
+            if env_id in (None, index):
+                cache.clear()
+
+    def clear_recur_cache(self) -> None:
+        self._world_model.past_kv_cache_recurrent_infer.clear()
+
+    def clear_all(self) -> None:
+        self.clear_init_caches()
+        self.clear_recur_cache()
+        self._world_model.keys_values_wm_list.clear()
+
+    def _pools(self) -> Tuple[List[Dict[str, int]], Dict[str, int]]:
+        model = self._world_model  # whose pools are dicts that only ever grow until cleared
+        roots = [
+            {'size': len(cache), 'capacity': model.shared_pool_size_init}
+            for cache in model.past_kv_cache_init_infer_envs
+        ]
+        capacity = getattr(model, lightzero.RECURRENT_SLOTS)
+        return roots, {'size': len(model.past_kv_cache_recurrent_infer), 'capacity': capacity}
+
+    @property
+    def memory_mb(self) -> float:
+        model = self._world_model
+        pools = [model.shared_pool_recur_infer, model.shared_pool_wm, *model.shared_pool_init_infer]
+        return self._memory_of(entry for pool in pools for entry in pool)
+
+
+def bytes_of(value: Any) -> int:
     caches = [cache for layer in value for cache in (layer._k_cache, layer._v_cache)]
     return sum(cache._cache.numel() * cache._cache.element_size() for cache in caches)
 
@@ -132,12 +154,15 @@ class OldWorldModel(LightZeroWorldModel):
         - tokenizer (:obj:`Any`): LightZero's tokenizer.
     """
     use_new_cache_manager = False
+    manager: Any = OldCacheManager
+    system, log_line = 'old', 'Using OLD cache system (original implementation)'
+    clear_line = 'Cleared WorldModel past_kv_cache (OLD system).'
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         options = CacheConfig.read(config, KV_CACHE_REGISTRY)
-        logger.info('Using OLD cache system (original implementation)')
+        logger.info(self.log_line)
         super().__init__(config, tokenizer)
-        self.kv_cache_manager = OldCacheManager(config, self.env_num, options.enable_stats)
+        self.kv_cache_manager: Any = self.manager(config, self.env_num, options.enable_stats)
         self.kv_cache_manager.attach(self)
         self.timings = {'search': Timing(), 'step': Timing()}
 
@@ -145,8 +170,9 @@ class OldWorldModel(LightZeroWorldModel):
     def hyperparameters(self) -> Dict[str, Any]:
         """What tells this cache from others; LightZero has no other options."""
         return dict(
-            cache_system='old', cache_manager='old', init_pool_size=self.shared_pool_size_init,
-            recurrent_pool_size=self.shared_pool_size, env_num=self.env_num, context_length=self.context_length,
+            cache_system=self.system, cache_manager=self.system, init_pool_size=self.shared_pool_size_init,
+            recurrent_pool_size=getattr(self, lightzero.RECURRENT_SLOTS), env_num=self.env_num,
+            context_length=self.context_length,
         )
 
     def forward_recurrent_inference(self, *args: Any, **kwargs: Any) -> Tuple[Any, ...]:
@@ -165,8 +191,6 @@ class OldWorldModel(LightZeroWorldModel):
         Overview:
             Clear as LightZero does, and say which system was cleared.
         """
-        for cache in self.past_kv_cache_init_infer_envs:
-            cache.clear()
-        self.past_kv_cache_recurrent_infer.clear()
-        self.keys_values_wm_list.clear()
-        print('Cleared WorldModel past_kv_cache (OLD system).')
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().clear_caches()
+        print(self.clear_line)

@@ -30,9 +30,11 @@ from ..registry import KV_CACHE_REGISTRY, register_in_place_of
 from ..search.environments import Environments
 from ..search.served import Served
 from ..telemetry import HOOK_CONFIG, HOOK_KEY
+from .lightzero import lightzero
 from .patches import with_globals
-from .refused import check_served, has_own_inference
+from .refused import check_policy, check_served, has_own_inference
 from .tree_search import NodeSearch, SampledNodeSearch
+from .world_model import NewWorldModel
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 class KVCachePolicy:
     """What the plugin adds to a LightZero UniZero policy, in front of it in the method resolution order."""
     node_search: Any  # the search by node that goes with the policy
+    policy_type: str
     _cfg: Any
     _model: Any
     _target_model: Any
@@ -63,8 +66,10 @@ class KVCachePolicy:
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
         self._cfg = cfg  # LightZero's destructor looks at it, also where the next line refuses it
-        self._options = settle(cfg, KV_CACHE_REGISTRY)
-        use_new = self._options.use_new
+        self._options = settle(cfg, KV_CACHE_REGISTRY, lightzero.simulations_of(cfg))
+        use_new = self._options.system == 'new'
+        if use_new:
+            check_policy(self.policy_type, cfg)
         self._environments = Environments()
         self._running: List[Optional[Served]] = []  # the steps that this policy is in the middle of; None in old mode
         super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]
@@ -89,7 +94,7 @@ class KVCachePolicy:
         """The search of a policy: by node where new mode can, or else the one that is there, timed from outside."""
         world_model = self._model.world_model
         if _is_new(world_model) and self._can_be_by_node(mcts):
-            return self.node_search(self._cfg, world_model.searches_in_arrays('Searching', self.node_search.on_gpu))
+            return self.node_search(mcts._cfg, world_model.searches_in_arrays('Searching', self.node_search.on_gpu))
         timings = getattr(world_model, 'timings', None)
         if timings is not None:
             mcts.search = _timed(mcts.search, timings['search'])
@@ -130,7 +135,7 @@ class KVCachePolicy:
     def _search(self, mode: str, forward: Callable[..., Dict[int, Any]], args: Any, kwargs: Any) -> Dict[int, Any]:
         arguments = _signature(forward.__func__).bind(self, *args, **kwargs).arguments  # type: ignore[attr-defined]
         observations, ready = arguments['data'], arguments.get('ready_env_id')
-        env_ids = [int(env_id) for env_id in (range(len(observations)) if ready is None else ready)]
+        env_ids = lightzero.environments_of(range(len(observations)) if ready is None else ready)
         search = self._new_search if _is_new(self._model.world_model) else self._old_search
         output = search(mode, env_ids, observations, functools.partial(forward, *args, **kwargs))
         self._environments.remember(mode, env_ids, observations, output)
@@ -139,7 +144,7 @@ class KVCachePolicy:
     def _new_search(self, mode: str, env_ids: List[int], observations: torch.Tensor,
                     forward: 'functools.partial[Dict[int, Any]]') -> Dict[int, Any]:
         world_model = self._model.world_model
-        self.last_batch_obs, self.last_batch_action = self._environments.rows(mode, env_ids, observations)
+        lightzero.hand_rows(self, mode, env_ids, *self._environments.rows(mode, env_ids, observations))
         with world_model.serving(mode, env_ids) as served, self._in_the_middle_of(served):
             mcts = self._mcts_collect if mode == COLLECT else self._mcts_eval
             own = _with_quick_entropy(forward.func)
@@ -218,7 +223,7 @@ def _with_quick_entropy(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_new(world_model: Any) -> bool:
-    return getattr(world_model, 'use_new_cache_manager', False)
+    return isinstance(world_model, NewWorldModel)
 
 
 class UniZeroPolicy(KVCachePolicy, LightZeroUniZeroPolicy):
@@ -226,7 +231,7 @@ class UniZeroPolicy(KVCachePolicy, LightZeroUniZeroPolicy):
     Overview:
         LightZero's ``UniZeroPolicy`` with the plugin.
     """
-    node_search = NodeSearch
+    node_search, policy_type = NodeSearch, 'unizero'
 
 
 class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
@@ -234,7 +239,7 @@ class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
     Overview:
         LightZero's ``SampledUniZeroPolicy`` with the plugin.
     """
-    node_search = SampledNodeSearch
+    node_search, policy_type = SampledNodeSearch, 'sampled_unizero'
 
 
 register_in_place_of(LightZeroUniZeroPolicy, POLICY_REGISTRY, 'unizero', UniZeroPolicy)

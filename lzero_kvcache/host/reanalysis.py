@@ -5,6 +5,7 @@ from typing import Any, Callable
 import numpy as np
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 
+from .lightzero import lightzero
 from .patches import with_globals
 from .refused import has_own_inference
 from .roots import Roots
@@ -19,7 +20,8 @@ class Reanalysis(NodeSearch):
     def roots(cls, num: int, legal_actions: Any) -> Roots:
         return Roots(UniZeroMCTSCtree.roots, num, legal_actions)
 
-    def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any) -> None:
+    def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any = None,
+               task_id: Any = None) -> Any:
         world_model = model.world_model
         if not can_be_in_arrays(world_model):
             return UniZeroMCTSCtree.search(
@@ -44,5 +46,8 @@ def in_arrays(compute: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_served(buffer: Any, model: Any) -> bool:
     world_model = model.world_model
-    return (isinstance(world_model, NewWorldModel) and buffer._cfg.model.categorical_distribution
-            and not has_own_inference(model) and world_model.searches_in_arrays('Reanalyzing', on_gpu=False))
+    return (
+        lightzero.COMPUTES_TARGETS and isinstance(world_model, NewWorldModel)
+        and buffer._cfg.model.categorical_distribution and not has_own_inference(model)
+        and world_model.searches_in_arrays('Reanalyzing', on_gpu=False)
+    )

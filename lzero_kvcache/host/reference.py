@@ -4,6 +4,7 @@ A shadow has the very modules of the world model that searches: its weights and 
 ``B`` is the number of rows of a search.
 """
 import contextlib
+import copy
 import io
 import logging
 import types
@@ -16,8 +17,10 @@ import torch
 from lzero.model.unizero_world_models.kv_caching import KeysValues
 from lzero.model.unizero_world_models.world_model import WorldModel
 
+from ..config import FLAG
 from ..validation.trace import Answer, Node, Trace, answer_of
 from ..validation.validator import Causes, Reference, Reply
+from .lightzero import lightzero
 from .weights import to_scalar
 
 logger = logging.getLogger(__name__)
@@ -41,14 +44,17 @@ class Shadow(WorldModel):
 
     def __init__(self, world_model: Any, env_num: int) -> None:
         self.__dict__.update(vars(world_model))
+        self.config = copy.copy(world_model.config)
+        self.config[FLAG] = False  # or LightZero's main branch would make its own manager
         self.env_num = env_num
         self.latent_state = torch.empty(0)  # LightZero deletes it at each step
         self._initialize_statistics()
+        slots = self.num_simulations * env_num
+        setattr(self, lightzero.RECURRENT_SLOTS, slots)
         self._initialize_cache_structures()
         self._initialize_transformer_keys_values()
         # As the end of LightZero's constructor has it.
-        self.shared_pool_size = self.num_simulations * env_num
-        self.shared_pool_recur_infer: List[Any] = [None] * self.shared_pool_size
+        self.shared_pool_recur_infer: List[Any] = [None] * slots
         self.shared_pool_init_infer = [[None] * self.shared_pool_size_init for _ in range(env_num)]
         self.shared_pool_index_init_envs = [0] * env_num
         self.shared_pool_size_wm = env_num
@@ -116,13 +122,16 @@ class _ByNode:
     def __setitem__(self, key: str, slot: int) -> None:
         self.stored = slot
 
+    def __contains__(self, key: str) -> bool:
+        return False  # what an older key has is kept
+
 
 class _Alone(Shadow):
     """One environment. Its root context is the newest of two slots, so that no slot is overwritten while needed."""
 
     def __init__(self, world_model: Any) -> None:
         super().__init__(world_model, 1)
-        self.shared_pool_size = 2 ** 62
+        lightzero.never_full(self)
         self.last_root: Optional[int] = None  # slot of the context that the next root continues
         self.roots, self.nodes = _ByNode(), _ByNode()
         self.past_kv_cache_init_infer_envs = [self.roots]

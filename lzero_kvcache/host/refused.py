@@ -1,13 +1,10 @@
-"""What the new system refuses: a LightZero that it does not know, and code of a user's own that it would pass over."""
-import inspect
-from typing import Any, Iterator, Tuple
+"""What the new system refuses: options that it does not know, and code of a user's own that it would pass over."""
+from typing import Any, Iterator
 
-from lzero.model.unizero_world_models import world_model as lightzero_world_model
 from torch import nn
 
 from ..config import FLAG, PREFIX, ConfigError
-
-RELEASED = 'released 0.2.0'
+from .lightzero import lightzero
 
 KNOWN = ('lzero', 'lzero_kvcache', 'torch')
 
@@ -30,6 +27,8 @@ def check_served(world_model: Any) -> None:
         raise ConfigError(
             f'{PREFIX}.tokens_per_block={tokens}: the new cache serves 2, one observation token per step; {mend}'
         )
+    for option in lightzero.unserved_of(world_model):
+        raise ConfigError(f'{PREFIX}.{option}, which the new cache does not know; {mend}')
     for what in _passed_over(world_model):
         raise ConfigError(f"{what}, and the new cache's inference, which reads the weights, would pass over it; {mend}")
 
@@ -85,18 +84,8 @@ def _is_known(module: str) -> bool:
     return module.split('.')[0] in KNOWN
 
 
-def which_lightzero() -> Tuple[str, str]:
-    """The name of the LightZero that is installed, and the sign that tells it, since its version number does not."""
-    if FLAG in inspect.getsource(lightzero_world_model):
-        return 'main branch', f'its own world_model.py reads {FLAG}'
-    return RELEASED, f'its world_model.py knows no {FLAG}'
-
-
-def check_lightzero() -> None:
-    """Refuse a LightZero whose own manager would serve in silence under our flag."""
-    which, sign = which_lightzero()
-    if which != RELEASED:
-        raise ConfigError(
-            f'{PREFIX}.{FLAG}=True, but this LightZero is not the released 0.2.0 ({sign}), and its caching is not '
-            f'known to lzero_kvcache: pip install LightZero==0.2.0, or set {PREFIX}.{FLAG}=False'
-        )
+def check_policy(policy_type: str, policy_cfg: Any) -> None:
+    """Refuse a policy that the new cache does not serve with this LightZero, or would serve in part."""
+    reason = lightzero.unserved_policy(policy_type, policy_cfg)
+    if reason is not None:
+        raise ConfigError(f'{reason}; set {PREFIX}.{FLAG}=False for the old system')

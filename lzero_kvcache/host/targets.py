@@ -11,6 +11,7 @@ from lzero.mcts.utils import prepare_observation
 from lzero.policy import inverse_scalar_transform
 
 from ..engine.transfer import to_cpu
+from .lightzero import lightzero
 from .refused import is_own
 from .world_model import NewWorldModel
 
@@ -35,7 +36,7 @@ def of_new_system(compute: Callable[..., Targets]) -> Callable[..., Targets]:
 
 def _is_served(cfg: Any, model: Any) -> bool:
     world_model = model.world_model
-    if not isinstance(world_model, NewWorldModel) or world_model.training:
+    if not lightzero.COMPUTES_TARGETS or not isinstance(world_model, NewWorldModel) or world_model.training:
         return False
     own = is_own(getattr(model, '_orig_mod', model), 'initial_inference') \
         or is_own(world_model, 'forward_initial_inference')

@@ -13,6 +13,7 @@ from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree, tree_muzero
 from lzero.mcts.tree_search.mcts_ctree_sampled import SampledUniZeroMCTSCtree, tree_sampled_muzero
 
 from ..search.whole import Problem
+from .lightzero import lightzero
 from .patches import with_globals
 from .roots import Roots
 
@@ -27,7 +28,7 @@ class _NodeSearch:
     _cfg: Any
     tree: Any
     sampled = False
-    on_gpu = True  # whether such a search can run on a GPU in one call
+    on_gpu: bool = lightzero.ON_GPU  # whether such a search can run on a GPU in one call
 
     def __init__(self, cfg: Any, use_arrays: bool = False) -> None:
         super().__init__(cfg)  # type: ignore[call-arg]
@@ -42,7 +43,8 @@ class _NodeSearch:
         make = functools.partial(Roots, own.roots)
         return with_globals(forward, MCTSCtree=types.SimpleNamespace(roots=make))
 
-    def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any) -> None:
+    def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any = None,
+               task_id: Any = None) -> Any:
         """Search from roots whose root inference the world model has just served, with LightZero's signature. Latent
         states and timesteps are not used: the world model has the roots' contexts and timesteps."""
         world_model = model.world_model
@@ -55,6 +57,7 @@ class _NodeSearch:
             roots.take(visits, values, None)
         else:
             self._search_in_ctree(roots.in_ctree(), world_model, to_play_batch)
+        return lightzero.searched()
 
     def problem(self, roots: Roots) -> Problem:
         """What roots that are prepared ask, as this object's next search."""
@@ -83,13 +86,14 @@ class _NodeSearch:
         cfg = self._cfg
         return dict(
             pb_c_base=cfg.pb_c_base, pb_c_init=cfg.pb_c_init, discount_factor=cfg.discount_factor,
-            value_delta_max=cfg.value_delta_max, two_players=cfg.env_type != 'not_board_games'
+            value_delta_max=cfg.value_delta_max, two_players=cfg.env_type != 'not_board_games',
+            draws_ties=lightzero.draws_ties(cfg)
         )
 
     # ---- in LightZero's tree -----------------------------------------------------------------------------------------
 
     def _traverse_options(self) -> Tuple[Any, ...]:
-        return ()
+        return lightzero.traverse_options(self._cfg)
 
     def _depths(self, results: Any, path: List[int]) -> List[int]:
         return results.get_search_len()

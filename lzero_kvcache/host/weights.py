@@ -8,6 +8,7 @@ from lzero.model.common import SimNorm
 from torch import nn
 
 from ..engine.weights import Chain, Function, Geometry, Layer, Linear, Norm, Source, Weights, gelu
+from .lightzero import lightzero
 
 MANY_ROWS = {'cpu': 128, 'cuda': 512}
 """From here on more, but faster kernels pay although each is launched from Python (docs/results.md)."""
@@ -23,7 +24,7 @@ def source_of(world_model: Any) -> Source:
         layers=config.num_layers, heads=config.num_heads, embed_dim=config.embed_dim,
         width=config.context_length // 2, action_size=config.action_space_size,
         continuous=bool(config.continuous_action_space),
-        rotary_positions=config.max_seq_len if config.rotary_emb else 0,
+        rotary_positions=lightzero.angles_of(config) if config.rotary_emb else 0,
     )
     return Source(
         geometry, functools.partial(read_weights, world_model, geometry), functools.partial(_addresses, world_model),
@@ -67,7 +68,7 @@ def _layer(block: Any, many_rows: int) -> Layer:
         ),
         proj=read(nn.Sequential(attn.proj, attn.resid_drop) if attn.training else attn.proj),
         norm2=read(block.ln2),
-        mlp=read(block.mlp),
+        mlp=read(lightzero.mlp_of(block)),
         gates=(block.gate1.forward, block.gate2.forward) if block.gru_gating else None,
     )
 

@@ -26,6 +26,7 @@ from ..search.served import Served
 from ..search.whole import Problem
 from ..validation import Validator
 from .keys_values import KeysValuesCodec
+from .lightzero import lightzero
 from .network import read_network, what_is_missing
 from .reference import make_reference
 from .refused import check_served
@@ -76,6 +77,9 @@ class NewWorldModel(LightZeroWorldModel):
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
+    def _initialize_cache_structures(self) -> None:
+        lightzero.no_caches(self)
+
     def _initialize_transformer_keys_values(self) -> None:
         """The working batch is gathered anew for each step."""
 
@@ -109,7 +113,8 @@ class NewWorldModel(LightZeroWorldModel):
             Forget every context, and say which system was cleared.
         """
         self.forget()
-        print('Cleared WorldModel KV caches (NEW system).')
+        if not self.reanalyze_phase:
+            print('Cleared WorldModel KV caches (NEW system).')
 
     def forget(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
         """
@@ -150,6 +155,26 @@ class NewWorldModel(LightZeroWorldModel):
         before, self._weights_place = self._weights_place, place
         if before is not None and before != place and before[0] == place[0]:  # another device holds the same values
             self.weights_changed('their storage moved')
+
+    def reserve_angles(self, start_pos: Any, depth: int) -> None:
+        """
+        Overview:
+            Have rotary angles for roots at some timesteps and nodes so deep below them.
+        Arguments:
+            - start_pos (:obj:`Any`): The timesteps, or one for all.
+            - depth (:obj:`int`): The largest depth.
+        """
+        if not self.config.rotary_emb:
+            return
+        first, last = 2 * int(np.min(start_pos)), 2 * (int(np.max(start_pos)) + depth) + 3
+        table = lightzero.longer_table(self.transformer, first, last)
+        if table is not None:
+            self._notice_moved_weights(self.weights_source.addresses())
+            self.transformer.freqs_cis = table
+            moved = self.weights_source.addresses()
+            self._weights_place = self.weights_source.device(), moved  # no weight has moved: contexts stay
+            for step in self.inference.open.steps:
+                step.addresses = moved
 
     def why_not_whole(self, on_gpu: bool = True) -> Optional[str]:
         """
@@ -271,9 +296,10 @@ class NewWorldModel(LightZeroWorldModel):
             - ValueError: More rows than environments; the message names the key to raise.
         """
         if obs_act_dict['current_obs'] is None:
-            if self.training or np.ndim(start_pos) < 2:
+            if self.training or np.ndim(start_pos) < 2 or not lightzero.COMPUTES_TARGETS:
                 return super().forward_initial_inference(obs_act_dict, start_pos)
             return self._forward_sequences(obs_act_dict['obs'], obs_act_dict['action'], start_pos)
+        self.reserve_angles(start_pos, self._options.num_simulations)
         output = self.inference.root(
             obs_act_dict['obs'], obs_act_dict['action'], obs_act_dict['current_obs'], start_pos
         )
@@ -331,8 +357,11 @@ class NewWorldModel(LightZeroWorldModel):
         latent, action = state_action_history[-1]
         latent = np.ascontiguousarray(torch.as_tensor(latent).cpu().numpy(), dtype=np.float32)
         latent = latent.reshape(latent.shape[0], -1)
-        infer = self.inference.reanalysis if self.reanalyze_phase else self.inference.node
-        output = infer(latent, action, search_depth, start_pos)
+        self.reserve_angles(start_pos, max(search_depth, default=0))
+        if self.reanalyze_phase and not (lightzero.KEEPS_REANALYSES and len(latent) <= self.env_num):
+            output = self.inference.reanalysis(latent, action, search_depth, start_pos)
+        else:
+            output = self.inference.node(latent, action, search_depth, start_pos, self.reanalyze_phase)
         return (output.output_sequence, output.latent_state, output.logits_rewards, output.logits_policy,
                 output.logits_value)
 

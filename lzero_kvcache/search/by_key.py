@@ -13,18 +13,21 @@ from ..engine.weights import Weights
 from .keys import hash_rows
 from .served import Served
 from .steps import Steps, checksum, zero_for_nan
-from .timesteps import steps_after, timesteps_of
+from .timesteps import reanalysis_timesteps_of, steps_after, timesteps_of
 
 
 class NodesByKey(Steps):
     """Simulations of a search by key."""
 
-    def node(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int], start_pos: Any) -> StepOutput:
+    def node(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int], start_pos: Any,
+             reanalysis: bool = False) -> StepOutput:
         """One simulation whose contexts are found by key; one copy to the device, one back, one more there where
         contexts are lost. The predictions are 0 for what is skipped."""
         start = time.perf_counter()
-        rows, timesteps = len(latent), timesteps_of(start_pos, len(latent))
-        served = self.open.innermost(lambda step: not step.searches)  # a search by node asks for nothing by key
+        rows = len(latent)
+        timesteps = (reanalysis_timesteps_of if reanalysis else timesteps_of)(start_pos, rows)
+        # A search by node asks for nothing by key.
+        served = None if reanalysis else self.open.innermost(lambda step: not step.searches)
         mode, env_ids, weights = COLLECT, list(range(rows)), None
         if served is not None:
             served.check_rows(rows)
@@ -33,7 +36,7 @@ class NodesByKey(Steps):
         with self._manager.lease() as lease:
             output, kept = self._node(
                 lease, weights or self._source.read(False), mode, env_ids, latent, action, timesteps,
-                steps_after(timesteps, search_depth)
+                steps_after(timesteps, search_depth), reanalysis
             )
         if served is not None and served.trace is not None:
             served.trace.note_keyed_node(latent, action, search_depth, output)
@@ -41,7 +44,8 @@ class NodesByKey(Steps):
         return output if len(kept) == rows else output.map(zero_for_nan)
 
     def _node(self, lease: Lease, weights: Weights, mode: str, env_ids: List[int], latent: np.ndarray,
-              action: torch.Tensor, timesteps: np.ndarray, depths: np.ndarray) -> Tuple[StepOutput, np.ndarray]:
+              action: torch.Tensor, timesteps: np.ndarray, depths: np.ndarray, reanalysis: bool
+              ) -> Tuple[StepOutput, np.ndarray]:
         manager, rows, device = self._manager, len(latent), self._source.device()
         pages = lease.allocate(rows)
         contexts = manager.find_recur(mode, env_ids, hash_rows(latent))
@@ -52,7 +56,9 @@ class NodesByKey(Steps):
             anew = self._begin_anew(lease, contexts, lost, 2 * timesteps[lost])
             begun, states = send(device, anew, latent[lost])
             self.engine.begin(weights, self._slab(), begun[0], states, begun[1])
-        output = self._step(weights, contexts, pages, depths, None, action.to(device), int(contexts[1].max())).output
+        output = self._step(
+            weights, contexts, pages, depths, None, action.to(device), int(contexts[1].max()), reanalysis
+        ).output
         if self.backend.reuses_output:
             output = output.map(torch.clone)
         on_cpu = to_cpu(torch.cat([output.latent_state.reshape(rows, -1), checksum(output)], dim=1))

@@ -106,7 +106,8 @@ class RootInference(Steps):
                   latent: torch.Tensor, anew: np.ndarray, last: Optional[torch.Tensor]) -> StepOutput:
         """An action and an observation that is given, for contexts of which some are begun anew before."""
         engine, slab = self.engine, self._slab()
-        angles = 2 * timesteps - 1, 2 * timesteps
+        # Where an episode begins there is no action, nor an angle below 0.
+        angles = 2 * timesteps - (rows[1] > 0), 2 * timesteps
         packed = pack(engine.geometry, rows, pages, angles, actions, int(rows[1].max()))
         numbers, begun = send(self._source.device(), packed, anew)
         if anew.shape[1]:

@@ -42,9 +42,11 @@ class Steps:
         return np.stack([pages, self._angle(positions), lost])
 
     def _step(self, weights: Weights, rows: Rows, pages: np.ndarray, timesteps: np.ndarray,
-              actions: Optional[np.ndarray], on_device: Optional[torch.Tensor], longest: int) -> Result:
-        """A recurrent step from nodes at ``timesteps``; everything that comes from the CPU travels in one copy."""
-        angles = 2 * timesteps + 1, 2 * timesteps + 2
+              actions: Optional[np.ndarray], on_device: Optional[torch.Tensor], longest: int,
+              reanalysis: bool = False) -> Result:
+        """A recurrent step from nodes at ``timesteps``; everything that comes from the CPU travels in one copy. In
+        LightZero's reanalysis both tokens have the angle of the action, one step later."""
+        angles = (2 * timesteps + 3, 2 * timesteps + 3) if reanalysis else (2 * timesteps + 1, 2 * timesteps + 2)
         numbers = pack(self.engine.geometry, rows, pages, angles, actions, longest)
         return self.backend.step(weights, self._slab(), numbers, on_device)
 

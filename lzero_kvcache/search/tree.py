@@ -30,6 +30,7 @@ class Rules(NamedTuple):
     two_players: bool
     sampled: bool
     continuous: bool
+    draws_ties: bool  # or the first of equal scores is taken
 
 
 class Tree(NamedTuple):
@@ -52,11 +53,11 @@ class Tree(NamedTuple):
 
 
 def make_rules(pb_c_base: int, pb_c_init: float, discount_factor: float, value_delta_max: float, two_players: bool,
-               sampled: bool = False, continuous: bool = False) -> Rules:
+               sampled: bool = False, continuous: bool = False, draws_ties: bool = True) -> Rules:
     """Rules from what LightZero's configs say."""
     return Rules(
         np.float32(pb_c_base), np.float32(pb_c_init), np.float32(discount_factor), np.float32(value_delta_max),
-        two_players, sampled, continuous
+        two_players, sampled, continuous, draws_ties
     )
 
 
@@ -148,14 +149,15 @@ def score_children(tree: Tree, rules: Rules, row: int, node: int, mean: np.float
 
 
 @inner
-def draw_best(scores: np.ndarray, count: int, key: Key, row: int, simulation: int, depth: int) -> int:
-    """One of the first best score and those after it that are within 1e-6; -1 where no score is a number."""
+def pick_best(rules: Rules, scores: np.ndarray, count: int, key: Key, row: int, simulation: int, depth: int) -> int:
+    """One of the first best score and those after it that are within 1e-6, or that first one; -1 where no score is a
+    number."""
     first, best = -1, -_FAR
     for index in range(count):
         if best < scores[index]:
             first, best = index, scores[index]
-    if first < 0:
-        return -1
+    if first < 0 or not rules.draws_ties:
+        return first
     ties = 0
     for index in range(first, count):
         if scores[index] >= best - _TIE:
@@ -177,7 +179,7 @@ def select(tree: Tree, rules: Rules, key: Key, simulation: int, row: int) -> Non
         tree.path[row, depth] = node
         above = mean_quality(tree, rules, row, node, above)
         count = score_children(tree, rules, row, node, above)
-        index = draw_best(tree.scores[row], count, key, row, simulation, depth)
+        index = pick_best(rules, tree.scores[row], count, key, row, simulation, depth)
         slot = tree.order[row, node, index] if index >= 0 else 0
         tree.action[row] = max(index, 0) if rules.sampled else slot
         child = tree.child[row, node, slot]

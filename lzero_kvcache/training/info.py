@@ -12,7 +12,7 @@ from ..config import ConfigError
 from ..engine.launch import picked
 from ..engine.slab import MIB
 from ..host import entries
-from ..host.refused import which_lightzero
+from ..host.lightzero import lightzero
 from ..loading import check_config
 from .error_hints import hinted
 from .plan import Plan, make_plan, set_cache, set_device
@@ -23,7 +23,6 @@ Rows = List[Tuple[str, str]]
 
 def installed() -> Rows:
     """Versions, and what runs are made on."""
-    which, sign = which_lightzero()
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     on_device = f'cpu, {os.cpu_count()} processors'
     if device.type == 'cuda':
@@ -32,7 +31,8 @@ def installed() -> Rows:
         ('lzero_kvcache', version_of('lzero_kvcache')),
         ('python', platform.python_version()),
         ('torch', torch.__version__),
-        ('LightZero', f"{version_of('LightZero')}, {which}: {sign}"),
+        ('LightZero', f"{version_of('LightZero')}, {lightzero.NAME}: {lightzero.SIGN}"),
+        ('served of it', lightzero.SERVED),
         ('DI-engine', version_of('DI-engine')),
         ('device', on_device),
         ("backend 'auto'", picked('auto', device)),
@@ -58,7 +58,7 @@ def of_plan(plan: Plan) -> Rows:
             *rows,
             ('cache system', 'old'),
             ('init pools', f'{model.env_num} x {model.shared_pool_size_init} contexts'),
-            ('recurrent pool', f'{model.shared_pool_size:,} contexts'),
+            ('recurrent pool', f'{getattr(model, lightzero.RECURRENT_SLOTS):,} contexts'),
             ('working batch', f'{model.env_num} contexts'),
             ('context', f'{model.context_length} tokens'),
             ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB'),

@@ -1,0 +1,148 @@
+"""What is of LightZero's main branch alone."""
+from collections import defaultdict
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from lzero.model.unizero_world_models.transformer import precompute_freqs_cis
+from torch import nn
+
+NAME = 'main branch'
+SIGN = 'a block of its transformer has a feed_forward'
+SERVED = 'UniZero with discrete actions; its own new manager with the old searches'
+
+RECURRENT_SLOTS = 'shared_pool_size_recur'
+"""Attribute of a world model that says how many contexts its recurrent pool has."""
+
+KEEPS_REANALYSES = True
+"""Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
+
+COMPUTES_TARGETS = False
+"""Whether the engine computes what a replay buffer asks of the target model."""
+
+HAS_MANAGER = True
+"""Whether LightZero has a new manager of its own."""
+
+ON_GPU = False  # an evaluation takes the first of equal scores there
+"""Whether UniZero's searches can run in one call on a GPU."""
+
+POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
+"""What a policy must be built for to collect."""
+
+_CHANGES_CONTEXTS = (
+    ('exact_kv_window_reset', False, 'a full window would begin anew at its newest observation'),
+    ('rebuild_kv_window_from_tokens', False, 'a full window would be computed anew from its tokens'),
+    ('use_policy_logits_clip', False, 'policy logits would be clipped after the head'),
+    ('task_embed_option', None, 'tokens would carry a task'),
+    ('moe_in_transformer', False, 'MLPs would be mixtures of experts'),
+    ('multiplication_moe_in_transformer', False, 'MLPs would be mixtures of experts'),
+)
+
+
+def mlp_of(block: Any) -> nn.Module:
+    return block.feed_forward
+
+
+def angles_of(config: Any) -> int:
+    """Rotary angles that there are before they repeat: they do not."""
+    return 2 ** 62
+
+
+def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tensor]:
+    """A table of rotary angles that has a first and a last one, where the transformer's has not."""
+    table = transformer.freqs_cis
+    if first < 0:
+        raise ValueError(f'a timestep of {first // 2}: this LightZero has no rotary angles below 0')
+    if last < len(table):
+        return None
+    end = max(last + 1, 2 * len(table))
+    return precompute_freqs_cis(transformer.rotary_head_dim, end, transformer.rope_theta).to(table.device)
+
+
+def world_model_of(model: Any, module: Any) -> type:
+    """The class of the world model that a model's constructor will make."""
+    return getattr(model, 'world_model_cls', module.WorldModel)
+
+
+def name_world_model(model: Any, world_model: type) -> Dict[str, Any]:
+    """Let a model's constructor make another world model: by names that it has to find, which are returned."""
+    if not hasattr(model, 'world_model_cls'):  # Sampled UniZero's
+        return {'WorldModel': world_model}
+    model.world_model_cls = world_model
+    return {}
+
+
+def unserved_of(world_model: Any) -> Iterator[str]:
+    """Options of a world model that change what a context is, and that the new cache does not know."""
+    for name, harmless, meaning in _CHANGES_CONTEXTS:
+        value = world_model.config.get(name, harmless)
+        if value != harmless and value != 'none':
+            yield f'{name}={value!r}: {meaning}'
+
+
+def unserved_policy(policy_type: str, cfg: Any) -> Optional[str]:
+    """Why a policy cannot have the new cache."""
+    if policy_type != 'unizero':
+        return f'create_config.policy.type={policy_type!r}: of this LightZero only unizero is served'
+    if cfg['model']['world_model_cfg'].get('obs_type') == 'text':
+        return "policy.model.world_model_cfg.obs_type='text': its searches must return latent states to be decoded"
+    if (cfg['model']['world_model_cfg'].get('kv_cache_cfg') or {}).get('validation') == 'legacy':
+        return "policy.model.world_model_cfg.kv_cache_cfg.validation='legacy': this LightZero has 'exact' alone"
+    for name in ('value_support_range', 'reward_support_range'):
+        low, high, step = cfg['model'][name]
+        if (low, step) != (1 - high, 1):
+            return f'policy.model.{name}={cfg["model"][name]}: it must be (-n, n + 1, 1)'
+    if cfg.get('contextual_reanalysis') and (cfg['reanalyze_ratio'] or cfg.get('buffer_reanalyze_freq')):
+        return 'policy.contextual_reanalysis=True: roots of reanalyses would have contexts'
+    return None
+
+
+def no_caches(world_model: Any) -> None:
+    """What code around a world model asks of its caches, where it has none of LightZero's."""
+    world_model.keys_values_wm_list, world_model.keys_values_wm_size_list = [], []
+
+
+def simulations_of(cfg: Any) -> int:
+    """Simulations of a policy's longest search."""
+    return max(cfg.get(key, 0) for key in ('num_simulations', 'collect_num_simulations', 'eval_num_simulations'))
+
+
+def never_full(world_model: Any) -> None:
+    """Let a world model store nodes without end, in a recurrent pool that is made longer by somebody else."""
+    world_model.shared_pool_size_recur = 2 ** 62
+    world_model.pool_idx_to_key_map_recur_infer = defaultdict(lambda: None)
+    world_model.pool_idx_to_key_map_init_envs = [defaultdict(lambda: None) for _ in range(world_model.env_num)]
+
+
+# ---- a step of a policy ----------------------------------------------------------------------------------------------
+
+
+def environments_of(ready: Any) -> List[int]:
+    """The environment of each row, from what a worker passes as ready."""
+    return [int(env_id) for env_id in (sorted(ready) if isinstance(ready, set) else ready)]
+
+
+def hand_rows(policy: Any, mode: str, env_ids: Sequence[int], observations: torch.Tensor, actions: List[Any]) -> None:
+    """Give a policy the last observations and actions of the rows of its next batch. Those of a batch that is as large
+    as all environments it picks by environment, others it takes as they are."""
+    everybody = policy.collector_env_num if mode == 'collect' else policy.evaluator_env_num
+    if len(env_ids) == everybody:
+        order = np.argsort(env_ids).tolist()
+        observations, actions = observations[order], [actions[row] for row in order]
+    setattr(policy, f'last_batch_obs_{mode}', observations)
+    setattr(policy, f'last_batch_action_{mode}', actions)
+
+
+def traverse_options(cfg: Any) -> Tuple[Any, ...]:
+    """What UniZero's tree takes last."""
+    return (cfg.deterministic,)
+
+
+def draws_ties(cfg: Any) -> bool:
+    """Whether a search draws among equal scores; or takes the first."""
+    return not cfg.get('deterministic', False)
+
+
+def searched() -> Any:
+    """What a policy expects of a search: latent states by row and action, which only text is decoded from."""
+    return defaultdict(lambda: defaultdict(lambda: None))

@@ -1,0 +1,58 @@
+"""The new manager that LightZero's main branch has of its own, with numbers in this package's form."""
+from typing import Any, Dict, List, Optional, Tuple
+
+from lzero.model.unizero_world_models.kv_cache_manager import KVCacheManager as LightZeroManager
+
+from ..config import LIGHTZERO
+from ..registry import KV_CACHE_REGISTRY
+from .old_world_model import CountedFromOutside, OldWorldModel
+
+
+@KV_CACHE_REGISTRY.register(LIGHTZERO)
+class CountedManager(LightZeroManager, CountedFromOutside):
+    """LightZero's manager as it is, but for what it says of itself. It begins empty, as the one that LightZero's
+    constructor has just made."""
+
+    def __init__(self, config: Any, env_num: int, enable_stats: bool = True) -> None:
+        LightZeroManager.__init__(self, config, env_num, enable_stats)
+        CountedFromOutside.__init__(self, env_num, enable_stats)
+
+    def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
+        for index, pool in enumerate(self.init_pools):
+            if env_id in (None, index):
+                pool.clear()
+
+    def counters(self) -> Dict[str, Any]:
+        counters = super(LightZeroManager, self).counters()
+        pools = {'init': self.init_pools, 'recur': [self.recur_pool], 'total': [*self.init_pools, self.recur_pool]}
+        for name in pools.keys() & counters.keys():
+            counters[name]['evictions'] = sum(pool.stats.evictions for pool in pools[name])
+            counters[name]['occupancy'] = sum(map(len, pools[name])) / sum(pool.pool_size for pool in pools[name])
+        return counters
+
+    def get_stats_summary(self) -> Dict[str, Any]:
+        return super(LightZeroManager, self).get_stats_summary()
+
+    def reset_stats(self) -> None:
+        LightZeroManager.reset_stats(self)
+        super(LightZeroManager, self).reset_stats()
+
+    def _pools(self) -> Tuple[List[Dict[str, int]], Dict[str, int]]:
+        roots, nodes = [
+            [{'size': len(pool), 'capacity': pool.pool_size} for pool in pools]
+            for pools in (self.init_pools, [self.recur_pool])
+        ]
+        return roots, nodes[0]
+
+    @property
+    def memory_mb(self) -> float:
+        pools = [*self.init_pools, self.recur_pool, self.wm_pool]
+        return self._memory_of(entry for pool in pools for entry in pool._pool)
+
+
+class ManagerWorldModel(OldWorldModel):
+    """LightZero's world model with its own new manager; nothing but the counts is added."""
+    use_new_cache_manager = True
+    manager = CountedManager
+    system, log_line = LIGHTZERO, "Using LightZero's own KVCacheManager"
+    clear_line = "Cleared WorldModel KV caches (LightZero's own manager)."

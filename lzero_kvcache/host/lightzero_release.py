@@ -1,0 +1,106 @@
+"""What is of the released LightZero 0.2.0 alone."""
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from torch import nn
+
+NAME = 'released 0.2.0'
+SIGN = 'a block of its transformer has an mlp'
+SERVED = 'all of UniZero and Sampled UniZero'
+
+RECURRENT_SLOTS = 'shared_pool_size'
+"""Attribute of a world model that says how many contexts its recurrent pool has."""
+
+KEEPS_REANALYSES = False
+"""Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
+
+COMPUTES_TARGETS = True
+"""Whether the engine computes what a replay buffer asks of the target model."""
+
+HAS_MANAGER = False
+"""Whether LightZero has a new manager of its own."""
+
+ON_GPU = True
+"""Whether UniZero's searches can run in one call on a GPU."""
+
+POLICY_FIELDS = ('collect',)
+"""What a policy must be built for to collect."""
+
+
+def mlp_of(block: Any) -> nn.Module:
+    return block.mlp
+
+
+def angles_of(config: Any) -> int:
+    """Rotary angles that there are before they repeat."""
+    return config.max_seq_len
+
+
+def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tensor]:
+    """A table of rotary angles that has a first and a last one, where the transformer's has not."""
+    return None
+
+
+def world_model_of(model: Any, module: Any) -> type:
+    """The class of the world model that a model's constructor will make."""
+    return module.WorldModel
+
+
+def name_world_model(model: Any, world_model: type) -> Dict[str, Any]:
+    """Let a model's constructor make another world model: by names that it has to find, which are returned."""
+    return {'WorldModel': world_model}
+
+
+def unserved_of(world_model: Any) -> Iterator[str]:
+    """Options of a world model that change what a context is, and that the new cache does not know."""
+    return iter(())
+
+
+def unserved_policy(policy_type: str, cfg: Any) -> Optional[str]:
+    """Why a policy cannot have the new cache."""
+    return None
+
+
+def no_caches(world_model: Any) -> None:
+    """What code around a world model asks of its caches, where it has none of LightZero's."""
+    world_model.past_kv_cache_recurrent_infer = {}
+    world_model.past_kv_cache_init_infer_envs = [{} for _ in range(world_model.env_num)]
+    world_model.keys_values_wm_list, world_model.keys_values_wm_size_list = [], []
+
+
+def simulations_of(cfg: Any) -> int:
+    """Simulations of a policy's longest search."""
+    return cfg['num_simulations']
+
+
+def never_full(world_model: Any) -> None:
+    """Let a world model store nodes without end, in a recurrent pool that is made longer by somebody else."""
+    world_model.shared_pool_size = 2 ** 62
+
+
+# ---- a step of a policy ----------------------------------------------------------------------------------------------
+
+
+def environments_of(ready: Any) -> List[int]:
+    """The environment of each row, from what a worker passes as ready."""
+    return [int(env_id) for env_id in ready]
+
+
+def hand_rows(policy: Any, mode: str, env_ids: Sequence[int], observations: torch.Tensor, actions: List[Any]) -> None:
+    """Give a policy the last observations and actions of the rows of its next batch."""
+    policy.last_batch_obs, policy.last_batch_action = observations, actions
+
+
+def traverse_options(cfg: Any) -> Tuple[Any, ...]:
+    """What UniZero's tree takes last."""
+    return ()
+
+
+def draws_ties(cfg: Any) -> bool:
+    """Whether a search draws among equal scores; or takes the first."""
+    return True
+
+
+def searched() -> Any:
+    """What a policy expects of a search."""
+    return None

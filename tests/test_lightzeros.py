@@ -1,0 +1,109 @@
+"""The released LightZero and its main branch: the systems that the flag picks, and what is refused.
+
+Tests of one of them are skipped with the other.
+"""
+import copy
+
+import numpy as np
+import pytest
+import torch
+from builders import Worker, make_policy, small_cartpole
+from ding.utils import MODEL_REGISTRY
+from easydict import EasyDict
+from oracle import ON_MAIN, ORIGINAL_MODELS, Batch, Case, cached_model, construct, play, random_trace, randomise
+from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
+
+from lzero_kvcache import KV_CACHE_REGISTRY, CacheConfig, ConfigError, check_config
+
+on_main = pytest.mark.skipif(not ON_MAIN, reason="of LightZero's main branch")
+on_release = pytest.mark.skipif(ON_MAIN, reason='of the released LightZero')
+SYSTEMS = {'old': (False, 'new'), 'lightzero': (True, 'lightzero'), 'new': (True, 'new')}
+
+
+def checked(policy_type='unizero', policy=(), **world_model_cfg):
+    """Check CartPole's config in new mode, with some keys of its policy and of its world model."""
+    main, create = small_cartpole(True, **world_model_cfg), copy.deepcopy(cartpole.create_config)
+    main.policy.update(dict(policy))
+    create.policy.update(type=policy_type, import_names=[f'lzero.policy.{policy_type}', 'lzero_kvcache'])
+    return check_config(main, create)
+
+
+@on_release
+def test_the_released_one_has_no_manager_of_its_own():
+    with pytest.raises(ConfigError, match="kv_cache_cfg.type='lightzero' is the manager of LightZero's main branch"):
+        CacheConfig.read(dict(use_new_cache_manager=True, kv_cache_cfg=dict(type='lightzero')), KV_CACHE_REGISTRY)
+
+
+@on_main
+class TestMain:
+
+    @pytest.mark.parametrize('system', SYSTEMS)
+    def test_the_flag_and_the_type_pick_one_of_three(self, system):
+        flag, manager = SYSTEMS[system]
+        policy = make_policy(flag, kv_cache_cfg=EasyDict(type=manager, search='tree'))
+        world_model = policy._model.world_model
+        assert world_model.hyperparameters['cache_system'] == system
+        assert world_model.use_new_cache_manager is flag
+        worker = Worker(policy)
+        for _ in range(3):
+            worker.step([0, 1, 2])
+        counters, summary = world_model.kv_cache_manager.counters(), world_model.kv_cache_manager.get_stats_summary()
+        assert counters['init']['queries'] == 2 * 3
+        assert counters['recur']['queries'] == counters['recur']['hits'] == 3 * 4 * 3
+        # LightZero keeps the last observations of vectors as whole numbers, and so finds no root.
+        assert counters['init']['hits'] == (6 if system == 'new' else 0)
+        assert {'stats_enabled', 'init_pools', 'recur_pool', 'memory_mb'} <= summary.keys()
+
+    @pytest.mark.parametrize('system', ['old', 'lightzero'])
+    @pytest.mark.parametrize('rotary', [False, True])
+    def test_lightzeros_own_answer_as_without_the_plugin(self, system, rotary):
+        flag, manager = SYSTEMS[system]
+        case, answers = Case(rotary=rotary), []
+        trace = random_trace(np.random.default_rng(3), case, 3, root_steps=4, simulations=6, episodes=0.2)
+        for model_class in (ORIGINAL_MODELS['UniZeroModel'], MODEL_REGISTRY.get('UniZeroModel')):
+            model = construct(
+                model_class, case, 3, use_new_cache_manager=flag, kv_cache_cfg=EasyDict(type=manager)
+            )
+            randomise(model, case, 3)
+            if not rotary:
+                model.world_model.precompute_pos_emb_diff_kv()
+            answers.append([answer for answer in play(Batch(model), trace) if answer])
+        for one, other in zip(*answers):
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    @pytest.mark.parametrize(('key', 'value'), [
+        ('exact_kv_window_reset', True), ('rebuild_kv_window_from_tokens', True), ('use_policy_logits_clip', True),
+        ('task_embed_option', 'register_task_embed'), ('task_embed_option', 'add_task_embed'),
+        ('moe_in_transformer', True), ('multiplication_moe_in_transformer', True),
+    ])
+    def test_options_that_change_contexts_are_refused(self, key, value):
+        changes = {
+            'num_experts_of_moe_in_transformer': 2, 'num_experts_per_tok': 1, 'moe_use_lora': False,
+            'n_shared_experts': 1, key: value
+        }
+        with pytest.raises(ConfigError, match=f'{key}={value!r}'):
+            cached_model(Case(), 2, 3, **changes)
+
+    def test_policies_that_are_not_served_are_refused(self):
+        assert checked().system == 'new'
+        for wrong, message in (
+            (dict(policy_type='sampled_unizero'), 'only unizero is served'),
+            (dict(policy_type='unizero_multitask'), 'is not a UniZero policy'),
+            (dict(obs_type='text'), "obs_type='text'"),
+            (dict(kv_cache_cfg=EasyDict(validation='legacy')), "validation='legacy'"),
+            (dict(policy=dict(contextual_reanalysis=True, reanalyze_ratio=0.5)), 'contextual_reanalysis=True'),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                checked(**wrong)
+
+    def test_a_table_of_angles_grows_and_no_context_is_lost(self):
+        case = Case(rotary=True, max_seq_len=32)
+        model = cached_model(case, 2, 3)
+        trace = random_trace(np.random.default_rng(3), case, 2, root_steps=4, simulations=3)
+        for number, event in enumerate(event for event in trace.events if hasattr(event, 'obs')):
+            event.timesteps[:] = [300 * number + 20, number + 1]
+        play(Batch(model), trace)
+        assert len(model.world_model.transformer.freqs_cis) >= 2 * 920
+        assert model.world_model.kv_cache_manager.counters()['init']['misses'] == 0
+        with pytest.raises(ValueError, match='a timestep of -1'):
+            play(Batch(model), trace._replace(events=[trace.events[0]._replace(timesteps=[-1, 0])]))
