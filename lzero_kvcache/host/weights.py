@@ -170,10 +170,10 @@ def _linear(weight: torch.Tensor, bias: Optional[torch.Tensor], many_rows: int) 
 
     def run(x: torch.Tensor) -> torch.Tensor:
         if quick:
-            from ..engine import products
+            from ..engine import few_rows
 
-            if products.fits(x, weight):
-                return products.linear(x, weight, bias)
+            if few_rows.fits(x, weight):
+                return few_rows.linear(x, weight, bias)
         # With the bias fused in, cuBLAS picks float32 kernels that take up to twice as long for many rows.
         return F.linear(x, weight, bias) if x.shape[0] < many_rows else F.linear(x, weight).add_(bias)
 
