@@ -67,8 +67,12 @@ class Clock:
 
     def start_loop(self) -> None:
         """From here on, what is of no part is the loop's."""
-        if not self._open:
-            self._open, self._since = [LOOP], self._now()
+        self._open, self._since = [LOOP], self._now()
+
+    @property
+    def started(self) -> bool:
+        """Whether the loop has begun."""
+        return bool(self._open)
 
     def _switch(self) -> None:
         now = self._now()
@@ -123,7 +127,6 @@ class Worker:
 
     def _place_timers(self) -> None:
         from ding.worker import BaseLearner
-        from lzero.mcts import SampledUniZeroGameBuffer, UniZeroGameBuffer
         from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
         from lzero.mcts.tree_search.mcts_ctree_sampled import SampledUniZeroMCTSCtree
         from lzero.worker import MuZeroCollector, MuZeroEvaluator, MuZeroSegmentCollector
@@ -131,14 +134,9 @@ class Worker:
         from lzero_kvcache.host.policies import KVCachePolicy
         from lzero_kvcache.host.tree_search import NodeSearch
         searches = UniZeroMCTSCtree, SampledUniZeroMCTSCtree, *NodeSearch.__bases__
-        buffers = UniZeroGameBuffer, SampledUniZeroGameBuffer
         self._time(searches, 'search', SEARCH)
         self._time([KVCachePolicy], '_forward_collect', STEP)
         self._time([KVCachePolicy], '_forward_learn', LEARNER)
-        self._time(buffers, 'sample', SAMPLING)
-        self._time(buffers, 'reanalyze_buffer', SAMPLING)
-        self._time(buffers, '_compute_target_reward_value', TARGETS)
-        self._time(buffers, '_compute_target_policy_reanalyzed', REANALYSIS)
         self._time([MuZeroCollector, MuZeroSegmentCollector], 'collect', COLLECTOR)
         self._time([MuZeroEvaluator], 'eval', EVALUATION)
         self._wrap([MuZeroCollector, MuZeroSegmentCollector], 'collect', self._from_first_collection)
@@ -148,6 +146,15 @@ class Worker:
             self._wrap([KVCachePolicy], f'_forward_{name}', functools.partial(self._counted, unit=unit))
         if self._args.worker == 'new':  # LightZero alone runs without numba
             self._time_compiling()
+
+    def _place_timers_in_buffers(self) -> None:
+        """Around what a run has put into them."""
+        from lzero.mcts import SampledUniZeroGameBuffer, UniZeroGameBuffer
+        buffers = UniZeroGameBuffer, SampledUniZeroGameBuffer
+        self._time(buffers, 'sample', SAMPLING)
+        self._time(buffers, 'reanalyze_buffer', SAMPLING)
+        self._time(buffers, '_compute_target_reward_value', TARGETS)
+        self._time(buffers, '_compute_target_policy_reanalyzed', REANALYSIS)
 
     def _time(self, owners: Any, name: str, part: str) -> None:
         self._wrap(owners, name, functools.partial(self.clock.around, name=part))
@@ -173,10 +180,13 @@ class Worker:
     def _from_first_collection(self, collect: Any) -> Any:
         @functools.wraps(collect)
         def run(*args: Any, **kwargs: Any) -> Any:
-            self.clock.start_loop()
-            counts, seconds = self.clock.counts, sum(self.clock.seconds[part] for part in TOTAL)
+            if not self.clock.started:
+                self._place_timers_in_buffers()
+                self.clock.start_loop()
+            counts, spent = self.clock.counts, [(part, self.clock.seconds[part]) for part in TOTAL]
             print(f"{self._args.worker}: {counts['iteration']} iterations, {counts['collect step']} collect steps, "
-                  f'{seconds:.1f} s', file=self._written)
+                  f"{sum(seconds for _, seconds in spent):.1f} s: "
+                  + ', '.join(f'{part} {seconds:.2f}' for part, seconds in spent if seconds > 0.01), file=self._written)
             return collect(*args, **kwargs)
 
         return run

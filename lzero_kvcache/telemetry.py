@@ -97,13 +97,13 @@ class KVCacheStatsHook(LearnerHook):
             })
         iteration, env_step = engine.last_iter.val, engine.collector_envstep
         values = self.values(**counted)
-        for name, value in values.items():
-            writer.add_scalar(f'kv_cache_iter/{name}', value, iteration)
-            writer.add_scalar(f'kv_cache_step/{name}', value, env_step)
         validator = getattr(world_model, 'validator', None)
         validated = {} if validator is None else validator.tally.read()
-        for name, value in validated.items():
-            writer.add_scalar(f'{VALIDATION}/{name}', value, iteration)
+        write_scalars(writer, iteration, {
+            **{f'kv_cache_iter/{name}': value for name, value in values.items()},
+            **{f'{VALIDATION}/{name}': value for name, value in validated.items()},
+        })
+        write_scalars(writer, env_step, {f'kv_cache_step/{name}': value for name, value in values.items()})
         if policy.get_attribute('cfg').get('use_wandb', False):
             import wandb
             logged = {f'kv_cache_step/{name}': value for name, value in values.items()}
@@ -135,14 +135,26 @@ class KVCacheStatsHook(LearnerHook):
         self._seen[name] = now
 
 
+def write_scalars(tb_logger: Any, step: int, values: Dict[str, float]) -> None:
+    """Write points of one step as one event: an event for each would take a fifth of a small training's iteration."""
+    scalar = _summaries(tb_logger).scalar
+    together, *others = [scalar(name, value) for name, value in values.items()]
+    for other in others:
+        together.MergeFrom(other)
+    tb_logger._get_file_writer().add_summary(together, step)
+
+
 def write_hyperparameters(tb_logger: Any, values: Dict[str, Any]) -> None:
     """Write the ``HYPERPARAMETERS`` that a run has into its own event file. The ``add_hparams`` of torch's and of
     tensorboardX's writers would begin another file, and say that the run has ended."""
-    writer = tb_logger._get_file_writer()
-    # Both have the same function for this beside their writer, each for messages of its own kind.
-    summary = importlib.import_module(type(writer).__module__.rpartition('.')[0] + '.summary')
+    writer, summary = tb_logger._get_file_writer(), _summaries(tb_logger)
     writer.add_summary(summary.hparams(HYPERPARAMETERS, dict.fromkeys(COMPARED, 0.))[0])
     writer.add_summary(summary.hparams(values, {})[1])
+
+
+def _summaries(tb_logger: Any) -> Any:
+    """The module beside torch's or tensorboardX's writer, with functions that make messages of the writer's kind."""
+    return importlib.import_module(type(tb_logger._get_file_writer()).__module__.rpartition('.')[0] + '.summary')
 
 
 register_learner_hook(HOOK_KEY, KVCacheStatsHook)

@@ -87,10 +87,9 @@ def roots(used: Any, mode: str = 'collect') -> List[int]:
 
 def audit(used: KVCacheManager, held: Sequence[np.ndarray] = ()) -> None:
     """
-    Overview:
-        No page is lost and none is used twice: between two steps a page's references are as many as entries name it,
-        and tables that searches hold, no entry names it twice, and the pages that can be allocated are those without
-        any.
+    No page is lost and none is used twice: between two steps a page's references are as many as entries name it,
+    and tables that searches hold, no entry names it twice, and the pages that can be allocated are those without
+    any.
     """
     pages = used._pages
     reserved = pages.capacity - pages.used - pages.free  # the first ones, which no entry may name
@@ -155,9 +154,8 @@ def make_policy(new: bool, seed: int = 0, **options: Any) -> Any:
 
 class Worker:
     """
-    Overview:
-        Drives a policy as LightZero's collectors and evaluators do: environments with observations of their own, which
-        depend on nothing but the environment and its timestep.
+    Drives a policy as LightZero's collectors and evaluators do: environments with observations of their own, which
+    depend on nothing but the environment and its timestep.
     """
     temperature = 1.
 
@@ -203,9 +201,8 @@ class Worker:
 
 def assert_same_outputs(actual: Dict[int, Any], expected: Dict[int, Any], env_ids: Sequence[int]) -> None:
     """
-    Overview:
-        What a policy returned for some environments is the same, to float tolerance. A value is a mean over a support
-        from -50 to 50, and rounding in its logits weighs accordingly.
+    What a policy returned for some environments is the same, to float tolerance. A value is a mean over a support
+    from -50 to 50, and rounding in its logits weighs accordingly.
     """
     for env_id in env_ids:
         for name, tolerance in (('predicted_value', 2e-3), ('searched_value', 2e-3), ('predicted_policy_logits', 1e-4)):

@@ -86,7 +86,10 @@ def break_off(folder, share=0.5):
 
 def read(*paths):
     """The runs that paths stand for."""
-    return [read_run(folder) for folder in find_runs(paths)]
+    runs = find_runs(paths)
+    for run in runs:
+        read_run(run)
+    return runs
 
 
 def compared(*paths, groups=()):

@@ -8,10 +8,9 @@ from typing import Any, Callable, Dict
 
 def in_forks(functions: Dict[str, Callable[[], Any]]) -> Dict[str, Any]:
     """
-    Overview:
-        Run every function in a fork of its own, all at once.
-    Returns:
-        - results (:obj:`Dict[str, Any]`): What each returned, through JSON.
+    Run every function in a fork of its own, all at once.
+Returns:
+    - results (:obj:`Dict[str, Any]`): What each returned, through JSON.
     """
     pipes = {}
     for name, function in functions.items():

@@ -14,7 +14,7 @@ import functools
 import io
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 from unittest import mock
 
 import lzero.model.sampled_unizero_model as sampled_unizero_model
@@ -527,12 +527,11 @@ class LightZeroAlone(Batch):
 
 class PathReference(Batch):
     """
-    Overview:
-        One environment's answers without any cache: every node is computed by one forward of the transformer's weights
-        over all tokens of the node's true path, each token seeing the window that it had when it came. This is what
-        LightZero means, computed another way; it asks by node, so equal latent states are not mixed.
+    One environment's answers without any cache: every node is computed by one forward of the transformer's weights
+    over all tokens of the node's true path, each token seeing the window that it had when it came. This is what
+    LightZero means, computed another way; it asks by node, so equal latent states are not mixed.
 
-        Only the arithmetic of layers and heads is LightZero's. Angles of rotary positions are those of its calls.
+    Only the arithmetic of layers and heads is LightZero's. Angles of rotary positions are those of its calls.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -711,8 +710,12 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-def differences(trace: Trace, batch: Batch, alone: Sequence[Batch]) -> List[Difference]:
-    """Play a trace to a batch, and to every environment alone; all differences, in the order of the trace."""
+def differences(trace: Trace, batch: Batch, alone: Sequence[Batch], told: Callable[[Answer], Answer] = dict,
+                error_of: Callable[..., float] = lambda name, *tensors: relative_error(*tensors)) -> List[Difference]:
+    """
+    Play a trace to a batch, and to every environment alone; all differences, in the order of the trace. ``told`` makes
+    of an answer of one environment alone what the batch is told.
+    """
     actual = play(batch, trace)
     found = []
     for env, player in enumerate(alone):
@@ -720,8 +723,10 @@ def differences(trace: Trace, batch: Batch, alone: Sequence[Batch]) -> List[Diff
         for number, (event, answers) in enumerate(zip(trace.events, actual)):
             if not isinstance(event, (Root, Expand)):
                 continue
-            for name, right in next(expected).items():
-                error = relative_error(answers[name][env:env + 1], right)
+            wanted = told(next(expected))
+            assert answers.keys() == wanted.keys()
+            for name, right in wanted.items():
+                error = error_of(name, answers[name][env:env + 1], right)
                 found.append(Difference(error, number, type(event).__name__, env, name))
     return sorted(found, key=lambda d: (d.event, d.env))
 

@@ -18,6 +18,7 @@ from ding.envs import BaseEnv, BaseEnvTimestep, create_env_manager
 from ding.policy import create_policy
 from ding.utils import ENV_REGISTRY
 from easydict import EasyDict
+from lzero.mcts import UniZeroGameBuffer
 from lzero.worker import MuZeroCollector, MuZeroEvaluator, MuZeroSegmentCollector
 from oracle import Case, randomise
 from seeded_search import seeded_search
@@ -33,11 +34,8 @@ SCRIPTS = ((3, 5, 4), (7, 2, 6), (4, 4, 9), (9, 3, 2))
 @ENV_REGISTRY.register('scripted_lightzero', force_overwrite=True)
 class ScriptedEnv(BaseEnv):
     """
-    Overview:
-        The last observation of an episode is also the first of the next one, since LightZero's segment collector starts
-        an episode with the one or with the other.
-    Arguments:
-        - cfg (:obj:`Dict[str, Any]`): ``script``: number of the script; ``timesteps``: whether they are told, or 0.
+    The last observation of an episode is also the first of the next one, since LightZero's segment collector starts an
+    episode with the one or with the other. ``cfg`` has the number of the ``script`` and whether ``timesteps`` are told.
     """
 
     def __init__(self, cfg: Dict[str, Any]) -> None:
@@ -98,8 +96,7 @@ class Search(NamedTuple):
 
 class Noted:
     """
-    Overview:
-        A policy's collect or eval mode that notes every search by environment, and how many had a predecessor.
+    A policy's collect or eval mode that notes every search by environment, and how many had a predecessor.
     """
 
     def __init__(self, policy: Any, mode: str) -> None:
@@ -141,16 +138,8 @@ def env_id_list(env_ids: Any) -> bool:
 
 class Life:
     """
-    Overview:
-        A policy with workers, each over environments of the given scripts.
-    Arguments:
-        - scripts (:obj:`Sequence[int]`): The script of each environment, the same for collection and evaluation.
-        - new (:obj:`bool`): Which system.
-        - folder (:obj:`Any`): Where workers write their logs.
-        - timesteps (:obj:`bool`): Whether environments tell their timesteps.
-        - manager (:obj:`str`): DI-engine's environment manager.
-        - n_episode (:obj:`int`): Episodes of one collection; default: as many as environments.
-        - segment (:obj:`int`): Steps of a segment; short ones end a collection in the middle of episodes.
+    A policy with workers, each over environments of the given scripts, the same for collection and evaluation; there
+    are as many episodes in a collection as environments, or ``n_episode``.
     """
 
     def __init__(self, scripts: Sequence[int], new: bool, folder: Any, seed: int = 0, timesteps: bool = True,
@@ -209,6 +198,20 @@ class Life:
         with quiet(), seeded_search(NodeSearch):
             return worker.eval(**amount)
 
+    def buffer(self) -> UniZeroGameBuffer:
+        """A replay buffer from which everything is reanalyzed, in batches of two."""
+        for each in (self.config.policy, self.policy._cfg):
+            each.update(reanalyze_ratio=1., batch_size=2, num_unroll_steps=UNROLL)
+        return UniZeroGameBuffer(self.config.policy)
+
+    def fill(self, buffer: UniZeroGameBuffer, collector: Any) -> None:
+        """Put one collection into a buffer."""
+        segments = self.collect(collector)
+        for segment in segments[0]:  # LightZero pads a target's rewards with scalars
+            segment.reward_segment = np.ravel(segment.reward_segment)
+        with quiet():
+            buffer.push_game_segments(segments)
+
     def close(self) -> None:
         """End the workers' environments, once all of them wait: DI-engine does not bear it in the middle of a reset."""
         for worker in self._workers:
@@ -230,4 +233,5 @@ def quiet() -> Any:
         logging.disable(level)
 
 
+UNROLL = 5  # fewer steps are too few for LightZero's loss
 COLLECTORS = {'episodes': MuZeroCollector, 'segments': MuZeroSegmentCollector}

@@ -38,10 +38,8 @@ TREE = types.SimpleNamespace(
 @contextlib.contextmanager
 def seeded_search(*searches: type) -> Iterator[None]:
     """
-    Overview:
-        Inside, a UniZero search is the same whenever it is run: among equal scores the first action is taken.
-    Arguments:
-        - searches (:obj:`type`): Search classes that have a ``tree`` of their own.
+    Inside, a UniZero search is the same whenever it is run: among equal scores the first action is taken. ``searches``
+    are classes that have a ``tree`` of their own.
     """
     first = types.SimpleNamespace(choice=lambda candidates: candidates[0])
     with contextlib.ExitStack() as stack:

@@ -149,7 +149,7 @@ def test_threads_share_the_products_of_a_wide_model(root: Root, monkeypatch: pyt
     monkeypatch.setattr(whole, 'LEAST_ROWS', ROWS)
     torch.set_num_threads(3)
     assert found(root) == alone and helped == []
-    monkeypatch.setattr(whole, 'WIDE', 1)
+    monkeypatch.setattr(whole, 'LEAST_COLUMNS', 10)
     assert found(root) == alone
     torch.set_num_threads(1)
     assert sorted(worker for _, worker, _ in helped) == [1, 2] and len({thread for thread, *_ in helped}) == 2
@@ -167,7 +167,7 @@ def test_who_helps_out_leaves_a_search_that_fails(root: Root, monkeypatch: pytes
 
     before = found(root)
     monkeypatch.setattr(whole, 'LEAST_ROWS', ROWS)
-    monkeypatch.setattr(whole, 'WIDE', 1)
+    monkeypatch.setattr(whole, 'LEAST_COLUMNS', 10)
     torch.set_num_threads(2)
     with monkeypatch.context() as meanwhile, pytest.raises(Broken):
         meanwhile.setattr(compiled, 'search_rows', broken)

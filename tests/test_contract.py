@@ -57,18 +57,6 @@ class TestLines:
         assert capsys.readouterr() == (line, '')
 
 
-@pytest.mark.parametrize('case', MODELS, ids=['UniZero', 'SampledUniZero', 'continuous'])
-@pytest.mark.parametrize(('cfg', 'expected'), [
-    ({}, False),
-    (dict(use_new_cache_manager=False), False),
-    (dict(use_new_cache_manager=True), True),
-    (dict(kv_cache_cfg=dict(type='new')), False),
-    (dict(use_new_cache_manager=False, kv_cache_cfg=dict(type='old')), False),
-])
-def test_the_attribute(case, cfg, expected):
-    assert build(case, **cfg).use_new_cache_manager is expected
-
-
 class TestSummary:
 
     @pytest.mark.parametrize('flag', [False, True], ids=['old', 'new'])

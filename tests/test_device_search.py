@@ -12,7 +12,6 @@ from oracle import Case, construct, original_model
 from test_compiled_search import Root, found, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
 
 from lzero_kvcache.cache.pages import NULL_PAGE
-from lzero_kvcache.engine import few_rows
 from lzero_kvcache.search.device import MAX_SPACES, DeviceSearch
 from lzero_kvcache.search.tree import root_values, root_visits
 
@@ -112,15 +111,3 @@ class TestOnGPU:
         skipped = on_gpu.world_model.kv_cache_manager.counters()['skipped']
         assert skipped == compiled.SIMULATIONS * compiled.ROWS
         assert np.isfinite(values).all() and all(sum(row) == compiled.SIMULATIONS for row in visits)
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize('rows', [1, 8, 17, 64, 200, 256])
-@pytest.mark.parametrize('outputs, inputs', [(2304, 768), (101, 768), (768, 3072)])
-def test_products_are_exact(rows: int, outputs: int, inputs: int) -> None:
-    x, weight, bias = (torch.randn(size, device='cuda') for size in ((rows, inputs), (outputs, inputs), (outputs, )))
-    assert few_rows.fits(x, weight)
-    for added in (bias, None):
-        right = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
-        assert (few_rows.linear(x, weight, added) - right).abs().max() <= 2e-6 * right.abs().max()

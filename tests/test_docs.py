@@ -184,9 +184,10 @@ class TestOptions:
                 assert eval(spans(rows[key][2])[0], {}, {'max': max, 'policy': policy}) == getattr(settled, key)
 
     def test_the_log_lines_of_searches_are_in_the_source(self):
-        source = read('lzero_kvcache/host/policies.py')
+        source = read('lzero_kvcache/host/world_model.py')
         for line in blocks(self.NAME, '')[0].strip().split('\n'):
-            assert line.replace('INFO: ', '').split(', node by node: ')[0] in source
+            told = line.split(': Searching ')[1].rsplit(': ', 1)[0]
+            assert all(part in source for part in told.split(', not as '))
 
 
 # ---- docs/numbers.md ------------------------------------------------------------------------------------------------

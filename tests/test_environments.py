@@ -29,8 +29,7 @@ def at_the_root(monkeypatch):
 
 def lived(scripts: Sequence[int], new: bool, folder: Any, kind: str, rounds: int, **options: Any) -> Any:
     """
-    Overview:
-        The notes of a worker, after some collections or evaluations of these environments.
+    The notes of a worker, after some collections or evaluations of these environments.
     """
     # Episodes are collected until there are half as many again as environments: some have one, some two, and at the end
     # fewer and fewer are ready. A segment collector tells the timestep that its collection began with, which depends on

@@ -78,7 +78,7 @@ def check_random(case: Case, parts: dict) -> None:
 def as_for_many_rows(monkeypatch):
     """Small batches are computed as those of hundreds of rows are."""
     monkeypatch.setitem(MANY_ROWS, 'cpu', 1)
-    monkeypatch.setattr('lzero_kvcache.host.weights.MANY_NUMBERS', 1)
+    monkeypatch.setattr('lzero_kvcache.engine.weights.MANY_NUMBERS', 1)
 
 
 @pytest.fixture

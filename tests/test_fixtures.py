@@ -10,8 +10,9 @@ from lzero_kvcache import comparison, config
 from lzero_kvcache.cli.commands import main
 from lzero_kvcache.cli.train import main as train
 from lzero_kvcache.config import KV_CACHE_CFG
-from lzero_kvcache.training import overrides, summary
+from lzero_kvcache.training import load_config, overrides, summary
 from lzero_kvcache.training.checkpoints import read_checkpoint
+from lzero_kvcache.training.config_file import PROJECT_ROOT
 from lzero_kvcache.training.experiment import Trial
 from lzero_kvcache.training.processes import Children
 from lzero_kvcache.training.summary import read_summary
@@ -33,7 +34,8 @@ def copied(tmp_path, monkeypatch):
     """A copy of all of it, which is the working directory."""
     shutil.copytree(BEFORE, str(tmp_path / 'copy'))
     monkeypatch.chdir(tmp_path / 'copy')
-    return tmp_path / 'copy'
+    yield tmp_path / 'copy'
+    load_config(os.path.join(PROJECT_ROOT, 'configs', 'config_new.py'))  # or else the copy's could still be imported
 
 
 @pytest.fixture

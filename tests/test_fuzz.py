@@ -3,7 +3,7 @@ import contextlib
 import copy
 import logging
 import os
-from typing import Any, Dict, Hashable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from pool_model import PoolModel
 
 from lzero_kvcache import EvictionStrategy
 from lzero_kvcache.cache.base import CURRENT
@@ -32,67 +33,11 @@ FAILS = st.sampled_from([None, None, None, 'before', 'after'])
 STEPS = {'taken': 0}  # how many rules ran
 
 
-class PoolModel:
-    """
-    Overview:
-        What a pool should hold: a dict of key -> page contents, in order of insertion, with reads and last use.
-    """
-
-    def __init__(self, size: int, strategy: EvictionStrategy) -> None:
-        self.size, self.strategy = size, strategy
-        self.entries: Dict[Hashable, List[int]] = {}
-        self.reads: Dict[Hashable, int] = {}
-        self.used: Dict[Hashable, int] = {}
-        self.clock = self.queries = self.hits = self.evictions = 0
-
-    def _touch(self, key: Hashable) -> None:
-        self.clock += 1
-        self.used[key] = self.clock
-
-    def get(self, key: Hashable) -> Optional[List[int]]:
-        self.queries += 1
-        if key not in self.entries:
-            return None
-        self.hits += 1
-        self.reads[key] += 1
-        self._touch(key)
-        return self.entries[key]
-
-    def victim(self, keys: Any) -> Hashable:
-        if self.strategy is EvictionStrategy.FIFO:
-            return next(iter(keys))
-        score = self.used if self.strategy is EvictionStrategy.LRU else self.reads
-        return min(keys, key=lambda key: score[key])  # the oldest among equals
-
-    def evict(self, kept: Optional[Hashable] = None) -> bool:
-        others = [key for key in self.entries if key != kept]
-        if not others:
-            return False
-        self.drop(self.victim(others))
-        self.evictions += 1
-        return True
-
-    def drop(self, key: Hashable) -> None:
-        del self.entries[key], self.reads[key], self.used[key]
-
-    def set(self, key: Hashable, content: List[int]) -> None:
-        if key in self.entries:
-            self.drop(key)
-        elif len(self.entries) == self.size:
-            self.evict()
-        self.entries[key], self.reads[key] = content, 0
-        self._touch(key)
-
-    def clear(self) -> None:
-        self.entries, self.reads, self.used = {}, {}, {}
-
-
 class ManagerMachine(RuleBasedStateMachine):
     """
-    Overview:
-        A manager driven as a world model drives it: root steps and searches, by key and by environment, some of them
-        inside a search that is open, and ends of episodes. Every page has a number written to it that no other page
-        ever had, so that an entry that got another's page shows.
+    A manager driven as a world model drives it: root steps and searches, by key and by environment, some of them
+    inside a search that is open, and ends of episodes. Every page has a number written to it that no other page
+    ever had, so that an entry that got another's page shows.
     """
     strategy = EvictionStrategy.FIFO
     max_pages: Optional[int] = None
@@ -111,9 +56,9 @@ class ManagerMachine(RuleBasedStateMachine):
             env_num=ENVIRONMENTS, num_simulations=SIMULATIONS, evaluator_env_num=ENVIRONMENTS, kv_cache_cfg=options
         )
         places = [(mode, env_id) for mode in ('collect', 'eval') for env_id in range(ENVIRONMENTS)]
-        self.roots = {place: PoolModel(INIT_SIZE, self.strategy) for place in places}
+        self.roots = {place: PoolModel(INIT_SIZE, self.strategy.value) for place in places}
         self.current: Dict[Tuple[str, int], List[int]] = {place: [] for place in places}
-        self.nodes = PoolModel(ENVIRONMENTS * SIMULATIONS, self.strategy)
+        self.nodes = PoolModel(ENVIRONMENTS * SIMULATIONS, self.strategy.value)
         self.searches: List[Any] = []  # (lease, nodes, paths) of searches that are open
 
     # ---- steps ---------------------------------------------------------------------------------------------------
@@ -151,7 +96,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 assert not model.entries
                 continue
             while len(model.entries) > len(pools[env_id]):
-                assert model.evict(self.manager._newest_keys.get((mode, env_id)))
+                assert model.evict_but(self.manager._newest_keys.get((mode, env_id)))
 
     def contents_of(self, rows: Any) -> List[List[int]]:
         return [self.content(table, count) for table, count in zip(*rows)]
@@ -173,7 +118,7 @@ class ManagerMachine(RuleBasedStateMachine):
             children = extend(rows, pages)
             manager.store_init(mode, env_ids, keys, children)
             for env_id, key, content in zip(env_ids, keys, self.contents_of(children)):
-                self.roots[mode, env_id].set(key, content)
+                self.roots[mode, env_id].put(key, content)
             fail_if(fail == 'after')
 
     @rule(mode=MODES, env_ids=ENV_IDS, fail=FAILS)
@@ -187,7 +132,7 @@ class ManagerMachine(RuleBasedStateMachine):
             assert self.contents_of(rows) == [self.current[mode, env_id] for env_id in env_ids]
             for env_id in env_ids:
                 model = self.roots[mode, env_id]
-                model.queries, model.hits = model.queries + 1, model.hits + bool(self.current[mode, env_id])
+                model.stats.record(1, bool(self.current[mode, env_id]))
             fail_if(fail == 'before')
             self.write(pages)
             children = extend(rows, pages)
@@ -212,7 +157,7 @@ class ManagerMachine(RuleBasedStateMachine):
             children = extend(rows, pages)
             manager.store_recur(env_ids, keys, children)
             for env_id, key, content in zip(env_ids, keys, self.contents_of(children)):
-                self.nodes.set((env_id, key), content)
+                self.nodes.put((env_id, key), content)
 
     @rule(mode=MODES, env_id=st.integers(0, ENVIRONMENTS - 1))
     def open_search(self, mode: str, env_id: int) -> None:
@@ -220,7 +165,7 @@ class ManagerMachine(RuleBasedStateMachine):
         STEPS['taken'] += 1
         root = self.manager.find_init(mode, [env_id], [CURRENT])
         model, expected = self.roots[mode, env_id], self.current[mode, env_id]
-        model.queries, model.hits = model.queries + 1, model.hits + bool(expected)
+        model.stats.record(1, bool(expected))
         if not expected:
             return
         lease = self.manager.lease()
@@ -314,9 +259,8 @@ class ManagerMachine(RuleBasedStateMachine):
             assert set(pool._slots) == set(model.entries)
             assert len(pool) <= pool.pool_size
             for key, slot in pool._slots.items():
-                assert self.content(pool.tables[slot], pool.counts[slot]) == model.entries[key]
-            assert (pool.stats.total_queries, pool.stats.hits) == (model.queries, model.hits)
-            assert pool.stats.evictions == model.evictions
+                assert self.content(pool.tables[slot], pool.counts[slot]) == model.entries[key][0]
+            assert pool.stats == model.stats
 
     def pairs(self) -> List[Tuple[Any, PoolModel]]:
         pairs = [(self.manager.recur_pool, self.nodes)]

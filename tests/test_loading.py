@@ -188,11 +188,6 @@ class TestEnable:
         options = check_config(*configs)
         assert (options.use_new, options.eviction, options.init_pool_size) == (True, 'lru', 7)
 
-    def test_options_are_added_to_those_that_are_there(self, configs):
-        enable(*configs, eviction='lru', init_pool_size=7)
-        enable(*configs, init_pool_size=8, dtype='bfloat16')
-        assert cfg_of(configs[0]).kv_cache_cfg == dict(eviction='lru', init_pool_size=8, dtype='bfloat16')
-
     @pytest.mark.parametrize('names', [None, [], ['lzero_kvcache'], ('lzero.policy.unizero', ), ['a', 'lzero_kvcache']])
     def test_import_names(self, configs, names):
         if names is None:
@@ -219,14 +214,6 @@ class TestEnable:
             enable(*configs, **options)
         assert configs == before
 
-    @pytest.mark.parametrize(('key', 'value'), [('context_length', 5), ('num_simulations', 2), ('env_num', 1)])
-    def test_a_config_that_new_mode_cannot_serve_is_left_alone(self, configs, key, value):
-        cfg_of(configs[0])[key] = value
-        before = copy.deepcopy(configs)
-        with pytest.raises(ConfigError, match=f'{key}={value}'):
-            enable(*configs)
-        assert configs == before
-
     def test_another_policy(self, configs):
         configs[1].policy.type = 'muzero'
         with pytest.raises(ConfigError, match=r"create_config\.policy\.type='muzero'"):
@@ -248,24 +235,6 @@ class TestDisable:
         disable(*configs)
         enable(*configs)
         assert check_config(*configs).eviction == 'lru'
-
-
-class TestCheck:
-
-    def test_says_what_will_be_read_and_changes_nothing(self, configs):
-        enable(*configs)
-        before = copy.deepcopy(configs)
-        options = check_config(*configs)
-        assert configs == before
-        policy = configs[0].policy
-        env_num = max(policy.collector_env_num, policy.evaluator_env_num)
-        assert (options.env_num, options.num_simulations) == (env_num, policy.num_simulations)
-        assert options.recurrent_pool_size == env_num * policy.num_simulations
-
-    def test_old_mode_is_checked_too(self, configs):
-        cfg_of(configs[0]).kv_cache_cfg = dict(evicton='lru')
-        with pytest.raises(ConfigError, match='evicton'):
-            check_config(*configs)
 
 
 @pytest.mark.parametrize('new', [True, False], ids=['enabled', 'disabled'])

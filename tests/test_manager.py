@@ -417,20 +417,6 @@ class TestUnderALimit:
         assert len([line for line in lines() if line[0] == 'WARNING' and 'recurrent_pool_size' in line[1]]) == 1
 
 
-class TestPagesOfASearch:
-
-    def test_a_node_costs_one_page(self):
-        case = Case(context_length=20)
-        model = cached_model(case, 3, 0)
-        used, player, before = model.world_model.kv_cache_manager, Batch(model), 0
-        for event in random_trace(np.random.default_rng(1), case, 3, root_steps=1, simulations=6).events:
-            player.play(event)
-            assert used._pages.used == before + 3
-            before = used._pages.used
-        used.clear_recur_cache()
-        assert used._pages.used == 3
-
-
 class PlainManager(PagedCacheManager):
     """A manager as the base class describes it and no cleverer: dicts that forget nothing but what is cleared."""
 
@@ -510,13 +496,6 @@ class TestCustomManagers:
         config, env_num, enable_stats = used.arguments
         assert (config.context_length, env_num, enable_stats) == (8, 3, True)
 
-    def test_the_flag_still_decides(self, registered):
-        registered('plain', PlainManager)
-        model = construct(
-            MODEL_REGISTRY.get('UniZeroModel'), Case(), 2, use_new_cache_manager=False, kv_cache_cfg=dict(type='plain')
-        )
-        assert type(model.world_model.kv_cache_manager) is not PlainManager
-
     @pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
     def test_the_base_class_says_all_that_is_needed(self, registered, rotary):
         """A manager that was written from its docstrings answers as the plugin's own does."""
@@ -534,19 +513,3 @@ class TestCustomManagers:
         for pool, asked in model.world_model.kv_cache_manager.asked.items():
             assert (counters[pool]['queries'], counters[pool]['hits']) == (asked.total_queries, asked.hits)
         assert 0 < counters['total']['hits'] < counters['total']['queries']
-
-    def test_a_subclass_that_changes_a_part(self, registered):
-        class Forgetful(KVCacheManager):
-
-            def store_recur(self, env_ids, keys, rows):
-                pass
-
-        registered('forgetful', Forgetful)
-        case = Case()
-        player = Batch(cached_model(case, 2, 0, kv_cache_cfg=dict(type='forgetful')))
-        for event in random_trace(np.random.default_rng(2), case, 2, root_steps=1, simulations=8).events:
-            player.play(event)
-        used = player.world_model.kv_cache_manager
-        assert len(used.recur_pool) == 0
-        assert 0 < used.counters()['recur']['hits'] < used.counters()['recur']['queries'] == 16
-        audit(used)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from builders import Worker, audit, make_policy, roots, small_cartpole
 from ding.utils import MODEL_REGISTRY
-from lzero.mcts import UniZeroGameBuffer
 from lzero.model.unizero_world_models import kv_caching
 from lzero.model.unizero_world_models import world_model as lightzero_world_model
 from lzero.model.unizero_world_models.transformer import Transformer
@@ -19,7 +18,6 @@ from seeded_search import seeded_search
 from lzero_kvcache.host import refused
 
 SEED = 3
-UNROLL = 5  # fewer steps are too few for LightZero's loss
 #: LightZero's helpers and where they are.
 OLD = {
     'custom_copy_kv_cache_to_shared_init_envs': LightZeroWorldModel,
@@ -64,22 +62,16 @@ def dormant(model, *args, **kwargs):
 def whole_life(new, folder, kind='episodes', **options):
     """Collection, evaluation, two updates with everything reanalyzed, then all again with contexts of before."""
     life = Life((0, 1, 2), new, folder, analysis_dormant_ratio=True, max_blocks=10, max_tokens=20, **options)
-    config = life.config.policy
-    for each in (config, life.policy._cfg):
-        each.update(reanalyze_ratio=1., batch_size=2, num_unroll_steps=UNROLL)
     # LightZero's analysis of dormant neurons looks for its encoder under a name that its tokenizer does not have, and
     # calls the world model without timesteps, which fails; what comes before and after it is what is asked for here.
     tokenizer = life.policy._model.world_model.tokenizer
     vars(tokenizer)['representation_network'] = tokenizer.encoder
-    buffer = UniZeroGameBuffer(config)
+    buffer = life.buffer()
     collector, evaluator = life.worker(COLLECTORS[kind]), life.worker(MuZeroEvaluator)
     for train_iter in range(2):
         life.evaluate(evaluator, train_iter=train_iter, n_episode=3)
-        segments = life.collect(collector)
-        for segment in segments[0]:  # LightZero pads a target's rewards with scalars
-            segment.reward_segment = np.ravel(segment.reward_segment)
+        life.fill(buffer, collector)
         with quiet(), seeded_search(), mock.patch.object(lightzero_world_model, 'cal_dormant_ratio', dormant):
-            buffer.push_game_segments(segments)
             data = buffer.sample(2, life.policy)
             life.policy.recompute_pos_emb_diff_and_clear_cache()
             losses = life.policy.learn_mode.forward([*data, train_iter])

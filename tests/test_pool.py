@@ -9,6 +9,7 @@ from builders import keys_values, tokens
 from failing import failing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pool_model import PoolModel
 
 from lzero_kvcache import CacheStats, EvictionStrategy, KVCachePool
 from lzero_kvcache.cache.pages import RESERVED_PAGES, OutOfPages, PageAllocator
@@ -90,49 +91,6 @@ def audit(pool):
         assert pool._pages.used == (mentions > 0).sum() - RESERVED_PAGES
 
 
-class Model:
-    """What a pool should hold, told plainly: key -> [value, priority, hits, birth, last use]."""
-
-    def __init__(self, size, strategy, capacity):
-        self.size, self.capacity, self.now = size, capacity, 0
-        self.entries, self.stats = {}, CacheStats()
-        self.worth = {
-            'fifo': lambda entry: entry[3],
-            'lru': lambda entry: entry[4],
-            'priority': lambda entry: (entry[2] if entry[1] is None else entry[1], entry[3]),
-        }[strategy]
-
-    def evict_but(self, kept):
-        others = [key for key in self.entries if key != kept]
-        if others:
-            del self.entries[min(others, key=lambda key: self.worth(self.entries[key]))]
-            self.stats.evictions += 1
-        return bool(others)
-
-    def set(self, key, value, priority=None):
-        """A list takes a page for each item; False where there are too few."""
-        pages = [entry[0] for entry in self.entries.values() if isinstance(entry[0], list)]
-        if isinstance(value, list) and self.capacity - sum(map(len, pages)) < len(value):
-            return self.evict_but(None) and self.set(key, value, priority)
-        self.put(key, value, priority)
-        return True
-
-    def put(self, key, value, priority=None):
-        if self.entries.pop(key, None) is None and len(self.entries) == self.size:
-            self.evict_but(None)
-        self.now += 1
-        self.entries[key] = [value, priority, 0, self.now, self.now]
-
-    def get(self, key):
-        entry = self.entries.get(key)
-        self.stats.record(1, entry is not None)
-        if entry is None:
-            return None
-        self.now += 1
-        entry[2], entry[4] = entry[2] + 1, self.now
-        return entry[0]
-
-
 KEYS = st.integers(0, 6)
 OPERATIONS = st.lists(st.tuples(
     st.one_of(
@@ -208,7 +166,7 @@ class PoolTestMixin:
         pool = self.pool(size, strategy)
         if isinstance(pool, PagedPool):
             pool = paged_pool(size, strategy, capacity, EvictingPool)
-        model = Model(size, strategy, capacity)
+        model = PoolModel(size, strategy, capacity)
         for (operation, *arguments), point in operations:
             before = {key: [entry[0]] for key, entry in model.entries.items()}
             with failing(point, __file__) as failed:
@@ -218,7 +176,7 @@ class PoolTestMixin:
                 # An entry that was being removed may be there without its value, never with another's.
                 assert all(pool.get(key) in [*before[key], None] for key in held(pool, range(7)))
                 pool.clear()
-                model.entries.clear()
+                model.clear()
                 pool.stats, model.stats = CacheStats(), CacheStats()
             assert held(pool, range(7)) == sorted(model.entries)
             assert (len(pool), pool.stats) == (len(model.entries), model.stats)
@@ -241,7 +199,7 @@ class PoolTestMixin:
             assert pool.evict_but(*arguments) == model.evict_but(*arguments)
         elif operation == 'clear':
             pool.clear()
-            model.entries.clear()
+            model.clear()
         elif operation == 'copy':
             return arguments[0](pool)
         elif isinstance(pool, PagedPool) and pool._pages.free >= len(arguments[0]):

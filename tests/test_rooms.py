@@ -177,10 +177,6 @@ def test_libraries(room):
     assert not set(used) & FORBIDDEN.get(room.name, set()), used
 
 
-def test_the_forbidden_libraries_are_of_rooms_that_there_are():
-    assert set(FORBIDDEN) <= {room.name for room in ROOMS}
-
-
 @pytest.mark.parametrize('folder', sorted({path.parent for path in FILES} - {PACKAGE}), ids=lambda path: path.name)
 def test_each_room_says_what_it_knows_and_what_it_must_not(folder):
     said = ast.get_docstring(ast.parse((folder / '__init__.py').read_text(encoding='utf-8')))

@@ -32,6 +32,7 @@ from oracle import (
     Trace,
     assert_same,
     cached_model,
+    differences,
     original_model,
     play,
     random_trace,
@@ -100,20 +101,8 @@ def error_of(name, actual, expected):
 
 def node_differences(trace, batch, alone):
     """All differences between a batch that is asked by node and each environment alone."""
-    actual = play(batch, trace)
-    batch.close()
-    found = []
-    for env, player in enumerate(alone):
-        expected = iter([answer for answer in play(player, trace.alone(env)) if answer is not None])
-        for number, (event, answers) in enumerate(zip(trace.events, actual)):
-            if not isinstance(event, (Root, Expand)):
-                continue
-            right = for_search(next(expected))
-            assert answers.keys() == right.keys()
-            for name in right:
-                error = error_of(name, answers[name][env:env + 1], right[name])
-                found.append(Difference(error, number, type(event).__name__, env, name))
-    return sorted(found, key=lambda d: (d.event, d.env))
+    with contextlib.closing(batch):
+        return differences(trace, batch, alone, for_search, error_of)
 
 
 def batch_differences(trace, batch, keyed):
@@ -194,14 +183,6 @@ class TestTraces:
         trace.events[1:] = [Expand([parent], [0], [depth]) for parent, depth in ((0, 1), (1, 2), (2, 3))]
         answers = play(ByNode(cached_model(case, 1, SEED)), trace)
         assert relative_error(answers[3]['policy'], answers[1]['policy']) > WRONG
-
-    def test_more_simulations_than_pages_were_planned_for(self):
-        """The storage grows before the search starts."""
-        case = Case()
-        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=12)
-        player = ByNode(cached_model(case, 2, SEED, num_simulations=2))
-        player.world_model.kv_cache_manager.recur_pool.pool_size = 24
-        assert_same(node_differences(trace, player, alone(PathReference, case, trace, SEED)))
 
 
 class TestMisuse:
@@ -341,13 +322,6 @@ class Shadowed:
 
 
 class TestSearches:
-
-    @KINDS
-    def test_which_search_a_policy_has(self, kind):
-        policy = make(kind)
-        assert type(policy._mcts_collect) is type(policy._mcts_eval) is KEYED[kind][3]
-        old = make(kind, new=False)
-        assert type(old._mcts_collect) is type(old._mcts_eval) is KEYED[kind][0]
 
     @pytest.mark.usefixtures('lightzeros_tree')
     @BOTH_MODES

@@ -31,7 +31,7 @@ from lzero_kvcache.host import entries
 from lzero_kvcache.training import make_plan, runner
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.config_file import PROJECT_ROOT
-from lzero_kvcache.training.ranks import DataParallel, Interrupted, Ranks
+from lzero_kvcache.training.ranks import DataParallel, Interrupted
 
 # A segment of ten steps ends before its episode does.
 SEGMENTS = """
@@ -56,10 +56,10 @@ def group(tmp_path):
 
 
 def test_alone_unless_torchrun_says_otherwise():
-    assert Ranks.read({}) == (0, 1, 1)
-    assert Ranks.read({'RANK': '3', 'WORLD_SIZE': '4'}) == (0, 1, 1)
-    environment = dict(RANK='3', WORLD_SIZE='4', LOCAL_WORLD_SIZE='2', MASTER_ADDR='localhost')
-    assert Ranks.read(environment) == (3, 4, 2)
+    assert DataParallel.of_torchrun({}).size == 1
+    assert DataParallel.of_torchrun({'RANK': '3', 'WORLD_SIZE': '4'}).size == 1
+    ranks = DataParallel.of_torchrun(dict(RANK='3', WORLD_SIZE='4', LOCAL_WORLD_SIZE='2', MASTER_ADDR='localhost'))
+    assert (ranks.rank, ranks.size) == (3, 4)
 
 
 def test_alone_nothing_is_exchanged():
@@ -80,14 +80,14 @@ def test_alone_nothing_is_exchanged():
 def test_as_many_gpus_as_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     with pytest.raises(ConfigError, match='2 processes need as many GPUs, and there are 1'):
-        DataParallel(Ranks(0, 2, 2)).join('cuda')
+        DataParallel(0, 2, 2).join('cuda')
 
 
 def test_a_rank_takes_its_share(monkeypatch):
     plan = make_plan('config_new')
     monkeypatch.setattr('lzero.config.utils.get_world_size', lambda: 3)
     tree = entries.completed(plan.main_config, plan.create_config)
-    DataParallel(Ranks(1, 3, 3)).share_out(plan.main_config, tree, 'train_unizero')
+    DataParallel(1, 3, 3).share_out(plan.main_config, tree, 'train_unizero')
     policy = plan.main_config.policy
     assert policy.multi_gpu is True
     assert policy.use_wandb is False
@@ -105,7 +105,7 @@ def test_a_config_for_several_processes_is_refused_in_one():
 
 
 def test_no_two_environments_have_one_seed():
-    seeds = [DataParallel(Ranks(rank, 3, 3)).seed(5, 4) + index for rank in range(3) for index in range(4)]
+    seeds = [DataParallel(rank, 3, 3).seed(5, 4) + index for rank in range(3) for index in range(4)]
     assert seeds == list(range(5, 17))
 
 
@@ -126,7 +126,7 @@ class TestAgreement:
 
     @pytest.fixture()
     def ranks(self):
-        return DataParallel(Ranks(0, 2, 2))
+        return DataParallel(0, 2, 2)
 
     @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
     def test_at_the_end_of_a_collection(self, ranks, signum):

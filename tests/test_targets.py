@@ -14,6 +14,7 @@ from lzero.policy.unizero import UniZeroPolicy
 from oracle import TOLERANCE, Case, cached_model, original_model
 
 from lzero_kvcache.host import targets
+from lzero_kvcache.host.patches import applied
 
 SEED, UNROLL, TD, SEGMENT, BATCH = 3, 3, 2, 8, 16
 CASES = {
@@ -29,6 +30,13 @@ CASES = {
     'image_memory': Case(obs_type='image_memory'),
 }
 OF_EACH_CASE = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
+
+
+@pytest.fixture(autouse=True)
+def _in_a_run():
+    """Buffers as a run has them."""
+    with applied(targets=targets.of_new_system):
+        yield
 
 
 def config(case, stacked=1, **changes):
@@ -176,7 +184,18 @@ def test_stacked_frames_travel_as_the_buffer_has_them(kind, monkeypatch):
     actual = buffer._compute_target_reward_value(context, new, actions, timesteps)
     monkeypatch.undo()
     assert_same(actual, expected)
-    assert sent[0] == (torch.from_numpy(np.zeros(0, kind)).dtype, (BATCH * UNROLL, 3, 64, 64))  # and not the last ones
+    needed = np.reshape(context[1], (BATCH, UNROLL + 1)).any(1).sum()
+    assert needed < BATCH and sent[0] == (torch.from_numpy(np.zeros(0, kind)).dtype, (needed * UNROLL, 3, 64, 64))
+
+
+def test_all_past_the_end_of_their_episodes():
+    case = Case()
+    own, new = both(case)
+    buffer = filled(case, config(case))
+    context, _, actions, _, timesteps = batch_of(buffer)
+    context[1] = [0] * len(context[1])
+    expected = buffer._compute_target_reward_value(context, own, actions, timesteps)
+    assert_same(buffer._compute_target_reward_value(context, new, actions, timesteps), expected)
 
 
 def test_several_chunks_are_one(monkeypatch):

@@ -9,13 +9,11 @@ import pytest
 import torch
 from ding.utils import MODEL_REGISTRY
 from oracle import (
-    Batch,
     Case,
     ClearEnv,
     Expand,
     Root,
     construct,
-    random_reanalysis,
     random_trace,
 )
 from players import ByKey, ByNode, Placed
@@ -147,14 +145,3 @@ def test_a_root_after_the_weights_changed(rotary, device, monkeypatch):
     assert counting.calls == [(1, 1)] * 3
     counted = model.world_model.kv_cache_manager.counters()['init']
     assert (counted['queries'], counted['hits']) == (2 * ROWS, 0)
-
-
-@DEVICES
-@BOTH_POSITIONS
-def test_reanalysis(rotary, device, monkeypatch):
-    case = Case(rotary=rotary)
-    model = model_on(device, case)
-    event = random_reanalysis(np.random.default_rng(SEED), case, samples=6, simulations=4)
-    counting = Counting(model.world_model, device, monkeypatch)
-    Batch(Placed(model)).play(event)
-    assert counting.calls == [(1, 0)] * 4

@@ -2,15 +2,12 @@
 import contextlib
 import io
 
-import numpy as np
 import pytest
 import torch
 from builders import Worker, assert_same_outputs, audit, differs, make_policy, roots
-from lzero.mcts import UniZeroGameBuffer
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
 
-UNROLL = 5  # fewer steps are too few for LightZero's loss
 LINE = 'contexts made under older ones are dropped, now and from now on'
 
 
@@ -40,16 +37,10 @@ class Training:
 
     def __init__(self, new, folder):
         self.life = life = Life((0, 1, 2), new, folder, max_blocks=10, max_tokens=20, segment=3)
-        self.policy, config = life.policy, life.config.policy
-        for each in (config, life.policy._cfg):
-            each.update(reanalyze_ratio=1., batch_size=2, num_unroll_steps=UNROLL)
+        self.policy, buffer = life.policy, life.buffer()
         self.collector = life.worker(COLLECTORS['segments'])
-        buffer = UniZeroGameBuffer(config)
         for _ in range(3):
-            segments = life.collect(self.collector)
-            for segment in segments[0]:  # LightZero pads a target's rewards with scalars
-                segment.reward_segment = np.ravel(segment.reward_segment)
-            buffer.push_game_segments(segments)
+            life.fill(buffer, self.collector)
         with quiet(), seeded_search():
             self.data = buffer.sample(2, self.policy)
 

@@ -10,7 +10,6 @@ import torch
 from builders import Worker, make_policy
 from ding.worker.learner.learner_hook import build_learner_hook_by_cfg
 from easydict import EasyDict
-from lzero.mcts import UniZeroGameBuffer
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 from lzero.worker import MuZeroEvaluator
 from oracle import Case, ClearEnv, Expand, cached_model, play, random_trace, randomise
@@ -82,19 +81,6 @@ def live_through(policy):
                 evaluator.step([0, 1])
             randomise(policy._model, Case(), SEED)
             policy._model.world_model.weights_changed('a test')
-
-
-def note_again(trace, new):
-    """Note all of one trace in another, inference by inference."""
-    def outputs(answer):
-        return None, answer['latent'], answer.get('reward'), answer['policy'], answer['value']
-
-    new.note_root(trace.last_obs, trace.last_actions, trace.obs, trace.timesteps, np.array(trace.lost, int),
-                  outputs(trace.root))
-    yield
-    for path, actions, depths, answer in trace.nodes:
-        new.note_node(path, actions, depths, outputs(answer))
-        yield
 
 
 class Checked(ByNode):
@@ -421,24 +407,6 @@ class TestTraces:
         cfg = options(validated, action='raise')
         return make_policy(True, seed=seed, simulations=4, evaluators=3, kv_cache_cfg=cfg)
 
-    @BOTH_KINDS
-    def test_searches_of_one_model_at_once(self, validated):
-        """A collection and an evaluation, noted in turns and judged in the order in which they end."""
-        policy, twin = self.policy(validated), self.policy(validated)
-        policy._model.eval()
-        made = dict(collect=[], eval=[])
-        validator_of(twin).check = lambda trace, actions: made[trace.mode].append((trace, actions))
-        stepped(twin, ALL, ALL, ALL)
-        stepped(twin, ALL, ALL, ALL, mode='eval')
-        for (collected, acted), (evaluated, acted_there) in zip(*made.values()):
-            outer, inner = (validator_of(policy).open(trace.mode, ALL) for trace in (collected, evaluated))
-            for _ in zip(note_again(collected, outer), note_again(evaluated, inner)):
-                pass
-            validator_of(policy).check(inner, acted_there)
-            validator_of(policy).check(outer, acted)
-        tally = tally_of(policy)
-        assert (tally.searches, tally.inferences, tally.unexplained) == (6, 6 * 5, 0)
-
     @staticmethod
     def step_with_another_inside(outer, inner):
         """Three collections, each with an evaluation between its root and its nodes."""
@@ -505,18 +473,13 @@ def trained(folder, kind, rotary, **kv_cache_cfg):
     np.random.seed(0)
     torch.manual_seed(0)
     life = Life((0, 1, 2), True, folder, rotary=rotary, max_blocks=10, max_tokens=20, kv_cache_cfg=kv_cache_cfg)
-    for config in (life.config.policy, life.policy._cfg):
-        config.update(batch_size=2, num_unroll_steps=5, reanalyze_ratio=1.)
-    buffer = UniZeroGameBuffer(life.config.policy)
+    buffer = life.buffer()
     collector, evaluator = life.worker(COLLECTORS[kind]), life.worker(MuZeroEvaluator)
     losses = []
     for train_iter in range(2):
         life.evaluate(evaluator, train_iter=train_iter, n_episode=3)
-        segments = life.collect(collector)
-        for segment in segments[0]:  # LightZero pads a target's rewards with scalars
-            segment.reward_segment = np.ravel(segment.reward_segment)
+        life.fill(buffer, collector)
         with quiet(), seeded_search():
-            buffer.push_game_segments(segments)
             losses.append(life.policy.learn_mode.forward([*buffer.sample(2, life.policy), train_iter]))
             life.policy.recompute_pos_emb_diff_and_clear_cache()
     life.close()

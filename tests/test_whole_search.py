@@ -165,17 +165,15 @@ def ways():
 
 
 def told(lines):
-    """What the log says about searches, once for each search that a policy has."""
-    said = [message for level, message in lines() if message.startswith('Searching')]
-    assert said == said[:1] * len(said)
-    return said[:1]
+    """What the log says about searches, and how loud, for both that a policy has."""
+    return [(level, message) for level, message in lines() if message.startswith('Searching')]
 
 
 @pytest.mark.parametrize('search', ['auto', 'device'])
 @pytest.mark.parametrize('kind', ['unizero', 'continuous'])
 def test_searches_in_arrays(kind, search, lines):
     policy = make(kind, search)
-    assert told(lines) == ['Searching in arrays: a search is one compiled call']
+    assert told(lines) == [('INFO', 'Searching in arrays: a search is one compiled call')]
     with ways() as taken:
         Player(policy).step(ALL)
         Player(policy, 'eval').step(ALL)
@@ -206,8 +204,11 @@ def test_what_cannot_be_compiled_is_searched_by_node(options, reason, search, li
         monkeypatch.setitem(sys.modules, 'numba', None)
         monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
     policy = make(search=search, **options if isinstance(options, dict) else {})
-    [said] = told(lines)
-    assert said.startswith(f"Searching in LightZero's tree, node by node: {reason}")
+    [(level, said)] = told(lines)
+    ignored = search == 'device'
+    assert level == ('WARNING' if ignored else 'INFO')
+    beside = ", not as kv_cache_cfg.search='device' asks" if ignored else ''
+    assert said.startswith(f"Searching in LightZero's tree, node by node{beside}: {reason}")
     with ways() as taken:
         output = Player(policy).step(ALL)
     assert taken == ['ctree'] and {sum(row['visit_count_distributions']) for row in output.values()} == {SIMULATIONS}
@@ -223,7 +224,7 @@ def test_a_managers_own_look_ups_are_asked(registered, lines):
             return super().find_recur(mode, env_ids, keys)
 
     policy = make(cache=dict(type='asking'))
-    assert told(lines) == ['Searching by key: Asking has a find_recur of its own']
+    assert told(lines) == [('INFO', 'Searching by key: Asking has a find_recur of its own')] * 2
     with ways() as taken:
         Player(policy).step([2, 0])
     assert not taken and asked == [[2, 0]] * SIMULATIONS

@@ -14,7 +14,7 @@ from trainings import SMALL, WM, check_run, import_what_trainings_import, short_
 
 from lzero_kvcache import ConfigError, check_config, disable, enable
 from lzero_kvcache.search import roots
-from lzero_kvcache.training import load_config, make_plan
+from lzero_kvcache.training import load_config
 from lzero_kvcache.training.config_file import PROJECT_ROOT
 
 SHIPPED = {path.stem: path for path in Path(zoo.__file__).parent.rglob('*unizero*_config.py')}
@@ -138,18 +138,6 @@ def test_the_table_of_the_zoo():
         source = Path(loaded.path).read_text(encoding='utf-8')
         assert re.search(r'pip install -e (?:"\.\[(\w+)\]"|\.)', source).group(1) == (
             None if extra == '-' else extra.strip('`'))
-
-
-@pytest.mark.parametrize('name', ATARI)
-def test_another_game(name, monkeypatch, tmp_path):
-    pytest.importorskip('cv2')
-    monkeypatch.chdir(tmp_path)
-    plan = make_plan(name, overrides=['env.env_id=BreakoutNoFrameskip-v4'])
-    model = plan.main_config.policy.model
-    assert plan.main_config.env.env_id == 'BreakoutNoFrameskip-v4'
-    assert model.action_space_size == model.world_model_cfg.action_space_size == 4
-    assert 'Breakout' in plan.main_config.exp_name
-    assert 'Pong' not in plan.main_config.exp_name
 
 
 # ---------------------------------------------------------------------------------------------------- what is missing

@@ -14,7 +14,7 @@ from ..config import ConfigError
 from ..training.error_hints import hint
 from ..training.output import PACKAGE_LOGGER, Output
 from ..training.plan import Plan, make_plan
-from ..training.ranks import DataParallel, Ranks
+from ..training.ranks import DataParallel
 from ..training.runner import run as run_plan
 
 FAILED = 1
@@ -26,7 +26,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    ranks = DataParallel(Ranks.read())
+    ranks = DataParallel.of_torchrun()
     with Output(options.verbose, silent=not ranks.main) as output:
         logging.getLogger(PACKAGE_LOGGER).setLevel(options.log_level.upper())
         try:

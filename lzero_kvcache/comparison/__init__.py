@@ -13,7 +13,7 @@ from rich.progress import track
 from ..config import ConfigError
 from .judging import Comparison, as_json, check_groups, judge
 from .page import draw, report_of
-from .reading import RunFolder, TrainedRun, Unreadable, find_runs, read_run
+from .reading import TrainedRun, Unreadable, find_runs, read_run
 from .table import default_console, line, show
 
 __all__ = ['compare_runs']
@@ -30,9 +30,16 @@ def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[
     their name without the seed. Returns the exit code, 0.
     """
     console = console or default_console()
-    folders = find_runs(runs)
-    check_groups(folders, groups)
-    readable, left_out = _read(folders, console)
+    found = find_runs(runs)
+    check_groups(found, groups)
+    readable: List[TrainedRun] = []
+    left_out: Dict[str, str] = {}
+    for run in track(found, 'reading', console=console, transient=True, disable=not console.is_terminal):
+        try:
+            read_run(run)
+            readable.append(run)
+        except Unreadable as error:
+            left_out[run.name] = str(error)
     for name, why in left_out.items():
         line(console, f'{name} is left out: {why}')
     if not readable:
@@ -41,17 +48,6 @@ def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[
     show(comparison, console)
     line(console, f'Wrote {", ".join(_write(comparison, out))}')
     return 0
-
-
-def _read(folders: Sequence[RunFolder], console: Console) -> Tuple[List[TrainedRun], Dict[str, str]]:
-    readable: List[TrainedRun] = []
-    left_out: Dict[str, str] = {}
-    for folder in track(folders, 'reading', console=console, transient=True, disable=not console.is_terminal):
-        try:
-            readable.append(read_run(folder))
-        except Unreadable as error:
-            left_out[folder.name] = str(error)
-    return readable, left_out
 
 
 def _write(comparison: Comparison, out: str) -> List[str]:

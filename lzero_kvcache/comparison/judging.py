@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, FrozenSet, Hashable, Iterable, List, Nam
 import numpy as np
 
 from ..config import ConfigError
-from .reading import CACHE, DEVICE_MEMORY, HOST_MEMORY, OLD, POOLS, REWARD, WORLD_MODEL, RunFolder, TrainedRun, finite
+from .reading import CACHE, DEVICE_MEMORY, HOST_MEMORY, OLD, POOLS, REWARD, WORLD_MODEL, TrainedRun, finite
 
 # What seeds of one side may differ in.
 OF_ONE_RUN = ('exp_name', 'seed')
@@ -20,7 +20,7 @@ BUDGET_TOLERANCE = 0.75
 BUDGETS = {'max_env_step': 'environment steps', 'max_train_iter': 'training iterations'}
 MACHINE = {'system': 'systems', 'processor': 'processors', 'cpus': 'numbers of CPUs', 'threads': 'numbers of threads',
            'gpu': 'GPUs', 'python': 'versions of Python', 'torch': 'versions of torch', 'ding': 'versions of DI-engine'}
-# Kinds of measures: a difference between runs can make one kind incomparable, and leave the others.
+# What measures are about: a difference between runs can make those of one thing incomparable, and leave the others.
 TIME, SPEED, MEMORY, HITS, COUNT, REWARDS = 'time', 'speed', 'memory', 'hits', 'count', 'reward'
 EVERYTHING = (TIME, SPEED, MEMORY, HITS, COUNT, REWARDS)
 TIMES_AND_REWARDS, TIMES_AND_MEMORY = (TIME, SPEED, COUNT, REWARDS), (TIME, SPEED, MEMORY)
@@ -81,26 +81,21 @@ class Row(NamedTuple):
 
 
 class Caution(NamedTuple):
-    """A warning of a comparison; ``blocks`` are the kinds of measures that it makes incomparable."""
+    """A warning of a comparison; ``blocks`` is what those measures are about that it makes incomparable."""
     text: str
     blocks: Tuple[str, ...] = ()
-
-
-class Difference(NamedTuple):
-    """A config key and its values as text by the name of a side, joined by '; ' where the side's runs differ."""
-    key: str
-    values: Dict[str, str]
 
 
 class Comparison(NamedTuple):
     """
     All that there is to say. Mixed runs were trained with several cache systems and are in no side; ``left_out`` are
-    the runs that could not be read, each with the reason.
+    the runs that could not be read, each with the reason; ``differences`` has, by config key, the values as text by the
+    name of a side, joined by '; ' where the side's runs differ.
     """
     sides: List[Side]
     mixed: List[TrainedRun]
     rows: List[Row]
-    differences: List[Difference]
+    differences: Dict[str, Dict[str, str]]
     warnings: List[Caution]
     left_out: Dict[str, str]
     statistic: str
@@ -142,7 +137,7 @@ def as_json(comparison: Comparison) -> Dict[str, Any]:
                 ratios=row.ratios,
             ) for row in comparison.rows
         ],
-        config_differences=[difference._asdict() for difference in comparison.differences],
+        config_differences=[dict(key=key, values=values) for key, values in comparison.differences.items()],
         warnings=[warning.text for warning in comparison.warnings],
         left_out=comparison.left_out,
     )
@@ -155,7 +150,7 @@ def _run(run: TrainedRun) -> Dict[str, Any]:
 
 # ---- sides -----------------------------------------------------------------------------------------------------------
 
-def check_groups(runs: Sequence[RunFolder], groups: Sequence[Tuple[str, str]]) -> None:
+def check_groups(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]]) -> None:
     """Refuse a pattern that matches no run."""
     for name, pattern in groups:
         if not any(_matches(run, pattern) for run in runs):
@@ -178,7 +173,7 @@ def sort_into_sides(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]
     return [Side(name, members) for name, members in [*named.items(), *zip(names, automatic)] if members]
 
 
-def _matches(run: RunFolder, pattern: str) -> bool:
+def _matches(run: TrainedRun, pattern: str) -> bool:
     names = (run.name, os.path.basename(run.folder), run.folder)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
@@ -207,7 +202,7 @@ def _measure(name: str, title: str, kind: str, about: str, events: Callable[[Tra
              prefer: str = 'summary') -> Measure:
     """A measure that a summary holds under ``keys``, or else under its name."""
     path = keys or (name,)
-    sources = {'summary': lambda run: finite(run.said(*path)), 'events': events}
+    sources = {'summary': lambda run: finite(run.from_summary(*path)), 'events': events}
     return Measure(name, title, kind, about, {prefer: sources[prefer], **sources})
 
 
@@ -291,17 +286,17 @@ def _ratio(one: Number, other: Number) -> Number:
 
 # ---- what is comparable ----------------------------------------------------------------------------------------------
 
-def _config_differences(sides: Sequence[Side]) -> List[Difference]:
+def _config_differences(sides: Sequence[Side]) -> Dict[str, Dict[str, str]]:
     """The keys that two sides do not have the same value for; sides without a saved config are left out."""
     known = {side.name: [run.config for run in side.runs if run.config] for side in sides}
     known = {name: configs for name, configs in known.items() if configs}
     keys = {key for configs in known.values() for config in configs for key in config} - set(OF_ONE_RUN)
-    differences = []
+    differences = {}
     for key in sorted(keys):
         values = {name: '; '.join(_distinct(repr(config[key]) if key in config else ABSENT for config in configs))
                   for name, configs in known.items()}
         if len(set(values.values())) > 1:
-            differences.append(Difference(key, values))
+            differences[key] = values
     return differences
 
 
@@ -348,7 +343,7 @@ def _budgets(sides: Sequence[Side], runs: Sequence[TrainedRun]) -> List[Caution]
              if run.summary.get('outcome', 'done') != 'done']
     asked = []
     for key, title in BUDGETS.items():
-        asked += _disagreement(sides, f'budgets of {title}', operator.methodcaller('said', key),
+        asked += _disagreement(sides, f'budgets of {title}', operator.methodcaller('from_summary', key),
                                'times and rewards are not comparable', TIMES_AND_REWARDS)
     steps = {run.name: run.env_step for run in runs if run.env_step is not None}
     if asked or not steps:
@@ -364,7 +359,7 @@ def _machines(sides: Sequence[Side]) -> List[Caution]:
     effect = 'times and memory are not comparable', TIMES_AND_MEMORY
     warnings = [
         *_disagreement(sides, 'devices', _device, *effect),
-        *_disagreement(sides, 'numbers of processes', operator.methodcaller('said', 'processes'), *effect),
+        *_disagreement(sides, 'numbers of processes', operator.methodcaller('from_summary', 'processes'), *effect),
     ]
     for key, title in MACHINE.items():
         warnings += _disagreement(sides, title, functools.partial(_of_machine, key=key), *effect)
@@ -404,7 +399,7 @@ def _device(run: TrainedRun) -> Any:
 
 def _of_machine(run: TrainedRun, key: str) -> Any:
     """A machine without a GPU says so."""
-    machine = run.said('machine')
+    machine = run.from_summary('machine')
     return (machine[key] or 'none') if isinstance(machine, dict) and key in machine else None
 
 

@@ -18,13 +18,13 @@ from .judging import INTERQUARTILE_MEAN, MEDIAN, Comparison, summed_up
 from .reading import CACHE_BY_STEP, HOST_MEMORY, REWARD, Curve
 from .table import Table, config_table, measures_table, origin, runs_table, runs_text, side_text
 
-# Told apart by who sees colours otherwise (Okabe and Ito).
+# Readers who are colour-blind can tell them apart (Okabe and Ito).
 COLOURS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 COLUMNS, PANEL_INCHES, DPI = 3, (4.1, 2.9), 144
 STEPS, MINUTES = 'environment steps', 'minutes'
 # More points than a panel has pixels to show them are averaged.
 SHOWN_POINTS = 200
-# A band needs fewer resamples than a table, since it has as many intervals as points.
+# A band has as many intervals as points, so that fewer resamples are enough for each.
 BAND_RESAMPLES = 500
 
 # The same comparison is the same file, whenever it is drawn.

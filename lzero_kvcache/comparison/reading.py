@@ -63,28 +63,16 @@ class Curve(NamedTuple):
 
 
 @dataclass
-class RunFolder:
-    """Where a run's files are, event files oldest first, and a name that tells it apart from the others."""
+class TrainedRun:
+    """
+    A run: where its files are, event files oldest first, a name that tells it apart from the others, and, when it was
+    read, what is in them. It has several spans if it was cut off and resumed; ``points`` counts the scalars of all
+    tags. ``config`` has dotted keys; it and ``summary`` are empty where nothing was saved. ``notes`` say what is
+    missing.
+    """
     folder: str
     event_files: List[str]
     name: str = ''
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
-
-    @property
-    def host(self) -> Optional[str]:
-        """The host in the name of its event files, None if they have other names."""
-        match = FILE_NAME.match(os.path.basename(self.event_files[0]))
-        return match['host'] if match else None
-
-
-@dataclass
-class TrainedRun(RunFolder):
-    """
-    A run that was read. It has several spans if it was cut off and resumed; ``points`` counts the scalars of all tags.
-    ``config`` has dotted keys; it and ``summary`` are empty where nothing was saved. ``notes`` say what is missing.
-    """
     curves: Dict[str, Curve] = field(default_factory=dict)
     spans: List[Span] = field(default_factory=list)
     env_step: Optional[int] = None
@@ -92,6 +80,12 @@ class TrainedRun(RunFolder):
     config: Dict[str, Any] = field(default_factory=dict)
     summary: Dict[str, Any] = field(default_factory=dict)
     notes: List[str] = field(default_factory=list)
+
+    @property
+    def host(self) -> Optional[str]:
+        """The host in the name of its event files, None if they have other names."""
+        match = FILE_NAME.match(os.path.basename(self.event_files[0]))
+        return match['host'] if match else None
 
     @property
     def seconds(self) -> float:
@@ -110,7 +104,7 @@ class TrainedRun(RunFolder):
     @property
     def caches(self) -> List[str]:
         """The cache systems of its segments, several if it was resumed with another one."""
-        segments = self.said('segments')
+        segments = self.from_summary('segments')
         systems = [segment.get('cache') for segment in segments if isinstance(segment, dict)] \
             if isinstance(segments, list) else []
         return list(dict.fromkeys(filter(None, systems or [self.cache])))
@@ -129,7 +123,7 @@ class TrainedRun(RunFolder):
         name = os.path.basename(self.name)
         return SEED.sub('', STAMP.sub('', name)).strip('_-.') or name
 
-    def said(self, *keys: str) -> Any:
+    def from_summary(self, *keys: str) -> Any:
         """What the summary says under nested keys, None if nothing."""
         value: Any = self.summary
         for key in keys:
@@ -157,12 +151,12 @@ def finite(value: Any) -> Optional[float]:
 
 # ---- finding ---------------------------------------------------------------------------------------------------------
 
-def find_runs(paths: Sequence[str]) -> List[RunFolder]:
+def find_runs(paths: Sequence[str]) -> List[TrainedRun]:
     """The runs below paths (of runs, of folders of runs, or of event files), each once, in the order of the paths."""
-    found: Dict[str, RunFolder] = {}
+    found: Dict[str, TrainedRun] = {}
     for path in paths:
         for folder, files in _look_into(os.path.expanduser(path)).items():
-            run = found.setdefault(os.path.realpath(folder), RunFolder(folder, []))
+            run = found.setdefault(os.path.realpath(folder), TrainedRun(folder, []))
             run.event_files += [file for file in files if file not in run.event_files]
     for real, run in found.items():
         run.event_files.sort(key=lambda file: (os.path.basename(file), file))
@@ -209,67 +203,57 @@ def _distinct_end(path: str, paths: Sequence[str]) -> str:
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-def read_run(folder: RunFolder) -> TrainedRun:
+def read_run(run: TrainedRun) -> None:
     """Read all that a run left behind."""
-    run = TrainedRun(folder.folder, folder.event_files, folder.name)
     _read_events(run)
     try:
-        run.config = read_config(run.path(CONFIG_FILE))
+        run.config = read_config(os.path.join(run.folder, CONFIG_FILE))
     except ValueError as error:
         run.notes.append(str(error))
     try:
-        run.summary = _read_summary(run.path(SUMMARY_FILE))
+        run.summary = _read_summary(os.path.join(run.folder, SUMMARY_FILE))
     except (OSError, ValueError) as error:
         run.notes.append(f'{SUMMARY_FILE} cannot be parsed ({error})')
-    if run.said('task') == 'evaluate':
+    if run.from_summary('task') == 'evaluate':
         raise Unreadable('it evaluated a checkpoint and trained nothing')
-    return run
 
 
 class _EventFile:
     """
-    One event file as far as it is whole; ``fault`` says what is missing. ``points`` has step, time and value in turn
-    for each tag, and under AGAINST_ENV_STEPS the steps of all tags of this kind. Times are those of a clock that begins
-    with the first event and is never set back.
+    One event file as far as it is whole; ``fault`` says what is missing. ``points`` has step, number of the event and
+    value in turn for each tag, and under AGAINST_ENV_STEPS the steps of all tags of this kind.
     """
 
     def __init__(self, path: str) -> None:
-        self.started, self.now, self.ended, self.set_back, self.scalars = 0., 0., 0., 0., 0
         self.points: Dict[str, array] = defaultdict(lambda: array('d'))
         self.fault: Optional[str] = None
-        self._before: Optional[float] = None
+        self.scalars = last = 0
+        times = array('d')
         try:
             for event in _events(path):
-                self._tick(event.wall_time)
                 for value in event.summary.value:
-                    self._add(event.step, value)
+                    number = _scalar(value)
+                    if number is None:
+                        continue
+                    self.scalars, last = self.scalars + 1, len(times)
+                    if value.tag in TAGS:
+                        self.points[value.tag].extend((event.step, last, number))
+                    if AGAINST_ENV_STEPS in value.tag:
+                        self.points[AGAINST_ENV_STEPS].extend((event.step, last, 0.))
+                times.append(event.wall_time)
         except Unreadable as error:
             self.fault = str(error)
-
-    def _tick(self, time: float) -> None:
-        if self._before is None:
-            self.started = self.now = self._before = time
-        passed = time - self._before
-        if passed < -CLOCK_TOLERANCE:
-            self.set_back -= passed
-        if passed > 0 or passed < -CLOCK_TOLERANCE:
-            self.now += max(0., passed)
-            self._before = time
-
-    def _add(self, step: int, value: Any) -> None:
-        number = _scalar(value)
-        if number is None:
-            return
-        self.scalars += 1
-        self.ended = self.now
-        if value.tag in TAGS:
-            self.points[value.tag].extend((step, self.now, number))
-        if AGAINST_ENV_STEPS in value.tag:
-            self.points[AGAINST_ENV_STEPS].extend((step, self.now, 0.))
+        # Times are those of a clock that is never set back.
+        passed = np.diff(times, prepend=times[:1])
+        back = np.where(passed < -CLOCK_TOLERANCE, -passed, 0.)
+        self.set_back = back.sum()
+        self._clock = np.maximum.accumulate(np.array(times) + np.cumsum(back))
+        self.span = (self._clock[0], self._clock[last]) if times else (0., 0.)
 
     def curve(self, tag: str) -> np.ndarray:
-        """The points of a tag by step, ``[N, 3]``."""
+        """The points of a tag by step, with their times: ``[N, 3]``."""
         points = np.array(self.points[tag]).reshape(-1, 3)
+        points[:, 1] = self._clock[points[:, 1].astype(int)]
         return points[np.argsort(points[:, 0], kind='stable')]
 
 
@@ -281,7 +265,7 @@ def _read_events(run: TrainedRun) -> None:
     filled = [file for file in files if file.scalars]
     if not filled:
         raise Unreadable('; '.join(faults) or 'no scalar in ' + ', '.join(map(os.path.basename, run.event_files)))
-    run.spans = _united([(file.started, file.ended) for file in filled])
+    run.spans = _united([file.span for file in filled])
     run.points = sum(file.scalars for file in filled)
     abandoned = 0
     for tag in sorted({tag for file in filled for tag in file.points}):

@@ -76,8 +76,7 @@ def runs_table(comparison: Comparison, runs: Optional[Sequence[TrainedRun]] = No
 def config_table(comparison: Comparison) -> Table:
     """The config keys that sides have different values for; without rows if the configs are the same."""
     names = [side.name for side in comparison.sides]
-    rows = [[difference.key, *(difference.values.get(name, NONE) for name in names)]
-            for difference in comparison.differences]
+    rows = [[key, *(values.get(name, NONE) for name in names)] for key, values in comparison.differences.items()]
     return Table('What the configs differ in', ['key', *names], rows)
 
 
@@ -88,12 +87,12 @@ def origin(comparison: Comparison) -> List[str]:
         datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).strftime('%Y-%m-%d %H:%M')
         for moment in (min(run.spans[0][0] for run in runs), max(run.spans[-1][1] for run in runs))))]
     for title in ('machine', 'versions'):
-        said = [run.said(title) for run in runs]
+        said = [run.from_summary(title) for run in runs]
         texts = [', '.join(f'{key} {value}' for key, value in known.items() if value is not None)
                  for known in said if isinstance(known, dict)]
         lines += [f'{title.capitalize()}: {text}' for text in dict.fromkeys(texts)]
     for run in runs:
-        command = run.said('command')
+        command = run.from_summary('command')
         if command:
             lines.append(f'{run.name}: {shlex.join(map(str, command)) if isinstance(command, list) else command}')
     return lines
@@ -165,7 +164,7 @@ def show(comparison: Comparison, console: Console) -> None:
         console.print(_drawn(measures_table(comparison, others), numbers=True))
     runs = comparison.runs + comparison.mixed
     if comparison.mixed or len(comparison.sides) < len(comparison.runs) and comparison.statistic == MEDIAN:
-        for beside in _that_fit(runs, console.width):
+        for beside in _beside_each_other(runs, console.width):
             console.print(_drawn(runs_table(comparison, beside), numbers=True))
     differences = config_table(comparison)
     if differences.rows:
@@ -181,7 +180,7 @@ def show(comparison: Comparison, console: Console) -> None:
         line(console, text)
 
 
-def _that_fit(runs: Sequence[TrainedRun], width: int) -> Iterator[List[TrainedRun]]:
+def _beside_each_other(runs: Sequence[TrainedRun], width: int) -> Iterator[List[TrainedRun]]:
     """Runs in turn, as many at once as a table of this width has columns for."""
     beside: List[TrainedRun] = []
     used = start = TITLE_WIDTH + 2 * RULE_WIDTH

@@ -15,13 +15,13 @@ TOKENS = 16
 
 
 @triton.jit
-def _rotated(at, d, there, cosine, sine):  # type: ignore[no-untyped-def]
+def _rotated(at, d, there, cosine, sine):
     pair = tl.load(at + (d ^ 1), mask=there, other=0.)
     return tl.load(at + d, mask=there, other=0.) * cosine + tl.where(d % 2 == 0, -pair, pair) * sine
 
 
 @triton.jit
-def _attend(qkv, slab, tables, counts, positions, moved, out, layer, scale, rows, row_step, page_step, width,  # type: ignore[no-untyped-def]
+def _attend(qkv, slab, tables, counts, positions, moved, out, layer, scale, rows, row_step, page_step, width,
             LAYERS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
             PART: tl.constexpr, ROTARY: tl.constexpr, TOKENS: tl.constexpr):
     """Keys and values of a token into its page, and its attention: a row and a head for each program. ``moved`` is

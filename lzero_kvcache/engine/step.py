@@ -105,7 +105,7 @@ class Engine:
         A count of 0 starts a context, and its action is not looked at. ``positions [2, B]`` are those of both tokens.
         The observation is ``latent [B, E]``, and no reward is predicted; or without it the predicted observation.
         """
-        if latent is None and not weights.training and reads_pages(slab):
+        if latent is None and weights.captured and slab.data is not None and slab.data.is_cuda and has_triton():
             return self.simulate(weights, slab, tables, counts, action, positions)
         window = slab.read(tables, self.window.room(slab, tables.numel()))
         last = window.shape[1] - 1
@@ -121,25 +121,36 @@ class Engine:
     def simulate(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
                  positions: torch.Tensor) -> StepOutput:
         """:meth:`step` with the predicted observation and without a window: Triton reads pages where they are."""
+        from .products import apply
+
         token = weights.embed_action(action)
-        x = self._over_pages(weights, slab, tables, counts, positions, 0, token).unsqueeze(1)
-        rewards, latent = weights.rewards(x), weights.observations(x).squeeze(1)
-        return self._predict(
-            weights, self._over_pages(weights, slab, tables, counts, positions, 1, latent), latent, rewards
-        )
+        x = self._over_pages(weights, slab, tables, counts, positions, 0, token)
+        rewards, latent = apply(weights.rewards, x), apply(weights.observations, x)
+        x = self._over_pages(weights, slab, tables, counts, positions, 1, latent)
+        parts = x, latent, rewards, apply(weights.policy, x), apply(weights.value, x)
+        return StepOutput(*(part.unsqueeze(1) for part in parts))
 
     def _over_pages(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor,
                     positions: torch.Tensor, part: int, x: torch.Tensor) -> torch.Tensor:
         """The output ``[B, E]`` for a page's action or observation ``x [B, E]``; see :func:`.paged.attend`."""
         from .paged import attend
+        from .products import apply, residual_norm
 
         if not self.geometry.rotary:
             x = x + F.embedding(positions[part], weights.places)
-        for index, layer in enumerate(weights.layers):
-            qkv = layer.qkv(layer.norm1(x))
-            y = attend(self.geometry, weights, slab, index, part, qkv, tables, counts, positions)
-            x = with_residuals(layer, x, layer.proj(y))
-        return weights.norm(x)
+        norms = [layer.norm1 for layer in weights.layers[1:]] + [weights.norm]
+        normed = weights.layers[0].norm1(x)
+        for index, (layer, next_norm) in enumerate(zip(weights.layers, norms)):
+            y = attend(
+                self.geometry, weights, slab, index, part, apply(layer.qkv, normed), tables, counts, positions
+            )
+            if layer.gates is None:
+                x, normed = residual_norm(layer.proj, y, x, layer.norm2)
+                x, normed = residual_norm(layer.mlp, normed, x, next_norm)
+            else:
+                x = with_residuals(layer, x, layer.proj(y))
+                normed = next_norm(x)
+        return normed
 
     def step_alone(self, weights: Weights, state: torch.Tensor, action: torch.Tensor,
                    positions: Optional[torch.Tensor]) -> StepOutput:
@@ -259,10 +270,9 @@ class Engine:
         return masks
 
 
-def reads_pages(slab: Slab) -> bool:
-    """Whether attention can read pages where they are."""
-    assert slab.data is not None
-    return slab.data.is_cuda and importlib.util.find_spec('triton') is not None
+def has_triton() -> bool:
+    """Whether a GPU can read pages where they are."""
+    return importlib.util.find_spec('triton') is not None
 
 
 def with_residuals(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ line of memory of its own), how many threads there are, and the product."""
 NUMBER = 8
 """Bytes of a counter."""
 
-PATIENCE = 1000
+PATIENCE = 100000
 """How often a thread looks for what it waits for before it lets others run."""
 
 

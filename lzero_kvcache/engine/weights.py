@@ -2,11 +2,65 @@
 
 ``E`` embedding, ``L`` layers, ``W`` pages of a window, ``A`` actions.
 """
+import math
+from dataclasses import dataclass
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 
 Function = Callable[..., Any]
+
+MANY_NUMBERS = 4096
+"""From here on the passes of :func:`gelu` over memory cost less than PyTorch's tanh on a CPU."""
+
+_GELU_SLOPE = torch.tensor(2 * (2 / math.pi) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product with a matrix, and a bias."""
+    weight: torch.Tensor
+    bias: Optional[torch.Tensor]
+    many_rows: int  # from here on kernels that do not add the bias pay
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # With the bias fused in, cuBLAS picks float32 kernels that take up to twice as long for many rows.
+        if self.bias is None or x.shape[0] < self.many_rows or not x.is_cuda:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight).add_(self.bias)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm."""
+    shape: Tuple[int, ...]
+    weight: Optional[torch.Tensor]
+    bias: Optional[torch.Tensor]
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One function after another."""
+    functions: Tuple[Function, ...]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        for function in self.functions:
+            x = function(x)
+        return x
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU's tanh approximation (https://arxiv.org/abs/1606.08415, section 2), written with the sigmoid that it equals:
+    ``x (1 + tanh(u)) / 2 = x sigmoid(2 u)``, ``u = sqrt(2 / pi) (x + 0.044715 x^3)``."""
+    if x.is_cuda or x.numel() < MANY_NUMBERS:
+        return F.gelu(x, approximate='tanh')
+    twice_u = torch.addcmul(_GELU_SLOPE, x, x, value=0.044715 * _GELU_SLOPE.item()).mul_(x)
+    return twice_u.sigmoid_().mul_(x)
 
 
 class Geometry(NamedTuple):
@@ -58,6 +112,7 @@ class Weights(NamedTuple):
     places: torch.Tensor  # [positions, E] learned embeddings, or [positions, D / 2] rotary factors
     shift: Optional[torch.Tensor]  # [2W, L, 2, E]: what learned positions add to keys and values; None with rotary
     many_rows: int  # from here on more, but faster kernels pay
+    captured: bool  # whether they are for a CUDA graph, where launches cost little
     training: bool  # whether dropout is live
 
 

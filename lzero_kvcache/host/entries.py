@@ -121,7 +121,8 @@ def run_entry(entry: str, configs: Configs, **arguments: Any) -> Any:
     import lzero.entry
 
     from .reanalysis import in_arrays
-    with applied(reanalysis=in_arrays):
+    from .targets import of_new_system
+    with applied(reanalysis=in_arrays, targets=of_new_system):
         return getattr(lzero.entry, entry)(list(configs), **arguments)
 
 

@@ -7,8 +7,6 @@ from typing import Any, Callable, List, Sequence, Tuple
 
 import numpy as np
 import torch
-from lzero.mcts.buffer.game_buffer_sampled_unizero import SampledUniZeroGameBuffer
-from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
 from lzero.mcts.utils import prepare_observation
 from lzero.policy import inverse_scalar_transform
 
@@ -23,19 +21,19 @@ Targets = Tuple[np.ndarray, np.ndarray]
 """Rewards and values ``[B, U]``."""
 
 
-def _asking(original: Callable[..., Targets]) -> Callable[..., Targets]:
-    """A buffer's method that computes target values here, where the model that it is given has the new system."""
+def of_new_system(compute: Callable[..., Targets]) -> Callable[..., Targets]:
+    """A buffer's ``_compute_target_reward_value`` that is :func:`target_values` where that serves its model."""
 
-    @functools.wraps(original)
-    def compute(buffer: Any, context: Sequence[Any], model: Any, actions: np.ndarray, timesteps: np.ndarray) -> Targets:
-        if not _serves(buffer._cfg, model):
-            return original(buffer, context, model, actions, timesteps)
+    @functools.wraps(compute)
+    def run(buffer: Any, context: Sequence[Any], model: Any, actions: np.ndarray, timesteps: np.ndarray) -> Targets:
+        if not _is_served(buffer._cfg, model):
+            return compute(buffer, context, model, actions, timesteps)
         return target_values(buffer._cfg, context, model.world_model, actions, timesteps)
 
-    return compute
+    return run
 
 
-def _serves(cfg: Any, model: Any) -> bool:
+def _is_served(cfg: Any, model: Any) -> bool:
     world_model = model.world_model
     if not isinstance(world_model, NewWorldModel) or world_model.training:
         return False
@@ -51,15 +49,24 @@ def target_values(cfg: Any, context: Sequence[Any], world_model: NewWorldModel, 
     is what LightZero's buffer prepares, and the actions are ``[B, L]`` or ``[B, L, A]``."""
     observations, mask, positions, segment_rewards, _, _, td_steps = context[:7]
     rows, steps = actions.shape[:2]
-    seen = [observation for index, observation in enumerate(observations) if (index + 1) % (steps + 1)]
-    latents = _encoded(world_model, seen, cfg.model.model_type)
-    weights, outputs = world_model.observed(latents.view(rows, steps, -1), actions, timesteps)
-    on_device = inverse_scalar_transform(weights.value(outputs).flatten(0, 1), cfg.model.support_scale)
-    td = np.asarray(td_steps).reshape(rows, steps + 1)[:, :1]
-    rewards, sums = _summed(segment_rewards, positions, td, steps + 1, cfg.discount_factor)
-    values = to_cpu(on_device).reshape(rows, steps)
-    values = np.concatenate([values, values[:, -1:]], axis=1)  # as LightZero's model answers for the last
-    return rewards, values * cfg.discount_factor ** td * np.reshape(mask, values.shape) + sums
+    valid, td = np.reshape(mask, (rows, steps + 1)), np.reshape(td_steps, (rows, steps + 1))[:, :1]
+    # What lies past the end of its episode as a whole is not looked at.
+    needed = np.flatnonzero(valid.any(1)) if valid.any() else np.zeros(1, np.int64)
+    seen = [observations[row * (steps + 1) + step] for row in needed for step in range(steps)]
+    on_device = _values(cfg, world_model, seen, actions[needed], timesteps[needed])
+    rewards, values = _summed(segment_rewards, positions, td, steps + 1, cfg.discount_factor)
+    predicted = to_cpu(on_device).reshape(len(needed), steps)
+    predicted = np.concatenate([predicted, predicted[:, -1:]], axis=1)  # as LightZero's model answers for the last
+    values[needed] += predicted * cfg.discount_factor ** td[needed] * valid[needed]
+    return rewards, values
+
+
+def _values(cfg: Any, world_model: NewWorldModel, observations: List[Any], actions: np.ndarray,
+            timesteps: np.ndarray) -> torch.Tensor:
+    """Values ``[B L, 1]`` of observations, on the model's device; it may still be computing them."""
+    latents = _encoded(world_model, observations, cfg.model.model_type)
+    weights, outputs = world_model.observed(latents.view(*actions.shape[:2], -1), actions, timesteps)
+    return inverse_scalar_transform(weights.value(outputs).flatten(0, 1), cfg.model.support_scale)
 
 
 def _encoded(world_model: NewWorldModel, observations: List[Any], model_type: str) -> torch.Tensor:
@@ -93,7 +100,3 @@ def _summed(segment_rewards: Sequence[np.ndarray], positions: Sequence[int], td:
     for step in range(longest):
         sums += rewards[:, step:step + count] * (discount ** step * (step < td))
     return rewards[:, :count], sums
-
-
-for _kind in (UniZeroGameBuffer, SampledUniZeroGameBuffer):
-    _kind._compute_target_reward_value = _asking(_kind._compute_target_reward_value)

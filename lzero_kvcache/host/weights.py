@@ -1,26 +1,19 @@
 """LightZero's transformer and heads, laid out for the engine; read anew for each search."""
 import functools
-import math
-from importlib.util import find_spec
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Tuple
 
 import torch
 import torch.nn.functional as F
 from lzero.model.common import SimNorm
 from torch import nn
 
-from ..engine.weights import Function, Geometry, Layer, Source, Weights
+from ..engine.weights import Chain, Function, Geometry, Layer, Linear, Norm, Source, Weights, gelu
 
 MANY_ROWS = {'cpu': 128, 'cuda': 512}
 """From here on more, but faster kernels pay although each is launched from Python (docs/results.md)."""
 
 MANY_CAPTURED_ROWS = 32
 """The same inside a CUDA graph, where launches cost little."""
-
-MANY_NUMBERS = 4096
-"""From here on the passes of :func:`_gelu` over memory cost less than PyTorch's tanh on a CPU."""
-
-_GELU_SLOPE = torch.tensor(2 * (2 / math.pi) ** 0.5)
 
 
 def source_of(world_model: Any) -> Source:
@@ -55,7 +48,8 @@ def read_weights(world_model: Any, geometry: Geometry, captured: bool = False) -
         attention_dropout=world_model.config.attn_pdrop if training else 0.0,
         rewards=rewards, observations=observations, policy=policy, value=value, scalar=to_scalar,
         places=transformer.freqs_cis if geometry.rotary else world_model.pos_emb.weight,
-        shift=None if geometry.rotary else _shift(world_model, geometry), many_rows=many_rows, training=training,
+        shift=None if geometry.rotary else _shift(world_model, geometry), many_rows=many_rows,
+        captured=captured, training=training,
     )
 
 
@@ -67,7 +61,7 @@ def _layer(block: Any, many_rows: int) -> Layer:
 
     return Layer(
         norm1=read(block.ln1),
-        qkv=_linear(
+        qkv=Linear(
             torch.cat([attn.query.weight, attn.key.weight, attn.value.weight]),
             torch.cat([attn.query.bias, attn.key.bias, attn.value.bias]), many_rows
         ),
@@ -131,6 +125,8 @@ def _is_training(world_model: Any) -> bool:
 
 def _without_dicts(function: Function) -> Function:
     """Sampled UniZero's policy head returns a dict of mu and sigma; the engine takes ``[..., 2A]``."""
+    if isinstance(function, Chain):
+        return function
 
     def joined(x: torch.Tensor) -> torch.Tensor:
         output = function(x)
@@ -143,50 +139,16 @@ def _function(module: nn.Module, many_rows: int) -> Function:
     """A module without the cost of calling modules, which is as long as a small layer takes: its hooks do not run."""
     if type(module) is nn.Sequential:
         parts = [part for part in module if module.training or not isinstance(part, nn.Dropout)]
-        functions = [_function(part, many_rows) for part in parts]
-
-        def run(x: torch.Tensor) -> torch.Tensor:
-            for function in functions:
-                x = function(x)
-            return x
-
-        return run
+        return Chain(tuple(_function(part, many_rows) for part in parts))
     if type(module) is nn.Linear:
-        return _linear(module.weight, module.bias, many_rows)
+        return Linear(module.weight, module.bias, many_rows)
     if type(module) is nn.LayerNorm:
-        shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
-        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+        return Norm(tuple(module.normalized_shape), module.weight, module.bias, module.eps)
     if type(module) is nn.GELU and module.approximate == 'tanh':
-        return _gelu
+        return gelu
     if type(module) is SimNorm:
         return functools.partial(_sim_norm, dim=module.dim)  # type: ignore[arg-type]
     return module.forward
-
-
-def _linear(weight: torch.Tensor, bias: Optional[torch.Tensor], many_rows: int) -> Function:
-    if bias is None or not weight.is_cuda:
-        return lambda x: F.linear(x, weight, bias)
-    quick = many_rows == MANY_CAPTURED_ROWS and find_spec('triton') is not None
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        if quick:
-            from ..engine import few_rows
-
-            if few_rows.fits(x, weight):
-                return few_rows.linear(x, weight, bias)
-        # With the bias fused in, cuBLAS picks float32 kernels that take up to twice as long for many rows.
-        return F.linear(x, weight, bias) if x.shape[0] < many_rows else F.linear(x, weight).add_(bias)
-
-    return run
-
-
-def _gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU's tanh approximation (https://arxiv.org/abs/1606.08415, section 2), written with the sigmoid that it equals:
-    ``x (1 + tanh(u)) / 2 = x sigmoid(2 u)``, ``u = sqrt(2 / pi) (x + 0.044715 x^3)``."""
-    if x.is_cuda or x.numel() < MANY_NUMBERS:
-        return F.gelu(x, approximate='tanh')
-    twice_u = torch.addcmul(_GELU_SLOPE, x, x, value=0.044715 * _GELU_SLOPE.item()).mul_(x)
-    return twice_u.sigmoid_().mul_(x)
 
 
 def _sim_norm(x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 import logging
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from ..engine.compiling import why_not_compiled
 from ..engine.launch import picked
 from ..engine.sequence import observe
 from ..engine.slab import Slab
+from ..engine.step import has_triton
 from ..engine.store import PageStore
 from ..engine.transfer import send
 from ..engine.weights import Weights
@@ -162,7 +162,7 @@ class NewWorldModel(LightZeroWorldModel):
         """
         device = self.weights_source.device()
         if device.type == 'cuda' and on_gpu:
-            return None if find_spec('triton') is not None else 'triton is not installed (pip install triton)'
+            return None if has_triton() else 'triton is not installed (pip install triton)'
         if device.type != 'cpu':
             return f'the model is on {device}'
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)

@@ -12,12 +12,12 @@ TIE = tl.constexpr(1e-6)
 
 
 @triton.jit
-def _quality(reward, discount, sign, value_sum, visits):  # type: ignore[no-untyped-def]
+def _quality(reward, discount, sign, value_sum, visits):
     return reward + discount * (sign * tl.div_rn(value_sum, visits.to(tl.float32)))
 
 
 @triton.jit
-def select(visits, value_sum, reward, prior, child, order, low, high, path, depths, actions, tables, counts,  # type: ignore[no-untyped-def]
+def select(visits, value_sum, reward, prior, child, order, low, high, path, depths, actions, tables, counts,
            key, simulation_at, timesteps, pages, window, window_counts, positions, explored, spread, rules, rows, nodes,
            slots, least_rotary, SLOTS: tl.constexpr, PAGES: tl.constexpr, PADDED: tl.constexpr,
            TWO_PLAYERS: tl.constexpr):
@@ -102,12 +102,12 @@ def select(visits, value_sum, reward, prior, child, order, low, high, path, dept
 
 
 @triton.jit
-def _mended(number):  # type: ignore[no-untyped-def]
+def _mended(number):
     return tl.where(tl.abs(number) < float('inf'), number, 0.)  # which nan is not, either
 
 
 @triton.jit
-def backup(visits, value_sum, reward, prior, child, order, low, high, path, depths, broken, predicted,  # type: ignore[no-untyped-def]
+def backup(visits, value_sum, reward, prior, child, order, low, high, path, depths, broken, predicted,
            simulation_at, rules, nodes, slots, SLOTS: tl.constexpr, TWO_PLAYERS: tl.constexpr):
     """Expand the new node by predictions ``[B, 2 + S]``, zeros for what is no number, and back its value up."""
     row = tl.program_id(0)

@@ -21,8 +21,8 @@ from .spaces import Space, Spaces
 LEAST_ROWS = 8
 """Rows that are worth a thread: as many as the compiled step works on side by side."""
 
-WIDE = 192
-"""Width of a model from which on threads that share out products are worth while."""
+LEAST_COLUMNS = 128
+"""Columns of a layer's products that are worth a thread, where there are too few rows."""
 
 CHUNK = 64
 """Rows of a reanalysis that a thread has in work: what the compiled step works on together."""
@@ -142,8 +142,8 @@ class WholeSearch:
             space.tree, rules, make_key(problem.seed, problem.number), roots, network, shift, slab, pages, batch, states
         )
         helpers = 0
-        if len(space.scratches) == 1 and network.embed >= WIDE:
-            helpers = torch.get_num_threads() - 1
+        if len(space.scratches) == 1:
+            helpers = max(0, min(torch.get_num_threads(), network.embed // LEAST_COLUMNS) - 1)
         if trace is None:
             _in_threads(given, space.scratches, helpers, 0, problem.simulations, rows)
         else:

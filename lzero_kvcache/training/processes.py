@@ -3,14 +3,12 @@ import datetime
 import subprocess
 import time
 from collections import deque
-from typing import Any, Deque, Dict, List, Optional, TextIO
-
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import Deque, List, Optional, TextIO
 
 from ..host.patches import applied
 from .experiment import Experiment, Trial
 from .summary import read_progress
-from .terminal import Terminal, number_text
+from .terminal import Bar, Terminal, number_text
 
 POLL_SECONDS = 0.25
 PLAIN_EVERY_SECONDS = 60.0
@@ -35,47 +33,22 @@ class Child:
 
 
 class Board:
-    """
-    What an experiment shows: a bar over the environment steps of all trials and one for each that is running. Plain
-    lines where there is no terminal.
-    """
+    """What an experiment shows: a bar over the environment steps of all trials, and how far the running ones are."""
 
     def __init__(self, file: TextIO, experiment: Experiment) -> None:
-        self._terminal = Terminal(file)
-        self.line = self._terminal.line
+        terminal = Terminal(file)
+        self.line = terminal.line
         self.done = 0
         self._trials, self._each = len(experiment.trials), experiment.max_env_step
-        self._bars: Dict[str, Any] = {}
-        self._next_plain = time.monotonic() + PLAIN_EVERY_SECONDS
-        self._progress: Optional[Progress] = None
-        if self._terminal.live:
-            self._progress = Progress(
-                TextColumn('{task.description}'), BarColumn(), TextColumn('{task.completed:,.0f}/{task.total:,.0f}'),
-                TimeElapsedColumn(), console=self._terminal.console, transient=True,
-            )
-            self._all = self._progress.add_task('', total=self._trials * self._each)
-            self._progress.start()
+        self._bar = Bar(terminal, self._trials * self._each, every=PLAIN_EVERY_SECONDS)
+        self.close = self._bar.close
 
     def update(self, children: List[Child]) -> None:
         """Show how far the running ones are."""
         steps = {child.trial.name: min(child.env_step, self._each) for child in children}
-        said = f'{self.done} of {self._trials} runs done'
-        if self._progress is None:
-            if time.monotonic() >= self._next_plain:
-                self._next_plain = time.monotonic() + PLAIN_EVERY_SECONDS
-                self.line('; '.join([said, *(f'{name} {step:,}/{self._each:,}' for name, step in steps.items())]))
-            return
-        for name in set(self._bars) - set(steps):
-            self._progress.remove_task(self._bars.pop(name))
-        for name, step in steps.items():
-            if name not in self._bars:
-                self._bars[name] = self._progress.add_task(name, total=self._each)
-            self._progress.update(self._bars[name], completed=step)
-        self._progress.update(self._all, description=said, completed=self.done * self._each + sum(steps.values()))
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        running = [f'{name} {step:,}/{self._each:,}' for name, step in steps.items()]
+        self._bar.update(self.done * self._each + sum(steps.values()),
+                         '; '.join([f'{self.done} of {self._trials} runs done', *running]))
 
 
 class Children:

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -31,21 +31,6 @@ class Interrupted(KeyboardInterrupt):
         self.agreed = agreed  # by all ranks
 
 
-class Ranks(NamedTuple):
-    """Which of how many processes this is; alone, it is 0 of 1."""
-    rank: int = 0
-    size: int = 1
-    on_this_machine: int = 1
-
-    @classmethod
-    def read(cls, environment: Mapping[str, str] = os.environ) -> 'Ranks':
-        """What torchrun tells its processes; alone where it has not started this one."""
-        names = ('RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')
-        if not all(environment.get(name) for name in names):
-            return cls()
-        return cls(*(int(environment[name]) for name in names[:3]))
-
-
 class DataParallel:
     """
     The processes of one training; alone, every method does nothing.
@@ -54,10 +39,18 @@ class DataParallel:
     collection, after an evaluation and after an update.
     """
 
-    def __init__(self, ranks: Optional[Ranks] = None) -> None:
-        self.rank, self.size, self._on_this_machine = ranks or Ranks()
+    def __init__(self, rank: int = 0, size: int = 1, on_this_machine: int = 1) -> None:
+        self.rank, self.size, self._on_this_machine = rank, size, on_this_machine
         self.asked: Optional[int] = None
         self._device = torch.device('cpu')
+
+    @classmethod
+    def of_torchrun(cls, environment: Mapping[str, str] = os.environ) -> 'DataParallel':
+        """As torchrun tells its processes; alone where it has not started this one."""
+        names = ('RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')
+        if not all(environment.get(name) for name in names):
+            return cls()
+        return cls(*(int(environment[name]) for name in names[:3]))
 
     @property
     def main(self) -> bool:

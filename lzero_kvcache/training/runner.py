@@ -36,7 +36,7 @@ from .summary import (
     write_progress,
     write_summary,
 )
-from .terminal import number_text, summary_rows
+from .terminal import Bar, number_text, run_text, summary_rows
 from .watch import Watch
 
 UNBOUNDED = int(1e10)
@@ -106,6 +106,7 @@ class _Training:
         self._started = time.monotonic()
         self._next_refresh = 0.0
         self._first_collected = 0
+        self._bar: Bar
         self._before: Optional[Result] = None  # what a training in place goes on from
 
     def run(self) -> Result:
@@ -125,7 +126,7 @@ class _Training:
     def _train(self) -> Result:
         plan = self.plan
         with applied(interrupts=lambda original: self._on_signal):
-            self.terminal.start(plan.max_env_step if plan.task == TRAIN else None, self._first_collected)
+            self._bar = Bar(self.terminal, plan.max_env_step if plan.task == TRAIN else None, self._first_collected)
             result, together = self.result, True
             try:
                 result.outcome = self._work()
@@ -142,7 +143,8 @@ class _Training:
                 checkpoint = self.watch.save_checkpoint() if plan.task == TRAIN and self.ranks.main else None
             finally:
                 self._refresh(now=True)
-                self.terminal.finish(result)
+                self._bar.close(run_text(result, 'end') if plan.task == TRAIN else '')
+                self.terminal.repetitions()
                 self.watch.close()
             # With ranks that have not agreed on ending, there is nothing to share.
             counters = summed_over_ranks(result.counters) if together else result.counters
@@ -286,7 +288,7 @@ class _Training:
                 f'reward {number_text(evaluation.reward)}'
             )
         result.best_reward = max((evaluation.reward for evaluation in result.evaluations), default=None)
-        self.terminal.update(result, watch.phase)
+        self._bar.update(result.collected_env_step, run_text(result, watch.phase))
         if self.ranks.main:
             write_progress(result, watch.phase)
 

@@ -20,18 +20,14 @@ PLAIN_EVERY_SECONDS = 15.0
 
 
 class Terminal:
-    """The terminal of one run; ``live=False`` gives plain lines even on a terminal."""
+    """A terminal or a file; ``live=False`` gives plain lines even on a terminal."""
 
     def __init__(self, file: TextIO, live: bool = True) -> None:
         is_terminal = file.isatty()
         self.console = Console(file=file, highlight=False, markup=False, soft_wrap=True,
                                width=None if is_terminal else PLAIN_WIDTH)
         self.live = live and is_terminal and not self.console.is_dumb_terminal
-        self._progress: Optional[Progress] = None
-        self._total: Optional[int] = None
         self._repeated: Dict[str, int] = {}
-        self._next_plain = 0.0
-        self._last_plain = ''
 
     def line(self, text: str) -> None:
         """Show one line, above the bar."""
@@ -43,42 +39,11 @@ class Terminal:
         if self._repeated[text] == 1:
             self.line(text)
 
-    def start(self, total: Optional[int], done: int = 0) -> None:
-        """Start the bar towards ``total`` collected environment steps, None if there is no bound."""
-        self._total = total
-        self._next_plain = time.monotonic() + PLAIN_EVERY_SECONDS
-        if not self.live:
-            return
-        wide = self.console.width >= WIDE
-        steps, facts = TextColumn('{task.fields[steps]}'), TextColumn('{task.fields[facts]}')
-        self._progress = Progress(
-            TextColumn('{task.description}'), *([BarColumn(bar_width=None)] if wide else []), steps, facts,
-            TimeElapsedColumn(), *([TimeRemainingColumn()] if wide and total is not None else []),
-            console=self.console, refresh_per_second=4, transient=True, expand=wide, redirect_stdout=False,
-            redirect_stderr=False)
-        self._task = self._progress.add_task('start', total=total, completed=done, steps='', facts='')
-        self._progress.start()
-
-    def update(self, result: Result, phase: str) -> None:
-        """Show how far the run is."""
-        if self._progress is not None:
-            further = f'+{result.collected_env_step - result.env_step:,}'
-            self._progress.update(self._task, completed=result.collected_env_step, description=f'{phase:<8}',
-                                  steps=self._steps(result, further), facts=self._facts(result))
-        elif time.monotonic() >= self._next_plain:
-            self._plain(result)
-
-    def finish(self, result: Result) -> None:
-        """End the bar; ``result`` is the run as it ended."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-        elif self._total is not None:
-            self._plain(result)
+    def repetitions(self) -> None:
+        """Say how often such lines came."""
         for text, count in self._repeated.items():
             if count > 1:
                 self.line(f'{text} ({count:,} times)')
-        self._repeated = {}
 
     def table(self, title: str, rows: List[Tuple[str, str]]) -> None:
         """Show names and values."""
@@ -89,22 +54,50 @@ class Terminal:
             table.add_row(Text(name), Text(value))
         self.console.print(table, soft_wrap=False)
 
-    def _plain(self, result: Result) -> None:
-        steps = f'{self._steps(result)} env steps, {result.collected_env_step:,} collected'
-        text = f'{steps}, {result.train_iter:,} iterations  {self._facts(result)}'
-        self._next_plain = time.monotonic() + PLAIN_EVERY_SECONDS
-        if text != self._last_plain:
-            self._last_plain = text
-            self.line(text)
 
-    def _steps(self, result: Result, further: str = '') -> str:
-        total = '' if self._total is None else f'/{self._total:,}'
-        return f'{result.env_step:,}{further}{total}'
+class Bar:
+    """A bar over steps, with what is to be said of them; plain lines from time to time where there is no terminal."""
 
-    @staticmethod
-    def _facts(result: Result) -> str:
-        rate, speed = rate_text(result.hit_rates.get('total')), number_text(result.env_steps_per_second)
-        return f'reward {number_text(result.last_reward)}  hit rate {rate}  {speed} steps/s'
+    def __init__(self, terminal: Terminal, total: Optional[int], done: int = 0, every: float = PLAIN_EVERY_SECONDS
+                 ) -> None:
+        self._terminal, self._every = terminal, every
+        self._next, self._shown = time.monotonic() + every, ''
+        self._progress: Optional[Progress] = None
+        if terminal.live:
+            wide = terminal.console.width >= WIDE
+            self._progress = Progress(
+                TextColumn('{task.description}'), *([BarColumn(bar_width=None)] if wide else []), TimeElapsedColumn(),
+                *([TimeRemainingColumn()] if wide and total is not None else []), console=terminal.console,
+                refresh_per_second=4, transient=True, expand=wide, redirect_stdout=False, redirect_stderr=False)
+            self._task = self._progress.add_task('', total=total, completed=done)
+            self._progress.start()
+
+    def update(self, done: int, text: str) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, description=text)
+        elif time.monotonic() >= self._next:
+            self._plain(text)
+
+    def close(self, text: str = '') -> None:
+        """End the bar; a plain line says how it ended."""
+        if self._progress is not None:
+            self._progress.stop()
+        elif text:
+            self._plain(text)
+
+    def _plain(self, text: str) -> None:
+        self._next = time.monotonic() + self._every
+        if text != self._shown:
+            self._shown = text
+            self._terminal.line(text)
+
+
+def run_text(result: Result, phase: str) -> str:
+    """How far a run is: steps that are trained on and those that were collected since, of all."""
+    total = '' if result.max_env_step is None else f'/{result.max_env_step:,}'
+    steps = f'{result.env_step:,}+{result.collected_env_step - result.env_step:,}{total}'
+    rate, speed = rate_text(result.hit_rates.get('total')), number_text(result.env_steps_per_second)
+    return f'{phase:<8} {steps}  reward {number_text(result.last_reward)}  hit rate {rate}  {speed} steps/s'
 
 
 def rate_text(rate: Optional[float]) -> str:

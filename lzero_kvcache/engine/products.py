@@ -1,0 +1,120 @@
+"""Products with a model's weights on a GPU, and what follows on them: the bias, GELU, or a residual and a norm.
+
+A product of few rows is as long as the reading of its weights: its inner dimension is split over programs, and the
+kernel that follows adds their parts. ``B`` rows, ``K`` inputs, ``N`` outputs, ``S`` parts. Importing it imports Triton.
+"""
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .weights import Chain, Function, Linear, Norm, gelu
+
+
+class Tiling(NamedTuple):
+    """How a product is divided among programs."""
+    rows: int
+    outputs: int
+    inputs: int
+    parts: int
+    warps: int
+    stages: int
+
+
+TILINGS = {
+    16: Tiling(16, 32, 64, 8, 4, 4),
+    128: Tiling(64, 64, 32, 8, 4, 3),
+    1024: Tiling(64, 64, 32, 4, 4, 3),
+}
+"""By the most rows that they are for; the fastest of those that were tried on an H100 (docs/results.md)."""
+
+
+@triton.jit
+def _multiply(x, weight, parts, rows, outputs, inputs,
+              ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr,
+              PRECISION: tl.constexpr):
+    """``x [B, K]`` times ``weight [N, K]``, transposed: a part of the sum for each program of the last axis."""
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(2)
+    share = tl.cdiv(inputs, PARTS * INPUTS) * INPUTS
+    total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for begin in range(part * share, min((part + 1) * share, inputs), INPUTS):
+        index = begin + tl.arange(0, INPUTS)
+        left_mask = (row < rows)[:, None] & (index < inputs)[None, :]
+        right_mask = (output < outputs)[None, :] & (index < inputs)[:, None]
+        left = tl.load(x + row[:, None] * inputs + index[None, :], mask=left_mask, other=0.0)
+        right = tl.load(weight + output[None, :] * inputs + index[:, None], mask=right_mask, other=0.0)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    place = (part * rows + row)[:, None] * outputs + output[None, :]
+    tl.store(parts + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
+
+
+@triton.jit
+def _finish(parts, bias, residual, norm_weight, norm_bias, out, normed, rows, outputs, eps,
+            PARTS: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, NORM: tl.constexpr, LANES: tl.constexpr):
+    """Add the parts of a row, its bias and what follows. With a norm, a program has the whole row."""
+    row = tl.program_id(0)
+    lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    there = lane < outputs
+    total = tl.zeros((LANES, ), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + (part * rows + row) * outputs + lane, mask=there, other=0.0)
+    if BIAS:
+        total += tl.load(bias + lane, mask=there, other=0.0)
+    if GELU:  # the approximation by tanh, as in PyTorch
+        twice = 1.5957691216057308 * (total + 0.044715 * total * total * total)
+        total = total / (1 + tl.exp(-twice))
+    if NORM:
+        total += tl.load(residual + row * outputs + lane, mask=there, other=0.0)
+        mean = tl.sum(tl.where(there, total, 0.0), 0) / outputs
+        from_mean = tl.where(there, total - mean, 0.0)
+        scale = tl.rsqrt(tl.sum(from_mean * from_mean, 0) / outputs + eps)
+        weight = tl.load(norm_weight + lane, mask=there, other=0.0)
+        shift = tl.load(norm_bias + lane, mask=there, other=0.0)
+        tl.store(normed + row * outputs + lane, from_mean * scale * weight + shift, mask=there)
+    tl.store(out + row * outputs + lane, total, mask=there)
+
+
+def apply(function: Function, x: torch.Tensor) -> torch.Tensor:
+    """A function of the model's weights of ``x [B, K]``."""
+    functions = function.functions if isinstance(function, Chain) else (function, )
+    for number, part in enumerate(functions):
+        if isinstance(part, Linear):
+            x = _product(x, part, functions[number + 1:number + 2] == (gelu, ), None, None)[0]
+        elif part is not gelu or not number or not isinstance(functions[number - 1], Linear):
+            x = part(x)
+    return x
+
+
+def residual_norm(function: Function, x: torch.Tensor, residual: torch.Tensor,
+                  norm: Function) -> Tuple[torch.Tensor, torch.Tensor]:
+    """``residual [B, N]`` plus a function of ``x [B, K]``, and the norm of that."""
+    *before, last = function.functions if isinstance(function, Chain) else (function, )
+    x = apply(Chain(tuple(before)), x)
+    if isinstance(last, Linear) and isinstance(norm, Norm) and norm.weight is not None and norm.bias is not None:
+        return _product(x, last, False, residual, norm)
+    total = residual + apply(last, x)
+    return total, norm(total)
+
+
+def _product(x: torch.Tensor, layer: Linear, then_gelu: bool, residual: Optional[torch.Tensor],
+             norm: Optional[Norm]) -> Tuple[torch.Tensor, torch.Tensor]:
+    (rows, inputs), outputs = x.shape, len(layer.weight)
+    tiling = TILINGS[min(most for most in TILINGS if most >= min(rows, max(TILINGS)))]
+    parts = x.new_empty(tiling.parts, rows, outputs)
+    _multiply[(triton.cdiv(outputs, tiling.outputs), triton.cdiv(rows, tiling.rows), tiling.parts)](
+        x, layer.weight, parts, rows, outputs, inputs, ROWS=tiling.rows, OUTPUTS=tiling.outputs, INPUTS=tiling.inputs,
+        PARTS=tiling.parts, PRECISION='tf32x3', num_warps=tiling.warps, num_stages=tiling.stages
+    )
+    out = x.new_empty(rows, outputs)
+    normed = out if norm is None else torch.empty_like(out)
+    lanes = triton.next_power_of_2(outputs) if norm is not None else min(1024, triton.next_power_of_2(outputs))
+    weight, bias, eps = (out, out, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    _finish[(rows, triton.cdiv(outputs, lanes))](
+        parts, out if layer.bias is None else layer.bias, out if residual is None else residual, weight, bias, out,
+        normed, rows, outputs, eps, PARTS=tiling.parts, BIAS=layer.bias is not None, GELU=then_gelu,
+        NORM=norm is not None, LANES=lanes, num_warps=4
+    )
+    return out, normed
