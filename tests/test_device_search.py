@@ -12,6 +12,7 @@ from oracle import Case, construct, original_model
 from test_compiled_search import Root, found, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
 
 from lzero_kvcache.cache.pages import NULL_PAGE
+from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
 from lzero_kvcache.search.device import MAX_SPACES, DeviceSearch
 from lzero_kvcache.search.tree import root_values, root_visits
 
@@ -111,3 +112,24 @@ class TestOnGPU:
         skipped = on_gpu.world_model.kv_cache_manager.counters()['skipped']
         assert skipped == compiled.SIMULATIONS * compiled.ROWS
         assert np.isfinite(values).all() and all(sum(row) == compiled.SIMULATIONS for row in visits)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize('rows', [1, 8, 17, 64, 200, 300])
+@pytest.mark.parametrize('outputs, inputs', [(2304, 768), (101, 768), (768, 3072)])
+def test_products_are_exact(rows: int, outputs: int, inputs: int) -> None:
+    from lzero_kvcache.engine import products
+
+    x, weight, bias = (torch.randn(size, device='cuda') for size in ((rows, inputs), (outputs, inputs), (outputs, )))
+    for added in (bias, None):
+        right = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
+        difference = products.apply(Linear(weight, added, rows), x) - right
+        assert difference.abs().max() <= 2e-6 * right.abs().max()
+    residual = torch.randn(rows, outputs, device='cuda')
+    norm = Norm((outputs, ), torch.rand(outputs, device='cuda'), torch.rand(outputs, device='cuda'), 1e-5)
+    layer = Linear(weight, bias, rows)
+    total, normed = products.residual_norm(layer, x, residual, norm)
+    torch.testing.assert_close(total, residual + layer(x), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(normed, norm(residual + layer(x)), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(products.apply(Chain((layer, gelu)), x), gelu(layer(x)), atol=2e-5, rtol=1e-5)
