@@ -126,10 +126,12 @@ def test_products_are_exact(rows: int, outputs: int, inputs: int) -> None:
         right = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
         difference = products.apply(Linear(weight, added, rows), x) - right
         assert difference.abs().max() <= 2e-6 * right.abs().max()
+    layer, norm = Linear(weight, bias, rows), Norm((outputs, ), weight[:, 0].contiguous(), bias, 1e-5)
     residual = torch.randn(rows, outputs, device='cuda')
-    norm = Norm((outputs, ), torch.rand(outputs, device='cuda'), torch.rand(outputs, device='cuda'), 1e-5)
-    layer = Linear(weight, bias, rows)
+    exact = residual + torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     total, normed = products.residual_norm(layer, x, residual, norm)
-    torch.testing.assert_close(total, residual + layer(x), atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(normed, norm(residual + layer(x)), atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(products.apply(Chain((layer, gelu)), x), gelu(layer(x)), atol=2e-5, rtol=1e-5)
+    assert (total - exact).abs().max() <= 2e-6 * exact.abs().max()
+    torch.testing.assert_close(normed, norm(total), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        products.apply(Chain((layer, gelu)), x), gelu(products.apply(layer, x)), atol=2e-5, rtol=1e-5
+    )
