@@ -227,7 +227,7 @@ def _importable(_: str, make: Make) -> Iterator[None]:
 def forget_configs(folder: str) -> None:
     """Let configs of a folder be read anew: a config changes the one that it imports, for itself alone."""
     for name, module in list(sys.modules.items()):
-        if hasattr(module, 'main_config') and os.path.isfile(os.path.join(folder, name + '.py')):
+        if 'main_config' in vars(module) and os.path.isfile(os.path.join(folder, name + '.py')):
             del sys.modules[name]
 
 
