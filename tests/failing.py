@@ -1,6 +1,7 @@
 """Failures at every point of a call: what a plugin's function calls raises instead of running."""
 import builtins
 import sys
+import threading
 from collections import deque
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ class Failure(Exception):
 def failing(point, *files):
     """
     The call number ``point`` that code of the cache (or of the files) makes or receives raises ``Failure``; with None
-    or beyond the last call, none does. Methods of lists and builtins such as ``len`` are spared, and what makes and
+    or beyond the last call, none does. Methods of lists and locks and builtins such as ``len`` are spared, and what makes and
     destroys an object: the first only assigns, and what the second raises Python ignores. Yields a list that holds the
     point once it has failed.
     """
@@ -26,7 +27,7 @@ def failing(point, *files):
         if event not in ('call', 'c_call') or not frame.f_code.co_filename.startswith(rooms):
             return
         owner = getattr(called, '__self__', None)
-        if event == 'c_call' and (owner is builtins or isinstance(owner, (list, deque))):
+        if event == 'c_call' and (owner is builtins or isinstance(owner, (list, deque, type(threading.RLock())))):
             return
         callers = frame
         while callers is not None:

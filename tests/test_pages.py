@@ -1,5 +1,7 @@
 """Page ids, reference counts and leases, against a model that is a plain dict."""
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from failing import failing
@@ -187,3 +189,21 @@ def test_extend_of_the_shortest_context():
     """With context_length 4 a stored context is one page, and every step replaces it."""
     children, sizes = extend((np.array([[1]]), np.array([1])), np.array([2]))
     assert (children.tolist(), sizes.tolist()) == ([[2]], [1])
+
+
+def test_threads_take_pages_and_give_them_back():
+    """Switched as often as can be; a copy of an allocator has a lock of its own."""
+    allocator, interval = copy.deepcopy(PageAllocator(400)), sys.getswitchinterval()
+
+    def run(_):
+        for _ in range(1000):
+            with allocator.lease() as lease:
+                lease.hold(lease.allocate(37)[:5])
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(run, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert allocator.used == 0

@@ -334,10 +334,11 @@ class KVCacheManager(PagedCacheManager, Codec):
         Raises:
             - OutOfPages: The running search and the current steps need all there are.
         """
-        if count > self._pages.free:
-            self._make_room(count)
         try:
-            return self._pages.allocate(count)
+            with self._pages.lock:
+                if count > self._pages.free:
+                    self._make_room(count)
+                return self._pages.allocate(count)
         except OutOfPages as error:
             mend = f'raise kv_cache_cfg.max_memory_mb={self.config.max_memory_mb}'
             if self._out_of_memory:

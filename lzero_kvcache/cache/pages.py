@@ -2,8 +2,9 @@
 
 Page ids are int64. Tables of them may have any shape; where they are padded, it is with the null page.
 """
+import threading
 from collections import deque
-from typing import Any, Callable, Deque, List, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -36,6 +37,13 @@ class PageAllocator:
         self._top = capacity - RESERVED_PAGES
         self._mark = np.zeros(capacity, dtype=np.int64)
         self.returned: Deque[np.ndarray] = deque()
+        self.lock = threading.RLock()  # searches of several threads take pages and give them back
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != 'lock'}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
 
     @property
     def capacity(self) -> int:
@@ -55,30 +63,33 @@ class PageAllocator:
 
     def allocate(self, count: int) -> np.ndarray:
         """Take free pages ``[count]``, each with one reference; where fewer are free, :class:`OutOfPages`."""
-        if count > self.free:
-            raise OutOfPages(f'{count} pages wanted, {self._top} of {self.capacity} free')
-        pages = self._stack[self._top - count:self._top][::-1].copy()
-        self.references[pages] = 1
-        self._top -= count
-        return pages
+        with self.lock:
+            if count > self.free:
+                raise OutOfPages(f'{count} pages wanted, {self._top} of {self.capacity} free')
+            pages = self._stack[self._top - count:self._top][::-1].copy()
+            self.references[pages] = 1
+            self._top -= count
+            return pages
 
     def retain(self, pages: np.ndarray) -> None:
         """Add one reference for each mention of a page."""
-        np.add.at(self.references, pages.ravel(), 1)
-        self.references[NULL_PAGE] = 1
+        with self.lock:
+            np.add.at(self.references, pages.ravel(), 1)
+            self.references[NULL_PAGE] = 1
 
     def release(self, pages: np.ndarray) -> None:
         """Take one reference away for each mention of a page; those without any are free again."""
         pages = pages.ravel()
         # Each page once, without sorting: of equal pages the mark of the last one stays.
         order = np.arange(len(pages))
-        self._mark[pages] = order
-        distinct = pages[self._mark[pages] == order]
-        np.subtract.at(self.references, pages, 1)  # nothing fails from here on
-        self.references[NULL_PAGE] = 1
-        freed = distinct[self.references[distinct] == 0]
-        self._stack[self._top:self._top + len(freed)] = freed[::-1]
-        self._top += len(freed)
+        with self.lock:
+            self._mark[pages] = order
+            distinct = pages[self._mark[pages] == order]
+            np.subtract.at(self.references, pages, 1)  # nothing fails from here on
+            self.references[NULL_PAGE] = 1
+            freed = distinct[self.references[distinct] == 0]
+            self._stack[self._top:self._top + len(freed)] = freed[::-1]
+            self._top += len(freed)
 
     def lease(self, take: Optional[Callable[[int], np.ndarray]] = None) -> 'Lease':
         """A new owner of pages, which ``take`` gets for it; by default :meth:`allocate`."""
@@ -86,18 +97,20 @@ class PageAllocator:
 
     def collect(self) -> None:
         """Release the tables that leases have returned."""
-        while self.returned:
-            self.release(self.returned[0])
-            self.returned.popleft()
+        with self.lock:
+            while self.returned:
+                self.release(self.returned[0])
+                self.returned.popleft()
 
     def grow(self, capacity: int) -> None:
         """Have so many pages; existing ones keep their ids and references."""
-        added = np.arange(capacity - 1, self.capacity - 1, -1, dtype=np.int64)
-        free = np.concatenate([added, self._stack[:self._top]])
-        grown = PageAllocator(capacity)
-        grown.references[:self.capacity] = self.references
-        self._stack, self._mark, self.references = grown._stack, grown._mark, grown.references
-        self._stack[:len(free)], self._top = free, len(free)
+        with self.lock:
+            added = np.arange(capacity - 1, self.capacity - 1, -1, dtype=np.int64)
+            free = np.concatenate([added, self._stack[:self._top]])
+            grown = PageAllocator(capacity)
+            grown.references[:self.capacity] = self.references
+            self._stack, self._mark, self.references = grown._stack, grown._mark, grown.references
+            self._stack[:len(free)], self._top = free, len(free)
 
 
 class Lease:
