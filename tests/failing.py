@@ -16,9 +16,9 @@ class Failure(Exception):
 def failing(point, *files):
     """
     The call number ``point`` that code of the cache (or of the files) makes or receives raises ``Failure``; with None
-    or beyond the last call, none does. Methods of lists and locks and builtins such as ``len`` are spared, and what makes and
-    destroys an object: the first only assigns, and what the second raises Python ignores. Yields a list that holds the
-    point once it has failed.
+    or beyond the last call, none does. Methods of lists and of locks and builtins such as ``len`` are spared, and what
+    makes and destroys an object: the first only assigns, and what the second raises Python ignores. Yields a list that
+    holds the point once it has failed.
     """
     failed, rooms, calls = [], (*cache.__path__, *files), 0
 
