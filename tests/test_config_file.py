@@ -184,6 +184,7 @@ def test_what_lies_beside_it_can_be_imported_inside_main(write):
 @pytest.mark.parametrize('imported_before', [False, True])
 def test_a_config_that_others_change_is_read_anew(write, monkeypatch, imported_before):
     monkeypatch.syspath_prepend(os.path.dirname(write('elsewhere/base.py')))
+    monkeypatch.setitem(sys.modules, 'cannot_be_imported', None)
     if imported_before:
         importlib.import_module('base').main_config['exp_name'] = 'wrong'
     changed = "from base import create_config, main_config\nmain_config['exp_name'] += '_changed'"

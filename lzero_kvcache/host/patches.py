@@ -227,7 +227,8 @@ def _importable(_: str, make: Make) -> Iterator[None]:
 def forget_configs(folder: str) -> None:
     """Let configs of a folder be read anew: a config changes the one that it imports, for itself alone."""
     for name, module in list(sys.modules.items()):
-        if 'main_config' in vars(module) and os.path.isfile(os.path.join(folder, name + '.py')):
+        declared = getattr(module, '__dict__', {})  # None stands for a module that cannot be imported
+        if 'main_config' in declared and os.path.isfile(os.path.join(folder, name + '.py')):
             del sys.modules[name]
 
 
