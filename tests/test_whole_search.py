@@ -641,7 +641,7 @@ def broken_at(function, calls):
     ('take', cache_of, [1]),
     ('lease', cache_of, [1]),
     ('count_queries', cache_of, [1]),
-    ('_report', lambda policy: world_model_of(policy).inference._whole, [0]),
+    ('report', lambda policy: world_model_of(policy).inference._guard, [0]),
 ], ids=['a thread', 'all threads', 'the slab', 'pages', 'a lease', 'a count', 'the look at predictions'])
 def test_nothing_is_left_of_a_search_that_fails(name, owner, calls, monkeypatch):
     """The same step again finds what it would have found."""

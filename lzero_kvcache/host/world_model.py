@@ -2,7 +2,7 @@
 import logging
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -20,10 +20,9 @@ from ..engine.store import PageStore
 from ..engine.transfer import send
 from ..engine.weights import Weights
 from ..registry import KV_CACHE_REGISTRY
-from ..search.device import Found
 from ..search.inference import Inference
 from ..search.served import Served
-from ..search.whole import Problem
+from ..search.whole import Found, Problem
 from ..validation import Validator
 from .keys_values import KeysValuesCodec
 from .lightzero import lightzero
@@ -238,14 +237,13 @@ class NewWorldModel(LightZeroWorldModel):
         Arguments:
             - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
         Returns:
-            - found (:obj:`Tuple[List[List[int]], List[float]]`): The roots' visits and values.
+            - found (:obj:`Found`): The roots' visits and values.
         Raises:
             - RuntimeError: No root inference was served.
         """
         return self.inference.search_on_device(problem)
 
-    def reanalyze_whole(self, problem: Problem, latent: np.ndarray,
-                        start_pos: Any) -> Tuple[List[List[int]], List[float]]:
+    def reanalyze_whole(self, problem: Problem, latent: np.ndarray, start_pos: Any) -> Found:
         """
         Overview:
             Search from states without contexts, in compiled calls for some rows at a time.
@@ -254,7 +252,7 @@ class NewWorldModel(LightZeroWorldModel):
             - latent (:obj:`np.ndarray`): The roots' latent states ``[B, E]``.
             - start_pos (:obj:`Any`): Timesteps ``[batch, unroll]``, as a replay buffer passes them.
         Returns:
-            - found (:obj:`Tuple[List[List[int]], List[float]]`): The roots' visits and values.
+            - found (:obj:`Found`): The roots' visits and values.
         """
         return self.inference.reanalyze_whole(problem, latent, start_pos)
 

@@ -7,7 +7,7 @@ the device in one copy, and visits and values leave it in one.
 import logging
 import threading
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from ..engine.store import PageStore
 from ..engine.transfer import to_cpu
 from ..engine.weights import Source, Weights
 from .guard import NanGuard
-from .whole import Problem
+from .whole import Found, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ MAX_SPACES = 8
 """Searches of so many sizes are captured; then the oldest goes."""
 
 _FAR = 1e6  # what LightZero takes for infinity
-
-Found = Tuple[List[List[int]], List[float]]  # visits and values of the roots
 
 
 class _Tree(NamedTuple):
@@ -241,10 +239,7 @@ class DeviceSearch:
                     _note(served.trace, space, rows)
             visits, values, broken = space.found(rows)
         manager.count_queries('recur', pages.size, pages.size, by_node=True)
-        if broken.any():
-            skipped = np.where(broken > 0, np.nan, 0.0)[:, None]
-            self._guard.finite(skipped, 'A reward, value or policy', served.mode, served.env_ids, served.timesteps)
-            manager.count_skipped(int(broken.sum() - np.count_nonzero(broken)))  # each prediction counts
+        self._guard.report(broken, served.mode, served.env_ids, served.timesteps)
         seconds = time.perf_counter() - start
         self._timings['search'].record(seconds)
         self._timings['step'].record(seconds, problem.simulations)
@@ -297,11 +292,9 @@ def _give(space: Space, served: Any, problem: Problem, pages: np.ndarray) -> Non
     given.tables[:rows], given.counts[:rows] = served.roots
     given.timesteps[:rows], given.reward[:rows] = served.timesteps, problem.rewards
     given.pages[:len(pages), :rows] = pages
-    order, noise = np.full((rows, problem.slots), -1), np.zeros((rows, problem.slots), np.float32)
+    order = np.full((rows, problem.slots), -1)
     for row, legal in enumerate(problem.legal):
         order[row, :len(legal) or problem.slots] = legal or range(problem.slots)
-    for row, numbers in enumerate(problem.noises or ()):
-        noise[row, :len(numbers)] = numbers
     given.order[:rows] = order
     taken = order >= 0
     slots = np.maximum(order, 0)
@@ -309,7 +302,7 @@ def _give(space: Space, served: Any, problem: Problem, pages: np.ndarray) -> Non
     powers = np.exp(logits - logits.max(1, keepdims=True))
     priors = powers / powers.sum(1, keepdims=True)
     weight = np.float32(problem.noise_weight)
-    mixed = priors * (1 - weight) + noise * weight
+    mixed = priors * (1 - weight) + problem.padded_noises() * weight
     given.prior[:rows] = 0
     where = np.nonzero(taken)
     given.prior[where[0], order[where]] = mixed[where]

@@ -42,3 +42,10 @@ class NanGuard:
             logger.warning(f'{message}: its context is not stored; further ones are only counted')
         self._count(int(np.count_nonzero(~finite)))
         return np.flatnonzero(finite)
+
+    def report(self, broken: np.ndarray, mode: str, env_ids: Sequence[int], timesteps: np.ndarray) -> None:
+        """:meth:`finite` for a whole search, which went on with zeros where ``broken [B]`` predictions were not."""
+        if broken.any():
+            values = np.where(broken > 0, np.nan, 0.0)[:, None]
+            self.finite(values, 'A reward, value or policy', mode, env_ids, timesteps)
+            self._count(int(broken.sum() - np.count_nonzero(broken)))  # each prediction counts

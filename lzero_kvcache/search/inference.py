@@ -3,7 +3,7 @@
 ``B`` rows, ``E`` embedding, ``A`` numbers of a continuous action, ``P`` policy logits. A latent state is ``[B, E]``.
 """
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,11 +16,11 @@ from ..engine.transfer import send
 from ..engine.weights import Source
 from .by_key import NodesByKey
 from .by_node import NodesByPlace
-from .device import DeviceSearch, Found
+from .device import DeviceSearch
 from .roots import RootInference
 from .served import Served
 from .timesteps import reanalysis_timesteps_of, steps_after
-from .whole import Problem, WholeSearch
+from .whole import Found, Problem, WholeSearch
 
 
 class Inference(RootInference, NodesByKey, NodesByPlace):
@@ -51,8 +51,7 @@ class Inference(RootInference, NodesByKey, NodesByPlace):
         return served
 
     @torch.no_grad()
-    def reanalyze_whole(self, problem: Problem, latent: np.ndarray,
-                        start_pos: Any) -> Tuple[List[List[int]], List[float]]:
+    def reanalyze_whole(self, problem: Problem, latent: np.ndarray, start_pos: Any) -> Found:
         """Search from states ``[B, E]`` without contexts; returns the roots' visits and values."""
         return self._whole.reanalyze(
             problem, latent, reanalysis_timesteps_of(start_pos, len(latent)), self._source.addresses()

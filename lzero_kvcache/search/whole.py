@@ -27,6 +27,9 @@ LEAST_COLUMNS = 128
 CHUNK = 64
 """Rows of a reanalysis that a thread has in work: what the compiled step works on together."""
 
+Found = Tuple[List[List[int]], List[float]]
+"""Visits and values of the roots."""
+
 
 class Problem(NamedTuple):
     """What a search is asked: the roots as the policy prepared them, and the rules."""
@@ -48,6 +51,13 @@ class Problem(NamedTuple):
             number=number, rewards=self.rewards[rows], logits=self.logits[rows], legal=self.legal[rows],
             noises=None if self.noises is None else self.noises[rows]
         )
+
+    def padded_noises(self) -> np.ndarray:
+        """The noises ``[B, S]``, padded with zeros; without any, all zeros."""
+        padded = np.zeros((len(self.legal), self.slots), np.float32)
+        for row, numbers in enumerate(self.noises or ()):
+            padded[row, :len(numbers)] = numbers
+        return padded
 
 
 class WholeSearch:
@@ -86,14 +96,14 @@ class WholeSearch:
                     trace
                 )
             self._manager.count_queries('recur', pages.size, pages.size, by_node=True)
-            self._report(broken, served.mode, served.env_ids, served.timesteps)
+            self._guard.report(broken, served.mode, served.env_ids, served.timesteps)
             seconds = time.perf_counter() - start
             self._timings['search'].record(seconds)
             self._timings['step'].record(seconds, problem.simulations)
             yield space.tree
 
     def reanalyze(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
-                  addresses: Tuple[int, ...]) -> Tuple[List[List[int]], List[float]]:
+                  addresses: Tuple[int, ...]) -> Found:
         """Search from states ``[B, E]`` without contexts, some rows at a time; returns visits and values of the roots.
         """
         from .tree import root_values, root_visits
@@ -113,7 +123,7 @@ class WholeSearch:
                 broken = self._search(
                     part, space, network, weights, none, none[:, 0], timesteps[chosen], space.slab, pages, None
                 )
-                self._report(broken, 'reanalysis', range(begin, chosen.stop), timesteps[chosen])
+                self._guard.report(broken, 'reanalysis', range(begin, chosen.stop), timesteps[chosen])
                 visits += root_visits(space.tree)
                 values += root_values(space.tree)
         return visits, values
@@ -129,12 +139,10 @@ class WholeSearch:
         geometry, rows = self._source.geometry, len(tables)
         no_shift = np.zeros((1, geometry.layers, 2, geometry.embed_dim), np.float32)
         shift = no_shift if weights.shift is None else weights.shift.numpy()
-        noise = np.zeros((rows, problem.slots), np.float32)
-        for row, numbers in enumerate(problem.noises or ()):
-            noise[row, :len(numbers)] = numbers
         roots = compiled.Roots(
             np.asarray(problem.rewards, dtype=np.float32), np.asarray(problem.logits, dtype=np.float32),
-            pad_legal(problem.legal, problem.slots), noise, np.float32(problem.noise_weight), tables, counts, timesteps
+            pad_legal(problem.legal, problem.slots), problem.padded_noises(), np.float32(problem.noise_weight), tables,
+            counts, timesteps
         )
         rules, batch = make_rules(**problem.rules), compiled.make_batch(space.tree, network.policy)
         states = compiled.make_states(space.latents, timesteps)
@@ -183,14 +191,6 @@ class WholeSearch:
                 space.scratches.append(new_scratch(network, width))
             tree = type(space.tree)(*(array[:rows] for array in space.tree))
             yield space._replace(tree=tree, scratches=space.scratches[:threads], latents=space.latents[:rows])
-
-    def _report(self, broken: np.ndarray, mode: str, env_ids: Sequence[int], timesteps: np.ndarray) -> None:
-        """Raise an error for predictions with nan or inf, or count them; the search went on with zeros."""
-        if not broken.any():
-            return
-        values = np.where(broken > 0, np.nan, 0.0)[:, None]
-        self._guard.finite(values, 'A reward, value or policy', mode, env_ids, timesteps)
-        self._manager.count_skipped(int(broken.sum() - np.count_nonzero(broken)))  # each prediction counts
 
 
 def _in_threads(given: Sequence[Any], scratches: Sequence[Any], helpers: int, begin: int, end: int, rows: int) -> None:
