@@ -32,8 +32,7 @@ TILINGS = {
 
 @triton.jit
 def _multiply(x, weight, parts, rows, outputs, inputs,
-              ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr,
-              PRECISION: tl.constexpr):
+              ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr):
     """``x [B, K]`` times ``weight [N, K]``, transposed: a part of the sum for each program of the last axis."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -46,7 +45,7 @@ def _multiply(x, weight, parts, rows, outputs, inputs,
         right_mask = (output < outputs)[None, :] & (index < inputs)[:, None]
         left = tl.load(x + row[:, None] * inputs + index[None, :], mask=left_mask, other=0.0)
         right = tl.load(weight + output[None, :] * inputs + index[:, None], mask=right_mask, other=0.0)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        total = tl.dot(left, right, total, input_precision='tf32x3')  # as exact as float32
     place = (part * rows + row)[:, None] * outputs + output[None, :]
     tl.store(parts + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
 
@@ -79,12 +78,15 @@ def _finish(parts, bias, residual, norm_weight, norm_bias, out, normed, rows, ou
 
 def apply(function: Function, x: torch.Tensor) -> torch.Tensor:
     """A function of the model's weights of ``x [B, K]``."""
-    functions = function.functions if isinstance(function, Chain) else (function, )
-    for number, part in enumerate(functions):
-        if isinstance(part, Linear):
-            x = _product(x, part, functions[number + 1:number + 2] == (gelu, ), None, None)[0]
-        elif part is not gelu or not number or not isinstance(functions[number - 1], Linear):
-            x = part(x)
+    functions = list(function.functions if isinstance(function, Chain) else (function, ))
+    while functions:
+        first = functions.pop(0)
+        if not isinstance(first, Linear):
+            x = first(x)
+            continue
+        then_gelu = functions[:1] == [gelu]
+        x, _ = _product(x, first, then_gelu, None, None)
+        del functions[:then_gelu]
     return x
 
 
@@ -106,7 +108,7 @@ def _product(x: torch.Tensor, layer: Linear, then_gelu: bool, residual: Optional
     parts = x.new_empty(tiling.parts, rows, outputs)
     _multiply[(triton.cdiv(outputs, tiling.outputs), triton.cdiv(rows, tiling.rows), tiling.parts)](
         x, layer.weight, parts, rows, outputs, inputs, ROWS=tiling.rows, OUTPUTS=tiling.outputs, INPUTS=tiling.inputs,
-        PARTS=tiling.parts, PRECISION='tf32x3', num_warps=tiling.warps, num_stages=tiling.stages
+        PARTS=tiling.parts, num_warps=tiling.warps, num_stages=tiling.stages
     )
     out = x.new_empty(rows, outputs)
     normed = out if norm is None else torch.empty_like(out)
