@@ -69,6 +69,7 @@ class Option(NamedTuple):
     meaning: str
     check: Optional[Callable[[Any, str], Any]] = None  # returns the value, or raises ConfigError
     choices: Tuple[str, ...] = ()
+    refused: Tuple[Tuple[str, str], ...] = ()  # values that are no choices, with what is said of them
 
     def read(self, value: Any, key: str) -> Any:
         """The value of a config, checked; ``None`` stands for the default."""
@@ -76,22 +77,19 @@ class Option(NamedTuple):
             return self.default
         if self.check is not None:
             return self.check(value, f'{OPTIONS}.{key}')
-        if key == 'type' and value == LIGHTZERO and value not in self.choices:
-            raise ConfigError(
-                f"{PREFIX}.{OPTIONS}.{key}={value!r} is the manager of LightZero's main branch, which is not "
-                "installed: use 'new', or the main branch"
-            )
-        if key == 'backend' and value == 'compile':
-            raise ConfigError(f"{PREFIX}.{OPTIONS}.{key}={value!r} was removed: use 'auto'")
         if not isinstance(value, str) or value not in self.choices:
-            raise ConfigError(f'{PREFIX}.{OPTIONS}.{key}={value!r} is unknown: {nearest(value, self.choices)}')
+            said = [why for refused, why in self.refused if refused == value]
+            why = said[0] if said else f'is unknown: {nearest(value, self.choices)}'
+            raise ConfigError(f'{PREFIX}.{OPTIONS}.{key}={value!r} {why}')
         return value
 
 
 KV_CACHE_CFG: Dict[str, Option] = {
     'type': Option(
         'str', 'new', "manager registered in KV_CACHE_REGISTRY that the flag picks; 'lightzero' is LightZero's own, of "
-        'its main branch', choices=('new', 'old')),
+        'its main branch', choices=('new', 'old'), refused=((
+            LIGHTZERO, "is the manager of LightZero's main branch, which is not installed: use 'new', or the main "
+            'branch'), )),
     'eviction': Option(
         'str', 'fifo', "which entry leaves a full pool: 'fifo', 'lru' or 'priority' (fewest hits); a training evicts "
         'nothing', choices=('fifo', 'lru', 'priority')),
@@ -105,7 +103,7 @@ KV_CACHE_CFG: Dict[str, Option] = {
     'max_memory_mb': Option('float', None, 'upper bound of the page storage, in MiB', _positive_number),
     'backend': Option(
         'str', 'auto', "how a recurrent step is launched: 'eager', 'cudagraph', or 'auto': a CUDA graph on a GPU, "
-        'eager on a CPU', choices=('auto', 'eager', 'cudagraph')),
+        'eager on a CPU', choices=('auto', 'eager', 'cudagraph'), refused=(('compile', "was removed: use 'auto'"), )),
     'search': Option(
         'str', 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call), 'tree' "
         "(LightZero's C++ tree), or 'auto': 'device' where it is served", choices=('auto', 'device', 'tree')),

@@ -64,7 +64,7 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     with contextlib.suppress(ImportError):  # a module that is missing is reported where it is needed
         import_module(import_names(create_config))  # these register a policy of one's own
     policy = POLICY_REGISTRY.get(name)
-    merged = deep_merge_dicts(policy.default_config(), copy.deepcopy(main_config.policy))
+    merged = deep_merge_dicts(policy.default_config(), main_config.policy)
     config = settle(merged, KV_CACHE_REGISTRY, lightzero.simulations_of(merged))
     if config.system == 'new':
         check_policy(name, merged)
