@@ -1,12 +1,12 @@
 """Tensorboard's event files of a training that goes on where an earlier part of it was."""
 import os
-import struct
 from typing import Iterator, Tuple
 
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
 # The length of a record and its checksum before it, and one checksum after it.
-HEADER, FOOTER = struct.Struct('<QI'), 4
+RECORD_FRAME = 8 + 4 + 4
 
 
 def purge(folder: str, train_iter: int) -> int:
@@ -30,13 +30,7 @@ def purge(folder: str, train_iter: int) -> int:
 
 def _events(path: str) -> Iterator[Tuple[int, Event]]:
     """The whole events of a file, each with the place where it begins."""
-    with open(path, 'rb') as file:
-        while True:
-            offset, header = file.tell(), file.read(HEADER.size)
-            if len(header) < HEADER.size:
-                return
-            size = HEADER.unpack(header)[0]
-            record = file.read(size + FOOTER)
-            if len(record) < size + FOOTER:
-                return
-            yield offset, Event.FromString(record[:size])
+    offset = 0
+    for record in RawEventFileLoader(path).Load():
+        yield offset, Event.FromString(record)
+        offset += len(record) + RECORD_FRAME
