@@ -96,6 +96,18 @@ class TestMain:
             with pytest.raises(ConfigError, match=message):
                 checked(**wrong)
 
+    @pytest.mark.parametrize('name', ['UniZeroMTModel', 'SampledUniZeroMTModel'])
+    def test_models_of_several_tasks_are_refused_and_otherwise_lightzeros(self, name, monkeypatch):
+        built = []
+        model = MODEL_REGISTRY.get(name)
+        monkeypatch.setattr(model.__mro__[1], '__init__', lambda self, world_model_cfg: built.append(world_model_cfg))
+        for flag, manager in ((False, 'new'), (True, 'lightzero')):
+            model(world_model_cfg=EasyDict(use_new_cache_manager=flag, kv_cache_cfg=EasyDict(type=manager)))
+        assert len(built) == 2
+        with pytest.raises(ConfigError, match=f'{name} is not served: its contexts and heads belong to tasks'):
+            model(world_model_cfg=EasyDict(use_new_cache_manager=True))
+        assert len(built) == 2
+
     def test_a_table_of_angles_grows_and_no_context_is_lost(self):
         case = Case(rotary=True, max_seq_len=32)
         model = cached_model(case, 2, 3)
@@ -105,5 +117,7 @@ class TestMain:
         play(Batch(model), trace)
         assert len(model.world_model.transformer.freqs_cis) >= 2 * 920
         assert model.world_model.kv_cache_manager.counters()['init']['misses'] == 0
-        with pytest.raises(ValueError, match='a timestep of -1'):
-            play(Batch(model), trace._replace(events=[trace.events[0]._replace(timesteps=[-1, 0])]))
+        roots = [event for event in trace.events if hasattr(event, 'obs')]
+        for event, timesteps, angle in ((roots[0], [-1, 0], -2), (roots[-1], [1, 0], -1)):
+            with pytest.raises(ValueError, match=f'a rotary angle of {angle}, '):
+                play(Batch(model), trace._replace(events=[event._replace(timesteps=timesteps)]))

@@ -52,7 +52,10 @@ def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tens
     """A table of rotary angles that has a first and a last one, where the transformer's has not."""
     table = transformer.freqs_cis
     if first < 0:
-        raise ValueError(f'a timestep of {first // 2}: this LightZero has no rotary angles below 0')
+        raise ValueError(
+            f"a rotary angle of {first}, and this LightZero has none below 0: environments must return a 'timestep', "
+            'which is 0 at the first step of an episode alone'
+        )
     if last < len(table):
         return None
     end = max(last + 1, 2 * len(table))
@@ -95,6 +98,15 @@ def unserved_policy(policy_type: str, cfg: Any) -> Optional[str]:
     if cfg.get('contextual_reanalysis') and (cfg['reanalyze_ratio'] or cfg.get('buffer_reanalyze_freq')):
         return 'policy.contextual_reanalysis=True: roots of reanalyses would have contexts'
     return None
+
+
+def unserved_models() -> Iterator[Tuple[type, str, str]]:
+    """Models that have LightZero's own caching: the class, its registered name, and why the new cache has none."""
+    from lzero.model.sampled_unizero_model_multitask import SampledUniZeroMTModel
+    from lzero.model.unizero_model_multitask import UniZeroMTModel
+    tasks = 'its contexts and heads belong to tasks, and the new cache does not know task_id'
+    yield UniZeroMTModel, 'UniZeroMTModel', tasks
+    yield SampledUniZeroMTModel, 'SampledUniZeroMTModel', tasks
 
 
 def no_caches(world_model: Any) -> None:

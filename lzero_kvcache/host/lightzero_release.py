@@ -61,6 +61,11 @@ def unserved_policy(policy_type: str, cfg: Any) -> Optional[str]:
     return None
 
 
+def unserved_models() -> Iterator[Tuple[type, str, str]]:
+    """Models that have LightZero's own caching: the class, its registered name, and why the new cache has none."""
+    return iter(())
+
+
 def no_caches(world_model: Any) -> None:
     """What code around a world model asks of its caches, where it has none of LightZero's."""
     world_model.past_kv_cache_recurrent_infer = {}

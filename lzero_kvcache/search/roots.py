@@ -45,7 +45,7 @@ class RootInference(Steps):
         manager, mode, env_ids = self._manager, step.mode, step.env_ids
         step.weights = self._source.read(False)
         rows, latent = len(current_obs), self._latents(current_obs)
-        going = np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
+        going = self.going(last_actions, rows)
         contexts, last, missing = self._last_contexts(step, by_key, last_obs, going)
         manager.count_queries('init', int(going.sum()), int(going.sum()) - len(missing))
         before = contexts[0].copy(), contexts[1].copy()

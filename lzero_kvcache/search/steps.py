@@ -1,5 +1,5 @@
 """What every inference over pages needs: the model's steps, and where contexts are begun anew."""
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -59,6 +59,10 @@ class Steps:
     def _angle(self, position: np.ndarray) -> np.ndarray:
         geometry = self.engine.geometry
         return position % geometry.rotary_positions if geometry.rotary else position
+
+    def going(self, last_actions: Sequence[Any], rows: int) -> np.ndarray:
+        """Whether an action led to each root ``[B]``, or an episode starts there."""
+        return np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
 
     def _is_first(self, action: Any) -> bool:
         return not isinstance(action, np.ndarray) if self.engine.geometry.continuous else int(action) == -1
