@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ding.utils import MODEL_REGISTRY
-from lzero.policy import InverseScalarTransform
 from oracle import (
     ORIGINAL_MODELS,
     TOLERANCE,
@@ -26,6 +25,7 @@ from oracle import (
     random_trace,
     randomise,
     relative_error,
+    to_scalar,
 )
 from players import Placed, answers_of
 
@@ -40,8 +40,7 @@ BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discre
 BOTH_WAYS = pytest.mark.parametrize('by_node', [False, True], ids=['keyed', 'by node'])
 
 
-def scalar(logits):
-    return InverseScalarTransform(SUPPORT, 'cpu', True)(logits.softmax(-1))
+scalar = to_scalar(SUPPORT)
 
 
 def largest_error(actual, expected):

@@ -87,7 +87,6 @@ class TestMain:
     def test_policies_that_are_not_served_are_refused(self):
         assert checked().system == 'new'
         for wrong, message in (
-            (dict(policy_type='sampled_unizero'), 'only unizero is served'),
             (dict(policy_type='unizero_multitask'), 'is not a UniZero policy'),
             (dict(obs_type='text'), "obs_type='text'"),
             (dict(kv_cache_cfg=EasyDict(validation='legacy')), "validation='legacy'"),

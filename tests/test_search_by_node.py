@@ -11,7 +11,6 @@ from unittest import mock
 import builders
 import lzero.mcts.tree_search.mcts_ctree as mcts_ctree
 import lzero.mcts.tree_search.mcts_ctree_sampled as mcts_ctree_sampled
-import lzero.policy as lightzero_policy
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,6 @@ from builders import Worker, audit, compiled, make_policy, small_cartpole
 from ding.policy import create_policy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lzero.policy import InverseScalarTransform
 from oracle import (
     ON_MAIN,
     TOLERANCE,
@@ -40,6 +38,7 @@ from oracle import (
     random_trace,
     randomise,
     relative_error,
+    to_scalar,
     worst,
 )
 from players import ByNode
@@ -82,19 +81,14 @@ BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
 # ---------------------------------------------------------------------------------------------------------------------
 
 SUPPORT = 5
-TO_SCALAR = InverseScalarTransform(
-    *((lightzero_policy.DiscreteSupport(-SUPPORT, SUPPORT + 1, 1),) if ON_MAIN else (SUPPORT, 'cpu')), True
-)
+TO_SCALAR = to_scalar(SUPPORT)
 
 
 def for_search(answer):
     """What a search makes of a keyed answer: no latent states, value and reward as scalars."""
     if 'reward' not in answer:
         return answer
-    # As probabilities, since the released LightZero takes logits that happen to sum up to 1 for such.
-    parts = [answer[name] if ON_MAIN else answer[name].softmax(-1) for name in ('value', 'reward')]
-    value, reward = map(TO_SCALAR, parts)
-    return dict(policy=answer['policy'], value=value, reward=reward)
+    return dict(policy=answer['policy'], value=TO_SCALAR(answer['value']), reward=TO_SCALAR(answer['reward']))
 
 
 def error_of(name, actual, expected):
@@ -311,7 +305,7 @@ class Shadowed:
         keyed, module, name, _ = KEYED[self.kind]
         recorded = RecordingTree(getattr(module, name))
         with mock.patch.object(type(self.search_by_node), 'tree', recorded):
-            self.search_by_node.search(roots, model, latent_state_roots, to_play, timestep)
+            found = self.search_by_node.search(roots, model, latent_state_roots, to_play, timestep)
         replayed = ReplayedTree(recorded)
         with mock.patch.object(module, name, replayed):
             keyed(self.search_by_node._cfg).search(
@@ -324,6 +318,7 @@ class Shadowed:
                 scale = max(1., np.abs(expected).max())
                 self.differ = max(self.differ, np.abs(np.asarray(actual) - np.asarray(expected)).max() / scale)
         self.searches += 1
+        return found
 
 
 class TestSearches:
@@ -385,7 +380,7 @@ class TestScalars:
             rewards, values = torch.randn(2, 64, 1, 2 * support + 1, generator=generator) * spread
             policy = torch.randn(64, 1, 3, generator=generator)
             packed = engine.for_search(weights, StepOutput(policy, policy, rewards, policy, values))
-            transform = InverseScalarTransform(support, 'cpu', True)
+            transform = to_scalar(support)
             expected = torch.cat([transform(rewards[:, 0]), transform(values[:, 0]), policy[:, 0]], dim=1)
             torch.testing.assert_close(packed, expected, rtol=1e-4, atol=2e-4)
 

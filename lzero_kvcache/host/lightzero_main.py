@@ -9,13 +9,16 @@ from torch import nn
 
 NAME = 'main branch'
 SIGN = 'a block of its transformer has a feed_forward'
-SERVED = 'UniZero with discrete actions; its own new manager with the old searches'
+SERVED = 'UniZero and Sampled UniZero; its own new manager with the old searches'
 
 RECURRENT_SLOTS = 'shared_pool_size_recur'
 """Attribute of a world model that says how many contexts its recurrent pool has."""
 
 KEEPS_REANALYSES = True
 """Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
+
+INDEX_FOR_DEPTH = False
+"""Whether the sampled search has a node's index in the search path for its depth."""
 
 COMPUTES_TARGETS = False
 """Whether the engine computes what a replay buffer asks of the target model."""
@@ -85,8 +88,6 @@ def unserved_of(world_model: Any) -> Iterator[str]:
 
 def unserved_policy(policy_type: str, cfg: Any) -> Optional[str]:
     """Why a policy cannot have the new cache."""
-    if policy_type != 'unizero':
-        return f'create_config.policy.type={policy_type!r}: of this LightZero only unizero is served'
     if cfg['model']['world_model_cfg'].get('obs_type') == 'text':
         return "policy.model.world_model_cfg.obs_type='text': its searches must return latent states to be decoded"
     if (cfg['model']['world_model_cfg'].get('kv_cache_cfg') or {}).get('validation') == 'legacy':
@@ -137,6 +138,9 @@ def environments_of(ready: Any) -> List[int]:
 def hand_rows(policy: Any, mode: str, env_ids: Sequence[int], observations: torch.Tensor, actions: List[Any]) -> None:
     """Give a policy the last observations and actions of the rows of its next batch. Those of a batch that is as large
     as all environments it picks by environment, others it takes as they are."""
+    if hasattr(policy, 'last_batch_obs'):  # Sampled UniZero's are rows of a batch
+        policy.last_batch_obs, policy.last_batch_action = observations, actions
+        return
     everybody = policy.collector_env_num if mode == 'collect' else policy.evaluator_env_num
     if len(env_ids) == everybody:
         order = np.argsort(env_ids).tolist()

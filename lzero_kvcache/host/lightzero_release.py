@@ -14,6 +14,9 @@ RECURRENT_SLOTS = 'shared_pool_size'
 KEEPS_REANALYSES = False
 """Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
 
+INDEX_FOR_DEPTH = True
+"""Whether the sampled search has a node's index in the search path for its depth."""
+
 COMPUTES_TARGETS = True
 """Whether the engine computes what a replay buffer asks of the target model."""
 

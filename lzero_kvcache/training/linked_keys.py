@@ -21,7 +21,8 @@ NEEDED_COPIES: Tuple[Tuple[str, ...], ...] = (
 COPIES: Tuple[Tuple[str, ...], ...] = (
     ('policy.collector_env_num', WM + 'collector_env_num'),
     ('policy.evaluator_env_num', WM + 'evaluator_env_num'),
-    ('policy.num_simulations', WM + 'num_simulations'),
+    ('policy.num_simulations', WM + 'num_simulations', 'policy.collect_num_simulations',
+     'policy.eval_num_simulations'),
     ('policy.model.continuous_action_space', WM + 'continuous_action_space', 'env.continuous'),
     ('policy.model.num_of_sampled_actions', WM + 'num_of_sampled_actions'),
     ('policy.model.norm_type', WM + 'norm_type'),
