@@ -3,6 +3,7 @@
 Tests of one of them are skipped with the other.
 """
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -14,9 +15,16 @@ from oracle import ON_MAIN, ORIGINAL_MODELS, Batch, Case, cached_model, construc
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 from lzero_kvcache import KV_CACHE_REGISTRY, CacheConfig, ConfigError, check_config
+from lzero_kvcache.training import make_plan
+from lzero_kvcache.training.plan import set_cache
+from lzero_kvcache_options import main
 
 on_main = pytest.mark.skipif(not ON_MAIN, reason="of LightZero's main branch")
 on_release = pytest.mark.skipif(ON_MAIN, reason='of the released LightZero')
+SMALL = (
+    'env.collector_env_num=2', 'env.evaluator_env_num=1', 'policy.num_simulations=2', 'policy.batch_size=2',
+    'policy.update_per_collect=3', 'policy.model.world_model_cfg.embed_dim=32',
+)
 SYSTEMS = {'old': (False, 'new'), 'lightzero': (True, 'lightzero'), 'new': (True, 'new')}
 
 
@@ -34,8 +42,38 @@ def test_the_released_one_has_no_manager_of_its_own():
         CacheConfig.read(dict(use_new_cache_manager=True, kv_cache_cfg=dict(type='lightzero')), KV_CACHE_REGISTRY)
 
 
+@on_release
+def test_nor_can_it_be_trained_with(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in ('train', 'experiment'):
+        assert main([command, '--config', 'config_new', '--cache', 'lightzero']) == 2
+        said, = capfd.readouterr().err.splitlines()
+        assert "kv_cache_cfg.type='lightzero' is the manager of LightZero's main branch, which is not installed" in said
+
+
 @on_main
 class TestMain:
+
+    def test_an_option_picks_one_of_three(self):
+        plans = [make_plan('config_new', cache=cache) for cache in ('old', 'lightzero', 'new')]
+        for plan, system in zip(plans, ('old', 'lightzero', 'new')):
+            assert check_config(plan.main_config, plan.create_config).system == system
+            assert plan.main_config.exp_name == f'data_unizero/cartpole_{system}_seed0'
+        set_cache('new', plans[1].main_config, plans[1].create_config)
+        assert check_config(plans[1].main_config, plans[1].create_config).system == 'new'
+
+    @pytest.mark.slow
+    def test_an_experiment_trains_and_compares_all_three(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        command = ['experiment', '--config', 'config_new', '--cache', *SYSTEMS, '--seeds', '0', '--out', 'e',
+                   '--max-env-step', '60', '--device', 'cpu', '--threads', '1', '--set', *SMALL]
+        assert main(command) == 0
+        compared = json.loads((tmp_path / 'e' / 'compare.json').read_text())
+        assert [side['name'] for side in compared['sides']] == ['old', 'lightzero', 'new']
+        assert main(command) == 0  # nothing is trained again
+        summaries = [json.loads((tmp_path / 'e' / f'{cache}_seed0' / 'summary.json').read_text()) for cache in SYSTEMS]
+        assert [summary['cache'] for summary in summaries] == list(SYSTEMS)
+        assert all(summary['train_iter'] > 0 for summary in summaries)
 
     @pytest.mark.parametrize('system', SYSTEMS)
     def test_the_flag_and_the_type_pick_one_of_three(self, system):
