@@ -97,7 +97,8 @@ def our_configs() -> Dict[str, str]:
 def lightzero_configs() -> Dict[str, str]:
     """The UniZero configs of LightZero's zoo by name, wherever it is installed."""
     paths = sorted((_package('lzero').parent / 'zoo').rglob('*_config.py'))
-    return {LIGHTZERO + path.stem: str(path) for path in paths if 'unizero' in path.read_text(encoding='utf-8')}
+    return {LIGHTZERO + path.stem: str(path) for path in paths
+            if not path.stem.startswith('test_') and 'unizero' in path.read_text(encoding='utf-8')}
 
 
 def find_config(name: str) -> str:

@@ -133,15 +133,19 @@ class TestMain:
             with pytest.raises(ConfigError, match=message):
                 checked(**wrong)
 
-    @pytest.mark.parametrize('name', ['UniZeroMTModel', 'SampledUniZeroMTModel'])
-    def test_models_of_several_tasks_are_refused_and_otherwise_lightzeros(self, name, monkeypatch):
+    @pytest.mark.parametrize(('name', 'why'), [
+        ('UniZeroMTModel', 'its contexts and heads belong to tasks'),
+        ('SampledUniZeroMTModel', 'its contexts and heads belong to tasks'),
+        ('UniZeroPPOModel', 'its policy, unizero_ppo, does not tell whose rows'),
+    ])
+    def test_other_models_refuse_the_flag_and_are_otherwise_lightzeros(self, name, why, monkeypatch):
         built = []
         model = MODEL_REGISTRY.get(name)
         monkeypatch.setattr(model.__mro__[1], '__init__', lambda self, world_model_cfg: built.append(world_model_cfg))
         for flag, manager in ((False, 'new'), (True, 'lightzero')):
             model(world_model_cfg=EasyDict(use_new_cache_manager=flag, kv_cache_cfg=EasyDict(type=manager)))
         assert len(built) == 2
-        with pytest.raises(ConfigError, match=f'{name} is not served: its contexts and heads belong to tasks'):
+        with pytest.raises(ConfigError, match=f'{name} is not served: {why}'):
             model(world_model_cfg=EasyDict(use_new_cache_manager=True))
         assert len(built) == 2
 

@@ -105,9 +105,11 @@ def unserved_models() -> Iterator[Tuple[type, str, str]]:
     """Models that have LightZero's own caching: the class, its registered name, and why the new cache has none."""
     from lzero.model.sampled_unizero_model_multitask import SampledUniZeroMTModel
     from lzero.model.unizero_model_multitask import UniZeroMTModel
+    from lzero.model.unizero_ppo_model import UniZeroPPOModel
     tasks = 'its contexts and heads belong to tasks, and the new cache does not know task_id'
     yield UniZeroMTModel, 'UniZeroMTModel', tasks
     yield SampledUniZeroMTModel, 'SampledUniZeroMTModel', tasks
+    yield UniZeroPPOModel, 'UniZeroPPOModel', 'its policy, unizero_ppo, does not tell whose rows it asks for'
 
 
 def no_caches(world_model: Any) -> None:

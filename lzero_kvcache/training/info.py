@@ -105,6 +105,7 @@ def of_zoo() -> Rows:
     """Our configs and LightZero's for UniZero: which extra each needs, and what is missing here."""
     rows: Rows = []
     extras: Dict[str, str] = {}  # by the type of the environment; LightZero's configs need what ours do
+    tried: Dict[Any, Optional[ConfigError]] = {}
     for name, path in {**our_configs(), **lightzero_configs()}.items():
         extra = 'unknown'
         try:
@@ -114,7 +115,24 @@ def of_zoo() -> Rows:
                     needed = re.search(r'^Install: .*\[(\w+)\]', file.read(), re.MULTILINE)
                 extra = extras.setdefault(plan.create_config.env.type, f'extra {needed[1]}' if needed else 'no extra')
                 entries.try_environment(plan.main_config, plan.create_config)
+                _try_model(plan, tried)
             rows.append((name, f'{extra}: installed'))
         except ConfigError as error:
             rows.append((name, f'{extra}: {error}'))
     return rows
+
+
+def _try_model(plan: Plan, tried: Dict[Any, Optional[ConfigError]]) -> None:
+    """Build a model of each kind once, since LightZero may fail in it."""
+    model = plan.main_config.policy.model.world_model_cfg
+    kind = plan.create_config.policy.type, model.get('obs_type'), model.get('continuous_action_space')
+    if kind not in tried:
+        tried[kind] = None
+        set_device('cpu', plan.main_config)
+        try:
+            entries.build_policy(plan.main_config, plan.create_config)
+        except ConfigError as error:
+            tried[kind] = error
+    fault = tried[kind]
+    if fault is not None:
+        raise fault
