@@ -24,8 +24,9 @@ CASES = pytest.mark.parametrize('case, rules', [
     (Case(rotary=True), {}),
     (Case(context_length=6, num_layers=1, num_heads=4), dict(two_players=True)),
     (Case(rotary=True, continuous=True), dict(sampled=True, continuous=True)),
+    (Case(rotary=True, sampled=True), dict(sampled=True, index_for_depth=True)),
     (Case(sampled=True), dict(sampled=True)),
-], ids=['rotary', 'learned, two players', 'continuous', 'sampled discrete'])
+], ids=['rotary', 'learned, two players', 'continuous', 'by index', 'sampled discrete'])
 
 
 class Root(NamedTuple):
@@ -89,7 +90,7 @@ def search_by_steps(root: Root) -> Tree:
             if rules.sampled:
                 actions = tree.draws[rows, parents, tree.action]
                 actions = actions if rules.continuous else actions.astype(np.int64)
-            predicted = expand(simulation, parents, rows, actions, parents if rules.sampled else tree.depth)
+            predicted = expand(simulation, parents, rows, actions, parents if rules.index_for_depth else tree.depth)
             reward, value, policy = (np.ascontiguousarray(part) for part in np.split(predicted, [1, 2], axis=1))
             backup_rows(tree, rules, key, simulation, reward[:, 0], value[:, 0], policy, 0, ROWS)
     return tree
