@@ -30,7 +30,7 @@ from oracle import (
 from players import Placed, answers_of
 
 from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
-from lzero_kvcache.engine import launch, packing
+from lzero_kvcache.engine import graphs, launch, packing
 from lzero_kvcache.engine.step import SHORT_WINDOW, _attend_elementwise
 from lzero_kvcache.host import weights as layouts
 
@@ -135,8 +135,7 @@ def captured(monkeypatch):
         host = torch.from_numpy(np.repeat(column, rows, axis=1))
         sent, held = host.clone(), None if action is None else torch.zeros_like(action)
         graphs.append(StandIn(self, slab, sent, held))
-        self.memory_mb += 1.
-        return launch._Graph(graphs[-1], host, Copied(), sent, held, graphs[-1].result)
+        return launch._Graph(graphs[-1].replay, host, Copied(), sent, held, graphs[-1].result, 1.)
 
     monkeypatch.setattr(launch.CudaGraphBackend, '_capture', capture)
     return graphs
@@ -342,7 +341,7 @@ class TestReplays:
         assert backend is not model.world_model.inference.backend
         assert backend.source.addresses() == target.world_model.weights_source.addresses()
         assert backend.source.addresses() != model.world_model.weights_source.addresses()
-        assert not backend._graphs
+        assert not backend.graphs.kept
         assert backend.memory_mb == 0
         with torch.no_grad():
             for parameter in model.parameters():
@@ -377,7 +376,7 @@ def warnings_of(lines):
 class TestGivingUp:
 
     def test_storage_that_moves_every_time(self, captured, monkeypatch, lines):
-        monkeypatch.setattr(launch, 'MAX_MOVES', 3)
+        monkeypatch.setattr(graphs, 'MAX_MOVES', 3)
         steps = Steps()
         for number in range(6):
             assert steps.step(), number
@@ -417,7 +416,7 @@ class TestGivingUp:
         expected = answers_of(cached_model(case, 2, SEED, **cfg('eager')), trace)
         assert largest_error(answers_of(model, trace), expected) == 0
         assert not warnings_of(lines)
-        assert not model.world_model.inference.backend._graphs
+        assert not model.world_model.inference.backend.graphs.kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -500,7 +499,7 @@ class TestOnGPU:
         model = on_cuda(case, 4, 'cudagraph')
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
         before = answers_of(model, trace, by_node)
-        graphs = dict(model.world_model.inference.backend._graphs)
+        graphs = dict(model.world_model.inference.backend.graphs.kept)
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
@@ -510,7 +509,7 @@ class TestOnGPU:
         other.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
         assert largest_error(after, answers_of(other, trace, by_node)) <= TOLERANCE
         assert largest_error(after, before) > 1e-2
-        assert model.world_model.inference.backend._graphs == graphs
+        assert model.world_model.inference.backend.graphs.kept == graphs
 
     @BOTH_WAYS
     def test_storage_that_moves(self, by_node, monkeypatch):
@@ -527,14 +526,14 @@ class TestOnGPU:
         model.world_model.forget()
         other.world_model.forget()
         assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
-        assert model.world_model.inference.backend._moves == 1
+        assert model.world_model.inference.backend.graphs.moves == 1
         manager = model.world_model.kv_cache_manager
         held.append(manager.storage.slab.data)
         manager._pages.grow(manager.page_capacity + 100)
         model.world_model.forget()
         other.world_model.forget()
         assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
-        assert model.world_model.inference.backend._moves == 2
+        assert model.world_model.inference.backend.graphs.moves == 2
 
     @BOTH_WAYS
     def test_smaller_batches(self, by_node):
@@ -545,14 +544,14 @@ class TestOnGPU:
             model.world_model.forget()
             expected = answers_of(cached_model(case, rows, SEED, **cfg('eager')), trace, by_node)
             assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE
-        assert len(model.world_model.inference.backend._graphs) == 1
+        assert len(model.world_model.inference.backend.graphs.kept) == 1
 
     def test_no_graph_where_dropout_is_live(self):
         case = Case()
         trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=1, simulations=3)
         model = on_cuda(case, 2, 'cudagraph').train()
         answers_of(model, trace)
-        assert not model.world_model.inference.backend._graphs
+        assert not model.world_model.inference.backend.graphs.kept
 
     @pytest.mark.parametrize('rows', [1, 31, 40, 256])
     @pytest.mark.parametrize('length', [1, 7, 64])

@@ -63,7 +63,7 @@ def _attend(qkv, slab, tables, counts, positions, moved, out, layer, scale, rows
             shift = moved + (tl.load(positions + row) * LAYERS + layer) * 2 * embed + head * SIZE + d
             key += tl.load(shift, mask=there, other=0.)
             value += tl.load(shift + embed, mask=there, other=0.)
-        score = tl.sum(query * key, 0)
+        score = tl.where(count > 0, tl.sum(query * key, 0), -float('inf'))  # there is none where an episode begins
         higher = tl.maximum(top, score)
         old, new = tl.exp(top - higher), tl.exp(score - higher)
         top, total, mixed = higher, old + new, mixed * old + value * new

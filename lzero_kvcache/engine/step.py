@@ -105,8 +105,8 @@ class Engine:
         A count of 0 starts a context, and its action is not looked at. ``positions [2, B]`` are those of both tokens.
         The observation is ``latent [B, E]``, and no reward is predicted; or without it the predicted observation.
         """
-        if latent is None and weights.captured and slab.data is not None and slab.data.is_cuda and has_triton():
-            return self.simulate(weights, slab, tables, counts, action, positions)
+        if weights.captured and slab.data is not None and slab.data.is_cuda and has_triton():
+            return self.simulate(weights, slab, tables, counts, action, positions, latent)
         window = slab.read(tables, self.window.room(slab, tables.numel()))
         last = window.shape[1] - 1
         if weights.shift is not None:
@@ -119,16 +119,17 @@ class Engine:
         return output
 
     def simulate(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
-                 positions: torch.Tensor) -> StepOutput:
-        """:meth:`step` with the predicted observation and without a window: Triton reads pages where they are."""
+                 positions: torch.Tensor, latent: Optional[torch.Tensor] = None) -> StepOutput:
+        """:meth:`step` without a window: Triton reads pages where they are."""
         from .products import apply
 
-        token = weights.embed_action(action)
+        token, rewards = weights.embed_action(action), None
         x = self._over_pages(weights, slab, tables, counts, positions, 0, token)
-        rewards, latent = apply(weights.rewards, x), apply(weights.observations, x)
+        if latent is None:
+            rewards, latent = apply(weights.rewards, x).unsqueeze(1), apply(weights.observations, x)
         x = self._over_pages(weights, slab, tables, counts, positions, 1, latent)
-        parts = x, latent, rewards, apply(weights.policy, x), apply(weights.value, x)
-        return StepOutput(*(part.unsqueeze(1) for part in parts))
+        policy, value = apply(weights.policy, x), apply(weights.value, x)
+        return StepOutput(x.unsqueeze(1), latent.unsqueeze(1), rewards, policy.unsqueeze(1), value.unsqueeze(1))
 
     def _over_pages(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor,
                     positions: torch.Tensor, part: int, x: torch.Tensor) -> torch.Tensor:
@@ -268,6 +269,13 @@ class Engine:
             padded[:, 0, :, :slots - 1].masked_fill_(hidden, float('-inf'))
             self._masks[slots, device] = masks = (padded[:, :, :1].contiguous(), padded[:, :, 1:].contiguous())
         return masks
+
+
+def checksum(output: StepOutput) -> torch.Tensor:
+    """A sum ``[B, 1]`` that is finite where reward, value and policy are. If these are finite, so are the keys and
+    values that they were computed with."""
+    parts = output.logits_rewards, output.logits_value, output.logits_policy
+    return torch.cat([part for part in parts if part is not None], dim=-1).sum(-1)
 
 
 def has_triton() -> bool:

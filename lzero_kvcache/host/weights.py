@@ -1,6 +1,6 @@
 """LightZero's transformer and heads, laid out for the engine; read anew for each search."""
 import functools
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -108,12 +108,17 @@ def _heads(world_model: Any) -> Tuple[Any, Any, Any, Any]:
 
 
 def _addresses(world_model: Any) -> Tuple[int, ...]:
-    modules = [world_model.transformer, world_model.act_embedding_table, *_heads(world_model)]
+    modules = [world_model.tokenizer.encoder, world_model.transformer, world_model.act_embedding_table]
+    modules += _heads(world_model)
     if not world_model.config.rotary_emb:
         modules.append(world_model.pos_emb)
-    return tuple(
-        tensor.data_ptr() for module in modules for group in (module.parameters(), module.buffers()) for tensor in group
-    )
+    # PyTorch's own way to parameters makes their names, too, which takes four times as long.
+    tensors: List[Optional[torch.Tensor]] = []
+    while modules:
+        module = modules.pop()
+        tensors += [*module._parameters.values(), *module._buffers.values()]
+        modules += [part for part in module._modules.values() if part is not None]
+    return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
 
 def _device(world_model: Any) -> torch.device:

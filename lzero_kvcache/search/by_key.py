@@ -7,12 +7,12 @@ import torch
 
 from ..cache.manager import COLLECT
 from ..cache.pages import Lease, extend
-from ..engine.step import StepOutput
+from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
 from ..engine.weights import Weights
 from .keys import hash_rows
 from .served import Served
-from .steps import Steps, checksum, zero_for_nan
+from .steps import Steps, zero_for_nan
 from .timesteps import reanalysis_timesteps_of, steps_after, timesteps_of
 
 

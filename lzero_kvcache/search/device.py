@@ -15,7 +15,7 @@ import torch
 from ..cache.base import PagedCacheManager
 from ..cache.pages import SCRATCH_PAGE
 from ..cache.stats import Timing
-from ..engine.launch import MAX_MOVES
+from ..engine.graphs import MAX_MOVES
 from ..engine.slab import MIB, Slab
 from ..engine.step import Engine
 from ..engine.store import PageStore

@@ -3,6 +3,7 @@ roots when a step ends, fails or is abandoned."""
 import threading
 from collections import deque
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Callable, Deque, Hashable, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
@@ -10,17 +11,18 @@ import torch
 
 from ..cache.base import CURRENT, PagedCacheManager
 from ..cache.pages import Lease, Rows
+from ..engine.weights import Weights
 
 
 class Served:
     """A step of some environments: their root inference, and the search that follows it. It owns its roots' pages."""
 
-    def __init__(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...], lease: Lease, trace: Any) -> None:
-        self.mode, self.env_ids = mode, env_ids
+    def __init__(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...], lease: Lease, trace: Any,
+                 read: Callable[[bool], Weights]) -> None:
+        self.mode, self.env_ids, self._read = mode, env_ids, read
         self.addresses = addresses  # of the weights
         self.lease = lease
         self.trace = trace  # what its validation notes; or None
-        self.weights: Any = None  # as the root inference read them: nobody changes them inside a search
         self.roots: Optional[Rows] = None
         self.before: Optional[Rows] = None  # the environments' roots before this step
         self.superseded: Set[int] = set()  # environments whose root is no longer of this step
@@ -29,6 +31,11 @@ class Served:
         self.latents: Optional[torch.Tensor] = None  # [B, E], of the roots
         self.keys: Optional[Tuple[List[int], List[Hashable]]] = None  # environments and keys, if searched by key
         self.searches = 0  # how many by node are running
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The model's, read once: nobody changes them inside a step."""
+        return self._read(False)
 
     def check_rows(self, rows: int) -> None:
         if len(self.env_ids) != rows:
@@ -48,8 +55,8 @@ class _Open(threading.local):
 class OpenSteps:
     """The steps of one model that are being served."""
 
-    def __init__(self, manager: PagedCacheManager, validator: Any) -> None:
-        self._manager, self._validator = manager, validator
+    def __init__(self, manager: PagedCacheManager, validator: Any, read: Callable[[bool], Weights]) -> None:
+        self._manager, self._validator, self._read = manager, validator, read
         self._open = _Open()
         self._abandoned: Deque[Served] = deque()  # steps that were entered and never left
 
@@ -65,7 +72,7 @@ class OpenSteps:
             raise ValueError(f'an environment has two rows: {env_ids}')
         self.end_abandoned()
         trace = None if self._validator is None else self._validator.open(mode, env_ids)
-        served = Served(mode, env_ids, addresses, self._manager.lease(), trace)
+        served = Served(mode, env_ids, addresses, self._manager.lease(), trace, self._read)
         steps = self.steps
         steps.append(served)
         try:

@@ -10,8 +10,9 @@ from ..cache.stats import Timing
 from ..config import CacheConfig
 from ..engine.launch import Result, make_backend
 from ..engine.packing import pack
+from ..engine.root_graph import RootGraphs
 from ..engine.slab import MIB
-from ..engine.step import Engine, StepOutput
+from ..engine.step import Engine
 from ..engine.store import PageStore
 from ..engine.weights import Source, Weights
 from .guard import NanGuard
@@ -26,10 +27,11 @@ class Steps:
         self.engine = Engine(source.geometry)
         self.backend = make_backend(options.backend, self.engine, source, SCRATCH_PAGE)
         self.timings = {'search': Timing(), 'step': Timing()}
-        self.open = OpenSteps(manager, validator)
+        self.open = OpenSteps(manager, validator, source.read)
         self._source, self._encode, self._manager, self._store = source, encode, manager, store
+        self._root_graphs = RootGraphs(self.engine, source, encode, SCRATCH_PAGE)
         self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
-        store.beside += [self.backend, _WindowMemory(self.engine)]
+        store.beside += [self.backend, self._root_graphs, _WindowMemory(self.engine)]
 
     def _begin_anew(self, lease: Lease, rows: Rows, lost: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Give rows whose contexts are lost a page each. Returns what it takes to begin them there in one forward: the
@@ -77,13 +79,6 @@ class _WindowMemory:
     @property
     def memory_mb(self) -> float:
         return self._engine.window.bytes / MIB
-
-
-def checksum(output: StepOutput) -> torch.Tensor:
-    """A sum ``[B, 1]`` that is finite where reward, value and policy are. If these are finite, so are the keys and
-    values that they were computed with."""
-    parts = output.logits_rewards, output.logits_value, output.logits_policy
-    return torch.cat([part for part in parts if part is not None], dim=-1).sum(-1)
 
 
 def zero_for_nan(part: torch.Tensor) -> torch.Tensor:
