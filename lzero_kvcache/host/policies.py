@@ -20,7 +20,6 @@ from easydict import EasyDict
 from lzero.policy import utils as lightzero_utils
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
-from scipy.special import entr
 from scipy.stats import entropy as scipy_entropy
 
 from ..cache.manager import COLLECT, EVAL, KVCacheManager
@@ -209,9 +208,11 @@ def _timed(function: Callable[..., Any], timing: Timing) -> Callable[..., Any]:
 
 
 def entropy(pk: Sequence[float], base: float) -> float:
-    """The same number as ``scipy.stats.entropy``, without the checks around it, which take many times as long."""
-    probabilities = np.asarray(pk)
-    return entr(probabilities / probabilities.sum()).sum() / math.log(base)
+    """What ``scipy.stats.entropy`` gives, but for the last digit: a few numbers take Python a quarter of its time."""
+    numbers = np.asarray(pk, dtype=float).tolist()
+    total = sum(numbers)
+    shares = [number / total for number in numbers]
+    return -sum(share * math.log(share) for share in shares if share) / math.log(base)
 
 
 def _with_quick_entropy(forward: Callable[..., Any]) -> Callable[..., Any]:
