@@ -12,6 +12,7 @@ from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
 from ..config import CacheConfig
 from ..engine.compiling import why_not_compiled
+from ..engine.encoder_graph import EncoderGraph
 from ..engine.launch import picked
 from ..engine.sequence import observe
 from ..engine.slab import Slab
@@ -32,6 +33,9 @@ from .refused import check_served
 from .weights import source_of
 
 logger = logging.getLogger(__name__)
+
+ENCODED = 128
+"""Observations of a training batch that a GPU encodes at once."""
 
 
 class NewWorldModel(LightZeroWorldModel):
@@ -69,6 +73,8 @@ class NewWorldModel(LightZeroWorldModel):
             self.weights_source, self.tokenizer.encode_to_obs_embeddings, self.kv_cache_manager, self._storage, options,
             self.validator, partial(read_network, self)
         )
+        self.encoder_graph = EncoderGraph(self.tokenizer.encoder, ENCODED)
+        self._storage.beside.append(self.encoder_graph)
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
