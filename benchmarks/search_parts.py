@@ -72,7 +72,7 @@ def main() -> None:
             fill({'new': policy}, envs, args.context // 2 + 1)
             step, search = parts_of_a_step(policy, envs, 8 * args.repeats)
         assert search, 'searches are not in arrays: the log says why'
-        network, _ = policy._model.world_model.inference._whole._network[0]
+        network, _ = policy._model.world_model.inference._whole._model._network[0]
         weights = sum(times * inputs * outputs for times, _, _, inputs, outputs in products(network))
         floor = 2e-6 * envs * weights / args.gflops
         simulation = parts_of_a_simulation(policy, network, search[-1], envs, 20 * args.repeats)

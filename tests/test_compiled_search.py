@@ -10,7 +10,7 @@ from oracle import Case, cached_model
 
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.team import FINISHED
-from lzero_kvcache.search import compiled, tree, whole
+from lzero_kvcache.search import compiled, compiled_model, tree
 from lzero_kvcache.search.tree import Tree, make_key, make_rules, make_tree, pad_legal, root_values, root_visits
 from lzero_kvcache.search.whole import Problem
 
@@ -146,10 +146,10 @@ def test_threads_share_the_products_of_a_wide_model(root: Root, monkeypatch: pyt
             helped.append((threading.current_thread(), worker, int(team[FINISHED])))
 
     monkeypatch.setattr(compiled, 'help_search', noted)
-    monkeypatch.setattr(whole, 'LEAST_ROWS', ROWS)
+    monkeypatch.setattr(compiled_model, 'LEAST_ROWS', ROWS)
     torch.set_num_threads(3)
     assert found(root) == alone and helped == []
-    monkeypatch.setattr(whole, 'LEAST_COLUMNS', 10)
+    monkeypatch.setattr(compiled_model, 'LEAST_COLUMNS', 10)
     assert found(root) == alone
     torch.set_num_threads(1)
     assert sorted(worker for _, worker, _ in helped) == [1, 2] and len({thread for thread, *_ in helped}) == 2
@@ -166,8 +166,8 @@ def test_who_helps_out_leaves_a_search_that_fails(root: Root, monkeypatch: pytes
         raise Broken
 
     before = found(root)
-    monkeypatch.setattr(whole, 'LEAST_ROWS', ROWS)
-    monkeypatch.setattr(whole, 'LEAST_COLUMNS', 10)
+    monkeypatch.setattr(compiled_model, 'LEAST_ROWS', ROWS)
+    monkeypatch.setattr(compiled_model, 'LEAST_COLUMNS', 10)
     torch.set_num_threads(2)
     with monkeypatch.context() as meanwhile, pytest.raises(Broken):
         meanwhile.setattr(compiled, 'search_rows', broken)

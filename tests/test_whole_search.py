@@ -26,7 +26,7 @@ from lzero_kvcache import KVCacheManager
 from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.host.tree_search import _NodeSearch
 from lzero_kvcache.search import compiled as compiled_search
-from lzero_kvcache.search import tree, whole
+from lzero_kvcache.search import compiled_model, tree
 from lzero_kvcache.search.whole import WholeSearch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
@@ -581,7 +581,7 @@ def test_copies_of_a_model_have_arrays_and_weights_of_their_own(copied):
     player.step(ALL)
     model = copied(policy._model._orig_mod)
     assert model.world_model.inference._whole._spaces.memory_mb == 0 < spaces_of(policy).memory_mb
-    assert model.world_model.inference._whole._network is None  # or it would hold weights of the other
+    assert model.world_model.inference._whole._model._network is None  # or it would hold weights of the other
     other._model = other._collect_model = model
     add_noise(policy._model)  # which is not seen by the copy
     other._mcts_collect._searches = 0
@@ -645,7 +645,7 @@ def broken_at(function, calls):
 ], ids=['a thread', 'all threads', 'the slab', 'pages', 'a lease', 'a count', 'the look at predictions'])
 def test_nothing_is_left_of_a_search_that_fails(name, owner, calls, monkeypatch):
     """The same step again finds what it would have found."""
-    monkeypatch.setattr(whole, 'LEAST_ROWS', 1)
+    monkeypatch.setattr(compiled_model, 'LEAST_ROWS', 1)
     torch.set_num_threads(3)
     policy, unbroken = make(rotary=False), make(rotary=False)
     player, other = Player(policy), Player(unbroken)
@@ -732,7 +732,7 @@ def test_a_replay_sees_a_weight_that_is_not_the_models():
     player = Player(policy)
     player.step(ALL)
     search = world_model_of(policy).inference._whole
-    (network, _), _ = search._network
+    (network, _), _ = search._model._network
     bias = torch.ones(network.rewards[-1, 2])
     bias[:3] = -5
     network.rewards[-1, 4] = bias.data_ptr()

@@ -120,6 +120,7 @@ class Source(NamedTuple):
     """Where an engine's caller gets weights from."""
     geometry: Geometry
     read: Callable[[bool], Weights]  # given whether they are for a CUDA graph, where launches cost little
+    shift: Callable[[], Optional[torch.Tensor]]  # that of the weights as they are now
     addresses: Callable[[], Tuple[int, ...]]  # changes when the storage of a weight moves
     device: Callable[[], torch.device]
     is_training: Callable[[], bool]

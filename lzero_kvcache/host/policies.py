@@ -144,10 +144,11 @@ class KVCachePolicy:
                     forward: 'functools.partial[Dict[int, Any]]') -> Dict[int, Any]:
         world_model = self._model.world_model
         lightzero.hand_rows(self, mode, env_ids, *self._environments.rows(mode, env_ids, observations))
-        with world_model.serving(mode, env_ids) as served, self._in_the_middle_of(served):
-            mcts = self._mcts_collect if mode == COLLECT else self._mcts_eval
+        mcts = self._mcts_collect if mode == COLLECT else self._mcts_eval
+        by_node = isinstance(mcts, self.node_search)
+        with world_model.serving(mode, env_ids, by_node and mcts.use_arrays) as served, self._in_the_middle_of(served):
             own = _with_quick_entropy(forward.func)
-            if isinstance(mcts, self.node_search):
+            if by_node:
                 own = mcts.forward(own)
             output = own(*forward.args, **forward.keywords)
             if served.trace is not None:

@@ -268,7 +268,7 @@ class NewWorldModel(LightZeroWorldModel):
     # ---- inference -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def serving(self, mode: str, env_ids: Iterable[int]) -> Iterator[Served]:
+    def serving(self, mode: str, env_ids: Iterable[int], in_arrays: bool = False) -> Iterator[Served]:
         """
         Overview:
             Say whose rows the root inference inside has, and the search that follows it. Outside, row ``i`` is
@@ -276,12 +276,15 @@ class NewWorldModel(LightZeroWorldModel):
         Arguments:
             - mode (:obj:`str`): 'collect' or 'eval'.
             - env_ids (:obj:`Iterable[int]`): The environment of each row; no environment twice.
+            - in_arrays (:obj:`bool`): Whether the search will be in arrays; then the root inference is compiled too.
         Returns:
             - served (:obj:`Served`): The step; its ``trace`` is for :meth:`Validator.check`.
         """
         addresses = self.weights_source.addresses()
         self._notice_moved_weights(addresses)
-        with self.inference.open.serving(mode, [int(env_id) for env_id in env_ids], addresses) as served:
+        with self.inference.open.serving(
+            mode, [int(env_id) for env_id in env_ids], addresses, in_arrays
+        ) as served:
             yield served
 
     @torch.no_grad()

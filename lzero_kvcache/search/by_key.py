@@ -31,7 +31,7 @@ class NodesByKey(Steps):
         mode, env_ids, weights = COLLECT, list(range(rows)), None
         if served is not None:
             served.check_rows(rows)
-            mode, env_ids, weights = served.mode, served.env_ids, served.weights
+            mode, env_ids, weights = served.mode, served.env_ids, self._weights_of(served)
             self._give_roots_keys(served)
         with self._manager.lease() as lease:
             output, kept = self._node(

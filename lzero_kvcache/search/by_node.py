@@ -46,7 +46,7 @@ class NodesByPlace(Steps):
         start = time.perf_counter()
         contexts, pages = nodes.expand(simulation, path, columns), nodes.pages[simulation]
         result = self._step(
-            served.weights, contexts, pages, steps_after(served.timesteps, depths), actions, None,
+            self._weights_of(served), contexts, pages, steps_after(served.timesteps, depths), actions, None,
             nodes.longest(simulation)
         )
         self._manager.count_queries('recur', len(pages), len(pages), by_node=True)

@@ -16,7 +16,9 @@ from ..engine.transfer import send
 from ..engine.weights import Source
 from .by_key import NodesByKey
 from .by_node import NodesByPlace
+from .compiled_model import CompiledModel
 from .device import DeviceSearch
+from .root_step import CompiledRoots
 from .roots import RootInference
 from .served import Served
 from .timesteps import reanalysis_timesteps_of, steps_after
@@ -30,7 +32,10 @@ class Inference(RootInference, NodesByKey, NodesByPlace):
                  store: PageStore, options: CacheConfig, validator: Any,
                  read_network: Callable[[], Any]) -> None:
         super().__init__(source, encode, manager, store, options, validator)
-        self._whole = WholeSearch(read_network, source, manager, store, self._guard, self.timings)
+        model = CompiledModel(read_network, source)
+        store.beside.append(model)
+        self._compiled_roots = CompiledRoots(model, self._latents, self._slab)
+        self._whole = WholeSearch(model, source, manager, store, self._guard, self.timings)
         self._device = DeviceSearch(self.engine, source, manager, store, self._guard, self.timings)
 
     @contextmanager

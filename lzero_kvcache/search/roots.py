@@ -12,6 +12,7 @@ from ..engine.packing import pack, unpack
 from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
 from .keys import hash_rows
+from .root_step import CompiledRoots, RootStep, Stepped
 from .served import Served
 from .steps import Steps, zero_for_nan
 from .timesteps import timesteps_of
@@ -19,6 +20,7 @@ from .timesteps import timesteps_of
 
 class RootInference(Steps):
     """Looks contexts up by environment, or by key, and stores those that the step made."""
+    _compiled_roots: CompiledRoots
 
     def root(self, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
              start_pos: Any) -> StepOutput:
@@ -37,26 +39,23 @@ class RootInference(Steps):
             served.check_rows(rows)
             return self._root(served, False, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
         with self._manager.lease() as lease:
-            by_hand = Served(COLLECT, list(range(rows)), (), lease, None, self._source.read)
+            by_hand = Served(COLLECT, list(range(rows)), (), lease, None)
             return self._root(by_hand, True, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
 
     def _root(self, step: Served, by_key: bool, last_obs: torch.Tensor, last_actions: Sequence[Any],
               current_obs: torch.Tensor, timesteps: np.ndarray) -> StepOutput:
         manager, mode, env_ids = self._manager, step.mode, step.env_ids
         rows = len(current_obs)
-        going = np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
+        actions, going = self._actions_of(last_actions, rows)
         contexts, last, missing = self._last_contexts(step, by_key, last_obs, going)
         manager.count_queries('init', int(going.sum()), int(going.sum()) - len(missing))
         before = contexts[0].copy(), contexts[1].copy()
-        pages = step.lease.allocate(rows)
-        lost = missing
+        pages, lost = step.lease.allocate(rows), missing
         if self._guard.skips and last is not None and len(missing):  # what was skipped is no context to begin from
             lost = missing[to_cpu(torch.isfinite(last).all(1))[missing]]
         anew = self._begin_anew(step.lease, contexts, lost, 2 * timesteps[lost])
-        actions = np.asarray([last_actions[row] if going[row] else self._no_action() for row in range(rows)])
-        output, on_cpu = self._predict_roots(
-            step, by_key, contexts, pages, timesteps, actions, current_obs, anew, last
-        )
+        given = RootStep(contexts, pages, timesteps, actions, anew, last, current_obs)
+        latent, output, on_cpu = self._step_roots(step, by_key, given)
         kept = self._finite_roots(on_cpu, step, timesteps)
         roots = extend(contexts, pages)
         kept_ids, kept_roots = [env_ids[row] for row in kept], (roots[0][kept], roots[1][kept])
@@ -65,7 +64,7 @@ class RootInference(Steps):
             manager.store_init(mode, kept_ids, [keys[row] for row in kept], kept_roots)
         else:
             step.roots, step.before, step.kept = roots, before, kept
-            step.timesteps, step.latents = timesteps, output.latent_state.squeeze(1)
+            step.timesteps, step.latents = timesteps, latent
             for env_id in set(env_ids).difference(kept_ids):  # an environment whose root was skipped begins afresh
                 manager.clear_init_caches(mode, env_id)
             if kept_ids:
@@ -96,39 +95,46 @@ class RootInference(Steps):
             last = self._latents(last_obs)
         return (tables, counts), last, missing
 
-    def _predict_roots(self, step: Served, by_key: bool, rows: Rows, pages: np.ndarray, timesteps: np.ndarray,
-                       actions: np.ndarray, current_obs: torch.Tensor, anew: np.ndarray,
-                       last: Optional[torch.Tensor]) -> Tuple[StepOutput, np.ndarray]:
-        """Observations that are given, after actions in contexts of which some are begun anew before. With the
-        predictions comes what tells whether they are finite: the latent states, or their sums, and a column for value
-        and policy."""
-        slab, geometry, device = self._slab(), self.engine.geometry, self._source.device()
-        # Where an episode begins there is no action, nor an angle below 0.
-        angles = 2 * timesteps - (rows[1] > 0), 2 * timesteps
+    def _step_roots(self, step: Served, by_key: bool, given: RootStep) -> Stepped:
+        """Encode and step: by one compiled call where the search that follows is one on the CPU, by a graph that a GPU
+        replays, or else by torch."""
+        if step.in_arrays and self._source.device().type == 'cpu' and not self._source.is_training():
+            return self._compiled_roots.step(step, given)
         if not by_key and self.backend.name == CudaGraphBackend.name and self._root_graphs.serves():
-            self._begin(step, send(device, anew)[0], last)
-            anew = anew[:, :0]
-            packed = pack(geometry, rows, pages, angles, actions, geometry.width)
-            replayed = self._root_graphs.run(slab, packed, current_obs, step.addresses)
+            self._begin(step, given, send(self._source.device(), given.anew)[0])
+            replayed = self._root_graphs.run(
+                self._slab(), self._packed(given, self.engine.geometry.width), given.observations, step.addresses
+            )
             if replayed is not None:
-                return replayed
-        numbers, begun = send(device, pack(geometry, rows, pages, angles, actions, int(rows[1].max())), anew)
-        self._begin(step, begun, last)
-        page_ids, page_counts, positions, action = unpack(geometry, numbers)
-        latent = self._latents(current_obs)
-        if rows[1].any():
-            output = self.engine.step(step.weights, slab, page_ids, page_counts, action, positions, latent)
-        else:
-            output = self.engine.first(step.weights, slab, page_ids[:, -1], latent, positions[1])
-        # Keys need whole latent states.
-        states = latent if by_key else latent.sum(1, keepdim=True)
-        return output, to_cpu(torch.cat([states, checksum(output)], dim=1))
+                output, sums = replayed
+                return Stepped(output.latent_state.squeeze(1), output, sums)
+            given = given._replace(anew=given.anew[:, :0])
+        return self._launch_roots(step, by_key, given)
 
-    def _begin(self, step: Served, anew: torch.Tensor, last: Optional[torch.Tensor]) -> None:
-        """Begin contexts from last latent states; ``anew`` is as :meth:`_begin_anew` gives it."""
+    def _launch_roots(self, step: Served, by_key: bool, given: RootStep) -> Stepped:
+        engine, weights, slab, counts = self.engine, self._weights_of(step), self._slab(), given.contexts[1]
+        latent = self._latents(given.observations)
+        numbers, anew = send(self._source.device(), self._packed(given, int(counts.max())), given.anew)
+        self._begin(step, given, anew)
+        page_ids, page_counts, positions, action = unpack(engine.geometry, numbers)
+        if counts.any():
+            output = engine.step(weights, slab, page_ids, page_counts, action, positions, latent)
+        else:
+            output = engine.first(weights, slab, page_ids[:, -1], latent, positions[1])
+        # Keys need whole latent states; otherwise a sum is enough to see whether they are finite.
+        states = latent if by_key else latent.sum(1, keepdim=True)
+        return Stepped(latent, output, to_cpu(torch.cat([states, checksum(output)], dim=1)))
+
+    def _packed(self, given: RootStep, longest: int) -> np.ndarray:
+        # Where an episode begins there is no action, nor an angle below 0.
+        angles = 2 * given.timesteps - (given.contexts[1] > 0), 2 * given.timesteps
+        return pack(self.engine.geometry, given.contexts, given.pages, angles, given.actions, longest)
+
+    def _begin(self, step: Served, given: RootStep, anew: torch.Tensor) -> None:
+        """Begin contexts anew; ``anew`` is the given one on the device."""
         if anew.shape[1]:
-            assert last is not None
-            self.engine.begin(step.weights, self._slab(), anew[0], last[anew[2]], anew[1])
+            assert given.last is not None
+            self.engine.begin(self._weights_of(step), self._slab(), anew[0], given.last[anew[2]], anew[1])
 
     def _finite_roots(self, on_cpu: np.ndarray, step: Served, timesteps: np.ndarray) -> np.ndarray:
         """Rows ``[K]`` whose latent state, value and policy are finite."""

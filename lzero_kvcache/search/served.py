@@ -3,7 +3,6 @@ roots when a step ends, fails or is abandoned."""
 import threading
 from collections import deque
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, Callable, Deque, Hashable, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
@@ -11,18 +10,20 @@ import torch
 
 from ..cache.base import CURRENT, PagedCacheManager
 from ..cache.pages import Lease, Rows
-from ..engine.weights import Weights
 
 
 class Served:
     """A step of some environments: their root inference, and the search that follows it. It owns its roots' pages."""
 
     def __init__(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...], lease: Lease, trace: Any,
-                 read: Callable[[bool], Weights]) -> None:
-        self.mode, self.env_ids, self._read = mode, env_ids, read
+                 in_arrays: bool = False) -> None:
+        self.mode, self.env_ids = mode, env_ids
+        self.in_arrays = in_arrays  # whether the search that follows is
         self.addresses = addresses  # of the weights
         self.lease = lease
         self.trace = trace  # what its validation notes; or None
+        self.weights: Any = None  # as they were first read: nobody changes them inside a search
+        self.shift: Any = None  # what learned positions add, where the root inference was compiled
         self.roots: Optional[Rows] = None
         self.before: Optional[Rows] = None  # the environments' roots before this step
         self.superseded: Set[int] = set()  # environments whose root is no longer of this step
@@ -31,11 +32,6 @@ class Served:
         self.latents: Optional[torch.Tensor] = None  # [B, E], of the roots
         self.keys: Optional[Tuple[List[int], List[Hashable]]] = None  # environments and keys, if searched by key
         self.searches = 0  # how many by node are running
-
-    @cached_property
-    def weights(self) -> Weights:
-        """The model's, read once: nobody changes them inside a step."""
-        return self._read(False)
 
     def check_rows(self, rows: int) -> None:
         if len(self.env_ids) != rows:
@@ -55,8 +51,8 @@ class _Open(threading.local):
 class OpenSteps:
     """The steps of one model that are being served."""
 
-    def __init__(self, manager: PagedCacheManager, validator: Any, read: Callable[[bool], Weights]) -> None:
-        self._manager, self._validator, self._read = manager, validator, read
+    def __init__(self, manager: PagedCacheManager, validator: Any) -> None:
+        self._manager, self._validator = manager, validator
         self._open = _Open()
         self._abandoned: Deque[Served] = deque()  # steps that were entered and never left
 
@@ -66,13 +62,14 @@ class OpenSteps:
         return self._open.steps
 
     @contextmanager
-    def serving(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...]) -> Iterator[Served]:
+    def serving(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...],
+                in_arrays: bool = False) -> Iterator[Served]:
         """A context in which the root inference, and the search that follows it, are those of some environments."""
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')
         self.end_abandoned()
         trace = None if self._validator is None else self._validator.open(mode, env_ids)
-        served = Served(mode, env_ids, addresses, self._manager.lease(), trace, self._read)
+        served = Served(mode, env_ids, addresses, self._manager.lease(), trace, in_arrays)
         steps = self.steps
         steps.append(served)
         try:

@@ -1,5 +1,5 @@
 """What every inference over pages needs: the model's steps, and where contexts are begun anew."""
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from ..engine.step import Engine
 from ..engine.store import PageStore
 from ..engine.weights import Source, Weights
 from .guard import NanGuard
-from .served import OpenSteps
+from .served import OpenSteps, Served
 
 
 class Steps:
@@ -27,7 +27,7 @@ class Steps:
         self.engine = Engine(source.geometry)
         self.backend = make_backend(options.backend, self.engine, source, SCRATCH_PAGE)
         self.timings = {'search': Timing(), 'step': Timing()}
-        self.open = OpenSteps(manager, validator, source.read)
+        self.open = OpenSteps(manager, validator)
         self._source, self._encode, self._manager, self._store = source, encode, manager, store
         self._root_graphs = RootGraphs(self.engine, source, encode, SCRATCH_PAGE)
         self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
@@ -62,12 +62,24 @@ class Steps:
         geometry = self.engine.geometry
         return position % geometry.rotary_positions if geometry.rotary else position
 
-    def _is_first(self, action: Any) -> bool:
-        return not isinstance(action, np.ndarray) if self.engine.geometry.continuous else int(action) == -1
+    def _weights_of(self, served: Served) -> Weights:
+        """As they are, read once for a served step."""
+        if served.weights is None:
+            served.weights = self._source.read(False)
+        return served.weights
 
-    def _no_action(self) -> Any:
-        geometry = self.engine.geometry
-        return np.zeros(geometry.action_size, np.float32) if geometry.continuous else 0
+    def _actions_of(self, actions: Sequence[Any], rows: int) -> Tuple[np.ndarray, np.ndarray]:
+        """Actions ``[B]`` or ``[B, A]``, and which rows have one; zeros for the others, whose episode starts."""
+        geometry, going = self.engine.geometry, np.zeros(rows, dtype=bool)
+        if geometry.continuous:
+            taken = np.zeros((rows, geometry.action_size), np.float32)
+            for row, action in enumerate(actions[:rows]):
+                if isinstance(action, np.ndarray):
+                    taken[row], going[row] = action.reshape(-1), True
+            return taken, going
+        numbers = np.array([int(action) for action in actions[:rows]], dtype=np.int64)
+        going[:len(numbers)] = numbers != -1
+        return np.pad(np.maximum(numbers, 0), (0, rows - len(numbers))), going
 
 
 class _WindowMemory:
