@@ -1,11 +1,11 @@
 """An encoder's inference on a GPU as a replayed graph, for many observations at once."""
 import copy
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 import torch
-from torch import nn
 
 from .graphs import Captured, Graphs, capture
+from .weights import Source
 
 
 class _Graph(NamedTuple):
@@ -18,16 +18,14 @@ class _Graph(NamedTuple):
 
 
 class EncoderGraph:
-    """Encodes ``rows`` observations at once with weights of its own, into which the encoder's are copied: those of a
-    target model are moved by each update."""
+    """Encodes ``rows`` observations at once, from whatever device they are on, as float32 ``[B, E]``."""
 
-    def __init__(self, encoder: nn.Module, rows: int) -> None:
-        self.rows, self._encoder = rows, encoder
-        self._own: Optional[nn.Module] = None
+    def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], rows: int) -> None:
+        self._source, self._encode, self._rows = source, encode, rows
         self._graphs = Graphs('An encoder cannot be captured here')
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> 'EncoderGraph':
-        return type(self)(copy.deepcopy(self._encoder, memo), self.rows)
+        return type(self)(*copy.deepcopy((self._source, self._encode), memo), self._rows)
 
     @property
     def memory_mb(self) -> float:
@@ -35,39 +33,27 @@ class EncoderGraph:
 
     def chunk(self, count: int) -> int:
         """How many of so many observations to encode at once: a GPU has some while the next ones are packed."""
-        return self.rows if _numbers(self._encoder)[0].is_cuda else count
+        return self._rows if self._source.device().type == 'cuda' else count
 
     def latest(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function of ``rows`` observations at the most, wherever they are, with the encoder's weights of now."""
-        theirs = _numbers(self._encoder)
-        device = theirs[0].device
-        if device.type != 'cuda' or self._encoder.training or not self._graphs.usable:
-            return lambda observations: self._encoder(observations.to(device, non_blocking=True).float()).flatten(1)
-        if self._own is None:
-            self._own = copy.deepcopy(self._encoder)
-        torch._foreach_copy_(_numbers(self._own), theirs)
-        return self._replay
+        """A function of a chunk of observations, with the weights of now."""
+        device, addresses = self._source.device(), self._source.addresses()
+        if device.type != 'cuda' or self._source.is_training():
+            return self._launch
+        return lambda observations: self._replay(observations, addresses)
 
-    def _replay(self, observations: torch.Tensor) -> torch.Tensor:
-        assert self._own is not None
-        own, count = self._own, len(observations)
+    def _launch(self, observations: torch.Tensor) -> torch.Tensor:
+        return self._encode(observations.to(self._source.device(), non_blocking=True).float()).flatten(1)
+
+    def _replay(self, observations: torch.Tensor, addresses: Tuple[int, ...]) -> torch.Tensor:
         kind = tuple(observations.shape[1:]), observations.dtype
-        graph = self._graphs.get(self.rows, kind, tuple(map(torch.Tensor.data_ptr, _numbers(own))),
-                                 lambda: self._capture(observations))
+        graph = self._graphs.get(self._rows, kind, addresses, lambda: self._capture(observations))
         if graph is None:
-            return own(observations.to(_numbers(own)[0].device, non_blocking=True).float()).flatten(1)
-        graph.observations[:count].copy_(observations, non_blocking=True)
+            return self._launch(observations)
+        graph.observations[:len(observations)].copy_(observations, non_blocking=True)
         graph.captured.replays[0]()
-        return graph.captured.results[0][:count].clone()
+        return graph.captured.results[0][:len(observations)].clone()
 
     def _capture(self, observations: torch.Tensor) -> _Graph:
-        own = self._own
-        assert own is not None
-        device = _numbers(own)[0].device
-        seen = torch.zeros((self.rows,) + observations.shape[1:], dtype=observations.dtype, device=device)
-        return _Graph(seen, capture(device, lambda: own(seen.float()).flatten(1)))
-
-
-def _numbers(module: nn.Module) -> List[torch.Tensor]:
-    """All that a module's inference reads."""
-    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+        seen = observations.new_zeros((self._rows,) + observations.shape[1:], device=self._source.device())
+        return _Graph(seen, capture(seen.device, lambda: self._launch(seen)))

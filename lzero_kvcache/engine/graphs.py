@@ -30,7 +30,8 @@ def capture(device: torch.device, *functions: Callable[[], Any]) -> Captured:
                 function()
     torch.cuda.current_stream(device).wait_stream(stream)
     gc.collect()  # another model's graphs, if they were collected during a capture, would break it
-    before = torch.cuda.memory_allocated(device)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
     graphs: List[Any] = []
     results = []
     for function in functions:
@@ -38,8 +39,8 @@ def capture(device: torch.device, *functions: Callable[[], Any]) -> Captured:
         with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
             results.append(function())
         graphs.append(graph)
-    held = max(0, torch.cuda.memory_allocated(device) - before)  # less where something else was freed meanwhile
-    return Captured([graph.replay for graph in graphs], results, held / MIB)
+    held = torch.cuda.memory_reserved(device) - before  # what comes and goes inside a replay is held, too
+    return Captured([graph.replay for graph in graphs], results, max(0, held) / MIB)
 
 
 class Graphs:

@@ -93,7 +93,7 @@ class KVCachePolicy:
         """The search of a policy: by node where new mode can, or else the one that is there, timed from outside."""
         world_model = self._model.world_model
         if _is_new(world_model) and self._can_be_by_node(mcts):
-            return self.node_search(mcts._cfg, world_model.searches_in_arrays('Searching', self.node_search.on_gpu))
+            return self.node_search(mcts._cfg, world_model.searches_in_arrays('Searching'))
         timings = getattr(world_model, 'timings', None)
         if timings is not None:
             mcts.search = _timed(mcts.search, timings['search'])
@@ -113,7 +113,10 @@ class KVCachePolicy:
         return self._cfg.model.categorical_distribution and not overridden and not own_search and not keyed
 
     def _forward_learn(self, *args: Any, **kwargs: Any) -> Any:
+        places = [parameter.data for parameter in self._target_model.parameters()]
         output = super()._forward_learn(*args, **kwargs)  # type: ignore[misc]
+        if _is_new(self._target_model.world_model):
+            _put_back(list(self._target_model.parameters()), places)
         for model, reason in ((self._model, 'learner step'), (self._target_model, 'target model updated')):
             if _is_new(model.world_model):
                 model.world_model.weights_changed(reason)
@@ -191,6 +194,15 @@ class KVCachePolicy:
         elif ended:
             for index in [None] if env_id is None else env_id:  # type: ignore[union-attr]
                 self._model.world_model.forget(mode, index)
+
+
+@torch.no_grad()
+def _put_back(parameters: Sequence[torch.Tensor], places: Sequence[torch.Tensor]) -> None:
+    """Move parameters to where they were: DI-engine gives those of a target model new memory at each update, and what
+    is captured or compiled reads them where they were."""
+    for parameter, place in zip(parameters, places):
+        if parameter.data_ptr() != place.data_ptr():
+            parameter.data = place.copy_(parameter.data)
 
 
 @functools.lru_cache(maxsize=None)

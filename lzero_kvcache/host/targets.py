@@ -36,8 +36,7 @@ def _is_served(cfg: Any, model: Any) -> bool:
     if not lightzero.COMPUTES_TARGETS or not isinstance(world_model, NewWorldModel) or world_model.training:
         return False
     own = is_own(getattr(model, '_orig_mod', model), 'initial_inference') \
-        or is_own(world_model, 'forward_initial_inference') \
-        or is_own(world_model.tokenizer, 'encode_to_obs_embeddings')
+        or is_own(world_model, 'forward_initial_inference')
     return not own and cfg.env_type == 'not_board_games' and not cfg.use_root_value
 
 
