@@ -146,12 +146,13 @@ def products(network: Any) -> List[Tuple[int, int, int, int, int]]:
 
 def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repeats: int) -> Dict[str, float]:
     """Milliseconds of parts of a simulation, each by itself."""
-    problem, space, weights, pages = given[0], given[1], given[3], given[8]
+    problem, space, _, shift, tables, pages = *given[:5], given[8]
     embed, inner, layers, block = network.embed, network.inner, len(network.blocks), network.blocks[0]
     rules, key = tree.make_rules(**problem.rules), tree.make_key(problem.seed, problem.number)
-    side, scratch = compiled.TILES * WIDTH, space.scratches[0]
+    side, scratches = compiled.TILES * WIDTH, policy._model.world_model.inference._whole._model._scratches
+    with scratches.lease(network, tables.shape[1], 1) as [scratch]:
+        pass  # which has the contexts of the last search
     source, target = np.zeros((2, (max(embed, inner, network.widest) + WIDTH) * side), np.float32)
-    shift = np.zeros((1, 1), np.float32) if weights.shift is None else weights.shift.numpy()
     step = 0 if network.rotary else layers * 2 * embed * compiled.NUMBER
     sums: Dict[str, float] = {'products': 0., 'attention': 0., 'norms': 0., 'GELU': 0.}
 

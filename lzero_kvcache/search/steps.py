@@ -72,14 +72,15 @@ class Steps:
         """Actions ``[B]`` or ``[B, A]``, and which rows have one; zeros for the others, whose episode starts."""
         geometry, going = self.engine.geometry, np.zeros(rows, dtype=bool)
         if geometry.continuous:
-            taken = np.zeros((rows, geometry.action_size), np.float32)
+            vectors = np.zeros((rows, geometry.action_size), np.float32)
             for row, action in enumerate(actions[:rows]):
                 if isinstance(action, np.ndarray):
-                    taken[row], going[row] = action.reshape(-1), True
-            return taken, going
-        numbers = np.array([int(action) for action in actions[:rows]], dtype=np.int64)
-        going[:len(numbers)] = numbers != -1
-        return np.pad(np.maximum(numbers, 0), (0, rows - len(numbers))), going
+                    vectors[row], going[row] = action.reshape(-1), True
+            return vectors, going
+        numbers = np.full(rows, -1, dtype=np.int64)
+        numbers[:len(actions)] = [int(action) for action in actions[:rows]]
+        going = numbers != -1
+        return numbers * going, going
 
 
 class _WindowMemory:
