@@ -107,6 +107,9 @@ KV_CACHE_CFG: Dict[str, Option] = {
     'search': Option(
         'str', 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call), 'tree' "
         "(LightZero's C++ tree), or 'auto': 'device' where it is served", choices=('auto', 'device', 'tree')),
+    'matmul': Option(
+        'str', 'float32', "products in a search on a GPU: 'float32', exact to 1e-4, or 'tf32' and 'bfloat16', which are "
+        'faster and less exact', choices=('float32', 'tf32', 'bfloat16')),
     'on_nan': Option(
         'str', 'raise', "what a prediction with nan or inf does: 'raise' an error or 'skip' storing its context",
         choices=('raise', 'skip')),
@@ -147,6 +150,7 @@ class CacheConfig:
     max_memory_mb: Optional[float]
     backend: str
     search: str
+    matmul: str
     on_nan: str
     validation: str
     validation_freq: int
@@ -187,6 +191,7 @@ class CacheConfig:
             )
         if system_of(use_new, values['type']) == 'new':
             _check_context_length(world_model_cfg)
+            _check_matmul(values, lookup(world_model_cfg, 'device'))
         else:
             values['validation'] = 'off'  # switching back takes the flag, or the type, alone
         return cls(use_new=use_new, env_num=env_num, num_simulations=num_simulations, **values)
@@ -247,6 +252,16 @@ def _check_context_length(world_model_cfg: Any) -> None:
     max_tokens = lookup(world_model_cfg, 'max_tokens')
     if isinstance(max_tokens, numbers.Integral) and length > max_tokens:
         raise ConfigError(f'{PREFIX}.context_length={length} must not exceed max_tokens={max_tokens}')
+
+
+def _check_matmul(values: Dict[str, Any], device: Any) -> None:
+    key = f"{PREFIX}.{OPTIONS}.matmul={values['matmul']!r}"
+    if values['matmul'] == 'float32':
+        return
+    if str(device).startswith('cpu'):
+        raise ConfigError(f"{key} is for a GPU, and {PREFIX}.device is {device!r}: use 'float32'")
+    if values['search'] == 'tree':
+        raise ConfigError(f"{key} is for searches in arrays, and {OPTIONS}.search is 'tree': use 'float32', or 'auto'")
 
 
 def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulations: int = 0) -> CacheConfig:

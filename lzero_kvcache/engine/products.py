@@ -3,13 +3,14 @@
 A product of few rows is as long as the reading of its weights: its inner dimension is split over programs, and the
 kernel that follows adds their parts. ``B`` rows, ``K`` inputs, ``N`` outputs, ``S`` parts. Importing it imports Triton.
 """
+import dataclasses
 from typing import NamedTuple, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .weights import Chain, Function, Linear, Norm, gelu
+from .weights import Chain, Function, Linear, Norm, Weights, gelu
 
 
 class Tiling(NamedTuple):
@@ -30,9 +31,15 @@ TILINGS = {
 """By the most rows that they are for; the fastest of those that were tried on an H100 (docs/results.md)."""
 
 
+PRECISIONS = {'float32': 'tf32x3', 'tf32': 'tf32', 'bfloat16': 'tf32'}
+"""How tensor cores multiply float32, for each of ``kv_cache_cfg.matmul``: the first is as exact as float32, the last is
+not looked at."""
+
+
 @triton.jit
 def _multiply(x, weight, parts, rows, outputs, inputs,
-              ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr):
+              ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr,
+              PRECISION: tl.constexpr):
     """``x [B, K]`` times ``weight [N, K]``, transposed: a part of the sum for each program of the last axis."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -45,7 +52,7 @@ def _multiply(x, weight, parts, rows, outputs, inputs,
         right_mask = (output < outputs)[None, :] & (index < inputs)[:, None]
         left = tl.load(x + row[:, None] * inputs + index[None, :], mask=left_mask, other=0.0)
         right = tl.load(weight + output[None, :] * inputs + index[:, None], mask=right_mask, other=0.0)
-        total = tl.dot(left, right, total, input_precision='tf32x3')  # as exact as float32
+        total = tl.dot(left.to(right.dtype), right, total, input_precision=PRECISION)
     place = (part * rows + row)[:, None] * outputs + output[None, :]
     tl.store(parts + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
 
@@ -74,6 +81,27 @@ def _finish(parts, bias, residual, norm_weight, norm_bias, out, normed, rows, ou
         shift = tl.load(norm_bias + lane, mask=there, other=0.0)
         tl.store(normed + row * outputs + lane, from_mean * scale * weight + shift, mask=there)
     tl.store(out + row * outputs + lane, total, mask=there)
+
+
+def computed_in(weights: Weights, matmul: str) -> Weights:
+    """The same weights, whose products are computed in 'tf32' or in 'bfloat16'; for the latter matrices are copied."""
+
+    def changed(function: Function) -> Function:
+        if isinstance(function, Chain):
+            return Chain(tuple(map(changed, function.functions)))
+        if not isinstance(function, Linear):
+            return function
+        weight = function.weight.bfloat16() if matmul == 'bfloat16' else function.weight
+        return dataclasses.replace(function, weight=weight, matmul=matmul)
+
+    layers = [
+        layer._replace(qkv=changed(layer.qkv), proj=changed(layer.proj), mlp=changed(layer.mlp))
+        for layer in weights.layers
+    ]
+    return weights._replace(
+        layers=layers, rewards=changed(weights.rewards), observations=changed(weights.observations),
+        policy=changed(weights.policy), value=changed(weights.value)
+    )
 
 
 def apply(function: Function, x: torch.Tensor) -> torch.Tensor:
@@ -108,7 +136,7 @@ def _product(x: torch.Tensor, layer: Linear, then_gelu: bool, residual: Optional
     parts = x.new_empty(tiling.parts, rows, outputs)
     _multiply[(triton.cdiv(outputs, tiling.outputs), triton.cdiv(rows, tiling.rows), tiling.parts)](
         x, layer.weight, parts, rows, outputs, inputs, ROWS=tiling.rows, OUTPUTS=tiling.outputs, INPUTS=tiling.inputs,
-        PARTS=tiling.parts, num_warps=tiling.warps, num_stages=tiling.stages
+        PARTS=tiling.parts, PRECISION=PRECISIONS[layer.matmul], num_warps=tiling.warps, num_stages=tiling.stages
     )
     out = x.new_empty(rows, outputs)
     normed = out if norm is None else torch.empty_like(out)

@@ -131,9 +131,15 @@ class Engine:
         policy, value = apply(weights.policy, x), apply(weights.value, x)
         return StepOutput(x.unsqueeze(1), latent.unsqueeze(1), rewards, policy.unsqueeze(1), value.unsqueeze(1))
 
+    def begin_in_place(self, weights: Weights, slab: Slab, pages: torch.Tensor, positions: torch.Tensor,
+                       latent: torch.Tensor) -> None:
+        """:meth:`begin` without a window; the rotary positions are the second row of ``positions [2, B]``."""
+        self._over_pages(weights, slab, pages[:, None], pages, positions, 1, latent, alone=True)
+
     def _over_pages(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor,
-                    positions: torch.Tensor, part: int, x: torch.Tensor) -> torch.Tensor:
-        """The output ``[B, E]`` for a page's action or observation ``x [B, E]``; see :func:`.paged.attend`."""
+                    positions: torch.Tensor, part: int, x: torch.Tensor, alone: bool = False) -> torch.Tensor:
+        """The output ``[B, E]`` for a page's action or observation ``x [B, E]``, which may be ``alone`` and then
+        predicts nothing; see :func:`.paged.attend`."""
         from .paged import attend
         from .products import apply, residual_norm
 
@@ -143,13 +149,16 @@ class Engine:
         normed = weights.layers[0].norm1(x)
         for index, (layer, next_norm) in enumerate(zip(weights.layers, norms)):
             y = attend(
-                self.geometry, weights, slab, index, part, apply(layer.qkv, normed), tables, counts, positions
+                self.geometry, weights, slab, index, part, apply(layer.qkv, normed), tables, counts, positions, alone
             )
+            if alone and layer is weights.layers[-1]:
+                break
             if layer.gates is None:
                 x, normed = residual_norm(layer.proj, y, x, layer.norm2)
                 x, normed = residual_norm(layer.mlp, normed, x, next_norm)
             else:
-                x = with_residuals(layer, x, layer.proj(y))
+                x = layer.gates[0](x, apply(layer.proj, y))
+                x = layer.gates[1](x, apply(layer.mlp, layer.norm2(x)))
                 normed = next_norm(x)
         return normed
 

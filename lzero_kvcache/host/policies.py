@@ -93,7 +93,7 @@ class KVCachePolicy:
         """The search of a policy: by node where new mode can, or else the one that is there, timed from outside."""
         world_model = self._model.world_model
         if _is_new(world_model) and self._can_be_by_node(mcts):
-            return self.node_search(mcts._cfg, world_model.searches_in_arrays('Searching', self.node_search.on_gpu))
+            return self.node_search(mcts._cfg, world_model.searches_in_arrays('Searching'))
         timings = getattr(world_model, 'timings', None)
         if timings is not None:
             mcts.search = _timed(mcts.search, timings['search'])

@@ -181,45 +181,50 @@ class NewWorldModel(LightZeroWorldModel):
             for step in self.inference.open.steps:
                 step.addresses = moved
 
-    def why_not_whole(self, on_gpu: bool = True) -> Optional[str]:
+    def why_not_whole(self) -> Optional[str]:
         """
         Overview:
             Why a search cannot run as one call, on the device that the model is on, as it is now.
-        Arguments:
-            - on_gpu (:obj:`bool`): Whether it is a search that there is for GPUs.
         Returns:
             - reason (:obj:`Optional[str]`): None where it can.
         """
         device = self.weights_source.device()
-        if device.type == 'cuda' and on_gpu:
+        if device.type == 'cuda' and lightzero.ON_GPU:
             return None if has_triton() else 'triton is not installed (pip install triton)'
         if device.type != 'cpu':
             return f'the model is on {device}'
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
 
-    def searches_in_arrays(self, doing: str, on_gpu: bool = True) -> bool:
+    def searches_in_arrays(self, doing: str) -> bool:
         """
         Overview:
             Whether to search in arrays, by what is asked for and what can be; the first time, the log says so.
         Arguments:
             - doing (:obj:`str`): What the search is for, in a word for the log.
-            - on_gpu (:obj:`bool`): Whether it is a search that there is for GPUs.
         Returns:
             - in_arrays (:obj:`bool`): Or else in LightZero's tree.
         """
         if self._options.search == 'tree':
             return False
         if doing not in self._in_arrays:
-            reason = self.why_not_whole(on_gpu)
+            reason = self.why_not_whole()
             self._in_arrays[doing] = reason is None
-            told = "in LightZero's tree, node by node"
-            if reason is None:
-                logger.info(f'{doing} in arrays: a search is one compiled call')
-            elif self._options.search == 'device':
-                logger.warning(f"{doing} {told}, not as kv_cache_cfg.search='device' asks: {reason}")
-            else:
-                logger.info(f'{doing} {told}: {reason}')
+            self._tell_search(doing, reason)
         return self._in_arrays[doing]
+
+    def _tell_search(self, doing: str, reason: Optional[str]) -> None:
+        """Log where trees are, and why they are not in arrays."""
+        options, on_cpu = self._options, self.weights_source.device().type == 'cpu'
+        told = f"{doing} in LightZero's tree, node by node"
+        asked = ["search='device'"] * (options.search == 'device')
+        asked += [f'matmul={options.matmul!r}'] * (options.matmul != 'float32')
+        if reason is None:
+            call = 'one compiled call' if on_cpu else 'a graph that is replayed for each simulation'
+            logger.info(f'{doing} in arrays: a search is {call}')
+        elif asked:
+            logger.warning(f'{told}, not as kv_cache_cfg.{asked[0]} asks: {reason}')
+        else:
+            logger.info(f'{told}: {reason}')
 
     @contextmanager
     def search_whole(self, problem: Problem) -> Iterator[Any]:
@@ -243,7 +248,7 @@ class NewWorldModel(LightZeroWorldModel):
         Arguments:
             - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
         Returns:
-            - found (:obj:`Found`): The roots' visits and values.
+            - found (:obj:`Found`): The roots' visits, values and drawn actions.
         Raises:
             - RuntimeError: No root inference was served.
         """
@@ -252,13 +257,13 @@ class NewWorldModel(LightZeroWorldModel):
     def reanalyze_whole(self, problem: Problem, latent: np.ndarray, start_pos: Any) -> Found:
         """
         Overview:
-            Search from states without contexts, in compiled calls for some rows at a time.
+            Search from states without contexts, some rows at a time, where the model is.
         Arguments:
             - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
             - latent (:obj:`np.ndarray`): The roots' latent states ``[B, E]``.
             - start_pos (:obj:`Any`): Timesteps ``[batch, unroll]``, as a replay buffer passes them.
         Returns:
-            - found (:obj:`Found`): The roots' visits and values.
+            - found (:obj:`Found`): The roots' visits and values; no actions.
         """
         return self.inference.reanalyze_whole(problem, latent, start_pos)
 

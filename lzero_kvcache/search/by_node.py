@@ -20,9 +20,8 @@ class NodesByPlace(Steps):
     @contextmanager
     def search_by_node(self, simulations: int) -> Iterator[Callable[..., np.ndarray]]:
         """A context for a search from the roots that were just served; gives :meth:`expand` for it."""
-        served = self.open.innermost(lambda step: step.roots is not None)
-        if served is None or served.roots is None:
-            raise RuntimeError('a search by node follows a root inference inside `serving`')
+        served = self.open.searched()
+        assert served.roots is not None
         start = time.perf_counter()
         served.searches += 1
         try:

@@ -124,6 +124,13 @@ class OpenSteps:
                 step.kept = np.array(left, dtype=np.int64)
                 step.superseded.update(step.env_ids if env_id is None else [env_id])
 
+    def searched(self) -> Served:
+        """The innermost open step, whose roots a search begins at."""
+        served = self.innermost(lambda step: step.roots is not None)
+        if served is None:
+            raise RuntimeError('a search follows a root inference inside `serving`')
+        return served
+
     def innermost(self, is_fitting: Callable[[Served], bool]) -> Optional[Served]:
         """The innermost open step, if it fits: LightZero's code does not pass along which step it is in."""
         steps = self.steps

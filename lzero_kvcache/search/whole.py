@@ -18,8 +18,8 @@ from .spaces import Space, Spaces
 CHUNK = 64
 """Rows of a reanalysis that a thread has in work: what the compiled step works on together."""
 
-Found = Tuple[List[List[int]], List[float]]
-"""Visits and values of the roots."""
+Found = Tuple[List[List[int]], List[float], Any]
+"""Visits and values of the roots, and the actions ``[B][S][A]`` that were drawn at them; None where none are drawn."""
 
 
 class Problem(NamedTuple):
@@ -91,8 +91,7 @@ class WholeSearch:
 
     def reanalyze(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
                   addresses: Tuple[int, ...]) -> Found:
-        """Search from states ``[B, E]`` without contexts, some rows at a time; returns visits and values of the roots.
-        """
+        """Search from states ``[B, E]`` without contexts, some rows at a time."""
         from .tree import root_values, root_visits
 
         network, shift = self._model.network_at(addresses), self._model.shift()
@@ -113,7 +112,7 @@ class WholeSearch:
                 self._guard.report(broken, 'reanalysis', range(begin, chosen.stop), timesteps[chosen])
                 visits += root_visits(space.tree)
                 values += root_values(space.tree)
-        return visits, values
+        return visits, values, None
 
     def _search(self, problem: Problem, space: Space, network: Any, shift: np.ndarray, tables: np.ndarray,
                 counts: np.ndarray, timesteps: np.ndarray, slab: np.ndarray, pages: np.ndarray,
