@@ -69,6 +69,10 @@ class Engine:
         """What a search takes to the host: reward and value as numbers, and policy logits ``[B, 2 + P]``."""
         assert output.logits_rewards is not None
         rows = output.logits_value.shape[0]
+        if weights.captured and output.logits_value.is_cuda and has_triton():
+            from .numbers import for_search
+
+            return for_search(output, output.logits_value.new_empty(rows, 2 + output.logits_policy.shape[-1]))
         scalars = weights.scalar(torch.cat([output.logits_rewards.squeeze(1), output.logits_value.squeeze(1)]))
         return torch.cat([scalars.view(2, rows).T, output.logits_policy.squeeze(1)], dim=1)
 
