@@ -41,7 +41,7 @@ def _rotated(at, d, there, cosine, sine):
 @triton.jit
 def _attend(qkv, slab, tables, counts, positions, moved, out, sums, layer, scale, rows, row_step, page_step, width,
             LAYERS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
-            ALONE: tl.constexpr, ROTARY: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr):
+            ROTARY: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr):
     """Keys and values of a token into its page, and its attention: a row, a head and a part of its context for each
     program. ``moved`` is what learned positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``.
     Parts go to ``out [S, B, E]``, not divided yet, with maxima and totals in ``sums [S, B, H, 2]``."""
@@ -75,7 +75,7 @@ def _attend(qkv, slab, tables, counts, positions, moved, out, sums, layer, scale
     top = tl.sum(query * key, 0)
     total = top * 0 + 1
     mixed = value
-    if PART == 1 and not ALONE:  # the action, which its own launch has written
+    if PART == 1:  # the action, which its own launch has written
         before = own - LAYERS * 2 * embed
         key = tl.load(before, mask=there, other=0.).to(tl.float32)
         value = tl.load(before + embed, mask=there, other=0.).to(tl.float32)
@@ -89,7 +89,7 @@ def _attend(qkv, slab, tables, counts, positions, moved, out, sums, layer, scale
         top, total, mixed = higher, old + new, mixed * old + value * new
     top = tl.where(is_first, top, -float('inf'))
     total, mixed = tl.where(is_first, total, 0.), tl.where(is_first, mixed, 0.)
-    tokens = 0 if ALONE else (2 * count - 1).to(tl.int32)
+    tokens = (2 * count - 1).to(tl.int32)
     share = tl.cdiv(tokens, SPLITS * TOKENS) * TOKENS
     tokens = tl.minimum(tokens, (split + 1) * share)
     for start in range(split * share, tokens, TOKENS):
@@ -133,9 +133,9 @@ def _join(parts, sums, out, rows, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDE
 
 
 def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, part: int, qkv: torch.Tensor,
-           tables: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor, alone: bool) -> torch.Tensor:
+           tables: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Attention ``[B, E]`` of a page's action (``part`` 0) or observation (1) with ``qkv [B, 3E]``, whose key and value
-    are written into the page. An observation that is ``alone`` has no context, and no action before it."""
+    are written into the page. Without a context, an observation has no action before it."""
     rows, embed = len(qkv), geometry.embed_dim
     moved = torch.view_as_real(weights.places) if geometry.rotary else weights.shift
     assert moved is not None and slab.data is not None and moved.is_contiguous() and positions.is_contiguous()
@@ -145,7 +145,7 @@ def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, part: i
     sums = out if splits == 1 else qkv.new_empty(splits, rows, heads, 2)
     _attend[rows, heads, splits](
         qkv, slab.data, tables, counts, positions, moved, out, sums, layer, size ** -0.5, rows, *tables.stride(),
-        tables.shape[1], geometry.layers, heads, size, padded, part, alone, geometry.rotary, splits, tokens,
+        tables.shape[1], geometry.layers, heads, size, padded, part, geometry.rotary, splits, tokens,
         num_warps=warps
     )
     if splits == 1:

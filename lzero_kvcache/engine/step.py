@@ -138,12 +138,13 @@ class Engine:
     def begin_in_place(self, weights: Weights, slab: Slab, pages: torch.Tensor, positions: torch.Tensor,
                        latent: torch.Tensor) -> None:
         """:meth:`begin` without a window; the rotary positions are the second row of ``positions [2, B]``."""
-        self._over_pages(weights, slab, pages[:, None], pages, positions, 1, latent, alone=True)
+        none = torch.zeros_like(pages)
+        self._over_pages(weights, slab, pages[:, None], none, positions, 1, latent, predicts=False)
 
     def _over_pages(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor,
-                    positions: torch.Tensor, part: int, x: torch.Tensor, alone: bool = False) -> torch.Tensor:
-        """The output ``[B, E]`` for a page's action or observation ``x [B, E]``, which may be ``alone`` and then
-        predicts nothing; see :func:`.paged.attend`."""
+                    positions: torch.Tensor, part: int, x: torch.Tensor, predicts: bool = True) -> torch.Tensor:
+        """The output ``[B, E]`` for a page's action or observation ``x [B, E]``, if it predicts; see
+        :func:`.paged.attend`."""
         from .paged import attend
         from .products import apply, residual_norm
 
@@ -153,9 +154,9 @@ class Engine:
         normed = weights.layers[0].norm1(x)
         for index, (layer, next_norm) in enumerate(zip(weights.layers, norms)):
             y = attend(
-                self.geometry, weights, slab, index, part, apply(layer.qkv, normed), tables, counts, positions, alone
+                self.geometry, weights, slab, index, part, apply(layer.qkv, normed), tables, counts, positions
             )
-            if alone and layer is weights.layers[-1]:
+            if layer is weights.layers[-1] and not predicts:
                 break
             if layer.gates is None:
                 x, normed = residual_norm(layer.proj, y, x, layer.norm2)

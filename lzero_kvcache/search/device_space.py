@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..cache.pages import SCRATCH_PAGE
+from ..engine.graphs import capture
 from ..engine.slab import MIB, Slab
 from ..engine.step import Engine, StepOutput
 from ..engine.transfer import to_cpu
@@ -102,24 +103,17 @@ class Space:
 
     def capture(self) -> None:
         """From now on, replay graphs."""
-        self.begin()
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):  # libraries allocate their workspaces before the capture
-            for _ in range(3):
-                self._run_begin()
-                self._run_simulation()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        del self._weights  # those of a capture are counted
-        before = torch.cuda.memory_allocated(self._device)
-        begin, simulation = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(begin):
-            self._run_begin()
-        with torch.cuda.graph(simulation, pool=begin.pool()):
-            self._run_simulation()
-        self._begin, self.simulate = begin.replay, simulation.replay
-        # What else is freed meanwhile, as a model that went, must not count.
-        self.memory_mb += max(0, torch.cuda.memory_allocated(self._device) - before) / MIB
+        self._on_device.copy_(self._pinned)
+        self._captured = capture(self._device, self._run_begin, self._run_and_leave)
+        self._begin, self.simulate = self._captured.replays
+        self.memory_mb += self._captured.memory_mb
+
+    def _run_and_leave(self) -> Weights:
+        """Simulate, and hand over the weights, so that those of a capture are counted."""
+        self._run_simulation()
+        weights = self._weights
+        del self._weights
+        return weights
 
     def _run_begin(self) -> None:
         tree, sent = self.tree, self._sent
