@@ -105,11 +105,12 @@ KV_CACHE_CFG: Dict[str, Option] = {
         'str', 'auto', "how a recurrent step is launched: 'eager', 'cudagraph', or 'auto': a CUDA graph on a GPU, "
         'eager on a CPU', choices=('auto', 'eager', 'cudagraph'), refused=(('compile', "was removed: use 'auto'"), )),
     'search': Option(
-        'str', 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call), 'tree' "
-        "(LightZero's C++ tree), or 'auto': 'device' where it is served", choices=('auto', 'device', 'tree')),
+        'str', 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call, or on a GPU a "
+        "replayed graph), 'tree' (LightZero's C++ tree), or 'auto': 'device' where it is served",
+        choices=('auto', 'device', 'tree')),
     'matmul': Option(
-        'str', 'float32', "products in a search on a GPU: 'float32', exact to 1e-4, or 'tf32' and 'bfloat16', which "
-        'are faster and less exact', choices=('float32', 'tf32', 'bfloat16')),
+        'str', 'float32', "products of searches on a GPU: 'float32', exact to 1e-4, or faster and less exact 'tf32', "
+        "'bfloat16'", choices=('float32', 'tf32', 'bfloat16')),
     'on_nan': Option(
         'str', 'raise', "what a prediction with nan or inf does: 'raise' an error or 'skip' storing its context",
         choices=('raise', 'skip')),

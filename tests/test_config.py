@@ -101,6 +101,7 @@ class TestRefused:
         ('eviction', 'LRU', "'lru'"), ('eviction', 3, "'priority'"), ('eviction', ['lru'], "'lru'"),
         ('dtype', 'float64', "'float"), ('on_nan', True, "'skip'"), ('backend', 'cuda', "'cudagraph'"),
         ('backend', False, "'eager'"), ('search', 'ctree', "'tree'"), ('type', 'newer', "'new'"), ('type', 5, "'new'"),
+        ('matmul', 'float16', "'bfloat16'"), ('matmul', 'tf23', "did you mean 'tf32'"),
         ('backend', 'compile', "was removed: use 'auto'"), ('init_pool_size', True, 'whole number'),
         ('init_pool_size', '400', 'whole number'), ('init_pool_size', 400., 'whole number'),
         ('init_pool_size', 0, 'at least 1'), ('recurrent_pool_size', [1], 'whole number'),
@@ -113,6 +114,16 @@ class TestRefused:
         message = self.message(flag, {key: value})
         assert f'kv_cache_cfg.{key}={value!r}' in message
         assert right in message
+
+    @pytest.mark.parametrize(('kv_cache_cfg', 'device', 'why'), [
+        (dict(matmul='tf32'), 'cpu', "world_model_cfg.device is 'cpu': use 'float32'"),
+        (dict(matmul='bfloat16', search='tree'), 'cuda', "kv_cache_cfg.search is 'tree': use 'float32', or 'auto'"),
+    ])
+    def test_products_that_no_search_has(self, kv_cache_cfg, device, why):
+        message = self.message(True, kv_cache_cfg, device=device)
+        assert f"kv_cache_cfg.matmul={kv_cache_cfg['matmul']!r}" in message and why in message
+        assert read(False, kv_cache_cfg, device=device).matmul == kv_cache_cfg['matmul']
+        assert read(True, dict(kv_cache_cfg, search='auto'), device='cuda').matmul == kv_cache_cfg['matmul']
 
     @BOTH_FLAGS
     @pytest.mark.parametrize('key', ['num_simulations', 'env_num', 'game_segment_length'])

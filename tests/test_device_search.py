@@ -11,6 +11,7 @@ import torch
 from ding.utils import MODEL_REGISTRY
 from oracle import Case, construct, original_model
 from test_compiled_search import Root, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
+from test_whole_search import SIMULATIONS, make
 
 from lzero_kvcache.cache.pages import NULL_PAGE
 from lzero_kvcache.engine.slab import Slab
@@ -18,9 +19,10 @@ from lzero_kvcache.engine.step import Engine
 from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
 from lzero_kvcache.host.weights import source_of
 from lzero_kvcache.search import device, whole
-from lzero_kvcache.search.device import MAX_SPACES
+from lzero_kvcache.search.device import MAX_SPACES, DeviceSearch
 from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
 from lzero_kvcache.search.tree import root_actions, root_values, root_visits
+from lzero_kvcache.validation.trace import Trace
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason='where there is a GPU, kernels are compiled')
@@ -47,8 +49,11 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 @interpreted
 @CASES
 def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None:  # noqa: F811
+    [served] = root.world_model.inference.open.steps
+    served.trace = noted = Trace('collect', served.env_ids, 1, replayed=True)
     visits, values, actions = root.world_model.search_on_device(root.problem)
     [space] = root.world_model.inference._device._spaces.kept.values()
+    served.trace = Trace('collect', served.env_ids, 1, replayed=True)
     with root.world_model.search_whole(root.problem) as tree:
         assert visits == root_visits(tree)
         np.testing.assert_allclose(values, root_values(tree), atol=3e-4)  # what float32 makes of the model's steps
@@ -58,6 +63,11 @@ def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None
         assert (actions is not None) == ('sampled' in root.problem.rules)
         if actions is not None:
             np.testing.assert_allclose(actions, root_actions(tree), atol=1e-6)
+    assert len(noted.nodes) == compiled.SIMULATIONS
+    for node, other in zip(noted.nodes, served.trace.nodes):
+        for part, right in zip(node[:3], other[:3]):
+            assert part.dtype.kind == right.dtype.kind
+            np.testing.assert_allclose(part, right, atol=1e-5)
 
 
 @interpreted
@@ -168,6 +178,17 @@ class TestOnGPU:
         np.testing.assert_allclose(values, root_values(search_by_steps(on_gpu)), rtol=0.05, atol=0.05)
         assert list(on_gpu.world_model.inference._device._spaces.kept.values()) == captured
 
+    @pytest.mark.parametrize('matmul, most', [('tf32', 5e-3), ('bfloat16', 5e-2)])
+    def test_other_products_agree_roughly(self, on_gpu: Root, matmul: str, most: float) -> None:
+        world_model, inference = on_gpu.world_model, on_gpu.world_model.inference
+        search = DeviceSearch(
+            inference.engine, world_model.weights_source, world_model.kv_cache_manager, world_model._storage,
+            inference._guard, inference.timings, matmul
+        )
+        exact = searched(on_gpu, simulations=1)[1]
+        values = search.run(inference.open.steps[-1], on_gpu.problem._replace(simulations=1))[1]
+        assert 1e-6 < np.abs(np.subtract(values, exact)).max() < most
+
     def test_what_is_no_number_is_counted(self, on_gpu: Root) -> None:
         head = on_gpu.world_model.head_value
         linear = [part for part in head.modules() if isinstance(part, torch.nn.Linear)][-1]
@@ -214,3 +235,34 @@ def test_products_are_exact(rows: int, outputs: int, inputs: int) -> None:
     torch.testing.assert_close(
         products.apply(Chain((layer, gelu)), x), gelu(products.apply(layer, x)), atol=2e-5, rtol=1e-5
     )
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize('matmul, least, most', [('tf32', 1e-5, 1e-3), ('bfloat16', 1e-4, 1e-2)])
+@pytest.mark.parametrize('rows', [8, 64, 256])
+def test_other_products_are_as_exact_as_they_say(rows: int, matmul: str, least: float, most: float) -> None:
+    from lzero_kvcache.engine import products
+
+    x, weight = torch.randn(rows, 768, device='cuda'), torch.randn(2304, 768, device='cuda')
+    right = torch.nn.functional.linear(x.double(), weight.double())
+    weight = weight.bfloat16() if matmul == 'bfloat16' else weight
+    difference = products.apply(Linear(weight, None, rows, matmul), x) - right
+    assert least < difference.abs().max() / right.abs().max() < most
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize('kind', ['unizero', 'sampled', 'continuous'])
+def test_policies_search_on_a_gpu(kind: str, lines: Any) -> None:
+    policy = make(kind, changes=dict(cuda=True, device='cuda'), device='cuda')
+    spaces, mask = policy._model.world_model.inference._device._spaces, [np.ones(5, np.int8)] * 3
+    for step in range(3):
+        output = policy.collect_mode.forward(
+            torch.randn(3, 4, device='cuda'), [None] * 3 if kind == 'continuous' else mask, to_play=[-1] * 3,
+            ready_env_id=[0, 1, 2], timestep=[np.array(step)] * 3, temperature=1., epsilon=0.
+        )
+    assert [sum(row['visit_count_distributions']) for row in output.values()] == [SIMULATIONS] * 3
+    assert [space.rows for space in spaces.kept.values()] == [3] and spaces.captures
+    told = 'Searching in arrays: a search is a graph that is replayed for each simulation'
+    assert lines().count(('INFO', told)) == 1

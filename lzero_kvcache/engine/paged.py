@@ -135,7 +135,7 @@ def _join(parts, sums, out, rows, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDE
 def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, part: int, qkv: torch.Tensor,
            tables: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Attention ``[B, E]`` of a page's action (``part`` 0) or observation (1) with ``qkv [B, 3E]``, whose key and value
-    are written into the page. An observation whose count is 0 has no context, and no action before it."""
+    are written into the page. Without a context, an observation has no action before it."""
     rows, embed = len(qkv), geometry.embed_dim
     moved = torch.view_as_real(weights.places) if geometry.rotary else weights.shift
     assert moved is not None and slab.data is not None and moved.is_contiguous() and positions.is_contiguous()

@@ -69,6 +69,10 @@ class Engine:
         """What a search takes to the host: reward and value as numbers, and policy logits ``[B, 2 + P]``."""
         assert output.logits_rewards is not None
         rows = output.logits_value.shape[0]
+        if weights.captured and output.logits_value.is_cuda and has_triton():
+            from .numbers import for_search
+
+            return for_search(output, output.logits_value.new_empty(rows, 2 + output.logits_policy.shape[-1]))
         scalars = weights.scalar(torch.cat([output.logits_rewards.squeeze(1), output.logits_value.squeeze(1)]))
         return torch.cat([scalars.view(2, rows).T, output.logits_policy.squeeze(1)], dim=1)
 
@@ -134,11 +138,12 @@ class Engine:
     def begin_in_place(self, weights: Weights, slab: Slab, pages: torch.Tensor, positions: torch.Tensor,
                        latent: torch.Tensor) -> None:
         """:meth:`begin` without a window; the rotary positions are the second row of ``positions [2, B]``."""
-        self._over_pages(weights, slab, pages[:, None], torch.zeros_like(pages), positions, 1, latent, predicts=False)
+        none = torch.zeros_like(pages)
+        self._over_pages(weights, slab, pages[:, None], none, positions, 1, latent, predicts=False)
 
     def _over_pages(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor,
                     positions: torch.Tensor, part: int, x: torch.Tensor, predicts: bool = True) -> torch.Tensor:
-        """The output ``[B, E]``, if it predicts, for a page's action or observation ``x [B, E]``; see
+        """The output ``[B, E]`` for a page's action or observation ``x [B, E]``, if it predicts; see
         :func:`.paged.attend`."""
         from .paged import attend
         from .products import apply, residual_norm
@@ -148,9 +153,10 @@ class Engine:
         norms = [layer.norm1 for layer in weights.layers[1:]] + [weights.norm]
         normed = weights.layers[0].norm1(x)
         for index, (layer, next_norm) in enumerate(zip(weights.layers, norms)):
-            qkv = apply(layer.qkv, normed)
-            y = attend(self.geometry, weights, slab, index, part, qkv, tables, counts, positions)
-            if not predicts and layer is weights.layers[-1]:
+            y = attend(
+                self.geometry, weights, slab, index, part, apply(layer.qkv, normed), tables, counts, positions
+            )
+            if layer is weights.layers[-1] and not predicts:
                 break
             if layer.gates is None:
                 x, normed = residual_norm(layer.proj, y, x, layer.norm2)

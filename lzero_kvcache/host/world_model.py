@@ -218,13 +218,13 @@ class NewWorldModel(LightZeroWorldModel):
         """Log where trees are, and why they are not in arrays."""
         options, on_cpu = self._options, self.weights_source.device().type == 'cpu'
         told = f"{doing} in LightZero's tree, node by node"
-        asked = ["search='device'"] * (options.search == 'device')
-        asked += [f'matmul={options.matmul!r}'] * (options.matmul != 'float32')
+        asked = ["kv_cache_cfg.search='device' asks"] * (options.search == 'device')
+        asked += [f'kv_cache_cfg.matmul={options.matmul!r} asks'] * (options.matmul != 'float32')
         if reason is None:
             call = 'one compiled call' if on_cpu else 'a graph that is replayed for each simulation'
             logger.info(f'{doing} in arrays: a search is {call}')
         elif asked:
-            logger.warning(f'{told}, not as kv_cache_cfg.{asked[0]} asks: {reason}')
+            logger.warning(f'{told}, not as {asked[0]}: {reason}')
         else:
             logger.info(f'{told}: {reason}')
 

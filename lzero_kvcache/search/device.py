@@ -105,7 +105,7 @@ class DeviceSearch:
         return visits, values, None
 
     def _space(self, problem: Problem, rows: int, addresses: Tuple[int, ...], kind: Tuple[Any, ...],
-               make: Callable[..., Any]) -> Any:
+               make: Callable[[Problem, int], Any]) -> Any:
         """A space of some kind that has room for a search; a new one is captured."""
         spaces = self._spaces
         addresses += (self._storage.slab.address, )
@@ -194,10 +194,7 @@ def _give_priors(given: Any, problem: Problem, rows: int) -> None:
 
 def _note(trace: Any, space: Space, rows: int) -> None:
     """What validation needs of one simulation."""
-    tree = space.tree
-    depths = tree.depth.long()
-    parents = tree.path.gather(1, depths[:, None] - 1)[:, 0]
     predicted = to_cpu(torch.nan_to_num(space.predicted, 0.0, 0.0, 0.0)[:rows])
-    parts = parents, space.actions, parents if space.sampled else depths
+    parts = space.parents, space.actions, space.parents if space.sampled else space.tree.depth
     taken = [to_cpu(part[:rows].clone()) for part in parts]
     trace.note_scalars(*taken, predicted[:, 0], predicted[:, 1], predicted[:, 2:])

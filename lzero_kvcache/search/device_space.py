@@ -59,7 +59,7 @@ class Space:
         })
         self._make_sent()
         self._window = torch.zeros(self._width + 1, rows, dtype=indices, device=device)
-        self._counts = torch.zeros(rows, dtype=indices, device=device)
+        self._counts, self.parents = (torch.zeros(rows, dtype=indices, device=device) for _ in range(2))
         self._positions = torch.zeros(2, rows, dtype=indices, device=device)
         self.actions = torch.zeros(rows, dtype=indices, device=device)
         if self._engine.geometry.continuous:
@@ -103,7 +103,7 @@ class Space:
 
     def capture(self) -> None:
         """From now on, replay graphs."""
-        self.begin()
+        self._on_device.copy_(self._pinned)
         captured = capture(self._device, self._run_begin, self._run_simulation)
         self._begin, self.simulate = captured.replays
         self.memory_mb += captured.memory_mb
@@ -126,8 +126,10 @@ class Space:
             tree.order[:, 0], tree.prior[:, 0] = sent.order, sent.prior
 
     def _run_simulation(self) -> None:
+        from ..engine.numbers import for_search
+
         self._select()
-        self.predicted.copy_(self._engine.for_search(self._weights, self._step()))
+        for_search(self._step(), self.predicted)
         self._backup()
         if self.sampled:
             self._draw(self.predicted[:, 2:], 1)
@@ -144,9 +146,9 @@ class Space:
 
         sent = self._sent
         kernels.select[self.rows, ](
-            *self.tree, sent.key.view(torch.int64), self._simulation, sent.timesteps, sent.pages, self.actions,
-            self._window, self._counts, self._positions, self._explored, self._spread, self._numbers, self.rows,
-            self.simulations + 1, self._slots, self._action_size, self._engine.geometry.rotary_positions,
+            *self.tree, sent.key.view(torch.int64), self._simulation, sent.timesteps, sent.pages, self.parents,
+            self.actions, self._window, self._counts, self._positions, self._explored, self._spread, self._numbers,
+            self.rows, self.simulations + 1, self._slots, self._action_size, self._engine.geometry.rotary_positions,
             _padded(self._slots), _padded(self._action_size), self._width, _padded(self._width),
             self._rules['two_players'], self.sampled, **_EXACT
         )
@@ -171,7 +173,7 @@ class Space:
         draw[self.rows, ](
             tree.draws, tree.order, tree.prior, self._sent.key.view(torch.int64), self._simulation, after, policy,
             policy.stride(0), self.simulations + 1, self._slots, self._engine.geometry.action_size,
-            _padded(self._slots), _padded(self._policy), **dict(_EXACT, num_warps=4)
+            _padded(self._slots), _padded(self._policy), **dict(_EXACT, num_warps=8)
         )
 
     def found(self, rows: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -213,9 +215,7 @@ class Reanalysis(Space):
             self._places.copy_(2 * self._sent.timesteps % self._engine.geometry.rotary_positions)
 
     def _step(self) -> StepOutput:
-        tree, engine = self.tree, self._engine
-        parents = tree.path.gather(1, tree.depth[:, None].long() - 1)[:, 0].long()
-        state = self.latents[parents, self._rows]
+        engine, state = self._engine, self.latents[self.parents, self._rows]
         engine.begin_in_place(self._weights, self._slab, self._pages[0], self._places, state)
         if engine.geometry.rotary:  # both tokens have the same place, as in LightZero's reanalysis
             self._positions.copy_((self._positions[1:] + 1) % engine.geometry.rotary_positions)

@@ -18,11 +18,12 @@ def _quality(reward, discount, sign, value_sum, visits):
 
 @triton.jit
 def select(visits, value_sum, reward, prior, child, order, draws, low, high, path, depths, actions, unused, tables,
-           counts, key, simulation_at, timesteps, pages, taken, window, window_counts, positions, explored, spread,
-           rules, rows, nodes, slots, action_size, least_rotary, SLOTS: tl.constexpr, ACTION: tl.constexpr,
+           counts, key, simulation_at, timesteps, pages, parents, taken, window, window_counts, positions, explored,
+           spread, rules, rows, nodes, slots, action_size, least_rotary, SLOTS: tl.constexpr, ACTION: tl.constexpr,
            PAGES: tl.constexpr, PADDED: tl.constexpr, TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr):
-    """Walk to where the simulation adds its node, and lay out what the model's step needs there: the actions ``[B]``
-    or ``[B, A]``, the window of pages ``[PAGES + 1, B]``, counts ``[B]`` and positions ``[2, B]``."""
+    """Walk to where the simulation adds its node, and lay out what the model's step needs there: the nodes that it
+    begins at ``[B]``, the actions taken there ``[B]`` or ``[B, A]``, the window of pages ``[PAGES + 1, B]``, counts
+    ``[B]`` and positions ``[2, B]``."""
     row = tl.program_id(0)
     simulation = tl.load(simulation_at)
     discount, delta = tl.load(rules), tl.load(rules + 1)
@@ -80,6 +81,7 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
     tl.store(path + first_node + depth, node)
     tl.store(depths + row, depth)
     tl.store(actions + row, action)
+    tl.store(parents + row, parent.to(tl.int64))
     after = depth
     if SAMPLED:
         after = parent  # where trees are sampled, LightZero has the node's index for its depth
