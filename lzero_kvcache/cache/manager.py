@@ -5,7 +5,7 @@ from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..config import MIB, PREFIX, CacheConfig, ConfigError, lookup
+from ..config import MIB, PREFIX, CacheConfig, ConfigError
 from ..registry import KV_CACHE_REGISTRY
 from .base import CURRENT, PagedCacheManager
 from .current import CurrentRoots
@@ -16,7 +16,6 @@ from .stats import CacheStats
 logger = logging.getLogger(__name__)
 
 COLLECT, EVAL = 'collect', 'eval'
-DEFAULT_CONTEXT_LENGTH = 8  # of a manager that is used by hand with a config that names none
 
 
 @KV_CACHE_REGISTRY.register('new')
@@ -35,16 +34,12 @@ class KVCacheManager(PagedCacheManager, Codec):
     """
 
     def __init__(self, config: Any, env_num: Optional[int] = None, enable_stats: Optional[bool] = None) -> None:
-        self.config = CacheConfig.read(config, KV_CACHE_REGISTRY)
+        self.config = CacheConfig.of(config, KV_CACHE_REGISTRY, env_num)
         self.env_num = self.config.env_num if env_num is None else env_num
         self.enable_stats = self.config.enable_stats if enable_stats is None else enable_stats
-        self.width = lookup(config, 'context_length', DEFAULT_CONTEXT_LENGTH) // 2 - 1
-        self._eval_env_num = lookup(config, 'evaluator_env_num', 1)
-        nodes = self.config.recurrent_pool_size
-        if lookup(config, 'env_num') is None and 'recurrent_pool_size' not in (lookup(config, 'kv_cache_cfg') or {}):
-            nodes = self.config.num_simulations * self.env_num
+        self.width = self.config.context_length // 2 - 1
         self.storage: Any = None  # by hand there is none, and pools hold what they are given
-        self._pages = PageAllocator(self._pages_of_a_search(nodes))
+        self._pages = PageAllocator(self._pages_of_a_search())
         # An environment's newest root is in no pool, so that nothing evicts it; its pool counts who asked for it.
         self._current = {
             COLLECT: CurrentRoots(self._pages, self.env_num, self.width),
@@ -55,7 +50,7 @@ class KVCacheManager(PagedCacheManager, Codec):
         self._out_of_memory = False
 
         self.init_pools = [self._paged(self.config.init_pool_size, f'init_env{i}') for i in range(self.env_num)]
-        self.recur_pool = self._paged(nodes, 'recurrent')
+        self.recur_pool = self._paged(self.config.recurrent_pool_size, 'recurrent')
         self.wm_pool = KVCachePool(self.env_num, self.config.eviction, self.enable_stats, 'world_model')
         # Evaluation has contexts of its own, made at its first search, so that it cannot evict collection's.
         self.eval_pools: List[PagedPool] = []
@@ -71,11 +66,11 @@ class KVCacheManager(PagedCacheManager, Codec):
             take=self.take
         )
 
-    def _pages_of_a_search(self, nodes: int) -> int:
+    def _pages_of_a_search(self) -> int:
         """The newest root of every environment, the nodes of a search, two pages a row for the step, the reserved."""
-        environments = self.env_num + self._eval_env_num
-        rows = max(self.env_num, self._eval_env_num)
-        return RESERVED_PAGES + environments * (self.width + 1) + nodes + 2 * rows
+        environments = self.env_num, self.config.evaluator_env_num
+        roots = sum(environments) * (self.width + 1)
+        return RESERVED_PAGES + roots + self.config.recurrent_pool_size + 2 * max(environments)
 
     def _page_limit(self) -> int:
         if self.config.max_memory_mb is None or self.storage is None:

@@ -159,7 +159,7 @@ class OldWorldModel(LightZeroWorldModel):
     clear_line = 'Cleared WorldModel past_kv_cache (OLD system).'
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
-        options = CacheConfig.read(config, KV_CACHE_REGISTRY)
+        options = CacheConfig.of(config, KV_CACHE_REGISTRY)
         logger.info(self.log_line)
         super().__init__(config, tokenizer)
         self.kv_cache_manager: Any = self.manager(config, self.env_num, options.enable_stats)

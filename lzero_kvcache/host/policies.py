@@ -24,7 +24,7 @@ from scipy.stats import entropy as scipy_entropy
 
 from ..cache.manager import COLLECT, EVAL, KVCacheManager
 from ..cache.stats import Timing
-from ..config import FLAG, PREFIX, ConfigError, settle
+from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
 from ..registry import KV_CACHE_REGISTRY, register_in_place_of
 from ..search.environments import Environments
 from ..search.served import Served
@@ -80,6 +80,13 @@ class KVCachePolicy:
             )
         if use_new:  # again, now that a subclass has built what it builds after its base class
             check_served(self._model.world_model)
+
+    def _create_model(self, cfg: EasyDict, model: Optional[torch.nn.Module] = None) -> torch.nn.Module:
+        if model is None:  # what the policy has read goes with the config, of which DI-engine makes a copy anyway
+            cfg = copy.copy(cfg)
+            cfg.model = copy.copy(cfg.model)
+            cfg.model.world_model_cfg = handed_down(cfg.model.world_model_cfg, self._options)
+        return super()._create_model(cfg, model)  # type: ignore[misc]
 
     def _init_collect(self) -> None:
         super()._init_collect()  # type: ignore[misc]

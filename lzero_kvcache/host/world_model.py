@@ -10,7 +10,7 @@ from lzero.model.unizero_world_models.world_model import WorldModel as LightZero
 
 from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
-from ..config import CacheConfig
+from ..config import CacheConfig, handed_down
 from ..engine.compiling import why_not_compiled
 from ..engine.encoder_graph import EncoderGraph
 from ..engine.launch import picked
@@ -52,7 +52,7 @@ class NewWorldModel(LightZeroWorldModel):
     use_new_cache_manager = True
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
-        options = CacheConfig.read(config, KV_CACHE_REGISTRY)
+        options = CacheConfig.of(config, KV_CACHE_REGISTRY)
         logger.info('✓ Using NEW KVCacheManager for cache management')
         self.validator = Validator(options, partial(make_reference, self)) if options.validation != 'off' else None
         super().__init__(config, tokenizer)
@@ -66,7 +66,7 @@ class NewWorldModel(LightZeroWorldModel):
             f'lower kv_cache_cfg.init_pool_size={options.init_pool_size} or set kv_cache_cfg.max_memory_mb'
         ))
         self.kv_cache_manager: PagedCacheManager = KV_CACHE_REGISTRY[options.type](
-            config, self.env_num, options.enable_stats
+            handed_down(config, options), self.env_num, options.enable_stats
         )
         self.kv_cache_manager.use_store(self._storage)
         self.inference = Inference(
