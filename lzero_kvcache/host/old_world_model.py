@@ -10,8 +10,7 @@ from lzero.model.unizero_world_models.world_model import WorldModel as LightZero
 
 from ..cache.base import BaseCacheManager
 from ..cache.stats import CacheStats, Timing
-from ..config import CacheConfig
-from ..engine.slab import MIB
+from ..config import MIB, CacheConfig
 from ..registry import KV_CACHE_REGISTRY
 from .lightzero import lightzero
 
