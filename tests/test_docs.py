@@ -17,8 +17,8 @@ from lzero_kvcache import KV_CACHE_REGISTRY, KVCacheManager, config, telemetry
 from lzero_kvcache.cache.nodes import NodeTable
 from lzero_kvcache.cache.pages import RESERVED_PAGES, extend
 from lzero_kvcache.comparison import DATA, PAGE, PICTURES
+from lzero_kvcache.host.legacy_reference import CAUSES
 from lzero_kvcache.host.patches import TABLE
-from lzero_kvcache.host.reference import CAUSES
 from lzero_kvcache.telemetry import VALIDATION
 from lzero_kvcache.validation.tally import QUANTITIES, Tally
 from lzero_kvcache_options import COMMAND, command_parser

@@ -25,10 +25,11 @@ from ..search.inference import Inference
 from ..search.served import Served
 from ..search.whole import Found, Problem
 from ..validation import Validator
+from .exact_reference import ExactReference
 from .keys_values import KeysValuesCodec
+from .legacy_reference import LegacyReference
 from .lightzero import lightzero
 from .network import read_network, what_is_missing
-from .reference import make_reference
 from .refused import check_served
 from .weights import source_of
 
@@ -54,7 +55,8 @@ class NewWorldModel(LightZeroWorldModel):
     def __init__(self, config: Any, tokenizer: Any) -> None:
         options = CacheConfig.of(config, KV_CACHE_REGISTRY)
         logger.info('✓ Using NEW KVCacheManager for cache management')
-        self.validator = Validator(options, partial(make_reference, self)) if options.validation != 'off' else None
+        reference = LegacyReference if options.validation == 'legacy' else ExactReference
+        self.validator = None if options.validation == 'off' else Validator(options, partial(reference, self))
         super().__init__(config, tokenizer)
         for name in ('shared_pool_recur_infer', 'shared_pool_init_infer', 'shared_pool_wm'):
             del self.__dict__[name]
