@@ -19,17 +19,7 @@ from builders import Worker, assert_same_outputs, audit, make_policy, roots
 from ding.utils import MODEL_REGISTRY
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 from lzero.policy import utils as lightzero_utils
-from oracle import (
-    Batch,
-    Case,
-    Root,
-    assert_same,
-    cached_model,
-    play,
-    random_trace,
-    row_differences,
-    world_model_cfg,
-)
+from oracle import Batch, Case, Root, assert_same, cached_model, play, random_trace, row_differences, world_model_cfg
 from players import ByKey, ByNode
 
 from lzero_kvcache import KVCacheManager

@@ -11,7 +11,6 @@ from unittest import mock
 import builders
 import lzero.mcts.tree_search.mcts_ctree as mcts_ctree
 import lzero.mcts.tree_search.mcts_ctree_sampled as mcts_ctree_sampled
-import lzero.policy as lightzero_policy
 import numpy as np
 import pytest
 import torch
@@ -29,7 +28,6 @@ from oracle import (
     Difference,
     Expand,
     LightZeroAlone,
-    PathReference,
     Root,
     Trace,
     assert_same,
@@ -42,7 +40,8 @@ from oracle import (
     relative_error,
     worst,
 )
-from players import ByNode
+from path_reference import PathReference
+from players import ByNode, error_of, for_search
 
 from lzero_kvcache.engine.step import StepOutput
 from lzero_kvcache.host.tree_search import NodeSearch, SampledNodeSearch
@@ -77,32 +76,7 @@ BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discre
 BOTH_MODES = pytest.mark.parametrize('mode', ['collect', 'eval'])
 BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Traces
-# ---------------------------------------------------------------------------------------------------------------------
-
-SUPPORT = 5
-TO_SCALAR = InverseScalarTransform(
-    *((lightzero_policy.DiscreteSupport(-SUPPORT, SUPPORT + 1, 1),) if ON_MAIN else (SUPPORT, 'cpu')), True
-)
-
-
-def for_search(answer):
-    """What a search makes of a keyed answer: no latent states, value and reward as scalars."""
-    if 'reward' not in answer:
-        return answer
-    # As probabilities, since the released LightZero takes logits that happen to sum up to 1 for such.
-    parts = [answer[name] if ON_MAIN else answer[name].softmax(-1) for name in ('value', 'reward')]
-    value, reward = map(TO_SCALAR, parts)
-    return dict(policy=answer['policy'], value=value, reward=reward)
-
-
-def error_of(name, actual, expected):
-    """Scalars are told in units of the support: near 0 the rescaling's square root keeps few digits."""
-    if expected.shape[-1] == 1:
-        return float((actual - expected).abs().max()) / SUPPORT if actual.shape == expected.shape else float('inf')
-    return relative_error(actual, expected)
-
+# ---- traces ----------------------------------------------------------------------------------------------------------
 
 def node_differences(trace, batch, alone):
     """All differences between a batch that is asked by node and each environment alone."""
@@ -216,9 +190,7 @@ class TestMisuse:
             pass
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole searches
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- whole searches --------------------------------------------------------------------------------------------------
 
 
 def make(kind, rotary=True, new=True, simulations=12, **options):
@@ -390,9 +362,7 @@ class TestScalars:
             torch.testing.assert_close(packed, expected, rtol=1e-4, atol=2e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counts, times, pages
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- counts, times, pages --------------------------------------------------------------------------------------------
 
 
 def counts(policy):
