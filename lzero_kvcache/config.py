@@ -283,13 +283,7 @@ def _check_context_length(world_model_cfg: Any) -> None:
         raise ConfigError(f'{PREFIX}.context_length={length} must not exceed max_tokens={max_tokens}')
 
 
-def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulations: int = 0) -> CacheConfig:
-    """Validate what a policy config, merged with its policy's defaults, says about caching; some of its searches may
-    have more simulations than ``num_simulations``.
-
-    In new mode it fills in the sizes that ``world_model_cfg`` lacks from the policy's own, and refuses those that would
-    make a pool too small.
-    """
+def _refuse_what_lightzero_lacks(policy_cfg: Any) -> None:
     if not policy_cfg['mcts_ctree']:
         raise ConfigError('policy.mcts_ctree=False cannot work: LightZero has no Python search for UniZero; set True')
     if policy_cfg['random_collect_episode_num'] > 0:
@@ -297,6 +291,16 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulation
             f'policy.random_collect_episode_num={policy_cfg["random_collect_episode_num"]} cannot work: '
             'LightZero has no random policy for UniZero; set it to 0'
         )
+
+
+def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulations: int = 0) -> CacheConfig:
+    """Validate what a policy config, merged with its policy's defaults, says about caching; some of its searches may
+    have more simulations than ``num_simulations``.
+
+    In new mode it fills in the sizes that ``world_model_cfg`` lacks from the policy's own, and refuses those that would
+    make a pool too small.
+    """
+    _refuse_what_lightzero_lacks(policy_cfg)
     world_model_cfg = policy_cfg['model']['world_model_cfg']
     if picked_system(world_model_cfg) != 'new':
         # LightZero's own default, which our policies leave out to see whether a user gave it.

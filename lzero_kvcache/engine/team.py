@@ -29,7 +29,7 @@ def new_team(workers: int) -> np.ndarray:
 
 
 def dismiss(team: np.ndarray) -> None:
-    """Whoever helps out leaves."""
+    """Let the threads that help out return."""
     team[POSTED:POSTED + 1] = 2 ** 62
 
 

@@ -54,9 +54,10 @@ class KVCachePolicy:
         hide whether a user gave one."""
         kinds = cls.__mro__
         plugins = next(number for number, kind in enumerate(kinds) if KVCachePolicy in kind.__bases__)
-        config = kinds[plugins].__bases__[1].default_config()  # type: ignore[attr-defined]
+        _, lightzeros = kinds[plugins].__bases__
+        config = lightzeros.default_config()  # type: ignore[attr-defined]
         config.model.world_model_cfg.pop('env_num', None)
-        # A subclass adds what its own ``config`` has: DI-engine would add what it inherits, too.
+        # Of a user's subclasses, what each adds itself: DI-engine would add what they inherit, too.
         own = [copy.deepcopy(vars(kind).get('config', {})) for kind in reversed(kinds[:plugins])]
         for part in (dict(learn=dict(learner=dict(hook={HOOK_KEY: HOOK_CONFIG}))), *own):
             config = deep_merge_dicts(config, EasyDict(part))
