@@ -91,11 +91,6 @@ def test_both_readmes_have_the_same_sections_code_and_figures():
                 for name in READMES}) == 1
 
 
-def test_the_chinese_readme_has_full_width_punctuation():
-    text = re.sub(r'```.*?```|`[^`]*`|\]\([^)]*\)', ']', read('README.zh.md'), flags=re.DOTALL)
-    assert not re.findall(r'[\u4e00-\u9fff][,:;!?()]|[,:;!?()][\u4e00-\u9fff]', text)
-
-
 def test_both_readmes_link_every_page_of_the_documentation():
     for name in READMES:
         assert set(DOCS) <= set(re.findall(r'\]\(([^)]+)\)', read(name)))
