@@ -249,12 +249,12 @@ class TestSettle:
         assert read.call_count == 1
 
     def test_what_is_handed_down_is_not_in_the_users_config(self):
-        cfg = compiled(small_cartpole(True)).policy
-        policy = create_policy(cfg, enable_field=['collect'])
+        cfg, fields = compiled(small_cartpole(True)).policy, ['learn', 'collect', 'eval']
+        policy = create_policy(cfg, enable_field=fields)
         assert policy._model.world_model.kv_cache_manager.config == policy._options
         assert HANDED_DOWN not in cfg.model.world_model_cfg
         cfg.model.world_model_cfg.kv_cache_cfg.eviction = 'lru'
-        again = create_policy(cfg, enable_field=['collect'])
+        again = create_policy(cfg, enable_field=fields)
         assert again._model.world_model.kv_cache_manager.config.eviction == 'lru'
 
     @pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
