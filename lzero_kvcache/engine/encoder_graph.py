@@ -19,15 +19,16 @@ class _Graph(NamedTuple):
 
 class EncoderGraph:
     """Encodes ``rows`` observations at once with weights of its own, into which the encoder's are copied: those of a
-    target model are moved by each update."""
+    target model are moved by each update. The encoder is what ``owner`` has as such at each call."""
 
-    def __init__(self, encoder: nn.Module, rows: int) -> None:
-        self.rows, self._encoder = rows, encoder
+    def __init__(self, owner: Any, rows: int) -> None:
+        self.rows, self._owner = rows, owner
         self._own: Optional[nn.Module] = None
+        self._copied: Optional[nn.Module] = None  # what it is a copy of
         self._graphs = Graphs('An encoder cannot be captured here')
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> 'EncoderGraph':
-        return type(self)(copy.deepcopy(self._encoder, memo), self.rows)
+        return type(self)(copy.deepcopy(self._owner, memo), self.rows)
 
     @property
     def memory_mb(self) -> float:
@@ -35,16 +36,17 @@ class EncoderGraph:
 
     def chunk(self, count: int) -> int:
         """How many of so many observations to encode at once: a GPU has some while the next ones are packed."""
-        return self.rows if _numbers(self._encoder)[0].is_cuda else count
+        return self.rows if _numbers(self._owner.encoder)[0].is_cuda else count
 
     def latest(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function of ``rows`` observations at the most, wherever they are, with the encoder's weights of now."""
-        theirs = _numbers(self._encoder)
+        encoder: nn.Module = self._owner.encoder
+        theirs = _numbers(encoder)
         device = theirs[0].device
-        if device.type != 'cuda' or self._encoder.training or not self._graphs.usable:
-            return lambda observations: self._encoder(observations.to(device, non_blocking=True).float()).flatten(1)
-        if self._own is None:
-            self._own = copy.deepcopy(self._encoder)
+        if device.type != 'cuda' or encoder.training or not self._graphs.usable:
+            return lambda observations: encoder(observations.to(device, non_blocking=True).float()).flatten(1)
+        if self._own is None or self._copied is not encoder:
+            self._own, self._copied = copy.deepcopy(encoder), encoder
         torch._foreach_copy_(_numbers(self._own), theirs)
         return self._replay
 

@@ -75,7 +75,7 @@ class NewWorldModel(LightZeroWorldModel):
             self.weights_source, self.tokenizer.encode_to_obs_embeddings, self.kv_cache_manager, self._storage, options,
             self.validator, partial(read_network, self)
         )
-        self.encoder_graph = EncoderGraph(self.tokenizer.encoder, ENCODED)
+        self.encoder_graph = EncoderGraph(self.tokenizer, ENCODED)
         self._storage.beside.append(self.encoder_graph)
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
