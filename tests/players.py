@@ -1,9 +1,43 @@
 """How a model is asked on any device, and by node. Who asks by key, and what is right, is in ``oracle.py``."""
 import contextlib
 
+import lzero.policy as lightzero_policy
 import numpy as np
 import torch
-from oracle import Batch, play
+from lzero.policy import InverseScalarTransform
+from oracle import ON_MAIN, Batch, play, relative_error
+
+SUPPORT = 5
+TO_SCALAR = InverseScalarTransform(
+    *((lightzero_policy.DiscreteSupport(-SUPPORT, SUPPORT + 1, 1),) if ON_MAIN else (SUPPORT, 'cpu')), True
+)
+
+
+def for_search(answer):
+    """What a search makes of a keyed answer: no latent states, value and reward as scalars."""
+    if 'reward' not in answer:
+        return answer
+    # As probabilities, since the released LightZero takes logits that happen to sum up to 1 for such.
+    parts = [answer[name] if ON_MAIN else answer[name].softmax(-1) for name in ('value', 'reward')]
+    value, reward = map(TO_SCALAR, parts)
+    return dict(policy=answer['policy'], value=value, reward=reward)
+
+
+def error_of(name, actual, expected):
+    """Scalars are told in units of the support: near 0 the rescaling's square root keeps few digits."""
+    if expected.shape[-1] == 1:
+        return float((actual - expected).abs().max()) / SUPPORT if actual.shape == expected.shape else float('inf')
+    return relative_error(actual, expected)
+
+
+def largest_error(actual, expected):
+    """Over all answers; those of nodes that are asked by node are compared with what a search makes of keyed ones."""
+    assert len(actual) == len(expected)
+    errors = []
+    for answer, right in zip(actual, expected):
+        right = right if answer['value'].shape == right['value'].shape else for_search(right)
+        errors += [error_of(name, part, right[name]) for name, part in answer.items()]
+    return max(errors)
 
 
 class Placed:

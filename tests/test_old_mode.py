@@ -13,16 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ding.utils import MODEL_REGISTRY
-from oracle import (
-    ORIGINAL_MODELS,
-    Case,
-    OriginalBatch,
-    construct,
-    play,
-    random_reanalysis,
-    random_trace,
-    randomise,
-)
+from oracle import ORIGINAL_MODELS, Case, OriginalBatch, construct, play, random_reanalysis, random_trace, randomise
 
 import lzero_kvcache
 

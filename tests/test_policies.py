@@ -7,16 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from builders import (
-    Worker,
-    assert_same_outputs,
-    audit,
-    compiled,
-    differs,
-    make_policy,
-    roots,
-    small_cartpole,
-)
+from builders import Worker, assert_same_outputs, audit, compiled, differs, make_policy, roots, small_cartpole
 from hypothesis import given
 from hypothesis import strategies as st
 from lzero.policy import utils as lightzero_utils

@@ -13,13 +13,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups, metadata
 from torch.utils.tensorboard import SummaryWriter
 
-from lzero_kvcache.telemetry import (
-    COMPARED,
-    HOOK_KEY,
-    HYPERPARAMETERS,
-    KVCacheStatsHook,
-    write_hyperparameters,
-)
+from lzero_kvcache.telemetry import COMPARED, HOOK_KEY, HYPERPARAMETERS, KVCacheStatsHook, write_hyperparameters
 
 BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
 OLD_TAGS = {

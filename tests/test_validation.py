@@ -24,7 +24,8 @@ from lzero_kvcache import ConfigError
 from lzero_kvcache.cache.pages import SCRATCH_PAGE
 from lzero_kvcache.config import CacheConfig
 from lzero_kvcache.engine.launch import EagerBackend
-from lzero_kvcache.host.reference import CAUSES, Shadow
+from lzero_kvcache.host.legacy_reference import CAUSES
+from lzero_kvcache.host.shadow import Shadow
 from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY, VALIDATION
 from lzero_kvcache.validation import ValidationError, Validator
 from lzero_kvcache.validation.tally import QUANTITIES, Tally

@@ -101,7 +101,7 @@ class _Reader:
     def _address(self, tensor: torch.Tensor) -> int:
         if tensor.device.type != 'cpu' or tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise NotServed(f'it has a weight in {tensor.dtype} on {tensor.device}')
-        # Not the parameter, which may be given other storage.
+        # A parameter can be given other storage, and would no longer hold this one.
         self._kept.append(tensor.detach())
         return tensor.data_ptr()
 

@@ -24,10 +24,10 @@ from scipy.stats import entropy as scipy_entropy
 
 from ..cache.manager import COLLECT, EVAL, KVCacheManager
 from ..cache.stats import Timing
-from ..config import FLAG, PREFIX, ConfigError, settle
+from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
 from ..registry import KV_CACHE_REGISTRY, register_in_place_of
 from ..search.environments import Environments
-from ..search.served import Served
+from ..search.served import Served, StepsOfThread
 from ..telemetry import HOOK_CONFIG, HOOK_KEY
 from .lightzero import lightzero
 from .patches import with_globals
@@ -54,9 +54,10 @@ class KVCachePolicy:
         hide whether a user gave one."""
         kinds = cls.__mro__
         plugins = next(number for number, kind in enumerate(kinds) if KVCachePolicy in kind.__bases__)
-        config = kinds[plugins].__bases__[1].default_config()  # type: ignore[attr-defined]
+        _, lightzeros = kinds[plugins].__bases__
+        config = lightzeros.default_config()  # type: ignore[attr-defined]
         config.model.world_model_cfg.pop('env_num', None)
-        # A subclass adds what its own ``config`` has: DI-engine would add what it inherits, too.
+        # Of a user's subclasses, what each adds itself: DI-engine would add what they inherit, too.
         own = [copy.deepcopy(vars(kind).get('config', {})) for kind in reversed(kinds[:plugins])]
         for part in (dict(learn=dict(learner=dict(hook={HOOK_KEY: HOOK_CONFIG}))), *own):
             config = deep_merge_dicts(config, EasyDict(part))
@@ -70,7 +71,7 @@ class KVCachePolicy:
         if use_new:
             check_policy(self.policy_type, cfg)
         self._environments = Environments()
-        self._running: List[Optional[Served]] = []  # the steps that this policy is in the middle of; None in old mode
+        self._running = StepsOfThread()  # that this policy is in the middle of; None for one of old mode
         super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]
         if use_new and not _is_new(self._model.world_model):
             raise ConfigError(
@@ -80,6 +81,13 @@ class KVCachePolicy:
             )
         if use_new:  # again, now that a subclass has built what it builds after its base class
             check_served(self._model.world_model)
+
+    def _create_model(self, cfg: EasyDict, model: Optional[torch.nn.Module] = None) -> torch.nn.Module:
+        if model is None:  # what the policy has read goes with the config, of which DI-engine makes a copy anyway
+            cfg = copy.copy(cfg)
+            cfg.model = copy.copy(cfg.model)
+            cfg.model.world_model_cfg = handed_down(cfg.model.world_model_cfg, self._options)
+        return super()._create_model(cfg, model)  # type: ignore[misc]
 
     def _init_collect(self) -> None:
         super()._init_collect()  # type: ignore[misc]
@@ -172,21 +180,21 @@ class KVCachePolicy:
 
     @contextmanager
     def _in_the_middle_of(self, served: Optional[Served]) -> Iterator[None]:
-        self._running.append(served)
+        self._running.steps.append(served)
         try:
             yield
         finally:
-            self._running.pop()
+            self._running.steps.pop()
 
     def _reset(self, mode: str, reset: Callable[..., None], env_id: Union[None, int, List[int]], args: Any,
                kwargs: Any) -> None:
         """A list names environments whose episode ended, None means all; a number is LightZero's periodic clearing."""
         validator = getattr(self._model.world_model, 'validator', None)
-        running = self._running[-1] if self._running else None
+        running = self._running.steps
         if validator is not None:
-            validator.reset(None if running is None else running.trace, reset, env_id, *args, **kwargs)
+            validator.reset(running[-1].trace if running else None, reset, env_id, *args, **kwargs)
         # Inside a search LightZero resets every row when fewer environments are ready than usual.
-        ended = not isinstance(env_id, numbers.Integral) and not self._running
+        ended = not isinstance(env_id, numbers.Integral) and not running
         if ended:
             self._environments.forget(mode, env_id)  # type: ignore[arg-type]
         if not _is_new(self._model.world_model):

@@ -10,7 +10,7 @@ from lzero.model.unizero_world_models.world_model import WorldModel as LightZero
 
 from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
-from ..config import CacheConfig
+from ..config import CacheConfig, handed_down
 from ..engine.compiling import why_not_compiled
 from ..engine.encoder_graph import EncoderGraph
 from ..engine.launch import picked
@@ -25,10 +25,11 @@ from ..search.inference import Inference
 from ..search.served import Served
 from ..search.whole import Found, Problem
 from ..validation import Validator
+from .exact_reference import ExactReference
 from .keys_values import KeysValuesCodec
+from .legacy_reference import LegacyReference
 from .lightzero import lightzero
 from .network import read_network, what_is_missing
-from .reference import make_reference
 from .refused import check_served
 from .weights import source_of
 
@@ -52,9 +53,10 @@ class NewWorldModel(LightZeroWorldModel):
     use_new_cache_manager = True
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
-        options = CacheConfig.read(config, KV_CACHE_REGISTRY)
+        options = CacheConfig.of(config, KV_CACHE_REGISTRY)
         logger.info('✓ Using NEW KVCacheManager for cache management')
-        self.validator = Validator(options, partial(make_reference, self)) if options.validation != 'off' else None
+        reference = LegacyReference if options.validation == 'legacy' else ExactReference
+        self.validator = None if options.validation == 'off' else Validator(options, partial(reference, self))
         super().__init__(config, tokenizer)
         for name in ('shared_pool_recur_infer', 'shared_pool_init_infer', 'shared_pool_wm'):
             del self.__dict__[name]
@@ -66,7 +68,7 @@ class NewWorldModel(LightZeroWorldModel):
             f'lower kv_cache_cfg.init_pool_size={options.init_pool_size} or set kv_cache_cfg.max_memory_mb'
         ))
         self.kv_cache_manager: PagedCacheManager = KV_CACHE_REGISTRY[options.type](
-            config, self.env_num, options.enable_stats
+            handed_down(config, options), self.env_num, options.enable_stats
         )
         self.kv_cache_manager.use_store(self._storage)
         self.inference = Inference(
@@ -164,13 +166,7 @@ class NewWorldModel(LightZeroWorldModel):
             self.weights_changed('their storage moved')
 
     def reserve_angles(self, start_pos: Any, depth: int) -> None:
-        """
-        Overview:
-            Have rotary angles for roots at some timesteps and nodes so deep below them.
-        Arguments:
-            - start_pos (:obj:`Any`): The timesteps, or one for all.
-            - depth (:obj:`int`): The largest depth.
-        """
+        """Have rotary angles for roots at some timesteps, or at one, and for nodes down to a depth below them."""
         if not self.config.rotary_emb:
             return
         first, last = 2 * int(np.min(start_pos)), 2 * (int(np.max(start_pos)) + depth) + 3
@@ -184,12 +180,7 @@ class NewWorldModel(LightZeroWorldModel):
                 step.addresses = moved
 
     def why_not_whole(self) -> Optional[str]:
-        """
-        Overview:
-            Why a search cannot run as one call, on the device that the model is on, as it is now.
-        Returns:
-            - reason (:obj:`Optional[str]`): None where it can.
-        """
+        """Why a search cannot run as one call on the model's device, as the model is now; None where it can."""
         device = self.weights_source.device()
         if device.type == 'cuda' and lightzero.ON_GPU:
             return None if has_triton() else 'triton is not installed (pip install triton)'
@@ -198,14 +189,8 @@ class NewWorldModel(LightZeroWorldModel):
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
 
     def searches_in_arrays(self, doing: str) -> bool:
-        """
-        Overview:
-            Whether to search in arrays, by what is asked for and what can be; the first time, the log says so.
-        Arguments:
-            - doing (:obj:`str`): What the search is for, in a word for the log.
-        Returns:
-            - in_arrays (:obj:`bool`): Or else in LightZero's tree.
-        """
+        """Whether to search in arrays, or else in LightZero's tree: by what ``kv_cache_cfg.search`` asks for, and by
+        what can be. The first time the log says so; ``doing`` is its word for what the search is for."""
         if self._options.search == 'tree':
             return False
         if doing not in self._in_arrays:
@@ -230,43 +215,18 @@ class NewWorldModel(LightZeroWorldModel):
 
     @contextmanager
     def search_whole(self, problem: Problem) -> Iterator[Any]:
-        """
-        Overview:
-            Search from the roots that were just served, in one compiled call.
-        Arguments:
-            - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
-        Returns:
-            - tree (:obj:`Tree`): The trees in arrays; later searches write over them.
-        Raises:
-            - RuntimeError: No root inference was served.
-        """
+        """Search from the roots that were just served, in one compiled call; gives the trees in arrays, which later
+        searches write over."""
         with torch.no_grad(), self.inference.search_whole(problem) as tree:
             yield tree
 
     def search_on_device(self, problem: Problem) -> Found:
-        """
-        Overview:
-            Search on a GPU from the roots that were just served.
-        Arguments:
-            - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
-        Returns:
-            - found (:obj:`Found`): The roots' visits, values and drawn actions.
-        Raises:
-            - RuntimeError: No root inference was served.
-        """
+        """Search on a GPU from the roots that were just served; returns the roots' visits, values and drawn actions."""
         return self.inference.search_on_device(problem)
 
     def reanalyze_whole(self, problem: Problem, latent: np.ndarray, start_pos: Any) -> Found:
-        """
-        Overview:
-            Search from states without contexts, some rows at a time, where the model is.
-        Arguments:
-            - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
-            - latent (:obj:`np.ndarray`): The roots' latent states ``[B, E]``.
-            - start_pos (:obj:`Any`): Timesteps ``[batch, unroll]``, as a replay buffer passes them.
-        Returns:
-            - found (:obj:`Found`): The roots' visits and values; no actions.
-        """
+        """Search from latent states ``[B, E]`` without contexts, some rows at a time, where the model is; returns the
+        roots' visits and values. ``start_pos`` are timesteps ``[batch, unroll]``, as a replay buffer passes them."""
         return self.inference.reanalyze_whole(problem, latent, start_pos)
 
     def _ready_slab(self) -> Slab:
@@ -334,18 +294,9 @@ class NewWorldModel(LightZeroWorldModel):
 
     def observed(self, latents: torch.Tensor, actions: np.ndarray,
                  timesteps: np.ndarray) -> Tuple[Weights, torch.Tensor]:
-        """
-        Overview:
-            The transformer over whole sequences of observations and actions, each without a context.
-        Arguments:
-            - latents (:obj:`torch.Tensor`): Latent states of the observations ``[B, L, E]``.
-            - actions (:obj:`np.ndarray`): The actions ``[B, L]``, or ``[B, L, A]`` for continuous ones; the last is \
-                not looked at.
-            - timesteps (:obj:`np.ndarray`): Those of the observations ``[B, L]``, for rotary positions.
-        Returns:
-            - weights (:obj:`Weights`): The model as it is now.
-            - outputs (:obj:`torch.Tensor`): The outputs for the observations ``[B, L, E]``, which heads predict from.
-        """
+        """The transformer over whole sequences, each without a context: ``latents [B, L, E]`` of observations, actions
+        ``[B, L]`` or ``[B, L, A]``, of which the last is not looked at, and timesteps ``[B, L]``. Returns the model's
+        weights as they are now, and the outputs ``[B, L, E]`` that heads predict from."""
         source = self.weights_source
         weights, geometry = source.read(False), source.geometry
         angles = 2 * np.asarray(timesteps)[:, 0].astype(np.int64) % max(1, geometry.rotary_positions)

@@ -44,7 +44,7 @@ class NodesByKey(Steps):
         return output if len(kept) == rows else output.map(zero_for_nan)
 
     def _node(self, lease: Lease, weights: Weights, mode: str, env_ids: List[int], latent: np.ndarray,
-              action: torch.Tensor, timesteps: np.ndarray, depths: np.ndarray, reanalysis: bool
+              action: torch.Tensor, timesteps: np.ndarray, node_timesteps: np.ndarray, reanalysis: bool
               ) -> Tuple[StepOutput, np.ndarray]:
         manager, rows, device = self._manager, len(latent), self._source.device()
         pages = lease.allocate(rows)
@@ -57,7 +57,7 @@ class NodesByKey(Steps):
             begun, states = send(device, anew, latent[lost])
             self.engine.begin(weights, self._slab(), begun[0], states, begun[1])
         output = self._step(
-            weights, contexts, pages, depths, None, action.to(device), int(contexts[1].max()), reanalysis
+            weights, contexts, pages, node_timesteps, None, action.to(device), int(contexts[1].max()), reanalysis
         ).output
         if self.backend.reuses_output:
             output = output.map(torch.clone)

@@ -38,11 +38,11 @@ class Served:
             raise ValueError(f'{rows} rows for {len(self.env_ids)} environments {self.env_ids}')
 
 
-class _Open(threading.local):
-    """Each thread has open steps of its own, and so has each copy of a model."""
+class StepsOfThread(threading.local):
+    """The steps that are open; each thread has its own, and so has each copy of a model or policy."""
 
     def __init__(self) -> None:
-        self.steps: List[Served] = []
+        self.steps: List[Any] = []
 
     def __reduce__(self) -> Any:
         return type(self), ()
@@ -53,7 +53,7 @@ class OpenSteps:
 
     def __init__(self, manager: PagedCacheManager, validator: Any) -> None:
         self._manager, self._validator = manager, validator
-        self._open = _Open()
+        self._open = StepsOfThread()
         self._abandoned: Deque[Served] = deque()  # steps that were entered and never left
 
     @property

@@ -4,7 +4,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 
-from ..engine.slab import MIB
+from ..config import MIB
 
 
 class Space(NamedTuple):

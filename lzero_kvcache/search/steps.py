@@ -7,11 +7,10 @@ import torch
 from ..cache.base import PagedCacheManager
 from ..cache.pages import SCRATCH_PAGE, Lease, Rows
 from ..cache.stats import Timing
-from ..config import CacheConfig
+from ..config import MIB, CacheConfig
 from ..engine.launch import Result, make_backend
 from ..engine.packing import pack
 from ..engine.root_graph import RootGraphs
-from ..engine.slab import MIB
 from ..engine.step import Engine
 from ..engine.store import PageStore
 from ..engine.weights import Source, Weights
