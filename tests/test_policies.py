@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import io
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -280,3 +281,43 @@ class TestCheckpoints:
         for _ in range(3):
             Worker(policy).step([0, 1, 2])
         assert saved() == before
+
+
+class TestModes:
+    """LightZero asks for a mode at each step."""
+
+    @BOTH_FLAGS
+    def test_each_module_gets_it(self, new):
+        model = make_policy(new)._collect_model
+        modules = list(model.modules())
+        for mode in (False, True, True, False):
+            assert model.train(mode) is model
+            assert {module.training for module in modules} == {mode}
+        for module in modules:  # which somebody has switched by hand
+            module.training = True
+            model.eval()
+            assert not module.training
+
+    @BOTH_FLAGS
+    def test_who_does_more_is_asked(self, new):
+        model, asked = make_policy(new)._collect_model.eval(), []
+
+        class Frozen(torch.nn.Module):
+            def train(self, mode=True):
+                asked.append(mode)
+                return super().train(False)
+
+        encoder = model._orig_mod.tokenizer.encoder
+        encoder.more = Frozen().eval()
+        model.eval()
+        assert asked
+        del encoder.more, asked[:]
+        encoder.sim_norm.train = asked.append
+        model.eval()
+        assert asked
+
+    def test_new_mode_sets_nothing_twice(self):
+        model = make_policy(True)._collect_model.eval()
+        with mock.patch.object(torch.nn.Module, 'train', autospec=True) as train:
+            model._orig_mod.eval()
+        assert not train.called
