@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
+from .run_files import config_of
+
 HOOK_KEY = 'kv_cache_stats'
 HOOK_CONFIG = {'type': HOOK_KEY, 'name': HOOK_KEY, 'priority': 30, 'position': 'after_iter'}
 POOLS = ('init', 'recur', 'total')
@@ -23,12 +25,13 @@ LAYOUT = {
 # What tensorboard's page of hyperparameters shows of a run, each with a value of its type. The page takes the list from
 # one of the runs, so each run names all of it, one of the old system too.
 HYPERPARAMETERS: Dict[str, Any] = {
-    **dict.fromkeys(('cache_system', 'cache_manager', 'eviction', 'dtype', 'backend'), ''),
+    'environment': '', 'seed': 0,
+    **dict.fromkeys(('cache_system', 'eviction', 'dtype', 'backend'), ''),
     **dict.fromkeys(('init_pool_size', 'recurrent_pool_size', 'env_num', 'num_simulations', 'context_length'), 0),
 }
 # The metrics on that page.
 COMPARED = (
-    'kv_cache_iter/total_hit_rate', 'kv_cache_iter/search_ms', 'kv_cache_iter/memory_mb', 'evaluator_iter/reward_mean'
+    'evaluator_iter/reward_mean', 'kv_cache_iter/total_hit_rate', 'kv_cache_iter/search_ms', 'kv_cache_iter/memory_mb'
 )
 
 
@@ -86,9 +89,11 @@ class KVCacheStatsHook(LearnerHook):
         if not self._introduced:
             self._introduced = True
             writer.add_custom_scalars(LAYOUT)
-            write_hyperparameters(writer, {
-                **world_model.hyperparameters, 'num_simulations': policy.get_attribute('cfg').num_simulations
-            })
+            saved = config_of(engine.exp_name)
+            known = dict(
+                world_model.hyperparameters, num_simulations=policy.get_attribute('cfg').num_simulations,
+                environment=saved.get('env.env_id', saved.get('env.type')), seed=saved.get('seed'))
+            write_hyperparameters(writer, {name: value for name, value in known.items() if value is not None})
         iteration, env_step = engine.last_iter.val, engine.collector_envstep
         values = self.values(**counted)
         validator = getattr(world_model, 'validator', None)

@@ -1,9 +1,11 @@
 """What tensorboard gets: the hook's values on scripted counters, and a real event file read back."""
 import math
 import types
+from pathlib import Path
 
 import pytest
 from builders import Worker, make_policy
+from ding.config.config import save_config_py
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -85,6 +87,7 @@ class Engine:
 
     def __init__(self, policy, tb_logger):
         self.policy, self.tb_logger = policy.learn_mode, tb_logger
+        self.exp_name = tb_logger.log_dir + '_run'
         self.last_iter, self.collector_envstep = types.SimpleNamespace(val=0), 0
 
     def after_iteration(self, hook, envstep):
@@ -185,12 +188,19 @@ def hyperparameters(folder):
 
 class TestHyperparameters:
 
+    @pytest.fixture(autouse=True)
+    def saved_config(self, tmp_path):
+        """What DI-engine's ``compile_config`` leaves in the experiment's folder."""
+        folder = Path(f'{tmp_path}_run')
+        folder.mkdir()
+        save_config_py(dict(env=dict(env_id='CartPole-v0'), seed=7), str(folder / 'total_config.py'))
+
     def test_of_the_new_system(self, tmp_path):
         policy = run(True, tmp_path, kv_cache_cfg=dict(eviction='lru', init_pool_size=9, dtype='bfloat16'))
         values, metrics = hyperparameters(tmp_path)
         manager = policy._model.world_model.kv_cache_manager
         assert values == dict(
-            cache_system='new', cache_manager='new', eviction='lru', init_pool_size=9,
+            environment='CartPole-v0', seed=7, cache_system='new', eviction='lru', init_pool_size=9,
             recurrent_pool_size=manager.recur_pool.pool_size, env_num=3, num_simulations=4, dtype='bfloat16',
             backend='eager', context_length=policy._cfg.model.world_model_cfg.context_length,
         )
@@ -201,7 +211,8 @@ class TestHyperparameters:
         world_model = run(False, tmp_path)._model.world_model
         values, metrics = hyperparameters(tmp_path)
         assert values == dict(
-            cache_system='old', cache_manager='old', init_pool_size=len(world_model.shared_pool_init_infer[0]),
+            environment='CartPole-v0', seed=7, cache_system='old',
+            init_pool_size=len(world_model.shared_pool_init_infer[0]),
             recurrent_pool_size=len(world_model.shared_pool_recur_infer), env_num=3, num_simulations=4,
             context_length=world_model.context_length,
         )

@@ -1,12 +1,7 @@
 """Tensorboard's event files of a training that goes on where an earlier part of it was."""
 import os
-from typing import Iterator, Tuple
 
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
-
-# The length of a record and its checksum before it, and one checksum after it.
-RECORD_FRAME = 8 + 4 + 4
+from ..run_files import events
 
 
 def purge(folder: str, train_iter: int) -> int:
@@ -18,19 +13,13 @@ def purge(folder: str, train_iter: int) -> int:
     points = 0
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         path = os.path.join(folder, name)
-        end = None
-        for offset, event in _events(path):
-            if end is None and any('_iter/' in value.tag and event.step >= train_iter for value in event.summary.value):
-                end = offset
-            points += len(event.summary.value) if end is not None else 0
-        if end is not None:
-            os.truncate(path, end)
+        whole, cut = 0, False
+        for end, event in events(path):
+            cut = cut or any('_iter/' in value.tag and event.step >= train_iter for value in event.summary.value)
+            if cut:
+                points += len(event.summary.value)
+            else:
+                whole = end
+        if cut:
+            os.truncate(path, whole)
     return points
-
-
-def _events(path: str) -> Iterator[Tuple[int, Event]]:
-    """The whole events of a file, each with the place where it begins."""
-    offset = 0
-    for record in RawEventFileLoader(path).Load():
-        yield offset, Event.FromString(record)
-        offset += len(record) + RECORD_FRAME

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from .summary import POOLS, Evaluation, Result
+from ..summary import POOLS, Evaluation, Result, number_text, rate_text
 
 PLAIN_WIDTH = 240
 # Below this, only the numbers have room.
@@ -90,30 +90,6 @@ class Bar:
         if text != self._shown:
             self._shown = text
             self._terminal.line(text)
-
-
-def run_text(result: Result, phase: str) -> str:
-    """How far a run is: steps that are trained on and those that were collected since, of all; how long it has left."""
-    steps = f'{result.env_step:,}+{result.collected_env_step - result.env_step:,}'
-    total, speed = result.max_env_step, result.env_steps_per_second
-    if total is not None:
-        steps += f'/{total:,} ({min(1., result.collected_env_step / total):.0%})'
-        if speed:
-            left = max(0, total - result.collected_env_step) / speed
-            steps += f', {datetime.timedelta(seconds=round(left))} left'
-    rewards = f'reward {number_text(result.last_reward)}, best {number_text(result.best_reward)}'
-    rate = rate_text(result.hit_rates.get('total'))
-    return f'{phase:<8} {steps}  {rewards}  hit rate {rate}  {number_text(speed)} steps/s'
-
-
-def rate_text(rate: Optional[float]) -> str:
-    """A share as ``87.5%``; ``-`` for None."""
-    return '-' if rate is None else f'{rate:.1%}'
-
-
-def number_text(number: Optional[float]) -> str:
-    """A number as ``1,234.5``; ``-`` for None."""
-    return '-' if number is None else f'{number:,.1f}'
 
 
 def reward_text(evaluation: Evaluation) -> str:
