@@ -394,7 +394,7 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(error, command)
 
 def test_an_evaluation_is_a_mean_with_its_deviation():
     assert reward_text(Evaluation(10, 2, 57.3, 4.1, 8)) == '57.3 ± 4.1 over 8 episodes'
-    assert reward_text(Evaluation(10, 2, 57.3)) == '57.3'
+    assert reward_text(Evaluation(10, 2, 57.3)) == reward_text(Evaluation(10, 2, 57.3, 0., 1)) == '57.3'
 
 
 @pytest.mark.parametrize(('held', 'said'), [
@@ -406,6 +406,18 @@ def test_an_evaluation_is_a_mean_with_its_deviation():
 ])
 def test_progress_says_how_much_is_done_and_left(held, said):
     assert run_text(Result(0, 'train', 'new', 0, **held), 'collect').startswith(said)
+
+
+def test_a_line_says_that_a_run_finishes_what_it_began(a_run, tmp_path, monkeypatch):
+    """Once, at the end of the collection that reaches the last step."""
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    a_run.terminal, a_run._bar = SimpleNamespace(line=lines.append), SimpleNamespace(update=lambda *shown: None)
+    a_run.result.max_env_step, a_run.watch.collector = 60, SimpleNamespace(envstep=40)
+    for steps in (40, 66, 66):
+        a_run.watch.collector.envstep = steps
+        a_run._refresh(now=True)
+    assert lines == ['66 env steps are collected: finishing the updates that go with them']
 
 
 def test_other_errors_are_not_explained_away():

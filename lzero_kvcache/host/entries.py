@@ -87,11 +87,6 @@ def check_wandb_login() -> None:
         raise ConfigError('policy.use_wandb=True, and there is no login: run wandb login, or set WANDB_MODE=offline')
 
 
-def ding_version() -> str:
-    import ding
-    return ding.__version__
-
-
 # ---- calls that are recorded instead of run --------------------------------------------------------------------------
 
 

@@ -108,7 +108,7 @@ class _Training:
         self.watch = Watch(self._refresh, self._after_update, self._note, self.ranks, plan.keep_checkpoints)
         self._pid = os.getpid()
         self._asked: Optional[int] = None
-        self._saving = False
+        self._saving = self._finishing = False
         self._made: Optional[str] = None  # the uppermost folder that was not there before
         self._started = time.monotonic()
         self._next_refresh = 0.0
@@ -306,6 +306,9 @@ class _Training:
                 f'reward {reward_text(evaluation)}'
             )
         result.best_reward = max((evaluation.reward for evaluation in result.evaluations), default=None)
+        if not self._finishing and watch.env_step >= (result.max_env_step or UNBOUNDED):
+            self._finishing = True
+            self.terminal.line(f'{watch.env_step:,} env steps are collected: finishing the updates that go with them')
         self._bar.update(result.collected_env_step, run_text(result, watch.phase))
         if self.ranks.main:
             write_progress(result, watch.phase)
