@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import resource
+import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
@@ -150,8 +151,15 @@ def version_of(distribution: str) -> str:
 
 
 def versions() -> Dict[str, str]:
-    """What a run was made with."""
-    return {name: version_of(name) for name in ('lzero_kvcache', 'LightZero', 'DI-engine', 'torch')}
+    """What a run was made with, the commit where this package is in a clone."""
+    known = {name: version_of(name) for name in ('lzero_kvcache', 'LightZero', 'DI-engine', 'torch')}
+    clone = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.exists(os.path.join(clone, '.git')):
+        with contextlib.suppress(OSError):
+            said = subprocess.run(['git', '-C', clone, 'describe', '--always', '--dirty', '--exclude', '*'],
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding='utf-8', check=False)
+            known['commit'] = said.stdout.strip()
+    return known
 
 
 def moment() -> str:

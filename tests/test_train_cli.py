@@ -36,6 +36,7 @@ from lzero_kvcache.summary import (
     read_result,
     read_summary,
     run_text,
+    versions,
     write_json,
     write_progress,
     write_summary,
@@ -420,6 +421,12 @@ def test_a_line_says_that_a_run_finishes_what_it_began(a_run, tmp_path, monkeypa
     assert lines == ['66 env steps are collected: finishing the updates that go with them']
 
 
+@pytest.mark.skipif(not os.path.exists(os.path.join(PROJECT_ROOT, '.git')), reason='this is no clone')
+def test_a_run_says_of_which_commit_it_is():
+    head = subprocess.run(['git', '-C', PROJECT_ROOT, 'rev-parse', 'HEAD'], capture_output=True, encoding='utf-8')
+    assert head.stdout.startswith(versions()['commit'].replace('-dirty', ''))
+
+
 def test_other_errors_are_not_explained_away():
     assert hint(ValueError('the ROM of my heart')) is None
 
@@ -483,7 +490,7 @@ def test_train_resume_in_either_system_and_evaluate(config, tmp_path):
 
     evaluation = first['evaluations'][-1]
     assert evaluation['episodes'] == 1 and evaluation['deviation'] == 0
-    assert set(first['versions']) == {'lzero_kvcache', 'LightZero', 'DI-engine', 'torch'}
+    assert first['versions'].keys() - {'commit'} == {'lzero_kvcache', 'LightZero', 'DI-engine', 'torch'}
     assert first['started'] < first['ended']
     assert first['machine']['cpu']
     assert first['resumed_at'] == []
