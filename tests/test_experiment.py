@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from trainings import PROJECT_ROOT, when
 
 from lzero_kvcache import ConfigError, comparison
+from lzero_kvcache.run_files import purge
 from lzero_kvcache.summary import (
     Evaluation,
     Result,
@@ -23,7 +24,6 @@ from lzero_kvcache.summary import (
     write_summary,
 )
 from lzero_kvcache.training import experiment, processes
-from lzero_kvcache.training.event_files import purge
 from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
 from lzero_kvcache.training.processes import Board, Child
 from lzero_kvcache_options import main

@@ -98,14 +98,6 @@ class TrainedRun:
         return self.config.get(f'{WORLD_MODEL}{OPTIONS}.type', 'new')
 
     @property
-    def caches(self) -> List[str]:
-        """The cache systems of its segments, several if it was resumed with another one."""
-        segments = self.from_summary('segments')
-        systems = [segment.get('cache') for segment in segments if isinstance(segment, dict)] \
-            if isinstance(segments, list) else []
-        return list(dict.fromkeys(filter(None, systems or [self.cache])))
-
-    @property
     def seed(self) -> Optional[int]:
         """The seed of the summary or the config, or else the one in the name."""
         for known in (self.summary, self.config):

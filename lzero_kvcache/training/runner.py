@@ -17,7 +17,7 @@ import torch
 from ..config import ConfigError
 from ..host import entries
 from ..host.patches import applied
-from ..run_files import EVENT_FILES
+from ..run_files import EVENT_FILES, purge
 from ..summary import (
     EVALUATE,
     SUMMARY,
@@ -39,7 +39,6 @@ from ..summary import (
 from ..telemetry import summed_over_ranks
 from .checkpoints import beside, read_checkpoint
 from .error_hints import hint
-from .event_files import purge
 from .output import Output
 from .plan import Plan
 from .ranks import DataParallel, Interrupted
