@@ -139,6 +139,16 @@ def test_wandb_without_a_login_is_refused(capfd, tmp_path, monkeypatch):
     assert error.count('\n') == 1
 
 
+def test_a_mode_that_wandb_does_not_have_is_refused(tmp_path):
+
+    def prepare():
+        os.environ['WANDB_MODE'] = 'offlin'
+
+    (code, said), = trained(tmp_path, ['--config', 'config_new', '--set', 'policy.use_wandb=True'], prepare)
+    assert code == 2
+    assert said.splitlines()[-1].endswith("(WANDB_MODE='offlin'): set WANDB_MODE=online or offline")
+
+
 @pytest.mark.parametrize(('arguments', 'code', 'said'), [
     (['--help'], 0, 'It is Python code, and it will be run'), (['--version'], 0, 'lzero_kvcache 0.'),
     (['--colour'], 2, 'lzero-kvcache: error: '),
