@@ -14,11 +14,18 @@ from torch.utils.tensorboard import SummaryWriter
 from trainings import PROJECT_ROOT, when
 
 from lzero_kvcache import ConfigError, comparison
+from lzero_kvcache.run_files import purge
+from lzero_kvcache.summary import (
+    Evaluation,
+    Result,
+    add_up,
+    read_progress,
+    read_summary,
+    write_summary,
+)
 from lzero_kvcache.training import experiment, processes
-from lzero_kvcache.training.event_files import purge
 from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
 from lzero_kvcache.training.processes import Board, Child
-from lzero_kvcache.training.summary import Evaluation, Result, add_up, read_progress, read_summary, write_summary
 from lzero_kvcache_options import main
 
 SMALL = ['policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2', 'env.evaluator_env_num=1']

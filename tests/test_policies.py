@@ -17,6 +17,7 @@ from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 from oracle import ON_MAIN
 
 from lzero_kvcache.host import policies
+from lzero_kvcache.run_hooks import HOOKS
 from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY
 
 BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
@@ -43,9 +44,9 @@ class TestConfiguration:
         (policies.UniZeroPolicy, LightZeroUniZeroPolicy),
         (policies.SampledUniZeroPolicy, LightZeroSampledUniZeroPolicy),
     ])
-    def test_the_default_config_is_lightzeros_and_the_hook(self, ours, theirs):
+    def test_the_default_config_is_lightzeros_and_the_hooks(self, ours, theirs):
         config, original = ours.default_config(), theirs.default_config()
-        assert config.learn.learner.hook.pop(HOOK_KEY) == HOOK_CONFIG
+        assert {key: config.learn.learner.hook.pop(key) for key in HOOKS} == HOOKS
         # Whether a user gave it must be seen; the policy puts LightZero's value back.
         assert original.model.world_model_cfg.pop('env_num') == 8
         assert config.cfg_type == original.cfg_type

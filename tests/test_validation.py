@@ -544,7 +544,7 @@ def test_tags(validated, tmp_path):
     hook, = build_learner_hook_by_cfg(EasyDict({HOOK_KEY: copy.deepcopy(HOOK_CONFIG)}))['after_iter']
     with SummaryWriter(str(tmp_path)) as writer:
         engine = mock.Mock(
-            tb_logger=writer, collector_envstep=5,
+            tb_logger=writer, collector_envstep=5, exp_name=str(tmp_path),
             policy=mock.Mock(get_attribute=lambda name: {'model': policy._model, 'cfg': policy._cfg}[name])
         )
         for iteration in range(4):

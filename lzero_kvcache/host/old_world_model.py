@@ -169,7 +169,7 @@ class OldWorldModel(LightZeroWorldModel):
     def hyperparameters(self) -> Dict[str, Any]:
         """What tells this cache from others; LightZero has no other options."""
         return dict(
-            cache_system=self.system, cache_manager=self.system, init_pool_size=self.shared_pool_size_init,
+            cache_system=self.system, init_pool_size=self.shared_pool_size_init,
             recurrent_pool_size=getattr(self, lightzero.RECURRENT_SLOTS), env_num=self.env_num,
             context_length=self.context_length,
         )

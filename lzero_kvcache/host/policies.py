@@ -26,9 +26,9 @@ from ..cache.manager import COLLECT, EVAL, KVCacheManager
 from ..cache.stats import Timing
 from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
 from ..registry import KV_CACHE_REGISTRY, register_in_place_of
+from ..run_hooks import HOOKS
 from ..search.environments import Environments
 from ..search.served import Served, StepsOfThread
-from ..telemetry import HOOK_CONFIG, HOOK_KEY
 from .lightzero import lightzero
 from .patches import with_globals
 from .refused import check_policy, check_served, has_own_inference
@@ -59,7 +59,7 @@ class KVCachePolicy:
         config.model.world_model_cfg.pop('env_num', None)
         # Of a user's subclasses, what each adds itself: DI-engine would add what they inherit, too.
         own = [copy.deepcopy(vars(kind).get('config', {})) for kind in reversed(kinds[:plugins])]
-        for part in (dict(learn=dict(learner=dict(hook={HOOK_KEY: HOOK_CONFIG}))), *own):
+        for part in (dict(learn=dict(learner=dict(hook=HOOKS))), *own):
             config = deep_merge_dicts(config, EasyDict(part))
         config.cfg_type = cls.__name__ + 'Dict'
         return config

@@ -110,10 +110,9 @@ class NewWorldModel(LightZeroWorldModel):
         """What tells this cache from others."""
         options = self._options
         return dict(
-            cache_system='new', cache_manager=options.type, eviction=options.eviction,
-            init_pool_size=options.init_pool_size, recurrent_pool_size=options.recurrent_pool_size,
-            env_num=options.env_num, dtype=options.dtype, context_length=self.context_length,
-            backend=picked(options.backend, self.weights_source.device()),
+            cache_system=options.type, eviction=options.eviction, init_pool_size=options.init_pool_size,
+            recurrent_pool_size=options.recurrent_pool_size, env_num=options.env_num, dtype=options.dtype,
+            context_length=self.context_length, backend=picked(options.backend, self.weights_source.device()),
         )
 
     def clear_caches(self) -> None:

@@ -14,9 +14,9 @@ from ..engine.slab import MIB
 from ..host import entries
 from ..host.lightzero import lightzero
 from ..loading import check_config
+from ..summary import version_of
 from .error_hints import hinted
 from .plan import Plan, make_plan, set_cache, set_device
-from .summary import version_of
 
 Rows = List[Tuple[str, str]]
 
