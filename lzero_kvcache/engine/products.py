@@ -4,7 +4,7 @@ A product of few rows is as long as the reading of its weights: its inner dimens
 kernel that follows adds their parts. ``B`` rows, ``K`` inputs, ``N`` outputs, ``S`` parts. Importing it imports Triton.
 """
 import dataclasses
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 import triton
@@ -58,9 +58,11 @@ def _multiply(x, weight, parts, rows, outputs, inputs,
 
 
 @triton.jit
-def _finish(parts, bias, residual, norm_weight, norm_bias, out, normed, rows, outputs, eps,
-            PARTS: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, NORM: tl.constexpr, LANES: tl.constexpr):
-    """Add the parts of a row, its bias and what follows. With a norm, a program has the whole row."""
+def _finish(parts, bias, residual, chosen, norm_weight, norm_bias, out, normed, rows, outputs, eps,
+            PARTS: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, CHOSEN: tl.constexpr, NORM: tl.constexpr,
+            LANES: tl.constexpr):
+    """Add the parts of a row, its bias and what follows. With a norm, a program has the whole row, and adds a row of
+    ``residual``: its own, or the one that is ``chosen [B]``."""
     row = tl.program_id(0)
     lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
     there = lane < outputs
@@ -73,7 +75,8 @@ def _finish(parts, bias, residual, norm_weight, norm_bias, out, normed, rows, ou
         twice = 1.5957691216057308 * (total + 0.044715 * total * total * total)
         total = total / (1 + tl.exp(-twice))
     if NORM:
-        total += tl.load(residual + row * outputs + lane, mask=there, other=0.0)
+        other = tl.load(chosen + row) if CHOSEN else row
+        total += tl.load(residual + other * outputs + lane, mask=there, other=0.0)
         mean = tl.sum(tl.where(there, total, 0.0), 0) / outputs
         from_mean = tl.where(there, total - mean, 0.0)
         scale = tl.rsqrt(tl.sum(from_mean * from_mean, 0) / outputs + eps)
@@ -123,14 +126,27 @@ def residual_norm(function: Function, x: torch.Tensor, residual: torch.Tensor,
     """``residual [B, N]`` plus a function of ``x [B, K]``, and the norm of that."""
     *before, last = function.functions if isinstance(function, Chain) else (function, )
     x = apply(Chain(tuple(before)), x)
-    if isinstance(last, Linear) and isinstance(norm, Norm) and norm.weight is not None and norm.bias is not None:
+    if isinstance(last, Linear) and _is_plain(norm):
         return _product(x, last, False, residual, norm)
     total = residual + apply(last, x)
     return total, norm(total)
 
 
+def place_norm(x: torch.Tensor, places: torch.Tensor, positions: torch.Tensor,
+               norm: Function) -> Tuple[torch.Tensor, torch.Tensor]:
+    """``x [B, N]`` plus the rows of ``places`` at positions ``[B]``, and the norm of that."""
+    if _is_plain(norm):
+        return _finished(x[None].contiguous(), None, False, places, positions, norm)
+    total = x + places[positions]
+    return total, norm(total)
+
+
+def _is_plain(norm: Function) -> bool:
+    return isinstance(norm, Norm) and norm.weight is not None and norm.bias is not None
+
+
 def _product(x: torch.Tensor, layer: Linear, then_gelu: bool, residual: Optional[torch.Tensor],
-             norm: Optional[Norm]) -> Tuple[torch.Tensor, torch.Tensor]:
+             norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     (rows, inputs), outputs = x.shape, len(layer.weight)
     tiling = TILINGS[min(most for most in TILINGS if most >= min(rows, max(TILINGS)))]
     parts = x.new_empty(tiling.parts, rows, outputs)
@@ -138,13 +154,19 @@ def _product(x: torch.Tensor, layer: Linear, then_gelu: bool, residual: Optional
         x, layer.weight, parts, rows, outputs, inputs, ROWS=tiling.rows, OUTPUTS=tiling.outputs, INPUTS=tiling.inputs,
         PARTS=tiling.parts, PRECISION=PRECISIONS[layer.matmul], num_warps=tiling.warps, num_stages=tiling.stages
     )
-    out = x.new_empty(rows, outputs)
+    return _finished(parts, layer.bias, then_gelu, residual, None, norm)
+
+
+def _finished(parts: torch.Tensor, bias: Optional[torch.Tensor], then_gelu: bool, residual: Optional[torch.Tensor],
+              chosen: Optional[torch.Tensor], norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    count, rows, outputs = parts.shape
+    out = parts.new_empty(rows, outputs)
     normed = out if norm is None else torch.empty_like(out)
     lanes = triton.next_power_of_2(outputs) if norm is not None else min(1024, triton.next_power_of_2(outputs))
-    weight, bias, eps = (out, out, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    weight, shift, eps = (out, out, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     _finish[(rows, triton.cdiv(outputs, lanes))](
-        parts, out if layer.bias is None else layer.bias, out if residual is None else residual, weight, bias, out,
-        normed, rows, outputs, eps, PARTS=tiling.parts, BIAS=layer.bias is not None, GELU=then_gelu,
-        NORM=norm is not None, LANES=lanes, num_warps=4
+        parts, out if bias is None else bias, out if residual is None else residual, out if chosen is None else chosen,
+        weight, shift, out, normed, rows, outputs, eps, PARTS=count, BIAS=bias is not None, GELU=then_gelu,
+        CHOSEN=chosen is not None, NORM=norm is not None, LANES=lanes, num_warps=4
     )
     return out, normed

@@ -146,12 +146,13 @@ class Engine:
         """The output ``[B, E]`` for a page's action or observation ``x [B, E]``, if it predicts; see
         :func:`.paged.attend`."""
         from .paged import attend
-        from .products import apply, residual_norm
+        from .products import apply, place_norm, residual_norm
 
-        if not self.geometry.rotary:
-            x = x + F.embedding(positions[part], weights.places)
-        norms = [layer.norm1 for layer in weights.layers[1:]] + [weights.norm]
-        normed = weights.layers[0].norm1(x)
+        norm, *norms = [layer.norm1 for layer in weights.layers] + [weights.norm]
+        if self.geometry.rotary:
+            normed = norm(x)
+        else:
+            x, normed = place_norm(x, weights.places, positions[part], norm)
         for index, (layer, next_norm) in enumerate(zip(weights.layers, norms)):
             y = attend(
                 self.geometry, weights, slab, index, part, apply(layer.qkv, normed), tables, counts, positions
