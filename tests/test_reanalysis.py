@@ -113,7 +113,7 @@ def test_it_is_the_search_by_steps(case: Case, two_players: bool) -> None:
 def test_some_rows_at_a_time(case: Case, two_players: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with draws of its own; the last are fewer. Memory is that of some rows, and is counted."""
     question = asked(case, two_players)
-    manager, spaces = question.world_model.kv_cache_manager, question.world_model.inference._whole._spaces
+    manager, search = question.world_model.kv_cache_manager, question.world_model.inference._whole
     before = manager.memory_mb
     monkeypatch.setattr(whole, 'CHUNK', 2 * (UNROLL + 1))
     visits, values = question.world_model.reanalyze_whole(*question[1:])
@@ -121,13 +121,13 @@ def test_some_rows_at_a_time(case: Case, two_players: bool, monkeypatch: pytest.
              for number, begin in enumerate((0, 8, 16))]
     assert visits == [row for part, _ in parts for row in part]
     np.testing.assert_allclose(values, [value for _, part in parts for value in part], atol=TOLERANCE)
-    small = spaces.memory_mb
-    assert manager.memory_mb - before == pytest.approx(small)
+    small = search._spaces.memory_mb
+    assert manager.memory_mb - before == pytest.approx(small + search._model.memory_mb)
     latents_and_pages = 8 * (SIMULATIONS + 1) * case.embed_dim + 17 * 4 * case.num_layers * case.embed_dim
     assert small > 4 * latents_and_pages / 2 ** 20
     monkeypatch.setattr(whole, 'CHUNK', 64)
     question.world_model.reanalyze_whole(*question[1:])
-    assert small < spaces.memory_mb < 2.5 * small
+    assert small < search._spaces.memory_mb < 2.5 * small
 
 
 def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
