@@ -77,7 +77,6 @@ def main() -> None:
         floor = 2e-6 * envs * weights / args.gflops
         simulation = parts_of_a_simulation(policy, network, search[-1], envs, 20 * args.repeats)
         simulation['rest'] = step.pop('compiled') / args.simulations - sum(simulation.values())
-        step['rest'] = step.pop('collect step') - sum(step.values())
         title = f'{args.model}, {envs} environments, {torch.get_num_threads()} threads'
         floors = {'search': floor * args.simulations, 'root inference': floor, 'products': floor}
         report(f'A collect step, {title}, {args.simulations} simulations', rows_of(step, floors), args)
@@ -126,6 +125,9 @@ def parts_of_a_step(policy: Any, envs: int, steps: int) -> Tuple[Dict[str, float
             for part in times:
                 times[part].append(0.)
             [times['collect step'][-1]] = collect({'new': policy}, envs, 1, first=100 + step)['new']
+    whole, compiled_call = times.pop('collect step'), times.pop('compiled')
+    times['rest'] = [all_of_it - sum(parts) for all_of_it, *parts in zip(whole, *times.values())]
+    times['compiled'] = compiled_call
     return {part: min(values) for part, values in times.items()}, given
 
 
