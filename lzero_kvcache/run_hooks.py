@@ -115,9 +115,13 @@ def read_evaluations(folder: str) -> List[Evaluation]:
     return [Evaluation(step, iteration, reward) for step, (iteration, reward) in zip(steps, rewards)]
 
 
-HOOKS = {HOOK_KEY: HOOK_CONFIG}
-for name, kind, position in (('kv_cache_progress', ProgressHook, 'after_iter'),
-                             ('kv_cache_summary', SummaryHook, 'after_run')):
-    register_learner_hook(name, kind)
-    # Before the one that clears the losses, at 20, and after the one that saves the last checkpoint.
-    HOOKS[name] = dict(type=name, name=name, priority=15 if position == 'after_iter' else 30, position=position)
+PROGRESS, END = 'kv_cache_progress', 'kv_cache_summary'
+register_learner_hook(PROGRESS, ProgressHook)
+register_learner_hook(END, SummaryHook)
+# By the key under which they stand in a policy's default config. DI-engine's own are at 20: one clears the losses, one
+# saves the last checkpoint.
+HOOKS = {
+    HOOK_KEY: HOOK_CONFIG,
+    PROGRESS: dict(type=PROGRESS, name=PROGRESS, priority=15, position='after_iter'),
+    END: dict(type=END, name=END, priority=30, position='after_run'),
+}
