@@ -11,7 +11,7 @@ from oracle import Case, cached_model
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.team import FINISHED
 from lzero_kvcache.search import compiled, compiled_model, tree
-from lzero_kvcache.search.tree import Tree, make_key, make_rules, make_tree, pad_legal, root_values, root_visits
+from lzero_kvcache.search.tree import Tree, make_key, make_rules, make_tree, root_values, root_visits
 from lzero_kvcache.search.whole import Problem
 
 # Compiled once for a machine, as the whole search is.
@@ -75,12 +75,9 @@ def search_by_steps(root: Root) -> Tree:
     problem, rows = root.problem, np.arange(ROWS)
     rules, key = make_rules(**problem.rules), make_key(problem.seed, problem.number)
     tree = make_tree(ROWS, SIMULATIONS, problem.slots, 1, problem.action_size)
-    noise = np.zeros((ROWS, problem.slots), np.float32)
-    for row, numbers in enumerate(problem.noises):
-        noise[row, :len(numbers)] = numbers
     prepare_rows(
         tree, rules, key, np.zeros(ROWS, np.float32), np.float32(problem.logits),
-        pad_legal(problem.legal, problem.slots), noise, np.float32(problem.noise_weight), 0, ROWS
+        problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight), 0, ROWS
     )
     with root.world_model.search_by_node(SIMULATIONS) as expand:
         for simulation in range(SIMULATIONS):

@@ -22,7 +22,7 @@ from lzero_kvcache.host import entries
 from lzero_kvcache.host.patches import applied
 from lzero_kvcache.host.reanalysis import Reanalysis, in_arrays
 from lzero_kvcache.search import tree, whole
-from lzero_kvcache.search.tree import make_key, make_rules, make_tree, pad_legal, root_values, root_visits
+from lzero_kvcache.search.tree import make_key, make_rules, make_tree, root_values, root_visits
 from lzero_kvcache.search.whole import Problem
 
 pytest.importorskip('numba')
@@ -70,7 +70,7 @@ def by_steps(question: Asked, number: int = FIRST) -> Tuple[List[List[int]], Lis
     found = make_tree(len(roots), SIMULATIONS, problem.slots, 1)
     prepare_rows(
         found, rules, key, np.zeros(len(roots), np.float32), np.float32(problem.logits),
-        pad_legal(problem.legal, problem.slots), np.float32(problem.noises), np.float32(problem.noise_weight), 0,
+        problem.padded_legal(), np.float32(problem.noises), np.float32(problem.noise_weight), 0,
         len(roots)
     )
     latents, scalar = [roots], world_model.weights_source.read(False).scalar

@@ -23,12 +23,13 @@ class Tiling(NamedTuple):
     stages: int
 
 
-TILINGS = {
-    16: Tiling(16, 32, 64, 8, 4, 4),
-    128: Tiling(64, 64, 32, 8, 4, 3),
-    1024: Tiling(64, 64, 32, 4, 4, 3),
-}
-"""By the most rows that they are for; the fastest of those that were tried on an H100 (docs/results.md)."""
+def tiling_of(rows: int, outputs: int) -> Tiling:
+    """The fastest of those that were tried on an H100 (docs/results.md)."""
+    if rows <= 16:
+        return Tiling(16, 32, 64, 8, 4, 4)
+    if rows <= 128:
+        return Tiling(64, 64, 32, 8, 4, 3)
+    return Tiling(64, 64, 32, 4, 4, 3) if outputs > 1024 else Tiling(128, 64, 64, 4, 8, 3)
 
 
 PRECISIONS = {'float32': 'tf32x3', 'tf32': 'tf32', 'bfloat16': 'tf32'}
@@ -148,7 +149,7 @@ def _is_plain(norm: Function) -> bool:
 def _product(x: torch.Tensor, layer: Linear, then_gelu: bool, residual: Optional[torch.Tensor],
              norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     (rows, inputs), outputs = x.shape, len(layer.weight)
-    tiling = TILINGS[min(most for most in TILINGS if most >= min(rows, max(TILINGS)))]
+    tiling = tiling_of(rows, outputs)
     parts = x.new_empty(tiling.parts, rows, outputs)
     _multiply[(triton.cdiv(outputs, tiling.outputs), triton.cdiv(rows, tiling.rows), tiling.parts)](
         x, layer.weight, parts, rows, outputs, inputs, ROWS=tiling.rows, OUTPUTS=tiling.outputs, INPUTS=tiling.inputs,

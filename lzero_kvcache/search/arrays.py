@@ -4,7 +4,9 @@ Shapes: ``B`` rows (trees), ``N`` nodes: 0 is the root and ``s + 1`` what simula
 children of a node: its actions, or the ``K`` actions drawn for it where trees are sampled, ``A`` numbers of an action
 (0 unless sampled), ``R`` pages of a context, ``P`` policy logits.
 """
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence
+
+import numpy as np
 
 
 class Tree(NamedTuple):
@@ -37,3 +39,15 @@ def tree_shapes(rows: int, simulations: int, slots: int, pages: int, action_size
         visits=node, value_sum=node, reward=node, prior=slot, child=slot, order=slot, draws=slot + (action_size, ),
         low=row, high=row, path=node, depth=row, action=row, scores=(rows, slots), tables=node + (pages, ), counts=node
     )
+
+
+def padded(lists: Sequence[Sequence[Any]], width: int, filler: Any, dtype: Any) -> np.ndarray:
+    """Lists of numbers as one array ``[B, width]``."""
+    array = np.full((len(lists), width), filler, dtype)
+    lengths = {len(numbers) for numbers in lists}
+    if len(lengths) == 1:  # as almost always
+        array[:, :lengths.pop()] = lists
+        return array
+    for row, numbers in enumerate(lists):
+        array[row, :len(numbers)] = numbers
+    return array

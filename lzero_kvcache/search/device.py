@@ -18,6 +18,7 @@ from ..engine.step import Engine
 from ..engine.store import PageStore
 from ..engine.transfer import to_cpu
 from ..engine.weights import Source, Weights
+from .arrays import padded
 from .device_space import Reanalysis, Space
 from .guard import NanGuard
 from .whole import Found, Problem
@@ -157,8 +158,7 @@ def _search(space: Space, problem: Problem, rows: int, trace: Any) -> Tuple[Foun
         if trace is not None and trace.replayed:
             _note(trace, space, rows)
     visits, values, draws, broken = space.found(rows)
-    counts = [len(legal) or problem.slots for legal in problem.legal]
-    found = [row[:count].tolist() for row, count in zip(visits, counts)]
+    found = [row[:len(legal) or problem.slots] for row, legal in zip(visits.tolist(), problem.legal)]
     return (found, values.tolist(), draws.tolist() if space.sampled else None), broken
 
 
@@ -176,10 +176,8 @@ def _give(space: Space, problem: Problem, timesteps: np.ndarray) -> None:
 
 
 def _give_priors(given: Any, problem: Problem, rows: int) -> None:
-    order = np.full((rows, problem.slots), -1)
-    for row, legal in enumerate(problem.legal):
-        order[row, :len(legal) or problem.slots] = legal or range(problem.slots)
-    given.order[:rows] = order
+    every = range(problem.slots)
+    given.order[:rows] = order = padded([legal or every for legal in problem.legal], problem.slots, -1, np.int64)
     taken = order >= 0
     slots = np.maximum(order, 0)
     logits = np.where(taken, np.take_along_axis(np.asarray(problem.logits, np.float32), slots, 1), -np.inf)

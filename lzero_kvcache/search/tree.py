@@ -4,7 +4,7 @@ Shapes are those of :mod:`.arrays`. Everything is float32 in the order of operat
 these are to the last bit.
 """
 import math
-from typing import Any, List, NamedTuple, Sequence, Tuple
+from typing import Any, List, NamedTuple, Tuple
 
 import numpy as np
 
@@ -337,14 +337,6 @@ def backup_rows(tree: Tree, rules: Rules, key: Key, simulation: int, rewards: np
 
 
 # ---- what a search leaves ------------------------------------------------------------------------------------------
-
-
-def pad_legal(legal: Sequence[Sequence[int]], slots: int) -> np.ndarray:
-    """Lists of legal actions as ``[B, S]``, padded with -1."""
-    padded = np.full((len(legal), slots), -1, np.int32)
-    for row, actions in enumerate(legal):
-        padded[row, :len(actions)] = actions
-    return padded
 
 
 def root_visits(tree: Tree) -> List[List[int]]:

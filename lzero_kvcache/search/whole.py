@@ -11,6 +11,7 @@ from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
 from ..engine.store import PageStore
 from ..engine.weights import Source
+from .arrays import padded
 from .compiled_model import CompiledModel
 from .guard import NanGuard
 from .spaces import Space, Spaces
@@ -43,12 +44,14 @@ class Problem(NamedTuple):
             noises=None if self.noises is None else self.noises[rows]
         )
 
+    def padded_legal(self) -> np.ndarray:
+        """The legal actions ``[B, S]``, padded with -1; nothing else where all are."""
+        return padded(self.legal, self.slots, -1, np.int32)
+
     def padded_noises(self) -> np.ndarray:
         """The noises ``[B, S]``, padded with zeros; without any, all zeros."""
-        padded = np.zeros((len(self.legal), self.slots), np.float32)
-        for row, numbers in enumerate(self.noises or ()):
-            padded[row, :len(numbers)] = numbers
-        return padded
+        noises = [[]] * len(self.legal) if self.noises is None else self.noises
+        return padded(noises, self.slots, 0, np.float32)
 
 
 class WholeSearch:
@@ -120,12 +123,12 @@ class WholeSearch:
         """Search, and note each simulation if there is a trace; returns how many predictions of each row ``[B]`` were
         no numbers."""
         from . import compiled
-        from .tree import make_key, make_rules, pad_legal
+        from .tree import make_key, make_rules
 
         rows, width = tables.shape
         roots = compiled.Roots(
             np.asarray(problem.rewards, dtype=np.float32), np.asarray(problem.logits, dtype=np.float32),
-            pad_legal(problem.legal, problem.slots), problem.padded_noises(), np.float32(problem.noise_weight), tables,
+            problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight), tables,
             counts, timesteps
         )
         rules, batch = make_rules(**problem.rules), compiled.make_batch(space.tree, network.policy)
