@@ -49,8 +49,9 @@ class Asked(NamedTuple):
     timesteps: np.ndarray
 
 
-def asked(case: Case, two_players: bool, **kv_cache_cfg: Any) -> Asked:
-    world_model, rng = cached_model(case, 2, 5, kv_cache_cfg=kv_cache_cfg).world_model, np.random.default_rng(0)
+def asked(case: Case, two_players: bool, device: str = 'cpu', **kv_cache_cfg: Any) -> Asked:
+    model, rng = cached_model(case, 2, 5, device=device, kv_cache_cfg=kv_cache_cfg), np.random.default_rng(0)
+    world_model = model.to(device).world_model
     slots = case.action_space_size
     rules = dict(
         pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=two_players
@@ -83,9 +84,9 @@ def by_steps(question: Asked, number: int = FIRST) -> Tuple[List[List[int]], Lis
                 [(state[:, None], torch.from_numpy(found.action.astype(np.int64)))], simulation, found.depth.tolist(),
                 timesteps
             )
-            latents.append(latent.squeeze(1).numpy())
-            rewards, values = (scalar(logits.squeeze(1)).numpy().reshape(-1) for logits in (reward, value))
-            backup_rows(found, rules, key, simulation, rewards, values, policy.squeeze(1).numpy(), 0, len(roots))
+            latents.append(latent.squeeze(1).cpu().numpy())
+            rewards, values = (scalar(logits.squeeze(1)).cpu().numpy().reshape(-1) for logits in (reward, value))
+            backup_rows(found, rules, key, simulation, rewards, values, policy.squeeze(1).cpu().numpy(), 0, len(roots))
     return root_visits(found), root_values(found)
 
 
@@ -101,7 +102,7 @@ def part_of(question: Asked, begin: int, end: int) -> Asked:
 @CASES
 def test_it_is_the_search_by_steps(case: Case, two_players: bool) -> None:
     question = asked(case, two_players)
-    visits, values = question.world_model.reanalyze_whole(*question[1:])
+    visits, values, _ = question.world_model.reanalyze_whole(*question[1:])
     expected, expected_values = by_steps(question)
     assert visits == expected
     np.testing.assert_allclose(values, expected_values, atol=TOLERANCE)
@@ -116,7 +117,7 @@ def test_some_rows_at_a_time(case: Case, two_players: bool, monkeypatch: pytest.
     manager, search = question.world_model.kv_cache_manager, question.world_model.inference._whole
     before = manager.memory_mb
     monkeypatch.setattr(whole, 'CHUNK', 2 * (UNROLL + 1))
-    visits, values = question.world_model.reanalyze_whole(*question[1:])
+    visits, values, _ = question.world_model.reanalyze_whole(*question[1:])
     parts = [by_steps(part_of(question, begin, min(begin + 8, ROWS)), FIRST + number)
              for number, begin in enumerate((0, 8, 16))]
     assert visits == [row for part, _ in parts for row in part]
@@ -134,7 +135,7 @@ def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     question = asked(Case(), False)
     alone = by_steps(question)[0]
     torch.set_num_threads(2)
-    visits, _ = question.world_model.reanalyze_whole(*question[1:])
+    visits, _, _ = question.world_model.reanalyze_whole(*question[1:])
     torch.set_num_threads(1)
     assert visits == alone
 
