@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import numpy as np
 import torch
 
-from ..engine.slab import MIB
+from ..config import MIB
 from ..engine.weights import Source
 
 LEAST_ROWS = 8
