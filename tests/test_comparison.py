@@ -402,27 +402,6 @@ class TestOrigin:
 
 class TestCommand:
 
-    @pytest.mark.parametrize(('arguments', 'message'), [
-        ([], 'COMMAND'),
-        (['compere'], "'compere'"),
-        (['compare'], 'RUN'),
-        (['compare', 'nosuch'], 'nosuch: no such folder or event file'),
-        (['compare', '.', '--group', 'old'], "'old' is not NAME=PATTERN"),
-        (['compare', '.', '--colour'], '--colour'),
-        (['compare', '.'], 'none of these runs can be read'),
-    ])
-    def test_bad_usage_is_one_line_and_exit_code_2(self, arguments, message, capsys, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        try:
-            code = main(arguments)
-        except SystemExit as end:  # of the parser
-            code = end.code
-        assert code == 2
-        captured = capsys.readouterr()
-        assert message in captured.err
-        assert captured.err.count('\n') == 1
-        assert list(tmp_path.iterdir()) == []
-
     def test_a_folder_that_cannot_be_written_to(self, capsys, tmp_path):
         paths = pair(tmp_path)
         (tmp_path / 'file').touch()

@@ -141,23 +141,6 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path):
         opened(make(tmp_path / 'work' / 'below'))
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    ([], '--config'),
-    (['--config', 'nosuch'], '--config nosuch: there is no such file'),
-    (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
-])
-def test_bad_usage_is_one_line_and_writes_nothing(arguments, message, capfd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    try:
-        assert main(['experiment', *arguments]) == 2
-    except SystemExit as end:
-        assert end.code == 2
-    captured = capfd.readouterr()
-    assert message in captured.err
-    assert captured.err.count('\n') == 1
-    assert os.listdir(tmp_path) == []
-
-
 def test_a_config_that_never_ends_is_refused(tmp_path):
     config = tmp_path / 'endless.py'
     config.write_text('from zoo.classic_control.cartpole.config.cartpole_unizero_config import '

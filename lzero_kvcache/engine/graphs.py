@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from .slab import MIB
+from ..config import MIB
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import numpy as np
 import torch
 
-from ..engine.slab import MIB
+from ..config import MIB
 from ..engine.weights import Source
 
 LEAST_ROWS = 8
@@ -32,12 +32,13 @@ class CompiledModel:
     def memory_mb(self) -> float:
         return self._scratches.memory_mb
 
-    def network_at(self, addresses: Tuple[int, ...]) -> Any:
-        """The model as addresses of its weights, read anew when one of them has moved."""
+    def network_at(self, addresses: Tuple[int, ...]) -> Tuple[Any, Any]:
+        """The model as addresses of its weights, read anew when one of them has moved; and what holds the memory there,
+        to be kept for as long as the first is used."""
         known = self._network
         if known is None or known[1] != addresses:
             self._network = known = self._read_network(), addresses
-        return known[0][0]
+        return known[0]
 
     def shift(self) -> np.ndarray:
         """What learned positions add to keys and values, as :class:`Weights` has it; zeros with rotary ones."""

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from ..cache.pages import SCRATCH_PAGE
+from ..config import MIB
 from ..engine.graphs import capture
-from ..engine.slab import MIB, Slab
+from ..engine.slab import Slab
 from ..engine.step import Engine, StepOutput
 from ..engine.transfer import to_cpu
 from ..engine.weights import Source, Weights

@@ -43,7 +43,8 @@ class CompiledRoots:
         """One compiled call, and another before it where contexts are begun anew."""
         from . import compiled
 
-        network, (tables, counts), rows = self._model.network_at(served.addresses), given.contexts, len(given.pages)
+        network, _held = self._model.network_at(served.addresses)
+        (tables, counts), rows = given.contexts, len(given.pages)
         served.shift = shift = self._model.shift()
         sizes = network.embed, network.embed, network.value[-1, OUTPUTS], network.policy
         predicted = [np.empty((rows, size), np.float32) for size in sizes]

@@ -71,7 +71,7 @@ class WholeSearch:
         start = time.perf_counter()
         tables, counts = served.roots
         rows, width = tables.shape
-        network = self._model.network_at(served.addresses)
+        network, _held = self._model.network_at(served.addresses)
         shift = self._model.shift() if served.shift is None else served.shift
         with self._space(network, problem, rows, width) as space:
             with self._manager.lease() as lease:
@@ -97,7 +97,7 @@ class WholeSearch:
         """Search from states ``[B, E]`` without contexts, some rows at a time."""
         from .tree import root_values, root_visits
 
-        network, shift = self._model.network_at(addresses), self._model.shift()
+        (network, _held), shift = self._model.network_at(addresses), self._model.shift()
         visits: List[List[int]] = []
         values: List[float] = []
         rows, most = len(latents), CHUNK * torch.get_num_threads()
