@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, Tuple
 COMMAND = 'lzero-kvcache'
 BAD_USAGE, INTERRUPTED = 2, 130
 LIGHTZERO = 'lightzero:'
+SYSTEMS = ('old', 'lightzero', 'new')
 CONFIG = ("a LightZero config file: a path, a name of ours, or a name of LightZero's own zoo, in this order; "
           "lightzero:NAME is LightZero's own. It is Python code, and it will be run")
 TRAIN_EXAMPLES = """
@@ -96,7 +97,8 @@ def our_configs() -> Dict[str, str]:
 def lightzero_configs() -> Dict[str, str]:
     """The UniZero configs of LightZero's zoo by name, wherever it is installed."""
     paths = sorted((_package('lzero').parent / 'zoo').rglob('*_config.py'))
-    return {LIGHTZERO + path.stem: str(path) for path in paths if 'unizero' in path.read_text(encoding='utf-8')}
+    return {LIGHTZERO + path.stem: str(path) for path in paths
+            if not path.stem.startswith('test_') and 'unizero' in path.read_text(encoding='utf-8')}
 
 
 def find_config(name: str) -> str:
@@ -172,7 +174,8 @@ def _add_train(commands: Any) -> None:
         description='Train a LightZero UniZero config with the old or the new KV cache.')
     add = parser.add_argument
     add('--config', required=True, metavar='FILE', help=CONFIG)
-    add('--cache', choices=('old', 'new'), help='the cache system (default: what the config says)')
+    add('--cache', choices=SYSTEMS, help="the cache system; lightzero is the new manager of LightZero's main branch "
+        '(default: what the config says)')
     add('--seed', type=count(0), metavar='N', help="default: the config's seed, or 0")
     add('--exp-name', metavar='PATH', help='folder of the experiment; a name that exists gets the time appended '
         '(default: exp_name of the config)')
@@ -224,8 +227,9 @@ def _add_experiment(commands: Any) -> None:
         'The same command goes on where it was cut off.')
     add = parser.add_argument
     add('--config', required=True, metavar='FILE', help='a LightZero config file, as for train')
-    add('--cache', nargs='+', choices=('old', 'new'), default=['old', 'new'], metavar='SYSTEM',
-        help='old, new or both, the baseline first (default: old new)')
+    add('--cache', nargs='+', choices=SYSTEMS, default=['old', 'new'], metavar='SYSTEM',
+        help="old, new, and lightzero (the new manager of LightZero's main branch), the baseline first (default: "
+        'old new)')
     add('--seeds', nargs='+', type=count(0), default=[0, 1, 2], metavar='N', help='default: 0 1 2')
     add('--jobs', type=count(1), default=1, metavar='N', help='runs at once; they share the machine, and so their '
         'times (default: 1)')

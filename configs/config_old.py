@@ -22,6 +22,9 @@ create_config = copy.deepcopy(lightzero.create_config)
 main_config.exp_name = 'data_unizero/cartpole_old_seed0'
 main_config.policy.update(
     num_simulations=25,
+    # LightZero's main branch has a number for each, of which it would evaluate with 50.
+    collect_num_simulations=25,
+    eval_num_simulations=25,
     batch_size=64,
     # Evaluations cost no training steps, and show how the reward grows.
     eval_freq=250,

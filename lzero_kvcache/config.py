@@ -324,7 +324,7 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulation
         return CacheConfig.read(world_model_cfg, managers)
     env_num = max(policy_cfg['collector_env_num'], policy_cfg['evaluator_env_num'])
     simulations = max(simulations, policy_cfg['num_simulations'])
-    needed = {'env_num': env_num, 'num_simulations': simulations}
+    needed = {'env_num': env_num, 'num_simulations': policy_cfg['num_simulations']}
     sources = {'env_num': 'collector_env_num and policy.evaluator_env_num', 'num_simulations': 'num_simulations'}
     for key, least in needed.items():
         given = _size(world_model_cfg, key, least)
@@ -333,6 +333,7 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulation
                 f'{PREFIX}.{key}={given} is too small for policy.{sources[key]}: it must be at least {least}'
             )
         world_model_cfg[key] = given
+    world_model_cfg['num_simulations'] = max(simulations, world_model_cfg['num_simulations'])
     world_model_cfg['evaluator_env_num'] = policy_cfg['evaluator_env_num']
     options = CacheConfig.read(world_model_cfg, managers)
     nodes = env_num * simulations

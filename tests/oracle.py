@@ -27,6 +27,7 @@ from ding.utils import MODEL_REGISTRY
 from easydict import EasyDict
 from lzero.model.common import SimNorm
 from lzero.model.unizero_world_models.tokenizer import Tokenizer
+from lzero.policy import DiscreteSupport, InverseScalarTransform
 from lzero.policy.unizero import UniZeroPolicy
 
 #: Whether LightZero is its main branch, whose gated layers, models for text and for 'image_memory' cannot be
@@ -228,6 +229,15 @@ def cached_model(case: Case, env_num: int, seed: int, **overrides: Any) -> nn.Mo
     model = construct(model_class, case, env_num, use_new_cache_manager=True, **overrides)
     model.load_state_dict(original_model(case, 1, seed).state_dict())
     return model
+
+
+def to_scalar(support: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """LightZero's transform of logits over numbers from ``-support`` to ``support`` to scalars."""
+    if ON_MAIN:
+        return InverseScalarTransform(DiscreteSupport(-support, support + 1, 1), True)
+    transform = InverseScalarTransform(support, 'cpu', True)
+    # As probabilities, since it takes logits that happen to sum up to 1 for such.
+    return lambda logits: transform(logits.softmax(-1))
 
 
 # ---- traces ----------------------------------------------------------------------------------------------------------
@@ -454,8 +464,10 @@ class Batch:
     def reanalyze(self, event: Reanalysis) -> Answer:
         """A reanalysis, as ``_compute_target_policy_reanalyzed`` makes it; answers are numbered by simulation."""
         self.world_model.reanalyze_phase = True
-        self._timesteps = event.timesteps
-        output = self.model.initial_inference(torch.from_numpy(event.obs), event.actions, start_pos=event.timesteps)
+        self._timesteps = first = event.timesteps
+        if ON_MAIN:  # whose buffer passes one for each sequence, and then one for each root
+            first, self._timesteps = first[:, 0], np.pad(first, ((0, 0), (0, 1))).reshape(-1)
+        output = self.model.initial_inference(torch.from_numpy(event.obs), event.actions, start_pos=first)
         self._latents, self._history = [output.latent_state.detach().cpu().numpy()], []
         answer = dict(latent=output.latent_state, policy=output.policy_logits, value=output.value)
         for number, simulation in enumerate(event.simulations):

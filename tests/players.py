@@ -1,26 +1,19 @@
 """How a model is asked on any device, and by node. Who asks by key, and what is right, is in ``oracle.py``."""
 import contextlib
 
-import lzero.policy as lightzero_policy
 import numpy as np
 import torch
-from lzero.policy import InverseScalarTransform
-from oracle import ON_MAIN, Batch, play, relative_error
+from oracle import Batch, play, relative_error, to_scalar
 
 SUPPORT = 5
-TO_SCALAR = InverseScalarTransform(
-    *((lightzero_policy.DiscreteSupport(-SUPPORT, SUPPORT + 1, 1),) if ON_MAIN else (SUPPORT, 'cpu')), True
-)
+TO_SCALAR = to_scalar(SUPPORT)
 
 
 def for_search(answer):
     """What a search makes of a keyed answer: no latent states, value and reward as scalars."""
     if 'reward' not in answer:
         return answer
-    # As probabilities, since the released LightZero takes logits that happen to sum up to 1 for such.
-    parts = [answer[name] if ON_MAIN else answer[name].softmax(-1) for name in ('value', 'reward')]
-    value, reward = map(TO_SCALAR, parts)
-    return dict(policy=answer['policy'], value=value, reward=reward)
+    return dict(policy=answer['policy'], value=TO_SCALAR(answer['value']), reward=TO_SCALAR(answer['reward']))
 
 
 def error_of(name, actual, expected):

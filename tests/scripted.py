@@ -20,7 +20,7 @@ from ding.utils import ENV_REGISTRY
 from easydict import EasyDict
 from lzero.mcts import UniZeroGameBuffer
 from lzero.worker import MuZeroCollector, MuZeroEvaluator, MuZeroSegmentCollector
-from oracle import Case, randomise
+from oracle import ON_MAIN, Case, randomise
 from seeded_search import seeded_search
 from tensorboardX import SummaryWriter
 
@@ -151,6 +151,8 @@ class Life:
         self.config = compiled(main)
         with contextlib.redirect_stdout(io.StringIO()):
             self.policy = create_policy(self.config.policy, enable_field=['learn', 'collect', 'eval'])
+        if ON_MAIN and not new:  # it would keep the last observations as whole numbers, and find no context
+            self.policy.pad_token_id = -1.
         for model in (self.policy._model, self.policy._target_model):
             randomise(model, Case(), seed)
             if not new and not model.world_model.config.rotary_emb:

@@ -29,6 +29,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reaso
 #: Largest error that counts as the same, relative to numbers of size 1 and more.
 TOLERANCE = 1e-5
 
+LARGEST_PLACE = 1000
+
 CASES = {
     'learned': Case(),
     'rotary': Case(rotary=True),
@@ -76,7 +78,9 @@ def simulate() -> Any:
 def make_model(case: Case) -> Any:
     """A world model with random weights."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return cached_model(case, 2, 0).world_model.eval()
+        world_model = cached_model(case, 2, 0).world_model.eval()
+    world_model.reserve_angles(0, LARGEST_PLACE // 2)
+    return world_model
 
 
 def make_contexts(world_model: Any, rows: int, seed: int, count: Optional[int] = None) -> Contexts:
@@ -93,7 +97,7 @@ def make_contexts(world_model: Any, rows: int, seed: int, count: Optional[int] =
     actions = rng.integers(0, size, rows)
     if world_model.continuous_action_space:
         actions = rng.normal(size=(rows, size)).astype(np.float32)
-    return Contexts(slab, tables, counts, ids[:, width].copy(), actions, rng.integers(0, 1000, (2, rows)))
+    return Contexts(slab, tables, counts, ids[:, width].copy(), actions, rng.integers(0, LARGEST_PLACE, (2, rows)))
 
 
 def by_engine(world_model: Any, contexts: Contexts) -> Predicted:

@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+from oracle import ON_MAIN
 from trainings import PROJECT_ROOT, import_what_trainings_import, short_episodes, train, trained
 
 from lzero_kvcache import comparison, config, summary
@@ -115,6 +116,8 @@ def test_its_runs_are_compared_as_they_were(copied, capfd):
 @pytest.fixture
 def again(copied, monkeypatch):
     """A function that gives the stored experiment's own command again, and returns what it would train."""
+    if ON_MAIN:
+        pytest.skip('the experiment is one of the released LightZero, whose config has other values')
     monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: 0)
     begun = []
     monkeypatch.setattr(Children, '_start', lambda self, trial: begun.append(trial.name))

@@ -88,14 +88,14 @@ def test_the_old_system_fills_its_slots():
     manager = world_model.kv_cache_manager
     assert rows['cache system'] == 'old'
     assert rows['memory now'] == f'{manager.memory_mb:,.2f} MiB'
-    worker = Worker(policy)
-    for _ in range(3):
+    worker, slots = Worker(policy), len(world_model.shared_pool_init_infer[0])
+    for _ in range(slots + 1):
         worker.step([0, 1, 2])
     pools = [world_model.shared_pool_recur_infer, world_model.shared_pool_wm, *world_model.shared_pool_init_infer]
     assert all(slot is not None for pool in pools for slot in pool)
     assert manager.full_memory_mb == manager.memory_mb
     assert rows['memory at the most'] == f'{manager.memory_mb:,.2f} MiB, once every slot was used'
-    assert rows['init pools'] == f'{len(world_model.shared_pool_init_infer)} x 2 contexts'
+    assert rows['init pools'] == f'{len(world_model.shared_pool_init_infer)} x {slots} contexts'
     assert rows['recurrent pool'] == f'{len(world_model.shared_pool_recur_infer)} contexts'
 
 

@@ -14,6 +14,7 @@ import pytest
 from builders import compiled, small_cartpole
 from ding.policy import create_policy
 from easydict import EasyDict
+from oracle import ON_MAIN, adapter
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 import lzero_kvcache
@@ -102,7 +103,7 @@ def test_import_order(fresh_processes, order):
             muzero='lzero.policy.muzero'
         ),
         models=dict(UniZeroModel='lzero_kvcache.host.models', SampledUniZeroModel='lzero_kvcache.host.models'),
-        managers=['new', 'old'],
+        managers=['lightzero', 'new', 'old'] if ON_MAIN else ['new', 'old'],
         hook='lzero_kvcache.telemetry',
     )
 
@@ -123,10 +124,10 @@ def test_the_level_that_lightzero_sets_comes_with_the_first_model(monkeypatch):
         root.setLevel(logging.DEBUG)
     assert root.level == logging.ERROR
     policy = compiled(small_cartpole(new=True)).policy
-    create_policy(policy, enable_field=['collect'])
+    create_policy(policy, enable_field=list(adapter().POLICY_FIELDS))
     assert root.level == logging.DEBUG
     root.setLevel(logging.ERROR)
-    create_policy(policy, enable_field=['collect'])
+    create_policy(policy, enable_field=list(adapter().POLICY_FIELDS))
     assert root.level == logging.ERROR
 
 
@@ -162,7 +163,8 @@ def atari_configs():
 
 
 @pytest.fixture(params=[cartpole_configs, atari_configs], ids=['CartPole', 'Atari segment'])
-def configs(request):
+def configs(request, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # LightZero's main branch makes the run's folder
     return request.param()
 
 
@@ -175,6 +177,7 @@ class TestEnable:
     def test_one_line(self, configs):
         main_config, create_config = configs
         before = copy.deepcopy(configs)
+        cfg_of(before[0]).pop('use_new_cache_manager', None)  # of LightZero's main branch
         enable(main_config, create_config)
         assert cfg_of(main_config).use_new_cache_manager is True
         assert create_config.policy.import_names == ['lzero.policy.unizero', 'lzero_kvcache']
@@ -246,14 +249,15 @@ def test_an_enabled_config_trains_with_the_new_system(new):
     enable(main_config, create_config)
     if not new:
         disable(main_config, create_config)
+    config = compiled(main_config).policy
     with contextlib.redirect_stdout(io.StringIO()):
-        policy = create_policy(compiled(main_config).policy, enable_field=['learn', 'collect', 'eval'])
+        policy = create_policy(config, enable_field=['learn', 'collect', 'eval'])
     world_model = policy._model.world_model
     assert world_model.use_new_cache_manager is new
     assert type(world_model.kv_cache_manager) is (KVCacheManager if new else OldCacheManager)
     if new:
         assert len(world_model.kv_cache_manager.init_pools) == 8
-        assert world_model.kv_cache_manager.recur_pool.pool_size == 8 * 25
+        assert world_model.kv_cache_manager.recur_pool.pool_size == 8 * adapter().simulations_of(config)
 
 
 @pytest.mark.parametrize('names', ['lzero.policy.unizero', ['lzero.policy.unizero'], []])

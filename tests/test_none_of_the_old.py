@@ -11,7 +11,7 @@ from lzero.model.unizero_world_models import world_model as lightzero_world_mode
 from lzero.model.unizero_world_models.transformer import Transformer
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 from lzero.worker import MuZeroEvaluator
-from oracle import Batch, Case, cached_model, construct, play, random_reanalysis, random_trace
+from oracle import ON_MAIN, Batch, Case, cached_model, construct, play, random_reanalysis, random_trace
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
 
@@ -55,8 +55,11 @@ def forbidden(monkeypatch):
     monkeypatch.setattr(kv_caching.KeysValues, '__init__', fail('KeysValues'))
 
 
+DORMANT = 'calculate_dormant_ratio' if ON_MAIN else 'cal_dormant_ratio'
+
+
 def dormant(model, *args, **kwargs):
-    return torch.tensor(0.5)
+    return {'global': torch.tensor(0.5)} if ON_MAIN else torch.tensor(0.5)
 
 
 def whole_life(new, folder, kind='episodes', **options):
@@ -71,7 +74,7 @@ def whole_life(new, folder, kind='episodes', **options):
     for train_iter in range(2):
         life.evaluate(evaluator, train_iter=train_iter, n_episode=3)
         life.fill(buffer, collector)
-        with quiet(), seeded_search(), mock.patch.object(lightzero_world_model, 'cal_dormant_ratio', dormant):
+        with quiet(), seeded_search(), mock.patch.object(lightzero_world_model, DORMANT, dormant):
             data = buffer.sample(2, life.policy)
             life.policy.recompute_pos_emb_diff_and_clear_cache()
             losses = life.policy.learn_mode.forward([*data, train_iter])

@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 from ding.utils import MODEL_REGISTRY
-from oracle import ORIGINAL_MODELS, Case, OriginalBatch, construct, play, random_reanalysis, random_trace, randomise
+from oracle import (
+    ORIGINAL_MODELS,
+    Case,
+    OriginalBatch,
+    adapter,
+    construct,
+    play,
+    random_reanalysis,
+    random_trace,
+    randomise,
+)
 
 import lzero_kvcache
 
@@ -75,7 +85,7 @@ class TestModel:
         (theirs, *_), (ours, *_) = pair(case, **flag)
         for name in ('past_kv_cache_init_infer_envs', 'past_kv_cache_recurrent_infer', 'keys_values_wm_list'):
             assert type(getattr(ours.world_model, name)) is type(getattr(theirs.world_model, name))
-        for name in ('shared_pool_size', 'shared_pool_size_init', 'shared_pool_size_wm'):
+        for name in (adapter().RECURRENT_SLOTS, 'shared_pool_size_init', 'shared_pool_size_wm'):
             assert getattr(ours.world_model, name) == getattr(theirs.world_model, name)
 
 

@@ -4,6 +4,7 @@ import copy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import ON_MAIN
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.host import entries
@@ -74,6 +75,7 @@ def test_sizes_of_the_window_follow(cartpole):
     assert world_model.max_tokens == 24
 
 
+@pytest.mark.skipif(ON_MAIN, reason="LightZero's main branch names its runs otherwise")
 def test_another_game_brings_its_actions_and_its_name(pong):
     main_config, _, _ = set_in(pong, 'env.env_id=BreakoutNoFrameskip-v4', 'policy.batch_size=8')
     assert main_config.policy.model.action_space_size == 4
@@ -98,7 +100,7 @@ def test_a_game_with_another_number_of_actions_is_refused():
 def test_segments_follow_the_collectors(pong):
     main_config, _, _ = set_in(pong, 'env.collector_env_num=3')
     assert main_config.policy.num_segments == 3
-    assert main_config.policy.model.world_model_cfg.env_num == 10
+    assert main_config.policy.model.world_model_cfg.env_num == (3 if ON_MAIN else 10)
 
 
 @pytest.mark.parametrize(('assignment', 'path', 'value'), [

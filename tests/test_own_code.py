@@ -17,7 +17,7 @@ from lzero.model.unizero_model import UniZeroModel as LightZerosModel
 from lzero.model.unizero_world_models.transformer import SelfAttention
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZerosWorldModel
 from lzero.policy import unizero as lightzero_policy
-from oracle import Case, randomise
+from oracle import ON_MAIN, Case, randomise
 from trainings import SMALL, check_run, import_what_trainings_import, short_episodes, trained
 
 from lzero_kvcache import ConfigError, check_config, enable
@@ -100,7 +100,7 @@ def test_the_example_counts_what_was_lost(registries):
 @pytest.mark.parametrize('new', [False, True])
 def test_the_pages_model_is_used_in_both_systems(new, page, registries):
     policy = policy_of(shrunk(page, new))
-    model = policy._model._orig_mod  # torch.compile wraps it
+    model = getattr(policy._model, '_orig_mod', policy._model)  # torch.compile may wrap it
     assert type(model).__name__ == 'MyUniZeroModel'
     assert type(model.world_model).__name__ == ('MyNewWorldModel' if new else 'MyOldWorldModel')
     randomise(model, Case(), 0)
@@ -298,7 +298,8 @@ def test_a_sequence_of_layers_with_a_forward_of_its_own_is_called(kind, registri
 
     model = policy_of(small_cartpole(True))._model.eval()
     world_model = getattr(model, '_orig_mod', model).world_model
-    owner, name = (world_model.transformer.blocks[0], 'mlp') if kind == 'mlp' else \
+    block_mlp = 'feed_forward' if ON_MAIN else 'mlp'
+    owner, name = (world_model.transformer.blocks[0], block_mlp) if kind == 'mlp' else \
         (world_model.head_value, 'head_module')
     setattr(owner, name, Residual(*getattr(owner, name)))
     weights = world_model.weights_source.read(False)
@@ -311,7 +312,10 @@ def test_a_sequence_of_layers_with_a_forward_of_its_own_is_called(kind, registri
 @pytest.mark.parametrize('new', [False, True])
 def test_a_world_model_in_the_place_of_lightzeros_is_not_replaced(new, registries, monkeypatch):
     theirs = type('TheirWorldModel', (LightZerosWorldModel, ), {})
-    monkeypatch.setattr(lightzero_model, 'WorldModel', theirs)
+    if ON_MAIN:
+        monkeypatch.setattr(lightzero_model.UniZeroModel, 'world_model_cls', theirs)
+    else:
+        monkeypatch.setattr(lightzero_model, 'WorldModel', theirs)
     if new:
         with pytest.raises(ConfigError, match='TheirWorldModel: derive it from lzero_kvcache.host.world_model'):
             policy_of(small_cartpole(True))

@@ -26,6 +26,8 @@ def state(target):
         return os.environ.get(name)
     if kind == 'descriptor':
         return os.fstat(int(name)).st_ino
+    if kind == 'directory':
+        return os.getcwd()
     if kind == 'sys.path':
         return list(sys.path)
     owner = importlib.import_module(kind)
@@ -42,6 +44,8 @@ def replacement(target):
         return '1'
     if kind == 'descriptor':
         return os.open(os.devnull, os.O_WRONLY)
+    if kind == 'directory':
+        return '/'
     if kind == 'sys.path':
         return '/somewhere'
     return (lambda: None).__code__ if target.endswith('__code__') else object()

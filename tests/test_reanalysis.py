@@ -12,7 +12,7 @@ import pytest
 import torch
 from easydict import EasyDict
 from lzero.mcts import UniZeroGameBuffer
-from oracle import Case, cached_model, original_model
+from oracle import ON_MAIN, Case, cached_model, original_model
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
 from test_tree import alike
@@ -26,6 +26,7 @@ from lzero_kvcache.search.tree import make_key, make_rules, make_tree, root_valu
 from lzero_kvcache.search.whole import Problem
 
 pytest.importorskip('numba')
+pytestmark = pytest.mark.skipif(ON_MAIN, reason="LightZero's main branch: its reanalyses are searched in its tree")
 
 prepare_rows, select_rows, backup_rows = map(entry, (tree.prepare_rows, tree.select_rows, tree.backup_rows))
 

@@ -18,7 +18,6 @@ from builders import Worker, audit, compiled, make_policy, small_cartpole
 from ding.policy import create_policy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lzero.policy import InverseScalarTransform
 from oracle import (
     ON_MAIN,
     TOLERANCE,
@@ -38,6 +37,7 @@ from oracle import (
     random_trace,
     randomise,
     relative_error,
+    to_scalar,
     worst,
 )
 from path_reference import PathReference
@@ -282,7 +282,7 @@ class Shadowed:
         keyed, module, name, _ = KEYED[self.kind]
         recorded = RecordingTree(getattr(module, name))
         with mock.patch.object(type(self.search_by_node), 'tree', recorded):
-            self.search_by_node.search(roots, model, latent_state_roots, to_play, timestep)
+            found = self.search_by_node.search(roots, model, latent_state_roots, to_play, timestep)
         replayed = ReplayedTree(recorded)
         with mock.patch.object(module, name, replayed):
             keyed(self.search_by_node._cfg).search(
@@ -295,6 +295,7 @@ class Shadowed:
                 scale = max(1., np.abs(expected).max())
                 self.differ = max(self.differ, np.abs(np.asarray(actual) - np.asarray(expected)).max() / scale)
         self.searches += 1
+        return found
 
 
 class TestSearches:
@@ -356,7 +357,7 @@ class TestScalars:
             rewards, values = torch.randn(2, 64, 1, 2 * support + 1, generator=generator) * spread
             policy = torch.randn(64, 1, 3, generator=generator)
             packed = engine.for_search(weights, StepOutput(policy, policy, rewards, policy, values))
-            transform = InverseScalarTransform(support, 'cpu', True)
+            transform = to_scalar(support)
             expected = torch.cat([transform(rewards[:, 0]), transform(values[:, 0]), policy[:, 0]], dim=1)
             torch.testing.assert_close(packed, expected, rtol=1e-4, atol=2e-4)
 

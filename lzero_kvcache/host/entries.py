@@ -1,8 +1,10 @@
 """LightZero's training entries and what they are made of: configs completed, calls recorded, runs and evaluations."""
+import contextlib
 import functools
 import inspect
 import os
-from typing import Any, Callable, Dict, Optional, Tuple
+import traceback
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import numpy as np
 from easydict import EasyDict
@@ -61,7 +63,23 @@ def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
 def build_policy(main_config: EasyDict, create_config: EasyDict) -> Any:
     """The policy of a config as its collector has it: without environments, optimizer and target model."""
     from ding.policy import create_policy
-    return create_policy(completed(main_config, create_config).policy, enable_field=list(lightzero.POLICY_FIELDS))
+    cfg = completed(main_config, create_config).policy
+    with _fault_named():
+        return create_policy(cfg, enable_field=list(lightzero.POLICY_FIELDS))
+
+
+@contextlib.contextmanager
+def _fault_named() -> Iterator[None]:
+    """Where LightZero's own code fails, say so in one line, with file and line."""
+    import lzero
+    try:
+        yield
+    except (TypeError, AttributeError, NotImplementedError, ImportError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if os.path.commonpath([last.filename, lzero.__path__[0]]) != lzero.__path__[0]:
+            raise
+        said = f'{type(error).__name__}: {" ".join(str(error).split())}'
+        raise ConfigError(f"LightZero's own {last.filename}:{last.lineno} fails: {said}") from error
 
 
 def atari_actions(env_id: str) -> Optional[int]:

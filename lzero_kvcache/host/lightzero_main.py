@@ -9,13 +9,16 @@ from torch import nn
 
 NAME = 'main branch'
 SIGN = 'a block of its transformer has a feed_forward'
-SERVED = 'UniZero with discrete actions; its own new manager with the old searches'
+SERVED = 'UniZero and Sampled UniZero; its own new manager with the old searches'
 
 RECURRENT_SLOTS = 'shared_pool_size_recur'
 """Attribute of a world model that says how many contexts its recurrent pool has."""
 
 KEEPS_REANALYSES = True
 """Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
+
+INDEX_FOR_DEPTH = False
+"""Whether the sampled search has a node's index in the search path for its depth."""
 
 COMPUTES_TARGETS = False
 """Whether the engine computes what a replay buffer asks of the target model."""
@@ -52,7 +55,10 @@ def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tens
     """A table of rotary angles that has a first and a last one, where the transformer's has not."""
     table = transformer.freqs_cis
     if first < 0:
-        raise ValueError(f'a timestep of {first // 2}: this LightZero has no rotary angles below 0')
+        raise ValueError(
+            f"a rotary angle of {first}, and this LightZero has none below 0: environments must return a 'timestep', "
+            'which is 0 at the first step of an episode alone'
+        )
     if last < len(table):
         return None
     end = max(last + 1, 2 * len(table))
@@ -82,8 +88,6 @@ def unserved_of(world_model: Any) -> Iterator[str]:
 
 def unserved_policy(policy_type: str, cfg: Any) -> Optional[str]:
     """Why a policy cannot have the new cache."""
-    if policy_type != 'unizero':
-        return f'create_config.policy.type={policy_type!r}: of this LightZero only unizero is served'
     if cfg['model']['world_model_cfg'].get('obs_type') == 'text':
         return "policy.model.world_model_cfg.obs_type='text': its searches must return latent states to be decoded"
     if (cfg['model']['world_model_cfg'].get('kv_cache_cfg') or {}).get('validation') == 'legacy':
@@ -95,6 +99,17 @@ def unserved_policy(policy_type: str, cfg: Any) -> Optional[str]:
     if cfg.get('contextual_reanalysis') and (cfg['reanalyze_ratio'] or cfg.get('buffer_reanalyze_freq')):
         return 'policy.contextual_reanalysis=True: roots of reanalyses would have contexts'
     return None
+
+
+def unserved_models() -> Iterator[Tuple[type, str, str]]:
+    """Models that have LightZero's own caching: the class, its registered name, and why the new cache has none."""
+    from lzero.model.sampled_unizero_model_multitask import SampledUniZeroMTModel
+    from lzero.model.unizero_model_multitask import UniZeroMTModel
+    from lzero.model.unizero_ppo_model import UniZeroPPOModel
+    tasks = 'its contexts and heads belong to tasks, and the new cache does not know task_id'
+    yield UniZeroMTModel, 'UniZeroMTModel', tasks
+    yield SampledUniZeroMTModel, 'SampledUniZeroMTModel', tasks
+    yield UniZeroPPOModel, 'UniZeroPPOModel', 'its policy, unizero_ppo, does not tell whose rows it asks for'
 
 
 def no_caches(world_model: Any) -> None:
@@ -125,6 +140,9 @@ def environments_of(ready: Any) -> List[int]:
 def hand_rows(policy: Any, mode: str, env_ids: Sequence[int], observations: torch.Tensor, actions: List[Any]) -> None:
     """Give a policy the last observations and actions of the rows of its next batch. Those of a batch that is as large
     as all environments it picks by environment, others it takes as they are."""
+    if hasattr(policy, 'last_batch_obs'):  # Sampled UniZero's are rows of a batch
+        policy.last_batch_obs, policy.last_batch_action = observations, actions
+        return
     everybody = policy.collector_env_num if mode == 'collect' else policy.evaluator_env_num
     if len(env_ids) == everybody:
         order = np.argsort(env_ids).tolist()

@@ -14,6 +14,9 @@ RECURRENT_SLOTS = 'shared_pool_size'
 KEEPS_REANALYSES = False
 """Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
 
+INDEX_FOR_DEPTH = True
+"""Whether the sampled search has a node's index in the search path for its depth."""
+
 COMPUTES_TARGETS = True
 """Whether the engine computes what a replay buffer asks of the target model."""
 
@@ -59,6 +62,11 @@ def unserved_of(world_model: Any) -> Iterator[str]:
 def unserved_policy(policy_type: str, cfg: Any) -> Optional[str]:
     """Why a policy cannot have the new cache."""
     return None
+
+
+def unserved_models() -> Iterator[Tuple[type, str, str]]:
+    """Models that have LightZero's own caching: the class, its registered name, and why the new cache has none."""
+    return iter(())
 
 
 def no_caches(world_model: Any) -> None:

@@ -26,7 +26,7 @@ def _build(model: Any, module: Any, original: type, args: Any, kwargs: Any) -> N
     """Run LightZero's constructor with a world model of ours under the name ``WorldModel``, by which it builds one."""
     set_as_lightzero_does()
     init = original.__init__  # type: ignore[misc]
-    config = inspect.signature(init).bind(model, *args, **kwargs).arguments['world_model_cfg']
+    config = _world_model_cfg(model, init, args, kwargs)
     system = picked_system(config)
     names, named = {}, lightzero.world_model_of(model, module)
     if named is WorldModel:
@@ -63,6 +63,24 @@ def _is_in_mode(model: nn.Module, mode: bool) -> bool:
             is_in_mode = module.training is mode and not does_more
             modules += module._modules.values()
     return is_in_mode
+
+
+def _world_model_cfg(model: Any, init: Any, args: Any, kwargs: Any) -> Any:
+    return inspect.signature(init).bind(model, *args, **kwargs).arguments['world_model_cfg']
+
+
+def _unserved(original: Any, why: str) -> type:
+    """LightZero's model, which refuses our flag: its own constructor would take it for LightZero's manager."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if picked_system(_world_model_cfg(self, original.__init__, args, kwargs)) == 'new':
+            raise ConfigError(
+                f'{PREFIX}.{FLAG}=True, but {original.__name__} is not served: {why}; set {FLAG}=False for the old '
+                f"system, or kv_cache_cfg.type='{LIGHTZERO}' for LightZero's own new manager"
+            )
+        original.__init__(self, *args, **kwargs)
+
+    return type(original.__name__, (original, ), {'__init__': init, '__module__': __name__})
 
 
 class MemoryTokenizer(Tokenizer):
@@ -106,3 +124,5 @@ register_in_place_of(unizero_model.UniZeroModel, MODEL_REGISTRY, 'UniZeroModel',
 register_in_place_of(
     sampled_unizero_model.SampledUniZeroModel, MODEL_REGISTRY, 'SampledUniZeroModel', SampledUniZeroModel
 )
+for unserved, name, why in lightzero.unserved_models():
+    register_in_place_of(unserved, MODEL_REGISTRY, name, _unserved(unserved, why))

@@ -18,8 +18,8 @@ Make = Callable[[Any], Any]
 class Patch(NamedTuple):
     """
     A target is ``module:attribute``, ``copy of module:function:name`` for a name that a copy of the function finds,
-    ``signal:NAME``, ``environ:NAME``, ``descriptor:NUMBER``, or ``sys.path``, where a folder is added and its modules
-    are forgotten at the end.
+    ``signal:NAME``, ``environ:NAME``, ``descriptor:NUMBER``, ``directory``, the process's own, or ``sys.path``, where a
+    folder is added and its modules are forgotten at the end.
     """
     targets: Tuple[str, ...]
     replacement: str
@@ -59,6 +59,9 @@ TABLE: Dict[str, Patch] = {
     'ddp_context': Patch(
         tuple(f'ding.utils:DDPContext.{name}' for name in ('__init__', '__enter__', '__exit__')), 'does nothing',
         'processes meet when they run', LOAD),
+    'directory': Patch(
+        ('directory', ), 'a temporary one', "a config's 'main' may make the folder of its run, which is none yet",
+        LOAD),
     # ---- LightZero and DI-engine, in a run
     'compile_config': Patch(
         _of_entries('compile_config'), 'the same with renew_dir=False', 'the folder has been made already', RUN),
@@ -153,7 +156,8 @@ def with_globals(function: Callable[..., Any], **names: Any) -> Callable[..., An
 
 def _replaced(target: str, make: Make) -> Any:
     kind, _, name = target.partition(':')
-    special = {'signal': _signal, 'environ': _variable, 'descriptor': _descriptor, 'sys.path': _importable}
+    special = {'signal': _signal, 'environ': _variable, 'descriptor': _descriptor, 'sys.path': _importable,
+               'directory': _directory}
     if kind in special:
         return special[kind](name, make)
     *path, name = name.split('.')
@@ -206,6 +210,16 @@ def _descriptor(name: str, make: Make) -> Iterator[None]:
     finally:
         os.dup2(original, number)
         os.close(original)
+
+
+@contextlib.contextmanager
+def _directory(_: str, make: Make) -> Iterator[None]:
+    original = os.getcwd()
+    os.chdir(make(original))
+    try:
+        yield
+    finally:
+        os.chdir(original)
 
 
 @contextlib.contextmanager

@@ -134,10 +134,11 @@ class SampledNodeSearch(_NodeSearch, SampledUniZeroMCTSCtree):
         return model.num_of_sampled_actions, model.action_space_size if model.continuous_action_space else 1
 
     def _rules(self) -> Dict[str, Any]:
-        return dict(super()._rules(), sampled=True, continuous=bool(self._cfg.model.continuous_action_space))
+        return dict(super()._rules(), sampled=True, continuous=bool(self._cfg.model.continuous_action_space),
+                    index_for_depth=lightzero.INDEX_FOR_DEPTH)
 
     def _traverse_options(self) -> Tuple[Any, ...]:
         return (self._cfg.model.continuous_action_space,)
 
     def _depths(self, results: Any, path: List[int]) -> List[int]:
-        return path
+        return path if lightzero.INDEX_FOR_DEPTH else super()._depths(results, path)

@@ -23,6 +23,7 @@ from ..engine.weights import Weights
 from ..registry import KV_CACHE_REGISTRY
 from ..search.inference import Inference
 from ..search.served import Served
+from ..search.timesteps import timesteps_of
 from ..search.whole import Found, Problem
 from ..validation import Validator
 from .exact_reference import ExactReference
@@ -164,11 +165,13 @@ class NewWorldModel(LightZeroWorldModel):
         if before is not None and before != place and before[0] == place[0]:  # another device holds the same values
             self.weights_changed('their storage moved')
 
-    def reserve_angles(self, start_pos: Any, depth: int) -> None:
-        """Have rotary angles for roots at some timesteps, or at one, and for nodes down to a depth below them."""
+    def reserve_angles(self, start_pos: Any, depth: int, going: Any = 0) -> None:
+        """Have rotary angles for roots at some timesteps, or at one, to which an action led or not, and for nodes down
+        to a depth below them; a ``ValueError`` where LightZero has no angles below 0."""
         if not self.config.rotary_emb:
             return
-        first, last = 2 * int(np.min(start_pos)), 2 * (int(np.max(start_pos)) + depth) + 3
+        first = int(np.min(2 * np.asarray(start_pos, dtype=np.int64) - going))
+        last = 2 * (int(np.max(start_pos)) + depth) + 3
         table = lightzero.longer_table(self.transformer, first, last)
         if table is not None:
             self._notice_moved_weights(self.weights_source.addresses())
@@ -272,10 +275,11 @@ class NewWorldModel(LightZeroWorldModel):
             if self.training or np.ndim(start_pos) < 2 or not lightzero.COMPUTES_TARGETS:
                 return super().forward_initial_inference(obs_act_dict, start_pos)
             return self._forward_sequences(obs_act_dict['obs'], obs_act_dict['action'], start_pos)
-        self.reserve_angles(start_pos, self._options.num_simulations)
-        output = self.inference.root(
-            obs_act_dict['obs'], obs_act_dict['action'], obs_act_dict['current_obs'], start_pos
-        )
+        actions, current_obs = obs_act_dict['action'], obs_act_dict['current_obs']
+        if self.config.rotary_emb:
+            _, going = self.inference.actions_of(actions, len(current_obs))
+            self.reserve_angles(timesteps_of(start_pos, len(going)), self._options.num_simulations, going)
+        output = self.inference.root(obs_act_dict['obs'], actions, current_obs, start_pos)
         no_reward = output.logits_value.new_zeros(len(output.logits_value), 0, self.support_size)
         return output.output_sequence, output.latent_state, no_reward, output.logits_policy, output.logits_value
 

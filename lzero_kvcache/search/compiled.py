@@ -91,8 +91,7 @@ def gather_rows(tree: Tree, rules: Rules, timesteps: np.ndarray, batch: Batch, l
             batch.actions[row] = tree.draws[row, node, tree.action[row]]
         else:
             batch.actions[row, 0] = tree.action[row]
-        # Where trees are sampled, LightZero has the node's index for its depth.
-        after = timesteps[row] + (node if rules.sampled else tree.depth[row])
+        after = timesteps[row] + (node if rules.index_for_depth else tree.depth[row])
         batch.places[0, row], batch.places[1, row] = 2 * after + 1, 2 * after + 2
 
 

@@ -46,7 +46,7 @@ class RootInference(Steps):
               current_obs: torch.Tensor, timesteps: np.ndarray) -> StepOutput:
         manager, mode, env_ids = self._manager, step.mode, step.env_ids
         rows = len(current_obs)
-        actions, going = self._actions_of(last_actions, rows)
+        actions, going = self.actions_of(last_actions, rows)
         contexts, last, missing = self._last_contexts(step, by_key, last_obs, going)
         manager.count_queries('init', int(going.sum()), int(going.sum()) - len(missing))
         before = contexts[0].copy(), contexts[1].copy()

@@ -67,7 +67,7 @@ class Steps:
             served.weights = self._source.read(False)
         return served.weights
 
-    def _actions_of(self, actions: Sequence[Any], rows: int) -> Tuple[np.ndarray, np.ndarray]:
+    def actions_of(self, actions: Sequence[Any], rows: int) -> Tuple[np.ndarray, np.ndarray]:
         """Actions ``[B]`` or ``[B, A]``, and which rows have one; zeros for the others, whose episode starts."""
         geometry, going = self.engine.geometry, np.zeros(rows, dtype=bool)
         if geometry.continuous:

@@ -29,14 +29,16 @@ class Rules(NamedTuple):
     sampled: bool
     continuous: bool
     draws_ties: bool  # or the first of equal scores is taken
+    index_for_depth: bool  # a node is as deep as its index in the search path
 
 
 def make_rules(pb_c_base: int, pb_c_init: float, discount_factor: float, value_delta_max: float, two_players: bool,
-               sampled: bool = False, continuous: bool = False, draws_ties: bool = True) -> Rules:
+               sampled: bool = False, continuous: bool = False, draws_ties: bool = True,
+               index_for_depth: bool = False) -> Rules:
     """Rules from what LightZero's configs say."""
     return Rules(
         np.float32(pb_c_base), np.float32(pb_c_init), np.float32(discount_factor), np.float32(value_delta_max),
-        two_players, sampled, continuous, draws_ties
+        two_players, sampled, continuous, draws_ties, index_for_depth
     )
 
 

@@ -171,8 +171,10 @@ def _note(trace: Any, tree: Any, batch: Any, rules: Any, simulation: int) -> Non
     rows = np.arange(len(tree.depth))
     parents = tree.path[rows, tree.depth - 1]
     actions, depths = tree.action.copy(), tree.depth.copy()
+    if rules.index_for_depth:
+        depths = parents
     if rules.sampled:
-        actions, depths = batch.actions.copy(), parents
+        actions = batch.actions.copy()
         if not rules.continuous:
             actions = actions[:, 0].astype(np.int64)
     trace.note_scalars(parents, actions, depths, batch.reward, batch.value, batch.policy)

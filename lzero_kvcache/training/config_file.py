@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import inspect
 import os
+import tempfile
 import traceback
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterator, Optional
@@ -81,7 +82,8 @@ def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[st
     ``zoo/atari/config/atari_unizero_segment_config.py``, and return what it would have trained: ``main_config``,
     ``create_config``, ``entry``, and ``seed`` and ``max_env_step`` where the call gave them.
     """
-    declared = recorded_call(lambda: function(*args, **kwargs))
+    with tempfile.TemporaryDirectory() as folder, applied(directory=lambda path: folder):
+        declared = recorded_call(lambda: function(*args, **kwargs))
     if declared is None:
         raise ConfigError("{}() calls none of {}".format(function.__name__, ', '.join(ENTRIES)))
     return declared

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-from ..config import FLAG, OPTIONS, PREFIX, ConfigError
+from ..config import FLAG, LIGHTZERO, OPTIONS, PREFIX, ConfigError
 from ..summary import TRAIN, Result, read_summary, write_json
 from .checkpoints import CHECKPOINTS, read_checkpoint
 from .overrides import cache_defaults, known_leaves
@@ -59,8 +59,8 @@ class Trial:
         result = read_summary(self.folder)
         if result is None or result.exit_code != 0 or result.task != TRAIN:
             return None
-        same = result.seed == self.seed and (result.cache == 'old') == (self.cache == 'old')
-        return result if same else None
+        system = result.cache if result.cache in ('old', LIGHTZERO) else 'new'  # with whichever manager
+        return result if (result.seed, system) == (self.seed, self.cache) else None
 
 
 class Experiment:

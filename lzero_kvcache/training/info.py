@@ -2,13 +2,13 @@
 import os
 import platform
 import re
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
 from lzero_kvcache_options import lightzero_configs, our_configs
 
-from ..config import ConfigError
+from ..config import LIGHTZERO, ConfigError
 from ..engine.launch import picked
 from ..engine.slab import MIB
 from ..host import entries
@@ -48,12 +48,14 @@ def of_plan(plan: Plan) -> Rows:
     policy = entries.build_policy(*configs)
     model = policy._model.world_model
     manager = old = model.kv_cache_manager
-    if options.use_new:
+    if options.system == 'new':
         set_cache('old', *configs)
         old = entries.build_policy(*configs)._model.world_model.kv_cache_manager
-    at_most = f'{old.full_memory_mb:,.2f} MiB, once every slot was used'
     rows: Rows = [('policy', str(plan.create_config.policy.type)), ('device', device)]
-    if not options.use_new:
+    if options.system == LIGHTZERO:
+        return [*rows, ('cache system', "LightZero's own new manager"),
+                ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB')]
+    if options.system == 'old':
         return [
             *rows,
             ('cache system', 'old'),
@@ -62,7 +64,7 @@ def of_plan(plan: Plan) -> Rows:
             ('working batch', f'{model.env_num} contexts'),
             ('context', f'{model.context_length} tokens'),
             ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB'),
-            ('memory at the most', at_most),
+            ('memory at the most', _at_most(manager)),
         ]
     slab, pages = manager.storage.slab, manager.page_capacity
     bound = 'none' if options.max_memory_mb is None else f'{options.max_memory_mb:,.2f} MiB'
@@ -82,8 +84,12 @@ def of_plan(plan: Plan) -> Rows:
         ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB'),
         ('memory of pages', f'{pages * slab.page_bytes / MIB:,.2f} MiB'),
         ('bound of memory', bound),
-        ('memory of the old system', at_most),
+        ('memory of the old system', _at_most(old)),
     ]
+
+
+def _at_most(old: Any) -> str:
+    return f'{old.full_memory_mb:,.2f} MiB, once every slot was used'
 
 
 def _search(name: str, missing: Optional[str], device: str) -> str:
@@ -99,6 +105,7 @@ def of_zoo() -> Rows:
     """Our configs and LightZero's for UniZero: which extra each needs, and what is missing here."""
     rows: Rows = []
     extras: Dict[str, str] = {}  # by the type of the environment; LightZero's configs need what ours do
+    tried: Dict[Any, Optional[ConfigError]] = {}
     for name, path in {**our_configs(), **lightzero_configs()}.items():
         extra = 'unknown'
         try:
@@ -108,7 +115,24 @@ def of_zoo() -> Rows:
                     needed = re.search(r'^Install: .*\[(\w+)\]', file.read(), re.MULTILINE)
                 extra = extras.setdefault(plan.create_config.env.type, f'extra {needed[1]}' if needed else 'no extra')
                 entries.try_environment(plan.main_config, plan.create_config)
+                _try_model(plan, tried)
             rows.append((name, f'{extra}: installed'))
         except ConfigError as error:
             rows.append((name, f'{extra}: {error}'))
     return rows
+
+
+def _try_model(plan: Plan, tried: Dict[Any, Optional[ConfigError]]) -> None:
+    """Build a model of each kind once, since LightZero may fail in it."""
+    model = plan.main_config.policy.model.world_model_cfg
+    kind = plan.create_config.policy.type, model.get('obs_type'), model.get('continuous_action_space')
+    if kind not in tried:
+        tried[kind] = None
+        set_device('cpu', plan.main_config)
+        try:
+            entries.build_policy(plan.main_config, plan.create_config)
+        except ConfigError as error:
+            tried[kind] = error
+    fault = tried[kind]
+    if fault is not None:
+        raise fault

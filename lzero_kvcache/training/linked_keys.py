@@ -21,7 +21,8 @@ NEEDED_COPIES: Tuple[Tuple[str, ...], ...] = (
 COPIES: Tuple[Tuple[str, ...], ...] = (
     ('policy.collector_env_num', WM + 'collector_env_num'),
     ('policy.evaluator_env_num', WM + 'evaluator_env_num'),
-    ('policy.num_simulations', WM + 'num_simulations'),
+    ('policy.num_simulations', WM + 'num_simulations', 'policy.collect_num_simulations',
+     'policy.eval_num_simulations'),
     ('policy.model.continuous_action_space', WM + 'continuous_action_space', 'env.continuous'),
     ('policy.model.num_of_sampled_actions', WM + 'num_of_sampled_actions'),
     ('policy.model.norm_type', WM + 'norm_type'),
@@ -46,6 +47,10 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _count(support: Any) -> int:
+    return len(range(*map(int, support)))
+
+
 def _is_cuda(device: Any) -> bool:
     return str(device).startswith('cuda')
 
@@ -63,6 +68,7 @@ def _rules() -> List[Rule]:
         Rule(WM + 'env_num', ('env.collector_env_num', 'env.evaluator_env_num'), max),
         Rule(WM + 'max_tokens', (WM + 'max_blocks', ), lambda blocks: 2 * blocks, needed=True),
         Rule(WM + 'support_size', ('policy.model.support_scale', ), lambda scale: 2 * scale + 1, needed=True),
+        Rule(WM + 'support_size', ('policy.model.value_support_range', ), _count, needed=True),  # of the main branch
         Rule(WM + 'num_unroll_steps', ('policy.num_unroll_steps', ), _same),
         Rule(WM + 'max_blocks', ('policy.num_unroll_steps', ), _same),
         Rule(WM + 'context_length_for_recurrent', (WM + 'context_length', ), _same),

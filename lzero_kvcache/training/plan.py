@@ -7,7 +7,7 @@ from typing import Optional, Sequence
 import torch
 from easydict import EasyDict
 
-from ..config import FLAG, ConfigError
+from ..config import LIGHTZERO, ConfigError, picked_system
 from ..host import entries
 from ..loading import check_config, disable, enable, load_plugin
 from ..summary import EVALUATE, TRAIN
@@ -89,9 +89,14 @@ def make_plan(
 
 
 def set_cache(cache: str, main_config: EasyDict, create_config: EasyDict) -> None:
-    """Pick 'old' or 'new', and change a name of the experiment that says the other."""
-    was = 'new' if main_config.policy.model.world_model_cfg.get(FLAG, False) else 'old'
-    (enable if cache == 'new' else disable)(main_config, create_config)
+    """Pick 'old', LightZero's own new manager or 'new', and change a name of the experiment that says another."""
+    was = picked_system(main_config.policy.model.world_model_cfg)
+    if cache == 'old':
+        disable(main_config, create_config)
+    elif LIGHTZERO in (cache, was):
+        enable(main_config, create_config, type=cache)
+    else:  # whichever manager of one's own there is stays
+        enable(main_config, create_config)
     name = main_config.get('exp_name')
     if isinstance(name, str) and was != cache:
         main_config.exp_name = re.sub(rf'(?<![A-Za-z0-9]){was}(?![A-Za-z0-9])', cache, name)
