@@ -1,6 +1,7 @@
 """CUDA graphs of one model: captured once for each size, and anew when storage moves."""
 import gc
 import logging
+import threading
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -44,7 +45,8 @@ def capture(device: torch.device, *functions: Callable[[], Any]) -> Captured:
 
 
 class Graphs:
-    """What is captured for one model, by the rows that it is for and what else tells captures apart."""
+    """What is captured for one model, by the rows that it is for and what else tells captures apart. Each thread has its
+    own: a replay overwrites inputs and results."""
 
     def __init__(self, told: str, most: int = 8) -> None:
         self.kept: Dict[Tuple[Any, ...], Any] = {}
@@ -70,6 +72,7 @@ class Graphs:
             self.moves += bool(self.kept)
             self.kept.clear()
             self._addresses = addresses
+        kind += (threading.get_ident(), )
         fitting = [key for key in self.kept if rows <= key[0] <= 2 * rows + 8 and key[1:] == kind]
         if fitting:
             return self.kept[min(fitting)]
