@@ -5,6 +5,10 @@ Tests of one of them are skipped with the other.
 import copy
 import inspect
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ from lzero_kvcache.training.info import of_zoo
 from lzero_kvcache.training.plan import set_cache
 from lzero_kvcache_options import main
 
+PROJECT = Path(__file__).resolve().parent.parent
 on_main = pytest.mark.skipif(not ON_MAIN, reason="of LightZero's main branch")
 on_release = pytest.mark.skipif(ON_MAIN, reason='of the released LightZero')
 SMALL = (
@@ -33,6 +38,11 @@ SMALL = (
 #: Its models for vectors pass a word that their encoder does not take, unless somebody has mended it.
 AS_SHIPPED = ON_MAIN and 'layer_num=' in inspect.getsource(UniZeroModel.__init__) and (
     'layer_num' not in inspect.signature(RepresentationNetworkMLP).parameters)
+SAVES_SAMPLED = 'use_adaptive_entropy_weight = ' in inspect.getsource(sampled_unizero)
+#: By title, the program of each fault in docs/upstream.md and the line that it ends with.
+FAULTS = {title: (program, last_line) for title, program, last_line in re.findall(
+    r'^## (.*?)\n.*?```python\n(.*?)```\n\n```text\n(.*?)\n```', (PROJECT / 'docs' / 'upstream.md').read_text(),
+    re.MULTILINE | re.DOTALL)}
 SYSTEMS = {'old': (False, 'new'), 'lightzero': (True, 'lightzero'), 'new': (True, 'new')}
 
 
@@ -173,7 +183,7 @@ class TestMain:
     def test_its_configs_train(self, name, cache, tmp_path, monkeypatch):
         if AS_SHIPPED and 'sampled' not in name:
             pytest.skip('its vector models cannot be constructed')
-        if 'sampled' in name and 'use_adaptive_entropy_weight = ' not in inspect.getsource(sampled_unizero):
+        if 'sampled' in name and not SAVES_SAMPLED:
             pytest.skip('its Sampled UniZero cannot save a checkpoint')
         monkeypatch.chdir(tmp_path)
         assert main([
@@ -186,6 +196,17 @@ class TestMain:
         assert (summary['cache'], summary['train_iter']) == (cache, 3)
         if cache == 'new':
             assert set(summary['hit_rates'].values()) == {1.0}
+
+    @pytest.mark.parametrize('title', FAULTS)
+    def test_a_fault_that_is_reported_is_there(self, title):
+        program, last_line = FAULTS[title]
+        mended = {'Models for vectors cannot be constructed': not AS_SHIPPED,
+                  'Sampled UniZero cannot save a checkpoint': SAVES_SAMPLED}
+        if mended.get(title):
+            pytest.skip('it was mended by hand')
+        done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, timeout=300, check=False)
+        assert done.stdout.splitlines()[-1] == last_line
 
     def test_a_table_of_angles_grows_and_no_context_is_lost(self):
         case = Case(rotary=True, max_seq_len=32)

@@ -43,7 +43,7 @@ TRAIN = [
          'env.collector_env_num=5 contradicts policy.collector_env_num=3'),
         (['env.evaluator_env_num=2', 'policy.evaluator_env_num=3'],
          'env.evaluator_env_num=2 contradicts policy.evaluator_env_num=3'),
-        ([f'{WM}.support_size=51'], f'{WM}.support_size=51 contradicts policy.model.support_scale=50: it must be 101'),
+        ([f'{WM}.support_size=51'], f'{WM}.support_size=51 contradicts policy.model.'),
         ([f'{WM}.num_heads=5'], f'{WM}.num_heads=5 contradicts {WM}.embed_dim=64'),
         ([f'{WM}.max_tokens=30'], f'{WM}.max_tokens=30 contradicts {WM}.max_blocks=10: it must be 20'),
     ]),
