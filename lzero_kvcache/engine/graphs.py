@@ -45,8 +45,8 @@ def capture(device: torch.device, *functions: Callable[[], Any]) -> Captured:
 
 
 class Graphs:
-    """What is captured for one model, by the rows that it is for and what else tells captures apart. Each thread has its
-    own: a replay overwrites inputs and results."""
+    """What is captured for one model, by the rows that it is for and what else tells captures apart. Each thread has
+    its own: a replay overwrites inputs and results."""
 
     def __init__(self, told: str, most: int = 8) -> None:
         self.kept: Dict[Tuple[Any, ...], Any] = {}
