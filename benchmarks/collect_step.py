@@ -45,6 +45,13 @@ SYSTEMS = (  # name, flag, kv_cache_cfg.search and type
 Configs = Dict[str, Tuple[str, EasyDict]]  # by system: the policy's name in the registry, and its config
 
 
+def cache_options(args: Any, search: str, manager: str) -> Dict[str, str]:
+    """The ``kv_cache_cfg`` of one system."""
+    return dict(
+        backend=args.backend, search=search, type=manager, matmul='float32' if search == 'tree' else args.matmul
+    )
+
+
 def preset_configs(args: Any, envs: int) -> Configs:
     """The sizes that ``--model`` names."""
     preset = PRESETS[args.model]
@@ -53,7 +60,7 @@ def preset_configs(args: Any, envs: int) -> Configs:
     return {name: ('unizero', EasyDict(
         model=dict(model, world_model_cfg=world_model_cfg(
             args, envs, args.simulations, use_new_cache_manager=flag, game_segment_length=50,
-            kv_cache_cfg=dict(backend=args.backend, search=search, type=manager))),
+            kv_cache_cfg=cache_options(args, search, manager))),
         num_simulations=args.simulations, collect_num_simulations=args.simulations,
         eval_num_simulations=args.simulations, collector_env_num=envs, evaluator_env_num=1,
     )) for name, flag, search, manager in SYSTEMS}
@@ -74,7 +81,7 @@ def zoo_configs(config: str, args: Any, envs: Optional[int] = None, **changes: A
     for name, flag, search, manager in SYSTEMS:
         policy.model.world_model_cfg.update(
             changes, device=args.device, use_new_cache_manager=flag,
-            kv_cache_cfg=EasyDict(backend=args.backend, search=search, type=manager))
+            kv_cache_cfg=EasyDict(cache_options(args, search, manager)))
         configs[name] = loaded.create_config.policy.type, copy.deepcopy(policy)
     return configs
 

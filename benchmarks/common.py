@@ -46,6 +46,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument('--context', type=int, default=8, help='context_length')
     options.add_argument('--layers', type=int, default=2)
     options.add_argument('--backend', choices=KV_CACHE_CFG['backend'].choices, default='auto', help='of the new system')
+    options.add_argument(
+        '--matmul', choices=KV_CACHE_CFG['matmul'].choices, default='float32', help='of the new system, on a GPU')
     options.add_argument('--repeats', type=int, default=5, help='how often the measured unit is repeated')
     options.add_argument('--json', metavar='FILE', help='also write the numbers there')
     return options

@@ -56,6 +56,8 @@ def main() -> None:
     options.add_argument('--repeats', type=int, default=1, help='four collect steps each')
     options.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     options.add_argument('--backend', choices=KV_CACHE_CFG['backend'].choices, default='auto', help='of the new system')
+    options.add_argument(
+        '--matmul', choices=KV_CACHE_CFG['matmul'].choices, default='float32', help='of the new system, on a GPU')
     options.add_argument('--json', metavar='FILE', help='also write the numbers there')
     args = options.parse_args()
     rows: List[Dict[str, Any]] = []

@@ -29,8 +29,9 @@ def mctx_search_ms(device: str, *numbers: int) -> Optional[float]:
 def mctx_search(device: str, envs: int, simulations: int, embed: int, layers: int, actions: int,
                 support: int) -> Callable[[], Any]:
     """A compiled search that returns when it is done."""
-    if device == 'cpu':  # one thread, as the other systems are given
-        os.environ.setdefault('XLA_FLAGS', '--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1')
+    if device == 'cpu':  # one core, as the other systems are given one thread; XLA's flags for one cost it a third
+        if hasattr(os, 'sched_setaffinity'):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         os.environ.setdefault('JAX_PLATFORMS', 'cpu')
     import jax
     import jax.numpy as jnp

@@ -72,12 +72,11 @@ def main() -> None:
             fill({'new': policy}, envs, args.context // 2 + 1)
             step, search = parts_of_a_step(policy, envs, 8 * args.repeats)
         assert search, 'searches are not in arrays: the log says why'
-        network, _ = policy._model.world_model.inference._whole._network[0]
+        network, _ = policy._model.world_model.inference._whole._model._network[0]
         weights = sum(times * inputs * outputs for times, _, _, inputs, outputs in products(network))
         floor = 2e-6 * envs * weights / args.gflops
         simulation = parts_of_a_simulation(policy, network, search[-1], envs, 20 * args.repeats)
         simulation['rest'] = step.pop('compiled') / args.simulations - sum(simulation.values())
-        step['rest'] = step.pop('collect step') - sum(step.values())
         title = f'{args.model}, {envs} environments, {torch.get_num_threads()} threads'
         floors = {'search': floor * args.simulations, 'root inference': floor, 'products': floor}
         report(f'A collect step, {title}, {args.simulations} simulations', rows_of(step, floors), args)
@@ -126,6 +125,9 @@ def parts_of_a_step(policy: Any, envs: int, steps: int) -> Tuple[Dict[str, float
             for part in times:
                 times[part].append(0.)
             [times['collect step'][-1]] = collect({'new': policy}, envs, 1, first=100 + step)['new']
+    whole, compiled_call = times.pop('collect step'), times.pop('compiled')
+    times['rest'] = [all_of_it - sum(parts) for all_of_it, *parts in zip(whole, *times.values())]
+    times['compiled'] = compiled_call
     return {part: min(values) for part, values in times.items()}, given
 
 
@@ -146,12 +148,13 @@ def products(network: Any) -> List[Tuple[int, int, int, int, int]]:
 
 def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repeats: int) -> Dict[str, float]:
     """Milliseconds of parts of a simulation, each by itself."""
-    problem, space, weights, pages = given[0], given[1], given[3], given[8]
+    problem, space, _, shift, tables, pages = *given[:5], given[8]
     embed, inner, layers, block = network.embed, network.inner, len(network.blocks), network.blocks[0]
     rules, key = tree.make_rules(**problem.rules), tree.make_key(problem.seed, problem.number)
-    side, scratch = compiled.TILES * WIDTH, space.scratches[0]
+    side, scratches = compiled.TILES * WIDTH, policy._model.world_model.inference._whole._model._scratches
+    with scratches.lease(network, tables.shape[1], 1) as [scratch]:
+        pass  # which has the contexts of the last search
     source, target = np.zeros((2, (max(embed, inner, network.widest) + WIDTH) * side), np.float32)
-    shift = np.zeros((1, 1), np.float32) if weights.shift is None else weights.shift.numpy()
     step = 0 if network.rotary else layers * 2 * embed * compiled.NUMBER
     sums: Dict[str, float] = {'products': 0., 'attention': 0., 'norms': 0., 'GELU': 0.}
 

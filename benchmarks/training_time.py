@@ -167,12 +167,14 @@ class Worker:
 
     def _time_compiling(self) -> None:
         """Compile with numba and Triton, load what was compiled before, and capture CUDA graphs."""
-        from torch.cuda import graph
-        self._time([graph], '__enter__', COMPILING)
-        self._time([graph], '__exit__', COMPILING)
+        from lzero_kvcache.engine import encoder_graph, launch, root_graph
+        from lzero_kvcache.search import device_space
+        self._time([encoder_graph, launch, root_graph, device_space], 'capture', COMPILING)
         with contextlib.suppress(ImportError):
+            from triton.compiler.compiler import CompiledKernel
             from triton.runtime.jit import JITFunction
             self._time([JITFunction], '_do_compile', COMPILING)
+            self._time([CompiledKernel], '_init_handles', COMPILING)
         with contextlib.suppress(ImportError):
             from numba.core.dispatcher import Dispatcher
             self._time([Dispatcher], 'compile', COMPILING)

@@ -1,7 +1,9 @@
 """What a user may write into ``world_model_cfg`` about caching, its defaults, and its validation.
 
-Knows configuration only: no tensors, no pools. Every error names the key, the value and what would be right.
+A policy reads it once and hands it down, see :func:`handed_down`. Knows configuration only: no tensors, no pools.
+Every error names the key, the value and what would be right.
 """
+import copy
 import difflib
 import math
 import numbers
@@ -11,6 +13,8 @@ from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple
 FLAG = 'use_new_cache_manager'
 SIZES = ('game_segment_length', 'num_simulations', 'env_num')
 OPTIONS = 'kv_cache_cfg'
+HANDED_DOWN = 'cache_config'
+"""Key of a ``world_model_cfg`` on its way to a world model and its manager: the :class:`CacheConfig` that was read."""
 PREFIX = 'policy.model.world_model_cfg'
 LIGHTZERO = 'lightzero'
 """``kv_cache_cfg.type`` of the manager that LightZero's main branch has of its own."""
@@ -19,6 +23,8 @@ MIB = 1024 * 1024
 # What LightZero's own code assumes where the key is absent.
 DEFAULT_NUM_SIMULATIONS = 50
 DEFAULT_ENV_NUM = 8
+DEFAULT_EVALUATOR_ENV_NUM = 1
+DEFAULT_CONTEXT_LENGTH = 8  # of a manager that is used by hand
 
 
 class ConfigError(ValueError):
@@ -105,8 +111,12 @@ KV_CACHE_CFG: Dict[str, Option] = {
         'str', 'auto', "how a recurrent step is launched: 'eager', 'cudagraph', or 'auto': a CUDA graph on a GPU, "
         'eager on a CPU', choices=('auto', 'eager', 'cudagraph'), refused=(('compile', "was removed: use 'auto'"), )),
     'search': Option(
-        'str', 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call), 'tree' "
-        "(LightZero's C++ tree), or 'auto': 'device' where it is served", choices=('auto', 'device', 'tree')),
+        'str', 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call, or on a GPU a "
+        "replayed graph), 'tree' (LightZero's C++ tree), or 'auto': 'device' where it is served",
+        choices=('auto', 'device', 'tree')),
+    'matmul': Option(
+        'str', 'float32', "products of searches on a GPU: 'float32', exact to 1e-4, or faster and less exact 'tf32', "
+        "'bfloat16'", choices=('float32', 'tf32', 'bfloat16')),
     'on_nan': Option(
         'str', 'raise', "what a prediction with nan or inf does: 'raise' an error or 'skip' storing its context",
         choices=('raise', 'skip')),
@@ -131,13 +141,17 @@ class CacheConfig:
     Arguments:
         - use_new (:obj:`bool`): ``use_new_cache_manager``, the switch.
         - env_num (:obj:`int`): Environments that are collected or evaluated at once.
+        - evaluator_env_num (:obj:`int`): Environments that are evaluated at once.
         - num_simulations (:obj:`int`): Simulations of one search.
+        - context_length (:obj:`int`): Tokens of a context, twice the pages of a window.
 
         The others are the keys of ``kv_cache_cfg``, as ``KV_CACHE_CFG`` describes them.
     """
     use_new: bool
     env_num: int
+    evaluator_env_num: int
     num_simulations: int
+    context_length: int
     type: str
     eviction: str
     init_pool_size: int
@@ -147,6 +161,7 @@ class CacheConfig:
     max_memory_mb: Optional[float]
     backend: str
     search: str
+    matmul: str
     on_nan: str
     validation: str
     validation_freq: int
@@ -159,13 +174,26 @@ class CacheConfig:
         return system_of(self.use_new, self.type)
 
     @classmethod
-    def read(cls, world_model_cfg: Any, managers: Optional[Iterable[str]] = None) -> 'CacheConfig':
+    def of(cls, world_model_cfg: Any, managers: Optional[Iterable[str]] = None,
+           env_num: Optional[int] = None) -> 'CacheConfig':
+        """
+        Overview:
+            What was handed down with a ``world_model_cfg``; without a policy, or a world model, that did so,
+            :meth:`read`.
+        """
+        found = lookup(world_model_cfg, HANDED_DOWN)
+        return cls.read(world_model_cfg, managers, env_num) if found is None else found
+
+    @classmethod
+    def read(cls, world_model_cfg: Any, managers: Optional[Iterable[str]] = None,
+             env_num: Optional[int] = None) -> 'CacheConfig':
         """
         Overview:
             Read and validate everything about caching in a ``world_model_cfg``, whichever way the flag stands.
         Arguments:
             - world_model_cfg (:obj:`Any`): The config, dict-like or with attributes.
             - managers (:obj:`Optional[Iterable[str]]`): Registered manager names, to check ``type`` against.
+            - env_num (:obj:`Optional[int]`): Environments where the config does not say; default 8.
         Returns:
             - config (:obj:`CacheConfig`): The options with their defaults filled in.
         Raises:
@@ -174,7 +202,7 @@ class CacheConfig:
         _refuse_misspelt_keys(world_model_cfg)
         use_new = _flag(lookup(world_model_cfg, FLAG, False), FLAG)
         num_simulations = _size(world_model_cfg, 'num_simulations', DEFAULT_NUM_SIMULATIONS)
-        env_num = _size(world_model_cfg, 'env_num', DEFAULT_ENV_NUM)
+        env_num = _size(world_model_cfg, 'env_num', DEFAULT_ENV_NUM if env_num is None else env_num)
         values = _read_options(lookup(world_model_cfg, OPTIONS, None), managers)
         if values['init_pool_size'] is None:
             roots = max(256, 2 * num_simulations)
@@ -187,9 +215,21 @@ class CacheConfig:
             )
         if system_of(use_new, values['type']) == 'new':
             _check_context_length(world_model_cfg)
+            _check_matmul(values, lookup(world_model_cfg, 'device'))
         else:
             values['validation'] = 'off'  # switching back takes the flag, or the type, alone
-        return cls(use_new=use_new, env_num=env_num, num_simulations=num_simulations, **values)
+        return cls(
+            use_new=use_new, env_num=env_num, num_simulations=num_simulations,
+            evaluator_env_num=lookup(world_model_cfg, 'evaluator_env_num', DEFAULT_EVALUATOR_ENV_NUM),
+            context_length=lookup(world_model_cfg, 'context_length', DEFAULT_CONTEXT_LENGTH), **values
+        )
+
+
+def handed_down(world_model_cfg: Any, options: CacheConfig) -> Any:
+    """A copy of a ``world_model_cfg`` that carries what was read of it to those who need it next."""
+    copied = copy.copy(world_model_cfg)
+    setattr(copied, HANDED_DOWN, options)
+    return copied
 
 
 def system_of(use_new: bool, manager: Optional[str]) -> str:
@@ -222,7 +262,7 @@ def _size(world_model_cfg: Any, key: str, default: int) -> int:
 def _refuse_misspelt_keys(world_model_cfg: Any) -> None:
     keys = world_model_cfg.keys() if isinstance(world_model_cfg, dict) else vars(world_model_cfg)
     for key in keys:
-        if key in (FLAG, OPTIONS) or not isinstance(key, str):
+        if key in (FLAG, OPTIONS, HANDED_DOWN) or not isinstance(key, str):
             continue
         close = difflib.get_close_matches(key, (FLAG, OPTIONS), n=1, cutoff=0.75)
         if key not in SIZES:
@@ -249,13 +289,17 @@ def _check_context_length(world_model_cfg: Any) -> None:
         raise ConfigError(f'{PREFIX}.context_length={length} must not exceed max_tokens={max_tokens}')
 
 
-def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulations: int = 0) -> CacheConfig:
-    """Validate what a policy config, merged with its policy's defaults, says about caching; some of its searches may
-    have more simulations than ``num_simulations``.
+def _check_matmul(values: Dict[str, Any], device: Any) -> None:
+    key = f"{PREFIX}.{OPTIONS}.matmul={values['matmul']!r}"
+    if values['matmul'] == 'float32':
+        return
+    if str(device).startswith('cpu'):
+        raise ConfigError(f"{key} is for a GPU, and {PREFIX}.device is {device!r}: use 'float32'")
+    if values['search'] == 'tree':
+        raise ConfigError(f"{key} is for searches in arrays, and {OPTIONS}.search is 'tree': use 'float32', or 'auto'")
 
-    In new mode it fills in the sizes that ``world_model_cfg`` lacks from the policy's own, and refuses those that would
-    make a pool too small.
-    """
+
+def _refuse_what_lightzero_lacks(policy_cfg: Any) -> None:
     if not policy_cfg['mcts_ctree']:
         raise ConfigError('policy.mcts_ctree=False cannot work: LightZero has no Python search for UniZero; set True')
     if policy_cfg['random_collect_episode_num'] > 0:
@@ -263,6 +307,16 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulation
             f'policy.random_collect_episode_num={policy_cfg["random_collect_episode_num"]} cannot work: '
             'LightZero has no random policy for UniZero; set it to 0'
         )
+
+
+def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulations: int = 0) -> CacheConfig:
+    """Validate what a policy config, merged with its policy's defaults, says about caching; some of its searches may
+    have more simulations than ``num_simulations``.
+
+    In new mode it fills in the sizes that ``world_model_cfg`` lacks from the policy's own, and refuses those that would
+    make a pool too small.
+    """
+    _refuse_what_lightzero_lacks(policy_cfg)
     world_model_cfg = policy_cfg['model']['world_model_cfg']
     if picked_system(world_model_cfg) != 'new':
         # LightZero's own default, which our policies leave out to see whether a user gave it.

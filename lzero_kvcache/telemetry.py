@@ -6,29 +6,34 @@ import torch
 import torch.distributed as dist
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
+from .run_files import config_of
+
 HOOK_KEY = 'kv_cache_stats'
 HOOK_CONFIG = {'type': HOOK_KEY, 'name': HOOK_KEY, 'priority': 30, 'position': 'after_iter'}
 POOLS = ('init', 'recur', 'total')
 VALIDATION = 'kv_cache_validation'
 METRICS = ('hit_rate', 'queries', 'hits', 'misses', 'evictions', 'occupancy')
 
-# One chart for each number, in which tensorboard gives each run its colour.
+# One chart for each number, in which tensorboard gives each run its colour; those that say most come first.
 LAYOUT = {
     'reward': {'evaluation': ['Multiline', ['evaluator_iter/reward_mean']]},
     'kv_cache': {
         name: ['Multiline', [f'kv_cache_iter/{name}']]
-        for name in (*(f'{pool}_{metric}' for metric in METRICS for pool in POOLS), 'memory_mb', 'search_ms', 'step_ms')
+        for name in ('total_hit_rate', 'search_ms', 'init_hit_rate', 'step_ms', 'recur_hit_rate', 'memory_mb',
+                     *(f'{pool}_{metric}' for metric in METRICS[1:] for pool in POOLS))
     },
 }
 # What tensorboard's page of hyperparameters shows of a run, each with a value of its type. The page takes the list from
-# one of the runs, so each run names all of it, one of the old system too.
+# one of the runs, so each run names all of it, one of the old system too. It sorts them, and shows the first five.
 HYPERPARAMETERS: Dict[str, Any] = {
-    **dict.fromkeys(('cache_system', 'cache_manager', 'eviction', 'dtype', 'backend'), ''),
-    **dict.fromkeys(('init_pool_size', 'recurrent_pool_size', 'env_num', 'num_simulations', 'context_length'), 0),
+    'cache_system': '', 'environment': '', 'seed': 0,
+    **{f'sizes.{name}': 0 for name in ('context_length', 'env_num', 'init_pool_size', 'num_simulations',
+                                       'recurrent_pool_size')},
+    **{f'storage.{name}': '' for name in ('backend', 'dtype', 'eviction')},
 }
 # The metrics on that page.
 COMPARED = (
-    'kv_cache_iter/total_hit_rate', 'kv_cache_iter/search_ms', 'kv_cache_iter/memory_mb', 'evaluator_iter/reward_mean'
+    'evaluator_iter/reward_mean', 'kv_cache_iter/total_hit_rate', 'kv_cache_iter/search_ms', 'kv_cache_iter/memory_mb'
 )
 
 
@@ -86,9 +91,12 @@ class KVCacheStatsHook(LearnerHook):
         if not self._introduced:
             self._introduced = True
             writer.add_custom_scalars(LAYOUT)
-            write_hyperparameters(writer, {
-                **world_model.hyperparameters, 'num_simulations': policy.get_attribute('cfg').num_simulations
-            })
+            saved = config_of(engine.exp_name)
+            known = dict(
+                world_model.hyperparameters, num_simulations=policy.get_attribute('cfg').num_simulations,
+                environment=saved.get('env.env_id', saved.get('env.type')), seed=saved.get('seed'))
+            shown = {name: known.get(name.rpartition('.')[2]) for name in HYPERPARAMETERS}
+            write_hyperparameters(writer, {name: value for name, value in shown.items() if value is not None})
         iteration, env_step = engine.last_iter.val, engine.collector_envstep
         values = self.values(**counted)
         validator = getattr(world_model, 'validator', None)

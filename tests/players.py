@@ -3,7 +3,34 @@ import contextlib
 
 import numpy as np
 import torch
-from oracle import Batch, play
+from oracle import Batch, play, relative_error, to_scalar
+
+SUPPORT = 5
+TO_SCALAR = to_scalar(SUPPORT)
+
+
+def for_search(answer):
+    """What a search makes of a keyed answer: no latent states, value and reward as scalars."""
+    if 'reward' not in answer:
+        return answer
+    return dict(policy=answer['policy'], value=TO_SCALAR(answer['value']), reward=TO_SCALAR(answer['reward']))
+
+
+def error_of(name, actual, expected):
+    """Scalars are told in units of the support: near 0 the rescaling's square root keeps few digits."""
+    if expected.shape[-1] == 1:
+        return float((actual - expected).abs().max()) / SUPPORT if actual.shape == expected.shape else float('inf')
+    return relative_error(actual, expected)
+
+
+def largest_error(actual, expected):
+    """Over all answers; those of nodes that are asked by node are compared with what a search makes of keyed ones."""
+    assert len(actual) == len(expected)
+    errors = []
+    for answer, right in zip(actual, expected):
+        right = right if answer['value'].shape == right['value'].shape else for_search(right)
+        errors += [error_of(name, part, right[name]) for name, part in answer.items()]
+    return max(errors)
 
 
 class Placed:

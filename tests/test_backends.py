@@ -2,76 +2,30 @@
 How a step is launched: eagerly or replayed, the answers are the same.
 
 On a CPU a stand-in takes the place of a captured graph: it computes with the storage that was there when it was
-captured, whatever has moved since, and into the same results every time. Where there is a GPU, the graphs are real.
+captured, whatever has moved since, and into the same results every time. ``test_backends_on_gpu.py`` has real graphs.
 """
 import copy
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from ding.utils import MODEL_REGISTRY
-from oracle import (
-    ORIGINAL_MODELS,
-    TOLERANCE,
-    Batch,
-    Case,
-    LightZeroAlone,
-    cached_model,
-    construct,
-    original_model,
-    play,
-    random_reanalysis,
-    random_trace,
-    randomise,
-    relative_error,
-    to_scalar,
-)
-from players import Placed, answers_of
+from oracle import TOLERANCE, Batch, Case, cached_model, random_trace, relative_error
+from players import answers_of, largest_error
 
 from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
-from lzero_kvcache.engine import launch, packing
-from lzero_kvcache.engine.step import SHORT_WINDOW, _attend_elementwise
-from lzero_kvcache.host import weights as layouts
+from lzero_kvcache.engine import graphs, launch, packing
 
-SEED, SUPPORT = 5, 5
+SEED = 5
 BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
 BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
 BOTH_WAYS = pytest.mark.parametrize('by_node', [False, True], ids=['keyed', 'by node'])
-
-
-scalar = to_scalar(SUPPORT)
-
-
-def largest_error(actual, expected):
-    """
-    Relative, over all answers. Who is asked by node gives scalars, and these are compared in units of the support: near
-    0 the rescaling's square root keeps few digits.
-    """
-    assert len(actual) == len(expected)
-    errors = []
-    for answer, right in zip(actual, expected):
-        for name, part in answer.items():
-            wanted = right[name]
-            if part.shape[-1] == 1:
-                wanted = wanted if wanted.shape[-1] == 1 else scalar(wanted)
-                errors.append(float((part - wanted).abs().max()) / SUPPORT)
-            else:
-                errors.append(relative_error(part, wanted))
-    return max(errors)
-
-
-def rows_of(answers, row):
-    return [{name: part[row:row + 1] for name, part in answer.items()} for answer in answers]
 
 
 def cfg(name):
     return dict(kv_cache_cfg=dict(backend=name))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A stand-in for captures
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- a stand-in for captures -----------------------------------------------------------------------------------------
 
 
 class Device(str):
@@ -134,8 +88,7 @@ def captured(monkeypatch):
         host = torch.from_numpy(np.repeat(column, rows, axis=1))
         sent, held = host.clone(), None if action is None else torch.zeros_like(action)
         graphs.append(StandIn(self, slab, sent, held))
-        self.memory_mb += 1.
-        return launch._Graph(graphs[-1], host, Copied(), sent, held, graphs[-1].result)
+        return launch._Graph(graphs[-1].replay, host, Copied(), sent, held, graphs[-1].result, 1.)
 
     monkeypatch.setattr(launch.CudaGraphBackend, '_capture', capture)
     return graphs
@@ -341,7 +294,7 @@ class TestReplays:
         assert backend is not model.world_model.inference.backend
         assert backend.source.addresses() == target.world_model.weights_source.addresses()
         assert backend.source.addresses() != model.world_model.weights_source.addresses()
-        assert not backend._graphs
+        assert not backend.graphs.kept
         assert backend.memory_mb == 0
         with torch.no_grad():
             for parameter in model.parameters():
@@ -376,7 +329,7 @@ def warnings_of(lines):
 class TestGivingUp:
 
     def test_storage_that_moves_every_time(self, captured, monkeypatch, lines):
-        monkeypatch.setattr(launch, 'MAX_MOVES', 3)
+        monkeypatch.setattr(graphs, 'MAX_MOVES', 3)
         steps = Steps()
         for number in range(6):
             assert steps.step(), number
@@ -416,148 +369,4 @@ class TestGivingUp:
         expected = answers_of(cached_model(case, 2, SEED, **cfg('eager')), trace)
         assert largest_error(answers_of(model, trace), expected) == 0
         assert not warnings_of(lines)
-        assert not model.world_model.inference.backend._graphs
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels that are chosen by size
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# On a GPU
-# ---------------------------------------------------------------------------------------------------------------------
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
-
-
-def on_cuda(case, env_num, name, **overrides):
-    model = construct(
-        MODEL_REGISTRY.get(case.model_name), case, env_num, use_new_cache_manager=True, device='cuda', **cfg(name),
-        **overrides
-    )
-    model.load_state_dict(original_model(case, 1, SEED).state_dict())
-    return model.to('cuda')
-
-
-def lightzero_on_cuda(case):
-    """LightZero's own model, alone."""
-    model = randomise(construct(ORIGINAL_MODELS[case.model_name], case, 1, device='cuda').to('cuda'), case, SEED)
-    if not case.rotary:
-        model.world_model.precompute_pos_emb_diff_kv()
-    return LightZeroAlone(model)
-
-
-def alone_on_cuda(case, trace, env):
-    player = lightzero_on_cuda(case)
-    player.model = Placed(player.model)
-    return [
-        {name: part.cpu() for name, part in answer.items()} for answer in play(player, trace.alone(env)) if answer
-    ]
-
-
-@pytest.mark.gpu
-@needs_gpu
-class TestOnGPU:
-
-    @pytest.mark.parametrize('rows', [8, 40, 64])
-    @pytest.mark.parametrize(('context_length', 'least_pages'), [(8, packing.LEAST_PAGES), (20, 2), (80, 40)])
-    @BOTH_ACTIONS
-    @BOTH_POSITIONS
-    def test_every_way_gives_one_answer(self, rotary, continuous, context_length, least_pages, rows, monkeypatch):
-        monkeypatch.setattr(packing, 'LEAST_PAGES', least_pages)
-        assert 8 <= SHORT_WINDOW < 80 and 8 < layouts.MANY_CAPTURED_ROWS < 40 < min(layouts.MANY_ROWS.values())
-        case = Case(rotary=rotary, continuous=continuous, context_length=context_length)
-        trace = random_trace(np.random.default_rng(SEED), case, rows, root_steps=3, simulations=5, episodes=0.2)
-        expected = answers_of(cached_model(case, rows, SEED, **cfg('eager')), trace)
-        for name in ('eager', 'cudagraph'):
-            model = on_cuda(case, rows, name)
-            for by_node in (False, True):
-                model.world_model.forget()
-                assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE, (name, by_node)
-            assert model.world_model.inference.backend.reuses_output == (name == 'cudagraph')
-            assert (model.world_model.inference.backend.memory_mb > 0) == (name == 'cudagraph')
-        for env in (0, rows - 1):
-            right = alone_on_cuda(case, trace, env)
-            assert largest_error(rows_of(expected, env), right) <= TOLERANCE
-
-    @BOTH_POSITIONS
-    def test_reanalysis(self, rotary):
-        case = Case(rotary=rotary)
-        event = random_reanalysis(np.random.default_rng(SEED), case, samples=12, simulations=4)
-        expected = Batch(cached_model(case, 1, SEED)).play(event)
-        for name in ('eager', 'cudagraph'):
-            answer = Batch(Placed(on_cuda(case, 1, name))).play(event)
-            assert largest_error([{key: part.cpu() for key, part in answer.items()}], [expected]) <= TOLERANCE
-
-    @BOTH_WAYS
-    @BOTH_POSITIONS
-    def test_weights_that_an_optimizer_changes(self, rotary, by_node):
-        """In place and without a word: a fused optimizer moves no version counter."""
-        case = Case(rotary=rotary)
-        trace = random_trace(np.random.default_rng(SEED), case, 4, root_steps=2, simulations=4)
-        model = on_cuda(case, 4, 'cudagraph')
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
-        before = answers_of(model, trace, by_node)
-        graphs = dict(model.world_model.inference.backend._graphs)
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
-        model.world_model.weights_changed('test')  # as the policies do after an update
-        after = answers_of(model, trace, by_node)
-        other = cached_model(case, 4, SEED, **cfg('eager'))
-        other.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
-        assert largest_error(after, answers_of(other, trace, by_node)) <= TOLERANCE
-        assert largest_error(after, before) > 1e-2
-        assert model.world_model.inference.backend._graphs == graphs
-
-    @BOTH_WAYS
-    def test_storage_that_moves(self, by_node, monkeypatch):
-        """Weights of other values in new storage, and a slab that grows."""
-        case = Case()
-        trace = random_trace(np.random.default_rng(SEED), case, 4, root_steps=2, simulations=4)
-        model, other = on_cuda(case, 4, 'cudagraph'), cached_model(case, 4, SEED, **cfg('eager'))
-        answers_of(model, trace, by_node)
-        held = []  # so that no old address is handed out again
-        for each in (model, other):
-            for parameter in each.parameters():
-                held.append(parameter.data)
-                parameter.data = parameter.data * 1.1
-        model.world_model.forget()
-        other.world_model.forget()
-        assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
-        assert model.world_model.inference.backend._moves == 1
-        manager = model.world_model.kv_cache_manager
-        held.append(manager.storage.slab.data)
-        manager._pages.grow(manager.page_capacity + 100)
-        model.world_model.forget()
-        other.world_model.forget()
-        assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
-        assert model.world_model.inference.backend._moves == 2
-
-    @BOTH_WAYS
-    def test_smaller_batches(self, by_node):
-        case = Case()
-        model = on_cuda(case, 8, 'cudagraph')
-        for rows in (8, 5, 1, 8, 3):
-            trace = random_trace(np.random.default_rng(rows), case, rows, root_steps=2, simulations=4)
-            model.world_model.forget()
-            expected = answers_of(cached_model(case, rows, SEED, **cfg('eager')), trace, by_node)
-            assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE
-        assert len(model.world_model.inference.backend._graphs) == 1
-
-    def test_no_graph_where_dropout_is_live(self):
-        case = Case()
-        trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=1, simulations=3)
-        model = on_cuda(case, 2, 'cudagraph').train()
-        answers_of(model, trace)
-        assert not model.world_model.inference.backend._graphs
-
-    @pytest.mark.parametrize('rows', [1, 31, 40, 256])
-    @pytest.mark.parametrize('length', [1, 7, 64])
-    def test_attention_over_a_few_tokens(self, rows, length):
-        query, context = torch.randn(rows, 1, 8, 96).cuda(), torch.randn(rows, length, 2, 8, 96).cuda()
-        keys, values = context.permute(2, 0, 3, 1, 4)
-        query = query.transpose(1, 2)
-        expected = F.scaled_dot_product_attention(query, keys, values)
-        torch.testing.assert_close(_attend_elementwise(query, keys, values, None), expected, rtol=1e-4, atol=1e-5)
+        assert not model.world_model.inference.backend.graphs.kept

@@ -10,8 +10,8 @@ from oracle import Case, cached_model
 
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.team import FINISHED
-from lzero_kvcache.search import compiled, tree, whole
-from lzero_kvcache.search.tree import Tree, make_key, make_rules, make_tree, pad_legal, root_values, root_visits
+from lzero_kvcache.search import compiled, compiled_model, tree
+from lzero_kvcache.search.tree import Tree, make_key, make_rules, make_tree, root_values, root_visits
 from lzero_kvcache.search.whole import Problem
 
 # Compiled once for a machine, as the whole search is.
@@ -76,12 +76,9 @@ def search_by_steps(root: Root) -> Tree:
     problem, rows = root.problem, np.arange(ROWS)
     rules, key = make_rules(**problem.rules), make_key(problem.seed, problem.number)
     tree = make_tree(ROWS, SIMULATIONS, problem.slots, 1, problem.action_size)
-    noise = np.zeros((ROWS, problem.slots), np.float32)
-    for row, numbers in enumerate(problem.noises):
-        noise[row, :len(numbers)] = numbers
     prepare_rows(
         tree, rules, key, np.zeros(ROWS, np.float32), np.float32(problem.logits),
-        pad_legal(problem.legal, problem.slots), noise, np.float32(problem.noise_weight), 0, ROWS
+        problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight), 0, ROWS
     )
     with root.world_model.search_by_node(SIMULATIONS) as expand:
         for simulation in range(SIMULATIONS):
@@ -147,10 +144,10 @@ def test_threads_share_the_products_of_a_wide_model(root: Root, monkeypatch: pyt
             helped.append((threading.current_thread(), worker, int(team[FINISHED])))
 
     monkeypatch.setattr(compiled, 'help_search', noted)
-    monkeypatch.setattr(whole, 'LEAST_ROWS', ROWS)
+    monkeypatch.setattr(compiled_model, 'LEAST_ROWS', ROWS)
     torch.set_num_threads(3)
     assert found(root) == alone and helped == []
-    monkeypatch.setattr(whole, 'LEAST_COLUMNS', 10)
+    monkeypatch.setattr(compiled_model, 'LEAST_COLUMNS', 10)
     assert found(root) == alone
     torch.set_num_threads(1)
     assert sorted(worker for _, worker, _ in helped) == [1, 2] and len({thread for thread, *_ in helped}) == 2
@@ -167,8 +164,8 @@ def test_who_helps_out_leaves_a_search_that_fails(root: Root, monkeypatch: pytes
         raise Broken
 
     before = found(root)
-    monkeypatch.setattr(whole, 'LEAST_ROWS', ROWS)
-    monkeypatch.setattr(whole, 'LEAST_COLUMNS', 10)
+    monkeypatch.setattr(compiled_model, 'LEAST_ROWS', ROWS)
+    monkeypatch.setattr(compiled_model, 'LEAST_COLUMNS', 10)
     torch.set_num_threads(2)
     with monkeypatch.context() as meanwhile, pytest.raises(Broken):
         meanwhile.setattr(compiled, 'search_rows', broken)

@@ -228,6 +228,17 @@ def test_rows_that_are_not_finite_touch_no_others(bad: float) -> None:
     assert torch.equal(actual.pages[contexts.pages[others]], expected.pages[contexts.pages[others]])
 
 
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_what_a_new_page_held_before_is_not_read(bad: float) -> None:
+    """Rows of a tile go as far as its longest, whose tokens are beyond the others' own."""
+    world_model = make_model(CASES['learned'])
+    contexts = make_contexts(world_model, 11, seed=2)
+    expected = compiled_by(world_model, contexts)
+    contexts.slab.data[contexts.pages] = bad
+    for one, other in zip(compiled_by(world_model, contexts), expected):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_nothing_but_its_own_page_is_written() -> None:
     world_model = make_model(CASES['rotary'])
     contexts = make_contexts(world_model, 11, seed=2)

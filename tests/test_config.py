@@ -1,15 +1,19 @@
 """What a user may write into ``world_model_cfg`` about caching, what it means, and what is refused in which words."""
 import gc
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
 from builders import compiled, make_policy, small_cartpole
+from ding.policy import create_policy
 from ding.utils import POLICY_REGISTRY
 from easydict import EasyDict
+from oracle import Case, construct
 
 from lzero_kvcache import KV_CACHE_REGISTRY, CacheConfig, ConfigError, KVCacheManager
-from lzero_kvcache.config import FLAG, KV_CACHE_CFG, settle
+from lzero_kvcache import config as config_module
+from lzero_kvcache.config import FLAG, HANDED_DOWN, KV_CACHE_CFG, settle
 from lzero_kvcache.host import models
 
 BOTH_FLAGS = pytest.mark.parametrize('flag', [False, True], ids=['old', 'new'])
@@ -101,6 +105,7 @@ class TestRefused:
         ('eviction', 'LRU', "'lru'"), ('eviction', 3, "'priority'"), ('eviction', ['lru'], "'lru'"),
         ('dtype', 'float64', "'float"), ('on_nan', True, "'skip'"), ('backend', 'cuda', "'cudagraph'"),
         ('backend', False, "'eager'"), ('search', 'ctree', "'tree'"), ('type', 'newer', "'new'"), ('type', 5, "'new'"),
+        ('matmul', 'float16', "'bfloat16'"), ('matmul', 'tf23', "did you mean 'tf32'"),
         ('backend', 'compile', "was removed: use 'auto'"), ('init_pool_size', True, 'whole number'),
         ('init_pool_size', '400', 'whole number'), ('init_pool_size', 400., 'whole number'),
         ('init_pool_size', 0, 'at least 1'), ('recurrent_pool_size', [1], 'whole number'),
@@ -113,6 +118,16 @@ class TestRefused:
         message = self.message(flag, {key: value})
         assert f'kv_cache_cfg.{key}={value!r}' in message
         assert right in message
+
+    @pytest.mark.parametrize(('kv_cache_cfg', 'device', 'why'), [
+        (dict(matmul='tf32'), 'cpu', "world_model_cfg.device is 'cpu': use 'float32'"),
+        (dict(matmul='bfloat16', search='tree'), 'cuda', "kv_cache_cfg.search is 'tree': use 'float32', or 'auto'"),
+    ])
+    def test_products_that_no_search_has(self, kv_cache_cfg, device, why):
+        message = self.message(True, kv_cache_cfg, device=device)
+        assert f"kv_cache_cfg.matmul={kv_cache_cfg['matmul']!r}" in message and why in message
+        assert read(False, kv_cache_cfg, device=device).matmul == kv_cache_cfg['matmul']
+        assert read(True, dict(kv_cache_cfg, search='auto'), device='cuda').matmul == kv_cache_cfg['matmul']
 
     @BOTH_FLAGS
     @pytest.mark.parametrize('key', ['num_simulations', 'env_num', 'game_segment_length'])
@@ -231,6 +246,27 @@ class TestSettle:
         monkeypatch.setattr(models.UniZeroModel, '__init__', None)
         with pytest.raises(ConfigError):
             make_policy(flag, **wrong)
+
+    @BOTH_FLAGS
+    @pytest.mark.parametrize(
+        'build', [make_policy, lambda flag: construct(models.UniZeroModel, Case(), 2, use_new_cache_manager=flag)],
+        ids=['policy', 'model']
+    )
+    def test_a_config_is_read_once(self, flag, build, monkeypatch):
+        """A policy hands it down to its model and that to its manager; a model that is built alone reads its own."""
+        read = mock.Mock(side_effect=config_module._read_options)
+        monkeypatch.setattr(config_module, '_read_options', read)
+        build(flag)
+        assert read.call_count == 1
+
+    def test_what_is_handed_down_is_not_in_the_users_config(self):
+        cfg, fields = compiled(small_cartpole(True)).policy, ['learn', 'collect', 'eval']
+        policy = create_policy(cfg, enable_field=fields)
+        assert policy._model.world_model.kv_cache_manager.config == policy._options
+        assert HANDED_DOWN not in cfg.model.world_model_cfg
+        cfg.model.world_model_cfg.kv_cache_cfg.eviction = 'lru'
+        again = create_policy(cfg, enable_field=fields)
+        assert again._model.world_model.kv_cache_manager.config.eviction == 'lru'
 
     @pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
     def test_a_refusal_is_all_that_is_said(self, capfd):

@@ -13,14 +13,7 @@ EXAMPLE_2 = dict(
 MODELS = [Case(), Case(sampled=True), Case(continuous=True)]
 NEW_LINES = [
     '✓ Using NEW KVCacheManager for cache management',
-    "Initialized KVCachePool 'init_env0' with size=400, strategy=fifo",
-    "Initialized KVCachePool 'init_env1' with size=400, strategy=fifo",
-    "Initialized KVCachePool 'init_env2' with size=400, strategy=fifo",
-    "Initialized KVCachePool 'init_env3' with size=400, strategy=fifo",
-    "Initialized KVCachePool 'init_env4' with size=400, strategy=fifo",
-    "Initialized KVCachePool 'init_env5' with size=400, strategy=fifo",
-    "Initialized KVCachePool 'init_env6' with size=400, strategy=fifo",
-    "Initialized KVCachePool 'init_env7' with size=400, strategy=fifo",
+    *(f"Initialized KVCachePool 'init_env{env_id}' with size=400, strategy=fifo" for env_id in range(8)),
     "Initialized KVCachePool 'recurrent' with size=400, strategy=fifo",
     "Initialized KVCachePool 'world_model' with size=8, strategy=fifo",
     'Initialized KVCacheManager for 8 environments',

@@ -6,24 +6,35 @@ from typing import Any, Dict, Iterator, List
 import numpy as np
 import pytest
 import test_compiled_search as compiled
+import test_reanalysis as reanalysis
 import torch
 from ding.utils import MODEL_REGISTRY
 from oracle import Case, construct, original_model
-from test_compiled_search import Root, found, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
+from test_compiled_search import Root, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
+from test_whole_search import SIMULATIONS, make
 
 from lzero_kvcache.cache.pages import NULL_PAGE
+from lzero_kvcache.engine.slab import Slab
+from lzero_kvcache.engine.step import Engine
 from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
+from lzero_kvcache.host.weights import source_of
+from lzero_kvcache.search import device, whole
 from lzero_kvcache.search.device import MAX_SPACES, DeviceSearch
-from lzero_kvcache.search.tree import root_values, root_visits
+from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
+from lzero_kvcache.search.tree import root_actions, root_values, root_visits
+from lzero_kvcache.validation.trace import Trace
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason='where there is a GPU, kernels are compiled')
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='needs triton')
 
 CASES = pytest.mark.parametrize('case, rules', [
     (Case(rotary=True), {}),
     (Case(context_length=6, num_layers=1, num_heads=4), dict(two_players=True)),
     (Case(), {}),
-], ids=['rotary', 'learned, two players', 'learned'])
+    (Case(rotary=True, continuous=True), dict(sampled=True, continuous=True)),
+    (Case(sampled=True), dict(sampled=True)),
+], ids=['rotary', 'learned, two players', 'learned', 'continuous', 'sampled discrete'])
 
 
 @pytest.fixture
@@ -31,23 +42,84 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter takes a millisecond for each operation on a row."""
     monkeypatch.setattr(compiled, 'ROWS', 3)
     monkeypatch.setattr(compiled, 'SIMULATIONS', 5)
+    for name, number in dict(SAMPLES=1, ROWS=4, SIMULATIONS=4).items():
+        monkeypatch.setattr(reanalysis, name, number)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='where there is a GPU, kernels are compiled')
+@interpreted
 @CASES
 def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None:  # noqa: F811
-    inference = root.world_model.inference
-    search = DeviceSearch(
-        inference.engine, root.world_model.weights_source, root.world_model.kv_cache_manager,
-        root.world_model._storage, inference._guard, inference.timings
-    )
-    visits, values = search.run(inference.open.steps[-1], root.problem)
-    expected = found(root)
+    [served] = root.world_model.inference.open.steps
+    served.trace = noted = Trace('collect', served.env_ids, 1, replayed=True)
+    visits, values, actions = root.world_model.search_on_device(root.problem)
+    [space] = root.world_model.inference._device._spaces.kept.values()
+    served.trace = Trace('collect', served.env_ids, 1, replayed=True)
+    with root.world_model.search_whole(root.problem) as tree:
+        assert visits == root_visits(tree)
+        np.testing.assert_allclose(values, root_values(tree), atol=3e-4)  # what float32 makes of the model's steps
+        assert space.tree.child.tolist() == tree.child.tolist() and space.tree.order.tolist() == tree.order.tolist()
+        np.testing.assert_allclose(space.tree.reward, tree.reward, atol=3e-4)
+        np.testing.assert_allclose(space.tree.draws, tree.draws, atol=1e-5)
+        assert (actions is not None) == ('sampled' in root.problem.rules)
+        if actions is not None:
+            np.testing.assert_allclose(actions, root_actions(tree), atol=1e-6)
+    assert len(noted.nodes) == compiled.SIMULATIONS
+    for node, other in zip(noted.nodes, served.trace.nodes):
+        for part, right in zip(node[:3], other[:3]):
+            assert part.dtype.kind == right.dtype.kind
+            np.testing.assert_allclose(part, right, atol=1e-5)
+
+
+@interpreted
+@reanalysis.CASES
+def test_interpreted_it_is_the_compiled_reanalysis(_small: None, case: Case, two_players: bool,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows at a time, each with draws of their own."""
+    monkeypatch.setattr(whole, 'CHUNK', 2)
+    monkeypatch.setattr(device, 'MOST_ROWS', 2)
+    world_model, problem, latents, timesteps = reanalysis.asked(case, two_players)
+    search, steps = world_model.inference._device, reanalysis_timesteps_of(timesteps, reanalysis.ROWS)
+    with torch.no_grad():
+        visits, values, _ = search.reanalyze(problem, latents, steps, world_model.weights_source.addresses())
+    expected = world_model.reanalyze_whole(problem, latents, timesteps)
     assert visits == expected[0]
-    np.testing.assert_allclose(values, expected[1], atol=3e-4)  # what float32 makes of the model's steps
+    np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
     [space] = search._spaces.kept.values()
-    assert space.tree.child.tolist() == expected[2]
-    np.testing.assert_allclose(space.tree.reward, expected[3], atol=3e-4)
+    assert space.rows == 2 and world_model.kv_cache_manager.memory_mb >= space.memory_mb > 0
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize('rotary', [False, True])
+def test_long_contexts_are_split_over_programs(device: str, rotary: bool) -> None:
+    """Also where those of some rows are so short that nothing is left for most programs."""
+    from lzero_kvcache.engine.paged import splitting
+
+    if device == 'cpu' and torch.cuda.is_available():
+        pytest.skip('where there is a GPU, kernels are compiled')
+    counts, width = torch.tensor([1, 40, 65], device=device), 66
+    case = Case(context_length=2 * width, rotary=rotary, num_layers=1)
+    model = original_model(case, 1, 5).to(device).world_model
+    source, tables = source_of(model), torch.randperm(3 * width, device=device).view(3, width) + 1
+    engine, weights, slabs = Engine(source.geometry), source.read(False), [Slab(1, 2, 16), Slab(1, 2, 16)]
+    for slab in slabs:
+        torch.manual_seed(0)
+        slab.data = torch.randn(3 * width + 1, *slab.page_shape, device=device)
+    before = 2 * counts - 1
+    asked = tables, counts, torch.arange(3, device=device), torch.stack([before, before + 1])
+    with torch.no_grad():
+        right = engine.step(weights, slabs[0], *asked)
+        found = engine.simulate(weights, slabs[1], *asked)
+    assert splitting(2 * width, 3 * 2).splits == 4
+    for name, part in found._asdict().items():
+        torch.testing.assert_close(part, getattr(right, name), atol=1e-4, rtol=1e-4, msg=name)
+    torch.testing.assert_close(slabs[1].data, slabs[0].data, atol=1e-4, rtol=1e-4)
+
+
+def test_short_contexts_are_not_split() -> None:
+    from lzero_kvcache.engine.paged import splitting
+
+    assert splitting(8, 64).splits == splitting(62, 64).splits == splitting(512, 512).splits == 1
+    assert splitting(512, 32).splits == 16 and splitting(512, 64).splits == 8
 
 
 @pytest.fixture
@@ -70,18 +142,21 @@ def searched(root: Root, **changes: Any) -> List[Any]:  # noqa: F811
 class TestOnGPU:
 
     def test_it_is_the_search_by_steps(self, on_gpu: Root) -> None:
-        visits, values = searched(on_gpu)
+        visits, values, actions = searched(on_gpu)
         other = search_by_steps(on_gpu)
         assert visits == root_visits(other)
         np.testing.assert_allclose(values, root_values(other), atol=1e-5)
+        if actions is not None:
+            np.testing.assert_allclose(actions, root_actions(other), atol=1e-6)
         assert on_gpu.world_model.kv_cache_manager.storage.slab.data[NULL_PAGE].abs().max() == 0
 
     def test_fewer_simulations_and_other_legal_actions_need_no_other_capture(self, on_gpu: Root) -> None:
         first = searched(on_gpu)
         kept = on_gpu.world_model.inference._device._spaces.kept
         [space] = kept.values()
-        fewer = searched(on_gpu, simulations=3, legal=[[1, 0]] * compiled.ROWS)
-        assert all(len(row) == 2 and sum(row) == 3 for row in fewer[0])
+        sampled = 'sampled' in on_gpu.problem.rules
+        fewer = searched(on_gpu, simulations=3, legal=[[] if sampled else [1, 0]] * compiled.ROWS)
+        assert all(sampled or len(row) == 2 and sum(row) == 3 for row in fewer[0])
         assert searched(on_gpu) == first and list(kept.values()) == [space]
 
     def test_captures_are_bounded_and_counted(self, on_gpu: Root) -> None:
@@ -98,20 +173,45 @@ class TestOnGPU:
         with torch.no_grad():
             for parameter in on_gpu.world_model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-        visits, values = searched(on_gpu)
+        visits, values, _ = searched(on_gpu)
         assert values != first[1]
         np.testing.assert_allclose(values, root_values(search_by_steps(on_gpu)), rtol=0.05, atol=0.05)
         assert list(on_gpu.world_model.inference._device._spaces.kept.values()) == captured
+
+    @pytest.mark.parametrize('matmul, most', [('tf32', 5e-3), ('bfloat16', 5e-2)])
+    def test_other_products_agree_roughly(self, on_gpu: Root, matmul: str, most: float) -> None:
+        world_model, inference = on_gpu.world_model, on_gpu.world_model.inference
+        search = DeviceSearch(
+            inference.engine, world_model.weights_source, world_model.kv_cache_manager, world_model._storage,
+            inference._guard, inference.timings, matmul
+        )
+        exact = searched(on_gpu, simulations=1)[1]
+        values = search.run(inference.open.steps[-1], on_gpu.problem._replace(simulations=1))[1]
+        assert 1e-6 < np.abs(np.subtract(values, exact)).max() < most
 
     def test_what_is_no_number_is_counted(self, on_gpu: Root) -> None:
         head = on_gpu.world_model.head_value
         linear = [part for part in head.modules() if isinstance(part, torch.nn.Linear)][-1]
         with torch.no_grad():
             linear.bias.fill_(float('nan'))
-        visits, values = searched(on_gpu)
+        visits, values, _ = searched(on_gpu)
         skipped = on_gpu.world_model.kv_cache_manager.counters()['skipped']
         assert skipped == compiled.SIMULATIONS * compiled.ROWS
         assert np.isfinite(values).all() and all(sum(row) == compiled.SIMULATIONS for row in visits)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@reanalysis.CASES
+def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool) -> None:
+    question = reanalysis.asked(case, two_players, 'cuda')
+    visits, values, _ = question.world_model.reanalyze_whole(*question[1:])
+    expected = reanalysis.by_steps(question)
+    assert visits == expected[0]
+    np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
+    kept = list(question.world_model.inference._device._spaces.kept.values())
+    question.world_model.reanalyze_whole(*question[1:])
+    assert list(question.world_model.inference._device._spaces.kept.values()) == kept
 
 
 @pytest.mark.gpu
@@ -135,3 +235,34 @@ def test_products_are_exact(rows: int, outputs: int, inputs: int) -> None:
     torch.testing.assert_close(
         products.apply(Chain((layer, gelu)), x), gelu(products.apply(layer, x)), atol=2e-5, rtol=1e-5
     )
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize('matmul, least, most', [('tf32', 1e-5, 1e-3), ('bfloat16', 1e-4, 1e-2)])
+@pytest.mark.parametrize('rows', [8, 64, 256])
+def test_other_products_are_as_exact_as_they_say(rows: int, matmul: str, least: float, most: float) -> None:
+    from lzero_kvcache.engine import products
+
+    x, weight = torch.randn(rows, 768, device='cuda'), torch.randn(2304, 768, device='cuda')
+    right = torch.nn.functional.linear(x.double(), weight.double())
+    weight = weight.bfloat16() if matmul == 'bfloat16' else weight
+    difference = products.apply(Linear(weight, None, rows, matmul), x) - right
+    assert least < difference.abs().max() / right.abs().max() < most
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize('kind', ['unizero', 'sampled', 'continuous'])
+def test_policies_search_on_a_gpu(kind: str, lines: Any) -> None:
+    policy = make(kind, changes=dict(cuda=True, device='cuda'), device='cuda')
+    spaces, mask = policy._model.world_model.inference._device._spaces, [np.ones(5, np.int8)] * 3
+    for step in range(3):
+        output = policy.collect_mode.forward(
+            torch.randn(3, 4, device='cuda'), [None] * 3 if kind == 'continuous' else mask, to_play=[-1] * 3,
+            ready_env_id=[0, 1, 2], timestep=[np.array(step)] * 3, temperature=1., epsilon=0.
+        )
+    assert [sum(row['visit_count_distributions']) for row in output.values()] == [SIMULATIONS] * 3
+    assert [space.rows for space in spaces.kept.values()] == [3] and spaces.captures
+    told = 'Searching in arrays: a search is a graph that is replayed for each simulation'
+    assert lines().count(('INFO', told)) == 1

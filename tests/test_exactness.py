@@ -183,48 +183,41 @@ def test_equal_observations(rotary):
     check(case, trace)
 
 
-@pytest.mark.parametrize('sampled', [False, True], ids=['UniZero', 'SampledUniZero'])
-@pytest.mark.parametrize('obs_type', ['vector', 'image', pytest.param('image_memory', marks=ON_RELEASE_ALONE)])
-def test_observations(obs_type, sampled):
-    case = Case(obs_type=obs_type, sampled=sampled)
-    trace = random_trace(np.random.default_rng(SEED), case, 3, root_steps=3, simulations=3, clears=0.2, episodes=0.2)
-    check(case, trace)
+@pytest.mark.parametrize('case', [
+    *(pytest.param(Case(obs_type=obs_type, sampled=sampled), marks=[ON_RELEASE_ALONE] * (obs_type == 'image_memory'))
+      for obs_type in ('vector', 'image', 'image_memory') for sampled in (False, True)),
+    *(pytest.param(Case(obs_type='text', rotary=rotary), marks=ON_RELEASE_ALONE) for rotary in (False, True)),
+], ids=lambda case: f'{case.obs_type}-{case.model_name}-{case.rotary}')
+def test_observations(case):
+    check(case, random_trace(
+        np.random.default_rng(SEED), case, 3, root_steps=3, simulations=3, clears=0.2, episodes=0.2
+    ))
 
 
-@ON_RELEASE_ALONE
-@BOTH_POSITIONS
-def test_text_observations(rotary):
-    case = Case(obs_type='text', rotary=rotary)
-    trace = random_trace(np.random.default_rng(SEED), case, 3, root_steps=3, simulations=3, clears=0.2, episodes=0.2)
-    check(case, trace)
+def check_reanalysis(case, seed, samples, simulations, environments=2):
+    """The original is right here even in a batch: all of its contexts have one token."""
+    event = random_reanalysis(np.random.default_rng(seed), case, samples, simulations)
+    environments = environments or len(event.obs)
+    actual = Batch(cached_model(case, environments, seed)).play(event)
+    assert_same(row_differences(actual, OriginalBatch(original_model(case, environments, seed)).play(event)))
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, seed=st.integers(0, 2 ** 32 - 1), samples=st.integers(1, 4), simulations=st.integers(1, 4))
 def test_reanalysis(case, seed, samples, simulations):
-    """The original is right here even in a batch: all of its contexts have one token."""
-    event = random_reanalysis(np.random.default_rng(seed), case, samples, simulations)
-    actual = Batch(cached_model(case, 2, seed)).play(event)
-    assert_same(row_differences(actual, OriginalBatch(original_model(case, 2, seed)).play(event)))
+    check_reanalysis(case, seed, samples, simulations)
 
 
 @BOTH_POSITIONS
 @BOTH_ACTIONS
 def test_reanalysis_of_many_rows(as_for_many_rows, rotary, continuous):
-    case = Case(rotary=rotary, continuous=continuous)
-    event = random_reanalysis(np.random.default_rng(SEED), case, samples=3, simulations=4)
-    actual = Batch(cached_model(case, 2, SEED)).play(event)
-    assert_same(row_differences(actual, OriginalBatch(original_model(case, 2, SEED)).play(event)))
+    check_reanalysis(Case(rotary=rotary, continuous=continuous), SEED, samples=3, simulations=4)
 
 
 @BOTH_POSITIONS
 def test_reanalysis_of_as_many_rows_as_environments(rotary):
     """LightZero's main branch keeps contexts along their paths, and its released one none."""
-    case = Case(rotary=rotary)
-    event = random_reanalysis(np.random.default_rng(SEED), case, samples=2, simulations=6)
-    rows = len(event.obs)
-    actual = Batch(cached_model(case, rows, SEED)).play(event)
-    assert_same(row_differences(actual, OriginalBatch(original_model(case, rows, SEED)).play(event)))
+    check_reanalysis(Case(rotary=rotary), SEED, samples=2, simulations=6, environments=None)
 
 
 @BOTH_POSITIONS

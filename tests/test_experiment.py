@@ -14,11 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from trainings import PROJECT_ROOT, when
 
 from lzero_kvcache import ConfigError, comparison
-from lzero_kvcache.training import experiment, processes
-from lzero_kvcache.training.event_files import purge
-from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
-from lzero_kvcache.training.processes import Board, Child
-from lzero_kvcache.training.summary import (
+from lzero_kvcache.run_files import purge
+from lzero_kvcache.summary import (
     Evaluation,
     Result,
     add_up,
@@ -26,6 +23,9 @@ from lzero_kvcache.training.summary import (
     read_summary,
     write_summary,
 )
+from lzero_kvcache.training import experiment, processes
+from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
+from lzero_kvcache.training.processes import Board, Child
 from lzero_kvcache_options import main
 
 SMALL = ['policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2', 'env.evaluator_env_num=1']
@@ -139,23 +139,6 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path):
         opened(make(tmp_path))
     with pytest.raises(ConfigError, match='cannot be written'):
         opened(make(tmp_path / 'work' / 'below'))
-
-
-@pytest.mark.parametrize(('arguments', 'message'), [
-    ([], '--config'),
-    (['--config', 'nosuch'], '--config nosuch: there is no such file'),
-    (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
-])
-def test_bad_usage_is_one_line_and_writes_nothing(arguments, message, capfd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    try:
-        assert main(['experiment', *arguments]) == 2
-    except SystemExit as end:
-        assert end.code == 2
-    captured = capfd.readouterr()
-    assert message in captured.err
-    assert captured.err.count('\n') == 1
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_config_that_never_ends_is_refused(tmp_path):

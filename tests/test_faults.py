@@ -128,9 +128,6 @@ def test_killed_while_saving_and_gone_on(tmp_path):
     assert resumed.returncode == 0, errors
 
 
-# ---------------------------------------------------------------------------------------------------- exceptions
-
-
 # ---------------------------------------------------------------------------------------------------- nan
 
 
@@ -139,6 +136,12 @@ def poison(policy):
     policy._model.world_model.weights_changed('test')
     with torch.no_grad():
         policy._model.world_model.transformer.blocks[0].attn.value.weight.fill_(float('nan'))
+
+
+def blind(worker, env_id=1):
+    """From now on an environment's observations are nan."""
+    observe = worker._observe
+    worker._observe = lambda each: observe(each) * (float('nan') if each == env_id else 1)
 
 
 def test_nan_in_the_weights_is_an_error_that_says_where():
@@ -159,8 +162,7 @@ def test_nan_in_one_environment_names_it_and_leaves_the_others(lines):
     policy = make_policy(True, kv_cache_cfg=dict(on_nan='skip'))
     worker = Worker(policy)
     worker.step([0, 1, 2])
-    observe = worker._observe
-    worker._observe = lambda env_id: observe(env_id) * (float('nan') if env_id == 1 else 1)
+    blind(worker)
     manager = policy._model.world_model.kv_cache_manager
     output = worker.step([0, 1, 2])
     assert sorted(output) == [0, 1, 2]
@@ -191,8 +193,7 @@ def test_after_a_root_that_was_skipped_its_environment_starts_afresh():
     fresh, skipped = (Worker(make_policy(True, kv_cache_cfg=dict(on_nan='skip'))) for _ in range(2))
     fresh.step([0, 2])
     skipped.step([0, 1, 2])
-    observe = skipped._observe
-    skipped._observe = lambda env_id: observe(env_id) * (float('nan') if env_id == 1 else 1)
+    blind(skipped)
     skipped.step([0, 1, 2])
     values = []
     for worker in (fresh, skipped):

@@ -7,13 +7,13 @@ import pytest
 from oracle import ON_MAIN
 from trainings import PROJECT_ROOT, import_what_trainings_import, short_episodes, train, trained
 
-from lzero_kvcache import comparison, config
+from lzero_kvcache import comparison, config, summary
 from lzero_kvcache.config import KV_CACHE_CFG
-from lzero_kvcache.training import load_config, overrides, summary
+from lzero_kvcache.summary import read_summary
+from lzero_kvcache.training import load_config, overrides
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.experiment import Trial
 from lzero_kvcache.training.processes import Children
-from lzero_kvcache.training.summary import read_summary
 from lzero_kvcache.training.terminal import summary_rows
 from lzero_kvcache_options import main
 

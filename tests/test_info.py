@@ -1,5 +1,4 @@
 """``python -m lzero_kvcache info``: each line against the manager of a policy that is built and used."""
-import re
 
 import pytest
 import torch
@@ -131,20 +130,6 @@ def test_the_command_prints_both_tables_and_nothing_else(capfd, tmp_path, monkey
         line for line in captured.out.split('\n') if line.strip() in ('installed', 'cache') or line[:8] == 'Config: '
     ]
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (['--set', 'policy.num_simulations=3'], 'give --config too'),
-    (['--config', 'nosuch'], '--config nosuch: there is no such file'),
-    (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
-    (['--config', 'config_new', '--set', WM + 'context_length=7'], 'context_length=7'),
-])
-def test_bad_usage_is_one_line(arguments, message, capfd):
-    assert main(['info', *arguments]) == 2
-    captured = capfd.readouterr()
-    assert message in captured.err
-    assert captured.err.count('\n') == 1
-    assert re.fullmatch(r'(Config: .*\n)?', captured.out)
 
 
 def test_the_zoo_is_tried(monkeypatch):

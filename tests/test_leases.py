@@ -19,17 +19,7 @@ from builders import Worker, assert_same_outputs, audit, make_policy, roots
 from ding.utils import MODEL_REGISTRY
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 from lzero.policy import utils as lightzero_utils
-from oracle import (
-    Batch,
-    Case,
-    Root,
-    assert_same,
-    cached_model,
-    play,
-    random_trace,
-    row_differences,
-    world_model_cfg,
-)
+from oracle import Batch, Case, Root, assert_same, cached_model, play, random_trace, row_differences, world_model_cfg
 from players import ByKey, ByNode
 
 from lzero_kvcache import KVCacheManager
@@ -45,6 +35,7 @@ SEED, CASE = 11, Case()
 ROWS, ENVIRONMENTS, SIMULATIONS = 2, 4, 6
 MIDDLE = SIMULATIONS + 1 + 4  # of the second search
 BOTH_SEARCHES = pytest.mark.parametrize('player', [ByNode, ByKey])
+BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
 BOTH_WAYS = pytest.mark.parametrize('keyed', [False, True], ids=['by node', 'by key'])
 
 
@@ -432,6 +423,16 @@ class TestTwoPolicies:
         for policy in policies:
             audit(cache(policy))
         assert lightzeros_names() == before
+
+    @BOTH_FLAGS
+    def test_an_episode_that_ends_in_another_thread_is_no_reset_inside_of_a_search(self, new):
+        policy = make_policy(new, seed=SEED, evaluators=3)
+        worker = Worker(policy)
+        worker.step([0, 1, 2])
+        with in_the_middle(lambda: in_threads(lambda: policy.collect_mode.reset([1]))):
+            worker.step([2, 0])
+        assert [('collect', env_id) in policy._environments for env_id in range(3)] == [True, False, True]
+        assert not new or roots(cache(policy)) == [1, 0, 1]
 
     def test_models_that_are_built_in_two_threads(self):
         """Each gets the world model of its own flag, under the one name that LightZero has for both."""

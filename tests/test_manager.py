@@ -159,18 +159,14 @@ def spoil(value):
         layer._v_cache._size = 0
 
 
-class TestHierarchicalGet:
-
-    def test_order(self):
-        used = manager()
-        used.set_recur_cache('key', 'of nobody')
-        assert used.hierarchical_get(0, 'key') == 'of nobody'
-        used.set_recur_cache('key', 'of 0', env_id=0)
-        assert used.hierarchical_get(0, 'key') == 'of 0'
-        assert used.hierarchical_get(1, 'key') == 'of nobody'
-        used.set_init_cache(0, 'key', 'root')
-        assert used.hierarchical_get(0, 'key') == 'root'
-        assert used.hierarchical_get(1, 'key') == 'of nobody'
+def test_the_order_of_a_hierarchical_get():
+    used = manager()
+    used.set_recur_cache('key', 'of nobody')
+    assert used.hierarchical_get(0, 'key') == 'of nobody'
+    used.set_recur_cache('key', 'of 0', env_id=0)
+    assert [used.hierarchical_get(env_id, 'key') for env_id in range(2)] == ['of 0', 'of nobody']
+    used.set_init_cache(0, 'key', 'root')
+    assert [used.hierarchical_get(env_id, 'key') for env_id in range(2)] == ['root', 'of nobody']
 
 
 class TestClearing:
@@ -277,11 +273,12 @@ class TestStorage:
 
     @pytest.mark.parametrize('strategy', STRATEGIES)
     def test_a_limit_is_kept(self, strategy, lines):
-        """Beyond it root contexts are evicted, warned of once; what was set last is there."""
+        """Beyond it root contexts are evicted, warned of once, and no nodes; what was set last is there."""
         limit = 50 * PAGE_MB
         used = paged(kv_cache_cfg=dict(
             eviction=strategy, init_pool_size=50, recurrent_pool_size=1, max_memory_mb=limit
         ))
+        used.set_recur_cache('node', keys_values(5))
         for key in range(60):
             value = keys_values(5, seed=key)
             used.set_init_cache(key % 2, key, value)
@@ -293,13 +290,6 @@ class TestStorage:
         assert sum(len(pool) for pool in used.init_pools) >= 10
         assert len([line for line in lines() if line[0] == 'WARNING']) == 1
         assert 'kv_cache_cfg.max_memory_mb' in next(message for level, message in lines() if level == 'WARNING')
-
-    def test_nodes_are_not_evicted_for_roots(self):
-        limit = 50 * PAGE_MB
-        used = paged(kv_cache_cfg=dict(init_pool_size=50, recurrent_pool_size=2, max_memory_mb=limit))
-        used.set_recur_cache('node', keys_values(5))
-        for key in range(60):
-            used.set_init_cache(0, key, keys_values(5, seed=key))
         assert torch.equal(tokens(used.get_recur_cache('node')), tokens(keys_values(5)))
 
     def test_nodes_that_do_not_fit(self):
@@ -357,31 +347,18 @@ class TestCopies:
         Batch(target).play(random_trace(np.random.default_rng(0), Case(rotary=rotary), 2, 1, 0).events[0])
 
 
-class TestInAWorldModel:
-    """By hand, while a world model uses the same manager."""
-
-    @staticmethod
-    def context(model, size):
-        """Keys and values as LightZero's transformer makes them."""
-        value = model.world_model.transformer.generate_empty_keys_values(n=1, max_tokens=8)
-        with torch.no_grad():
-            model.world_model.transformer(torch.randn(1, size, 32), value, start_pos=0)
-        return value
-
-    def test_what_the_model_stored_is_what_lightzero_stores(self):
-        """A root's context, read by hand."""
-        case = Case()
-        trace = random_trace(np.random.default_rng(0), case, 1, root_steps=3, simulations=0)
-        ours, theirs = Batch(cached_model(case, 1, 0)), LightZeroAlone(original_model(case, 1, 0))
-        for event in trace.events:
-            ours.play(event)
-            theirs.play(event)
-            pool = theirs.world_model.past_kv_cache_init_infer_envs[0]
-            key, slot = list(pool.items())[-1]
-            right = theirs.world_model.shared_pool_init_infer[0][slot]
-            used = ours.world_model.kv_cache_manager
-            found = used.init_pools[0].get(list(used.init_pools[0]._slots)[-1])
-            torch.testing.assert_close(tokens(found), tokens(right), rtol=1e-4, atol=1e-5)
+def test_what_a_model_stored_is_what_lightzero_stores():
+    """A root's context, read by hand."""
+    case = Case()
+    trace = random_trace(np.random.default_rng(0), case, 1, root_steps=3, simulations=0)
+    ours, theirs = Batch(cached_model(case, 1, 0)), LightZeroAlone(original_model(case, 1, 0))
+    for event in trace.events:
+        ours.play(event)
+        theirs.play(event)
+        slot = list(theirs.world_model.past_kv_cache_init_infer_envs[0].values())[-1]
+        pool = ours.world_model.kv_cache_manager.init_pools[0]
+        found, right = pool.get(list(pool._slots)[-1]), theirs.world_model.shared_pool_init_infer[0][slot]
+        torch.testing.assert_close(tokens(found), tokens(right), rtol=1e-4, atol=1e-5)
 
 
 class TestUnderALimit:
@@ -488,14 +465,6 @@ class PlainManager(PagedCacheManager):
 
 class TestCustomManagers:
 
-    def test_a_registered_one_is_used(self, registered):
-        registered('plain', PlainManager)
-        model = cached_model(Case(), 3, 0, kv_cache_cfg=dict(type='plain'))
-        used = model.world_model.kv_cache_manager
-        assert type(used) is PlainManager
-        config, env_num, enable_stats = used.arguments
-        assert (config.context_length, env_num, enable_stats) == (8, 3, True)
-
     @pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
     def test_the_base_class_says_all_that_is_needed(self, registered, rotary):
         """A manager that was written from its docstrings answers as the plugin's own does."""
@@ -505,6 +474,8 @@ class TestCustomManagers:
             np.random.default_rng(2), case, 3, root_steps=5, simulations=5, clears=0.2, episodes=0.2, unknown=0.3
         )
         model = cached_model(case, 3, 0, kv_cache_cfg=dict(type='plain'))
+        config, env_num, enable_stats = model.world_model.kv_cache_manager.arguments
+        assert (config.context_length, env_num, enable_stats) == (8, 3, True)
         own = cached_model(case, 3, 0)
         for actual, expected in zip(play(Batch(model), trace), play(Batch(own), trace)):
             if expected is not None:

@@ -4,7 +4,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from builders import Worker, audit, make_policy, roots, small_cartpole
+from builders import Worker, audit, make_policy, roots
 from ding.utils import MODEL_REGISTRY
 from lzero.model.unizero_world_models import kv_caching
 from lzero.model.unizero_world_models import world_model as lightzero_world_model
@@ -141,32 +141,21 @@ def counting(owner, name):
 
 class TestNothingIsAllocated:
 
-    def test_the_pools(self):
-        policy = make_policy(True)
-        for model in (policy._model, policy._target_model):
-            for name in POOLS:
-                assert not hasattr(model.world_model, name), name
-        assert not containers(policy._model.world_model)
+    def test_no_pool_no_container_and_no_table_of_positions(self):
+        """Before and after use; positions are learned ones, for which the original has a table."""
+        policy = make_policy(True, rotary=False)
+        world_model = policy._model.world_model
+        for _ in range(2):
+            for model in (policy._model, policy._target_model):
+                assert not [name for name in (*POOLS, 'pos_emb_diff_k') if hasattr(model.world_model, name)]
+            assert not containers(world_model)
+            Worker(policy).step([0, 1, 2])
+        assert world_model.kv_cache_manager.memory_mb > 0
 
     def test_the_original_has_them(self):
-        world_model = make_policy(False)._model.world_model
-        assert all(hasattr(world_model, name) for name in POOLS)
+        world_model = make_policy(False, rotary=False)._model.world_model
+        assert all(hasattr(world_model, name) for name in (*POOLS, 'pos_emb_diff_k'))
         assert containers(world_model)
-
-    def test_after_use_nothing_is_left_but_pages(self):
-        policy = make_policy(True)
-        worker = Worker(policy)
-        for _ in range(3):
-            worker.step([0, 1, 2])
-        assert not containers(policy._model.world_model)
-        assert policy._model.world_model.kv_cache_manager.memory_mb > 0
-
-    def test_position_differences(self):
-        """Of learned positions: the original's table is not made."""
-        assert small_cartpole(True, rotary=False).policy.model.world_model_cfg.rotary_emb is False
-        new, old = make_policy(True, rotary=False), make_policy(False, rotary=False)
-        assert hasattr(old._model.world_model, 'pos_emb_diff_k')
-        assert not hasattr(new._model.world_model, 'pos_emb_diff_k')
 
 
 def containers(world_model):
@@ -180,21 +169,13 @@ def containers(world_model):
     return found
 
 
-class TestClearing:
-    """What LightZero's policy and loss call."""
-
-    def used(self):
-        model = cached_model(Case(), 3, SEED)
-        trace = random_trace(np.random.default_rng(SEED), Case(), 3, root_steps=2, simulations=4)
-        play(Batch(model), trace)
-        world_model, manager = model.world_model, model.world_model.kv_cache_manager
-        assert roots(manager) == [2, 2, 2]
-        assert len(manager.recur_pool) == 12
-        return world_model, manager
-
-    def test_precomputing_positions_changes_nothing(self):
-        world_model, manager = self.used()
-        state = {name: value.clone() for name, value in world_model.state_dict().items()}
+def test_precomputing_positions_changes_nothing():
+    """Which LightZero's policy calls."""
+    model = cached_model(Case(), 3, SEED)
+    play(Batch(model), random_trace(np.random.default_rng(SEED), Case(), 3, root_steps=2, simulations=4))
+    world_model = model.world_model
+    state = {name: value.clone() for name, value in world_model.state_dict().items()}
+    for _ in range(2):
+        assert roots(world_model.kv_cache_manager) == [2, 2, 2] and len(world_model.kv_cache_manager.recur_pool) == 12
         world_model.precompute_pos_emb_diff_kv()
-        assert all(torch.equal(value, state[name]) for name, value in world_model.state_dict().items())
-        assert roots(manager) == [2, 2, 2]
+    assert all(torch.equal(value, state[name]) for name, value in world_model.state_dict().items())

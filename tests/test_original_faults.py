@@ -20,7 +20,6 @@ from oracle import (
     Expand,
     LightZeroAlone,
     OriginalBatch,
-    PathReference,
     Reanalysis,
     Root,
     Trace,
@@ -33,6 +32,7 @@ from oracle import (
     world_model_cfg,
     worst,
 )
+from path_reference import PathReference
 
 # LightZero's main branch has the same version number, a cache manager of its own, and fewer faults.
 pytestmark = pytest.mark.skipif(

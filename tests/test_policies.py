@@ -2,21 +2,13 @@
 import contextlib
 import copy
 import io
+from unittest import mock
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from builders import (
-    Worker,
-    assert_same_outputs,
-    audit,
-    compiled,
-    differs,
-    make_policy,
-    roots,
-    small_cartpole,
-)
+from builders import Worker, assert_same_outputs, audit, compiled, differs, make_policy, roots, small_cartpole
 from hypothesis import given
 from hypothesis import strategies as st
 from lzero.policy import utils as lightzero_utils
@@ -25,6 +17,7 @@ from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 from oracle import ON_MAIN
 
 from lzero_kvcache.host import policies
+from lzero_kvcache.run_hooks import HOOKS
 from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY
 
 BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
@@ -51,9 +44,9 @@ class TestConfiguration:
         (policies.UniZeroPolicy, LightZeroUniZeroPolicy),
         (policies.SampledUniZeroPolicy, LightZeroSampledUniZeroPolicy),
     ])
-    def test_the_default_config_is_lightzeros_and_the_hook(self, ours, theirs):
+    def test_the_default_config_is_lightzeros_and_the_hooks(self, ours, theirs):
         config, original = ours.default_config(), theirs.default_config()
-        assert config.learn.learner.hook.pop(HOOK_KEY) == HOOK_CONFIG
+        assert {key: config.learn.learner.hook.pop(key) for key in HOOKS} == HOOKS
         # Whether a user gave it must be seen; the policy puts LightZero's value back.
         assert original.model.world_model_cfg.pop('env_num') == 8
         assert config.cfg_type == original.cfg_type
@@ -160,7 +153,8 @@ class TestEntropy:
 
     @given(st.lists(st.floats(0, 1), min_size=1, max_size=20).filter(any), st.sampled_from([2, 10]))
     def test_the_same_number_as_scipys(self, pk, base):
-        assert policies.entropy(pk, base=base) == scipy.stats.entropy(pk, base=base)
+        expected = scipy.stats.entropy(pk, base=base)
+        assert policies.entropy(pk, base=base) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
     @BOTH_FLAGS
     @pytest.mark.parametrize('whose', ['ours', 'somebody else\'s'])
@@ -179,7 +173,8 @@ class TestEntropy:
         assert owner.entropy is counted
         for row in output.values():
             visits = np.asarray(row['visit_count_distributions'], dtype=float)
-            assert row['visit_count_distribution_entropy'] == scipy.stats.entropy(visits / visits.sum(), base=2)
+            expected = scipy.stats.entropy(visits / visits.sum(), base=2)
+            assert row['visit_count_distribution_entropy'] == pytest.approx(expected, rel=1e-12)
 
 
 class TestCounts:
@@ -287,3 +282,43 @@ class TestCheckpoints:
         for _ in range(3):
             Worker(policy).step([0, 1, 2])
         assert saved() == before
+
+
+class TestModes:
+    """LightZero asks for a mode at each step."""
+
+    @BOTH_FLAGS
+    def test_each_module_gets_it(self, new):
+        model = make_policy(new)._collect_model
+        modules = list(model.modules())
+        for mode in (False, True, True, False):
+            assert model.train(mode) is model
+            assert {module.training for module in modules} == {mode}
+        for module in modules:  # which somebody has switched by hand
+            module.training = True
+            model.eval()
+            assert not module.training
+
+    @BOTH_FLAGS
+    def test_who_does_more_is_asked(self, new):
+        model, asked = make_policy(new)._collect_model.eval(), []
+
+        class Frozen(torch.nn.Module):
+            def train(self, mode=True):
+                asked.append(mode)
+                return super().train(False)
+
+        encoder = model._orig_mod.tokenizer.encoder
+        encoder.more = Frozen().eval()
+        model.eval()
+        assert asked
+        del encoder.more, asked[:]
+        encoder.sim_norm.train = asked.append
+        model.eval()
+        assert asked
+
+    def test_new_mode_sets_nothing_twice(self):
+        model = make_policy(True)._collect_model.eval()
+        with mock.patch.object(torch.nn.Module, 'train', autospec=True) as train:
+            model._orig_mod.eval()
+        assert not train.called

@@ -22,7 +22,7 @@ from lzero_kvcache.host import entries
 from lzero_kvcache.host.patches import applied
 from lzero_kvcache.host.reanalysis import Reanalysis, in_arrays
 from lzero_kvcache.search import tree, whole
-from lzero_kvcache.search.tree import make_key, make_rules, make_tree, pad_legal, root_values, root_visits
+from lzero_kvcache.search.tree import make_key, make_rules, make_tree, root_values, root_visits
 from lzero_kvcache.search.whole import Problem
 
 pytest.importorskip('numba')
@@ -50,8 +50,9 @@ class Asked(NamedTuple):
     timesteps: np.ndarray
 
 
-def asked(case: Case, two_players: bool, **kv_cache_cfg: Any) -> Asked:
-    world_model, rng = cached_model(case, 2, 5, kv_cache_cfg=kv_cache_cfg).world_model, np.random.default_rng(0)
+def asked(case: Case, two_players: bool, device: str = 'cpu', **kv_cache_cfg: Any) -> Asked:
+    model, rng = cached_model(case, 2, 5, device=device, kv_cache_cfg=kv_cache_cfg), np.random.default_rng(0)
+    world_model = model.to(device).world_model
     slots = case.action_space_size
     rules = dict(
         pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=two_players
@@ -71,7 +72,7 @@ def by_steps(question: Asked, number: int = FIRST) -> Tuple[List[List[int]], Lis
     found = make_tree(len(roots), SIMULATIONS, problem.slots, 1)
     prepare_rows(
         found, rules, key, np.zeros(len(roots), np.float32), np.float32(problem.logits),
-        pad_legal(problem.legal, problem.slots), np.float32(problem.noises), np.float32(problem.noise_weight), 0,
+        problem.padded_legal(), np.float32(problem.noises), np.float32(problem.noise_weight), 0,
         len(roots)
     )
     latents, scalar = [roots], world_model.weights_source.read(False).scalar
@@ -84,9 +85,9 @@ def by_steps(question: Asked, number: int = FIRST) -> Tuple[List[List[int]], Lis
                 [(state[:, None], torch.from_numpy(found.action.astype(np.int64)))], simulation, found.depth.tolist(),
                 timesteps
             )
-            latents.append(latent.squeeze(1).numpy())
-            rewards, values = (scalar(logits.squeeze(1)).numpy().reshape(-1) for logits in (reward, value))
-            backup_rows(found, rules, key, simulation, rewards, values, policy.squeeze(1).numpy(), 0, len(roots))
+            latents.append(latent.squeeze(1).cpu().numpy())
+            rewards, values = (scalar(logits.squeeze(1)).cpu().numpy().reshape(-1) for logits in (reward, value))
+            backup_rows(found, rules, key, simulation, rewards, values, policy.squeeze(1).cpu().numpy(), 0, len(roots))
     return root_visits(found), root_values(found)
 
 
@@ -102,7 +103,7 @@ def part_of(question: Asked, begin: int, end: int) -> Asked:
 @CASES
 def test_it_is_the_search_by_steps(case: Case, two_players: bool) -> None:
     question = asked(case, two_players)
-    visits, values = question.world_model.reanalyze_whole(*question[1:])
+    visits, values, _ = question.world_model.reanalyze_whole(*question[1:])
     expected, expected_values = by_steps(question)
     assert visits == expected
     np.testing.assert_allclose(values, expected_values, atol=TOLERANCE)
@@ -114,28 +115,28 @@ def test_it_is_the_search_by_steps(case: Case, two_players: bool) -> None:
 def test_some_rows_at_a_time(case: Case, two_players: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with draws of its own; the last are fewer. Memory is that of some rows, and is counted."""
     question = asked(case, two_players)
-    manager, spaces = question.world_model.kv_cache_manager, question.world_model.inference._whole._spaces
+    manager, search = question.world_model.kv_cache_manager, question.world_model.inference._whole
     before = manager.memory_mb
     monkeypatch.setattr(whole, 'CHUNK', 2 * (UNROLL + 1))
-    visits, values = question.world_model.reanalyze_whole(*question[1:])
+    visits, values, _ = question.world_model.reanalyze_whole(*question[1:])
     parts = [by_steps(part_of(question, begin, min(begin + 8, ROWS)), FIRST + number)
              for number, begin in enumerate((0, 8, 16))]
     assert visits == [row for part, _ in parts for row in part]
     np.testing.assert_allclose(values, [value for _, part in parts for value in part], atol=TOLERANCE)
-    small = spaces.memory_mb
-    assert manager.memory_mb - before == pytest.approx(small)
+    small = search._spaces.memory_mb
+    assert manager.memory_mb - before == pytest.approx(small + search._model.memory_mb)
     latents_and_pages = 8 * (SIMULATIONS + 1) * case.embed_dim + 17 * 4 * case.num_layers * case.embed_dim
     assert small > 4 * latents_and_pages / 2 ** 20
     monkeypatch.setattr(whole, 'CHUNK', 64)
     question.world_model.reanalyze_whole(*question[1:])
-    assert small < spaces.memory_mb < 2.5 * small
+    assert small < search._spaces.memory_mb < 2.5 * small
 
 
 def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     question = asked(Case(), False)
     alone = by_steps(question)[0]
     torch.set_num_threads(2)
-    visits, _ = question.world_model.reanalyze_whole(*question[1:])
+    visits, _, _ = question.world_model.reanalyze_whole(*question[1:])
     torch.set_num_threads(1)
     assert visits == alone
 

@@ -153,7 +153,7 @@ def test_what_is_taken_from_the_package_itself():
 
 def test_comparison_knows_what_runs_leave_and_nothing_of_what_made_them():
     assert {top_of(PACKAGE / name) for path in FILES if top_of(path) == 'comparison'
-            for name in own_imports(path)} == {'comparison', 'config'}
+            for name in own_imports(path)} == {'comparison', 'config', 'run_files'}
 
 
 def test_nothing_imports_a_program():

@@ -27,7 +27,6 @@ from oracle import (
     Difference,
     Expand,
     LightZeroAlone,
-    PathReference,
     Root,
     Trace,
     assert_same,
@@ -41,7 +40,8 @@ from oracle import (
     to_scalar,
     worst,
 )
-from players import ByNode
+from path_reference import PathReference
+from players import ByNode, error_of, for_search
 
 from lzero_kvcache.engine.step import StepOutput
 from lzero_kvcache.host.tree_search import NodeSearch, SampledNodeSearch
@@ -74,29 +74,8 @@ TRACES = st.fixed_dictionaries(
 BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
 BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
 BOTH_MODES = pytest.mark.parametrize('mode', ['collect', 'eval'])
-BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Traces
-# ---------------------------------------------------------------------------------------------------------------------
-
-SUPPORT = 5
-TO_SCALAR = to_scalar(SUPPORT)
-
-
-def for_search(answer):
-    """What a search makes of a keyed answer: no latent states, value and reward as scalars."""
-    if 'reward' not in answer:
-        return answer
-    return dict(policy=answer['policy'], value=TO_SCALAR(answer['value']), reward=TO_SCALAR(answer['reward']))
-
-
-def error_of(name, actual, expected):
-    """Scalars are told in units of the support: near 0 the rescaling's square root keeps few digits."""
-    if expected.shape[-1] == 1:
-        return float((actual - expected).abs().max()) / SUPPORT if actual.shape == expected.shape else float('inf')
-    return relative_error(actual, expected)
-
+# ---- traces ----------------------------------------------------------------------------------------------------------
 
 def node_differences(trace, batch, alone):
     """All differences between a batch that is asked by node and each environment alone."""
@@ -210,9 +189,7 @@ class TestMisuse:
             pass
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole searches
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- whole searches --------------------------------------------------------------------------------------------------
 
 
 def make(kind, rotary=True, new=True, simulations=12, **options):
@@ -385,54 +362,20 @@ class TestScalars:
             torch.testing.assert_close(packed, expected, rtol=1e-4, atol=2e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counts, times, pages
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- counts, times, pages --------------------------------------------------------------------------------------------
 
 
-def counts(policy):
-    """(queries, hits) of init, recur and total."""
-    counters = cache(policy).counters()
-    return {pool: (counters[pool]['queries'], counters[pool]['hits']) for pool in ('init', 'recur', 'total')}
-
-
-class TestCounts:
-
-    @pytest.mark.usefixtures('lightzeros_tree')
-    @BOTH_MODES
-    @KINDS
-    def test_queries_and_hits(self, kind, mode):
-        """A row of a root inference with a predecessor step; a row of a recurrent inference."""
-        policy = make(kind, simulations=4)
-        worker = Worker(policy, mode)
+@BOTH_MODES
+@KINDS
+def test_searches_and_steps_of_the_old_system_are_timed(kind, mode):
+    """Those of the new one, and its counts, are compared by ``test_whole_search.py`` for both kinds of trees."""
+    policy = make(kind, new=False, simulations=4)
+    timings = policy._model.world_model.timings
+    worker = Worker(policy, mode)
+    for done in range(4):
+        assert (timings['search'].count, timings['step'].count) == (done, 4 * done)
         worker.step([0, 1, 2])
-        assert counts(policy) == dict(init=(0, 0), recur=(12, 12), total=(12, 12))
-        worker.step([2, 0])
-        assert counts(policy) == dict(init=(2, 2), recur=(20, 20), total=(22, 22))
-        worker.done(0)
-        worker.step([0, 1, 2])
-        assert counts(policy) == dict(init=(4, 4), recur=(32, 32), total=(36, 36))
-        cache(policy).clear_init_caches(env_id=1)
-        worker.step([1])
-        assert counts(policy)['init'] == (5, 4)  # a context that was thrown away
-
-
-class TestTimes:
-
-    @BOTH_FLAGS
-    @BOTH_MODES
-    @KINDS
-    def test_searches_and_steps_are_timed(self, kind, mode, new):
-        policy = make(kind, new=new, simulations=4)
-        timings = policy._model.world_model.timings
-        assert {name: (timing.count, timing.seconds) for name, timing in timings.items()} == dict(
-            search=(0, 0.), step=(0, 0.)
-        )
-        worker = Worker(policy, mode)
-        for done in range(1, 4):
-            worker.step([0, 1, 2])
-            assert (timings['search'].count, timings['step'].count) == (done, 4 * done)
-        assert 0. < timings['step'].seconds < timings['search'].seconds < 60.
+    assert 0. < timings['step'].seconds < timings['search'].seconds < 60.
 
 
 class TestPages:

@@ -111,9 +111,13 @@ def test_target_values(case, device):
     buffer = filled(case, config(case))
     context, _, actions, _, timesteps = batch_of(buffer)
     own, new = both(case)
-    expected = buffer._compute_target_reward_value(context, own, actions, timesteps)
-    assert np.ptp(expected[1]) > 1
-    assert_same(buffer._compute_target_reward_value(context, new.to(device), actions, timesteps), expected)
+    new.to(device)
+    for factor in (1, 1.05):
+        for parameter in (*own.parameters(), *new.parameters()):
+            parameter.data = factor * parameter.data  # as DI-engine updates target models: each time in new memory
+        expected = buffer._compute_target_reward_value(context, own, actions, timesteps)
+        assert np.ptp(expected[1]) > 1
+        assert_same(buffer._compute_target_reward_value(context, new, actions, timesteps), expected)
 
 
 @OF_EACH_CASE
@@ -206,8 +210,31 @@ def test_several_chunks_are_one(monkeypatch):
     buffer = filled(case, config(case))
     context, _, actions, _, timesteps = batch_of(buffer)
     whole = buffer._compute_target_reward_value(context, new, actions, timesteps)
-    monkeypatch.setattr(targets, 'CHUNKS', {'cpu': 5})
+    monkeypatch.setattr(new.world_model.encoder_graph, 'chunk', lambda count: 5)
     assert_same(buffer._compute_target_reward_value(context, new, actions, timesteps), whole)
+
+
+class Scaled(torch.nn.Module):
+    """An encoder of a user's own, around the one that was there."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.scale = encoder, torch.nn.Parameter(torch.full((5, ), -3.))
+
+    def forward(self, x):
+        return self.encoder(x * self.scale)
+
+
+def test_an_encoder_of_ones_own_is_asked():
+    """Put there when the model was made already, as docs/your_project.md says."""
+    case = Case()
+    own, new = both(case)
+    for model in (own, new):
+        model.tokenizer.encoder = model.representation_network = Scaled(model.representation_network)
+    buffer = filled(case, config(case))
+    context, _, actions, _, timesteps = batch_of(buffer)
+    expected = buffer._compute_target_reward_value(context, own, actions, timesteps)
+    assert_same(buffer._compute_target_reward_value(context, new, actions, timesteps), expected)
 
 
 def test_values_take_the_value_head_alone():

@@ -1,9 +1,11 @@
 """What tensorboard gets: the hook's values on scripted counters, and a real event file read back."""
 import math
 import types
+from pathlib import Path
 
 import pytest
 from builders import Worker, make_policy
+from ding.config.config import save_config_py
 from oracle import ON_MAIN
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,13 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups, metadata
 from torch.utils.tensorboard import SummaryWriter
 
-from lzero_kvcache.telemetry import (
-    COMPARED,
-    HOOK_KEY,
-    HYPERPARAMETERS,
-    KVCacheStatsHook,
-    write_hyperparameters,
-)
+from lzero_kvcache.telemetry import COMPARED, HOOK_KEY, HYPERPARAMETERS, KVCacheStatsHook, write_hyperparameters
 
 BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
 OLD_TAGS = {
@@ -92,6 +88,7 @@ class Engine:
 
     def __init__(self, policy, tb_logger):
         self.policy, self.tb_logger = policy.learn_mode, tb_logger
+        self.exp_name = tb_logger.log_dir + '_run'
         self.last_iter, self.collector_envstep = types.SimpleNamespace(val=0), 0
 
     def after_iteration(self, hook, envstep):
@@ -193,26 +190,36 @@ def hyperparameters(folder):
 
 class TestHyperparameters:
 
+    @pytest.fixture(autouse=True)
+    def saved_config(self, tmp_path):
+        """What DI-engine's ``compile_config`` leaves in the experiment's folder."""
+        folder = Path(f'{tmp_path}_run')
+        folder.mkdir()
+        save_config_py(dict(env=dict(env_id='CartPole-v0'), seed=7), str(folder / 'total_config.py'))
+
     def test_of_the_new_system(self, tmp_path):
         policy = run(True, tmp_path, kv_cache_cfg=dict(eviction='lru', init_pool_size=9, dtype='bfloat16'))
         values, metrics = hyperparameters(tmp_path)
         manager = policy._model.world_model.kv_cache_manager
-        assert values == dict(
-            cache_system='new', cache_manager='new', eviction='lru', init_pool_size=9,
-            recurrent_pool_size=manager.recur_pool.pool_size, env_num=3, num_simulations=4, dtype='bfloat16',
-            backend='eager', context_length=policy._cfg.model.world_model_cfg.context_length,
-        )
+        assert values == {
+            'cache_system': 'new', 'environment': 'CartPole-v0', 'seed': 7,
+            'sizes.context_length': policy._cfg.model.world_model_cfg.context_length, 'sizes.env_num': 3,
+            'sizes.init_pool_size': 9, 'sizes.num_simulations': 4,
+            'sizes.recurrent_pool_size': manager.recur_pool.pool_size, 'storage.backend': 'eager',
+            'storage.dtype': 'bfloat16', 'storage.eviction': 'lru',
+        }
         assert {pool.pool_size for pool in manager.init_pools} == {9}
         assert metrics == list(COMPARED)
 
     def test_of_the_old_system(self, tmp_path):
         world_model = run(False, tmp_path)._model.world_model
         values, metrics = hyperparameters(tmp_path)
-        assert values == dict(
-            cache_system='old', cache_manager='old', init_pool_size=len(world_model.shared_pool_init_infer[0]),
-            recurrent_pool_size=len(world_model.shared_pool_recur_infer), env_num=3, num_simulations=4,
-            context_length=world_model.context_length,
-        )
+        assert values == {
+            'cache_system': 'old', 'environment': 'CartPole-v0', 'seed': 7,
+            'sizes.context_length': world_model.context_length, 'sizes.env_num': 3,
+            'sizes.init_pool_size': len(world_model.shared_pool_init_infer[0]), 'sizes.num_simulations': 4,
+            'sizes.recurrent_pool_size': len(world_model.shared_pool_recur_infer),
+        }
         assert metrics == list(COMPARED)
 
     def test_the_page_filters_runs_of_both_systems(self, tmp_path):
@@ -224,7 +231,9 @@ class TestHyperparameters:
         multiplexer.Reload()
         context = backend_context.Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path))))
         experiment = get_experiment.Handler(RequestContext(), context, '', api_pb2.GetExperimentRequest()).run()
-        assert {info.name for info in experiment.hparam_infos} == set(HYPERPARAMETERS)
+        # The page shows five, and what tells runs must be among them.
+        names = [info.name for info in experiment.hparam_infos]
+        assert sorted(names) == sorted(HYPERPARAMETERS) and sorted(names)[:3] == ['cache_system', 'environment', 'seed']
 
         def found(name, pattern):
             columns = [api_pb2.ColParams(hparam=name, filter_regexp=pattern, exclude_missing_values=True)]
@@ -236,7 +245,7 @@ class TestHyperparameters:
             return {group.name: {metric.name.tag: metric.value for metric in group.metric_values} for group in groups}
 
         assert list(found('cache_system', 'old')) == ['a_old']
-        assert list(found('eviction', 'lru|fifo')) == list(found('backend', 'eager')) == ['b_new']
+        assert list(found('storage.eviction', 'lru|fifo')) == list(found('storage.backend', 'eager')) == ['b_new']
         written = read(tmp_path / 'b_new')
         assert found('cache_system', 'new')['b_new'] == {
             tag: pytest.approx(written[tag][-1][1]) for tag in COMPARED if tag.startswith('kv_cache')
@@ -245,5 +254,5 @@ class TestHyperparameters:
     def test_with_the_writer_of_tensorboardx(self, tmp_path):
         tensorboardX = pytest.importorskip('tensorboardX')
         with tensorboardX.SummaryWriter(str(tmp_path)) as writer:
-            write_hyperparameters(writer, dict(cache_system='new', env_num=3))
-        assert hyperparameters(tmp_path) == (dict(cache_system='new', env_num=3), list(COMPARED))
+            write_hyperparameters(writer, dict(cache_system='new', seed=3))
+        assert hyperparameters(tmp_path) == (dict(cache_system='new', seed=3), list(COMPARED))

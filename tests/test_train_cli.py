@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import gymnasium
@@ -18,7 +19,6 @@ import torch
 from trainings import (
     ITERATIONS,
     PROJECT_ROOT,
-    WM,
     import_what_trainings_import,
     scalars,
     short_episodes,
@@ -29,6 +29,17 @@ from trainings import SMALL as IN_A_FORK
 from trainings import train as main
 
 from lzero_kvcache import ConfigError
+from lzero_kvcache.summary import (
+    Evaluation,
+    Result,
+    read_result,
+    read_summary,
+    run_text,
+    versions,
+    write_json,
+    write_progress,
+    write_summary,
+)
 from lzero_kvcache.training import make_plan, watch
 from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
 from lzero_kvcache.training.error_hints import hint
@@ -36,77 +47,13 @@ from lzero_kvcache.training.output import Output
 from lzero_kvcache.training.plan import Plan
 from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_parents
-from lzero_kvcache.training.summary import Evaluation, Result, write_progress, write_summary
-from lzero_kvcache.training.terminal import reward_text, run_text
+from lzero_kvcache.training.terminal import reward_text
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
          'env.evaluator_env_num=1']
 
 
-def ended(arguments):
-    """The exit code of train.py."""
-    try:
-        return main(arguments)
-    except SystemExit as end:
-        return end.code
-
-
 # ---------------------------------------------------------------------------------------------------- usage
-
-
-@pytest.mark.parametrize(('arguments', 'message'), [
-    ([], '--config'),
-    (['--config', 'nosuch'], '--config nosuch: there is no such file'),
-    (['--config', 'config_new', '--colour'], '--colour'),
-    (['--config', 'config_new', '--cache', 'both'], "'both'"),
-    (['--config', 'config_new', '--max-env-step', '0'], "'0' is not a whole number of at least 1"),
-    (['--config', 'config_new', '--max-env-step', '1.5'], "'1.5' is not a whole number"),
-    (['--config', 'config_new', '--max-env-step', 'inf'], "'inf' is not a whole number"),
-    (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
-    (['--config', 'config_new', '--set', 'policy.model.world_model_cfg.context_length=7'], 'context_length=7'),
-    (['--config', 'config_new', '--set', 'policy.mcts_ctree=False'], 'policy.mcts_ctree=False cannot work'),
-    (['--config', 'config_new', '--set', 'policy.model_path=nosuch.pth.tar'], 'nosuch.pth.tar: no such checkpoint'),
-    (['--config', 'config_new', '--resume', 'nosuch.pth.tar'], 'nosuch.pth.tar: no such checkpoint'),
-    (['--config', 'config_new', '--resume', 'a', '--eval', 'b'], 'not allowed with'),
-    (['--config', 'config_new', '--in-place'], 'give that, and no --exp-name'),
-    (['--config', 'config_new', '--in-place', '--resume', 'a/ckpt/b', '--exp-name', 'c'], 'and no --exp-name'),
-    (['--config', 'config_new', '--in-place', '--resume', 'a/b.pth.tar'], 'a/b.pth.tar is in no folder ckpt'),
-    (['--config', 'config_new', '--set', 'env.env_id=NoSuchPole-v0'], 'env.env_id: Environment `NoSuchPole`'),
-    (['--config', 'config_new', '--set', 'create_config.env.type=cartpole_lightzer'],
-     "create_config.env.type='cartpole_lightzer' is registered by none"),
-    (['--config', 'config_new', '--set', 'create_config.env_manager.type=subproces'],
-     "env_manager.type='subproces' is registered by none of its import_names=[]; did you mean 'subprocess'"),
-    (['--config', 'config_new', '--set', 'policy.learning_rate=-1'], 'policy.learning_rate=-1 must be above 0'),
-    (['--config', 'config_old', '--set', 'policy.batch_size=0'], 'policy.batch_size=0 must be above 0'),
-    *((['--config', config, '--set', *changes], message) for config in ('config_old', 'config_new')
-      for changes, message in [
-        (['policy.model.action_space_size=60', f'{WM}.action_space_size=6'],
-         f'policy.model.action_space_size=60 contradicts {WM}.action_space_size=6: it must be 6'),
-        (['policy.model.action_space_size=3'],  # its copy follows, the environment does not
-         "policy.model.action_space_size=3 contradicts the environment of env.env_id='CartPole-v0': its action masks"),
-        (['policy.model.observation_shape=5'], 'policy.model.observation_shape=5 contradicts the environment of'),
-        (['env.collector_env_num=5', 'policy.collector_env_num=3'],
-         'env.collector_env_num=5 contradicts policy.collector_env_num=3'),
-        (['env.evaluator_env_num=2', 'policy.evaluator_env_num=3'],
-         'env.evaluator_env_num=2 contradicts policy.evaluator_env_num=3'),
-        ([f'{WM}.support_size=51'], f'{WM}.support_size=51 contradicts policy.model.'),
-        ([f'{WM}.num_heads=5'], f'{WM}.num_heads=5 contradicts {WM}.embed_dim=64'),
-        ([f'{WM}.max_tokens=30'], f'{WM}.max_tokens=30 contradicts {WM}.max_blocks=10: it must be 20'),
-    ]),
-    (['--config', 'config_new', '--exp-name', 'new/' + 'x' * 300], 'cannot be made (File name too long)'),
-    (['--config', 'config_new', '--exp-name', '/proc/foo/bar'], ' /proc/foo/bar: the folder of the experiment'),
-    (['--config', 'config_new', '--set', '+policy.model.type=UniZeroModl'],
-     "policy.model.type='UniZeroModl' is registered by none"),
-])
-def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert ended(arguments) == 2
-    captured = capfd.readouterr()
-    assert message in captured.err
-    assert captured.err.startswith('lzero-kvcache: error: ')
-    assert captured.err.count('\n') == 1
-    assert re.fullmatch(r'(Config: .*\n)?', captured.out)
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_run_that_is_refused_before_it_begins_leaves_nothing_behind(tmp_path):
@@ -126,6 +73,16 @@ def test_wandb_without_a_login_is_refused(capfd, tmp_path, monkeypatch):
     error = capfd.readouterr().err
     assert 'run wandb login, or set WANDB_MODE=offline' in error
     assert error.count('\n') == 1
+
+
+def test_a_mode_that_wandb_does_not_have_is_refused(tmp_path):
+
+    def prepare():
+        os.environ['WANDB_MODE'] = 'offlin'
+
+    (code, said), = trained(tmp_path, ['--config', 'config_new', '--set', 'policy.use_wandb=True'], prepare)
+    assert code == 2
+    assert said.splitlines()[-1].endswith("(WANDB_MODE='offlin'): set WANDB_MODE=online or offline")
 
 
 @pytest.mark.parametrize(('arguments', 'code', 'said'), [
@@ -221,7 +178,7 @@ def test_only_what_is_empty_is_removed(tmp_path, monkeypatch):
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
-    save = watch.Watch(lambda: None, lambda: None, keep_checkpoints=2)._saved(None)
+    save = watch.Watch(lambda: None, lambda: None, lambda path: None, keep_checkpoints=2)._saved(None)
     for name in ('iteration_0', 'ckpt_best', 'iteration_9', 'iteration_10', 'iteration_100'):
         save(str(tmp_path / f'{name}.pth.tar'), {})
         os.utime(tmp_path / f'{name}.pth.tar', (len(os.listdir(tmp_path)) if 'best' in name else int(name[10:]), ) * 2)
@@ -384,17 +341,36 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(error, command)
 
 def test_an_evaluation_is_a_mean_with_its_deviation():
     assert reward_text(Evaluation(10, 2, 57.3, 4.1, 8)) == '57.3 ± 4.1 over 8 episodes'
-    assert reward_text(Evaluation(10, 2, 57.3)) == '57.3'
+    assert reward_text(Evaluation(10, 2, 57.3)) == reward_text(Evaluation(10, 2, 57.3, 0., 1)) == '57.3'
 
 
 @pytest.mark.parametrize(('held', 'said'), [
-    (dict(env_step=280, collected_env_step=300, max_env_step=600, env_steps_per_second=10., best_reward=12.),
-     'collect  280+20/600 (50%), 0:00:30 left  reward -, best 12.0  hit rate -  10.0 steps/s'),
+    (dict(env_step=280, collected_env_step=300, max_env_step=600, env_steps_per_second=10., best_reward=12.,
+          loss=0.51234, device='cpu'),
+     'collect  280+20/600 (50%), 0:00:30 left  reward -, best 12.0  loss 0.512  hit rate -  10.0 steps/s on cpu'),
     (dict(env_step=650, collected_env_step=650, max_env_step=600), 'collect  650+0/600 (100%)  reward -, best -'),
     (dict(env_step=5, collected_env_step=5), 'collect  5+0  reward -'),
 ])
 def test_progress_says_how_much_is_done_and_left(held, said):
     assert run_text(Result(0, 'train', 'new', 0, **held), 'collect').startswith(said)
+
+
+def test_a_line_says_that_a_run_finishes_what_it_began(a_run, tmp_path, monkeypatch):
+    """Once, at the end of the collection that reaches the last step."""
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    a_run.terminal, a_run._bar = SimpleNamespace(line=lines.append), SimpleNamespace(update=lambda *shown: None)
+    a_run.result.max_env_step, a_run.watch.collector = 60, SimpleNamespace(envstep=40)
+    for steps in (40, 66, 66):
+        a_run.watch.collector.envstep = steps
+        a_run._refresh(now=True)
+    assert lines == ['66 env steps are collected: finishing the updates that go with them']
+
+
+@pytest.mark.skipif(not os.path.exists(os.path.join(PROJECT_ROOT, '.git')), reason='this is no clone')
+def test_a_run_says_of_which_commit_it_is():
+    head = subprocess.run(['git', '-C', PROJECT_ROOT, 'rev-parse', 'HEAD'], capture_output=True, encoding='utf-8')
+    assert head.stdout.startswith(versions()['commit'].replace('-dirty', ''))
 
 
 def test_other_errors_are_not_explained_away():
@@ -460,7 +436,7 @@ def test_train_resume_in_either_system_and_evaluate(config, tmp_path):
 
     evaluation = first['evaluations'][-1]
     assert evaluation['episodes'] == 1 and evaluation['deviation'] == 0
-    assert set(first['versions']) == {'lzero_kvcache', 'LightZero', 'DI-engine', 'torch'}
+    assert first['versions'].keys() - {'commit'} == {'lzero_kvcache', 'LightZero', 'DI-engine', 'torch'}
     assert first['started'] < first['ended']
     assert first['machine']['cpu']
     assert first['resumed_at'] == []
@@ -520,7 +496,7 @@ def test_ctrl_c_on_a_terminal_leaves_a_whole_checkpoint(tmp_path):
 
 @pytest.mark.parametrize('best', [None, 17.])
 def test_a_training_in_place_replaces_only_what_it_betters_and_is_evaluated_at_its_end(best, monkeypatch):
-    running = watch.Watch(lambda: None, lambda: None)
+    running = watch.Watch(lambda: None, lambda: None, lambda path: None)
     last_iter, evaluations = SimpleNamespace(update=lambda value: None), []
     policy = SimpleNamespace(load_state_dict=lambda state: None)
     running.learner = SimpleNamespace(policy=policy, last_iter=last_iter, train_iter=5, save_checkpoint=None)
@@ -536,7 +512,7 @@ def test_a_training_in_place_replaces_only_what_it_betters_and_is_evaluated_at_i
 
 def test_what_was_collected_never_goes_back():
     """Also if a collection is cut off, whose steps no checkpoint counts."""
-    running = watch.Watch(lambda: None, lambda: None)
+    running = watch.Watch(lambda: None, lambda: None, lambda path: None)
     running.collector = SimpleNamespace(envstep=100)
     running.steps_in_collect = 30
     assert (running.env_step, running.collected) == (100, 130)
@@ -544,36 +520,60 @@ def test_what_was_collected_never_goes_back():
     assert (running.env_step, running.collected) == (100, 130)
     running.collector.envstep = 160
     assert (running.env_step, running.collected) == (160, 160)
-    running.discarded = 7
-    assert running.collected == 167
 
 
-def a_run_in_place(tmp_path, monkeypatch, *, summary=None, progress=None):
+def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=None):
+    """One that is about to go on from iteration 5, with what is there of its past."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / 'runs' / 'a' / 'ckpt' / 'c.pth.tar'
     path.parent.mkdir(parents=True)
     torch.save(dict(model={}, target_model={}, optimizer_world_model={}, last_iter=5, last_step=50), str(path))
-    if summary is not None:
-        write_summary(Result(130, 'train', summary, 0, exp_name='runs/a', collected_env_step=80))
+    if ended is not None:
+        write_summary(replace(ended, exp_name='runs/a'))
     if progress is not None:
         write_progress(Result(0, 'train', progress, 0, exp_name='runs/a', collected_env_step=90), 'train')
+    if noted is not None:
+        write_json(str(path.with_name('c.json')), asdict(noted))
     plan = make_plan('config_new', resume=str(path), in_place=True)
-    run = _Training(plan, SimpleNamespace(terminal=None), DataParallel())
+    run = _Training(plan, SimpleNamespace(terminal=None, attach=lambda path: None), DataParallel())
     run._check()
     return run
 
 
-@pytest.mark.parametrize('ended', [dict(summary='old', progress='old'), dict(progress='old')])
+@pytest.mark.parametrize('ended', [dict(ended=Result(130, 'train', 'old', 0)), dict(progress='old')])
 def test_a_folder_of_the_other_system_is_not_gone_on_in(ended, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="runs/a was trained with cache system 'old', not 'new'"):
         a_run_in_place(tmp_path, monkeypatch, **ended)
 
 
-@pytest.mark.parametrize(('ended', 'collected'), [
-    (dict(summary='new'), 80), (dict(progress='new'), 90), (dict(summary='new', progress='new'), 90), (dict(), 50)])
-def test_counts_go_on_where_they_were(ended, collected, tmp_path, monkeypatch):
-    run = a_run_in_place(tmp_path, monkeypatch, **ended)
-    assert (run.watch.env_step, run.watch.collected) == (50, collected)
+def noted(seconds, **more):
+    return Result(0, 'train', 'new', 0, seconds=seconds, train_iter=5, env_step=50, **more)
+
+
+@pytest.mark.parametrize(('ended', 'seconds'), [
+    (Result(130, 'train', 'new', 0, seconds=30., train_iter=5, best_reward=20.), 30.),  # it ended there
+    (Result(130, 'train', 'new', 0, seconds=99., train_iter=9, best_reward=20.), 12.),  # it went on, and came back
+    (None, 12.),  # it was killed
+])
+def test_what_came_after_the_checkpoint_adds_nothing(ended, seconds, tmp_path, monkeypatch):
+    """Neither time nor counts; its best reward stays what a better one must surpass."""
+    run = a_run_in_place(tmp_path, monkeypatch, ended=ended, noted=noted(12., best_reward=15.))
+    assert run._before.seconds == seconds
+    assert (run.watch.env_step, run.watch.collected) == (50, 50)
+    assert run.watch.best_reward == (15. if ended is None else 20.)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_note(tmp_path, monkeypatch):
+    run = a_run_in_place(tmp_path, monkeypatch, ended=Result(130, 'train', 'new', 0, seconds=99., train_iter=9))
+    assert run._before is None
+
+
+def test_a_summary_of_its_past_is_not_that_of_a_run_that_goes_on(tmp_path, monkeypatch):
+    """It would be taken for the whole, if the run was killed; it is kept beside the checkpoint."""
+    run = a_run_in_place(tmp_path, monkeypatch, ended=noted(30.))
+    run._make_folder()
+    assert read_summary('runs/a') is None
+    assert read_result('runs/a/ckpt/c.json').seconds == 30
 
 
 @pytest.mark.slow

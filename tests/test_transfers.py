@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ding.utils import MODEL_REGISTRY
-from oracle import (
-    Case,
-    ClearEnv,
-    Expand,
-    Root,
-    construct,
-    random_trace,
-)
+from oracle import Case, ClearEnv, Expand, Root, construct, random_trace
 from players import ByKey, ByNode, Placed
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -18,6 +18,7 @@ from lzero_kvcache.cache.pages import extend
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.search import draws
 from lzero_kvcache.search import tree as trees
+from lzero_kvcache.search.arrays import padded
 from lzero_kvcache.search.tree import (
     Rules,
     Tree,
@@ -25,7 +26,6 @@ from lzero_kvcache.search.tree import (
     make_rules,
     make_tree,
     mean_quality,
-    pad_legal,
     root_actions,
     root_values,
     root_visits,
@@ -66,7 +66,7 @@ class Ours:
         bounds = [0, *chunks, case.rows]
         self.chunks = list(zip(bounds[:-1], bounds[1:]))
         self.tree: Tree = tree or make_tree(case.rows, case.simulations, case.slots, 1, case.action_size)
-        legal = pad_legal([[]] * case.rows if case.rules.sampled else case.legal, case.slots)
+        legal = padded([[]] * case.rows if case.rules.sampled else case.legal, case.slots, -1, np.int32)
         for lo, hi in self.chunks:
             prepare_rows(
                 self.tree, case.rules, self.key, np.zeros(case.rows, np.float32), case.logits, legal, case.noise,

@@ -1,5 +1,6 @@
 """Weights that change: contexts made under older ones are not used, whoever changed them."""
 import contextlib
+import gc
 import io
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from builders import Worker, assert_same_outputs, audit, differs, make_policy, roots
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
+
+from lzero_kvcache.search import compiled
 
 LINE = 'contexts made under older ones are dropped, now and from now on'
 
@@ -132,6 +135,27 @@ def test_contexts_of_older_weights_would_show(monkeypatch):
     moved(policy)
     assert differs(worker.step([0, 1, 2]), expected.step([0, 1, 2]), [0, 1, 2])
     assert lost(policy) == (0, 6)
+
+
+def test_weights_that_move_inside_of_a_search_stay_until_it_has_ended(monkeypatch):
+    """A search in arrays reads them at their addresses, and another search of the model may look for them meanwhile."""
+    policy, other = (make_policy(True, kv_cache_cfg=dict(search='device')) for _ in range(2))
+    worker, expected, search_rows, taken = Worker(policy), Worker(other), compiled.search_rows, []
+
+    def disturbed(*args):
+        moved(policy)
+        policy._model.world_model.inference._whole._model.network_at(())
+        gc.collect()
+        taken.extend(torch.full_like(parameter, float('nan')) for parameter in policy._model.parameters())
+        search_rows(*args)
+
+    right = expected.step([0, 1, 2])
+    with monkeypatch.context() as patched:
+        patched.setattr(compiled, 'search_rows', disturbed)
+        assert_same_outputs(worker.step([0, 1, 2]), right, [0, 1, 2])
+    assert taken
+    moved(other)
+    assert_same_outputs(worker.step([0, 1, 2]), expected.step([0, 1, 2]), [0, 1, 2])
 
 
 def test_the_same_weights_elsewhere_are_no_change():

@@ -34,7 +34,8 @@ from lzero_kvcache import ConfigError
 from lzero_kvcache.cache.pages import SCRATCH_PAGE
 from lzero_kvcache.config import CacheConfig
 from lzero_kvcache.engine.launch import EagerBackend
-from lzero_kvcache.host.reference import CAUSES, Shadow
+from lzero_kvcache.host.legacy_reference import CAUSES
+from lzero_kvcache.host.shadow import Shadow
 from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY, VALIDATION
 from lzero_kvcache.validation import ValidationError, Validator
 from lzero_kvcache.validation.tally import QUANTITIES, Tally
@@ -558,7 +559,7 @@ def test_tags(validated, tmp_path):
     hook, = build_learner_hook_by_cfg(EasyDict({HOOK_KEY: copy.deepcopy(HOOK_CONFIG)}))['after_iter']
     with SummaryWriter(str(tmp_path)) as writer:
         engine = mock.Mock(
-            tb_logger=writer, collector_envstep=5,
+            tb_logger=writer, collector_envstep=5, exp_name=str(tmp_path),
             policy=mock.Mock(get_attribute=lambda name: {'model': policy._model, 'cfg': policy._cfg}[name])
         )
         for iteration in range(4):

@@ -15,23 +15,23 @@ class EvictionStrategy(Enum):
 
 
 class FifoSlots(OrderedDict):
-    """The slots of a pool's keys; the key that came first leaves first."""
+    """The slots of a pool's keys. The key that was stored first is evicted first."""
 
     def read(self, keys: Iterable[Hashable]) -> None:
-        """Stored keys were looked up."""
+        """Note that stored keys were looked up."""
 
     def rank(self, key: Hashable, priority: Optional[float]) -> None:
-        """A stored key was given a priority, if any."""
+        """Note the priority that a stored key was given; None for none."""
 
     def next_but(self, kept: Hashable) -> Any:
-        """The key that leaves next, ``kept`` apart; there must be one."""
+        """The key to evict next, which is not ``kept``; there must be one."""
         keys = iter(self)
         key = next(keys)
         return next(keys) if key == kept else key
 
 
 class LruSlots(FifoSlots):
-    """The key whose last use is the longest ago leaves first."""
+    """The key that was looked up or stored the longest ago is evicted first."""
 
     def read(self, keys: Iterable[Hashable]) -> None:
         for key in keys:
@@ -39,7 +39,7 @@ class LruSlots(FifoSlots):
 
 
 class PrioritySlots(FifoSlots):
-    """The key of lowest priority leaves first, the oldest among equals; without a priority of its own, hits count."""
+    """The key of lowest priority is evicted first, the oldest among equals. Where none was given, hits are it."""
 
     def __init__(self) -> None:
         super().__init__()

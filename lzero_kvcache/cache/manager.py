@@ -5,22 +5,22 @@ from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..config import MIB, PREFIX, CacheConfig, ConfigError, lookup
+from ..config import MIB, PREFIX, CacheConfig, ConfigError
 from ..registry import KV_CACHE_REGISTRY
 from .base import CURRENT, PagedCacheManager
+from .by_hand import ByHand
+from .counts import Counts
 from .current import CurrentRoots
 from .pages import NULL_PAGE, RESERVED_PAGES, Lease, OutOfPages, PageAllocator, Rows
 from .pool import Codec, KVCachePool, PagedPool
-from .stats import CacheStats
 
 logger = logging.getLogger(__name__)
 
 COLLECT, EVAL = 'collect', 'eval'
-DEFAULT_CONTEXT_LENGTH = 8  # of a manager that is used by hand with a config that names none
 
 
 @KV_CACHE_REGISTRY.register('new')
-class KVCacheManager(PagedCacheManager, Codec):
+class KVCacheManager(ByHand, PagedCacheManager, Codec):
     """
     Overview:
         One init pool per environment for root contexts, a recurrent pool for the nodes of the running search, and the
@@ -35,16 +35,12 @@ class KVCacheManager(PagedCacheManager, Codec):
     """
 
     def __init__(self, config: Any, env_num: Optional[int] = None, enable_stats: Optional[bool] = None) -> None:
-        self.config = CacheConfig.read(config, KV_CACHE_REGISTRY)
+        self.config = CacheConfig.of(config, KV_CACHE_REGISTRY, env_num)
         self.env_num = self.config.env_num if env_num is None else env_num
         self.enable_stats = self.config.enable_stats if enable_stats is None else enable_stats
-        self.width = lookup(config, 'context_length', DEFAULT_CONTEXT_LENGTH) // 2 - 1
-        self._eval_env_num = lookup(config, 'evaluator_env_num', 1)
-        nodes = self.config.recurrent_pool_size
-        if lookup(config, 'env_num') is None and 'recurrent_pool_size' not in (lookup(config, 'kv_cache_cfg') or {}):
-            nodes = self.config.num_simulations * self.env_num
+        self.width = self.config.context_length // 2 - 1
         self.storage: Any = None  # by hand there is none, and pools hold what they are given
-        self._pages = PageAllocator(self._pages_of_a_search(nodes))
+        self._pages = PageAllocator(self._pages_of_a_search())
         # An environment's newest root is in no pool, so that nothing evicts it; its pool counts who asked for it.
         self._current = {
             COLLECT: CurrentRoots(self._pages, self.env_num, self.width),
@@ -55,14 +51,11 @@ class KVCacheManager(PagedCacheManager, Codec):
         self._out_of_memory = False
 
         self.init_pools = [self._paged(self.config.init_pool_size, f'init_env{i}') for i in range(self.env_num)]
-        self.recur_pool = self._paged(nodes, 'recurrent')
+        self.recur_pool = self._paged(self.config.recurrent_pool_size, 'recurrent')
         self.wm_pool = KVCachePool(self.env_num, self.config.eviction, self.enable_stats, 'world_model')
         # Evaluation has contexts of its own, made at its first search, so that it cannot evict collection's.
         self.eval_pools: List[PagedPool] = []
-        self._asked = {'init': CacheStats(), 'recur': CacheStats()}
-        self._skipped = 0
-        # Occupancies as the last step left them: when they are read, an update has emptied the pools.
-        self._filled = {'init': 0.0, 'recur': 0.0}
+        self._counts = Counts()
         logger.info(f'Initialized KVCacheManager for {self.env_num} environments')
 
     def _paged(self, size: int, name: str) -> PagedPool:
@@ -71,11 +64,11 @@ class KVCacheManager(PagedCacheManager, Codec):
             take=self.take
         )
 
-    def _pages_of_a_search(self, nodes: int) -> int:
+    def _pages_of_a_search(self) -> int:
         """The newest root of every environment, the nodes of a search, two pages a row for the step, the reserved."""
-        environments = self.env_num + self._eval_env_num
-        rows = max(self.env_num, self._eval_env_num)
-        return RESERVED_PAGES + environments * (self.width + 1) + nodes + 2 * rows
+        environments = self.env_num, self.config.evaluator_env_num
+        roots = sum(environments) * (self.width + 1)
+        return RESERVED_PAGES + roots + self.config.recurrent_pool_size + 2 * max(environments)
 
     def _page_limit(self) -> int:
         if self.config.max_memory_mb is None or self.storage is None:
@@ -121,7 +114,7 @@ class KVCacheManager(PagedCacheManager, Codec):
                 self._newest_keys[mode, env_id] = key
         all_pools = self.init_pools + self.eval_pools
         held = sum(map(len, all_pools)) + sum(int((roots.counts > 0).sum()) for roots in self._current.values())
-        self._filled['init'] = held / sum(pool.pool_size for pool in all_pools)
+        self._counts.filled['init'] = held / sum(pool.pool_size for pool in all_pools)
 
     def forget_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> None:
         pools = self._pools_to(mode, env_ids)
@@ -152,21 +145,21 @@ class KVCacheManager(PagedCacheManager, Codec):
                 'evicted nodes are rebuilt without their context; raise kv_cache_cfg.recurrent_pool_size'
             )
         self.recur_pool.store(list(zip(env_ids, keys)), rows)
-        self._filled['recur'] = len(self.recur_pool) / self.recur_pool.pool_size
+        self._counts.filled['recur'] = len(self.recur_pool) / self.recur_pool.pool_size
 
     def count_nodes(self, nodes: int) -> None:
-        self._filled['recur'] = min(1.0, nodes / self.recur_pool.pool_size)
+        self._counts.filled['recur'] = min(1.0, nodes / self.recur_pool.pool_size)
 
     def count_queries(self, pool: str, queries: int, hits: int, by_node: bool = False) -> None:
         if self.enable_stats:
-            self._asked[pool].record(queries, hits)
+            self._counts.asked[pool].record(queries, hits)
             if self.wm_pool.stats is not None:
                 self.wm_pool.stats.record(queries, hits)
             if by_node and self.recur_pool.stats is not None:
                 self.recur_pool.stats.record(queries, hits)
 
     def count_skipped(self, rows: int) -> None:
-        self._skipped += rows
+        self._counts.skipped += rows
 
     def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
         for name, pools in ((COLLECT, self.init_pools), (EVAL, self.eval_pools)):
@@ -182,64 +175,6 @@ class KVCacheManager(PagedCacheManager, Codec):
         self.clear_init_caches()
         self.clear_recur_cache()
         self.wm_pool.clear()
-
-    # ---- by hand ---------------------------------------------------------------------------------------------------
-
-    def get_init_cache(self, env_id: int, cache_key: Hashable) -> Any:
-        """
-        Overview:
-            A copy of the context stored for an environment's root, or None.
-        Raises:
-            - ValueError: There is no such environment.
-        """
-        return self._pools_to(COLLECT, [env_id])[env_id].get(cache_key)
-
-    def set_init_cache(self, env_id: int, cache_key: Hashable, kv_cache: Any) -> int:
-        """
-        Overview:
-            Store a copy of a context for an environment's root; returns its slot.
-        Raises:
-            - ValueError: There is no such environment.
-        """
-        return self._pools_to(COLLECT, [env_id])[env_id].set(cache_key, kv_cache)
-
-    def get_recur_cache(self, cache_key: Hashable, env_id: Optional[int] = None) -> Any:
-        """
-        Overview:
-            A copy of the context stored for a node, of one environment or of none in particular, or None.
-        """
-        return self.recur_pool.get((env_id, cache_key))
-
-    def set_recur_cache(self, cache_key: Hashable, kv_cache: Any, env_id: Optional[int] = None) -> int:
-        """
-        Overview:
-            Store a copy of a context for a node; returns its slot.
-        """
-        return self.recur_pool.set((env_id, cache_key), kv_cache)
-
-    def get_wm_cache(self, cache_key: Hashable) -> Any:
-        """
-        Overview:
-            A copy of what was put into the working batch by hand, or None.
-        """
-        return self.wm_pool.get(cache_key)
-
-    def set_wm_cache(self, cache_key: Hashable, kv_cache: Any) -> int:
-        """
-        Overview:
-            Put a copy of a context into the working batch; returns its slot.
-        """
-        return self.wm_pool.set(cache_key, kv_cache)
-
-    def hierarchical_get(self, env_id: int, cache_key: Hashable) -> Any:
-        """
-        Overview:
-            Look in an environment's init pool, then among its recurrent entries, then among those of none.
-        """
-        found = self.get_init_cache(env_id, cache_key)
-        if found is None and (env_id, cache_key) in self.recur_pool:
-            return self.get_recur_cache(cache_key, env_id)
-        return self.get_recur_cache(cache_key) if found is None else found
 
     # ---- numbers ---------------------------------------------------------------------------------------------------
 
@@ -268,19 +203,7 @@ class KVCacheManager(PagedCacheManager, Codec):
     def counters(self) -> Dict[str, Any]:
         counters: Dict[str, Any] = {'memory_mb': self.memory_mb}
         if self.enable_stats:
-            counters['skipped'] = self._skipped
-            init_pools = self.init_pools + self.eval_pools
-            counters['init'] = _counts(self._asked['init'], init_pools, self._filled['init'])
-            counters['recur'] = _counts(self._asked['recur'], [self.recur_pool], self._filled['recur'])
-            total = CacheStats(**{
-                field: getattr(self._asked['init'], field) + getattr(self._asked['recur'], field)
-                for field in ('hits', 'misses', 'total_queries')
-            })
-            init_size = sum(pool.pool_size for pool in init_pools)
-            filled = self._filled['init'] * init_size + self._filled['recur'] * self.recur_pool.pool_size
-            counters['total'] = _counts(
-                total, init_pools + [self.recur_pool], filled / (init_size + self.recur_pool.pool_size)
-            )
+            counters.update(self._counts.read(self.init_pools + self.eval_pools, self.recur_pool))
         return counters
 
     def _summaries(self, mode: str, pools: List[PagedPool]) -> Dict[str, Any]:
@@ -301,9 +224,7 @@ class KVCacheManager(PagedCacheManager, Codec):
         for pool in self.init_pools + self.eval_pools + [self.recur_pool, self.wm_pool]:
             if pool.stats is not None:
                 pool.stats.reset()
-        for stats in self._asked.values():
-            stats.reset()
-        self._skipped = 0
+        self._counts.reset()
 
     def __repr__(self) -> str:
         return (
@@ -344,6 +265,9 @@ class KVCacheManager(PagedCacheManager, Codec):
             if self._out_of_memory:
                 mend = 'memory has run out: lower policy.num_simulations or the number of environments'
             raise OutOfPages(f'{error}, and the running search needs the others: {mend}') from None
+
+    def _pool_of(self, env_id: int) -> PagedPool:
+        return self._pools_to(COLLECT, [env_id])[env_id]
 
     def _pools_to(self, mode: str, env_ids: Sequence[int]) -> List[PagedPool]:
         """The init pools of a mode, some environments' among them; an environment that is not there is an error."""
@@ -396,13 +320,3 @@ def _are_current(keys: Sequence[Hashable]) -> bool:
 def _summary(pool: KVCachePool, beside: int = 0) -> Dict[str, Any]:
     assert pool.stats is not None
     return {**pool.stats.summary(), 'size': len(pool) + beside, 'capacity': pool.pool_size}
-
-
-def _counts(asked: CacheStats, pools: List[PagedPool], filled: float) -> Dict[str, Any]:
-    return {
-        'queries': asked.total_queries,
-        'hits': asked.hits,
-        'misses': asked.misses,
-        'evictions': sum(pool.stats.evictions for pool in pools if pool.stats is not None),
-        'occupancy': filled,
-    }

@@ -147,7 +147,8 @@ class Lease:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        # Garbage may be collected in the middle of anything, an allocation too: the pages are only left to be released.
+        # The garbage collector may close a context in the middle of an allocation, when no page may be released; the
+        # next allocation releases these.
         self._leave() if kind is GeneratorExit else self.release()
 
     def __del__(self) -> None:

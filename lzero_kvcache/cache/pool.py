@@ -118,7 +118,7 @@ class KVCachePool:
     def count(self, key: Hashable, found: bool) -> None:
         """
         Overview:
-            Count a look-up that was made for this pool elsewhere.
+            Count a look-up that the manager made: an environment's newest root is in no pool.
         """
         if self.stats is not None:
             self.stats.record(1, int(found))

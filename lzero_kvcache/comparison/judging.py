@@ -4,7 +4,6 @@ import functools
 import itertools
 import operator
 import os
-import statistics
 from typing import Any, Callable, Dict, FrozenSet, Hashable, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
@@ -54,13 +53,9 @@ class Side(NamedTuple):
 
 class Spread(NamedTuple):
     """
-    A measure over those runs of a side that have it; the sample standard deviation is None for one run. The centre is
-    the median with the range, or the interquartile mean with its interval.
+    A measure over those runs of a side that have it. The centre is the median, between the least and the greatest, or
+    the interquartile mean with its interval.
     """
-    mean: float
-    deviation: Number
-    least: float
-    greatest: float
     runs: int
     statistic: str
     centre: float
@@ -89,12 +84,10 @@ class Caution(NamedTuple):
 
 class Comparison(NamedTuple):
     """
-    All that there is to say. Mixed runs were trained with several cache systems and are in no side; ``left_out`` are
-    the runs that could not be read, each with the reason; ``differences`` has, by config key, the values as text by the
-    name of a side, joined by '; ' where the side's runs differ.
+    All that there is to say. ``left_out`` are the runs that could not be read, each with the reason; ``differences``
+    has, by config key, the values as text by the name of a side, joined by '; ' where the side's runs differ.
     """
     sides: List[Side]
-    mixed: List[TrainedRun]
     rows: List[Row]
     differences: Dict[str, Dict[str, str]]
     warnings: List[Caution]
@@ -112,17 +105,12 @@ class Comparison(NamedTuple):
 
 def judge(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]], left_out: Dict[str, str]) -> Comparison:
     """Compare runs; ``groups`` are (name, pattern) of sides, as of ``compare_runs``."""
-    mixed = [run for run in runs if len(run.caches) > 1]
-    sides = sort_into_sides([run for run in runs if len(run.caches) <= 1], groups)
-    if not sides:
-        raise ConfigError(f'{", ".join(run.name for run in mixed)}: trained with more than one cache system each; '
-                          'compare runs of one')
+    sides = sort_into_sides(runs, groups)
     statistic = INTERQUARTILE_MEAN if all(len(side.runs) >= MANY_RUNS for side in sides) else MEDIAN
     blocked = {side.name: {about for warning in _warnings([sides[0], side]) for about in warning.blocks}
                for side in sides[1:]}
-    rows = [_row(measure, sides, mixed, blocked, statistic) for measure in MEASURES]
-    return Comparison(sides, mixed, rows, _config_differences(sides), _notes([*runs]) + _warnings(sides), left_out,
-                      statistic)
+    rows = [_row(measure, sides, blocked, statistic) for measure in MEASURES]
+    return Comparison(sides, rows, _config_differences(sides), _notes(runs) + _warnings(sides), left_out, statistic)
 
 
 def as_json(comparison: Comparison) -> Dict[str, Any]:
@@ -130,7 +118,6 @@ def as_json(comparison: Comparison) -> Dict[str, Any]:
     return dict(
         baseline=comparison.sides[0].name,
         sides=[dict(name=side.name, runs=list(map(_run, side.runs))) for side in comparison.sides],
-        mixed=list(map(_run, comparison.mixed)),
         measures=[
             dict(
                 name=row.measure.name, title=row.measure.title, source=row.source, runs=row.values,
@@ -240,9 +227,8 @@ MEASURES = (
 )
 
 
-def _row(measure: Measure, sides: Sequence[Side], mixed: Sequence[TrainedRun], blocked: Dict[str, Set[str]],
-         statistic: str) -> Row:
-    runs = [run for side in sides for run in side.runs] + list(mixed)
+def _row(measure: Measure, sides: Sequence[Side], blocked: Dict[str, Set[str]], statistic: str) -> Row:
+    runs = [run for side in sides for run in side.runs]
     by_source = {source: {run.name: read(run) for run in runs} for source, read in measure.sources.items()}
     source = max(by_source, key=lambda name: sum(value is not None for value in by_source[name].values()))
     values = by_source[source]
@@ -257,9 +243,8 @@ def _spread(values: Sequence[Number], statistic: str) -> Optional[Spread]:
     known = [float(value) for value in values if value is not None]
     if not known:
         return None
-    deviation = statistics.stdev(known) if len(known) > 1 else None
     centre, low, high = (float(number) for number in summed_up(np.array(known), statistic, RESAMPLES))
-    return Spread(statistics.fmean(known), deviation, min(known), max(known), len(known), statistic, centre, low, high)
+    return Spread(len(known), statistic, centre, low, high)
 
 
 def summed_up(values: np.ndarray, statistic: str, resamples: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -302,11 +287,9 @@ def _config_differences(sides: Sequence[Side]) -> Dict[str, Dict[str, str]]:
 
 
 def _notes(runs: Sequence[TrainedRun]) -> List[Caution]:
-    mixed = [f"{run.name} is mixed: it was trained with {' and '.join(run.caches)}, and is in no side's numbers"
-             for run in runs if len(run.caches) > 1]
     resumed = [f'{run.name} went on with an empty replay buffer at {step:,} environment steps, which bends its curves'
                for run in runs for step in run.summary.get('resumed_at') or []]
-    return list(map(Caution, mixed + resumed + [f'{run.name}: {note}' for run in runs for note in run.notes]))
+    return list(map(Caution, resumed + [f'{run.name}: {note}' for run in runs for note in run.notes]))
 
 
 def _warnings(sides: Sequence[Side]) -> List[Caution]:

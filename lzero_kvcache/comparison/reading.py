@@ -2,7 +2,7 @@
 What runs left behind: event files, the saved config and the summary. tensorboard's own reader reads every point of the
 tags that are compared. The arrays of a curve have one dimension, an element for each point.
 """
-import ast
+import itertools
 import json
 import os
 import re
@@ -13,18 +13,13 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto import event_pb2
 from tensorboard.util import tensor_util
 
 from ..config import FLAG, OPTIONS, ConfigError
+from ..run_files import CONFIG_FILE, EVENT_FILES, events, read_config
 
-EVENT_FILE, CONFIG_FILE, SUMMARY_FILE = 'tfevents', 'total_config.py', 'summary.json'
-# Where LightZero puts event files, below an experiment's folder.
-LOG_FOLDER = os.path.join('log', 'serial')
+EVENT_FILE, SUMMARY_FILE = 'tfevents', 'summary.json'
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
-# A record is its length, a checksum of it, the event, and a checksum of that.
-RECORD_FRAME = 8 + 4 + 4
 # Seconds by which the events of one file may be out of order.
 CLOCK_TOLERANCE = 1.
 
@@ -38,8 +33,9 @@ TAGS = frozenset([
     *(CACHE + name for name in ('search_ms', 'step_ms', 'memory_mb', 'total_evictions')),
     *(f'{CACHE}{pool}_{count}' for pool in POOLS for count in ('hits', 'queries')),
 ])
-# LightZero and this package write what they write against environment steps under NAME_step/TAG.
-AGAINST_ENV_STEPS = '_step/'
+# What LightZero and this package write against environment steps is called NAME_step/TAG, and against iterations
+# NAME_iter/TAG. A file that goes on from a checkpoint begins with the iteration of the checkpoint, and with more steps.
+ENV_STEPS, ITERATIONS = '_step/', '_iter/'
 
 WORLD_MODEL = 'policy.model.world_model_cfg.'
 OLD = 'old'
@@ -100,14 +96,6 @@ class TrainedRun:
         if not self.config.get(WORLD_MODEL + FLAG, False):
             return OLD
         return self.config.get(f'{WORLD_MODEL}{OPTIONS}.type', 'new')
-
-    @property
-    def caches(self) -> List[str]:
-        """The cache systems of its segments, several if it was resumed with another one."""
-        segments = self.from_summary('segments')
-        systems = [segment.get('cache') for segment in segments if isinstance(segment, dict)] \
-            if isinstance(segments, list) else []
-        return list(dict.fromkeys(filter(None, systems or [self.cache])))
 
     @property
     def seed(self) -> Optional[int]:
@@ -188,7 +176,7 @@ def _run_folder_of(folder: str) -> str:
         if any(os.path.exists(os.path.join(above, file)) for file in (CONFIG_FILE, SUMMARY_FILE)):
             return above
         above = os.path.dirname(above)
-    before, log, _ = (folder + os.sep).partition(os.sep + LOG_FOLDER + os.sep)
+    before, log, _ = (folder + os.sep).partition(os.sep + EVENT_FILES + os.sep)
     return before if log else folder
 
 
@@ -221,38 +209,62 @@ def read_run(run: TrainedRun) -> None:
 class _EventFile:
     """
     One event file as far as it is whole; ``fault`` says what is missing. ``points`` has step, number of the event and
-    value in turn for each tag, and under AGAINST_ENV_STEPS the steps of all tags of this kind.
+    value in turn for each tag, ``reached`` each highest step so far of an axis and the number of its event.
     """
 
     def __init__(self, path: str) -> None:
         self.points: Dict[str, array] = defaultdict(lambda: array('d'))
+        self.reached: Dict[str, List[Tuple[int, int]]] = {ENV_STEPS: [], ITERATIONS: []}
         self.fault: Optional[str] = None
-        self.scalars = last = 0
-        times = array('d')
+        self._counts, times = array('q'), array('d')
+        self.scalars = 0
         try:
-            for event in _events(path):
+            for event in _whole_events(path):
                 for value in event.summary.value:
                     number = _scalar(value)
-                    if number is None:
-                        continue
-                    self.scalars, last = self.scalars + 1, len(times)
-                    if value.tag in TAGS:
-                        self.points[value.tag].extend((event.step, last, number))
-                    if AGAINST_ENV_STEPS in value.tag:
-                        self.points[AGAINST_ENV_STEPS].extend((event.step, last, 0.))
+                    if number is not None:
+                        self._add(event.step, len(times), value.tag, number)
                 times.append(event.wall_time)
+                self._counts.append(self.scalars)
         except Unreadable as error:
             self.fault = str(error)
+        self.end = len(times)
         # Times are those of a clock that is never set back.
         passed = np.diff(times, prepend=times[:1])
         back = np.where(passed < -CLOCK_TOLERANCE, -passed, 0.)
         self.set_back = back.sum()
         self._clock = np.maximum.accumulate(np.array(times) + np.cumsum(back))
-        self.span = (self._clock[0], self._clock[last]) if times else (0., 0.)
+
+    def _add(self, step: int, event: int, tag: str, number: float) -> None:
+        self.scalars += 1
+        if tag in TAGS:
+            self.points[tag].extend((step, event, number))
+        for axis, reached in self.reached.items():
+            if axis in tag and (not reached or step > reached[-1][0]):
+                reached.append((step, event))
+
+    def cut_off(self, later: '_EventFile') -> None:
+        """End where another file went on from a checkpoint, if it did within this one."""
+        for axis, reached in self.reached.items():
+            if reached and later.reached[axis] and reached[0][0] < later.reached[axis][0][0]:
+                first = later.reached[axis][0][0]
+                beyond = [event for step, event in reached if step > first or (step == first and axis == ITERATIONS)]
+                self.end = min([self.end, *beyond])
+
+    @property
+    def abandoned(self) -> int:
+        """How many points are cut off."""
+        return self.scalars - (self._counts[self.end - 1] if self.end else 0)
+
+    @property
+    def span(self) -> Span:
+        last = int(np.searchsorted(self._counts, self._counts[self.end - 1])) if self.end else 0
+        return (self._clock[0], self._clock[last]) if self.end else (0., 0.)
 
     def curve(self, tag: str) -> np.ndarray:
         """The points of a tag by step, with their times: ``[N, 3]``."""
         points = np.array(self.points[tag]).reshape(-1, 3)
+        points = points[points[:, 1] < self.end]
         points[:, 1] = self._clock[points[:, 1].astype(int)]
         return points[np.argsort(points[:, 0], kind='stable')]
 
@@ -265,46 +277,36 @@ def _read_events(run: TrainedRun) -> None:
     filled = [file for file in files if file.scalars]
     if not filled:
         raise Unreadable('; '.join(faults) or 'no scalar in ' + ', '.join(map(os.path.basename, run.event_files)))
-    run.spans = _united([file.span for file in filled])
+    for earlier, later in itertools.combinations(filled, 2):
+        earlier.cut_off(later)
+    run.spans = _united([file.span for file in filled if file.end])
     run.points = sum(file.scalars for file in filled)
-    abandoned = 0
     for tag in sorted({tag for file in filled for tag in file.points}):
-        steps, times, values = np.concatenate(_parts_that_count([file.curve(tag) for file in filled])).T
-        abandoned += sum(len(file.points[tag]) // 3 for file in filled) - len(steps)
-        seconds = sum((np.clip(times, *span) - span[0] for span in run.spans), np.zeros_like(times))
-        run.curves[tag] = Curve(steps.astype(int), seconds, values)
-    if AGAINST_ENV_STEPS in run.curves:
-        run.env_step = int(run.curves.pop(AGAINST_ENV_STEPS).steps[-1])
-    set_back = sum(file.set_back for file in filled)
+        parts = sorted(filter(len, (file.curve(tag) for file in filled)), key=lambda part: part[0, 0])
+        if parts:
+            steps, times, values = np.concatenate(parts).T
+            seconds = sum((np.clip(times, *span) - span[0] for span in run.spans), np.zeros_like(times))
+            run.curves[tag] = Curve(steps.astype(int), seconds, values)
+    run.env_step = max((step for file in filled for step, event in file.reached[ENV_STEPS] if event < file.end),
+                       default=None)
+    set_back, abandoned = sum(file.set_back for file in filled), sum(file.abandoned for file in filled)
     run.notes += faults
     if set_back:
         run.notes.append(f'its clock was set back by {set_back:,.0f} s in all; no time is counted there')
-    if len(run.spans) < len(filled):
+    if len(run.spans) < sum(file.end > 0 for file in filled):
         run.notes.append('its event files overlap in time, which is counted once')
     if abandoned:
-        run.notes.append(f'{abandoned:,} points are not counted: it went on from a checkpoint before them')
+        run.notes.append(f'{abandoned:,} points and their time do not count: it went on from a checkpoint before them')
 
 
-def _parts_that_count(parts: Sequence[np.ndarray]) -> List[np.ndarray]:
-    """Parts of a curve by step; one that begins within the steps of an earlier one went on from a checkpoint there."""
-    counted: List[np.ndarray] = []
-    for part in filter(len, parts):
-        first = part[0, 0]
-        counted = [earlier[earlier[:, 0] < first] if earlier[0, 0] < first < earlier[-1, 0] else earlier
-                   for earlier in counted]
-        counted.append(part)
-    return sorted(counted, key=lambda part: part[0, 0])
-
-
-def _events(file: str) -> Iterator[Any]:
-    """The events of a file. tensorboard's reader stops at a damaged record without a word, so its bytes are counted."""
-    name = os.path.basename(file)
-    done = 0
+def _whole_events(path: str) -> Iterator[Any]:
+    """The events of a file, and at the end the fault of one that is not whole."""
+    name, done = os.path.basename(path), 0
     try:
-        size = os.path.getsize(file)
-        for record in RawEventFileLoader(file).Load():
-            done += len(record) + RECORD_FRAME
-            yield event_pb2.Event.FromString(record)
+        size = os.path.getsize(path)
+        for end, event in events(path):
+            yield event
+            done = end
     except OSError as error:
         raise Unreadable(f'{name} cannot be read ({error.strerror})') from error
     except DecodeError as error:
@@ -333,44 +335,6 @@ def _united(spans: Sequence[Span]) -> List[Span]:
         else:
             united.append((started, ended))
     return united
-
-
-class Source(str):
-    """An expression that is no literal, as ``float("inf")``."""
-
-    __repr__ = str.__str__
-
-
-def read_config(path: str) -> Dict[str, Any]:
-    """A ``total_config.py``, parsed and never run, by dotted key; empty if there is none."""
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path, encoding='utf-8') as file:
-            source = file.read()
-        tree = ast.parse(source)
-    except (OSError, SyntaxError, ValueError, RecursionError) as error:
-        raise ValueError(f'{os.path.basename(path)} cannot be parsed ({error})') from error
-    dicts = [node.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)]
-    if not dicts:
-        raise ValueError(f'{os.path.basename(path)} has no config in it')
-    return dict(_flattened(dicts[0], '', source))
-
-
-def _flattened(node: ast.Dict, prefix: str, source: str) -> Iterator[Tuple[str, Any]]:
-    for key, value in zip(node.keys, node.values):
-        name = prefix + ('**' if key is None else str(_value(key, source)))
-        if isinstance(value, ast.Dict) and value.keys:
-            yield from _flattened(value, name + '.', source)
-        else:
-            yield name, _value(value, source)
-
-
-def _value(node: ast.AST, source: str) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        return Source(' '.join((ast.get_source_segment(source, node) or '').split()))
 
 
 def _read_summary(path: str) -> Dict[str, Any]:

@@ -62,10 +62,10 @@ def measures_table(comparison: Comparison, others: Optional[Sequence[Side]] = No
 
 def runs_table(comparison: Comparison, runs: Optional[Sequence[TrainedRun]] = None) -> Table:
     """The measures by run, of all runs or of some."""
-    runs = comparison.runs + comparison.mixed if runs is None else runs
+    runs = comparison.runs if runs is None else runs
     sides = {run.name: side.name for side in comparison.sides for run in side.runs}
     rows = [
-        ['side', *(sides.get(run.name, 'mixed: ' + ', '.join(run.caches)) for run in runs)],
+        ['side', *(sides[run.name] for run in runs)],
         ['seed', *(NONE if run.seed is None else str(run.seed) for run in runs)],
     ]
     for row in comparison.rows:
@@ -82,7 +82,7 @@ def config_table(comparison: Comparison) -> Table:
 
 def origin(comparison: Comparison) -> List[str]:
     """When and where the runs were trained, with what, and by which commands, as far as they say it."""
-    runs = comparison.runs + comparison.mixed
+    runs = comparison.runs
     lines = ['Trained {} to {} UTC'.format(*(
         datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).strftime('%Y-%m-%d %H:%M')
         for moment in (min(run.spans[0][0] for run in runs), max(run.spans[-1][1] for run in runs))))]
@@ -162,9 +162,8 @@ def show(comparison: Comparison, console: Console) -> None:
             line(console, f'WARNING: {warning.text}')
     for others in [[side] for side in comparison.sides[1:]] or [[]]:
         console.print(_drawn(measures_table(comparison, others), numbers=True))
-    runs = comparison.runs + comparison.mixed
-    if comparison.mixed or len(comparison.sides) < len(comparison.runs) and comparison.statistic == MEDIAN:
-        for beside in _beside_each_other(runs, console.width):
+    if len(comparison.sides) < len(comparison.runs) and comparison.statistic == MEDIAN:
+        for beside in _beside_each_other(comparison.runs, console.width):
             console.print(_drawn(runs_table(comparison, beside), numbers=True))
     differences = config_table(comparison)
     if differences.rows:

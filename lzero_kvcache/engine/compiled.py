@@ -1,5 +1,5 @@
-"""A simulation of the model on the CPU as one compiled function: what :meth:`Engine.step` and :meth:`Engine.for_search`
-do, and :meth:`Engine.begin`, with pages read and written where they are. Importing it imports numba.
+"""Steps of the model on the CPU as compiled functions: what :meth:`Engine.step`, :meth:`Engine.for_search` and
+:meth:`Engine.begin` do, with pages read and written where they are. Importing it imports numba.
 
 Rows stand side by side: numbers of ``tiles`` times eight rows are ``[tiles, numbers, 8]``, so that one row cannot touch
 another. Attention alone goes row by row, since pages do. Places in memory are addresses.
@@ -56,7 +56,9 @@ from .program import (
     QUERY_BIAS,
     QUERY_WEIGHT,
     RELU,
+    SCALE,
     SIM_NORM,
+    STANDARDIZE,
     TANH,
     VALUE_BIAS,
     VALUE_WEIGHT,
@@ -215,6 +217,26 @@ def _norm(weight: int, bias: int, source: int, target: int, size: int, tiles: in
 
 
 @inner
+def _standardize(mean: int, variance: int, at: int, size: int, tiles: int, eps: float) -> None:
+    """In place, by numbers that training has gathered."""
+    for i in range(size):
+        middle, scale = spread(mean, i), constant(1.0) / root(spread(variance, i) + constant(eps))
+        for tile in range(tiles):
+            place = (tile * size + i) * WIDTH
+            store((load(at, place) - middle) * scale, at, place)
+
+
+@inner
+def _scale(weight: int, bias: int, at: int, size: int, tiles: int) -> None:
+    """In place, each column by numbers of its own."""
+    for i in range(size):
+        factor, added = spread(weight, i), spread(bias, i)
+        for tile in range(tiles):
+            place = (tile * size + i) * WIDTH
+            store(multiply_add(load(at, place), factor, added), at, place)
+
+
+@inner
 def _gelu(x: Any) -> Any:
     """``x (1 + tanh(u)) / 2 = x sigmoid(2 u)``, ``u = sqrt(2 / pi) (x + 0.044715 x^3)``."""
     inner = multiply_add(x * x, constant(-2 * 0.044715 * math.sqrt(2 / math.pi)), constant(-2 * math.sqrt(2 / math.pi)))
@@ -275,6 +297,10 @@ def _run(program: np.ndarray, source: int, scratch: Scratch, tiles: int, eps: fl
             group = operation[WEIGHT]
             for i in range(0, size * tiles, group):
                 _softmax(at + i * TILE, group, WIDTH)
+        elif operation[KIND] == STANDARDIZE:
+            _standardize(operation[WEIGHT], operation[BIAS], at, size, tiles, eps)
+        elif operation[KIND] == SCALE:
+            _scale(operation[WEIGHT], operation[BIAS], at, size, tiles)
         else:
             _elementwise(operation[KIND], at, size * tiles)
     return at
@@ -442,8 +468,9 @@ def _token(network: Network, shift: int, shift_step: int, scratch: Scratch, rows
 @inner
 def _find_tokens(network: Network, slab: int, tables: np.ndarray, counts: np.ndarray, pages: np.ndarray,
                  scratch: Scratch, start: int, rows: int) -> None:
-    """Addresses of the rows' tokens, the first layer's key: of the contexts, of the action and of the observation.
-    Beyond them, and for rows that only fill up a tile, it is the null page's, which is zeros."""
+    """Addresses of the rows' tokens, the first layer's key: of the contexts, and of the token that follows on each, an
+    observation where there is no context. All others are the null page's, which is zeros: what a new page held before
+    may be no numbers, and no mask hides that."""
     half = len(network.blocks) * 2 * network.embed * NUMBER
     for row in range((rows + WIDTH - 1) // WIDTH * WIDTH):
         count = counts[start + row] if row < rows else -1
@@ -451,9 +478,20 @@ def _find_tokens(network: Network, slab: int, tables: np.ndarray, counts: np.nda
         for token in range(scratch.tokens.shape[1]):
             slot = token + 1
             page = tables[start + row, slot // 2] if slot // 2 < count else NULL_PAGE
-            if slot // 2 == count:
+            if row < rows and token == scratch.lengths[row] - 1:
                 page = pages[start + row]
             scratch.tokens[row, token] = slab + (2 * page + slot % 2) * half
+
+
+@inner
+def _find_observations(network: Network, slab: int, counts: np.ndarray, pages: np.ndarray, scratch: Scratch, start: int,
+                       rows: int) -> None:
+    """Go on to the observations that follow on the actions."""
+    half = len(network.blocks) * 2 * network.embed * NUMBER
+    for row in range(rows):
+        token = 2 * counts[start + row]
+        scratch.lengths[row] = token + 1
+        scratch.tokens[row, token] = slab + (2 * pages[start + row] + 1) * half
 
 
 @inner
@@ -516,6 +554,19 @@ def _spread_out(source: int, begin: int, end: int, start: int, rows: int, out: n
 
 
 @inner
+def _policy(network: Network, scratch: Scratch, tiles: int, start: int, rows: int, policy: np.ndarray) -> None:
+    """What is predicted from ``scratch.y``, which does not stay."""
+    trunk = _run(network.trunk, scratch.y, scratch, tiles, network.eps)
+    if len(network.trunk):
+        _copy(trunk, scratch.y, tiles * network.trunk[-1, OUTPUTS] * WIDTH)
+    size = network.first[-1, OUTPUTS]
+    _spread_out(_run(network.first, scratch.y, scratch, tiles, network.eps), size - size, size, start, rows, policy)
+    if len(network.second):
+        sigma = _run(network.second, scratch.y, scratch, tiles, network.eps)
+        _spread_out(sigma, size, network.policy, start, rows, policy)
+
+
+@inner
 def _simulate_rows(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, counts: np.ndarray,
                    pages: np.ndarray, actions: np.ndarray, places: np.ndarray, scratch: Scratch, start: int, rows: int,
                    reward: np.ndarray, value: np.ndarray, policy: np.ndarray, latent: np.ndarray) -> None:
@@ -527,8 +578,7 @@ def _simulate_rows(network: Network, shift: np.ndarray, slab: np.ndarray, tables
     _token(network, shift_at, shift_step, scratch, rows, True)
     rewards = _run(network.rewards, scratch.y, scratch, tiles, network.eps)
     _scalars(rewards, network.rewards[-1, OUTPUTS], scratch, start, rows, reward)
-    for row in range(rows):
-        scratch.lengths[row] += 1
+    _find_observations(network, slab.ctypes.data, counts, pages, scratch, start, rows)
     observed = _run(network.observations, scratch.y, scratch, tiles, network.eps)
     if len(latent):
         _spread_out(observed, tiles - tiles, network.embed, start, rows, latent)
@@ -536,14 +586,7 @@ def _simulate_rows(network: Network, shift: np.ndarray, slab: np.ndarray, tables
     _token(network, shift_at, shift_step, scratch, rows, True)
     values = _run(network.value, scratch.y, scratch, tiles, network.eps)
     _scalars(values, network.value[-1, OUTPUTS], scratch, start, rows, value)
-    trunk = _run(network.trunk, scratch.y, scratch, tiles, network.eps)
-    if len(network.trunk):
-        _copy(trunk, scratch.y, tiles * network.trunk[-1, OUTPUTS] * WIDTH)
-    size = network.first[-1, OUTPUTS]
-    _spread_out(_run(network.first, scratch.y, scratch, tiles, network.eps), size - size, size, start, rows, policy)
-    if len(network.second):
-        sigma = _run(network.second, scratch.y, scratch, tiles, network.eps)
-        _spread_out(sigma, size, network.policy, start, rows, policy)
+    _policy(network, scratch, tiles, start, rows, policy)
 
 
 @inner
@@ -581,3 +624,61 @@ def begin_contexts(network: Network, shift: np.ndarray, slab: np.ndarray, tables
         _gather(latent.ctypes.data, network.embed, scratch.y, scratch, rows)
         _enter(network, scratch.y, places, scratch, start, rows)
         _token(network, shift.ctypes.data, shift_step, scratch, rows, False)
+
+
+# ---- roots -----------------------------------------------------------------------------------------------------------
+
+
+@inner
+def _observe(network: Network, observations: np.ndarray, latent: np.ndarray, scratch: Scratch, start: int,
+             rows: int) -> int:
+    """Where the observations' tokens are."""
+    tiles = (rows + WIDTH - 1) // WIDTH
+    for row in range(rows):
+        scratch.chosen[row] = start + row
+    if not len(observations):
+        _gather(latent.ctypes.data, network.embed, scratch.y, scratch, rows)
+        return scratch.y
+    _gather(observations.ctypes.data, observations.shape[1], scratch.y, scratch, rows)
+    observed = _run(network.encoder, scratch.y, scratch, tiles, network.eps)
+    _spread_out(observed, tiles - tiles, network.embed, start, rows, latent)
+    return observed
+
+
+@inner
+def _observe_rows(network: Network, shift: int, slab: int, tables: np.ndarray, counts: np.ndarray, pages: np.ndarray,
+                  actions: np.ndarray, places: np.ndarray, observations: np.ndarray, scratch: Scratch, start: int,
+                  rows: int, sequence: np.ndarray, latent: np.ndarray, value: np.ndarray, policy: np.ndarray) -> None:
+    tiles = (rows + WIDTH - 1) // WIDTH
+    shift_step = 0 if network.rotary else len(network.blocks) * 2 * network.embed * NUMBER
+    _find_tokens(network, slab, tables, counts, pages, scratch, start, rows)
+    if counts[start:start + rows].any():  # what it writes where an episode begins, the observation overwrites
+        _enter(network, _embed(network, actions, scratch, start, rows), places[0], scratch, start, rows)
+        _token(network, shift, shift_step, scratch, rows, False)
+    _find_observations(network, slab, counts, pages, scratch, start, rows)
+    _enter(network, _observe(network, observations, latent, scratch, start, rows), places[1], scratch, start, rows)
+    _token(network, shift, shift_step, scratch, rows, True)
+    first = tiles - tiles
+    _spread_out(scratch.y, first, network.embed, start, rows, sequence)
+    values = _run(network.value, scratch.y, scratch, tiles, network.eps)
+    _spread_out(values, first, network.value[-1, OUTPUTS], start, rows, value)
+    _policy(network, scratch, tiles, start, rows, policy)
+
+
+@inner
+def observe_roots(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, counts: np.ndarray,
+                  pages: np.ndarray, actions: np.ndarray, places: np.ndarray, observations: np.ndarray,
+                  scratch: Scratch, low: int, high: int, sequence: np.ndarray, latent: np.ndarray, value: np.ndarray,
+                  policy: np.ndarray) -> None:
+    """What follows on contexts, as :func:`simulate` takes them: an action, and an observation that is given. Where a
+    count is 0, an episode begins, and the action is not looked at.
+
+    ``observations [B, O]`` are encoded into ``latent [B, E]``; if they are empty, it is ``latent`` that is given.
+    Predicts what heads predict from, ``sequence [B, E]``, and the logits ``value [B, S]`` and ``policy [B, P]``.
+    """
+    side = TILES * WIDTH
+    for start in range(low, high, side):
+        _observe_rows(
+            network, shift.ctypes.data, slab.ctypes.data, tables, counts, pages, actions, places, observations, scratch,
+            start, min(side, high - start), sequence, latent, value, policy
+        )

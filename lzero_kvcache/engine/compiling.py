@@ -47,7 +47,7 @@ def entry(function: Function) -> Function:
 
 
 def _compiled(function: Any, **options: Any) -> Any:
-    """A function that lets nobody assume away nan."""
+    """A function that is compiled without fast-math: nan stays nan, and sums keep their order."""
     from numba import njit
 
     noisy = logging.getLogger('numba')

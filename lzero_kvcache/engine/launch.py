@@ -1,21 +1,18 @@
 """How a recurrent step is launched: eagerly, or as a replayed CUDA graph. ``N`` packed numbers of ``B`` rows."""
 import copy
 import logging
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
 
+from .graphs import Graphs, capture
 from .packing import filler, unpack
-from .slab import MIB, Slab
+from .slab import Slab
 from .step import Engine, StepOutput
 from .weights import Source, Weights
 
 logger = logging.getLogger(__name__)
-
-MAX_MOVES = 16
-"""How often weights may move to new storage, and graphs be captured anew, before steps run eagerly for good."""
-
 
 class Result(NamedTuple):
     """A step's predictions, and the part of them that a search takes to the CPU."""
@@ -50,12 +47,13 @@ class EagerBackend:
 
 
 class _Graph(NamedTuple):
-    graph: Any
+    replay: Callable[[], None]
     pinned: torch.Tensor  # [N, rows], on the CPU
     copied: Any  # event: the last copy from it is done
     device: torch.Tensor  # [N, rows]
     action: Optional[torch.Tensor]
     result: Result
+    memory_mb: float
 
 
 class CudaGraphBackend(EagerBackend):
@@ -65,15 +63,16 @@ class CudaGraphBackend(EagerBackend):
 
     def __init__(self, engine: Engine, source: Source, scratch_page: int) -> None:
         super().__init__(engine, source, scratch_page)
-        self._graphs: Dict[Tuple[int, int, bool], _Graph] = {}
-        self._addresses: Tuple[int, ...] = ()
-        self._checked: Optional[Weights] = None
-        self._moves = 0
-        self._usable = True
+        self.graphs = Graphs(f"kv_cache_cfg.backend='{self.name}' does not work here")
+        self._checked: Tuple[Optional[Weights], Tuple[int, ...]] = None, ()
+
+    @property
+    def memory_mb(self) -> float:  # type: ignore[override]
+        return self.graphs.memory_mb
 
     @property
     def reuses_output(self) -> bool:  # type: ignore[override]
-        return bool(self._graphs)
+        return bool(self.graphs.kept)
 
     def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
         graph = self._graph(weights, slab, numbers, action)
@@ -90,66 +89,33 @@ class CudaGraphBackend(EagerBackend):
         if action is not None:
             assert graph.action is not None
             graph.action[:rows] = action.reshape(graph.action[:rows].shape)
-        graph.graph.replay()
+        graph.replay()
         search = graph.result.search
         return Result(graph.result.output.map(lambda part: part[:rows]), None if search is None else search[:rows])
 
     def _graph(self, weights: Weights, slab: Slab, numbers: np.ndarray,
                action: Optional[torch.Tensor]) -> Optional[_Graph]:
-        if not self._usable or weights.training or self.source.device().type != 'cuda':
+        if weights.training or self.source.device().type != 'cuda':
             return None
-        if weights is not self._checked or slab.address not in self._addresses:  # once per search
-            addresses = self.source.addresses() + (slab.address,)
-            if addresses != self._addresses:
-                self._moves += bool(self._graphs)
-                self._graphs.clear()
-                self._addresses, self.memory_mb = addresses, 0.0
-            self._checked = weights
-        rows = numbers.shape[1]
-        kind = len(numbers), action is not None
-        fitting = [key for key in self._graphs if key[0] >= rows and key[1:] == kind]
-        if fitting:
-            return self._graphs[min(fitting)]
-        if self._moves >= MAX_MOVES:
-            self._give_up('its storage keeps moving')
-            return None
-        try:
-            graph = self._capture(slab, rows, len(numbers), action)
-        except RuntimeError as error:
-            self._give_up(error)
-            return None
-        self._graphs[(rows,) + kind] = graph
-        return graph
-
-    def _give_up(self, reason: Any) -> None:
-        self._usable = False
-        self._graphs.clear()
-        self.memory_mb = 0.0
-        first_line = str(reason).split('\n', maxsplit=1)[0]
-        logger.warning(
-            f"kv_cache_cfg.backend='{self.name}' does not work here ({first_line}): running eagerly from now on"
+        if weights is not self._checked[0]:  # once per search
+            self._checked = weights, self.source.addresses()
+        count, rows = numbers.shape
+        return self.graphs.get(
+            rows, (count, action is not None), (*self._checked[1], slab.address),
+            lambda: self._capture(slab, rows, count, action)
         )
 
     def _capture(self, slab: Slab, rows: int, count: int, action: Optional[torch.Tensor]) -> _Graph:
         device = self.source.device()
-        before = torch.cuda.memory_allocated(device)
         pinned = torch.empty(count, rows, dtype=torch.int64, pin_memory=True)
         pinned.numpy()[:] = filler(self.engine.geometry, self._scratch_page, count)
         sent = pinned.to(device)
         held = None if action is None else torch.zeros_like(action)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # libraries allocate their workspaces before the capture
-            for _ in range(3):
-                self._run_fresh(slab, sent, held)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = self._run_fresh(slab, sent, held)
-        held_mb = (torch.cuda.memory_allocated(device) - before) / MIB
-        self.memory_mb += held_mb
-        logger.info(f'Captured a CUDA graph of a recurrent step for {rows} rows ({held_mb:.1f} MiB)')
-        return _Graph(graph, pinned, torch.cuda.Event(), sent, held, result)
+        captured = capture(device, lambda: self._run_fresh(slab, sent, held))
+        logger.info(f'Captured a CUDA graph of a recurrent step for {rows} rows ({captured.memory_mb:.1f} MiB)')
+        return _Graph(
+            captured.replays[0], pinned, torch.cuda.Event(), sent, held, captured.results[0], captured.memory_mb
+        )
 
     def _run_fresh(self, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
         """With the weights read inside, so that a capture reads them anew in each replay."""

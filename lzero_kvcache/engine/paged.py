@@ -1,8 +1,10 @@
 """Attention on a GPU that reads pages where they are. Importing it imports Triton.
 
 Shapes as in :mod:`.step`; the context of a row is the tokens ``0`` to ``2 count - 2``, and what it adds are the action
-and the observation of the page in its table's last column.
+and the observation of the page in its table's last column. A long context is split over ``S`` programs.
 """
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,8 +12,24 @@ import triton.language as tl
 from .slab import Slab
 from .weights import Geometry, Weights
 
-TOKENS = 16
-"""Tokens of a context that are looked at together."""
+MOST_PROGRAMS = 512
+"""Programs that a GPU is kept busy by: with more rows and heads, contexts are split less."""
+
+LEAST_TOKENS = 32
+"""Tokens of a context that are worth a program."""
+
+
+class Splitting(NamedTuple):
+    """How a context is divided among programs."""
+    splits: int
+    tokens: int  # that are looked at together
+    warps: int
+
+
+def splitting(tokens: int, programs: int) -> Splitting:
+    """For contexts of so many tokens at the most, and so many rows times heads."""
+    most = min(tokens // LEAST_TOKENS, MOST_PROGRAMS // programs)
+    return Splitting(1, 16, 2) if most < 2 else Splitting(1 << most.bit_length() - 1, LEAST_TOKENS, 4)
 
 
 @triton.jit
@@ -21,12 +39,14 @@ def _rotated(at, d, there, cosine, sine):
 
 
 @triton.jit
-def _attend(qkv, slab, tables, counts, positions, moved, out, layer, scale, rows, row_step, page_step, width,
-            LAYERS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
-            PART: tl.constexpr, ROTARY: tl.constexpr, TOKENS: tl.constexpr):
-    """Keys and values of a token into its page, and its attention: a row and a head for each program. ``moved`` is
-    what learned positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``."""
-    row, head = tl.program_id(0), tl.program_id(1)
+def _attend(qkv, slab, tables, counts, positions, moved, out, sums, layer, scale, rows, row_step, page_step, width,
+            LAYERS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
+            ROTARY: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr):
+    """Keys and values of a token into its page, and its attention: a row, a head and a part of its context for each
+    program. ``moved`` is what learned positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``.
+    Parts go to ``out [S, B, E]``, not divided yet, with maxima and totals in ``sums [S, B, H, 2]``."""
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    is_first = split == 0  # which has the token itself and, before an observation, its action
     d = tl.arange(0, PADDED)
     there = d < SIZE
     embed = HEADS * SIZE
@@ -49,8 +69,8 @@ def _attend(qkv, slab, tables, counts, positions, moved, out, layer, scale, rows
         kept_value = value - tl.load(shift + embed, mask=there, other=0.)
     page = tl.load(tables + row * row_step + (width - 1) * page_step)
     own = slab + ((page * 2 + PART) * LAYERS + layer) * 2 * embed + head * SIZE + d
-    tl.store(own, kept.to(slab.dtype.element_ty), mask=there)
-    tl.store(own + embed, kept_value.to(slab.dtype.element_ty), mask=there)
+    tl.store(own, kept.to(slab.dtype.element_ty), mask=there & is_first)
+    tl.store(own + embed, kept_value.to(slab.dtype.element_ty), mask=there & is_first)
     query *= scale
     top = tl.sum(query * key, 0)
     total = top * 0 + 1
@@ -63,12 +83,16 @@ def _attend(qkv, slab, tables, counts, positions, moved, out, layer, scale, rows
             shift = moved + (tl.load(positions + row) * LAYERS + layer) * 2 * embed + head * SIZE + d
             key += tl.load(shift, mask=there, other=0.)
             value += tl.load(shift + embed, mask=there, other=0.)
-        score = tl.sum(query * key, 0)
+        score = tl.where(count > 0, tl.sum(query * key, 0), -float('inf'))  # there is none where an episode begins
         higher = tl.maximum(top, score)
         old, new = tl.exp(top - higher), tl.exp(score - higher)
         top, total, mixed = higher, old + new, mixed * old + value * new
+    top = tl.where(is_first, top, -float('inf'))
+    total, mixed = tl.where(is_first, total, 0.), tl.where(is_first, mixed, 0.)
     tokens = (2 * count - 1).to(tl.int32)
-    for start in range(0, tokens, TOKENS):
+    share = tl.cdiv(tokens, SPLITS * TOKENS) * TOKENS
+    tokens = tl.minimum(tokens, (split + 1) * share)
+    for start in range(split * share, tokens, TOKENS):
         token = start + tl.arange(0, TOKENS)
         seen = token < tokens
         both = seen[:, None] & there[None, :]
@@ -86,20 +110,46 @@ def _attend(qkv, slab, tables, counts, positions, moved, out, layer, scale, rows
         total = total * old + tl.sum(weights, 0)
         mixed = mixed * old + tl.sum(values * weights[:, None], 0)
         top = higher
-    tl.store(out + row * embed + head * SIZE + d, mixed / total, mask=there)
+    if SPLITS == 1:
+        mixed = mixed / total
+    else:
+        at = sums + ((split * rows + row) * HEADS + head) * 2
+        tl.store(at, top)
+        tl.store(at + 1, total)
+    tl.store(out + (split * rows + row) * embed + head * SIZE + d, mixed, mask=there)
+
+
+@triton.jit
+def _join(parts, sums, out, rows, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr):
+    """Attention ``[B, E]`` from that over parts of contexts."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    d, split = tl.arange(0, PADDED), tl.arange(0, SPLITS)
+    at = (split * rows + row) * HEADS + head
+    top, total = tl.load(sums + at * 2), tl.load(sums + at * 2 + 1)
+    weights = tl.exp(top - tl.max(top, 0))
+    mixed = tl.load(parts + at[:, None] * SIZE + d[None, :], mask=(d < SIZE)[None, :], other=0.)
+    joined = tl.sum(mixed * weights[:, None], 0) / tl.sum(total * weights, 0)
+    tl.store(out + (row * HEADS + head) * SIZE + d, joined, mask=d < SIZE)
 
 
 def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, part: int, qkv: torch.Tensor,
            tables: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Attention ``[B, E]`` of a page's action (``part`` 0) or observation (1) with ``qkv [B, 3E]``, whose key and value
-    are written into the page."""
+    are written into the page. Without a context, an observation has no action before it."""
     rows, embed = len(qkv), geometry.embed_dim
     moved = torch.view_as_real(weights.places) if geometry.rotary else weights.shift
     assert moved is not None and slab.data is not None and moved.is_contiguous() and positions.is_contiguous()
-    out = qkv.new_empty(rows, embed)
-    _attend[rows, geometry.heads](
-        qkv, slab.data, tables, counts, positions, moved, out, layer, geometry.head_dim ** -0.5, rows,
-        *tables.stride(), tables.shape[1], geometry.layers, geometry.heads, geometry.head_dim,
-        triton.next_power_of_2(geometry.head_dim), part, geometry.rotary, TOKENS, num_warps=2
+    heads, size, padded = geometry.heads, geometry.head_dim, triton.next_power_of_2(geometry.head_dim)
+    splits, tokens, warps = splitting(2 * tables.shape[1], rows * heads)
+    out = qkv.new_empty(splits, rows, embed)
+    sums = out if splits == 1 else qkv.new_empty(splits, rows, heads, 2)
+    _attend[rows, heads, splits](
+        qkv, slab.data, tables, counts, positions, moved, out, sums, layer, size ** -0.5, rows, *tables.stride(),
+        tables.shape[1], geometry.layers, heads, size, padded, part, geometry.rotary, splits, tokens,
+        num_warps=warps
     )
-    return out
+    if splits == 1:
+        return out[0]
+    joined = qkv.new_empty(rows, embed)
+    _join[rows, heads](out, sums, joined, rows, heads, size, padded, splits, num_warps=2)
+    return joined

@@ -3,13 +3,14 @@
 A product of few rows is as long as the reading of its weights: its inner dimension is split over programs, and the
 kernel that follows adds their parts. ``B`` rows, ``K`` inputs, ``N`` outputs, ``S`` parts. Importing it imports Triton.
 """
-from typing import NamedTuple, Optional, Tuple
+import dataclasses
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .weights import Chain, Function, Linear, Norm, gelu
+from .weights import Chain, Function, Linear, Norm, Weights, gelu
 
 
 class Tiling(NamedTuple):
@@ -22,17 +23,24 @@ class Tiling(NamedTuple):
     stages: int
 
 
-TILINGS = {
-    16: Tiling(16, 32, 64, 8, 4, 4),
-    128: Tiling(64, 64, 32, 8, 4, 3),
-    1024: Tiling(64, 64, 32, 4, 4, 3),
-}
-"""By the most rows that they are for; the fastest of those that were tried on an H100 (docs/results.md)."""
+def tiling_of(rows: int, outputs: int) -> Tiling:
+    """The fastest of those that were tried on an H100 (docs/results.md)."""
+    if rows <= 16:
+        return Tiling(16, 32, 64, 8, 4, 4)
+    if rows <= 128:
+        return Tiling(64, 64, 32, 8, 4, 3)
+    return Tiling(64, 64, 32, 4, 4, 3) if outputs > 1024 else Tiling(128, 64, 64, 4, 8, 3)
+
+
+PRECISIONS = {'float32': 'tf32x3', 'tf32': 'tf32', 'bfloat16': 'tf32'}
+"""How tensor cores multiply float32, for each of ``kv_cache_cfg.matmul``: the first is as exact as float32, the last is
+not looked at."""
 
 
 @triton.jit
 def _multiply(x, weight, parts, rows, outputs, inputs,
-              ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr):
+              ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr,
+              PRECISION: tl.constexpr):
     """``x [B, K]`` times ``weight [N, K]``, transposed: a part of the sum for each program of the last axis."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -45,15 +53,17 @@ def _multiply(x, weight, parts, rows, outputs, inputs,
         right_mask = (output < outputs)[None, :] & (index < inputs)[:, None]
         left = tl.load(x + row[:, None] * inputs + index[None, :], mask=left_mask, other=0.0)
         right = tl.load(weight + output[None, :] * inputs + index[:, None], mask=right_mask, other=0.0)
-        total = tl.dot(left, right, total, input_precision='tf32x3')  # as exact as float32
+        total = tl.dot(left.to(right.dtype), right, total, input_precision=PRECISION)
     place = (part * rows + row)[:, None] * outputs + output[None, :]
     tl.store(parts + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
 
 
 @triton.jit
-def _finish(parts, bias, residual, norm_weight, norm_bias, out, normed, rows, outputs, eps,
-            PARTS: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, NORM: tl.constexpr, LANES: tl.constexpr):
-    """Add the parts of a row, its bias and what follows. With a norm, a program has the whole row."""
+def _finish(parts, bias, residual, chosen, norm_weight, norm_bias, out, normed, rows, outputs, eps,
+            PARTS: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, CHOSEN: tl.constexpr, NORM: tl.constexpr,
+            LANES: tl.constexpr):
+    """Add the parts of a row, its bias and what follows. With a norm, a program has the whole row, and adds a row of
+    ``residual``: its own, or the one that is ``chosen [B]``."""
     row = tl.program_id(0)
     lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
     there = lane < outputs
@@ -66,7 +76,8 @@ def _finish(parts, bias, residual, norm_weight, norm_bias, out, normed, rows, ou
         twice = 1.5957691216057308 * (total + 0.044715 * total * total * total)
         total = total / (1 + tl.exp(-twice))
     if NORM:
-        total += tl.load(residual + row * outputs + lane, mask=there, other=0.0)
+        other = tl.load(chosen + row) if CHOSEN else row
+        total += tl.load(residual + other * outputs + lane, mask=there, other=0.0)
         mean = tl.sum(tl.where(there, total, 0.0), 0) / outputs
         from_mean = tl.where(there, total - mean, 0.0)
         scale = tl.rsqrt(tl.sum(from_mean * from_mean, 0) / outputs + eps)
@@ -74,6 +85,27 @@ def _finish(parts, bias, residual, norm_weight, norm_bias, out, normed, rows, ou
         shift = tl.load(norm_bias + lane, mask=there, other=0.0)
         tl.store(normed + row * outputs + lane, from_mean * scale * weight + shift, mask=there)
     tl.store(out + row * outputs + lane, total, mask=there)
+
+
+def computed_in(weights: Weights, matmul: str) -> Weights:
+    """The same weights, whose products are computed in 'tf32' or in 'bfloat16'; for the latter matrices are copied."""
+
+    def changed(function: Function) -> Function:
+        if isinstance(function, Chain):
+            return Chain(tuple(map(changed, function.functions)))
+        if not isinstance(function, Linear):
+            return function
+        weight = function.weight.bfloat16() if matmul == 'bfloat16' else function.weight
+        return dataclasses.replace(function, weight=weight, matmul=matmul)
+
+    layers = [
+        layer._replace(qkv=changed(layer.qkv), proj=changed(layer.proj), mlp=changed(layer.mlp))
+        for layer in weights.layers
+    ]
+    return weights._replace(
+        layers=layers, rewards=changed(weights.rewards), observations=changed(weights.observations),
+        policy=changed(weights.policy), value=changed(weights.value)
+    )
 
 
 def apply(function: Function, x: torch.Tensor) -> torch.Tensor:
@@ -95,28 +127,47 @@ def residual_norm(function: Function, x: torch.Tensor, residual: torch.Tensor,
     """``residual [B, N]`` plus a function of ``x [B, K]``, and the norm of that."""
     *before, last = function.functions if isinstance(function, Chain) else (function, )
     x = apply(Chain(tuple(before)), x)
-    if isinstance(last, Linear) and isinstance(norm, Norm) and norm.weight is not None and norm.bias is not None:
+    if isinstance(last, Linear) and _is_plain(norm):
         return _product(x, last, False, residual, norm)
     total = residual + apply(last, x)
     return total, norm(total)
 
 
+def place_norm(x: torch.Tensor, places: torch.Tensor, positions: torch.Tensor,
+               norm: Function) -> Tuple[torch.Tensor, torch.Tensor]:
+    """``x [B, N]`` plus the rows of ``places`` at positions ``[B]``, and the norm of that."""
+    if _is_plain(norm):
+        return _finished(x[None].contiguous(), None, False, places, positions, norm)
+    total = x + places[positions]
+    return total, norm(total)
+
+
+def _is_plain(norm: Function) -> bool:
+    return isinstance(norm, Norm) and norm.weight is not None and norm.bias is not None
+
+
 def _product(x: torch.Tensor, layer: Linear, then_gelu: bool, residual: Optional[torch.Tensor],
-             norm: Optional[Norm]) -> Tuple[torch.Tensor, torch.Tensor]:
+             norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     (rows, inputs), outputs = x.shape, len(layer.weight)
-    tiling = TILINGS[min(most for most in TILINGS if most >= min(rows, max(TILINGS)))]
+    tiling = tiling_of(rows, outputs)
     parts = x.new_empty(tiling.parts, rows, outputs)
     _multiply[(triton.cdiv(outputs, tiling.outputs), triton.cdiv(rows, tiling.rows), tiling.parts)](
         x, layer.weight, parts, rows, outputs, inputs, ROWS=tiling.rows, OUTPUTS=tiling.outputs, INPUTS=tiling.inputs,
-        PARTS=tiling.parts, num_warps=tiling.warps, num_stages=tiling.stages
+        PARTS=tiling.parts, PRECISION=PRECISIONS[layer.matmul], num_warps=tiling.warps, num_stages=tiling.stages
     )
-    out = x.new_empty(rows, outputs)
+    return _finished(parts, layer.bias, then_gelu, residual, None, norm)
+
+
+def _finished(parts: torch.Tensor, bias: Optional[torch.Tensor], then_gelu: bool, residual: Optional[torch.Tensor],
+              chosen: Optional[torch.Tensor], norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    count, rows, outputs = parts.shape
+    out = parts.new_empty(rows, outputs)
     normed = out if norm is None else torch.empty_like(out)
     lanes = triton.next_power_of_2(outputs) if norm is not None else min(1024, triton.next_power_of_2(outputs))
-    weight, bias, eps = (out, out, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    weight, shift, eps = (out, out, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     _finish[(rows, triton.cdiv(outputs, lanes))](
-        parts, out if layer.bias is None else layer.bias, out if residual is None else residual, weight, bias, out,
-        normed, rows, outputs, eps, PARTS=tiling.parts, BIAS=layer.bias is not None, GELU=then_gelu,
-        NORM=norm is not None, LANES=lanes, num_warps=4
+        parts, out if bias is None else bias, out if residual is None else residual, out if chosen is None else chosen,
+        weight, shift, out, normed, rows, outputs, eps, PARTS=count, BIAS=bias is not None, GELU=then_gelu,
+        CHOSEN=chosen is not None, NORM=norm is not None, LANES=lanes, num_warps=4
     )
     return out, normed

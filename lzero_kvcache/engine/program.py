@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-LINEAR, GELU, RELU, TANH, SIM_NORM, EXPONENTIAL, CLAMPED_EXPONENTIAL, LAYER_NORM = range(8)
-"""Kinds of operations."""
+LINEAR, GELU, RELU, TANH, SIM_NORM, EXPONENTIAL, CLAMPED_EXPONENTIAL, LAYER_NORM, STANDARDIZE, SCALE = range(10)
+"""Kinds of operations. The last two are a BatchNorm."""
 
 KIND, INPUTS, OUTPUTS, WEIGHT, BIAS = range(5)
-"""Columns of an operation. A SimNorm has the size of its groups in place of a weight."""
+"""Columns of an operation. A SimNorm has the size of its groups in place of a weight; what standardizes, means and
+variances."""
 
 (NORM1_WEIGHT, NORM1_BIAS, QUERY_WEIGHT, QUERY_BIAS, KEY_WEIGHT, KEY_BIAS, VALUE_WEIGHT, VALUE_BIAS, PROJ_WEIGHT,
  PROJ_BIAS, NORM2_WEIGHT, NORM2_BIAS, WIDEN_WEIGHT, WIDEN_BIAS, NARROW_WEIGHT, NARROW_BIAS) = range(16)
@@ -39,3 +40,4 @@ class Network(NamedTuple):
     trunk: np.ndarray  # what both parts of the policy head begin with
     first: np.ndarray  # logits, or mu
     second: np.ndarray  # sigma, or nothing
+    encoder: np.ndarray  # of vectors; or nothing, where observations are encoded by torch

@@ -69,6 +69,10 @@ class Engine:
         """What a search takes to the host: reward and value as numbers, and policy logits ``[B, 2 + P]``."""
         assert output.logits_rewards is not None
         rows = output.logits_value.shape[0]
+        if weights.captured and output.logits_value.is_cuda and has_triton():
+            from .numbers import for_search
+
+            return for_search(output, output.logits_value.new_empty(rows, 2 + output.logits_policy.shape[-1]))
         scalars = weights.scalar(torch.cat([output.logits_rewards.squeeze(1), output.logits_value.squeeze(1)]))
         return torch.cat([scalars.view(2, rows).T, output.logits_policy.squeeze(1)], dim=1)
 
@@ -105,8 +109,8 @@ class Engine:
         A count of 0 starts a context, and its action is not looked at. ``positions [2, B]`` are those of both tokens.
         The observation is ``latent [B, E]``, and no reward is predicted; or without it the predicted observation.
         """
-        if latent is None and weights.captured and slab.data is not None and slab.data.is_cuda and has_triton():
-            return self.simulate(weights, slab, tables, counts, action, positions)
+        if weights.captured and slab.data is not None and slab.data.is_cuda and has_triton():
+            return self.simulate(weights, slab, tables, counts, action, positions, latent)
         window = slab.read(tables, self.window.room(slab, tables.numel()))
         last = window.shape[1] - 1
         if weights.shift is not None:
@@ -119,36 +123,48 @@ class Engine:
         return output
 
     def simulate(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
-                 positions: torch.Tensor) -> StepOutput:
-        """:meth:`step` with the predicted observation and without a window: Triton reads pages where they are."""
+                 positions: torch.Tensor, latent: Optional[torch.Tensor] = None) -> StepOutput:
+        """:meth:`step` without a window: Triton reads pages where they are."""
         from .products import apply
 
-        token = weights.embed_action(action)
+        token, rewards = weights.embed_action(action), None
         x = self._over_pages(weights, slab, tables, counts, positions, 0, token)
-        rewards, latent = apply(weights.rewards, x), apply(weights.observations, x)
+        if latent is None:
+            rewards, latent = apply(weights.rewards, x).unsqueeze(1), apply(weights.observations, x)
         x = self._over_pages(weights, slab, tables, counts, positions, 1, latent)
-        parts = x, latent, rewards, apply(weights.policy, x), apply(weights.value, x)
-        return StepOutput(*(part.unsqueeze(1) for part in parts))
+        policy, value = apply(weights.policy, x), apply(weights.value, x)
+        return StepOutput(x.unsqueeze(1), latent.unsqueeze(1), rewards, policy.unsqueeze(1), value.unsqueeze(1))
+
+    def begin_in_place(self, weights: Weights, slab: Slab, pages: torch.Tensor, positions: torch.Tensor,
+                       latent: torch.Tensor) -> None:
+        """:meth:`begin` without a window; the rotary positions are the second row of ``positions [2, B]``."""
+        none = torch.zeros_like(pages)
+        self._over_pages(weights, slab, pages[:, None], none, positions, 1, latent, predicts=False)
 
     def _over_pages(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor,
-                    positions: torch.Tensor, part: int, x: torch.Tensor) -> torch.Tensor:
-        """The output ``[B, E]`` for a page's action or observation ``x [B, E]``; see :func:`.paged.attend`."""
+                    positions: torch.Tensor, part: int, x: torch.Tensor, predicts: bool = True) -> torch.Tensor:
+        """The output ``[B, E]`` for a page's action or observation ``x [B, E]``, if it predicts; see
+        :func:`.paged.attend`."""
         from .paged import attend
-        from .products import apply, residual_norm
+        from .products import apply, place_norm, residual_norm
 
-        if not self.geometry.rotary:
-            x = x + F.embedding(positions[part], weights.places)
-        norms = [layer.norm1 for layer in weights.layers[1:]] + [weights.norm]
-        normed = weights.layers[0].norm1(x)
+        norm, *norms = [layer.norm1 for layer in weights.layers] + [weights.norm]
+        if self.geometry.rotary:
+            normed = norm(x)
+        else:
+            x, normed = place_norm(x, weights.places, positions[part], norm)
         for index, (layer, next_norm) in enumerate(zip(weights.layers, norms)):
             y = attend(
                 self.geometry, weights, slab, index, part, apply(layer.qkv, normed), tables, counts, positions
             )
+            if layer is weights.layers[-1] and not predicts:
+                break
             if layer.gates is None:
                 x, normed = residual_norm(layer.proj, y, x, layer.norm2)
                 x, normed = residual_norm(layer.mlp, normed, x, next_norm)
             else:
-                x = with_residuals(layer, x, layer.proj(y))
+                x = layer.gates[0](x, apply(layer.proj, y))
+                x = layer.gates[1](x, apply(layer.mlp, layer.norm2(x)))
                 normed = next_norm(x)
         return normed
 
@@ -268,6 +284,13 @@ class Engine:
             padded[:, 0, :, :slots - 1].masked_fill_(hidden, float('-inf'))
             self._masks[slots, device] = masks = (padded[:, :, :1].contiguous(), padded[:, :, 1:].contiguous())
         return masks
+
+
+def checksum(output: StepOutput) -> torch.Tensor:
+    """A sum ``[B, 1]`` that is finite where reward, value and policy are. If these are finite, so are the keys and
+    values that they were computed with."""
+    parts = output.logits_rewards, output.logits_value, output.logits_policy
+    return torch.cat([part for part in parts if part is not None], dim=-1).sum(-1)
 
 
 def has_triton() -> bool:

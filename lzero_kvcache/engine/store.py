@@ -4,7 +4,8 @@ from typing import Any, List
 import torch
 
 from ..cache.pages import OutOfPages
-from .slab import MIB, Slab
+from ..config import MIB
+from .slab import Slab
 
 
 class PageStore:

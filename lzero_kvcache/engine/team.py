@@ -15,8 +15,7 @@ POSTED, FINISHED, WORKERS, JOB = 0, 8, 16, 17
 """Places in what a team shares: how many products were posted, and how many shares of all of them are done (each has a
 line of memory of its own), how many threads there are, and the product."""
 
-NUMBER = 8
-"""Bytes of a counter."""
+COUNTER_BYTES = 8
 
 PATIENCE = 100000
 """How often a thread looks for what it waits for before it lets others run."""
@@ -30,7 +29,7 @@ def new_team(workers: int) -> np.ndarray:
 
 
 def dismiss(team: np.ndarray) -> None:
-    """Whoever helps out leaves."""
+    """Let the threads that help out return."""
     team[POSTED:POSTED + 1] = 2 ** 62
 
 
@@ -42,7 +41,7 @@ def _counter(builder: Any, address: Any) -> Any:
 
 
 _read = instructions(
-    types.int64(types.intp), lambda builder, at: builder.load_atomic(_counter(builder, at), 'acquire', NUMBER)
+    types.int64(types.intp), lambda builder, at: builder.load_atomic(_counter(builder, at), 'acquire', COUNTER_BYTES)
 )
 _increment = instructions(types.int64(types.intp), lambda builder, at: builder.atomic_rmw(
     'add', _counter(builder, at), ir.Constant(_INT64, 1), 'acq_rel'
@@ -53,7 +52,7 @@ _let_others_run = types.ExternalFunction('sched_yield', types.int32())
 @inner
 def await_count(team: np.ndarray, place: int, count: int) -> int:
     """Wait until a counter has got there; where it is then."""
-    address, looked = team.ctypes.data + place * NUMBER, 0
+    address, looked = team.ctypes.data + place * COUNTER_BYTES, 0
     found = _read(address)
     while found < count:
         looked += 1
@@ -66,4 +65,4 @@ def await_count(team: np.ndarray, place: int, count: int) -> int:
 @inner
 def count_up(team: np.ndarray, place: int) -> None:
     """One more; who sees the count sees all that was written before."""
-    _increment(team.ctypes.data + place * NUMBER)
+    _increment(team.ctypes.data + place * COUNTER_BYTES)

@@ -23,6 +23,7 @@ class Linear:
     weight: torch.Tensor
     bias: Optional[torch.Tensor]
     many_rows: int  # from here on kernels that do not add the bias pay
+    matmul: str = 'float32'  # what a search on a GPU computes it in, 'tf32' and 'bfloat16' being the others
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # With the bias fused in, cuBLAS picks float32 kernels that take up to twice as long for many rows.
@@ -120,6 +121,7 @@ class Source(NamedTuple):
     """Where an engine's caller gets weights from."""
     geometry: Geometry
     read: Callable[[bool], Weights]  # given whether they are for a CUDA graph, where launches cost little
+    shift: Callable[[], Optional[torch.Tensor]]  # that of the weights as they are now
     addresses: Callable[[], Tuple[int, ...]]  # changes when the storage of a weight moves
     device: Callable[[], torch.device]
     is_training: Callable[[], bool]

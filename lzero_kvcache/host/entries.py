@@ -100,14 +100,14 @@ def zoo_folder() -> str:
 def check_wandb_login() -> None:
     """Refuse a training that would be asked for a login, where nobody can answer."""
     import wandb
-    mode = wandb.setup().settings.mode  # type: ignore[union-attr]
+    try:
+        mode = wandb.setup().settings.mode  # type: ignore[union-attr]
+    except ValueError as error:
+        raise ConfigError(
+            f"policy.use_wandb=True, and wandb refuses its settings (WANDB_MODE={os.environ.get('WANDB_MODE')!r}): set "
+            'WANDB_MODE=online or offline') from error
     if mode == 'online' and not wandb.api.api_key:
         raise ConfigError('policy.use_wandb=True, and there is no login: run wandb login, or set WANDB_MODE=offline')
-
-
-def ding_version() -> str:
-    import ding
-    return ding.__version__
 
 
 # ---- calls that are recorded instead of run --------------------------------------------------------------------------

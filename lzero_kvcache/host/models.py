@@ -2,11 +2,11 @@
 import inspect
 from typing import Any, Optional
 
-import torch
 from ding.utils import MODEL_REGISTRY
 from lzero.model import sampled_unizero_model, unizero_model
 from lzero.model.unizero_world_models.tokenizer import Tokenizer
 from lzero.model.unizero_world_models.world_model import WorldModel
+from torch import nn
 
 from ..config import FLAG, LIGHTZERO, PREFIX, ConfigError, picked_system
 from ..registry import register_in_place_of
@@ -43,6 +43,28 @@ def _build(model: Any, module: Any, original: type, args: Any, kwargs: Any) -> N
     with_globals(init, **names)(model, *args, **kwargs)
 
 
+class _Model(nn.Module):
+    """What both models share."""
+
+    def train(self, mode: bool = True) -> Any:
+        """As PyTorch's; LightZero asks for evaluation mode at each step, and to set it anew takes longer than a root
+        inference's bookkeeping."""
+        is_new = isinstance(self._modules.get('world_model'), NewWorldModel)
+        return self if is_new and _is_in_mode(self, mode) else super().train(mode)
+
+
+def _is_in_mode(model: nn.Module, mode: bool) -> bool:
+    """Whether to set the mode would change nothing: all modules are in it, and none does more than note it."""
+    modules, is_in_mode = [*model._modules.values()], model.training is mode
+    while modules and is_in_mode:
+        module = modules.pop()
+        if module is not None:
+            does_more = type(module).train is not nn.Module.train or 'train' in vars(module)
+            is_in_mode = module.training is mode and not does_more
+            modules += module._modules.values()
+    return is_in_mode
+
+
 def _world_model_cfg(model: Any, init: Any, args: Any, kwargs: Any) -> Any:
     return inspect.signature(init).bind(model, *args, **kwargs).arguments['world_model_cfg']
 
@@ -69,10 +91,10 @@ class MemoryTokenizer(Tokenizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.lpips is None:
-            self.lpips = torch.nn.Identity()
+            self.lpips = nn.Identity()
 
 
-class UniZeroModel(unizero_model.UniZeroModel):
+class UniZeroModel(_Model, unizero_model.UniZeroModel):
     """
     Overview:
         LightZero's ``UniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
@@ -85,7 +107,7 @@ class UniZeroModel(unizero_model.UniZeroModel):
         _build(self, unizero_model, unizero_model.UniZeroModel, args, kwargs)
 
 
-class SampledUniZeroModel(sampled_unizero_model.SampledUniZeroModel):
+class SampledUniZeroModel(_Model, sampled_unizero_model.SampledUniZeroModel):
     """
     Overview:
         LightZero's ``SampledUniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or

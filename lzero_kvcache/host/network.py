@@ -1,10 +1,10 @@
 """LightZero's world model as the tables of sizes and addresses that compiled functions read."""
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from ding.model.common import ReparameterizationHead
-from lzero.model.common import SimNorm
+from lzero.model.common import RepresentationNetworkMLP, SimNorm
 from torch import nn
 
 from ..engine.program import (
@@ -16,7 +16,9 @@ from ..engine.program import (
     LINEAR,
     OUTPUTS,
     RELU,
+    SCALE,
     SIM_NORM,
+    STANDARDIZE,
     TANH,
     Network,
 )
@@ -67,6 +69,7 @@ class _Reader:
             observations=self._program(wm.head_observations.head_module),
             value=self._program(wm.head_value.head_module), trunk=trunk, first=first, second=second
         )
+        programs['encoder'] = self._encoder(wm.tokenizer)
         if len(set(self._eps)) > 1:
             raise NotServed('its LayerNorms have several eps')
         sizes = [operation[column] for program in programs.values() for operation in program
@@ -81,10 +84,24 @@ class _Reader:
         )
         return network, self._kept
 
+    def _encoder(self, tokenizer: Any) -> List[List[int]]:
+        """An MLP for vectors; or nothing, and torch encodes."""
+        if type(tokenizer.encoder) is not RepresentationNetworkMLP:
+            return []
+        before = self._eps.copy()
+        try:
+            program = self._program(nn.Sequential(*tokenizer.encoder.children()))
+        except NotServed:
+            program = []
+        if not program or len(set(self._eps)) > 1:
+            self._eps = before
+            return []
+        return program
+
     def _address(self, tensor: torch.Tensor) -> int:
         if tensor.device.type != 'cpu' or tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise NotServed(f'it has a weight in {tensor.dtype} on {tensor.device}')
-        # Not the parameter, which may be given other storage.
+        # A parameter can be given other storage, and would no longer hold this one.
         self._kept.append(tensor.detach())
         return tensor.data_ptr()
 
@@ -112,7 +129,7 @@ class _Reader:
         return self._address(linear.weight), self._address(bias)
 
     def _program(self, module: nn.Module) -> List[List[int]]:
-        parts = list(module) if isinstance(module, nn.Sequential) else [module]
+        parts = list(_parts_of(module))
         if not parts or type(parts[0]) not in (nn.Linear, nn.LayerNorm):
             raise NotServed(f'a head begins with {parts[:1]}')
         program: List[List[int]] = []
@@ -122,9 +139,22 @@ class _Reader:
             elif type(part) is nn.LayerNorm:
                 size = part.weight.numel()
                 program.append([LAYER_NORM, size, size, *self._norm(part)])
+            elif type(part) is nn.BatchNorm1d:
+                program += self._batch_norm(part)
             elif not isinstance(part, (nn.Dropout, nn.Identity)):
                 program.append(_elementwise(part, program[-1][OUTPUTS]))
         return program
+
+    def _batch_norm(self, norm: nn.BatchNorm1d) -> List[List[int]]:
+        """In evaluation mode."""
+        if norm.running_mean is None or norm.running_var is None or norm.weight is None:
+            raise NotServed(f'a head has {norm}')
+        size = norm.num_features
+        self._eps.append(norm.eps)
+        return [
+            [STANDARDIZE, size, size, self._address(norm.running_mean), self._address(norm.running_var)],
+            [SCALE, size, size, self._address(norm.weight), self._address(norm.bias)],
+        ]
 
     def _policy(self, head: Any) -> Tuple[List[List[int]], List[List[int]], List[List[int]]]:
         if type(head) is not ReparameterizationHead:
@@ -146,6 +176,15 @@ class _Reader:
         """A linear layer without inputs."""
         address = self._address(values)
         return [LINEAR, 0, values.numel(), address, address]
+
+
+def _parts_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a sequence of sequences runs through."""
+    if not isinstance(module, nn.Sequential):
+        yield module
+        return
+    for part in module:
+        yield from _parts_of(part)
 
 
 def _elementwise(part: Any, size: int) -> List[int]:

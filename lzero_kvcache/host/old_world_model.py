@@ -10,8 +10,7 @@ from lzero.model.unizero_world_models.world_model import WorldModel as LightZero
 
 from ..cache.base import BaseCacheManager
 from ..cache.stats import CacheStats, Timing
-from ..config import CacheConfig
-from ..engine.slab import MIB
+from ..config import MIB, CacheConfig
 from ..registry import KV_CACHE_REGISTRY
 from .lightzero import lightzero
 
@@ -159,7 +158,7 @@ class OldWorldModel(LightZeroWorldModel):
     clear_line = 'Cleared WorldModel past_kv_cache (OLD system).'
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
-        options = CacheConfig.read(config, KV_CACHE_REGISTRY)
+        options = CacheConfig.of(config, KV_CACHE_REGISTRY)
         logger.info(self.log_line)
         super().__init__(config, tokenizer)
         self.kv_cache_manager: Any = self.manager(config, self.env_num, options.enable_stats)
@@ -170,7 +169,7 @@ class OldWorldModel(LightZeroWorldModel):
     def hyperparameters(self) -> Dict[str, Any]:
         """What tells this cache from others; LightZero has no other options."""
         return dict(
-            cache_system=self.system, cache_manager=self.system, init_pool_size=self.shared_pool_size_init,
+            cache_system=self.system, init_pool_size=self.shared_pool_size_init,
             recurrent_pool_size=getattr(self, lightzero.RECURRENT_SLOTS), env_num=self.env_num,
             context_length=self.context_length,
         )

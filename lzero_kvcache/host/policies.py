@@ -20,16 +20,15 @@ from easydict import EasyDict
 from lzero.policy import utils as lightzero_utils
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
-from scipy.special import entr
 from scipy.stats import entropy as scipy_entropy
 
 from ..cache.manager import COLLECT, EVAL, KVCacheManager
 from ..cache.stats import Timing
-from ..config import FLAG, PREFIX, ConfigError, settle
+from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
 from ..registry import KV_CACHE_REGISTRY, register_in_place_of
+from ..run_hooks import HOOKS
 from ..search.environments import Environments
-from ..search.served import Served
-from ..telemetry import HOOK_CONFIG, HOOK_KEY
+from ..search.served import Served, StepsOfThread
 from .lightzero import lightzero
 from .patches import with_globals
 from .refused import check_policy, check_served, has_own_inference
@@ -55,11 +54,12 @@ class KVCachePolicy:
         hide whether a user gave one."""
         kinds = cls.__mro__
         plugins = next(number for number, kind in enumerate(kinds) if KVCachePolicy in kind.__bases__)
-        config = kinds[plugins].__bases__[1].default_config()  # type: ignore[attr-defined]
+        _, lightzeros = kinds[plugins].__bases__
+        config = lightzeros.default_config()  # type: ignore[attr-defined]
         config.model.world_model_cfg.pop('env_num', None)
-        # A subclass adds what its own ``config`` has: DI-engine would add what it inherits, too.
+        # Of a user's subclasses, what each adds itself: DI-engine would add what they inherit, too.
         own = [copy.deepcopy(vars(kind).get('config', {})) for kind in reversed(kinds[:plugins])]
-        for part in (dict(learn=dict(learner=dict(hook={HOOK_KEY: HOOK_CONFIG}))), *own):
+        for part in (dict(learn=dict(learner=dict(hook=HOOKS))), *own):
             config = deep_merge_dicts(config, EasyDict(part))
         config.cfg_type = cls.__name__ + 'Dict'
         return config
@@ -71,7 +71,7 @@ class KVCachePolicy:
         if use_new:
             check_policy(self.policy_type, cfg)
         self._environments = Environments()
-        self._running: List[Optional[Served]] = []  # the steps that this policy is in the middle of; None in old mode
+        self._running = StepsOfThread()  # that this policy is in the middle of; None for one of old mode
         super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]
         if use_new and not _is_new(self._model.world_model):
             raise ConfigError(
@@ -81,6 +81,13 @@ class KVCachePolicy:
             )
         if use_new:  # again, now that a subclass has built what it builds after its base class
             check_served(self._model.world_model)
+
+    def _create_model(self, cfg: EasyDict, model: Optional[torch.nn.Module] = None) -> torch.nn.Module:
+        if model is None:  # what the policy has read goes with the config, of which DI-engine makes a copy anyway
+            cfg = copy.copy(cfg)
+            cfg.model = copy.copy(cfg.model)
+            cfg.model.world_model_cfg = handed_down(cfg.model.world_model_cfg, self._options)
+        return super()._create_model(cfg, model)  # type: ignore[misc]
 
     def _init_collect(self) -> None:
         super()._init_collect()  # type: ignore[misc]
@@ -94,7 +101,7 @@ class KVCachePolicy:
         """The search of a policy: by node where new mode can, or else the one that is there, timed from outside."""
         world_model = self._model.world_model
         if _is_new(world_model) and self._can_be_by_node(mcts):
-            return self.node_search(mcts._cfg, world_model.searches_in_arrays('Searching', self.node_search.on_gpu))
+            return self.node_search(mcts._cfg, world_model.searches_in_arrays('Searching'))
         timings = getattr(world_model, 'timings', None)
         if timings is not None:
             mcts.search = _timed(mcts.search, timings['search'])
@@ -114,7 +121,10 @@ class KVCachePolicy:
         return self._cfg.model.categorical_distribution and not overridden and not own_search and not keyed
 
     def _forward_learn(self, *args: Any, **kwargs: Any) -> Any:
+        places = [parameter.data for parameter in self._target_model.parameters()]
         output = super()._forward_learn(*args, **kwargs)  # type: ignore[misc]
+        if _is_new(self._target_model.world_model):
+            _put_back(list(self._target_model.parameters()), places)
         for model, reason in ((self._model, 'learner step'), (self._target_model, 'target model updated')):
             if _is_new(model.world_model):
                 model.world_model.weights_changed(reason)
@@ -145,10 +155,11 @@ class KVCachePolicy:
                     forward: 'functools.partial[Dict[int, Any]]') -> Dict[int, Any]:
         world_model = self._model.world_model
         lightzero.hand_rows(self, mode, env_ids, *self._environments.rows(mode, env_ids, observations))
-        with world_model.serving(mode, env_ids) as served, self._in_the_middle_of(served):
-            mcts = self._mcts_collect if mode == COLLECT else self._mcts_eval
+        mcts = self._mcts_collect if mode == COLLECT else self._mcts_eval
+        by_node = isinstance(mcts, self.node_search)
+        with world_model.serving(mode, env_ids, by_node and mcts.use_arrays) as served, self._in_the_middle_of(served):
             own = _with_quick_entropy(forward.func)
-            if isinstance(mcts, self.node_search):
+            if by_node:
                 own = mcts.forward(own)
             output = own(*forward.args, **forward.keywords)
             if served.trace is not None:
@@ -169,21 +180,21 @@ class KVCachePolicy:
 
     @contextmanager
     def _in_the_middle_of(self, served: Optional[Served]) -> Iterator[None]:
-        self._running.append(served)
+        self._running.steps.append(served)
         try:
             yield
         finally:
-            self._running.pop()
+            self._running.steps.pop()
 
     def _reset(self, mode: str, reset: Callable[..., None], env_id: Union[None, int, List[int]], args: Any,
                kwargs: Any) -> None:
         """A list names environments whose episode ended, None means all; a number is LightZero's periodic clearing."""
         validator = getattr(self._model.world_model, 'validator', None)
-        running = self._running[-1] if self._running else None
+        running = self._running.steps
         if validator is not None:
-            validator.reset(None if running is None else running.trace, reset, env_id, *args, **kwargs)
+            validator.reset(running[-1].trace if running else None, reset, env_id, *args, **kwargs)
         # Inside a search LightZero resets every row when fewer environments are ready than usual.
-        ended = not isinstance(env_id, numbers.Integral) and not self._running
+        ended = not isinstance(env_id, numbers.Integral) and not running
         if ended:
             self._environments.forget(mode, env_id)  # type: ignore[arg-type]
         if not _is_new(self._model.world_model):
@@ -191,6 +202,15 @@ class KVCachePolicy:
         elif ended:
             for index in [None] if env_id is None else env_id:  # type: ignore[union-attr]
                 self._model.world_model.forget(mode, index)
+
+
+@torch.no_grad()
+def _put_back(parameters: Sequence[torch.Tensor], places: Sequence[torch.Tensor]) -> None:
+    """Move parameters to where they were: DI-engine gives those of a target model new memory at each update, and what
+    is captured or compiled reads them where they were."""
+    for parameter, place in zip(parameters, places):
+        if parameter.data_ptr() != place.data_ptr():
+            parameter.data = place.copy_(parameter.data)
 
 
 @functools.lru_cache(maxsize=None)
@@ -209,9 +229,11 @@ def _timed(function: Callable[..., Any], timing: Timing) -> Callable[..., Any]:
 
 
 def entropy(pk: Sequence[float], base: float) -> float:
-    """The same number as ``scipy.stats.entropy``, without the checks around it, which take many times as long."""
-    probabilities = np.asarray(pk)
-    return entr(probabilities / probabilities.sum()).sum() / math.log(base)
+    """What ``scipy.stats.entropy`` gives, but for the last digit: a few numbers take Python a quarter of its time."""
+    numbers = np.asarray(pk, dtype=float).tolist()
+    total = sum(numbers)
+    shares = [number / total for number in numbers]
+    return -sum(share * math.log(share) for share in shares if share) / math.log(base)
 
 
 def _with_quick_entropy(forward: Callable[..., Any]) -> Callable[..., Any]:

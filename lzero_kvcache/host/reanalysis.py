@@ -28,7 +28,7 @@ class Reanalysis(NodeSearch):
                 self, roots.in_ctree(), model, latent_state_roots, to_play_batch, timestep
             )
         latents = np.asarray(latent_state_roots, dtype=np.float32).reshape(roots.num, -1)
-        roots.take(*world_model.reanalyze_whole(self.problem(roots), latents, timestep), None)
+        roots.take(*world_model.reanalyze_whole(self.problem(roots), latents, timestep))
 
 
 def in_arrays(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,5 +49,5 @@ def _is_served(buffer: Any, model: Any) -> bool:
     return (
         lightzero.COMPUTES_TARGETS and isinstance(world_model, NewWorldModel)
         and buffer._cfg.model.categorical_distribution and not has_own_inference(model)
-        and world_model.searches_in_arrays('Reanalyzing', on_gpu=False)
+        and world_model.searches_in_arrays('Reanalyzing')
     )

@@ -18,9 +18,9 @@ CACHING = ('reset_for_initial_inference', 'wm_forward_for_initial_infererence', 
 
 
 def check_served(world_model: Any) -> None:
-    """Refuse a world model with several observation tokens a step, or with code of its own (caching, attention, blocks,
-    ``forward``, hooks) that inference over pages would pass over: it reads the weights, and calls the tokenizer, the
-    heads' modules, norms, gates and MLPs alone."""
+    """Refuse a world model with several observation tokens a step, or with a user's own caching, attention, blocks,
+    ``forward`` or hooks. Inference over pages would not call them: of the model it reads the weights, and calls the
+    tokenizer, the heads' modules, norms, gates and MLPs."""
     mend = f'set {PREFIX}.{FLAG}=False for the old system'
     tokens = world_model.config.tokens_per_block
     if tokens != 2:

@@ -15,9 +15,6 @@ from .lightzero import lightzero
 from .refused import is_own
 from .world_model import NewWorldModel
 
-CHUNKS = {'cuda': 128}
-"""Observations that a device encodes while the next ones are packed; all of them where none are given."""
-
 Targets = Tuple[np.ndarray, np.ndarray]
 """Rewards and values ``[B, U]``."""
 
@@ -78,13 +75,12 @@ def _encoded(world_model: NewWorldModel, observations: List[Any], model_type: st
     packed = torch.empty((len(observations),) + first.shape[1:], dtype=kind, pin_memory=device.type == 'cuda')
     frames = packed.numpy().reshape((-1,) + np.shape(observations[0])[1:])
     stacked = len(frames) // len(observations)
-    chunk = CHUNKS.get(device.type, len(observations))
+    encode, chunk = world_model.encoder_graph.latest(), world_model.encoder_graph.chunk(len(observations))
     latents = []
     for start in range(0, len(observations), chunk):
         end = start + chunk
         np.concatenate(observations[start:end], out=frames[start * stacked:end * stacked], casting='unsafe')
-        sent = packed[start:end].to(device, non_blocking=True)
-        latents.append(world_model.tokenizer.encode_to_obs_embeddings(sent.float()).flatten(1))
+        latents.append(encode(packed[start:end]))
     return torch.cat(latents)
 
 

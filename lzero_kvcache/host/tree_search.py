@@ -19,8 +19,9 @@ from .roots import Roots
 
 
 def can_be_in_arrays(world_model: Any) -> bool:
-    """Whether the model is where, and in the mode in which, the CPU can search it in arrays, at the moment."""
-    return not world_model.training and world_model.weights_source.device().type == 'cpu'
+    """Whether the model is where, and in the mode in which, it can be searched in arrays, at the moment."""
+    devices = ('cpu', 'cuda') if lightzero.ON_GPU else ('cpu', )
+    return not world_model.training and world_model.weights_source.device().type in devices
 
 
 class _NodeSearch:
@@ -28,7 +29,6 @@ class _NodeSearch:
     _cfg: Any
     tree: Any
     sampled = False
-    on_gpu: bool = lightzero.ON_GPU  # whether such a search can run on a GPU in one call
 
     def __init__(self, cfg: Any, use_arrays: bool = False) -> None:
         super().__init__(cfg)  # type: ignore[call-arg]
@@ -52,9 +52,6 @@ class _NodeSearch:
             self._search_in_ctree(roots, world_model, to_play_batch)
         elif can_be_in_arrays(world_model):
             self._search_in_arrays(roots, world_model)
-        elif self.on_gpu and world_model.weights_source.device().type == 'cuda' and not world_model.training:
-            visits, values = world_model.search_on_device(self.problem(roots))
-            roots.take(visits, values, None)
         else:
             self._search_in_ctree(roots.in_ctree(), world_model, to_play_batch)
         return lightzero.searched()
@@ -75,6 +72,9 @@ class _NodeSearch:
     def _search_in_arrays(self, roots: Roots, world_model: Any) -> None:
         from ..search.tree import root_actions, root_values, root_visits
         problem = self.problem(roots)
+        if world_model.weights_source.device().type != 'cpu':
+            roots.take(*world_model.search_on_device(problem))
+            return
         with world_model.search_whole(problem) as tree:
             roots.take(root_visits(tree), root_values(tree), root_actions(tree) if self.sampled else None)
 
@@ -127,7 +127,7 @@ class NodeSearch(_NodeSearch, UniZeroMCTSCtree):
 class SampledNodeSearch(_NodeSearch, SampledUniZeroMCTSCtree):
     """``SampledUniZeroMCTSCtree`` by node."""
     tree = tree_sampled_muzero
-    sampled, on_gpu = True, False
+    sampled = True
 
     def _slots(self) -> Tuple[int, int]:
         model = self._cfg.model

@@ -1,6 +1,6 @@
 """LightZero's transformer and heads, laid out for the engine; read anew for each search."""
 import functools
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ def source_of(world_model: Any) -> Source:
         rotary_positions=lightzero.angles_of(config) if config.rotary_emb else 0,
     )
     return Source(
-        geometry, functools.partial(read_weights, world_model, geometry), functools.partial(_addresses, world_model),
+        geometry, functools.partial(read_weights, world_model, geometry),
+        functools.partial(_shift, world_model, geometry), functools.partial(_addresses, world_model),
         functools.partial(_device, world_model), functools.partial(_is_training, world_model),
     )
 
@@ -49,7 +50,7 @@ def read_weights(world_model: Any, geometry: Geometry, captured: bool = False) -
         attention_dropout=world_model.config.attn_pdrop if training else 0.0,
         rewards=rewards, observations=observations, policy=policy, value=value, scalar=to_scalar,
         places=transformer.freqs_cis if geometry.rotary else world_model.pos_emb.weight,
-        shift=None if geometry.rotary else _shift(world_model, geometry), many_rows=many_rows,
+        shift=_shift(world_model, geometry), many_rows=many_rows,
         captured=captured, training=training,
     )
 
@@ -73,12 +74,14 @@ def _layer(block: Any, many_rows: int) -> Layer:
     )
 
 
-def _shift(world_model: Any, geometry: Geometry) -> torch.Tensor:
-    """What learned positions add to keys and values ``[2W, L, 2, E]``.
+def _shift(world_model: Any, geometry: Geometry) -> Optional[torch.Tensor]:
+    """What learned positions add to keys and values ``[2W, L, 2, E]``; None with rotary ones.
 
     LightZero moves a kept key from position p to p - 2 by adding W pos(p - 2) - W pos(p), ``pos_emb_diff_k``. These
     differences telescope: pages hold k - W pos(p), and W pos(p) is added for the place that a token has now.
     """
+    if geometry.rotary:
+        return None
     embeddings = world_model.pos_emb.weight[:2 * geometry.width]
     shifts: List[torch.Tensor] = []
     for block in world_model.transformer.blocks:
@@ -108,12 +111,18 @@ def _heads(world_model: Any) -> Tuple[Any, Any, Any, Any]:
 
 
 def _addresses(world_model: Any) -> Tuple[int, ...]:
-    modules = [world_model.transformer, world_model.act_embedding_table, *_heads(world_model)]
+    modules = [
+        world_model.transformer, world_model.act_embedding_table, *_heads(world_model), world_model.tokenizer.encoder
+    ]
     if not world_model.config.rotary_emb:
         modules.append(world_model.pos_emb)
-    return tuple(
-        tensor.data_ptr() for module in modules for group in (module.parameters(), module.buffers()) for tensor in group
-    )
+    addresses: List[int] = []
+    while modules:  # PyTorch's own walk names everything, which takes four times as long
+        module = modules.pop()
+        modules += [part for part in module._modules.values() if part is not None]
+        for group in (module._parameters, module._buffers):
+            addresses += [tensor.data_ptr() for tensor in group.values() if tensor is not None]
+    return tuple(addresses)
 
 
 def _device(world_model: Any) -> torch.device:

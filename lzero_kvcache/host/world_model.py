@@ -10,8 +10,9 @@ from lzero.model.unizero_world_models.world_model import WorldModel as LightZero
 
 from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
-from ..config import CacheConfig
+from ..config import CacheConfig, handed_down
 from ..engine.compiling import why_not_compiled
+from ..engine.encoder_graph import EncoderGraph
 from ..engine.launch import picked
 from ..engine.sequence import observe
 from ..engine.slab import Slab
@@ -25,14 +26,18 @@ from ..search.served import Served
 from ..search.timesteps import timesteps_of
 from ..search.whole import Found, Problem
 from ..validation import Validator
+from .exact_reference import ExactReference
 from .keys_values import KeysValuesCodec
+from .legacy_reference import LegacyReference
 from .lightzero import lightzero
 from .network import read_network, what_is_missing
-from .reference import make_reference
 from .refused import check_served
 from .weights import source_of
 
 logger = logging.getLogger(__name__)
+
+ENCODED = 128
+"""Observations of a training batch that a GPU encodes at once."""
 
 
 class NewWorldModel(LightZeroWorldModel):
@@ -49,9 +54,10 @@ class NewWorldModel(LightZeroWorldModel):
     use_new_cache_manager = True
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
-        options = CacheConfig.read(config, KV_CACHE_REGISTRY)
+        options = CacheConfig.of(config, KV_CACHE_REGISTRY)
         logger.info('✓ Using NEW KVCacheManager for cache management')
-        self.validator = Validator(options, partial(make_reference, self)) if options.validation != 'off' else None
+        reference = LegacyReference if options.validation == 'legacy' else ExactReference
+        self.validator = None if options.validation == 'off' else Validator(options, partial(reference, self))
         super().__init__(config, tokenizer)
         for name in ('shared_pool_recur_infer', 'shared_pool_init_infer', 'shared_pool_wm'):
             del self.__dict__[name]
@@ -63,13 +69,17 @@ class NewWorldModel(LightZeroWorldModel):
             f'lower kv_cache_cfg.init_pool_size={options.init_pool_size} or set kv_cache_cfg.max_memory_mb'
         ))
         self.kv_cache_manager: PagedCacheManager = KV_CACHE_REGISTRY[options.type](
-            config, self.env_num, options.enable_stats
+            handed_down(config, options), self.env_num, options.enable_stats
         )
         self.kv_cache_manager.use_store(self._storage)
         self.inference = Inference(
             self.weights_source, self.tokenizer.encode_to_obs_embeddings, self.kv_cache_manager, self._storage, options,
             self.validator, partial(read_network, self)
         )
+        self.encoder_graph = EncoderGraph(
+            self.weights_source, self.tokenizer.encode_to_obs_embeddings, ENCODED
+        )
+        self._storage.beside.append(self.encoder_graph)
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
@@ -101,10 +111,9 @@ class NewWorldModel(LightZeroWorldModel):
         """What tells this cache from others."""
         options = self._options
         return dict(
-            cache_system='new', cache_manager=options.type, eviction=options.eviction,
-            init_pool_size=options.init_pool_size, recurrent_pool_size=options.recurrent_pool_size,
-            env_num=options.env_num, dtype=options.dtype, context_length=self.context_length,
-            backend=picked(options.backend, self.weights_source.device()),
+            cache_system=options.type, eviction=options.eviction, init_pool_size=options.init_pool_size,
+            recurrent_pool_size=options.recurrent_pool_size, env_num=options.env_num, dtype=options.dtype,
+            context_length=self.context_length, backend=picked(options.backend, self.weights_source.device()),
         )
 
     def clear_caches(self) -> None:
@@ -157,16 +166,8 @@ class NewWorldModel(LightZeroWorldModel):
             self.weights_changed('their storage moved')
 
     def reserve_angles(self, start_pos: Any, depth: int, going: Any = 0) -> None:
-        """
-        Overview:
-            Have rotary angles for roots at some timesteps and nodes so deep below them.
-        Arguments:
-            - start_pos (:obj:`Any`): The timesteps, or one for all.
-            - depth (:obj:`int`): The largest depth.
-            - going (:obj:`Any`): Whether an action led to each root.
-        Raises:
-            - ValueError: LightZero has no angles below 0, and one would be.
-        """
+        """Have rotary angles for roots at some timesteps, or at one, to which an action led or not, and for nodes down
+        to a depth below them; a ``ValueError`` where LightZero has no angles below 0."""
         if not self.config.rotary_emb:
             return
         first = int(np.min(2 * np.asarray(start_pos, dtype=np.int64) - going))
@@ -180,85 +181,54 @@ class NewWorldModel(LightZeroWorldModel):
             for step in self.inference.open.steps:
                 step.addresses = moved
 
-    def why_not_whole(self, on_gpu: bool = True) -> Optional[str]:
-        """
-        Overview:
-            Why a search cannot run as one call, on the device that the model is on, as it is now.
-        Arguments:
-            - on_gpu (:obj:`bool`): Whether it is a search that there is for GPUs.
-        Returns:
-            - reason (:obj:`Optional[str]`): None where it can.
-        """
+    def why_not_whole(self) -> Optional[str]:
+        """Why a search cannot run as one call on the model's device, as the model is now; None where it can."""
         device = self.weights_source.device()
-        if device.type == 'cuda' and on_gpu:
+        if device.type == 'cuda' and lightzero.ON_GPU:
             return None if has_triton() else 'triton is not installed (pip install triton)'
         if device.type != 'cpu':
             return f'the model is on {device}'
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
 
-    def searches_in_arrays(self, doing: str, on_gpu: bool = True) -> bool:
-        """
-        Overview:
-            Whether to search in arrays, by what is asked for and what can be; the first time, the log says so.
-        Arguments:
-            - doing (:obj:`str`): What the search is for, in a word for the log.
-            - on_gpu (:obj:`bool`): Whether it is a search that there is for GPUs.
-        Returns:
-            - in_arrays (:obj:`bool`): Or else in LightZero's tree.
-        """
+    def searches_in_arrays(self, doing: str) -> bool:
+        """Whether to search in arrays, or else in LightZero's tree: by what ``kv_cache_cfg.search`` asks for, and by
+        what can be. The first time the log says so; ``doing`` is its word for what the search is for."""
         if self._options.search == 'tree':
             return False
         if doing not in self._in_arrays:
-            reason = self.why_not_whole(on_gpu)
+            reason = self.why_not_whole()
             self._in_arrays[doing] = reason is None
-            told = "in LightZero's tree, node by node"
-            if reason is None:
-                logger.info(f'{doing} in arrays: a search is one compiled call')
-            elif self._options.search == 'device':
-                logger.warning(f"{doing} {told}, not as kv_cache_cfg.search='device' asks: {reason}")
-            else:
-                logger.info(f'{doing} {told}: {reason}')
+            self._tell_search(doing, reason)
         return self._in_arrays[doing]
+
+    def _tell_search(self, doing: str, reason: Optional[str]) -> None:
+        """Log where trees are, and why they are not in arrays."""
+        options, on_cpu = self._options, self.weights_source.device().type == 'cpu'
+        told = f"{doing} in LightZero's tree, node by node"
+        asked = ["kv_cache_cfg.search='device' asks"] * (options.search == 'device')
+        asked += [f'kv_cache_cfg.matmul={options.matmul!r} asks'] * (options.matmul != 'float32')
+        if reason is None:
+            call = 'one compiled call' if on_cpu else 'a graph that is replayed for each simulation'
+            logger.info(f'{doing} in arrays: a search is {call}')
+        elif asked:
+            logger.warning(f'{told}, not as {asked[0]}: {reason}')
+        else:
+            logger.info(f'{told}: {reason}')
 
     @contextmanager
     def search_whole(self, problem: Problem) -> Iterator[Any]:
-        """
-        Overview:
-            Search from the roots that were just served, in one compiled call.
-        Arguments:
-            - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
-        Returns:
-            - tree (:obj:`Tree`): The trees in arrays; later searches write over them.
-        Raises:
-            - RuntimeError: No root inference was served.
-        """
+        """Search from the roots that were just served, in one compiled call; gives the trees in arrays, which later
+        searches write over."""
         with torch.no_grad(), self.inference.search_whole(problem) as tree:
             yield tree
 
     def search_on_device(self, problem: Problem) -> Found:
-        """
-        Overview:
-            Search on a GPU from the roots that were just served.
-        Arguments:
-            - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
-        Returns:
-            - found (:obj:`Found`): The roots' visits and values.
-        Raises:
-            - RuntimeError: No root inference was served.
-        """
+        """Search on a GPU from the roots that were just served; returns the roots' visits, values and drawn actions."""
         return self.inference.search_on_device(problem)
 
     def reanalyze_whole(self, problem: Problem, latent: np.ndarray, start_pos: Any) -> Found:
-        """
-        Overview:
-            Search from states without contexts, in compiled calls for some rows at a time.
-        Arguments:
-            - problem (:obj:`Problem`): What the roots are prepared with, and the rules.
-            - latent (:obj:`np.ndarray`): The roots' latent states ``[B, E]``.
-            - start_pos (:obj:`Any`): Timesteps ``[batch, unroll]``, as a replay buffer passes them.
-        Returns:
-            - found (:obj:`Found`): The roots' visits and values.
-        """
+        """Search from latent states ``[B, E]`` without contexts, some rows at a time, where the model is; returns the
+        roots' visits and values. ``start_pos`` are timesteps ``[batch, unroll]``, as a replay buffer passes them."""
         return self.inference.reanalyze_whole(problem, latent, start_pos)
 
     def _ready_slab(self) -> Slab:
@@ -267,7 +237,7 @@ class NewWorldModel(LightZeroWorldModel):
     # ---- inference -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def serving(self, mode: str, env_ids: Iterable[int]) -> Iterator[Served]:
+    def serving(self, mode: str, env_ids: Iterable[int], in_arrays: bool = False) -> Iterator[Served]:
         """
         Overview:
             Say whose rows the root inference inside has, and the search that follows it. Outside, row ``i`` is
@@ -275,12 +245,15 @@ class NewWorldModel(LightZeroWorldModel):
         Arguments:
             - mode (:obj:`str`): 'collect' or 'eval'.
             - env_ids (:obj:`Iterable[int]`): The environment of each row; no environment twice.
+            - in_arrays (:obj:`bool`): Whether the search will be in arrays; then the root inference is compiled too.
         Returns:
             - served (:obj:`Served`): The step; its ``trace`` is for :meth:`Validator.check`.
         """
         addresses = self.weights_source.addresses()
         self._notice_moved_weights(addresses)
-        with self.inference.open.serving(mode, [int(env_id) for env_id in env_ids], addresses) as served:
+        with self.inference.open.serving(
+            mode, [int(env_id) for env_id in env_ids], addresses, in_arrays
+        ) as served:
             yield served
 
     @torch.no_grad()
@@ -303,8 +276,9 @@ class NewWorldModel(LightZeroWorldModel):
                 return super().forward_initial_inference(obs_act_dict, start_pos)
             return self._forward_sequences(obs_act_dict['obs'], obs_act_dict['action'], start_pos)
         actions, current_obs = obs_act_dict['action'], obs_act_dict['current_obs']
-        going = self.inference.going(actions, len(current_obs))
-        self.reserve_angles(timesteps_of(start_pos, len(going)), self._options.num_simulations, going)
+        if self.config.rotary_emb:
+            _, going = self.inference.actions_of(actions, len(current_obs))
+            self.reserve_angles(timesteps_of(start_pos, len(going)), self._options.num_simulations, going)
         output = self.inference.root(obs_act_dict['obs'], actions, current_obs, start_pos)
         no_reward = output.logits_value.new_zeros(len(output.logits_value), 0, self.support_size)
         return output.output_sequence, output.latent_state, no_reward, output.logits_policy, output.logits_value
@@ -323,18 +297,9 @@ class NewWorldModel(LightZeroWorldModel):
 
     def observed(self, latents: torch.Tensor, actions: np.ndarray,
                  timesteps: np.ndarray) -> Tuple[Weights, torch.Tensor]:
-        """
-        Overview:
-            The transformer over whole sequences of observations and actions, each without a context.
-        Arguments:
-            - latents (:obj:`torch.Tensor`): Latent states of the observations ``[B, L, E]``.
-            - actions (:obj:`np.ndarray`): The actions ``[B, L]``, or ``[B, L, A]`` for continuous ones; the last is \
-                not looked at.
-            - timesteps (:obj:`np.ndarray`): Those of the observations ``[B, L]``, for rotary positions.
-        Returns:
-            - weights (:obj:`Weights`): The model as it is now.
-            - outputs (:obj:`torch.Tensor`): The outputs for the observations ``[B, L, E]``, which heads predict from.
-        """
+        """The transformer over whole sequences, each without a context: ``latents [B, L, E]`` of observations, actions
+        ``[B, L]`` or ``[B, L, A]``, of which the last is not looked at, and timesteps ``[B, L]``. Returns the model's
+        weights as they are now, and the outputs ``[B, L, E]`` that heads predict from."""
         source = self.weights_source
         weights, geometry = source.read(False), source.geometry
         angles = 2 * np.asarray(timesteps)[:, 0].astype(np.int64) % max(1, geometry.rotary_positions)

@@ -7,12 +7,12 @@ import torch
 
 from ..cache.manager import COLLECT
 from ..cache.pages import Lease, extend
-from ..engine.step import StepOutput
+from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
 from ..engine.weights import Weights
 from .keys import hash_rows
 from .served import Served
-from .steps import Steps, checksum, zero_for_nan
+from .steps import Steps, zero_for_nan
 from .timesteps import reanalysis_timesteps_of, steps_after, timesteps_of
 
 
@@ -31,7 +31,7 @@ class NodesByKey(Steps):
         mode, env_ids, weights = COLLECT, list(range(rows)), None
         if served is not None:
             served.check_rows(rows)
-            mode, env_ids, weights = served.mode, served.env_ids, served.weights
+            mode, env_ids, weights = served.mode, served.env_ids, self._weights_of(served)
             self._give_roots_keys(served)
         with self._manager.lease() as lease:
             output, kept = self._node(
@@ -44,7 +44,7 @@ class NodesByKey(Steps):
         return output if len(kept) == rows else output.map(zero_for_nan)
 
     def _node(self, lease: Lease, weights: Weights, mode: str, env_ids: List[int], latent: np.ndarray,
-              action: torch.Tensor, timesteps: np.ndarray, depths: np.ndarray, reanalysis: bool
+              action: torch.Tensor, timesteps: np.ndarray, node_timesteps: np.ndarray, reanalysis: bool
               ) -> Tuple[StepOutput, np.ndarray]:
         manager, rows, device = self._manager, len(latent), self._source.device()
         pages = lease.allocate(rows)
@@ -57,7 +57,7 @@ class NodesByKey(Steps):
             begun, states = send(device, anew, latent[lost])
             self.engine.begin(weights, self._slab(), begun[0], states, begun[1])
         output = self._step(
-            weights, contexts, pages, depths, None, action.to(device), int(contexts[1].max()), reanalysis
+            weights, contexts, pages, node_timesteps, None, action.to(device), int(contexts[1].max()), reanalysis
         ).output
         if self.backend.reuses_output:
             output = output.map(torch.clone)

@@ -20,9 +20,8 @@ class NodesByPlace(Steps):
     @contextmanager
     def search_by_node(self, simulations: int) -> Iterator[Callable[..., np.ndarray]]:
         """A context for a search from the roots that were just served; gives :meth:`expand` for it."""
-        served = self.open.innermost(lambda step: step.roots is not None)
-        if served is None or served.roots is None:
-            raise RuntimeError('a search by node follows a root inference inside `serving`')
+        served = self.open.searched()
+        assert served.roots is not None
         start = time.perf_counter()
         served.searches += 1
         try:
@@ -46,7 +45,7 @@ class NodesByPlace(Steps):
         start = time.perf_counter()
         contexts, pages = nodes.expand(simulation, path, columns), nodes.pages[simulation]
         result = self._step(
-            served.weights, contexts, pages, steps_after(served.timesteps, depths), actions, None,
+            self._weights_of(served), contexts, pages, steps_after(served.timesteps, depths), actions, None,
             nodes.longest(simulation)
         )
         self._manager.count_queries('recur', len(pages), len(pages), by_node=True)

@@ -1,5 +1,5 @@
-"""A whole search on the CPU as one compiled call: joins the trees in arrays and the model's step. Importing it imports
-numba.
+"""What is called on the CPU: a whole search, which joins the trees in arrays and the model's step; and the step to its
+roots. Importing it imports numba.
 
 Rows of a batch are independent, so that threads can have some each, with memory of their own for the step.
 """
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..engine.compiled import begin_contexts, help_out, simulate
+from ..engine.compiled import begin_contexts, help_out, observe_roots, simulate
 from ..engine.compiling import entry, inner
 from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
 
@@ -34,6 +34,20 @@ class Batch(NamedTuple):
     value: np.ndarray  # [B]
     policy: np.ndarray  # [B, P]
     broken: np.ndarray  # [B], how many predictions were no numbers; the search went on with zeros
+
+
+class RootBatch(NamedTuple):
+    """What goes into a root inference and comes out of it, row by row; see :func:`observe_roots`."""
+    tables: np.ndarray  # [B, R]
+    counts: np.ndarray  # [B]
+    pages: np.ndarray  # [B]
+    actions: np.ndarray  # [B, 1] or [B, A] float32
+    places: np.ndarray  # [2, B]
+    observations: np.ndarray  # [B, O], or [0, 0]
+    sequence: np.ndarray  # [B, E]
+    latent: np.ndarray  # [B, E]
+    value: np.ndarray  # [B, S]
+    policy: np.ndarray  # [B, P]
 
 
 class States(NamedTuple):
@@ -141,6 +155,22 @@ def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, 
         else:
             extend_rows(tree, pages[simulation], simulation, lo, hi)
         backup_rows(tree, rules, key, simulation, batch.reward, batch.value, batch.policy, lo, hi)
+
+
+@entry
+def step_roots(network: Any, shift: np.ndarray, slab: np.ndarray, batch: RootBatch, begins: bool, scratch: Any, lo: int,
+               hi: int) -> None:
+    """Rows ``lo`` to ``hi`` of a root inference; or contexts that begin anew before it, with what ``latent`` gives."""
+    if begins:
+        begin_contexts(
+            network, shift, slab, batch.tables, batch.counts, batch.pages, batch.places[1], scratch, lo, hi,
+            batch.latent
+        )
+    else:
+        observe_roots(
+            network, shift, slab, batch.tables, batch.counts, batch.pages, batch.actions, batch.places,
+            batch.observations, scratch, lo, hi, batch.sequence, batch.latent, batch.value, batch.policy
+        )
 
 
 help_search = entry(help_out)

@@ -9,7 +9,8 @@ import torch
 
 class Step(NamedTuple):
     """The last step of an episode that goes on."""
-    observation: torch.Tensor
+    observations: torch.Tensor  # of the batch that it was in
+    row: int
     action: Any
 
 
@@ -24,14 +25,18 @@ class Environments:
 
     def rows(self, mode: str, env_ids: Sequence[int], observations: torch.Tensor) -> Tuple[torch.Tensor, List[Any]]:
         """The last observations ``[B, ...]`` and actions of a batch; zeros and -1 where an episode starts."""
-        fresh = Step(torch.zeros_like(observations[0]), -1)
+        fresh = Step(torch.zeros_like(observations[:1]), 0, -1)
         steps = [self._steps.get((mode, env_id), fresh) for env_id in env_ids]
-        return torch.stack([step.observation for step in steps]), [step.action for step in steps]
+        batch, actions = steps[0].observations, [step.action for step in steps]
+        is_whole = len(batch) == len(steps) and all(
+            step.observations is batch and step.row == row for row, step in enumerate(steps)
+        )
+        return batch if is_whole else torch.stack([step.observations[step.row] for step in steps]), actions
 
     def remember(self, mode: str, env_ids: Sequence[int], observations: torch.Tensor, output: Dict[int, Any]) -> None:
         """Note what each environment saw and did."""
-        for env_id, observation in zip(env_ids, observations):
-            self._steps[mode, env_id] = Step(observation, output[env_id]['action'])
+        for row, env_id in enumerate(env_ids):
+            self._steps[mode, env_id] = Step(observations, row, output[env_id]['action'])
 
     def forget(self, mode: str, env_ids: Optional[Sequence[int]]) -> None:
         """End the episodes of some environments of a mode, or of all."""

@@ -16,9 +16,10 @@ from ..engine.transfer import send
 from ..engine.weights import Source
 from .by_key import NodesByKey
 from .by_node import NodesByPlace
+from .compiled_model import CompiledModel
 from .device import DeviceSearch
+from .root_step import CompiledRoots
 from .roots import RootInference
-from .served import Served
 from .timesteps import reanalysis_timesteps_of, steps_after
 from .whole import Found, Problem, WholeSearch
 
@@ -30,30 +31,30 @@ class Inference(RootInference, NodesByKey, NodesByPlace):
                  store: PageStore, options: CacheConfig, validator: Any,
                  read_network: Callable[[], Any]) -> None:
         super().__init__(source, encode, manager, store, options, validator)
-        self._whole = WholeSearch(read_network, source, manager, store, self._guard, self.timings)
-        self._device = DeviceSearch(self.engine, source, manager, store, self._guard, self.timings)
+        model = CompiledModel(read_network, source)
+        store.beside.append(model)
+        self._compiled_roots = CompiledRoots(model, self._latents, self._slab)
+        self._whole = WholeSearch(model, source, manager, store, self._guard, self.timings)
+        self._device = DeviceSearch(
+            self.engine, source, manager, store, self._guard, self.timings, options.matmul
+        )
 
     @contextmanager
     def search_whole(self, problem: Problem) -> Iterator[Any]:
         """A context with the trees of a search from the roots that were just served, which was one compiled call."""
-        with self._whole.run(self._served(), problem) as tree:
+        with self._whole.run(self.open.searched(), problem) as tree:
             yield tree
 
     @torch.no_grad()
     def search_on_device(self, problem: Problem) -> Found:
-        """Search from the roots that were just served, on a GPU; returns the roots' visits and values."""
-        return self._device.run(self._served(), problem)
-
-    def _served(self) -> Served:
-        served = self.open.innermost(lambda step: step.roots is not None)
-        if served is None:
-            raise RuntimeError('a search follows a root inference inside `serving`')
-        return served
+        """Search from the roots that were just served, on a GPU."""
+        return self._device.run(self.open.searched(), problem)
 
     @torch.no_grad()
     def reanalyze_whole(self, problem: Problem, latent: np.ndarray, start_pos: Any) -> Found:
-        """Search from states ``[B, E]`` without contexts; returns the roots' visits and values."""
-        return self._whole.reanalyze(
+        """Search from states ``[B, E]`` without contexts, on the device where the model is."""
+        search = self._whole if self._source.device().type == 'cpu' else self._device
+        return search.reanalyze(
             problem, latent, reanalysis_timesteps_of(start_pos, len(latent)), self._source.addresses()
         )
 

@@ -1,8 +1,8 @@
 """The rules of :mod:`.tree` as kernels for a GPU, a row for each program. Importing it imports Triton.
 
 Scores are those of the compiled trees to the last bit: sums go in the order of the children, products and sums stay
-apart (``enable_fp_fusion=False``), and divisions are rounded. Shapes are those of :mod:`.tree`; what depends on visits
-alone, ``explored`` and ``spread``, comes in tables.
+apart (``enable_fp_fusion=False``), and divisions are rounded. Shapes are those of :mod:`.arrays`; what depends on
+visits alone, ``explored`` and ``spread``, comes in tables.
 """
 import triton
 import triton.language as tl
@@ -17,12 +17,13 @@ def _quality(reward, discount, sign, value_sum, visits):
 
 
 @triton.jit
-def select(visits, value_sum, reward, prior, child, order, low, high, path, depths, actions, tables, counts,
-           key, simulation_at, timesteps, pages, window, window_counts, positions, explored, spread, rules, rows, nodes,
-           slots, least_rotary, SLOTS: tl.constexpr, PAGES: tl.constexpr, PADDED: tl.constexpr,
-           TWO_PLAYERS: tl.constexpr):
-    """Walk to where the simulation adds its node, and lay out what the model's step needs there: the window of pages
-    ``[PAGES + 1, B]``, counts ``[B]`` and positions ``[2, B]``."""
+def select(visits, value_sum, reward, prior, child, order, draws, low, high, path, depths, actions, unused, tables,
+           counts, key, simulation_at, timesteps, pages, parents, taken, window, window_counts, positions, explored,
+           spread, rules, rows, nodes, slots, action_size, least_rotary, SLOTS: tl.constexpr, ACTION: tl.constexpr,
+           PAGES: tl.constexpr, PADDED: tl.constexpr, TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr):
+    """Walk to where the simulation adds its node, and lay out what the model's step needs there: the nodes that it
+    begins at ``[B]``, the actions taken there ``[B]`` or ``[B, A]``, the window of pages ``[PAGES + 1, B]``, counts
+    ``[B]`` and positions ``[2, B]``."""
     row = tl.program_id(0)
     simulation = tl.load(simulation_at)
     discount, delta = tl.load(rules), tl.load(rules + 1)
@@ -46,13 +47,13 @@ def select(visits, value_sum, reward, prior, child, order, low, high, path, dept
         sums = tl.load(value_sum + first_node + children, mask=seen, other=0.)
         rewards = tl.load(reward + first_node + children, mask=seen, other=0.)
         worth = _quality(rewards, discount, 1.0, sums, reached)
-        total, taken = discount * 0, tl.sum(seen.to(tl.int32), 0)
+        total, visited = discount * 0, tl.sum(seen.to(tl.int32), 0)
         for one in range(slots):
             total += tl.sum(tl.where(seen & (index == one), worth, 0.), 0)
-        if (node == 0) & (taken > 0):
-            above = tl.div_rn(total, taken.to(tl.float32))
+        if (node == 0) & (visited > 0):
+            above = tl.div_rn(total, visited.to(tl.float32))
         else:
-            above = tl.div_rn(above + total, (taken + 1).to(tl.float32))
+            above = tl.div_rn(above + total, (visited + 1).to(tl.float32))
         value = tl.where(seen, _quality(rewards, discount, sign, sums, reached), above)
         value = tl.where(width > 0, tl.div_rn(value - lowest, divisor), value)
         value = tl.where(value < 0, 0., value)
@@ -70,15 +71,26 @@ def select(visits, value_sum, reward, prior, child, order, low, high, path, dept
         word, _b, _c, _d = tl.philox(tl.load(key), row, simulation, depth, 0)
         left = tl.umulhi(word, ties.to(tl.uint32)).to(tl.int32)
         chosen = tied & (tl.cumsum(tied.to(tl.int32), 0) - 1 == left)
-        action = tl.sum(tl.where(chosen, slot, 0), 0)
-        node = tl.load(child + begin + action)
+        step = tl.sum(tl.where(chosen, slot, 0), 0)
+        action = tl.sum(tl.where(chosen, index, 0), 0) if SAMPLED else step
+        node = tl.load(child + begin + step)
         if node < 0:
             node = simulation + 1
-            tl.store(child + begin + action, node)
+            tl.store(child + begin + step, node)
         depth += 1
     tl.store(path + first_node + depth, node)
     tl.store(depths + row, depth)
-    tl.store(actions + row, action.to(tl.int64))
+    tl.store(actions + row, action)
+    tl.store(parents + row, parent.to(tl.int64))
+    after = depth
+    if SAMPLED:
+        after = parent  # where trees are sampled, LightZero has the node's index for its depth
+        part = tl.arange(0, ACTION)
+        drawn = draws + ((first_node + parent) * slots + action) * action_size
+        numbers = tl.load(drawn + part, mask=part < action_size, other=0.)
+        tl.store(taken + row * action_size + part, numbers.to(taken.dtype.element_ty), mask=part < action_size)
+    else:
+        tl.store(taken + row, action.to(tl.int64))
     count = tl.load(counts + first_node + parent)
     column = tl.arange(0, PADDED)
     context = tl.load(tables + (first_node + parent) * PAGES + column, mask=column < count, other=0)
@@ -93,7 +105,7 @@ def select(visits, value_sum, reward, prior, child, order, low, high, path, dept
     tl.store(counts + first_node + simulation + 1, count - dropped + 1)
     before = 2 * count - 1
     if least_rotary > 0:
-        before = (2 * (tl.load(timesteps + row) + depth) + 1).to(tl.int32)
+        before = (2 * (tl.load(timesteps + row) + after) + 1).to(tl.int32)
         tl.store(positions + row, (before % least_rotary).to(tl.int64))
         tl.store(positions + rows + row, ((before + 1) % least_rotary).to(tl.int64))
     else:
@@ -102,37 +114,41 @@ def select(visits, value_sum, reward, prior, child, order, low, high, path, dept
 
 
 @triton.jit
-def _mended(number):
+def mended(number):
+    """Zero for what is no number."""
     return tl.where(tl.abs(number) < float('inf'), number, 0.)  # which nan is not, either
 
 
 @triton.jit
 def backup(visits, value_sum, reward, prior, child, order, low, high, path, depths, broken, predicted,
-           simulation_at, rules, nodes, slots, SLOTS: tl.constexpr, TWO_PLAYERS: tl.constexpr):
-    """Expand the new node by predictions ``[B, 2 + S]``, zeros for what is no number, and back its value up."""
+           simulation_at, rules, nodes, slots, policy, SLOTS: tl.constexpr, POLICY: tl.constexpr,
+           TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr):
+    """Expand the new node by predictions ``[B, 2 + P]``, zeros for what is no number, and back its value up. Where
+    trees are sampled, the node's actions are still to be drawn."""
     row = tl.program_id(0)
     simulation = tl.load(simulation_at)
     discount = tl.load(rules)
-    index = tl.arange(0, SLOTS)
-    there = index < slots
-    numbers = predicted + row * (2 + slots)
+    index, column = tl.arange(0, SLOTS), tl.arange(0, POLICY)
+    there = column < policy
+    numbers = predicted + row * (2 + policy)
     new_reward, value = tl.load(numbers), tl.load(numbers + 1)
-    logits = tl.load(numbers + 2 + index, mask=there, other=0.)
-    odd = tl.sum((_mended(logits) != logits).to(tl.int32), 0)
-    odd += (_mended(new_reward) != new_reward).to(tl.int32) + (_mended(value) != value).to(tl.int32)
+    logits = tl.load(numbers + 2 + column, mask=there, other=0.)
+    odd = tl.sum((mended(logits) != logits).to(tl.int32), 0)
+    odd += (mended(new_reward) != new_reward).to(tl.int32) + (mended(value) != value).to(tl.int32)
     tl.store(broken + row, tl.load(broken + row) + (odd > 0).to(tl.int32))
-    new_reward, value = _mended(new_reward), _mended(value)
-    logits = tl.where(there, _mended(logits), -float('inf'))
+    new_reward, value = mended(new_reward), mended(value)
     first_node = row * nodes
     new = first_node + simulation + 1
-    powers = tl.exp(logits - tl.max(logits, 0))
-    tl.store(prior + new * slots + index, tl.div_rn(powers, tl.sum(powers, 0)), mask=there)
-    tl.store(order + new * slots + index, index, mask=there)
-    tl.store(child + new * slots + index, index * 0 - 1, mask=there)
+    tl.store(child + new * slots + index, index * 0 - 1, mask=index < slots)
+    if not SAMPLED:
+        logits = tl.where(there, mended(logits), -float('inf'))
+        powers = tl.exp(logits - tl.max(logits, 0))
+        tl.store(prior + new * slots + column, tl.div_rn(powers, tl.sum(powers, 0)), mask=there)
+        tl.store(order + new * slots + column, column, mask=there)
     tl.store(reward + new, new_reward)
     lowest, highest = tl.load(low + row), tl.load(high + row)
     last = tl.load(depths + row)
-    sign = -1.0 if TWO_PLAYERS else 1.0
+    sign = -1.0 if TWO_PLAYERS and not SAMPLED else 1.0
     depth = last
     while depth >= 0:
         node = first_node + tl.load(path + first_node + depth)

@@ -7,18 +7,20 @@ import torch
 from ..cache.base import CURRENT
 from ..cache.manager import COLLECT
 from ..cache.pages import Rows, extend
+from ..engine.launch import CudaGraphBackend
 from ..engine.packing import pack, unpack
-from ..engine.step import StepOutput
+from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
-from ..engine.weights import Weights
 from .keys import hash_rows
+from .root_step import CompiledRoots, RootStep, Stepped
 from .served import Served
-from .steps import Steps, checksum, zero_for_nan
+from .steps import Steps, zero_for_nan
 from .timesteps import timesteps_of
 
 
 class RootInference(Steps):
     """Looks contexts up by environment, or by key, and stores those that the step made."""
+    _compiled_roots: CompiledRoots
 
     def root(self, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
              start_pos: Any) -> StepOutput:
@@ -43,26 +45,17 @@ class RootInference(Steps):
     def _root(self, step: Served, by_key: bool, last_obs: torch.Tensor, last_actions: Sequence[Any],
               current_obs: torch.Tensor, timesteps: np.ndarray) -> StepOutput:
         manager, mode, env_ids = self._manager, step.mode, step.env_ids
-        step.weights = self._source.read(False)
-        rows, latent = len(current_obs), self._latents(current_obs)
-        going = self.going(last_actions, rows)
+        rows = len(current_obs)
+        actions, going = self.actions_of(last_actions, rows)
         contexts, last, missing = self._last_contexts(step, by_key, last_obs, going)
         manager.count_queries('init', int(going.sum()), int(going.sum()) - len(missing))
         before = contexts[0].copy(), contexts[1].copy()
-        pages = step.lease.allocate(rows)
-        if going.any():
-            lost = missing
-            if self._guard.skips and last is not None and len(missing):  # what was skipped is no context to begin from
-                lost = missing[to_cpu(torch.isfinite(last).all(1))[missing]]
-            anew = self._begin_anew(step.lease, contexts, lost, 2 * timesteps[lost])
-            actions = np.asarray([last_actions[row] if going[row] else self._no_action() for row in range(rows)])
-            output = self._continue(step.weights, contexts, pages, timesteps, actions, latent, anew, last)
-        else:
-            [numbers] = send(self._source.device(), np.stack([pages, self._angle(2 * timesteps)]))
-            output = self.engine.first(step.weights, self._slab(), numbers[0], latent, numbers[1])
-        # Keys need whole latent states; otherwise a sum is enough to see whether they are finite.
-        states = latent if by_key else latent.sum(1, keepdim=True)
-        on_cpu = to_cpu(torch.cat([states, checksum(output)], dim=1))
+        pages, lost = step.lease.allocate(rows), missing
+        if self._guard.skips and last is not None and len(missing):  # what was skipped is no context to begin from
+            lost = missing[to_cpu(torch.isfinite(last).all(1))[missing]]
+        anew = self._begin_anew(step.lease, contexts, lost, 2 * timesteps[lost])
+        given = RootStep(contexts, pages, timesteps, actions, anew, last, current_obs)
+        latent, output, on_cpu = self._step_roots(step, by_key, given)
         kept = self._finite_roots(on_cpu, step, timesteps)
         roots = extend(contexts, pages)
         kept_ids, kept_roots = [env_ids[row] for row in kept], (roots[0][kept], roots[1][kept])
@@ -102,19 +95,46 @@ class RootInference(Steps):
             last = self._latents(last_obs)
         return (tables, counts), last, missing
 
-    def _continue(self, weights: Weights, rows: Rows, pages: np.ndarray, timesteps: np.ndarray, actions: np.ndarray,
-                  latent: torch.Tensor, anew: np.ndarray, last: Optional[torch.Tensor]) -> StepOutput:
-        """An action and an observation that is given, for contexts of which some are begun anew before."""
-        engine, slab = self.engine, self._slab()
-        # Where an episode begins there is no action, nor an angle below 0.
-        angles = 2 * timesteps - (rows[1] > 0), 2 * timesteps
-        packed = pack(engine.geometry, rows, pages, angles, actions, int(rows[1].max()))
-        numbers, begun = send(self._source.device(), packed, anew)
-        if anew.shape[1]:
-            assert last is not None
-            engine.begin(weights, slab, begun[0], last[begun[2]], begun[1])
+    def _step_roots(self, step: Served, by_key: bool, given: RootStep) -> Stepped:
+        """Encode and step: by one compiled call where the search that follows is one on the CPU, by a graph that a GPU
+        replays, or else by torch."""
+        if step.in_arrays and self._source.device().type == 'cpu' and not self._source.is_training():
+            return self._compiled_roots.step(step, given)
+        if not by_key and self.backend.name == CudaGraphBackend.name and self._root_graphs.serves():
+            self._begin(step, given, send(self._source.device(), given.anew)[0])
+            replayed = self._root_graphs.run(
+                self._slab(), self._packed(given, self.engine.geometry.width), given.observations, step.addresses
+            )
+            if replayed is not None:
+                output, sums = replayed
+                return Stepped(output.latent_state.squeeze(1), output, sums)
+            given = given._replace(anew=given.anew[:, :0])
+        return self._launch_roots(step, by_key, given)
+
+    def _launch_roots(self, step: Served, by_key: bool, given: RootStep) -> Stepped:
+        engine, weights, slab, counts = self.engine, self._weights_of(step), self._slab(), given.contexts[1]
+        latent = self._latents(given.observations)
+        numbers, anew = send(self._source.device(), self._packed(given, int(counts.max())), given.anew)
+        self._begin(step, given, anew)
         page_ids, page_counts, positions, action = unpack(engine.geometry, numbers)
-        return engine.step(weights, slab, page_ids, page_counts, action, positions, latent)
+        if counts.any():
+            output = engine.step(weights, slab, page_ids, page_counts, action, positions, latent)
+        else:
+            output = engine.first(weights, slab, page_ids[:, -1], latent, positions[1])
+        # Keys need whole latent states; otherwise a sum is enough to see whether they are finite.
+        states = latent if by_key else latent.sum(1, keepdim=True)
+        return Stepped(latent, output, to_cpu(torch.cat([states, checksum(output)], dim=1)))
+
+    def _packed(self, given: RootStep, longest: int) -> np.ndarray:
+        # Where an episode begins there is no action, nor an angle below 0.
+        angles = 2 * given.timesteps - (given.contexts[1] > 0), 2 * given.timesteps
+        return pack(self.engine.geometry, given.contexts, given.pages, angles, given.actions, longest)
+
+    def _begin(self, step: Served, given: RootStep, anew: torch.Tensor) -> None:
+        """Begin contexts anew; ``anew`` is the given one on the device."""
+        if anew.shape[1]:
+            assert given.last is not None
+            self.engine.begin(self._weights_of(step), self._slab(), anew[0], given.last[anew[2]], anew[1])
 
     def _finite_roots(self, on_cpu: np.ndarray, step: Served, timesteps: np.ndarray) -> np.ndarray:
         """Rows ``[K]`` whose latent state, value and policy are finite."""

@@ -15,12 +15,15 @@ from ..cache.pages import Lease, Rows
 class Served:
     """A step of some environments: their root inference, and the search that follows it. It owns its roots' pages."""
 
-    def __init__(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...], lease: Lease, trace: Any) -> None:
+    def __init__(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...], lease: Lease, trace: Any,
+                 in_arrays: bool = False) -> None:
         self.mode, self.env_ids = mode, env_ids
+        self.in_arrays = in_arrays  # whether the search that follows is
         self.addresses = addresses  # of the weights
         self.lease = lease
         self.trace = trace  # what its validation notes; or None
-        self.weights: Any = None  # as the root inference read them: nobody changes them inside a search
+        self.weights: Any = None  # as they were first read: nobody changes them inside a search
+        self.shift: Any = None  # what learned positions add, where the root inference was compiled
         self.roots: Optional[Rows] = None
         self.before: Optional[Rows] = None  # the environments' roots before this step
         self.superseded: Set[int] = set()  # environments whose root is no longer of this step
@@ -35,11 +38,11 @@ class Served:
             raise ValueError(f'{rows} rows for {len(self.env_ids)} environments {self.env_ids}')
 
 
-class _Open(threading.local):
-    """Each thread has open steps of its own, and so has each copy of a model."""
+class StepsOfThread(threading.local):
+    """The steps that are open; each thread has its own, and so has each copy of a model or policy."""
 
     def __init__(self) -> None:
-        self.steps: List[Served] = []
+        self.steps: List[Any] = []
 
     def __reduce__(self) -> Any:
         return type(self), ()
@@ -50,7 +53,7 @@ class OpenSteps:
 
     def __init__(self, manager: PagedCacheManager, validator: Any) -> None:
         self._manager, self._validator = manager, validator
-        self._open = _Open()
+        self._open = StepsOfThread()
         self._abandoned: Deque[Served] = deque()  # steps that were entered and never left
 
     @property
@@ -59,13 +62,14 @@ class OpenSteps:
         return self._open.steps
 
     @contextmanager
-    def serving(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...]) -> Iterator[Served]:
+    def serving(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...],
+                in_arrays: bool = False) -> Iterator[Served]:
         """A context in which the root inference, and the search that follows it, are those of some environments."""
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')
         self.end_abandoned()
         trace = None if self._validator is None else self._validator.open(mode, env_ids)
-        served = Served(mode, env_ids, addresses, self._manager.lease(), trace)
+        served = Served(mode, env_ids, addresses, self._manager.lease(), trace, in_arrays)
         steps = self.steps
         steps.append(served)
         try:
@@ -119,6 +123,13 @@ class OpenSteps:
                 left = [row for row in step.kept if env_id not in (None, step.env_ids[row])]
                 step.kept = np.array(left, dtype=np.int64)
                 step.superseded.update(step.env_ids if env_id is None else [env_id])
+
+    def searched(self) -> Served:
+        """The innermost open step, whose roots a search begins at."""
+        served = self.innermost(lambda step: step.roots is not None)
+        if served is None:
+            raise RuntimeError('a search follows a root inference inside `serving`')
+        return served
 
     def innermost(self, is_fitting: Callable[[Served], bool]) -> Optional[Served]:
         """The innermost open step, if it fits: LightZero's code does not pass along which step it is in."""

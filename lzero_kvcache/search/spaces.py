@@ -4,19 +4,18 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 
-from ..engine.slab import MIB
+from ..config import MIB
 
 
 class Space(NamedTuple):
     """What one search at a time works in."""
     tree: Any
-    scratches: List[Any]  # one for each thread
     latents: np.ndarray  # [B, N, E], of the nodes of a reanalysis
     slab: np.ndarray  # the pages of a reanalysis
 
     @property
     def bytes(self) -> int:
-        arrays = [*self.tree, *(scratch.memory for scratch in self.scratches), self.latents, self.slab]
+        arrays = [*self.tree, self.latents, self.slab]
         return sum(array.nbytes for array in arrays)
 
 

@@ -1,5 +1,5 @@
 """What every inference over pages needs: the model's steps, and where contexts are begun anew."""
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -7,15 +7,15 @@ import torch
 from ..cache.base import PagedCacheManager
 from ..cache.pages import SCRATCH_PAGE, Lease, Rows
 from ..cache.stats import Timing
-from ..config import CacheConfig
+from ..config import MIB, CacheConfig
 from ..engine.launch import Result, make_backend
 from ..engine.packing import pack
-from ..engine.slab import MIB
-from ..engine.step import Engine, StepOutput
+from ..engine.root_graph import RootGraphs
+from ..engine.step import Engine
 from ..engine.store import PageStore
 from ..engine.weights import Source, Weights
 from .guard import NanGuard
-from .served import OpenSteps
+from .served import OpenSteps, Served
 
 
 class Steps:
@@ -28,8 +28,9 @@ class Steps:
         self.timings = {'search': Timing(), 'step': Timing()}
         self.open = OpenSteps(manager, validator)
         self._source, self._encode, self._manager, self._store = source, encode, manager, store
+        self._root_graphs = RootGraphs(self.engine, source, encode, SCRATCH_PAGE)
         self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
-        store.beside += [self.backend, _WindowMemory(self.engine)]
+        store.beside += [self.backend, self._root_graphs, _WindowMemory(self.engine)]
 
     def _begin_anew(self, lease: Lease, rows: Rows, lost: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Give rows whose contexts are lost a page each. Returns what it takes to begin them there in one forward: the
@@ -60,16 +61,25 @@ class Steps:
         geometry = self.engine.geometry
         return position % geometry.rotary_positions if geometry.rotary else position
 
-    def going(self, last_actions: Sequence[Any], rows: int) -> np.ndarray:
-        """Whether an action led to each root ``[B]``, or an episode starts there."""
-        return np.array([row < len(last_actions) and not self._is_first(last_actions[row]) for row in range(rows)])
+    def _weights_of(self, served: Served) -> Weights:
+        """As they are, read once for a served step."""
+        if served.weights is None:
+            served.weights = self._source.read(False)
+        return served.weights
 
-    def _is_first(self, action: Any) -> bool:
-        return not isinstance(action, np.ndarray) if self.engine.geometry.continuous else int(action) == -1
-
-    def _no_action(self) -> Any:
-        geometry = self.engine.geometry
-        return np.zeros(geometry.action_size, np.float32) if geometry.continuous else 0
+    def actions_of(self, actions: Sequence[Any], rows: int) -> Tuple[np.ndarray, np.ndarray]:
+        """Actions ``[B]`` or ``[B, A]``, and which rows have one; zeros for the others, whose episode starts."""
+        geometry, going = self.engine.geometry, np.zeros(rows, dtype=bool)
+        if geometry.continuous:
+            vectors = np.zeros((rows, geometry.action_size), np.float32)
+            for row, action in enumerate(actions[:rows]):
+                if isinstance(action, np.ndarray):
+                    vectors[row], going[row] = action.reshape(-1), True
+            return vectors, going
+        numbers = np.full(rows, -1, dtype=np.int64)
+        numbers[:len(actions)] = [int(action) for action in actions[:rows]]
+        going = numbers != -1
+        return numbers * going, going
 
 
 class _WindowMemory:
@@ -81,13 +91,6 @@ class _WindowMemory:
     @property
     def memory_mb(self) -> float:
         return self._engine.window.bytes / MIB
-
-
-def checksum(output: StepOutput) -> torch.Tensor:
-    """A sum ``[B, 1]`` that is finite where reward, value and policy are. If these are finite, so are the keys and
-    values that they were computed with."""
-    parts = output.logits_rewards, output.logits_value, output.logits_policy
-    return torch.cat([part for part in parts if part is not None], dim=-1).sum(-1)
 
 
 def zero_for_nan(part: torch.Tensor) -> torch.Tensor:

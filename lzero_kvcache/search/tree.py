@@ -1,17 +1,15 @@
 """Search trees in arrays and LightZero's rules of them, compiled by numba. Knows page ids; no model, no pools.
 
-Shapes: ``B`` rows (trees), ``N`` nodes: 0 is the root and ``s + 1`` what simulation ``s`` adds, ``S`` slots for the
-children of a node: its actions, or the ``K`` actions drawn for it where trees are sampled, ``A`` numbers of an action
-(0 unless sampled), ``R`` pages of a context, ``P`` policy logits.
-
-Everything is float32 in the order of operations of LightZero's C++, whose scores these are to the last bit.
+Shapes are those of :mod:`.arrays`. Everything is float32 in the order of operations of LightZero's C++, whose scores
+these are to the last bit.
 """
 import math
-from typing import Any, List, NamedTuple, Sequence, Tuple
+from typing import Any, List, NamedTuple, Tuple
 
 import numpy as np
 
 from ..engine.compiling import inner
+from .arrays import FLOATS, Tree, tree_shapes
 from .draws import ACTION, TIE, below, draw, normal, uniform
 
 Key = Tuple[np.uint32, np.uint32]
@@ -34,25 +32,6 @@ class Rules(NamedTuple):
     index_for_depth: bool  # a node is as deep as its index in the search path
 
 
-class Tree(NamedTuple):
-    """The trees of a search, for the next one to write over."""
-    visits: np.ndarray  # [B, N]
-    value_sum: np.ndarray  # [B, N]
-    reward: np.ndarray  # [B, N], of the step to the node
-    prior: np.ndarray  # [B, N, S]
-    child: np.ndarray  # [B, N, S], node in each slot; -1: none yet
-    order: np.ndarray  # [B, N, S], slots as the scores are compared, -1 after the last; equal draws share one
-    draws: np.ndarray  # [B, N, S, A], actions in the order of ``order``
-    low: np.ndarray  # [B], the range of values
-    high: np.ndarray  # [B]
-    path: np.ndarray  # [B, N], nodes from the root to the new one
-    depth: np.ndarray  # [B], steps of that path
-    action: np.ndarray  # [B], the path's last step: a slot, or where trees are sampled an index of ``draws``
-    scores: np.ndarray  # [B, S], of the node that was looked at last
-    tables: np.ndarray  # [B, N, R], page ids of each node's context
-    counts: np.ndarray  # [B, N], pages of it
-
-
 def make_rules(pb_c_base: int, pb_c_init: float, discount_factor: float, value_delta_max: float, two_players: bool,
                sampled: bool = False, continuous: bool = False, draws_ties: bool = True,
                index_for_depth: bool = False) -> Rules:
@@ -70,17 +49,13 @@ def make_key(seed: int, search: int) -> Key:
 
 def make_tree(rows: int, simulations: int, slots: int, pages: int, action_size: int = 0) -> Tree:
     """Arrays for searches of one size."""
-    nodes = simulations + 1
-    per_node, per_slot = (rows, nodes), (rows, nodes, slots)
-    return Tree(
-        visits=np.zeros(per_node, np.int32), value_sum=np.zeros(per_node, np.float32),
-        reward=np.zeros(per_node, np.float32), prior=np.zeros(per_slot, np.float32),
-        child=np.full(per_slot, -1, np.int32), order=np.full(per_slot, -1, np.int32),
-        draws=np.zeros(per_slot + (action_size, ), np.float32), low=np.zeros(rows, np.float32),
-        high=np.zeros(rows, np.float32), path=np.zeros(per_node, np.int32), depth=np.zeros(rows, np.int32),
-        action=np.zeros(rows, np.int32), scores=np.zeros((rows, slots), np.float32),
-        tables=np.zeros(per_node + (pages, ), np.int32), counts=np.zeros(per_node, np.int32)
-    )
+    shapes = tree_shapes(rows, simulations, slots, pages, action_size)._asdict()
+    tree = Tree(**{
+        name: np.zeros(shape, np.float32 if name in FLOATS else np.int32) for name, shape in shapes.items()
+    })
+    tree.child.fill(-1)
+    tree.order.fill(-1)
+    return tree
 
 
 @inner
@@ -364,14 +339,6 @@ def backup_rows(tree: Tree, rules: Rules, key: Key, simulation: int, rewards: np
 
 
 # ---- what a search leaves ------------------------------------------------------------------------------------------
-
-
-def pad_legal(legal: Sequence[Sequence[int]], slots: int) -> np.ndarray:
-    """Lists of legal actions as ``[B, S]``, padded with -1."""
-    padded = np.full((len(legal), slots), -1, np.int32)
-    for row, actions in enumerate(legal):
-        padded[row, :len(actions)] = actions
-    return padded
 
 
 def root_visits(tree: Tree) -> List[List[int]]:

@@ -1,12 +1,8 @@
-"""Whole searches on the CPU: trees in arrays, and the model's steps below them, as one compiled call for each search.
-
-numba is imported by the first search.
-"""
+"""Whole searches on the CPU: trees in arrays, and the model's steps below them, as one compiled call for each."""
 import itertools
-import threading
 import time
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -14,21 +10,17 @@ import torch
 from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
 from ..engine.store import PageStore
-from ..engine.weights import Source, Weights
+from ..engine.weights import Source
+from .arrays import padded
+from .compiled_model import CompiledModel
 from .guard import NanGuard
 from .spaces import Space, Spaces
-
-LEAST_ROWS = 8
-"""Rows that are worth a thread: as many as the compiled step works on side by side."""
-
-LEAST_COLUMNS = 128
-"""Columns of a layer's products that are worth a thread, where there are too few rows."""
 
 CHUNK = 64
 """Rows of a reanalysis that a thread has in work: what the compiled step works on together."""
 
-Found = Tuple[List[List[int]], List[float]]
-"""Visits and values of the roots."""
+Found = Tuple[List[List[int]], List[float], Any]
+"""Visits and values of the roots, and the actions ``[B][S][A]`` that were drawn at them; None where none are drawn."""
 
 
 class Problem(NamedTuple):
@@ -52,29 +44,26 @@ class Problem(NamedTuple):
             noises=None if self.noises is None else self.noises[rows]
         )
 
+    def padded_legal(self) -> np.ndarray:
+        """The legal actions ``[B, S]``, padded with -1; nothing else where all are."""
+        return padded(self.legal, self.slots, -1, np.int32)
+
     def padded_noises(self) -> np.ndarray:
         """The noises ``[B, S]``, padded with zeros; without any, all zeros."""
-        padded = np.zeros((len(self.legal), self.slots), np.float32)
-        for row, numbers in enumerate(self.noises or ()):
-            padded[row, :len(numbers)] = numbers
-        return padded
+        noises = [[]] * len(self.legal) if self.noises is None else self.noises
+        return padded(noises, self.slots, 0, np.float32)
 
 
 class WholeSearch:
     """Runs searches of one model; several threads may search at once."""
 
-    def __init__(self, read_network: Callable[[], Tuple[Any, Any]], source: Source, manager: PagedCacheManager,
-                 storage: PageStore, guard: NanGuard, timings: Dict[str, Timing]) -> None:
-        self._read_network, self._source, self._manager, self._storage = read_network, source, manager, storage
+    def __init__(self, model: CompiledModel, source: Source, manager: PagedCacheManager, storage: PageStore,
+                 guard: NanGuard, timings: Dict[str, Timing]) -> None:
+        self._model, self._source, self._manager, self._storage = model, source, manager, storage
         self._guard, self._timings = guard, timings
-        self._network: Any = None  # and what holds its memory; for the addresses of weights
         self._spaces = Spaces()
         self._reanalyses = itertools.count(2 ** 31)  # numbers that no policy's search has
         storage.beside.append(self._spaces)
-
-    def __getstate__(self) -> Dict[str, Any]:
-        """Copies read their own weights' addresses."""
-        return {**self.__dict__, '_network': None}
 
     @contextmanager
     def run(self, served: Any, problem: Problem) -> Iterator[Any]:
@@ -82,7 +71,8 @@ class WholeSearch:
         start = time.perf_counter()
         tables, counts = served.roots
         rows, width = tables.shape
-        network, _held = self._network_at(served.addresses)
+        network, _held = self._model.network_at(served.addresses)
+        shift = self._model.shift() if served.shift is None else served.shift
         with self._space(network, problem, rows, width) as space:
             with self._manager.lease() as lease:
                 lease.hold(tables)
@@ -92,7 +82,7 @@ class WholeSearch:
                 assert slab is not None
                 trace = served.trace if served.trace is not None and served.trace.replayed else None
                 broken = self._search(
-                    problem, space, network, served.weights, tables, counts, served.timesteps, slab.numpy(), pages,
+                    problem, space, network, shift, tables, counts, served.timesteps, slab.numpy(), pages,
                     trace
                 )
             self._manager.count_queries('recur', pages.size, pages.size, by_node=True)
@@ -104,11 +94,10 @@ class WholeSearch:
 
     def reanalyze(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
                   addresses: Tuple[int, ...]) -> Found:
-        """Search from states ``[B, E]`` without contexts, some rows at a time; returns visits and values of the roots.
-        """
+        """Search from states ``[B, E]`` without contexts, some rows at a time."""
         from .tree import root_values, root_visits
 
-        (network, _held), weights = self._network_at(addresses), self._source.read(False)
+        (network, _held), shift = self._model.network_at(addresses), self._model.shift()
         visits: List[List[int]] = []
         values: List[float] = []
         rows, most = len(latents), CHUNK * torch.get_num_threads()
@@ -121,27 +110,25 @@ class WholeSearch:
                 pages = np.tile(np.arange(count + 1, 2 * count + 1), (problem.simulations, 1))
                 none = np.zeros((count, 1), np.int64)
                 broken = self._search(
-                    part, space, network, weights, none, none[:, 0], timesteps[chosen], space.slab, pages, None
+                    part, space, network, shift, none, none[:, 0], timesteps[chosen], space.slab, pages, None
                 )
                 self._guard.report(broken, 'reanalysis', range(begin, chosen.stop), timesteps[chosen])
                 visits += root_visits(space.tree)
                 values += root_values(space.tree)
-        return visits, values
+        return visits, values, None
 
-    def _search(self, problem: Problem, space: Space, network: Any, weights: Weights, tables: np.ndarray,
+    def _search(self, problem: Problem, space: Space, network: Any, shift: np.ndarray, tables: np.ndarray,
                 counts: np.ndarray, timesteps: np.ndarray, slab: np.ndarray, pages: np.ndarray,
                 trace: Any) -> np.ndarray:
         """Search, and note each simulation if there is a trace; returns how many predictions of each row ``[B]`` were
         no numbers."""
         from . import compiled
-        from .tree import make_key, make_rules, pad_legal
+        from .tree import make_key, make_rules
 
-        geometry, rows = self._source.geometry, len(tables)
-        no_shift = np.zeros((1, geometry.layers, 2, geometry.embed_dim), np.float32)
-        shift = no_shift if weights.shift is None else weights.shift.numpy()
+        rows, width = tables.shape
         roots = compiled.Roots(
             np.asarray(problem.rewards, dtype=np.float32), np.asarray(problem.logits, dtype=np.float32),
-            pad_legal(problem.legal, problem.slots), problem.padded_noises(), np.float32(problem.noise_weight), tables,
+            problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight), tables,
             counts, timesteps
         )
         rules, batch = make_rules(**problem.rules), compiled.make_batch(space.tree, network.policy)
@@ -149,85 +136,34 @@ class WholeSearch:
         given = (
             space.tree, rules, make_key(problem.seed, problem.number), roots, network, shift, slab, pages, batch, states
         )
-        helpers = 0
-        if len(space.scratches) == 1:
-            helpers = max(0, min(torch.get_num_threads(), network.embed // LEAST_COLUMNS) - 1)
         if trace is None:
-            _in_threads(given, space.scratches, helpers, 0, problem.simulations, rows)
+            self._model.run(compiled.search_rows, given, network, width, rows, 0, problem.simulations)
         else:
             for simulation in range(problem.simulations):
-                _in_threads(given, space.scratches, helpers, simulation, simulation + 1, rows)
+                self._model.run(compiled.search_rows, given, network, width, rows, simulation, simulation + 1)
                 _note(trace, space.tree, batch, rules, simulation)
         return batch.broken
-
-    def _network_at(self, addresses: Tuple[int, ...]) -> Tuple[Any, Any]:
-        """The model as addresses of its weights, read anew when one of them has moved, and what holds their memory."""
-        known = self._network
-        if known is None or known[1] != addresses:
-            self._network = known = self._read_network(), addresses
-        return known[0]
 
     @contextmanager
     def _space(self, network: Any, problem: Problem, rows: int, width: int,
                reanalyzes: bool = False) -> Iterator[Space]:
         """Memory for a search of so many rows, each with contexts of ``width`` pages."""
-        from ..engine.compiled import new_scratch
         from .tree import make_tree
 
         geometry = self._source.geometry
-        threads = max(1, min(torch.get_num_threads(), rows // LEAST_ROWS))
 
         def make() -> Space:
             tree = make_tree(rows, problem.simulations, problem.slots, width, problem.action_size)
             states = rows if reanalyzes else 0
             latents = np.zeros((states, problem.simulations + 1, geometry.embed_dim), np.float32)
             pages = (2 * states + 1, 2, geometry.layers, 2, geometry.heads, geometry.head_dim)
-            return Space(tree, [], latents, np.zeros(pages, np.float32))
+            return Space(tree, latents, np.zeros(pages, np.float32))
 
         sizes = (network.embed, network.inner, network.widest, network.policy, len(network.blocks))
         size = (problem.simulations, problem.slots, problem.action_size, width, int(reanalyzes), *sizes)
         with self._spaces.lease(size, rows, make) as space:
-            while len(space.scratches) < threads:
-                space.scratches.append(new_scratch(network, width))
             tree = type(space.tree)(*(array[:rows] for array in space.tree))
-            yield space._replace(tree=tree, scratches=space.scratches[:threads], latents=space.latents[:rows])
-
-
-def _in_threads(given: Sequence[Any], scratches: Sequence[Any], helpers: int, begin: int, end: int, rows: int) -> None:
-    """Search with some rows in each thread, or in one that others help with its products. Threads live for one search,
-    so that a fork finds none."""
-    from ..engine.team import dismiss, new_team
-    from . import compiled
-
-    errors: List[BaseException] = []
-
-    def run(*args: Any) -> None:
-        try:
-            compiled.search_rows(*given, *args)
-        except BaseException as error:
-            errors.append(error)
-
-    team = new_team(1 + helpers)
-    if helpers:  # compiled before anybody waits for it
-        dismissed = new_team(2)
-        dismiss(dismissed)
-        compiled.help_search(dismissed, 1)
-    bounds = [rows * share // len(scratches) for share in range(len(scratches) + 1)]
-    first, *rest = [
-        (scratch._replace(team=team), begin, end, *share) for scratch, *share in zip(scratches, bounds, bounds[1:])
-    ]
-    threads = [threading.Thread(target=run, args=share) for share in rest]
-    threads += [threading.Thread(target=compiled.help_search, args=(team, worker)) for worker in range(1, 1 + helpers)]
-    try:
-        for thread in threads:
-            thread.start()
-        run(*first)
-    finally:
-        dismiss(team)
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise errors[0]
+            yield space._replace(tree=tree, latents=space.latents[:rows])
 
 
 def _note(trace: Any, tree: Any, batch: Any, rules: Any, simulation: int) -> None:

@@ -6,9 +6,9 @@ Knows the host's entries and patches. Must not know LightZero's modules or how t
     from lzero_kvcache.training import make_plan, run
     result = run(make_plan('config_new', cache='old', max_env_step=300, overrides=['policy.num_simulations=10']))
 """
+from ..summary import Result
 from .config_file import LoadedConfig, capture_entry_call, find_config, load_config
 from .plan import Plan, make_plan
 from .runner import run
-from .summary import Result
 
 __all__ = ['LoadedConfig', 'Plan', 'Result', 'capture_entry_call', 'find_config', 'load_config', 'make_plan', 'run']

@@ -5,6 +5,7 @@ policy.
 import contextlib
 import glob
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Dict, Mapping
 
@@ -55,8 +56,15 @@ def save_atomically(data: Mapping[str, Any], path: str) -> None:
         raise
 
 
+def beside(path: str) -> str:
+    """The file that has what a training had taken when it saved a checkpoint."""
+    return re.sub(r'(\.pth\.tar)?$', '.json', path, count=1)
+
+
 def prune(folder: str, keep: int) -> None:
     """Remove all but the newest checkpoints of iterations; the best one has another name, and stays."""
     paths = glob.glob(os.path.join(glob.escape(folder), 'iteration_*.pth.tar'))
     for path in sorted(paths, key=os.path.getmtime)[:-keep]:
-        os.unlink(path)
+        for file in (path, beside(path)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from ..config import FLAG, LIGHTZERO, OPTIONS, PREFIX, ConfigError
+from ..summary import TRAIN, Result, read_summary, write_json
 from .checkpoints import CHECKPOINTS, read_checkpoint
 from .overrides import cache_defaults, known_leaves
-from .plan import TRAIN, Plan, make_plan
-from .summary import Result, read_summary, write_json
+from .plan import Plan, make_plan
 
 PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
 EXPERIMENT = 'experiment.json'

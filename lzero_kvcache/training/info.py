@@ -14,9 +14,9 @@ from ..engine.slab import MIB
 from ..host import entries
 from ..host.lightzero import lightzero
 from ..loading import check_config
+from ..summary import version_of
 from .error_hints import hinted
 from .plan import Plan, make_plan, set_cache, set_device
-from .summary import version_of
 
 Rows = List[Tuple[str, str]]
 
@@ -97,7 +97,7 @@ def _search(name: str, missing: Optional[str], device: str) -> str:
     if name == 'tree':
         return "in LightZero's tree, as asked for"
     if device != 'cpu':  # where this model is not
-        return f'in arrays on {device} where Triton is installed and nothing is sampled, of {name!r}'
+        return f'in arrays on {device} where Triton is installed, of {name!r}'
     return f'in arrays, one compiled call, of {name!r}' if missing is None else f"in LightZero's tree: {missing}"
 
 

@@ -10,12 +10,12 @@ from easydict import EasyDict
 from ..config import LIGHTZERO, ConfigError, picked_system
 from ..host import entries
 from ..loading import check_config, disable, enable, load_plugin
+from ..summary import EVALUATE, TRAIN
 from .checkpoints import CHECKPOINTS
 from .config_file import load_config
 from .linked_keys import check, replace_token
 from .overrides import apply_overrides, leaves
 
-TRAIN, EVALUATE = 'train', 'evaluate'
 POSITIVE = (
     'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
     'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.game_segment_length', 'policy.learning_rate',

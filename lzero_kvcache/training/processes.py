@@ -6,8 +6,8 @@ from collections import deque
 from typing import Deque, List, Optional, TextIO
 
 from ..host.patches import applied
+from ..summary import read_progress
 from .experiment import Experiment, Trial
-from .summary import read_progress
 from .terminal import Bar, Terminal, number_text
 
 POLL_SECONDS = 0.25

@@ -7,10 +7,9 @@ import datetime
 import os
 import shutil
 import signal
-import sys
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -18,33 +17,35 @@ import torch
 from ..config import ConfigError
 from ..host import entries
 from ..host.patches import applied
-from ..telemetry import summed_over_ranks
-from .checkpoints import read_checkpoint
-from .error_hints import hint
-from .event_files import purge
-from .output import Output
-from .plan import EVALUATE, TRAIN, Plan
-from .ranks import DataParallel, Interrupted
-from .summary import (
+from ..run_files import EVENT_FILES, purge
+from ..summary import (
+    EVALUATE,
+    SUMMARY,
+    TRAIN,
     Result,
     add_up,
+    begun,
     cache_type,
+    ended,
     hit_rates,
-    machine,
-    moment,
-    peak_device_memory_mb,
-    peak_host_memory_mb,
     read_progress,
+    read_result,
     read_summary,
-    versions,
+    run_text,
+    write_json,
     write_progress,
     write_summary,
 )
-from .terminal import Bar, reward_text, run_text, summary_rows
+from ..telemetry import summed_over_ranks
+from .checkpoints import beside, read_checkpoint
+from .error_hints import hint
+from .output import Output
+from .plan import Plan
+from .ranks import DataParallel, Interrupted
+from .terminal import Bar, reward_text, summary_rows
 from .watch import Watch
 
 UNBOUNDED = int(1e10)
-EVENT_FILES = os.path.join('log', 'serial')
 LOG_FILE = os.path.join('log', 'train.log')
 LOG_FILE_OF_RANK = os.path.join('log', 'train_rank{}.log')
 # The bar is redrawn four times a second; asking for counters more often than that is for nothing.
@@ -100,14 +101,13 @@ class _Training:
         self.ranks = ranks
         self.output = output
         self.terminal = output.terminal
-        self.result = Result(
-            0, plan.task, '', plan.seed, config=plan.config, entry=plan.entry, max_env_step=plan.max_env_step,
-            max_train_iter=plan.max_train_iter, processes=ranks.size, versions=versions(), started=moment(),
-            command=[os.path.basename(sys.argv[0]), *sys.argv[1:]], overrides=list(plan.overrides))
-        self.watch = Watch(self._refresh, self._after_update, self.ranks, plan.keep_checkpoints)
+        self.result = begun(
+            '', plan.seed, plan.task, config=plan.config, entry=plan.entry, max_env_step=plan.max_env_step,
+            max_train_iter=plan.max_train_iter, processes=ranks.size, overrides=list(plan.overrides))
+        self.watch = Watch(self._refresh, self._after_update, self._note, self.ranks, plan.keep_checkpoints)
         self._pid = os.getpid()
         self._asked: Optional[int] = None
-        self._saving = False
+        self._saving = self._finishing = False
         self._made: Optional[str] = None  # the uppermost folder that was not there before
         self._started = time.monotonic()
         self._next_refresh = 0.0
@@ -176,6 +176,7 @@ class _Training:
         if plan.checkpoint is not None:
             watch.checkpoint = read_checkpoint(plan.checkpoint)
         result.cache = cache_type(policy.model.world_model_cfg)
+        result.device = str(policy.model.world_model_cfg.device)
         if plan.in_place:
             self._check_place()
         self._first_collected = watch.collected
@@ -192,18 +193,19 @@ class _Training:
 
     def _check_place(self) -> None:
         """The folder that a training goes on in must be of one cache system, and its counts must not go back."""
-        folder, now = self.plan.main_config.exp_name, self.result.cache
-        self._before = before = read_summary(folder)
-        was, collected = read_progress(folder)
-        if before is not None:
-            was, collected = before.cache, max(collected, before.collected_env_step)
-            self.watch.best_reward = before.best_reward
+        folder, now, watch = self.plan.main_config.exp_name, self.result.cache, self.watch
+        ended_there = read_summary(folder)
+        was = read_progress(folder)[0] if ended_there is None else ended_there.cache
         if was and was != now:
             raise ConfigError(
                 f"--in-place: {os.path.relpath(folder)} was trained with cache system '{was}', not '{now}'; give "
                 '--exp-name in its place, and the training goes on in a folder of its own'
             )
-        self.watch.discarded = max(0, collected - self.watch.env_step)
+        # What came after the checkpoint is abandoned, and counts for nothing.
+        noted = read_result(beside(str(self.plan.checkpoint)))
+        self._before = ended_there if ended_there and ended_there.train_iter == watch.train_iter else noted
+        rewards = [part.best_reward for part in (ended_there, noted) if part and part.best_reward is not None]
+        watch.best_reward = max(rewards, default=None)
 
     def _make_folder(self) -> None:
         plan, ranks = self.plan, self.ranks
@@ -213,6 +215,10 @@ class _Training:
         if plan.in_place:
             exp_name = os.path.relpath(asked)
             if ranks.main:
+                if self._before is not None:  # for one that is killed, too: a summary of its past is not its own
+                    write_json(beside(str(plan.checkpoint)), asdict(self._before))
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(exp_name, SUMMARY))
                 cut = purge(os.path.join(exp_name, EVENT_FILES), self.watch.train_iter)
                 if cut:
                     self.terminal.line(f'Removed {cut:,} points of event files that came after the checkpoint')
@@ -288,7 +294,7 @@ class _Training:
         result.seconds = moment - self._started
         steps = result.collected_env_step - self._first_collected
         result.env_steps_per_second = steps / result.seconds if steps > 0 else None
-        result.counters = watch.counters
+        result.counters, result.loss = watch.counters, watch.loss
         result.hit_rates = hit_rates(result.counters)
         fresh = watch.evaluations[len(result.evaluations):]
         result.evaluations = list(watch.evaluations)
@@ -299,18 +305,21 @@ class _Training:
                 f'reward {reward_text(evaluation)}'
             )
         result.best_reward = max((evaluation.reward for evaluation in result.evaluations), default=None)
+        if not self._finishing and watch.env_step >= (result.max_env_step or UNBOUNDED):
+            self._finishing = True
+            self.terminal.line(f'{watch.env_step:,} env steps are collected: finishing the updates that go with them')
         self._bar.update(result.collected_env_step, run_text(result, watch.phase))
         if self.ranks.main:
             write_progress(result, watch.phase)
 
+    def _note(self, checkpoint: str) -> None:
+        """Leave beside a checkpoint what the training has taken so far: a kill leaves nothing else to go on from."""
+        self._refresh(now=True)
+        write_json(beside(checkpoint), asdict(self._completed(checkpoint, self.result.counters)))
+
     def _completed(self, checkpoint: Optional[str], counters: Dict[str, Any]) -> Result:
         """The result of a run that has ended; of all of the training, where it went on in place."""
-        device = str(self.plan.main_config.policy.model.world_model_cfg.device)
-        result = replace(
-            self.result, device=device, counters=counters, hit_rates=hit_rates(counters),
-            host_memory_mb=peak_host_memory_mb(), device_memory_mb=peak_device_memory_mb(),
-            cache_memory_mb=counters.get('memory_mb'), checkpoint=checkpoint or self.plan.checkpoint,
-            event_files=os.path.join(self.result.exp_name, EVENT_FILES), log_file=self.output.path,
-            machine=machine(), ended=moment(),
-        )
+        result = ended(
+            self.result, counters, checkpoint=checkpoint or self.plan.checkpoint, log_file=self.output.path,
+            event_files=os.path.join(self.result.exp_name, EVENT_FILES))
         return result if self._before is None else add_up(self._before, result)

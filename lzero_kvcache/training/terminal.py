@@ -7,15 +7,15 @@ import time
 from typing import Dict, List, Optional, TextIO, Tuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
 from rich.text import Text
 
-from .summary import POOLS, Evaluation, Result
+from ..summary import POOLS, Evaluation, Result, number_text, rate_text
 
 PLAIN_WIDTH = 240
-# Below this, only the numbers have room.
-WIDE = 110
+# Below this, only the text has room, on two lines if need be.
+WIDE = 140
 PLAIN_EVERY_SECONDS = 15.0
 
 
@@ -66,9 +66,10 @@ class Bar:
         if terminal.live:
             wide = terminal.console.width >= WIDE
             self._progress = Progress(
-                TextColumn('{task.description}'), *([BarColumn(bar_width=None)] if wide else []), TimeElapsedColumn(),
-                *([TimeRemainingColumn()] if wide and total is not None else []), console=terminal.console,
-                refresh_per_second=4, transient=True, expand=wide, redirect_stdout=False, redirect_stderr=False)
+                TextColumn('{task.description}', table_column=Column(overflow='fold')),
+                *([BarColumn(bar_width=None)] if wide else []), TimeElapsedColumn(table_column=Column(no_wrap=True)),
+                console=terminal.console, refresh_per_second=4, transient=True, expand=wide, redirect_stdout=False,
+                redirect_stderr=False)
             self._task = self._progress.add_task('', total=total, completed=done)
             self._progress.start()
 
@@ -92,33 +93,9 @@ class Bar:
             self._terminal.line(text)
 
 
-def run_text(result: Result, phase: str) -> str:
-    """How far a run is: steps that are trained on and those that were collected since, of all; how long it has left."""
-    steps = f'{result.env_step:,}+{result.collected_env_step - result.env_step:,}'
-    total, speed = result.max_env_step, result.env_steps_per_second
-    if total is not None:
-        steps += f'/{total:,} ({min(1., result.collected_env_step / total):.0%})'
-        if speed:
-            left = max(0, total - result.collected_env_step) / speed
-            steps += f', {datetime.timedelta(seconds=round(left))} left'
-    rewards = f'reward {number_text(result.last_reward)}, best {number_text(result.best_reward)}'
-    rate = rate_text(result.hit_rates.get('total'))
-    return f'{phase:<8} {steps}  {rewards}  hit rate {rate}  {number_text(speed)} steps/s'
-
-
-def rate_text(rate: Optional[float]) -> str:
-    """A share as ``87.5%``; ``-`` for None."""
-    return '-' if rate is None else f'{rate:.1%}'
-
-
-def number_text(number: Optional[float]) -> str:
-    """A number as ``1,234.5``; ``-`` for None."""
-    return '-' if number is None else f'{number:,.1f}'
-
-
 def reward_text(evaluation: Evaluation) -> str:
-    """As ``57.3 ± 4.1 over 8 episodes``: the mean and the standard deviation."""
-    if evaluation.deviation is None:
+    """As ``57.3 ± 4.1 over 8 episodes``: mean and standard deviation, where there are both."""
+    if evaluation.deviation is None or evaluation.episodes == 1:
         return number_text(evaluation.reward)
     return (f'{number_text(evaluation.reward)} ± {number_text(evaluation.deviation)} over {evaluation.episodes} '
             'episodes')

@@ -8,18 +8,21 @@ import numpy as np
 
 from ..host import entries
 from ..host.patches import applied
+from ..run_hooks import LOSS, RunHook
+from ..summary import Evaluation
 from .checkpoints import CHECKPOINTS, Checkpoint, prune, save_atomically
 from .ranks import DataParallel
-from .summary import Evaluation
 
 
 class Watch:
-    """``on_change`` is called whenever something moved; ``after_update`` after each iteration, and it may raise."""
+    """``on_change`` is called whenever something moved; ``after_update`` after each iteration, and it may raise;
+    ``on_saved`` with the path of each checkpoint."""
 
-    def __init__(self, on_change: Callable[[], None], after_update: Callable[[], None],
+    def __init__(self, on_change: Callable[[], None], after_update: Callable[[], None], on_saved: Callable[[str], None],
                  ranks: Optional[DataParallel] = None, keep_checkpoints: Optional[int] = None) -> None:
         self.on_change = on_change
         self.after_update = after_update
+        self.on_saved = on_saved
         self.ranks = ranks or DataParallel()
         self.keep_checkpoints = keep_checkpoints
         self.learner: Any = None
@@ -29,7 +32,7 @@ class Watch:
         self.updating = False
         self.stopped = False
         self.steps_in_collect = 0
-        self.discarded = 0  # steps that a part before this one collected, and that no checkpoint counts
+        self.loss: Optional[float] = None
         self._collected = 0
         self.evaluations: List[Evaluation] = []
         self.checkpoint: Optional[Checkpoint] = None
@@ -47,7 +50,7 @@ class Watch:
         """All steps that were taken. It never goes back, even if a collection is cut off."""
         # The collector's own count is of all ranks, each of which collects as much as this one meanwhile.
         self._collected = max(self._collected, self.env_step + self.steps_in_collect * self.ranks.size)
-        return self._collected + self.discarded
+        return self._collected
 
     @property
     def train_iter(self) -> int:
@@ -108,6 +111,7 @@ class Watch:
 
         def save(path: str, data: Any, *args: Any, **kwargs: Any) -> None:
             save_atomically(data, path)
+            self.on_saved(path)
             if self.keep_checkpoints is not None:
                 prune(os.path.dirname(path), self.keep_checkpoints)
 
@@ -168,6 +172,8 @@ def _watched_learner(watch: Watch, base: type) -> type:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             watch.learner = self
+            for hooks in self._hooks.values():
+                hooks[:] = [hook for hook in hooks if not isinstance(hook, RunHook)]
 
         def call_hook(self, name: str) -> None:
             if name == 'after_run':
@@ -184,6 +190,7 @@ def _watched_learner(watch: Watch, base: type) -> type:
                 log_vars = super().train(*args, **kwargs)
             finally:
                 watch.updating = False
+            watch.loss = log_vars[-1].get(LOSS)
             watch.enter('train')
             watch.after_update()
             return log_vars
@@ -232,13 +239,16 @@ def _watched_evaluator(watch: Watch, base: type) -> type:
         def eval(self, save_ckpt_fn: Optional[Callable] = None, train_iter: int = -1, envstep: int = -1,
                  *args: Any, **kwargs: Any) -> Tuple[Any, Any]:
             watch.enter('evaluate')
-            stop, info = super().eval(save_ckpt_fn, train_iter, envstep, *args, **kwargs)
+            best: List[str] = []  # what is to be saved, which is noted together with this evaluation
+            stop, info = super().eval(save_ckpt_fn and best.append, train_iter, envstep, *args, **kwargs)
             watch.stopped = bool(stop)
             if info is not None:
                 rewards = np.asarray(info['eval_episode_return'], dtype=float)
                 watch.evaluations.append(Evaluation(
                     int(envstep), int(train_iter), float(rewards.mean()), float(rewards.std()), rewards.size))
             watch.on_change()
+            for name in best:
+                watch.learner.save_checkpoint(name)
             return stop, info
 
     return WatchedEvaluator

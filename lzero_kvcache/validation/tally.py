@@ -14,8 +14,8 @@ QUANTITIES = ('value', 'policy', 'reward', 'latent')
 
 
 def relative_differences(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """The largest difference of each row ``[N, K]``, in units of the largest entry that it should have ``[N]``; inf
-    where only one side is finite, nan where neither is."""
+    """The largest difference of each row ``[N, K]`` over the largest expected entry of that row ``[N]``; inf where only
+    one side is finite, nan where neither is."""
     differences, scale = (actual - expected).abs().amax(1), expected.abs().amax(1)
     relative = differences / (scale.clamp(min=1) if actual.shape[1] == 1 else scale)  # numbers may be about 0
     relative = torch.where(differences == 0, torch.zeros_like(relative), relative)
@@ -45,6 +45,9 @@ class Tally:
         self.seconds = 0.0
         self.causes: Counter = Counter(dict.fromkeys(causes, 0))
         self._read = (0, 0)
+        self._begin()
+
+    def _begin(self) -> None:
         self._largest, self._total, self._number = np.zeros((3, len(QUANTITIES)))
 
     def add(self, differences: np.ndarray,
@@ -86,5 +89,5 @@ class Tally:
         for name, largest, total, number in zip(QUANTITIES, self._largest, self._total, self._number):
             if number:
                 values[f'{name}_max'], values[f'{name}_mean'] = float(largest), float(total / number)
-        self._largest, self._total, self._number = np.zeros((3, len(QUANTITIES)))
+        self._begin()
         return values

@@ -54,8 +54,8 @@ class Trace:
 
     def note_root(self, last_obs: torch.Tensor, last_actions: Sequence[Any], obs: torch.Tensor, timesteps: np.ndarray,
                   lost: np.ndarray, outputs: Sequence[Any]) -> None:
-        """Note the root inference, of every search: the next one continues its contexts. Nothing may overwrite its
-        outputs before the search is checked."""
+        """Note the root inference, of every search, since the next one continues its contexts. Its outputs are not
+        copied, so that nobody may write to them before the search is checked."""
         self.last_obs, self.last_actions, self.obs = last_obs, last_actions, obs
         self.timesteps, self.lost = [np.array(timestep) for timestep in timesteps], lost.tolist()
         self.root, self.nodes = answer_of(outputs), []

@@ -16,6 +16,7 @@ from .trace import Answer, Node, Trace
 logger = logging.getLogger(__name__)
 
 Causes = FrozenSet[str]
+NO_CAUSE: Causes = frozenset()
 
 
 class ValidationError(RuntimeError):
@@ -73,15 +74,15 @@ class Validator:
     """Has the reference answer every root inference of a world model, and every ``validation_freq``-th search whole.
     Copies of the world model have no validator."""
 
-    def __init__(self, options: CacheConfig, make_reference: Callable[[str], Reference]) -> None:
+    def __init__(self, options: CacheConfig, make_reference: Callable[[], Reference]) -> None:
         self._options = options
-        self.reference = make_reference(options.validation)
+        self.reference = make_reference()
         self.tally = Tally(options.validation_tol, self.reference.causes)
         self._searches = 0
         self._told = False
 
     def __reduce__(self) -> Any:
-        return type(None), ()
+        return type(None), ()  # a copy is None
 
     def open(self, mode: str, env_ids: List[int]) -> Trace:
         """A search starts; it notes in the trace what it does."""

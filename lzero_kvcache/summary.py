@@ -5,18 +5,19 @@ import json
 import os
 import platform
 import resource
+import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar
 
+import ding
 import torch
-from easydict import EasyDict
 
-from .. import telemetry
-from ..config import FLAG, OPTIONS
-from ..host.entries import ding_version
+from . import telemetry
+from .config import FLAG, OPTIONS
 
+TRAIN, EVALUATE = 'train', 'evaluate'
 SUMMARY, PROGRESS = 'summary.json', 'progress.json'
 POOLS = ('total', *(pool for pool in telemetry.POOLS if pool != 'total'))
 
@@ -59,6 +60,7 @@ class Result:
     cache_memory_mb: Optional[float] = None
     hit_rates: Dict[str, Optional[float]] = field(default_factory=dict)
     counters: Dict[str, Any] = field(default_factory=dict)
+    loss: Optional[float] = None
     last_reward: Optional[float] = None
     best_reward: Optional[float] = None
     evaluations: List[Evaluation] = field(default_factory=list)
@@ -78,7 +80,21 @@ class Result:
 T = TypeVar('T', Evaluation, Result)
 
 
-def cache_type(world_model_cfg: EasyDict) -> str:
+def begun(cache: str, seed: int, task: str = TRAIN, **known: Any) -> Result:
+    """A run of this process that begins now."""
+    return Result(0, task, cache, seed, versions=versions(), started=moment(),
+                  command=[os.path.basename(sys.argv[0]), *sys.argv[1:]], **known)
+
+
+def ended(result: Result, counters: Dict[str, Any], **known: Any) -> Result:
+    """The same when it has ended, with what this process and its caches took."""
+    return replace(
+        result, counters=counters, hit_rates=hit_rates(counters), cache_memory_mb=counters.get('memory_mb'),
+        host_memory_mb=peak_host_memory_mb(), device_memory_mb=peak_device_memory_mb(), machine=machine(),
+        ended=moment(), **known)
+
+
+def cache_type(world_model_cfg: Dict[str, Any]) -> str:
     """Which cache a config picks: 'old', 'new', or the name of a registered manager."""
     if not world_model_cfg.get(FLAG, False):
         return 'old'
@@ -111,7 +127,8 @@ def machine() -> Dict[str, Any]:
     return dict(
         cpu=_cpu_name(),
         system=platform.system(), processor=platform.machine(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
-        gpu=', '.join(gpus) or None, python=platform.python_version(), torch=torch.__version__, ding=ding_version(),
+        gpu=', '.join(gpus) or None, python=platform.python_version(), torch=torch.__version__,
+        ding=ding.__version__,
     )
 
 
@@ -134,8 +151,21 @@ def version_of(distribution: str) -> str:
 
 
 def versions() -> Dict[str, str]:
-    """What a run was made with."""
-    return {name: version_of(name) for name in ('lzero_kvcache', 'LightZero', 'DI-engine', 'torch')}
+    """What a run was made with, the commit where this package is in a clone."""
+    known = {name: version_of(name) for name in ('lzero_kvcache', 'LightZero', 'DI-engine', 'torch')}
+    clone = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.exists(os.path.join(clone, '.git')):
+        with contextlib.suppress(OSError):
+            changed = _git(clone, 'status', '--porcelain', '--untracked-files=no')
+            known['commit'] = _git(clone, 'rev-parse', '--short', 'HEAD') + ('-dirty' if changed else '')
+    return known
+
+
+def _git(clone: str, *arguments: str) -> str:
+    """What git says; it takes no lock that somebody at work in the clone might need."""
+    said = subprocess.run(['git', '--no-optional-locks', '-C', clone, *arguments], stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, encoding='utf-8', check=False)
+    return said.stdout.strip()
 
 
 def moment() -> str:
@@ -176,8 +206,13 @@ def write_summary(result: Result) -> None:
 
 def read_summary(exp_name: str) -> Optional[Result]:
     """What ``write_summary`` left; None if there is no summary, or no whole one."""
+    return read_result(os.path.join(exp_name, SUMMARY))
+
+
+def read_result(path: str) -> Optional[Result]:
+    """The same of a file."""
     try:
-        with open(os.path.join(exp_name, SUMMARY), encoding='utf-8') as file:
+        with open(path, encoding='utf-8') as file:
             held = json.load(file)
         held['evaluations'] = [_known(Evaluation, evaluation) for evaluation in held.get('evaluations', [])]
         result = _known(Result, held)
@@ -215,3 +250,28 @@ def add_up(before: Result, after: Result) -> Result:
         best_reward=most('best_reward'), evaluations=before.evaluations + after.evaluations,
         started=before.started or after.started, resumed_at=before.resumed_at + after.resumed_at,
     )
+
+
+def run_text(result: Result, phase: str) -> str:
+    """One line: steps that are trained on and those collected since, of all; how long it has left; how it does."""
+    steps = f'{result.env_step:,}+{result.collected_env_step - result.env_step:,}'
+    total, speed = result.max_env_step, result.env_steps_per_second
+    if total is not None:
+        steps += f'/{total:,} ({min(1., result.collected_env_step / total):.0%})'
+        if speed:
+            left = max(0, total - result.collected_env_step) / speed
+            steps += f', {datetime.timedelta(seconds=round(left))} left'
+    rewards = f'reward {number_text(result.last_reward)}, best {number_text(result.best_reward)}'
+    rate = rate_text(result.hit_rates.get('total'))
+    loss = '' if result.loss is None else f'  loss {result.loss:.3g}'
+    return f'{phase:<8} {steps}  {rewards}{loss}  hit rate {rate}  {number_text(speed)} steps/s on {result.device}'
+
+
+def rate_text(rate: Optional[float]) -> str:
+    """A share as ``87.5%``; ``-`` for None."""
+    return '-' if rate is None else f'{rate:.1%}'
+
+
+def number_text(number: Optional[float]) -> str:
+    """A number as ``1,234.5``; ``-`` for None."""
+    return '-' if number is None else f'{number:,.1f}'

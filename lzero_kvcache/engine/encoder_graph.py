@@ -1,0 +1,59 @@
+"""An encoder's inference on a GPU as a replayed graph, for many observations at once."""
+import copy
+from typing import Any, Callable, Dict, NamedTuple, Tuple
+
+import torch
+
+from .graphs import Captured, Graphs, capture
+from .weights import Source
+
+
+class _Graph(NamedTuple):
+    observations: torch.Tensor  # [rows, ...]
+    captured: Captured
+
+    @property
+    def memory_mb(self) -> float:
+        return self.captured.memory_mb
+
+
+class EncoderGraph:
+    """Encodes ``rows`` observations at once, from whatever device they are on, as float32 ``[B, E]``."""
+
+    def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], rows: int) -> None:
+        self._source, self._encode, self._rows = source, encode, rows
+        self._graphs = Graphs('An encoder cannot be captured here')
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> 'EncoderGraph':
+        return type(self)(*copy.deepcopy((self._source, self._encode), memo), self._rows)
+
+    @property
+    def memory_mb(self) -> float:
+        return self._graphs.memory_mb
+
+    def chunk(self, count: int) -> int:
+        """How many of so many observations to encode at once: a GPU has some while the next ones are packed."""
+        return self._rows if self._source.device().type == 'cuda' else count
+
+    def latest(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function of a chunk of observations, with the weights of now."""
+        device, addresses = self._source.device(), self._source.addresses()
+        if device.type != 'cuda' or self._source.is_training():
+            return self._launch
+        return lambda observations: self._replay(observations, addresses)
+
+    def _launch(self, observations: torch.Tensor) -> torch.Tensor:
+        return self._encode(observations.to(self._source.device(), non_blocking=True).float()).flatten(1)
+
+    def _replay(self, observations: torch.Tensor, addresses: Tuple[int, ...]) -> torch.Tensor:
+        kind = tuple(observations.shape[1:]), observations.dtype
+        graph = self._graphs.get(self._rows, kind, addresses, lambda: self._capture(observations))
+        if graph is None:
+            return self._launch(observations)
+        graph.observations[:len(observations)].copy_(observations, non_blocking=True)
+        graph.captured.replays[0]()
+        return graph.captured.results[0][:len(observations)].clone()
+
+    def _capture(self, observations: torch.Tensor) -> _Graph:
+        seen = observations.new_zeros((self._rows,) + observations.shape[1:], device=self._source.device())
+        return _Graph(seen, capture(seen.device, lambda: self._launch(seen)))

@@ -1,0 +1,97 @@
+"""CUDA graphs of one model: captured once for each size, and anew when storage moves."""
+import gc
+import logging
+import threading
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from ..config import MIB
+
+logger = logging.getLogger(__name__)
+
+MAX_MOVES = 16
+"""How often storage may move, and graphs be captured anew, before functions are launched from Python for good."""
+
+
+class Captured(NamedTuple):
+    """Functions whose launches a GPU replays, in memory that they share."""
+    replays: List[Callable[[], None]]
+    results: List[Any]
+    memory_mb: float
+
+
+def capture(device: torch.device, *functions: Callable[[], Any]) -> Captured:
+    """Capture functions that run one after another; what they return is overwritten by each replay."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # libraries allocate their workspaces before the capture
+        for _ in range(3):
+            for function in functions:
+                function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    gc.collect()  # another model's graphs, if they were collected during a capture, would break it
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    graphs: List[Any] = []
+    results = []
+    for function in functions:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+            results.append(function())
+        graphs.append(graph)
+    held = torch.cuda.memory_reserved(device) - before  # what comes and goes inside a replay is held, too
+    return Captured([graph.replay for graph in graphs], results, max(0, held) / MIB)
+
+
+class Graphs:
+    """What is captured for one model, by the rows that it is for and what else tells captures apart. Each thread has
+    its own: a replay overwrites inputs and results."""
+
+    def __init__(self, told: str, most: int = 8) -> None:
+        self.kept: Dict[Tuple[Any, ...], Any] = {}
+        self.moves = 0
+        self.usable = True
+        self._told, self._most = told, most  # what the log says of giving up, and how many are kept
+        self._addresses: Tuple[int, ...] = ()
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._told, self._most)  # a copy begins without
+
+    @property
+    def memory_mb(self) -> float:
+        return sum(graph.memory_mb for graph in list(self.kept.values()))
+
+    def get(self, rows: int, kind: Tuple[Any, ...], addresses: Tuple[int, ...],
+            make: Callable[[], Any]) -> Optional[Any]:
+        """The smallest that there is for so many rows or more, or else one that is made now; None where nothing can be
+        captured. ``addresses`` are those of all that a graph reads."""
+        if not self.usable:
+            return None
+        if addresses != self._addresses:
+            self.moves += bool(self.kept)
+            self.kept.clear()
+            self._addresses = addresses
+        kind += (threading.get_ident(), )
+        fitting = [key for key in self.kept if rows <= key[0] <= 2 * rows + 8 and key[1:] == kind]
+        if fitting:
+            return self.kept[min(fitting)]
+        if self.moves >= MAX_MOVES:
+            self.give_up('its storage keeps moving')
+            return None
+        if len(self.kept) >= self._most:
+            del self.kept[next(iter(self.kept))]
+        try:
+            made = make()
+        except RuntimeError as error:
+            self.give_up(error)
+            return None
+        self.kept[(rows,) + kind] = made
+        return made
+
+    def give_up(self, reason: Any) -> None:
+        """Capture nothing from now on."""
+        self.usable = False
+        self.kept.clear()
+        first_line = str(reason).split('\n', maxsplit=1)[0]
+        logger.warning(f'{self._told} ({first_line}): running eagerly from now on')

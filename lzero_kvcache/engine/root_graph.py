@@ -1,0 +1,84 @@
+"""Root inferences on a GPU as replayed graphs: the encoder, the step, and what the CPU checks of it."""
+import logging
+from typing import Callable, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+
+from .graphs import Captured, Graphs, capture
+from .packing import filler, unpack
+from .slab import Slab
+from .step import Engine, StepOutput, checksum, has_triton
+from .transfer import to_cpu
+from .weights import Source
+
+logger = logging.getLogger(__name__)
+
+Encoder = Callable[[torch.Tensor], torch.Tensor]
+Root = Tuple[StepOutput, np.ndarray]
+"""Predictions, and sums ``[B, 2]`` that are finite where the latent state, and value and policy, are."""
+
+
+class _Graph(NamedTuple):
+    pinned: torch.Tensor  # [N, rows] packed numbers, on the CPU
+    sent: torch.Tensor  # [N, rows]
+    observations: torch.Tensor  # [rows, ...]
+    captured: Captured
+
+    @property
+    def memory_mb(self) -> float:
+        return self.captured.memory_mb
+
+
+class RootGraphs:
+    """What is captured of one model's root inferences."""
+
+    def __init__(self, engine: Engine, source: Source, encode: Encoder, scratch_page: int) -> None:
+        self._engine, self._source, self._encode, self._scratch_page = engine, source, encode, scratch_page
+        self._graphs = Graphs('A root inference cannot be captured here')
+
+    @property
+    def memory_mb(self) -> float:
+        return self._graphs.memory_mb
+
+    def serves(self) -> bool:
+        """Whether root inferences can be replayed, as far as is known."""
+        source = self._source
+        return source.device().type == 'cuda' and has_triton() and not source.is_training() and self._graphs.usable
+
+    def run(self, slab: Slab, numbers: np.ndarray, observations: torch.Tensor,
+            addresses: Tuple[int, ...]) -> Optional[Root]:
+        """Encode observations ``[B, ...]`` and step into them from packed contexts and actions ``[N, B]`` of whole
+        windows; None where that cannot be captured."""
+        count, rows = numbers.shape
+        shape = tuple(observations.shape[1:])
+        graph = self._graphs.get(
+            rows, (count, shape, observations.dtype), (*addresses, slab.address),
+            lambda: self._capture(slab, count, observations)
+        )
+        if graph is None:
+            return None
+        # Nobody reads the pinned memory any more: the last call waited for the device.
+        graph.pinned.numpy()[:, :rows] = numbers
+        graph.pinned.numpy()[:, rows:] = filler(self._engine.geometry, self._scratch_page, count)
+        graph.sent.copy_(graph.pinned, non_blocking=True)
+        graph.observations[:rows].copy_(observations)
+        graph.captured.replays[0]()
+        output, checks = graph.captured.results[0]
+        return output.map(lambda part: part[:rows].clone()), to_cpu(checks[:rows])
+
+    def _capture(self, slab: Slab, count: int, observations: torch.Tensor) -> _Graph:
+        device, rows = self._source.device(), len(observations)
+        column = filler(self._engine.geometry, self._scratch_page, count)
+        pinned = torch.from_numpy(np.repeat(column, rows, axis=1))
+        pinned = pinned.pin_memory() if device.type == 'cuda' else pinned
+        sent, seen = pinned.to(device, copy=True), torch.zeros_like(observations)
+        captured = capture(device, lambda: self._run(slab, sent, seen))
+        logger.info(f'Captured a root inference for {rows} rows ({captured.memory_mb:.1f} MiB)')
+        return _Graph(pinned, sent, seen, captured)
+
+    def _run(self, slab: Slab, numbers: torch.Tensor, observations: torch.Tensor) -> Tuple[StepOutput, torch.Tensor]:
+        tables, counts, positions, action = unpack(self._engine.geometry, numbers)
+        latent = self._encode(observations).reshape(len(observations), -1)
+        output = self._engine.step(self._source.read(True), slab, tables, counts, action, positions, latent)
+        return output, torch.cat([latent.sum(1, keepdim=True), checksum(output)], dim=1)

@@ -1,0 +1,88 @@
+"""What a run leaves in its folder: tensorboard's event files, and the config that DI-engine saves."""
+import ast
+import os
+from typing import Any, Dict, Iterator, Tuple
+
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+
+# Where LightZero puts event files, and DI-engine the config, below a run's folder.
+EVENT_FILES = os.path.join('log', 'serial')
+CONFIG_FILE = 'total_config.py'
+# A record is its length, a checksum of it, the event, and a checksum of that.
+RECORD_FRAME = 8 + 4 + 4
+
+
+def events(path: str) -> Iterator[Tuple[int, Event]]:
+    """The whole events of a file, each with the place where it ends; tensorboard's reader stops at a damaged one."""
+    end = 0
+    for record in RawEventFileLoader(path).Load():
+        end += len(record) + RECORD_FRAME
+        yield end, Event.FromString(record)
+
+
+def purge(folder: str, train_iter: int) -> int:
+    """
+    Cut what was written after a checkpoint of ``train_iter`` off event files, since training goes on from there and
+    writes it again; returns how many points that were. Tensorboard's own purge knows one kind of step for all tags, and
+    here some count iterations and some environment steps.
+    """
+    points = 0
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        path = os.path.join(folder, name)
+        whole, cut = 0, False
+        for end, event in events(path):
+            cut = cut or any('_iter/' in value.tag and event.step >= train_iter for value in event.summary.value)
+            if cut:
+                points += len(event.summary.value)
+            else:
+                whole = end
+        if cut:
+            os.truncate(path, whole)
+    return points
+
+
+class Source(str):
+    """An expression that is no literal, as ``float("inf")``."""
+
+    __repr__ = str.__str__
+
+
+def read_config(path: str) -> Dict[str, Any]:
+    """A ``total_config.py``, parsed and never run, by dotted key; empty if there is none."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding='utf-8') as file:
+            source = file.read()
+        tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
+        raise ValueError(f'{os.path.basename(path)} cannot be parsed ({error})') from error
+    dicts = [node.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)]
+    if not dicts:
+        raise ValueError(f'{os.path.basename(path)} has no config in it')
+    return dict(_flattened(dicts[0], '', source))
+
+
+def config_of(folder: str) -> Dict[str, Any]:
+    """The config that was saved in a run's folder; empty if there is none, or no whole one."""
+    try:
+        return read_config(os.path.join(folder, CONFIG_FILE))
+    except ValueError:
+        return {}
+
+
+def _flattened(node: ast.Dict, prefix: str, source: str) -> Iterator[Tuple[str, Any]]:
+    for key, value in zip(node.keys, node.values):
+        name = prefix + ('**' if key is None else str(_value(key, source)))
+        if isinstance(value, ast.Dict) and value.keys:
+            yield from _flattened(value, name + '.', source)
+        else:
+            yield name, _value(value, source)
+
+
+def _value(node: ast.AST, source: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return Source(' '.join((ast.get_source_segment(source, node) or '').split()))

@@ -1,0 +1,127 @@
+"""
+What a training says where LightZero's own entry is called: how far it is, and a summary when it ends. The entry knows
+when a training is to end, and the hooks do not. Runs of ``train.py`` say more, and leave these hooks out.
+"""
+import logging
+import os
+import time
+from typing import Any, List, Optional
+
+from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
+
+from .run_files import EVENT_FILES, config_of, events
+from .summary import (
+    POOLS,
+    SUMMARY,
+    Evaluation,
+    Result,
+    begun,
+    cache_type,
+    ended,
+    hit_rates,
+    number_text,
+    rate_text,
+    run_text,
+    write_summary,
+)
+from .telemetry import HOOK_CONFIG, HOOK_KEY, summed_over_ranks
+
+logger = logging.getLogger(__name__)
+
+EVERY_SECONDS = 30.
+LOSS = 'weighted_total_loss'
+
+
+class RunHook(LearnerHook):
+    """What both hooks know of a run: when it began, and how far it is."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop('ext_args', None)
+        super().__init__(*args, **kwargs)
+        self._result = begun('', 0)
+        self._began = time.monotonic()
+
+    def look(self, engine: Any) -> Optional[Result]:
+        """The run as far as it is; None if the model is not the plugin's. ``engine`` is DI-engine's learner."""
+        model = engine.policy.get_attribute('model').world_model
+        manager = getattr(model, 'kv_cache_manager', None)
+        if manager is None:
+            return None
+        cfg, result = engine.policy.get_attribute('cfg'), self._result
+        result.cache, result.device = cache_type(cfg.model.world_model_cfg), str(cfg.device)
+        result.env_step = result.collected_env_step = max(0, engine.collector_envstep)
+        result.train_iter, result.seconds = engine.last_iter.val, time.monotonic() - self._began
+        result.env_steps_per_second = result.env_step / result.seconds
+        result.counters = manager.counters()
+        result.hit_rates = hit_rates(result.counters)
+        return result
+
+
+class ProgressHook(RunHook):
+    """Logs a line from time to time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._next = self._began
+
+    def __call__(self, engine: Any) -> None:
+        """The first rank speaks."""
+        now = time.monotonic()
+        if engine.rank != 0 or now < self._next:
+            return
+        self._next = now + EVERY_SECONDS
+        result = self.look(engine)
+        if result is not None:
+            result.loss = engine.log_buffer['scalar'].get(LOSS)
+            logger.info(run_text(result, 'train'))
+
+
+class SummaryHook(RunHook):
+    """Writes ``summary.json`` when the training ends, and logs a line."""
+
+    def __call__(self, engine: Any) -> None:
+        """All ranks count, and the first one speaks."""
+        result = self.look(engine)
+        if result is None:
+            return
+        counters = summed_over_ranks(result.counters)
+        if engine.rank != 0:
+            return
+        engine.tb_logger.flush()
+        folder = os.path.join(engine.exp_name, EVENT_FILES)
+        evaluations = read_evaluations(folder)
+        rewards = [evaluation.reward for evaluation in evaluations]
+        result = ended(
+            result, counters, outcome='done', exp_name=engine.exp_name, seed=config_of(engine.exp_name).get('seed', 0),
+            event_files=folder, evaluations=evaluations, last_reward=rewards[-1] if rewards else None,
+            best_reward=max(rewards, default=None))
+        write_summary(result)
+        rates = ', '.join(f'{pool} {rate_text(result.hit_rates[pool])}' for pool in POOLS)
+        logger.info(
+            f'Hit rates of the cache: {rates}; its memory: {number_text(result.cache_memory_mb)} MiB; best reward '
+            f'{number_text(result.best_reward)}. {os.path.join(engine.exp_name, SUMMARY)} has all numbers')
+
+
+def read_evaluations(folder: str) -> List[Evaluation]:
+    """Those in a run's event files; LightZero's evaluator writes each against iterations and against steps."""
+    rewards, steps = [], []
+    for name in sorted(os.listdir(folder)):
+        for _, event in events(os.path.join(folder, name)):
+            for value in event.summary.value:
+                if value.tag == 'evaluator_iter/reward_mean':
+                    rewards.append((event.step, value.simple_value))
+                elif value.tag == 'evaluator_step/reward_mean':
+                    steps.append(event.step)
+    return [Evaluation(step, iteration, reward) for step, (iteration, reward) in zip(steps, rewards)]
+
+
+PROGRESS, END = 'kv_cache_progress', 'kv_cache_summary'
+register_learner_hook(PROGRESS, ProgressHook)
+register_learner_hook(END, SummaryHook)
+# By the key under which they stand in a policy's default config. DI-engine's own are at 20: one clears the losses, one
+# saves the last checkpoint.
+HOOKS = {
+    HOOK_KEY: HOOK_CONFIG,
+    PROGRESS: dict(type=PROGRESS, name=PROGRESS, priority=15, position='after_iter'),
+    END: dict(type=END, name=END, priority=30, position='after_run'),
+}

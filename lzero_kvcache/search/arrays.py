@@ -1,0 +1,53 @@
+"""Which arrays the trees of a search are, on either device. Imports neither numba nor torch.
+
+Shapes: ``B`` rows (trees), ``N`` nodes: 0 is the root and ``s + 1`` what simulation ``s`` adds, ``S`` slots for the
+children of a node: its actions, or the ``K`` actions drawn for it where trees are sampled, ``A`` numbers of an action
+(0 unless sampled), ``R`` pages of a context, ``P`` policy logits.
+"""
+from typing import Any, NamedTuple, Sequence
+
+import numpy as np
+
+
+class Tree(NamedTuple):
+    """The trees of a search, for the next one to write over: numpy's arrays, or tensors on a GPU."""
+    visits: Any  # [B, N]
+    value_sum: Any  # [B, N]
+    reward: Any  # [B, N], of the step to the node
+    prior: Any  # [B, N, S]
+    child: Any  # [B, N, S], node in each slot; -1: none yet
+    order: Any  # [B, N, S], slots as the scores are compared, -1 after the last; equal draws share one
+    draws: Any  # [B, N, S, A], actions in the order of ``order``
+    low: Any  # [B], the range of values
+    high: Any  # [B]
+    path: Any  # [B, N], nodes from the root to the new one
+    depth: Any  # [B], steps of that path
+    action: Any  # [B], the path's last step: a slot, or where trees are sampled an index of ``draws``
+    scores: Any  # [B, S], of the node that was looked at last; on the CPU
+    tables: Any  # [B, N, R], page ids of each node's context
+    counts: Any  # [B, N], pages of it
+
+
+FLOATS = 'value_sum', 'reward', 'prior', 'draws', 'low', 'high', 'scores'
+"""Those in float32; all others are int32."""
+
+
+def tree_shapes(rows: int, simulations: int, slots: int, pages: int, action_size: int = 0) -> Tree:
+    """The shape of each array, for searches of one size."""
+    row, node, slot = (rows, ), (rows, simulations + 1), (rows, simulations + 1, slots)
+    return Tree(
+        visits=node, value_sum=node, reward=node, prior=slot, child=slot, order=slot, draws=slot + (action_size, ),
+        low=row, high=row, path=node, depth=row, action=row, scores=(rows, slots), tables=node + (pages, ), counts=node
+    )
+
+
+def padded(lists: Sequence[Sequence[Any]], width: int, filler: Any, dtype: Any) -> np.ndarray:
+    """Lists of numbers as one array ``[B, width]``."""
+    array = np.full((len(lists), width), filler, dtype)
+    lengths = {len(numbers) for numbers in lists}
+    if len(lengths) == 1:  # as almost always
+        array[:, :lengths.pop()] = lists
+        return array
+    for row, numbers in enumerate(lists):
+        array[row, :len(numbers)] = numbers
+    return array

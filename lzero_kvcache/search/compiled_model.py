@@ -1,0 +1,137 @@
+"""A model on the CPU as compiled functions take it, and the threads that run them. numba is imported with the first."""
+import threading
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+
+from ..config import MIB
+from ..engine.weights import Source
+
+LEAST_ROWS = 8
+"""Rows that are worth a thread: as many as the compiled step works on side by side."""
+
+LEAST_COLUMNS = 128
+"""Columns of a layer's products that are worth a thread, where there are too few rows."""
+
+
+class CompiledModel:
+    """Where one model's weights are, and what memory its steps work in."""
+
+    def __init__(self, read_network: Callable[[], Tuple[Any, Any]], source: Source) -> None:
+        self._read_network, self._source = read_network, source
+        self._network: Any = None  # and what holds its memory; for the addresses of weights
+        self._scratches = Scratches()
+
+    def __getstate__(self) -> Dict[str, Any]:
+        """Copies read their own weights' addresses."""
+        return {**self.__dict__, '_network': None}
+
+    @property
+    def memory_mb(self) -> float:
+        return self._scratches.memory_mb
+
+    def network_at(self, addresses: Tuple[int, ...]) -> Tuple[Any, Any]:
+        """The model as addresses of its weights, read anew when one of them has moved; and what holds the memory there,
+        to be kept for as long as the first is used."""
+        known = self._network
+        if known is None or known[1] != addresses:
+            self._network = known = self._read_network(), addresses
+        return known[0]
+
+    def shift(self) -> np.ndarray:
+        """What learned positions add to keys and values, as :class:`Weights` has it; zeros with rotary ones."""
+        shift, geometry = self._source.shift(), self._source.geometry
+        if shift is None:
+            return np.zeros((1, geometry.layers, 2, geometry.embed_dim), np.float32)
+        return shift.detach().numpy()
+
+    def run(self, function: Callable[..., Any], given: Sequence[Any], network: Any, width: int, rows: int,
+            *numbers: int) -> None:
+        """Run a compiled function over tables of ``width`` pages, with some rows in each thread, or in one that others
+        help with its products: ``function(*given, scratch, *numbers, first row, end)``."""
+        threads = max(1, min(torch.get_num_threads(), rows // LEAST_ROWS))
+        helpers = 0
+        if threads == 1:
+            helpers = max(0, min(torch.get_num_threads(), network.embed // LEAST_COLUMNS) - 1)
+        with self._scratches.lease(network, width, threads) as scratches:
+            _in_threads(function, given, scratches, helpers, numbers, rows)
+
+
+class Scratches:
+    """Memory for threads that step: each has some to itself while it runs, and leaves it to the next."""
+
+    def __init__(self) -> None:
+        self._free: Dict[Tuple[int, ...], List[Any]] = {}
+        self._leased: Dict[int, Any] = {}
+
+    def __reduce__(self) -> Any:
+        return type(self), ()  # a copy begins without
+
+    @property
+    def memory_mb(self) -> float:
+        free = [scratch for scratches in list(self._free.values()) for scratch in list(scratches)]
+        return sum(scratch.memory.nbytes for scratch in [*free, *list(self._leased.values())]) / MIB
+
+    @contextmanager
+    def lease(self, network: Any, width: int, count: int) -> Iterator[List[Any]]:
+        """Memory for so many threads that step over tables of ``width`` pages."""
+        from ..engine.compiled import new_scratch
+
+        size = width, network.embed, network.inner, network.widest
+        free = self._free.setdefault(size, [])
+        leased = [_popped(free) or new_scratch(network, width) for _ in range(count)]
+        self._leased.update((id(scratch), scratch) for scratch in leased)
+        try:
+            yield leased
+        finally:
+            for scratch in leased:
+                del self._leased[id(scratch)]
+            free += leased
+
+
+def _popped(free: List[Any]) -> Optional[Any]:
+    try:
+        return free.pop()
+    except IndexError:
+        return None
+
+
+def _in_threads(function: Callable[..., Any], given: Sequence[Any], scratches: Sequence[Any], helpers: int,
+                numbers: Sequence[int], rows: int) -> None:
+    """Threads live for one call, so that a fork finds none."""
+    if len(scratches) == 1 and not helpers:
+        return function(*given, scratches[0], *numbers, 0, rows)
+    from ..engine.team import dismiss, new_team
+    from . import compiled
+
+    errors: List[BaseException] = []
+
+    def run(*args: Any) -> None:
+        try:
+            function(*given, *args)
+        except BaseException as error:
+            errors.append(error)
+
+    team = new_team(1 + helpers)
+    if helpers:  # compiled before anybody waits for it
+        dismissed = new_team(2)
+        dismiss(dismissed)
+        compiled.help_search(dismissed, 1)
+    bounds = [rows * share // len(scratches) for share in range(len(scratches) + 1)]
+    first, *rest = [
+        (scratch._replace(team=team), *numbers, *share) for scratch, *share in zip(scratches, bounds, bounds[1:])
+    ]
+    threads = [threading.Thread(target=run, args=share) for share in rest]
+    threads += [threading.Thread(target=compiled.help_search, args=(team, worker)) for worker in range(1, 1 + helpers)]
+    try:
+        for thread in threads:
+            thread.start()
+        run(*first)
+    finally:
+        dismiss(team)
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,237 @@
+"""What searches on a GPU work in: trees as tensors, and what is captured of a search, its begin and a simulation.
+
+A simulation is one CUDA graph, which is replayed for each: so any number of them needs no other capture. Shapes are
+those of :mod:`.arrays`; ``E`` embedding.
+"""
+from typing import Any, Callable, List, NamedTuple, Tuple
+
+import numpy as np
+import torch
+
+from ..cache.pages import SCRATCH_PAGE
+from ..config import MIB
+from ..engine.graphs import capture
+from ..engine.slab import Slab
+from ..engine.step import Engine, StepOutput
+from ..engine.transfer import to_cpu
+from ..engine.weights import Source, Weights
+from .arrays import FLOATS, Tree, tree_shapes
+from .whole import Problem
+
+_FAR = 1e6  # what LightZero takes for infinity
+
+
+class _Sent(NamedTuple):
+    """What a search begins with, in one piece of memory."""
+    key: Any  # [2] int32: one number of 64 bits
+    order: Any  # [B, S] int32
+    tables: Any  # [B, R] int32
+    counts: Any  # [B] int32
+    timesteps: Any  # [B] int32
+    pages: Any  # [N - 1, B] int32, what simulations write
+    prior: Any  # [B, S] float32
+    reward: Any  # [B] float32
+    logits: Any  # [B, P] float32, to draw actions by; nothing unless trees are sampled
+
+
+class Space:
+    """What searches of one size work in, for ``rows`` and ``simulations`` at the most."""
+
+    def __init__(self, engine: Engine, source: Source, slab: Slab, width: int, problem: Problem, rows: int) -> None:
+        self._engine, self._source, self._slab = engine, source, slab
+        self.rows, self.simulations, self._slots, self._width = rows, problem.simulations, problem.slots, width
+        self._rules, self._action_size = problem.rules, problem.action_size
+        self.sampled = bool(problem.rules.get('sampled'))
+        self._policy = engine.geometry.action_size * (1 + engine.geometry.continuous)
+        self._device = source.device()
+        self.memory_mb = sum(part.numel() * part.element_size() for part in self._make()) / MIB
+        self.empty_rows(0)
+        self._begin: Callable[[], None] = self._run_begin
+        self.simulate: Callable[[], None] = self._run_simulation
+
+    def _make(self) -> List[torch.Tensor]:
+        """Allocate everything; returns what takes memory."""
+        rows, nodes, slots, device = self.rows, self.simulations + 1, self._slots, self._device
+        floats, whole, indices = torch.float32, torch.int32, torch.int64
+        shapes = tree_shapes(rows, self.simulations, slots, self._width, self._action_size)._asdict()
+        self.tree = Tree(**{
+            name: torch.zeros(shape, dtype=floats if name in FLOATS else whole, device=device)
+            for name, shape in shapes.items()
+        })
+        self._make_sent()
+        self._window = torch.zeros(self._width + 1, rows, dtype=indices, device=device)
+        self._counts, self.parents = (torch.zeros(rows, dtype=indices, device=device) for _ in range(2))
+        self._positions = torch.zeros(2, rows, dtype=indices, device=device)
+        self.actions = torch.zeros(rows, dtype=indices, device=device)
+        if self._engine.geometry.continuous:
+            self.actions = torch.zeros(rows, self._action_size, device=device)
+        self.broken, self._simulation = (torch.zeros(size, dtype=whole, device=device) for size in (rows, 1))
+        self.predicted = torch.zeros(rows, 2 + self._policy, device=device)
+        rules, others = self._rules, np.arange(nodes + 1, dtype=np.float32)
+        explored = np.log((others + np.float32(rules['pb_c_base']) + 1) / np.float32(rules['pb_c_base']))
+        self._explored = torch.from_numpy(explored + np.float32(rules['pb_c_init'])).to(device)
+        self._spread = torch.from_numpy(np.sqrt(others)).to(device)
+        self._numbers = torch.tensor([rules['discount_factor'], rules['value_delta_max']], device=device)
+        return [*self.tree, self._on_device, self._window, self._counts, self._positions, self.actions, self.predicted]
+
+    def _make_sent(self) -> None:
+        rows, slots, device = self.rows, self._slots, self._device
+        sizes = _Sent((2, ), (rows, slots), (rows, self._width), (rows, ), (rows, ), (self.simulations, rows),
+                      (rows, slots), (rows, ), (rows, self._policy if self.sampled else 0))
+        numbers = [int(np.prod(size)) for size in sizes]
+        self._pinned = torch.zeros(sum(numbers), dtype=torch.int32, pin_memory=device.type == 'cuda')
+        self._on_device = self._pinned.to(device, copy=True)
+        views = [
+            _Sent(*(part.view(size) for part, size in zip(memory.split(numbers), sizes)))
+            for memory in (self._pinned, self._on_device)
+        ]
+        floats = [{name: getattr(view, name).view(torch.float32) for name in ('prior', 'reward', 'logits')}
+                  for view in views]
+        views = [view._replace(**others) for view, others in zip(views, floats)]
+        self.given, self._sent = _Sent(*(part.numpy() for part in views[0])), views[1]
+
+    def empty_rows(self, used: int) -> None:
+        """What rows that only fill a batch have: no legal actions, and a page that nobody reads."""
+        given = self.given
+        given.order[used:], given.prior[used:], given.reward[used:], given.logits[used:] = -1, 0, 0, 0
+        given.tables[used:], given.counts[used:], given.timesteps[used:] = 0, 1, 0
+        given.pages[:, used:] = SCRATCH_PAGE
+
+    def begin(self) -> None:
+        """Take over what is given."""
+        self._on_device.copy_(self._pinned, non_blocking=True)
+        self._begin()
+
+    def capture(self) -> None:
+        """From now on, replay graphs."""
+        self._on_device.copy_(self._pinned)
+        captured = capture(self._device, self._run_begin, self._run_simulation)
+        self._begin, self.simulate = captured.replays
+        self.memory_mb += captured.memory_mb
+
+    def _run_begin(self) -> None:
+        tree, sent = self.tree, self._sent
+        self._weights: Weights = self._source.read(True)
+        tree.reward[:, 0] = sent.reward
+        tree.tables[:, 0], tree.counts[:, 0] = sent.tables, sent.counts
+        tree.child[:, 0].fill_(-1)
+        tree.visits[:, 0].fill_(1)
+        tree.value_sum[:, 0].fill_(0)
+        tree.low.fill_(_FAR)
+        tree.high.fill_(-_FAR)
+        self.broken.fill_(0)
+        self._simulation.fill_(0)
+        if self.sampled:
+            self._draw(sent.logits, 0)
+        else:
+            tree.order[:, 0], tree.prior[:, 0] = sent.order, sent.prior
+
+    def _run_simulation(self) -> None:
+        from ..engine.numbers import for_search
+
+        self._select()
+        for_search(self._step(), self.predicted)
+        self._backup()
+        if self.sampled:
+            self._draw(self.predicted[:, 2:], 1)
+        self._simulation.add_(1)
+
+    def _step(self) -> StepOutput:
+        """The model's step at the nodes that were selected."""
+        return self._engine.simulate(
+            self._weights, self._slab, self._window.T, self._counts, self.actions, self._positions
+        )
+
+    def _select(self) -> None:
+        from . import kernels
+
+        sent = self._sent
+        kernels.select[self.rows, ](
+            *self.tree, sent.key.view(torch.int64), self._simulation, sent.timesteps, sent.pages, self.parents,
+            self.actions, self._window, self._counts, self._positions, self._explored, self._spread, self._numbers,
+            self.rows, self.simulations + 1, self._slots, self._action_size, self._engine.geometry.rotary_positions,
+            _padded(self._slots), _padded(self._action_size), self._width, _padded(self._width),
+            self._rules['two_players'], self.sampled, **_EXACT
+        )
+
+    def _backup(self) -> None:
+        from . import kernels
+
+        tree = self.tree
+        kernels.backup[self.rows, ](
+            tree.visits, tree.value_sum, tree.reward, tree.prior, tree.child, tree.order, tree.low, tree.high,
+            tree.path, tree.depth, self.broken, self.predicted, self._simulation, self._numbers, self.simulations + 1,
+            self._slots, self._policy, _padded(self._slots), _padded(self._policy), self._rules['two_players'],
+            self.sampled, **_EXACT
+        )
+
+    def _draw(self, policy: torch.Tensor, after: int) -> None:
+        """Draw the actions of the root (``after`` 0) or of the new node (1)."""
+        from . import sampling
+
+        tree, continuous = self.tree, self._engine.geometry.continuous
+        draw = sampling.draw_continuous if continuous else sampling.draw_discrete
+        draw[self.rows, ](
+            tree.draws, tree.order, tree.prior, self._sent.key.view(torch.int64), self._simulation, after, policy,
+            policy.stride(0), self.simulations + 1, self._slots, self._engine.geometry.action_size,
+            _padded(self._slots), _padded(self._policy), **dict(_EXACT, num_warps=8)
+        )
+
+    def found(self, rows: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of the roots: visits in their order ``[B, S]``, values ``[B]``, drawn actions ``[B, S, A]``, and how many
+        predictions were no numbers."""
+        tree = self.tree
+        children = tree.child[:, 0].gather(1, tree.order[:, 0].clamp(min=0).long())
+        visits = tree.visits.gather(1, children.clamp(min=0).long()).masked_fill_(children < 0, 0)
+        values = (tree.value_sum[:, 0] / tree.visits[:, 0]).view(torch.int32)
+        draws = tree.draws[:, 0].flatten(1).view(torch.int32)
+        parts = visits, draws, values[:, None], self.broken[:, None]
+        numbers = to_cpu(torch.cat(parts, dim=1)[:rows])
+        floats, slots = np.ascontiguousarray(numbers[:, self._slots:-1]).view(np.float32), self._slots
+        return numbers[:, :slots], floats[:, -1], floats[:, :-1].reshape(rows, slots, -1), numbers[:, -1]
+
+
+class Reanalysis(Space):
+    """Of a reanalysis, whose nodes have no context but the state before them: each row has a page for that state, and
+    one that its simulations write."""
+
+    def __init__(self, engine: Engine, source: Source, problem: Problem, rows: int) -> None:
+        geometry = engine.geometry
+        slab = Slab(geometry.layers, geometry.heads, geometry.head_dim)
+        super().__init__(engine, source, slab, 1, problem, rows)
+
+    def _make(self) -> List[torch.Tensor]:
+        taken, rows, device = super()._make(), self.rows, self._device
+        self._slab.ensure(2 * rows + 1, device)
+        self._pages = torch.arange(1, 2 * rows + 1, device=device).view(2, rows)
+        self._rows = torch.arange(rows, device=device)
+        self._places = torch.zeros(2, rows, dtype=torch.int64, device=device)  # of the states
+        self.latents = torch.zeros(self.simulations + 1, rows, self._engine.geometry.embed_dim, device=device)
+        assert self._slab.data is not None
+        return [*taken, self.latents, self._slab.data]
+
+    def _run_begin(self) -> None:
+        super()._run_begin()
+        if self._engine.geometry.rotary:
+            self._places.copy_(2 * self._sent.timesteps % self._engine.geometry.rotary_positions)
+
+    def _step(self) -> StepOutput:
+        engine, state = self._engine, self.latents[self.parents, self._rows]
+        engine.begin_in_place(self._weights, self._slab, self._pages[0], self._places, state)
+        if engine.geometry.rotary:  # both tokens have the same place, as in LightZero's reanalysis
+            self._positions.copy_((self._positions[1:] + 1) % engine.geometry.rotary_positions)
+        output = engine.simulate(
+            self._weights, self._slab, self._pages.T, self._counts, self.actions, self._positions
+        )
+        self.latents.index_copy_(0, self._simulation.long() + 1, output.latent_state.squeeze(1)[None])
+        return output
+
+
+_EXACT = dict(num_warps=1, enable_fp_fusion=False)
+"""How kernels are compiled whose numbers are those of the compiled trees."""
+
+
+def _padded(size: int) -> int:
+    from triton import next_power_of_2
+
+    return int(max(2, next_power_of_2(size)))

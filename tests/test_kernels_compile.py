@@ -1,0 +1,80 @@
+"""All kernels of a search on a GPU compile for one where there is none. Other tests run them by Triton's interpreter,
+which knows no types; here, in a process of its own, each launch compiles its kernel for an H100 and runs nothing."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, Set
+
+import pytest
+
+KERNELS = {'select', 'backup', 'draw_continuous', 'draw_discrete', '_attend', '_join', '_multiply', '_finish',
+           '_for_search'}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='needs triton')
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    kept = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    ran = subprocess.run(
+        [sys.executable, __file__], env={**kept, 'TRITON_CACHE_DIR': str(tmp_path), 'TRITON_INTERPRET': '0'},
+        capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert set(ran.stdout.split('compiled: ')[1].split()) == KERNELS
+
+
+def main() -> None:
+    import test_compiled_search as compiled
+    import torch
+    from oracle import Case, cached_model
+    from triton.runtime.jit import JITFunction
+
+    from lzero_kvcache.search.device import DeviceSearch
+
+    names: Set[str] = set()
+    JITFunction.run = lambda kernel, *args, grid, warmup, **options: compile_launch(kernel, args, options, names)
+    compiled.ROWS, compiled.SIMULATIONS = 2, 2
+    for case, rules, matmul in (
+            (Case(rotary=True), {}, 'float32'), (Case(context_length=130), dict(two_players=True), 'tf32'),
+            (Case(rotary=True, continuous=True), dict(sampled=True, continuous=True), 'float32'),
+            (Case(sampled=True, gru_gating=True), dict(sampled=True), 'bfloat16')):
+        for root in compiled.roots_of(cached_model(case, 2, 5), case, rules):
+            inference, model = root.world_model.inference, root.world_model
+            search = DeviceSearch(
+                inference.engine, model.weights_source, model.kv_cache_manager, model._storage, inference._guard,
+                inference.timings, matmul
+            )
+            search.run(inference.open.steps[-1], root.problem)
+            if not rules.get('sampled'):
+                latents = torch.zeros(2, case.embed_dim).numpy()
+                search.reanalyze(root.problem, latents, torch.arange(2).numpy(), model.weights_source.addresses())
+    print('compiled:', *sorted(names))
+
+
+def compile_launch(kernel: Any, args: Any, options: Dict[str, Any], names: Set[str]) -> None:
+    """Compile a kernel as a launch with these arguments would, where a number that is 1 is a constant."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    given = dict(zip(kernel.arg_names, args))
+    given.update({name: options.pop(name) for name in kernel.arg_names if name in options})
+    types = {torch.float32: 'fp32', torch.int32: 'i32', torch.int64: 'i64', torch.bfloat16: 'bf16'}
+    signature, constants = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if torch.is_tensor(value):
+            signature[parameter.name] = '*' + types[value.dtype]
+        elif parameter.is_constexpr or value is None or value == 1 and isinstance(value, int):
+            signature[parameter.name], constants[index, ] = 'constexpr', value
+        else:
+            signature[parameter.name] = 'fp32' if isinstance(value, float) else 'i32'
+    triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget('cuda', 90, 32), options=options)
+    names.add(kernel.fn.__name__)
+
+
+if __name__ == '__main__':
+    main()

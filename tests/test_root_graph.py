@@ -1,0 +1,157 @@
+"""Root inferences that a GPU replays: by stand-ins for captures and Triton's interpreter on the CPU, and on a GPU."""
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from oracle import Case, cached_model, random_trace
+from players import answers_of
+from test_backends import BOTH_ACTIONS, BOTH_POSITIONS, TOLERANCE, Device, largest_error
+
+from lzero_kvcache.cache.pages import RESERVED_PAGES
+from lzero_kvcache.engine import graphs, root_graph
+
+SEED = 5
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """How often each capture was replayed, in turn; a replay computes anew into what the capture returned."""
+    replays = []
+
+    def capture(device, function):
+        result, number = function(), len(replays)
+        replays.append(0)
+
+        def replay():
+            replays[number] += 1
+            for old, new in zip([*result[0], result[1]], (lambda fresh: [*fresh[0], fresh[1]])(function())):
+                if old is not None:
+                    old.copy_(new)
+
+        return graphs.Captured([replay], [result], 1.0)
+
+    monkeypatch.setattr(root_graph, 'capture', capture)
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
+    return replays
+
+
+def model_on_gpu(case, rows, backend='cudagraph'):
+    """A model whose root inferences, and nothing else, believe that it is on a GPU."""
+    model = cached_model(case, rows, SEED, kv_cache_cfg=dict(backend=backend))
+    roots = model.world_model.inference._root_graphs
+    roots._source = roots._source._replace(device=lambda: Device('cpu'))
+    return model
+
+
+@BOTH_ACTIONS
+@BOTH_POSITIONS
+def test_a_trace_with_episodes_that_begin_and_contexts_that_are_lost(rotary, continuous, captured):
+    case = Case(rotary=rotary, continuous=continuous)
+    trace = random_trace(np.random.default_rng(SEED), case, 3, root_steps=6, simulations=2, episodes=0.3)
+    model, plain = model_on_gpu(case, 3), cached_model(case, 3, SEED)
+    for _ in range(2):
+        assert largest_error(answers_of(model, trace, True), answers_of(plain, trace, True)) <= TOLERANCE
+    assert captured == [12]
+    assert model.world_model.inference._root_graphs.memory_mb == 1
+
+
+def test_fewer_rows_need_no_capture_of_their_own_and_write_nobody_elses_page(captured):
+    case = Case()
+    model = model_on_gpu(case, 6)
+    for rows in (6, 2, 5):
+        trace = random_trace(np.random.default_rng(rows), case, rows, root_steps=3, simulations=2)
+        model.world_model.forget()
+        expected = answers_of(cached_model(case, rows, SEED), trace, True)
+        assert largest_error(answers_of(model, trace, True), expected) <= TOLERANCE
+    assert captured == [9]
+
+
+def test_what_was_answered_is_not_overwritten(captured):
+    case = Case()
+    trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=3, simulations=2)
+    answers = answers_of(model_on_gpu(case, 2), trace, True)
+    assert captured == [3]
+    assert largest_error(answers, answers_of(cached_model(case, 2, SEED), trace, True)) <= TOLERANCE
+
+
+def test_an_encoder_that_moves_is_captured_anew(captured):
+    case = Case()
+    trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=2)
+    model = model_on_gpu(case, 2)
+    answers_of(model, trace, True)
+    held = []
+    for parameter in model.world_model.tokenizer.encoder.parameters():
+        held.append(parameter.data)
+        parameter.data = parameter.data.clone()
+    answers_of(model, trace, True)
+    assert captured == [2, 2]
+
+
+@pytest.mark.parametrize('backend, by_node, training', [
+    ('eager', True, False), ('cudagraph', False, False), ('cudagraph', True, True),
+], ids=['eager', 'by hand', 'dropout'])
+def test_who_is_launched_from_python(backend, by_node, training, captured):
+    case = Case()
+    trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=2)
+    answers_of(model_on_gpu(case, 2, backend).train(training), trace, by_node)
+    assert not captured
+
+
+def test_a_capture_that_fails_is_told_once(captured, monkeypatch, lines):
+    def fail(*args):
+        raise RuntimeError('operation not permitted when stream is capturing\nand a long trace')
+
+    monkeypatch.setattr(root_graph, 'capture', fail)
+    case = Case()
+    trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=3, simulations=2)
+    answers = answers_of(model_on_gpu(case, 2), trace, True)
+    assert largest_error(answers, answers_of(cached_model(case, 2, SEED), trace, True)) <= TOLERANCE
+    [warning] = [message for level, message in lines() if level == 'WARNING']
+    assert 'root inference' in warning and 'not permitted' in warning and 'long trace' not in warning
+
+
+@pytest.mark.skipif(importlib.util.find_spec('triton') is None or torch.cuda.is_available(), reason='on a CPU')
+@BOTH_POSITIONS
+def test_interpreted_an_observation_that_is_given_is_the_step_over_a_window(rotary):
+    """Of contexts of all lengths, none included."""
+    case = Case(rotary=rotary)
+    world_model = cached_model(case, 4, SEED).world_model
+    engine, slab = world_model.inference.engine, world_model.kv_cache_manager.storage.slab
+    width = engine.geometry.width
+    slab.ensure(40, torch.device('cpu'))
+    torch.manual_seed(0)
+    slab.data[RESERVED_PAGES:] = torch.randn(slab.data[RESERVED_PAGES:].shape)
+    counts = torch.tensor([0, 1, width - 1])
+    tables = torch.arange(RESERVED_PAGES, RESERVED_PAGES + 3 * width).view(3, width)
+    positions = torch.stack([(2 * counts - 1).clamp(min=0), 2 * counts])
+    latent, action = torch.randn(3, engine.geometry.embed_dim), torch.tensor([0, 1, 2])
+    before = slab.data.clone()
+    with torch.no_grad():
+        weights = world_model.weights_source.read(False)
+        expected = engine.step(weights, slab, tables, counts, action, positions, latent)
+        pages = slab.data.clone()
+        slab.data.copy_(before)
+        found = engine.simulate(weights, slab, tables, counts, action, positions, latent)
+    assert found.logits_rewards is None
+    for name in ('output_sequence', 'latent_state', 'logits_policy', 'logits_value'):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(slab.data[tables[1:, -1]], pages[tables[1:, -1]], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(slab.data[tables[0, -1], 1], pages[tables[0, -1], 1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@BOTH_ACTIONS
+@BOTH_POSITIONS
+def test_on_a_gpu(rotary, continuous):
+    case = Case(rotary=rotary, continuous=continuous)
+    trace = random_trace(np.random.default_rng(SEED), case, 5, root_steps=6, simulations=3, episodes=0.3)
+    model = cached_model(case, 5, SEED, kv_cache_cfg=dict(backend='cudagraph')).to('cuda')
+    expected = answers_of(cached_model(case, 5, SEED), trace, True)
+    for _ in range(2):
+        assert largest_error(answers_of(model, trace, True), expected) <= TOLERANCE
+        model.world_model.forget()
+    graph, = model.world_model.inference._root_graphs._graphs.kept.values()
+    assert graph.memory_mb > 0

@@ -1,0 +1,84 @@
+"""What no command accepts: one line, exit code 2, and nothing written."""
+import os
+import re
+
+import pytest
+from trainings import WM
+
+from lzero_kvcache_options import main
+
+WITH_A_CONFIG = [
+    (['--config', 'nosuch'], '--config nosuch: there is no such file'),
+    (['--config', 'config_new', '--colour'], '--colour'),
+    (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
+    (['--config', 'config_new', '--set', f'{WM}.context_length=7'], 'context_length=7'),
+]
+TRAIN = [
+    (['--config', 'config_new', '--cache', 'both'], "'both'"),
+    (['--config', 'config_new', '--max-env-step', '0'], "'0' is not a whole number of at least 1"),
+    (['--config', 'config_new', '--max-env-step', '1.5'], "'1.5' is not a whole number"),
+    (['--config', 'config_new', '--max-env-step', 'inf'], "'inf' is not a whole number"),
+    (['--config', 'config_new', '--set', 'policy.mcts_ctree=False'], 'policy.mcts_ctree=False cannot work'),
+    (['--config', 'config_new', '--set', 'policy.model_path=nosuch.pth.tar'], 'nosuch.pth.tar: no such checkpoint'),
+    (['--config', 'config_new', '--resume', 'nosuch.pth.tar'], 'nosuch.pth.tar: no such checkpoint'),
+    (['--config', 'config_new', '--resume', 'a', '--eval', 'b'], 'not allowed with'),
+    (['--config', 'config_new', '--in-place'], 'give that, and no --exp-name'),
+    (['--config', 'config_new', '--in-place', '--resume', 'a/ckpt/b', '--exp-name', 'c'], 'and no --exp-name'),
+    (['--config', 'config_new', '--in-place', '--resume', 'a/b.pth.tar'], 'a/b.pth.tar is in no folder ckpt'),
+    (['--config', 'config_new', '--set', 'env.env_id=NoSuchPole-v0'], 'env.env_id: Environment `NoSuchPole`'),
+    (['--config', 'config_new', '--set', 'create_config.env.type=cartpole_lightzer'],
+     "create_config.env.type='cartpole_lightzer' is registered by none"),
+    (['--config', 'config_new', '--set', 'create_config.env_manager.type=subproces'],
+     "env_manager.type='subproces' is registered by none of its import_names=[]; did you mean 'subprocess'"),
+    (['--config', 'config_new', '--set', 'policy.learning_rate=-1'], 'policy.learning_rate=-1 must be above 0'),
+    (['--config', 'config_old', '--set', 'policy.batch_size=0'], 'policy.batch_size=0 must be above 0'),
+    *((['--config', config, '--set', *changes], message) for config in ('config_old', 'config_new')
+      for changes, message in [
+        (['policy.model.action_space_size=60', f'{WM}.action_space_size=6'],
+         f'policy.model.action_space_size=60 contradicts {WM}.action_space_size=6: it must be 6'),
+        (['policy.model.action_space_size=3'],  # its copy follows, the environment does not
+         "policy.model.action_space_size=3 contradicts the environment of env.env_id='CartPole-v0': its action masks"),
+        (['policy.model.observation_shape=5'], 'policy.model.observation_shape=5 contradicts the environment of'),
+        (['env.collector_env_num=5', 'policy.collector_env_num=3'],
+         'env.collector_env_num=5 contradicts policy.collector_env_num=3'),
+        (['env.evaluator_env_num=2', 'policy.evaluator_env_num=3'],
+         'env.evaluator_env_num=2 contradicts policy.evaluator_env_num=3'),
+        ([f'{WM}.support_size=51'], f'{WM}.support_size=51 contradicts policy.model.'),
+        ([f'{WM}.num_heads=5'], f'{WM}.num_heads=5 contradicts {WM}.embed_dim=64'),
+        ([f'{WM}.max_tokens=30'], f'{WM}.max_tokens=30 contradicts {WM}.max_blocks=10: it must be 20'),
+    ]),
+    (['--config', 'config_new', '--exp-name', 'new/' + 'x' * 300], 'cannot be made (File name too long)'),
+    (['--config', 'config_new', '--exp-name', '/proc/foo/bar'], ' /proc/foo/bar: the folder of the experiment'),
+    (['--config', 'config_new', '--set', '+policy.model.type=UniZeroModl'],
+     "policy.model.type='UniZeroModl' is registered by none"),
+]
+COMPARE = [
+    ([], 'RUN'),
+    (['nosuch'], 'nosuch: no such folder or event file'),
+    (['.', '--group', 'old'], "'old' is not NAME=PATTERN"),
+    (['.', '--colour'], '--colour'),
+    (['.'], 'none of these runs can be read'),
+]
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ([], 'COMMAND'),
+    (['compere'], "'compere'"),
+    *(([command], '--config') for command in ('train', 'experiment')),
+    (['info', '--set', 'policy.num_simulations=3'], 'give --config too'),
+    *(([command, *arguments], message) for command, cases in (
+        ('train', WITH_A_CONFIG + TRAIN), ('experiment', WITH_A_CONFIG), ('info', WITH_A_CONFIG), ('compare', COMPARE),
+    ) for arguments, message in cases),
+])
+def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert main(arguments) == 2
+    except SystemExit as end:  # of the parser
+        assert end.code == 2
+    captured = capfd.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith('lzero-kvcache: error: ')
+    assert captured.err.count('\n') == 1
+    assert re.fullmatch(r'(Config: .*\n|.* is left out: .*\n)?', captured.out)
+    assert os.listdir(tmp_path) == []
