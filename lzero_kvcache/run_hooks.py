@@ -105,7 +105,7 @@ class SummaryHook(RunHook):
 def read_evaluations(folder: str) -> List[Evaluation]:
     """Those in a run's event files; LightZero's evaluator writes each against iterations and against steps."""
     rewards, steps = [], []
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:  # a script may log elsewhere
         for _, event in events(os.path.join(folder, name)):
             for value in event.summary.value:
                 if value.tag == 'evaluator_iter/reward_mean':

@@ -137,6 +137,13 @@ def test_an_encoder_that_cannot_be_compiled_is_torchs(change: Callable[[nn.Modul
     assert_same(case, steps_of(case, 3), *models)
 
 
+def test_an_encoder_with_a_hook_is_torchs() -> None:
+    case, models = CASES['learned'], [make_model(CASES['learned']) for _ in range(2)]
+    for model in models:
+        model.world_model.tokenizer.encoder.register_forward_hook(lambda module, given, output: output.flip(-1))
+    assert_same(case, steps_of(case, 3), *models)
+
+
 @pytest.mark.parametrize('name', ['learned', 'rotary', 'continuous'])
 def test_contexts_that_are_missing_are_begun_anew(name: str) -> None:
     case, models = CASES[name], [make_model(CASES[name]) for _ in range(2)]

@@ -1,6 +1,5 @@
 """An encoder's inference on a GPU as a replayed graph, for many observations at once."""
-import copy
-from typing import Any, Callable, Dict, NamedTuple, Tuple
+from typing import Callable, NamedTuple, Tuple
 
 import torch
 
@@ -23,9 +22,6 @@ class EncoderGraph:
     def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], rows: int) -> None:
         self._source, self._encode, self._rows = source, encode, rows
         self._graphs = Graphs('An encoder cannot be captured here')
-
-    def __deepcopy__(self, memo: Dict[int, Any]) -> 'EncoderGraph':
-        return type(self)(*copy.deepcopy((self._source, self._encode), memo), self._rows)
 
     @property
     def memory_mb(self) -> float:

@@ -2,7 +2,7 @@
 import gc
 import logging
 import threading
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
@@ -14,6 +14,9 @@ MAX_MOVES = 16
 """How often storage may move, and graphs be captured anew, before functions are launched from Python for good."""
 
 
+_capturing = threading.Lock()  # CUDA's, as it were: torch captures on one stream, whichever model it is for
+
+
 class Captured(NamedTuple):
     """Functions whose launches a GPU replays, in memory that they share."""
     replays: List[Callable[[], None]]
@@ -23,6 +26,11 @@ class Captured(NamedTuple):
 
 def capture(device: torch.device, *functions: Callable[[], Any]) -> Captured:
     """Capture functions that run one after another; what they return is overwritten by each replay."""
+    with _capturing:
+        return _capture(device, functions)
+
+
+def _capture(device: torch.device, functions: Sequence[Callable[[], Any]]) -> Captured:
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):  # libraries allocate their workspaces before the capture
@@ -37,7 +45,8 @@ def capture(device: torch.device, *functions: Callable[[], Any]) -> Captured:
     results = []
     for function in functions:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+        pool = graphs[0].pool() if graphs else None
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'):  # other threads may use the GPU
             results.append(function())
         graphs.append(graph)
     held = torch.cuda.memory_reserved(device) - before  # what comes and goes inside a replay is held, too
@@ -54,6 +63,7 @@ class Graphs:
         self.usable = True
         self._told, self._most = told, most  # what the log says of giving up, and how many are kept
         self._addresses: Tuple[int, ...] = ()
+        self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
         return type(self), (self._told, self._most)  # a copy begins without
@@ -66,13 +76,17 @@ class Graphs:
             make: Callable[[], Any]) -> Optional[Any]:
         """The smallest that there is for so many rows or more, or else one that is made now; None where nothing can be
         captured. ``addresses`` are those of all that a graph reads."""
+        with self._lock:
+            return self._get(rows, kind + (threading.get_ident(), ), addresses, make)
+
+    def _get(self, rows: int, kind: Tuple[Any, ...], addresses: Tuple[int, ...],
+             make: Callable[[], Any]) -> Optional[Any]:
         if not self.usable:
             return None
         if addresses != self._addresses:
             self.moves += bool(self.kept)
             self.kept.clear()
             self._addresses = addresses
-        kind += (threading.get_ident(), )
         fitting = [key for key in self.kept if rows <= key[0] <= 2 * rows + 8 and key[1:] == kind]
         if fitting:
             return self.kept[min(fitting)]

@@ -76,7 +76,7 @@ def _fault_named() -> Iterator[None]:
         yield
     except (TypeError, AttributeError, NotImplementedError, ImportError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        if os.path.commonpath([last.filename, lzero.__path__[0]]) != lzero.__path__[0]:
+        if not last.filename.startswith(lzero.__path__[0] + os.sep):
             raise
         said = f'{type(error).__name__}: {" ".join(str(error).split())}'
         raise ConfigError(f"LightZero's own {last.filename}:{last.lineno} fails: {said}") from error

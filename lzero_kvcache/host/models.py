@@ -125,4 +125,5 @@ register_in_place_of(
     sampled_unizero_model.SampledUniZeroModel, MODEL_REGISTRY, 'SampledUniZeroModel', SampledUniZeroModel
 )
 for unserved, name, why in lightzero.unserved_models():
-    register_in_place_of(unserved, MODEL_REGISTRY, name, _unserved(unserved, why))
+    globals()[unserved.__name__] = refusing = _unserved(unserved, why)  # pickle looks for it here
+    register_in_place_of(unserved, MODEL_REGISTRY, name, refusing)

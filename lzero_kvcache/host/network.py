@@ -23,6 +23,7 @@ from ..engine.program import (
     Network,
 )
 from .lightzero import lightzero
+from .refused import added_to, is_own
 
 
 class NotServed(Exception):
@@ -85,8 +86,9 @@ class _Reader:
         return network, self._kept
 
     def _encoder(self, tokenizer: Any) -> List[List[int]]:
-        """An MLP for vectors; or nothing, and torch encodes."""
-        if type(tokenizer.encoder) is not RepresentationNetworkMLP:
+        """LightZero's MLP for vectors; or nothing, and torch encodes."""
+        is_own_way = is_own(tokenizer, 'encode_to_obs_embeddings') or any(map(added_to, tokenizer.modules()))
+        if type(tokenizer.encoder) is not RepresentationNetworkMLP or is_own_way:
             return []
         before = self._eps.copy()
         try:

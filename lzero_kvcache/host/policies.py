@@ -121,10 +121,10 @@ class KVCachePolicy:
         return self._cfg.model.categorical_distribution and not overridden and not own_search and not keyed
 
     def _forward_learn(self, *args: Any, **kwargs: Any) -> Any:
-        places = [parameter.data for parameter in self._target_model.parameters()]
+        parameters = list(self._target_model.parameters()) if _is_new(self._target_model.world_model) else []
+        places = [parameter.data for parameter in parameters]
         output = super()._forward_learn(*args, **kwargs)  # type: ignore[misc]
-        if _is_new(self._target_model.world_model):
-            _put_back(list(self._target_model.parameters()), places)
+        _put_back(parameters, places)
         for model, reason in ((self._model, 'learner step'), (self._target_model, 'target model updated')):
             if _is_new(model.world_model):
                 model.world_model.weights_changed(reason)

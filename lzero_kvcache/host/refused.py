@@ -1,5 +1,5 @@
 """What the new system refuses: options that it does not know, and code of a user's own that it would pass over."""
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 from torch import nn
 
@@ -65,10 +65,16 @@ def _passed_over(world_model: Any) -> Iterator[str]:
                 yield f'{type(attention).__name__}.{name} is a {type(projection).__name__} and no Linear'
     for part in (transformer, *heads):
         for module in part.modules():
-            has = 'a forward hook' if module._forward_hooks or module._forward_pre_hooks else \
-                'a forward of its own' if 'forward' in vars(module) else None  # hooks are spectral_norm's, say
-            if has:
+            has = added_to(module)
+            if has is not None:
                 yield f'a {type(module).__name__} of the {type(part).__name__} has {has}'
+
+
+def added_to(module: nn.Module) -> Optional[str]:
+    """What a call of a module runs beside its class's forward, or in its place."""
+    if module._forward_hooks or module._forward_pre_hooks:  # spectral_norm's, say
+        return 'a forward hook'
+    return 'a forward of its own' if 'forward' in vars(module) else None
 
 
 def _is_written_by_known(function: Any) -> bool:

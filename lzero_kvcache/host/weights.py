@@ -112,7 +112,7 @@ def _heads(world_model: Any) -> Tuple[Any, Any, Any, Any]:
 
 def _addresses(world_model: Any) -> Tuple[int, ...]:
     modules = [
-        world_model.transformer, world_model.act_embedding_table, *_heads(world_model), world_model.tokenizer.encoder
+        world_model.transformer, world_model.act_embedding_table, *_heads(world_model), world_model.tokenizer
     ]
     if not world_model.config.rotary_emb:
         modules.append(world_model.pos_emb)
