@@ -99,9 +99,10 @@ def test_who_is_launched_from_python(backend, by_node, training, captured):
     assert not captured
 
 
-def test_a_capture_that_fails_is_told_once(captured, monkeypatch, lines):
+@pytest.mark.parametrize('kind', [RuntimeError, OSError], ids=['CUDA', 'a compiler that is missing'])
+def test_a_capture_that_fails_is_told_once(kind, captured, monkeypatch, lines):
     def fail(*args):
-        raise RuntimeError('operation not permitted when stream is capturing\nand a long trace')
+        raise kind('operation not permitted when stream is capturing\nand a long trace')
 
     monkeypatch.setattr(root_graph, 'capture', fail)
     case = Case()

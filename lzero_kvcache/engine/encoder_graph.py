@@ -28,7 +28,7 @@ class EncoderGraph:
         return self._graphs.memory_mb
 
     def chunk(self, count: int) -> int:
-        """How many of so many observations to encode at once: a GPU has some while the next ones are packed."""
+        """How many of ``count`` observations to encode at once: a GPU encodes some while the CPU packs the next."""
         return self._rows if self._source.device().type == 'cuda' else count
 
     def latest(self) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -108,7 +108,7 @@ class RootInference(Steps):
             if replayed is not None:
                 output, sums = replayed
                 return Stepped(output.latent_state.squeeze(1), output, sums)
-            given = given._replace(anew=given.anew[:, :0])
+            given = given._replace(anew=given.anew[:, :0])  # they have begun
         return self._launch_roots(step, by_key, given)
 
     def _launch_roots(self, step: Served, by_key: bool, given: RootStep) -> Stepped:
