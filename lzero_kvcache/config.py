@@ -178,11 +178,17 @@ class CacheConfig:
            env_num: Optional[int] = None) -> 'CacheConfig':
         """
         Overview:
-            What was handed down with a ``world_model_cfg``; without a policy, or a world model, that did so,
-            :meth:`read`.
+            What was handed down with a ``world_model_cfg``, and is taken out of it, since it may be changed later;
+            without a policy, or a world model, that did so, :meth:`read`.
         """
         found = lookup(world_model_cfg, HANDED_DOWN)
-        return cls.read(world_model_cfg, managers, env_num) if found is None else found
+        if found is None:
+            return cls.read(world_model_cfg, managers, env_num)
+        if isinstance(world_model_cfg, dict):
+            world_model_cfg.pop(HANDED_DOWN)
+        else:
+            delattr(world_model_cfg, HANDED_DOWN)
+        return found
 
     @classmethod
     def read(cls, world_model_cfg: Any, managers: Optional[Iterable[str]] = None,

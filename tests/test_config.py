@@ -1,4 +1,5 @@
 """What a user may write into ``world_model_cfg`` about caching, what it means, and what is refused in which words."""
+import copy
 import gc
 import types
 from unittest import mock
@@ -267,6 +268,12 @@ class TestSettle:
         cfg.model.world_model_cfg.kv_cache_cfg.eviction = 'lru'
         again = create_policy(cfg, enable_field=fields)
         assert again._model.world_model.kv_cache_manager.config.eviction == 'lru'
+
+    @BOTH_FLAGS
+    def test_a_models_config_can_be_changed_and_read_anew(self, flag):
+        config = copy.deepcopy(make_policy(flag)._model.world_model.config)
+        config.kv_cache_cfg.eviction = 'lru'
+        assert CacheConfig.of(config, KV_CACHE_REGISTRY).eviction == 'lru'
 
     @pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
     def test_a_refusal_is_all_that_is_said(self, capfd):

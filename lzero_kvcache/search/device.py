@@ -193,6 +193,6 @@ def _give_priors(given: Any, problem: Problem, rows: int) -> None:
 def _note(trace: Any, space: Space, rows: int) -> None:
     """What validation needs of one simulation."""
     predicted = to_cpu(torch.nan_to_num(space.predicted, 0.0, 0.0, 0.0)[:rows])
-    parts = space.parents, space.actions, space.parents if space.sampled else space.tree.depth
+    parts = space.parents, space.actions, space.depths
     taken = [to_cpu(part[:rows].clone()) for part in parts]
     trace.note_scalars(*taken, predicted[:, 0], predicted[:, 1], predicted[:, 2:])

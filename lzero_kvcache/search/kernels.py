@@ -20,7 +20,8 @@ def _quality(reward, discount, sign, value_sum, visits):
 def select(visits, value_sum, reward, prior, child, order, draws, low, high, path, depths, actions, unused, tables,
            counts, key, simulation_at, timesteps, pages, parents, taken, window, window_counts, positions, explored,
            spread, rules, rows, nodes, slots, action_size, least_rotary, SLOTS: tl.constexpr, ACTION: tl.constexpr,
-           PAGES: tl.constexpr, PADDED: tl.constexpr, TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr):
+           PAGES: tl.constexpr, PADDED: tl.constexpr, TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr,
+           INDEX_FOR_DEPTH: tl.constexpr):
     """Walk to where the simulation adds its node, and lay out what the model's step needs there: the nodes that it
     begins at ``[B]``, the actions taken there ``[B]`` or ``[B, A]``, the window of pages ``[PAGES + 1, B]``, counts
     ``[B]`` and positions ``[2, B]``."""
@@ -82,9 +83,8 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
     tl.store(depths + row, depth)
     tl.store(actions + row, action)
     tl.store(parents + row, parent.to(tl.int64))
-    after = depth
+    after = parent if INDEX_FOR_DEPTH else depth
     if SAMPLED:
-        after = parent  # where trees are sampled, LightZero has the node's index for its depth
         part = tl.arange(0, ACTION)
         drawn = draws + ((first_node + parent) * slots + action) * action_size
         numbers = tl.load(drawn + part, mask=part < action_size, other=0.)
