@@ -99,6 +99,15 @@ def test_who_is_launched_from_python(backend, by_node, training, captured):
     assert not captured
 
 
+def test_what_a_user_added_to_the_encoder_runs_at_each_step(captured):
+    case, seen = Case(), []
+    trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=3, simulations=2)
+    model = model_on_gpu(case, 2)
+    model.world_model.tokenizer.encoder.register_forward_hook(lambda *args: seen.append(args))
+    answers_of(model, trace, True)
+    assert not captured and len(seen) >= 3
+
+
 @pytest.mark.parametrize('kind', [RuntimeError, OSError], ids=['CUDA', 'a compiler that is missing'])
 def test_a_capture_that_fails_is_told_once(kind, captured, monkeypatch, lines):
     def fail(*args):

@@ -34,7 +34,7 @@ class EncoderGraph:
     def latest(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function of a chunk of observations, with the weights of now."""
         device, addresses = self._source.device(), self._source.addresses()
-        if device.type != 'cuda' or self._source.is_training():
+        if device.type != 'cuda' or self._source.is_training() or self._source.has_own_encoding():
             return self._launch
         return lambda observations: self._replay(observations, addresses)
 

@@ -44,7 +44,8 @@ class RootGraphs:
     def serves(self) -> bool:
         """Whether root inferences can be replayed, as far as is known."""
         source = self._source
-        return source.device().type == 'cuda' and has_triton() and not source.is_training() and self._graphs.usable
+        is_plain = not source.is_training() and not source.has_own_encoding()
+        return source.device().type == 'cuda' and has_triton() and self._graphs.usable and is_plain
 
     def run(self, slab: Slab, numbers: np.ndarray, observations: torch.Tensor,
             addresses: Tuple[int, ...]) -> Optional[Root]:

@@ -125,3 +125,4 @@ class Source(NamedTuple):
     addresses: Callable[[], Tuple[int, ...]]  # changes when the storage of a weight moves
     device: Callable[[], torch.device]
     is_training: Callable[[], bool]
+    has_own_encoding: Callable[[], bool]  # whether the encoder runs what a replayed graph would pass over

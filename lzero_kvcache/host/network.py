@@ -23,7 +23,7 @@ from ..engine.program import (
     Network,
 )
 from .lightzero import lightzero
-from .refused import added_to, is_own
+from .refused import has_own_encoding
 
 
 class NotServed(Exception):
@@ -87,8 +87,7 @@ class _Reader:
 
     def _encoder(self, tokenizer: Any) -> List[List[int]]:
         """LightZero's MLP for vectors; or nothing, and torch encodes."""
-        is_own_way = is_own(tokenizer, 'encode_to_obs_embeddings') or any(map(added_to, tokenizer.modules()))
-        if type(tokenizer.encoder) is not RepresentationNetworkMLP or is_own_way:
+        if type(tokenizer.encoder) is not RepresentationNetworkMLP or has_own_encoding(tokenizer):
             return []
         before = self._eps.copy()
         try:

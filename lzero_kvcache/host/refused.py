@@ -77,6 +77,11 @@ def added_to(module: nn.Module) -> Optional[str]:
     return 'a forward of its own' if 'forward' in vars(module) else None
 
 
+def has_own_encoding(tokenizer: Any) -> bool:
+    """Whether encoding observations runs anything of a user's, which compiled functions and graphs would pass over."""
+    return is_own(tokenizer, 'encode_to_obs_embeddings') or any(map(added_to, tokenizer.modules()))
+
+
 def _is_written_by_known(function: Any) -> bool:
     """Whether a function, and every function that it wraps, is of a known package."""
     while function is not None:

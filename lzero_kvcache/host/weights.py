@@ -9,6 +9,7 @@ from torch import nn
 
 from ..engine.weights import Chain, Function, Geometry, Layer, Linear, Norm, Source, Weights, gelu
 from .lightzero import lightzero
+from .refused import has_own_encoding
 
 MANY_ROWS = {'cpu': 128, 'cuda': 512}
 """From here on more, but faster kernels pay although each is launched from Python (docs/results.md)."""
@@ -30,6 +31,7 @@ def source_of(world_model: Any) -> Source:
         geometry, functools.partial(read_weights, world_model, geometry),
         functools.partial(_shift, world_model, geometry), functools.partial(_addresses, world_model),
         functools.partial(_device, world_model), functools.partial(_is_training, world_model),
+        functools.partial(_has_own_encoding, world_model),
     )
 
 
@@ -131,6 +133,10 @@ def _device(world_model: Any) -> torch.device:
 
 def _is_training(world_model: Any) -> bool:
     return world_model.training
+
+
+def _has_own_encoding(world_model: Any) -> bool:
+    return has_own_encoding(world_model.tokenizer)
 
 
 def _without_dicts(function: Function) -> Function:
