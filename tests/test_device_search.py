@@ -1,6 +1,8 @@
 """A search on a GPU: by Triton's interpreter against the compiled search on the CPU, and on a GPU against the same
 trees with the model's step by node."""
 import importlib.util
+import sys
+import types
 from typing import Any, Dict, Iterator, List
 
 import numpy as np
@@ -17,6 +19,7 @@ from lzero_kvcache.cache.pages import NULL_PAGE
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.step import Engine
 from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
+from lzero_kvcache.host.tree_search import NodeSearch
 from lzero_kvcache.host.weights import source_of
 from lzero_kvcache.search import device, whole
 from lzero_kvcache.search.device import MAX_SPACES, DeviceSearch
@@ -134,6 +137,20 @@ def on_gpu(case: Case, rules: Dict[str, bool]) -> Iterator[Root]:
 
 def searched(root: Root, **changes: Any) -> List[Any]:  # noqa: F811
     return list(root.world_model.search_on_device(root.problem._replace(**changes)))
+
+
+def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU may lack it."""
+    monkeypatch.setitem(sys.modules, 'lzero_kvcache.search.tree', None)
+    monkeypatch.setattr(NodeSearch, 'problem', lambda *args: 'a problem')
+    world_model = types.SimpleNamespace(
+        weights_source=types.SimpleNamespace(device=lambda: torch.device('cuda')),
+        search_on_device=lambda problem: (problem, [1.], None)
+    )
+    taken: List[Any] = []
+    roots = types.SimpleNamespace(take=lambda *found: taken.append(found))
+    NodeSearch._search_in_arrays(NodeSearch.__new__(NodeSearch), roots, world_model)
+    assert taken == [('a problem', [1.], None)]
 
 
 @pytest.mark.gpu

@@ -70,11 +70,11 @@ class _NodeSearch:
         )
 
     def _search_in_arrays(self, roots: Roots, world_model: Any) -> None:
-        from ..search.tree import root_actions, root_values, root_visits
         problem = self.problem(roots)
         if world_model.weights_source.device().type != 'cpu':
             roots.take(*world_model.search_on_device(problem))
             return
+        from ..search.tree import root_actions, root_values, root_visits  # with which numba is imported
         with world_model.search_whole(problem) as tree:
             roots.take(root_visits(tree), root_values(tree), root_actions(tree) if self.sampled else None)
 
