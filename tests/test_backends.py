@@ -14,6 +14,7 @@ from players import answers_of, largest_error
 
 from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
 from lzero_kvcache.engine import graphs, launch, packing
+from lzero_kvcache.engine.graphs import Captured
 
 SEED = 5
 BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
@@ -88,7 +89,7 @@ def captured(monkeypatch):
         host = torch.from_numpy(np.repeat(column, rows, axis=1))
         sent, held = host.clone(), None if action is None else torch.zeros_like(action)
         graphs.append(StandIn(self, slab, sent, held))
-        return launch._Graph(graphs[-1].replay, host, Copied(), sent, held, graphs[-1].result, 1.)
+        return launch._Graph(Captured([graphs[-1].replay], [graphs[-1].result], 1.), host, Copied(), sent, held)
 
     monkeypatch.setattr(launch.CudaGraphBackend, '_capture', capture)
     return graphs

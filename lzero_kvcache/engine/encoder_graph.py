@@ -11,10 +11,6 @@ class _Graph(NamedTuple):
     observations: torch.Tensor  # [rows, ...]
     captured: Captured
 
-    @property
-    def memory_mb(self) -> float:
-        return self.captured.memory_mb
-
 
 class EncoderGraph:
     """Encodes ``rows`` observations at once, from whatever device they are on, as float32 ``[B, E]``."""
@@ -33,9 +29,10 @@ class EncoderGraph:
 
     def latest(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function of a chunk of observations, with the weights of now."""
-        device, addresses = self._source.device(), self._source.addresses()
-        if device.type != 'cuda' or self._source.is_training() or self._source.has_own_encoding():
+        source = self._source
+        if source.device().type != 'cuda' or source.is_training() or source.has_own_encoding():
             return self._launch
+        addresses = source.addresses()
         return lambda observations: self._replay(observations, addresses)
 
     def _launch(self, observations: torch.Tensor) -> torch.Tensor:

@@ -54,8 +54,8 @@ def _capture(device: torch.device, functions: Sequence[Callable[[], Any]]) -> Ca
 
 
 class Graphs:
-    """What is captured for one model, by the rows that it is for and what else tells captures apart. Each thread has
-    its own: a replay overwrites inputs and results."""
+    """What is captured for one model, by the rows that it is for and what else tells captures apart; each has a field
+    ``captured``. Each thread has its own: a replay overwrites inputs and results."""
 
     def __init__(self, told: str, most: int = 8) -> None:
         self.kept: Dict[Tuple[Any, ...], Any] = {}
@@ -70,7 +70,7 @@ class Graphs:
 
     @property
     def memory_mb(self) -> float:
-        return sum(graph.memory_mb for graph in list(self.kept.values()))
+        return sum(graph.captured.memory_mb for graph in list(self.kept.values()))
 
     def get(self, rows: int, kind: Tuple[Any, ...], addresses: Tuple[int, ...],
             make: Callable[[], Any]) -> Optional[Any]:

@@ -1,18 +1,19 @@
 """How a recurrent step is launched: eagerly, or as a replayed CUDA graph. ``N`` packed numbers of ``B`` rows."""
 import copy
 import logging
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
 
-from .graphs import Graphs, capture
+from .graphs import Captured, Graphs, capture
 from .packing import filler, unpack
 from .slab import Slab
 from .step import Engine, StepOutput
 from .weights import Source, Weights
 
 logger = logging.getLogger(__name__)
+
 
 class Result(NamedTuple):
     """A step's predictions, and the part of them that a search takes to the CPU."""
@@ -47,13 +48,11 @@ class EagerBackend:
 
 
 class _Graph(NamedTuple):
-    replay: Callable[[], None]
+    captured: Captured
     pinned: torch.Tensor  # [N, rows], on the CPU
     copied: Any  # event: the last copy from it is done
     device: torch.Tensor  # [N, rows]
     action: Optional[torch.Tensor]
-    result: Result
-    memory_mb: float
 
 
 class CudaGraphBackend(EagerBackend):
@@ -89,9 +88,9 @@ class CudaGraphBackend(EagerBackend):
         if action is not None:
             assert graph.action is not None
             graph.action[:rows] = action.reshape(graph.action[:rows].shape)
-        graph.replay()
-        search = graph.result.search
-        return Result(graph.result.output.map(lambda part: part[:rows]), None if search is None else search[:rows])
+        graph.captured.replays[0]()
+        output, search = graph.captured.results[0]
+        return Result(output.map(lambda part: part[:rows]), None if search is None else search[:rows])
 
     def _graph(self, weights: Weights, slab: Slab, numbers: np.ndarray,
                action: Optional[torch.Tensor]) -> Optional[_Graph]:
@@ -113,9 +112,7 @@ class CudaGraphBackend(EagerBackend):
         held = None if action is None else torch.zeros_like(action)
         captured = capture(device, lambda: self._run_fresh(slab, sent, held))
         logger.info(f'Captured a CUDA graph of a recurrent step for {rows} rows ({captured.memory_mb:.1f} MiB)')
-        return _Graph(
-            captured.replays[0], pinned, torch.cuda.Event(), sent, held, captured.results[0], captured.memory_mb
-        )
+        return _Graph(captured, pinned, torch.cuda.Event(), sent, held)
 
     def _run_fresh(self, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
         """With the weights read inside, so that a capture reads them anew in each replay."""

@@ -25,10 +25,6 @@ class _Graph(NamedTuple):
     observations: torch.Tensor  # [rows, ...]
     captured: Captured
 
-    @property
-    def memory_mb(self) -> float:
-        return self.captured.memory_mb
-
 
 class RootGraphs:
     """What is captured of one model's root inferences."""
