@@ -5,6 +5,8 @@ when a training is to end, and the hooks do not. Runs of ``train.py`` say more, 
 import logging
 import os
 import time
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, List, Optional
 
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
@@ -19,6 +21,7 @@ from .summary import (
     cache_type,
     ended,
     hit_rates,
+    moment,
     number_text,
     rate_text,
     run_text,
@@ -38,8 +41,12 @@ class RunHook(LearnerHook):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.pop('ext_args', None)
         super().__init__(*args, **kwargs)
-        self._result = begun('', 0)
-        self._began = time.monotonic()
+        self._started, self._began = moment(), time.monotonic()
+
+    @cached_property
+    def _result(self) -> Result:
+        """Made when it is first looked at, since it asks git: ``train.py`` makes hooks that never look."""
+        return replace(begun('', 0), started=self._started)
 
     def look(self, engine: Any) -> Optional[Result]:
         """The run as far as it is; None if the model is not the plugin's. ``engine`` is DI-engine's learner."""
