@@ -151,8 +151,8 @@ def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repe
     problem, space, _, shift, tables, pages = *given[:5], given[8]
     embed, inner, layers, block = network.embed, network.inner, len(network.blocks), network.blocks[0]
     rules, key = tree.make_rules(**problem.rules), tree.make_key(problem.seed, problem.number)
-    side, scratches = compiled.TILES * WIDTH, policy._model.world_model.inference._whole._model._scratches
-    with scratches.lease(network, tables.shape[1], 1) as [scratch]:
+    side, model = compiled.TILES * WIDTH, policy._model.world_model.inference._whole._model
+    with model.scratches(network, tables.shape[1], 1) as [scratch]:
         pass  # which has the contexts of the last search
     source, target = np.zeros((2, (max(embed, inner, network.widest) + WIDTH) * side), np.float32)
     step = 0 if network.rotary else layers * 2 * embed * compiled.NUMBER

@@ -95,6 +95,10 @@ class Scratch(NamedTuple):
     team: np.ndarray  # of the threads that share out this one's products
     nothing: int = 0
 
+    @property
+    def bytes(self) -> int:
+        return self.memory.nbytes
+
 
 def new_scratch(network: Network, width: int) -> Scratch:
     """Memory for one thread that simulates over tables of ``width`` pages."""

@@ -1,13 +1,13 @@
 """A model on the CPU as compiled functions take it, and the threads that run them. numba is imported with the first."""
 import threading
-from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from functools import partial
+from typing import Any, Callable, ContextManager, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
 
-from ..config import MIB
 from ..engine.weights import Source
+from .spaces import Spaces
 
 LEAST_ROWS = 8
 """Rows that are worth a thread: as many as the compiled step works on side by side."""
@@ -22,7 +22,7 @@ class CompiledModel:
     def __init__(self, read_network: Callable[[], Tuple[Any, Any]], source: Source) -> None:
         self._read_network, self._source = read_network, source
         self._network: Any = None  # and what holds its memory; for the addresses of weights
-        self._scratches = Scratches()
+        self._scratches = Spaces()
 
     def __getstate__(self) -> Dict[str, Any]:
         """Copies read their own weights' addresses."""
@@ -55,47 +55,15 @@ class CompiledModel:
         helpers = 0
         if threads == 1:
             helpers = max(0, min(torch.get_num_threads(), network.embed // LEAST_COLUMNS) - 1)
-        with self._scratches.lease(network, width, threads) as scratches:
+        with self.scratches(network, width, threads) as scratches:
             _in_threads(function, given, scratches, helpers, numbers, rows)
 
-
-class Scratches:
-    """Memory for threads that step: each has some to itself while it runs, and leaves it to the next."""
-
-    def __init__(self) -> None:
-        self._free: Dict[Tuple[int, ...], List[Any]] = {}
-        self._leased: Dict[int, Any] = {}
-
-    def __reduce__(self) -> Any:
-        return type(self), ()  # a copy begins without
-
-    @property
-    def memory_mb(self) -> float:
-        free = [scratch for scratches in list(self._free.values()) for scratch in list(scratches)]
-        return sum(scratch.memory.nbytes for scratch in [*free, *list(self._leased.values())]) / MIB
-
-    @contextmanager
-    def lease(self, network: Any, width: int, count: int) -> Iterator[List[Any]]:
-        """Memory for so many threads that step over tables of ``width`` pages."""
+    def scratches(self, network: Any, width: int, threads: int) -> ContextManager[List[Any]]:
+        """Memory for threads that step over tables of ``width`` pages."""
         from ..engine.compiled import new_scratch
 
         size = width, network.embed, network.inner, network.widest
-        free = self._free.setdefault(size, [])
-        leased = [_popped(free) or new_scratch(network, width) for _ in range(count)]
-        self._leased.update((id(scratch), scratch) for scratch in leased)
-        try:
-            yield leased
-        finally:
-            for scratch in leased:
-                del self._leased[id(scratch)]
-            free += leased
-
-
-def _popped(free: List[Any]) -> Optional[Any]:
-    try:
-        return free.pop()
-    except IndexError:
-        return None
+        return self._scratches.lease(size, threads, partial(new_scratch, network, width))
 
 
 def _in_threads(function: Callable[..., Any], given: Sequence[Any], scratches: Sequence[Any], helpers: int,

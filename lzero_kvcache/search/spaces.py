@@ -1,4 +1,4 @@
-"""Memory of searches in arrays: each has some to itself while it runs, and leaves it to the next of its size."""
+"""Memory of what runs on the CPU: each search or thread has some to itself, and leaves it to the next of its size."""
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
@@ -20,33 +20,41 @@ class Space(NamedTuple):
 
 
 class Spaces:
-    """The memory of one model's searches, which may run in several threads."""
+    """Memory of one model by size. It may run in several threads, each of which has some to itself for a while."""
 
     def __init__(self) -> None:
-        self._free: Dict[Tuple[int, ...], List[Space]] = {}
-        self._leased: Dict[int, Space] = {}
+        self._free: Dict[Tuple[int, ...], List[Any]] = {}
+        self._leased: Dict[int, Any] = {}
 
     def __reduce__(self) -> Any:
         return type(self), ()  # a copy begins without
 
     @property
     def memory_mb(self) -> float:
-        free = [space for spaces in list(self._free.values()) for space in spaces]
-        return sum(space.bytes for space in [*free, *list(self._leased.values())]) / MIB
+        free = [part for parts in list(self._free.values()) for part in list(parts)]
+        return sum(part.bytes for part in [*free, *list(self._leased.values())]) / MIB
 
     @contextmanager
-    def lease(self, size: Tuple[int, ...], rows: int, make: Callable[[], Space]) -> Iterator[Space]:
-        """Memory for so many rows at least."""
+    def lease(self, size: Tuple[int, ...], count: int, make: Callable[[], Any],
+              fits: Callable[[Any], bool] = lambda part: True) -> Iterator[List[Any]]:
+        """Some parts of a size; those that are free and do not fit are let go."""
         free = self._free.setdefault(size, [])
+        leased = []
+        for _ in range(count):
+            part = _popped(free)
+            leased.append(part if part is not None and fits(part) else make())
+        self._leased.update((id(part), part) for part in leased)
         try:
-            space = free.pop()
-        except IndexError:
-            space = make()
-        if len(space.tree.depth) < rows:
-            space = make()
-        self._leased[id(space)] = space
-        try:
-            yield space
+            yield leased
         finally:
-            del self._leased[id(space)]
-            free.append(space)
+            for part in leased:
+                del self._leased[id(part)]
+            free += leased
+
+
+def _popped(free: List[Any]) -> Any:
+    """The last one; None where another thread has it."""
+    try:
+        return free.pop()
+    except IndexError:
+        return None

@@ -161,7 +161,7 @@ class WholeSearch:
 
         sizes = (network.embed, network.inner, network.widest, network.policy, len(network.blocks))
         size = (problem.simulations, problem.slots, problem.action_size, width, int(reanalyzes), *sizes)
-        with self._spaces.lease(size, rows, make) as space:
+        with self._spaces.lease(size, 1, make, lambda space: len(space.tree.depth) >= rows) as [space]:
             tree = type(space.tree)(*(array[:rows] for array in space.tree))
             yield space._replace(tree=tree, latents=space.latents[:rows])
 
