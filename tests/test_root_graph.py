@@ -164,4 +164,4 @@ def test_on_a_gpu(rotary, continuous):
         assert largest_error(answers_of(model, trace, True), expected) <= TOLERANCE
         model.world_model.forget()
     graph, = model.world_model.inference._root_graphs._graphs.kept.values()
-    assert graph.memory_mb > 0
+    assert graph.captured.memory_mb > 0
