@@ -5,6 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .overlap import launch, wait
+
 
 @triton.jit
 def _number(logits, size, SIZE: tl.constexpr):
@@ -19,7 +21,9 @@ def _number(logits, size, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _for_search(rewards, values, policy, out, support, actions, SUPPORT: tl.constexpr, ACTIONS: tl.constexpr):
+def _for_search(rewards, values, policy, out, support, actions, SUPPORT: tl.constexpr, ACTIONS: tl.constexpr,
+                OVERLAP: tl.constexpr):
+    wait(OVERLAP)
     row = tl.program_id(0)
     at, action = out + row * (2 + actions), tl.arange(0, ACTIONS)
     tl.store(at, _number(rewards + row * support, support, SUPPORT))
@@ -32,7 +36,6 @@ def for_search(output: Any, out: torch.Tensor) -> torch.Tensor:
     """Reward and value as numbers, and policy logits, into ``out [B, 2 + P]``; see :meth:`.step.Engine.for_search`."""
     parts = [part.contiguous() for part in (output.logits_rewards, output.logits_value, output.logits_policy)]
     support, actions = parts[0].shape[-1], parts[2].shape[-1]
-    _for_search[len(out), ](
-        *parts, out, support, actions, triton.next_power_of_2(support), triton.next_power_of_2(actions), num_warps=4
-    )
+    sizes = triton.next_power_of_2(support), triton.next_power_of_2(actions)
+    launch(_for_search, (len(out), ), *parts, out, support, actions, *sizes, num_warps=4)
     return out

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .overlap import launch, wait
 from .slab import Slab
 from .weights import Geometry, Weights
 
@@ -41,10 +42,11 @@ def _rotated(at, d, there, cosine, sine):
 @triton.jit
 def _attend(qkv, slab, tables, counts, positions, moved, out, sums, layer, scale, rows, row_step, page_step, width,
             LAYERS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
-            ROTARY: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr):
+            ROTARY: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, OVERLAP: tl.constexpr):
     """Keys and values of a token into its page, and its attention: a row, a head and a part of its context for each
     program. ``moved`` is what learned positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``.
     Parts go to ``out [S, B, E]``, not divided yet, with maxima and totals in ``sums [S, B, H, 2]``."""
+    wait(OVERLAP)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     is_first = split == 0  # which has the token itself and, before an observation, its action
     d = tl.arange(0, PADDED)
@@ -120,8 +122,10 @@ def _attend(qkv, slab, tables, counts, positions, moved, out, sums, layer, scale
 
 
 @triton.jit
-def _join(parts, sums, out, rows, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr):
+def _join(parts, sums, out, rows, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr,
+          OVERLAP: tl.constexpr):
     """Attention ``[B, E]`` from that over parts of contexts."""
+    wait(OVERLAP)
     row, head = tl.program_id(0), tl.program_id(1)
     d, split = tl.arange(0, PADDED), tl.arange(0, SPLITS)
     at = (split * rows + row) * HEADS + head
@@ -143,13 +147,13 @@ def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, part: i
     splits, tokens, warps = splitting(2 * tables.shape[1], rows * heads)
     out = qkv.new_empty(splits, rows, embed)
     sums = out if splits == 1 else qkv.new_empty(splits, rows, heads, 2)
-    _attend[rows, heads, splits](
-        qkv, slab.data, tables, counts, positions, moved, out, sums, layer, size ** -0.5, rows, *tables.stride(),
-        tables.shape[1], geometry.layers, heads, size, padded, part, geometry.rotary, splits, tokens,
-        num_warps=warps
+    launch(
+        _attend, (rows, heads, splits), qkv, slab.data, tables, counts, positions, moved, out, sums, layer,
+        size ** -0.5, rows, *tables.stride(), tables.shape[1], geometry.layers, heads, size, padded, part,
+        geometry.rotary, splits, tokens, num_warps=warps
     )
     if splits == 1:
         return out[0]
     joined = qkv.new_empty(rows, embed)
-    _join[rows, heads](out, sums, joined, rows, heads, size, padded, splits, num_warps=2)
+    launch(_join, (rows, heads), out, sums, joined, rows, heads, size, padded, splits, num_warps=2)
     return joined

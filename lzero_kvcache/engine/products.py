@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .overlap import launch, wait
 from .weights import Chain, Function, Linear, Norm, Weights, gelu
 
 
@@ -40,8 +41,9 @@ not looked at."""
 @triton.jit
 def _multiply(x, weight, parts, rows, outputs, inputs,
               ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr,
-              PRECISION: tl.constexpr):
+              PRECISION: tl.constexpr, OVERLAP: tl.constexpr):
     """``x [B, K]`` times ``weight [N, K]``, transposed: a part of the sum for each program of the last axis."""
+    wait(OVERLAP)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(2)
@@ -61,9 +63,10 @@ def _multiply(x, weight, parts, rows, outputs, inputs,
 @triton.jit
 def _finish(parts, bias, residual, chosen, norm_weight, norm_bias, out, normed, rows, outputs, eps,
             PARTS: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, CHOSEN: tl.constexpr, NORM: tl.constexpr,
-            LANES: tl.constexpr):
+            LANES: tl.constexpr, OVERLAP: tl.constexpr):
     """Add the parts of a row, its bias and what follows. With a norm, a program has the whole row, and adds a row of
     ``residual``: its own, or the one that is ``chosen [B]``."""
+    wait(OVERLAP)
     row = tl.program_id(0)
     lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
     there = lane < outputs
@@ -151,9 +154,11 @@ def _product(x: torch.Tensor, layer: Linear, then_gelu: bool, residual: Optional
     (rows, inputs), outputs = x.shape, len(layer.weight)
     tiling = tiling_of(rows, outputs)
     parts = x.new_empty(tiling.parts, rows, outputs)
-    _multiply[(triton.cdiv(outputs, tiling.outputs), triton.cdiv(rows, tiling.rows), tiling.parts)](
-        x, layer.weight, parts, rows, outputs, inputs, ROWS=tiling.rows, OUTPUTS=tiling.outputs, INPUTS=tiling.inputs,
-        PARTS=tiling.parts, PRECISION=PRECISIONS[layer.matmul], num_warps=tiling.warps, num_stages=tiling.stages
+    grid = triton.cdiv(outputs, tiling.outputs), triton.cdiv(rows, tiling.rows), tiling.parts
+    launch(
+        _multiply, grid, x, layer.weight, parts, rows, outputs, inputs, ROWS=tiling.rows, OUTPUTS=tiling.outputs,
+        INPUTS=tiling.inputs, PARTS=tiling.parts, PRECISION=PRECISIONS[layer.matmul], num_warps=tiling.warps,
+        num_stages=tiling.stages
     )
     return _finished(parts, layer.bias, then_gelu, residual, None, norm)
 
@@ -165,9 +170,10 @@ def _finished(parts: torch.Tensor, bias: Optional[torch.Tensor], then_gelu: bool
     normed = out if norm is None else torch.empty_like(out)
     lanes = triton.next_power_of_2(outputs) if norm is not None else min(1024, triton.next_power_of_2(outputs))
     weight, shift, eps = (out, out, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    _finish[(rows, triton.cdiv(outputs, lanes))](
-        parts, out if bias is None else bias, out if residual is None else residual, out if chosen is None else chosen,
-        weight, shift, out, normed, rows, outputs, eps, PARTS=count, BIAS=bias is not None, GELU=then_gelu,
+    launch(
+        _finish, (rows, triton.cdiv(outputs, lanes)), parts, out if bias is None else bias,
+        out if residual is None else residual, out if chosen is None else chosen, weight, shift, out, normed, rows,
+        outputs, eps, PARTS=count, BIAS=bias is not None, GELU=then_gelu,
         CHOSEN=chosen is not None, NORM=norm is not None, LANES=lanes, num_warps=4
     )
     return out, normed

@@ -146,12 +146,12 @@ class Space:
         from . import kernels
 
         sent = self._sent
-        kernels.select[self.rows, ](
-            *self.tree, sent.key.view(torch.int64), self._simulation, sent.timesteps, sent.pages, self.parents,
-            self.actions, self._window, self._counts, self._positions, self._explored, self._spread, self._numbers,
-            self.rows, self.simulations + 1, self._slots, self._action_size, self._engine.geometry.rotary_positions,
-            _padded(self._slots), _padded(self._action_size), self._width, _padded(self._width),
-            self._rules['two_players'], self.sampled, bool(self._rules.get('index_for_depth')), **_EXACT
+        self._launch(
+            kernels.select, *self.tree, sent.key.view(torch.int64), self._simulation, sent.timesteps, sent.pages,
+            self.parents, self.actions, self._window, self._counts, self._positions, self._explored, self._spread,
+            self._numbers, self.rows, self.simulations + 1, self._slots, self._action_size,
+            self._engine.geometry.rotary_positions, _padded(self._slots), _padded(self._action_size), self._width,
+            _padded(self._width), self._rules['two_players'], self.sampled, bool(self._rules.get('index_for_depth'))
         )
 
     @property
@@ -163,11 +163,11 @@ class Space:
         from . import kernels
 
         tree = self.tree
-        kernels.backup[self.rows, ](
-            tree.visits, tree.value_sum, tree.reward, tree.prior, tree.child, tree.order, tree.low, tree.high,
-            tree.path, tree.depth, self.broken, self.predicted, self._simulation, self._numbers, self.simulations + 1,
-            self._slots, self._policy, _padded(self._slots), _padded(self._policy), self._rules['two_players'],
-            self.sampled, **_EXACT
+        self._launch(
+            kernels.backup, tree.visits, tree.value_sum, tree.reward, tree.prior, tree.child, tree.order, tree.low,
+            tree.high, tree.path, tree.depth, self.broken, self.predicted, self._simulation, self._numbers,
+            self.simulations + 1, self._slots, self._policy, _padded(self._slots), _padded(self._policy),
+            self._rules['two_players'], self.sampled
         )
 
     def _draw(self, policy: torch.Tensor, after: int) -> None:
@@ -176,11 +176,17 @@ class Space:
 
         tree, continuous = self.tree, self._engine.geometry.continuous
         draw = sampling.draw_continuous if continuous else sampling.draw_discrete
-        draw[self.rows, ](
-            tree.draws, tree.order, tree.prior, self._sent.key.view(torch.int64), self._simulation, after, policy,
-            policy.stride(0), self.simulations + 1, self._slots, self._engine.geometry.action_size,
-            _padded(self._slots), _padded(self._policy), **dict(_EXACT, num_warps=8)
+        self._launch(
+            draw, tree.draws, tree.order, tree.prior, self._sent.key.view(torch.int64), self._simulation, after,
+            policy, policy.stride(0), self.simulations + 1, self._slots, self._engine.geometry.action_size,
+            _padded(self._slots), _padded(self._policy), num_warps=8
         )
+
+    def _launch(self, kernel: Any, *args: Any, num_warps: int = 1) -> None:
+        """Launch a kernel with a program for each row, whose numbers are those of the compiled trees."""
+        from ..engine.overlap import launch
+
+        launch(kernel, (self.rows, ), *args, num_warps=num_warps, enable_fp_fusion=False)
 
     def found(self, rows: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Of the roots: visits in their order ``[B, S]``, values ``[B]``, drawn actions ``[B, S, A]``, and how many
@@ -230,10 +236,6 @@ class Reanalysis(Space):
         )
         self.latents.index_copy_(0, self._simulation.long() + 1, output.latent_state.squeeze(1)[None])
         return output
-
-
-_EXACT = dict(num_warps=1, enable_fp_fusion=False)
-"""How kernels are compiled whose numbers are those of the compiled trees."""
 
 
 def _padded(size: int) -> int:

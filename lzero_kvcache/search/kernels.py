@@ -7,6 +7,8 @@ visits alone, ``explored`` and ``spread``, comes in tables.
 import triton
 import triton.language as tl
 
+from ..engine.overlap import wait
+
 FAR = tl.constexpr(1e6)
 TIE = tl.constexpr(1e-6)
 
@@ -21,10 +23,11 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
            counts, key, simulation_at, timesteps, pages, parents, taken, window, window_counts, positions, explored,
            spread, rules, rows, nodes, slots, action_size, least_rotary, SLOTS: tl.constexpr, ACTION: tl.constexpr,
            PAGES: tl.constexpr, PADDED: tl.constexpr, TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr,
-           INDEX_FOR_DEPTH: tl.constexpr):
+           INDEX_FOR_DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
     """Walk to where the simulation adds its node, and lay out what the model's step needs there: the nodes that it
     begins at ``[B]``, the actions taken there ``[B]`` or ``[B, A]``, the window of pages ``[PAGES + 1, B]``, counts
     ``[B]`` and positions ``[2, B]``."""
+    wait(OVERLAP)
     row = tl.program_id(0)
     simulation = tl.load(simulation_at)
     discount, delta = tl.load(rules), tl.load(rules + 1)
@@ -122,9 +125,10 @@ def mended(number):
 @triton.jit
 def backup(visits, value_sum, reward, prior, child, order, low, high, path, depths, broken, predicted,
            simulation_at, rules, nodes, slots, policy, SLOTS: tl.constexpr, POLICY: tl.constexpr,
-           TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr):
+           TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr, OVERLAP: tl.constexpr):
     """Expand the new node by predictions ``[B, 2 + P]``, zeros for what is no number, and back its value up. Where
     trees are sampled, the node's actions are still to be drawn."""
+    wait(OVERLAP)
     row = tl.program_id(0)
     simulation = tl.load(simulation_at)
     discount = tl.load(rules)

@@ -4,6 +4,7 @@ Importing it imports Triton. A row for each program; shapes are those of :mod:`.
 import triton
 import triton.language as tl
 
+from ..engine.overlap import wait
 from .kernels import mended
 
 UNIT = tl.constexpr(2.0 ** -32)
@@ -40,9 +41,10 @@ def _decimals(number):
 
 @triton.jit
 def draw_continuous(draws, order, prior, key_at, simulation_at, after, policy, policy_step, nodes, slots, action_size,
-                    SLOTS: tl.constexpr, POLICY: tl.constexpr):
+                    SLOTS: tl.constexpr, POLICY: tl.constexpr, OVERLAP: tl.constexpr):
     """Of node ``after`` a simulation's number: tanh of normal draws, by means and then deviations ``[B, 2A]``. One slot
     for all draws that are the same action, and the same prior for each slot."""
+    wait(OVERLAP)
     row = tl.program_id(0)
     node, key = tl.load(simulation_at) + after, tl.load(key_at)
     index = tl.arange(0, SLOTS)
@@ -68,9 +70,10 @@ def draw_continuous(draws, order, prior, key_at, simulation_at, after, policy, p
 
 @triton.jit
 def draw_discrete(draws, order, prior, key_at, simulation_at, after, policy, policy_step, nodes, slots, actions,
-                  SLOTS: tl.constexpr, POLICY: tl.constexpr):
+                  SLOTS: tl.constexpr, POLICY: tl.constexpr, OVERLAP: tl.constexpr):
     """Of node ``after`` a simulation's number, without replacement, by logits ``[B, P]``: the largest of u ** (1 / p).
     """
+    wait(OVERLAP)
     row = tl.program_id(0)
     node, key = tl.load(simulation_at) + after, tl.load(key_at)
     index, action = tl.arange(0, SLOTS), tl.arange(0, POLICY)
