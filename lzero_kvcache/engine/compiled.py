@@ -17,9 +17,8 @@ from .lanes import (
     constant,
     exponential,
     larger,
-    linear_1_output_1_tile,
-    linear_6_outputs_2_tiles,
-    linear_8_outputs_1_tile,
+    linear_1_output,
+    linear_6_outputs,
     load,
     mix,
     multiply_add,
@@ -135,33 +134,17 @@ def _whole(size: int) -> int:
 def _columns(weight: int, bias: int, source: int, source_step: int, target: int, target_step: int, inputs: int,
              begin: int, end: int, tiles: int, added: int) -> None:
     """Outputs ``begin`` to ``end - 1`` of a linear layer."""
-    paired = 0
-    if end - begin >= 6:
-        paired = tiles - tiles % 2
-        for n in range(begin, end, 6):
-            n = min(n, end - 6)  # the last ones are computed twice
-            for tile in range(0, paired, 2):
-                linear_6_outputs_2_tiles(
-                    weight + n * inputs * NUMBER, bias + n * NUMBER, source + tile * source_step * NUMBER, source_step,
-                    target + (tile * target_step + n * WIDTH) * NUMBER, target_step, inputs,
-                    added + (tile * target_step + n * WIDTH) * NUMBER if added else added
-                )
-    for tile in range(paired, tiles):
-        x, y = source + tile * source_step * NUMBER, target + tile * target_step * NUMBER
-        other = added + tile * target_step * NUMBER if added else added
-        if end - begin >= 8:
-            for n in range(begin, end, 8):
-                n = min(n, end - 8)
-                linear_8_outputs_1_tile(
-                    weight + n * inputs * NUMBER, bias + n * NUMBER, x, source_step, y + n * TILE, target_step, inputs,
-                    other + n * TILE if added else added
-                )
-        else:
-            for n in range(begin, end):
-                linear_1_output_1_tile(
-                    weight + n * inputs * NUMBER, bias + n * NUMBER, x, source_step, y + n * TILE, target_step, inputs,
-                    other + n * TILE if added else added
-                )
+    block = 6 if end - begin >= 6 else 1
+    for n in range(begin, end, block):
+        n = min(n, end - block)  # the last ones are computed twice
+        row, weights = bias + n * NUMBER, weight + n * inputs * NUMBER
+        for tile in range(tiles):
+            x, y = source + tile * source_step * NUMBER, (tile * target_step + n * WIDTH) * NUMBER
+            other = added + y if added else added
+            if block == 1:
+                linear_1_output(weights, row, x, target + y, inputs, other)
+            else:
+                linear_6_outputs(weights, row, x, target + y, inputs, other)
 
 
 @inner
@@ -169,7 +152,7 @@ def _share(team: np.ndarray, worker: int) -> None:
     """One worker's columns of the product that was posted."""
     job = team[JOB:]
     outputs = job[7]
-    part = -(-outputs // (team[WORKERS] * 24)) * 24  # whole blocks of six and of eight
+    part = -(-outputs // (team[WORKERS] * 6)) * 6  # whole blocks
     begin, end = min(part * worker, outputs), min(part * (worker + 1), outputs)
     _columns(job[0], job[1], job[2], job[3], job[4], job[5], job[6], begin, end, job[8], job[9])
     count_up(team, FINISHED)
