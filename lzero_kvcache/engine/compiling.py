@@ -38,6 +38,11 @@ def inner(function: Function) -> Function:
     return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
+def inlined(function: Function) -> Function:
+    """An inner one, written out wherever it is called: to hand over the arrays of a tree takes longer than a look."""
+    return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
+
+
 def entry(function: Function) -> Function:
     """A function that is called from Python, compiled once for a machine. It may be an inner one."""
     plain: Any = getattr(function, 'py_func', function)
