@@ -242,9 +242,9 @@ def _linear(outputs: int) -> Callable[..., Any]:
             add(at, _spread_pair, x_at(at), x_at(builder.add(at, number(1))))
         with builder.if_then(builder.icmp_signed('<', even, inputs)):
             add(even, _spread, x_at(even), zeros)
-        for n, places in enumerate(sums):
-            total = builder.fadd(*both(*map(builder.load, places), _EVERY_SECOND))
-            builder.store(builder.fadd(total, _spread(builder, bias, number(n))), places[0])
+        for n, (low, high) in enumerate(sums):
+            total = builder.fadd(*both(builder.load(low), builder.load(high), _EVERY_SECOND))
+            builder.store(builder.fadd(total, _spread(builder, bias, number(n))), low)
         with builder.if_then(is_not_null(builder, added)):
             for n, (place, _) in enumerate(sums):
                 other = _load(builder, added, number(n * WIDTH))
