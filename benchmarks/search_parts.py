@@ -18,8 +18,8 @@ import torch
 from collect_step import build_policies, collect, fill, preset_configs
 from common import parser, report
 
-from lzero_kvcache.engine import compiled, program
-from lzero_kvcache.engine.lanes import WIDTH
+from lzero_kvcache.engine import compiled, layers, program
+from lzero_kvcache.engine.lanes import NUMBER, WIDTH
 from lzero_kvcache.host import policies
 from lzero_kvcache.host.tree_search import NodeSearch
 from lzero_kvcache.search import tree
@@ -39,12 +39,12 @@ def layers_often(part: int, times: int, network: Any, shift: int, step: int, scr
     tiles = (rows + WIDTH - 1) // WIDTH
     for _ in range(times):
         if part == LINEAR:
-            compiled._linear(weight, bias, source, inputs * WIDTH, target, outputs * WIDTH, inputs, outputs, tiles,
-                             scratch.nothing, scratch.team)
+            layers.linear(weight, bias, source, target, outputs * WIDTH, inputs, outputs, tiles, scratch.nothing,
+                          scratch.team)
         elif part == NORM:
-            compiled._norm(weight, bias, source, target, inputs, tiles, network.eps)
+            layers.norm(weight, bias, source, target, inputs, tiles, network.eps)
         elif part == GELU:
-            compiled._elementwise(program.GELU, source, inputs * tiles)
+            layers.elementwise(program.GELU, source, inputs * tiles)
         else:
             for tile in range(tiles):
                 compiled._attend(network, 0 * tile, shift, step, scratch, tile, min(WIDTH, rows - tile * WIDTH))
@@ -149,13 +149,13 @@ def products(network: Any) -> List[Tuple[int, int, int, int, int]]:
 def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repeats: int) -> Dict[str, float]:
     """Milliseconds of parts of a simulation, each by itself."""
     problem, space, _, shift, tables, pages = *given[:5], given[8]
-    embed, inner, layers, block = network.embed, network.inner, len(network.blocks), network.blocks[0]
+    embed, inner, depth, block = network.embed, network.inner, len(network.blocks), network.blocks[0]
     rules, key = tree.make_rules(**problem.rules), tree.make_key(problem.seed, problem.number)
-    side, model = compiled.TILES * WIDTH, policy._model.world_model.inference._whole._model
+    side, model = layers.ROWS, policy._model.world_model.inference._whole._model
     with model.scratches(network, tables.shape[1], 1) as [scratch]:
         pass  # which has the contexts of the last search
     source, target = np.zeros((2, (max(embed, inner, network.widest) + WIDTH) * side), np.float32)
-    step = 0 if network.rotary else layers * 2 * embed * compiled.NUMBER
+    step = 0 if network.rotary else depth * 2 * embed * NUMBER
     sums: Dict[str, float] = {'products': 0., 'attention': 0., 'norms': 0., 'GELU': 0.}
 
     def add(name: str, part: int, times: int, rows: int, weight: int, bias: int, inputs: int, outputs: int) -> None:
@@ -168,10 +168,10 @@ def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repe
         rows = min(side, envs - start)
         for times, *product in products(network):
             add('products', LINEAR, times, rows, *product)
-        add('attention', ATTENTION, 2 * layers, rows, 0, 0, embed, embed)
-        add('norms', NORM, 2 * (2 * layers + 1), rows, block[program.NORM1_WEIGHT], block[program.NORM1_BIAS], embed,
+        add('attention', ATTENTION, 2 * depth, rows, 0, 0, embed, embed)
+        add('norms', NORM, 2 * (2 * depth + 1), rows, block[program.NORM1_WEIGHT], block[program.NORM1_BIAS], embed,
             embed)
-        add('GELU', GELU, 2 * layers, rows, 0, 0, inner, inner)
+        add('GELU', GELU, 2 * depth, rows, 0, 0, inner, inner)
     numbers, logits = np.zeros((2, envs), np.float32), np.zeros((envs, network.policy), np.float32)
     walk = partial(trees_alone, space.tree, rules, key, pages, numbers, logits, envs)
     sums['trees'] = best(walk, repeats) / problem.simulations

@@ -2,6 +2,7 @@
 
 numba is imported with the first function that is compiled, not with the package.
 """
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -36,6 +37,11 @@ def why_not_compiled() -> Optional[str]:
 def inner(function: Function) -> Function:
     """A function that compiled ones alone call."""
     return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def inlined(function: Function) -> Function:
+    """An inner one, written out wherever it is called: to hand over the arrays of a tree takes longer than a look."""
+    return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
 
 
 def entry(function: Function) -> Function:
@@ -81,6 +87,12 @@ SOURCES = _hash_sources()
 """Made as this module is imported: what is written into the files later is not what this process compiles."""
 
 
+@functools.lru_cache(maxsize=None)
+def _say(line: str) -> None:
+    """Once, though a search and the inference of its roots are compiled one after the other."""
+    logger.info(line)
+
+
 def _kept_on_disk(name: str) -> Any:
     """What numba asks for compiled functions. Its own cache keeps an index beside them, in which two processes can
     overwrite each other's entries; here a file's name says all that its contents depend on."""
@@ -98,7 +110,7 @@ def _kept_on_disk(name: str) -> Any:
                 return CompileResult._rebuild(target, *kept)
             except Exception as error:  # not there, not readable, not whole
                 where = 'once for this machine' if isinstance(error, FileNotFoundError) else f'anew ({error!r})'
-                logger.info(f'Compiling {name} {where}, which takes some twenty seconds')
+                _say(f'Compiling searches {where}, which takes some twenty seconds')
                 return None
 
         def save_overload(self, signature: Any, result: Any) -> None:

@@ -4,8 +4,9 @@ LLVM vectorises a loop by guesses about its length. What is written with lanes i
 sizes, and needs no flag that allows sums to be reordered or nan to be ignored. A place in memory is an address in bytes
 and a number of float32 to go from there.
 """
+import itertools
 import operator
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Sequence
 
 import numpy as np
 from llvmlite import ir
@@ -22,6 +23,7 @@ NUMBER = 4
 
 _FLOAT, _INT32 = ir.FloatType(), ir.IntType(32)
 _VECTOR, _INTEGERS = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_INT32, WIDTH)
+_PAIR, _PAIRS = ir.IntType(64), ir.VectorType(ir.IntType(64), WIDTH // 2)  # of numbers
 _MAY_FUSE = ('contract', )  # a product and a sum may become one instruction
 
 
@@ -50,6 +52,7 @@ def instructions(signature: Any, build: Callable[..., Any]) -> Any:
         2: lambda context, a, b: (signature, codegen),
         3: lambda context, a, b, c: (signature, codegen),
         4: lambda context, a, b, c, d: (signature, codegen),
+        6: lambda context, a, b, c, d, e, f: (signature, codegen),
         8: lambda context, a, b, c, d, e, f, g, h: (signature, codegen),
     }
     return intrinsic(typed[len(signature.args)])
@@ -62,6 +65,13 @@ def _at(builder: Any, address: Any, index: Any, kind: Any) -> Any:
 
 def _order(*lanes: int) -> Any:
     return ir.Constant(ir.VectorType(_INT32, len(lanes)), list(lanes))
+
+
+_PAIRED = _order(0, 8, 1, 9, 4, 12, 5, 13), _order(2, 10, 3, 11, 6, 14, 7, 15)
+"""How two numbers of eight rows come to be beside each other: of four rows, and of the others."""
+
+_EVERY_SECOND = _order(0, 2, 8, 10, 4, 6, 12, 14), _order(1, 3, 9, 11, 5, 7, 13, 15)
+"""The way back: one number of the eight rows, and the other."""
 
 
 def _splat(builder: Any, value: Any) -> Any:
@@ -85,17 +95,15 @@ def _spread(builder: Any, address: Any, index: Any) -> Any:
     return _splat(builder, _read(builder, address, index))
 
 
+def _spread_pair(builder: Any, address: Any, index: Any) -> Any:
+    """Two numbers, four times."""
+    both = builder.load(_at(builder, address, index, _PAIR), align=4)
+    first = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), both, ir.Constant(_INT32, 0))
+    return builder.bitcast(builder.shuffle_vector(first, first, _order(*[0] * _PAIRS.count)), _VECTOR)
+
+
 def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.fadd(builder.fmul(a, b, flags=_MAY_FUSE), c, flags=_MAY_FUSE)
-
-
-def _prefetch(builder: Any, address: Any, index: Any) -> None:
-    pointer = ir.IntType(8).as_pointer()
-    place = builder.bitcast(_at(builder, address, index, _FLOAT), pointer)
-    kind = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
-    to_read, to_keep, data = (ir.Constant(_INT32, number) for number in (0, 3, 1))
-    prefetch = builder.module.declare_intrinsic('llvm.prefetch', [pointer], kind)
-    builder.call(prefetch, [place, to_read, to_keep, data])
 
 
 def _call(name: str) -> Callable[..., Any]:
@@ -203,38 +211,46 @@ def _mix(builder: Any, weights: Any, tokens: Any, tokens_step: Any, count: Any, 
         _store(builder, turned, target, ir.Constant(kind, row * WIDTH))
 
 
-def _linear(outputs: int, tiles: int) -> Callable[..., Any]:
-    """``outputs`` numbers of a linear layer for ``tiles`` times eight rows. The sums stay in registers, and a weight is
-    read where it lies, as ``[outputs, inputs]``; those of the block that follows are sent for meanwhile."""
-    def build(builder: Any, weight: Any, bias: Any, source: Any, source_step: Any, target: Any, target_step: Any,
-              inputs: Any, added: Any) -> None:
+def _linear(outputs: int) -> Callable[..., Any]:
+    """``outputs`` numbers of a linear layer for eight rows. The sums stay in registers, and a weight is read where it
+    lies, as ``[outputs, inputs]``: two at once, since reading takes longer than multiplying; so there are two sums for
+    a number, of four rows each, in which those over inputs with even and with odd numbers lie beside each other."""
+    def build(builder: Any, weight: Any, bias: Any, source: Any, target: Any, inputs: Any, added: Any) -> None:
         def number(n: int) -> Any:
             return ir.Constant(inputs.type, n)
 
-        every = [(output, tile) for output in range(outputs) for tile in range(tiles)]
-        sums = {key: alloca_once(builder, _VECTOR) for key in every}
-        for output, tile in every:
-            builder.store(_spread(builder, bias, number(output)), sums[output, tile])
-        rows = [builder.mul(number(output), inputs) for output in range(outputs + 1)]
-        with for_range(builder, inputs) as loop:
-            at = builder.mul(loop.index, number(WIDTH))
-            x = [_load(builder, source, builder.add(at, builder.mul(number(tile), source_step)))
-                 for tile in range(tiles)]
-            _prefetch(builder, weight, builder.add(rows[outputs], builder.mul(loop.index, number(outputs))))
-            for output in range(outputs):
-                factor = _spread(builder, weight, builder.add(rows[output], loop.index))
-                for tile in range(tiles):
-                    place = sums[output, tile]
-                    builder.store(_multiply_add(builder, factor, x[tile], builder.load(place)), place)
-        indices = {
-            key: builder.add(number(key[0] * WIDTH), builder.mul(number(key[1]), target_step)) for key in every
-        }
+        def x_at(index: Any) -> Any:
+            return _load(builder, source, builder.mul(index, number(WIDTH)))
+
+        def both(one: Any, other: Any, orders: Sequence[Any]) -> List[Any]:
+            return [builder.shuffle_vector(one, other, order) for order in orders]
+
+        def add(index: Any, spread: Callable[..., Any], one: Any, other: Any) -> None:
+            x = both(one, other, _PAIRED)
+            for row, places in zip(rows, sums):
+                factor = spread(builder, weight, builder.add(row, index))
+                for numbers, place in zip(x, places):
+                    builder.store(_multiply_add(builder, factor, numbers, builder.load(place)), place)
+
+        zeros = ir.Constant(_VECTOR, [0.0] * WIDTH)
+        sums = [[alloca_once(builder, _VECTOR) for _ in _PAIRED] for _ in range(outputs)]
+        for place in itertools.chain(*sums):
+            builder.store(zeros, place)
+        rows = [builder.mul(number(output), inputs) for output in range(outputs)]
+        even = builder.and_(inputs, number(-2))
+        with for_range_slice(builder, number(0), even, number(2), inputs.type) as (at, _):
+            add(at, _spread_pair, x_at(at), x_at(builder.add(at, number(1))))
+        with builder.if_then(builder.icmp_signed('<', even, inputs)):
+            add(even, _spread, x_at(even), zeros)
+        for n, (low, high) in enumerate(sums):
+            total = builder.fadd(*both(builder.load(low), builder.load(high), _EVERY_SECOND))
+            builder.store(builder.fadd(total, _spread(builder, bias, number(n))), low)
         with builder.if_then(is_not_null(builder, added)):
-            for key in every:
-                other = _load(builder, added, indices[key])
-                builder.store(builder.fadd(builder.load(sums[key]), other), sums[key])
-        for key in every:
-            _store(builder, builder.load(sums[key]), target, indices[key])
+            for n, (place, _) in enumerate(sums):
+                other = _load(builder, added, number(n * WIDTH))
+                builder.store(builder.fadd(builder.load(place), other), place)
+        for n, (place, _) in enumerate(sums):
+            _store(builder, builder.load(place), target, number(n * WIDTH))
 
     return build
 
@@ -256,10 +272,9 @@ transpose = instructions(types.void(types.intp, types.intp, types.intp, types.in
 score = instructions(LANES(*[types.intp] * 8), _score)
 mix = instructions(types.void(*[types.intp] * 8), _mix)
 
-_KERNEL = types.void(*[types.intp] * 8)
-linear_6_outputs_2_tiles = instructions(_KERNEL, _linear(6, 2))
-linear_8_outputs_1_tile = instructions(_KERNEL, _linear(8, 1))
-linear_1_output_1_tile = instructions(_KERNEL, _linear(1, 1))
+linear_1_output, linear_6_outputs = (
+    instructions(types.void(*[types.intp] * 6), _linear(outputs)) for outputs in (1, 6)
+)
 
 
 def _operator(sign: Any, instruction: str) -> None:

@@ -23,7 +23,7 @@ PATIENCE = 100000
 
 def new_team(workers: int) -> np.ndarray:
     """What the threads of a team share; one that is alone shares nothing."""
-    team = np.zeros(JOB + 10 if workers > 1 else 0, dtype=np.int64)
+    team = np.zeros(JOB + 9 if workers > 1 else 0, dtype=np.int64)
     team[WORKERS:JOB] = workers
     return team
 

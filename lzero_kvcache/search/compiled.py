@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..engine.compiled import begin_contexts, help_out, observe_roots, simulate
+from ..engine.compiled import begin_contexts, observe_roots, simulate
 from ..engine.compiling import entry, inner
+from ..engine.layers import ROWS, help_out
 from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
 
 
@@ -105,7 +106,8 @@ def begin_rows(tree: Tree, network: Any, shift: np.ndarray, slab: np.ndarray, ba
         # Both tokens have the same place, as in LightZero's reanalysis.
         batch.places[0, row] = batch.places[1, row] = batch.places[1, row] + 1
     begin_contexts(
-        network, shift, slab, batch.tables, states.counts, states.pages, states.places, scratch, lo, hi, states.latent
+        network, shift, slab, batch.tables, states.counts, states.pages, states.places, scratch, lo, hi - lo,
+        states.latent
     )
 
 
@@ -128,12 +130,11 @@ def mend_rows(batch: Batch, lo: int, hi: int) -> None:
             batch.broken[row] += 1
 
 
-@entry
-def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, shift: np.ndarray, slab: np.ndarray,
-                pages: np.ndarray, batch: Batch, states: States, scratch: Any, begin: int, end: int, lo: int,
-                hi: int) -> None:
-    """Simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``. ``pages [N - 1, B]`` are what simulations write; the
-    rest is as :func:`simulate` takes it."""
+@inner
+def search_together(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, shift: np.ndarray, slab: np.ndarray,
+                    pages: np.ndarray, batch: Batch, states: States, scratch: Any, begin: int, end: int, lo: int,
+                    hi: int) -> None:
+    """:func:`search_rows` for rows that the model steps together."""
     reanalyzes = len(states.latent) > 0
     if begin == 0:
         prepare_rows(tree, rules, key, roots.reward, roots.logits, roots.legal, roots.noise, roots.weight, lo, hi)
@@ -146,7 +147,7 @@ def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, 
             begin_rows(tree, network, shift, slab, batch, states, scratch, lo, hi)
         simulate(
             network, shift, slab, batch.tables, batch.counts, pages[simulation], batch.actions, batch.places, scratch,
-            lo, hi, batch.reward, batch.value, batch.policy, states.latent
+            lo, hi - lo, batch.reward, batch.value, batch.policy, states.latent
         )
         mend_rows(batch, lo, hi)
         if reanalyzes:
@@ -158,19 +159,34 @@ def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, 
 
 
 @entry
+def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, shift: np.ndarray, slab: np.ndarray,
+                pages: np.ndarray, batch: Batch, states: States, scratch: Any, begin: int, end: int, lo: int,
+                hi: int) -> None:
+    """Simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``. ``pages [N - 1, B]`` are what simulations write; the
+    rest is as :func:`simulate` takes it."""
+    for low in range(lo, hi, ROWS):
+        search_together(
+            tree, rules, key, roots, network, shift, slab, pages, batch, states, scratch, begin, end, low,
+            min(low + ROWS, hi)
+        )
+
+
+@entry
 def step_roots(network: Any, shift: np.ndarray, slab: np.ndarray, batch: RootBatch, begins: bool, scratch: Any, lo: int,
                hi: int) -> None:
     """Rows ``lo`` to ``hi`` of a root inference; or contexts that begin anew before it, with what ``latent`` gives."""
-    if begins:
-        begin_contexts(
-            network, shift, slab, batch.tables, batch.counts, batch.pages, batch.places[1], scratch, lo, hi,
-            batch.latent
-        )
-    else:
-        observe_roots(
-            network, shift, slab, batch.tables, batch.counts, batch.pages, batch.actions, batch.places,
-            batch.observations, scratch, lo, hi, batch.sequence, batch.latent, batch.value, batch.policy
-        )
+    for low in range(lo, hi, ROWS):
+        rows = min(ROWS, hi - low)
+        if begins:
+            begin_contexts(
+                network, shift, slab, batch.tables, batch.counts, batch.pages, batch.places[1], scratch, low, rows,
+                batch.latent
+            )
+        else:
+            observe_roots(
+                network, shift, slab, batch.tables, batch.counts, batch.pages, batch.actions, batch.places,
+                batch.observations, scratch, low, rows, batch.sequence, batch.latent, batch.value, batch.policy
+            )
 
 
 help_search = entry(help_out)

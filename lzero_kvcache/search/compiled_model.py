@@ -60,7 +60,7 @@ class CompiledModel:
 
     def scratches(self, network: Any, width: int, threads: int) -> ContextManager[List[Any]]:
         """Memory for threads that step over tables of ``width`` pages."""
-        from ..engine.compiled import new_scratch
+        from ..engine.layers import new_scratch
 
         size = width, network.embed, network.inner, network.widest
         return self._scratches.lease(size, threads, partial(new_scratch, network, width))

@@ -8,7 +8,7 @@ from typing import Any, List, NamedTuple, Tuple
 
 import numpy as np
 
-from ..engine.compiling import inner
+from ..engine.compiling import inlined, inner
 from .arrays import FLOATS, Tree, tree_shapes
 from .draws import ACTION, TIE, below, draw, normal, uniform
 
@@ -58,11 +58,11 @@ def make_tree(rows: int, simulations: int, slots: int, pages: int, action_size: 
     return tree
 
 
-@inner
-def filled(order: np.ndarray) -> int:
-    """How many slots an ``order`` names."""
-    count = len(order)
-    while count > 0 and order[count - 1] < 0:
+@inlined
+def filled(tree: Tree, row: int, node: int) -> int:
+    """How many slots a node's ``order`` names."""
+    count = tree.order.shape[2]
+    while count > 0 and tree.order[row, node, count - 1] < 0:
         count -= 1
     return count
 
@@ -70,29 +70,28 @@ def filled(order: np.ndarray) -> int:
 # ---- selection -----------------------------------------------------------------------------------------------------
 
 
-@inner
-def quality(rules: Rules, reward: np.float32, value_sum: np.float32, visits: int, sign: np.float32) -> np.float32:
+@inlined
+def quality(tree: Tree, rules: Rules, row: int, node: int, sign: np.float32) -> np.float32:
     """What the step to a visited node is worth; ``sign`` says to whom."""
-    return reward + rules.discount * (sign * (value_sum / np.float32(visits)))
+    value = tree.value_sum[row, node] / np.float32(tree.visits[row, node])
+    return tree.reward[row, node] + rules.discount * (sign * value)
 
 
-@inner
+@inlined
 def mean_quality(tree: Tree, rules: Rules, row: int, node: int, above: np.float32) -> np.float32:
     """The mean over a node's visited children, and below the root over that of its parent (``above``) as well."""
-    visits, value_sum, reward = tree.visits[row], tree.value_sum[row], tree.reward[row]
-    order, children = tree.order[row, node], tree.child[row, node]
     total, seen = _ZERO, 0
-    for index in range(filled(order)):
-        child = children[order[index]]
+    for index in range(filled(tree, row, node)):
+        child = tree.child[row, node, tree.order[row, node, index]]
         if child >= 0:
-            total += quality(rules, reward[child], value_sum[child], visits[child], _ONE)
+            total += quality(tree, rules, row, child, _ONE)
             seen += 1
     if node == 0 and seen > 0:
         return total / np.float32(seen)
     return (above + total) / np.float32(seen + 1)
 
 
-@inner
+@inlined
 def normalise(value: np.float32, low: np.float32, high: np.float32, least: np.float32) -> np.float32:
     """A value's place in a range, from 0 to 1; nan stays nan."""
     width = high - low
@@ -103,52 +102,49 @@ def normalise(value: np.float32, low: np.float32, high: np.float32, least: np.fl
     return _ONE if value > _ONE else value
 
 
-@inner
+@inlined
 def score_children(tree: Tree, rules: Rules, row: int, node: int, mean: np.float32) -> int:
     """Upper confidence bounds of a node's children, in its ``order``, into ``scores``; how many there are."""
-    visits, value_sum, reward = tree.visits[row], tree.value_sum[row], tree.reward[row]
-    order, children, prior = tree.order[row, node], tree.child[row, node], tree.prior[row, node]
     sign = -_ONE if rules.two_players else _ONE
-    others = np.float32(visits[node] - 1)
+    others = np.float32(tree.visits[row, node] - 1)
     explored = np.float32(math.log((others + rules.base + _ONE) / rules.base)) + rules.init
     spread = np.float32(math.sqrt(others))
-    count = filled(order)
+    count = filled(tree, row, node)
     for index in range(count):
-        slot = order[index]
-        child = children[slot]
+        slot = tree.order[row, node, index]
+        child = tree.child[row, node, slot]
         taken, value = _ZERO, mean
         if child >= 0:
-            taken = np.float32(visits[child])
-            value = quality(rules, reward[child], value_sum[child], visits[child], sign)
+            taken, value = np.float32(tree.visits[row, child]), quality(tree, rules, row, child, sign)
         value = normalise(value, tree.low[row], tree.high[row], rules.delta)
-        tree.scores[row, index] = explored * (spread / (taken + _ONE)) * prior[slot] + value
+        tree.scores[row, index] = explored * (spread / (taken + _ONE)) * tree.prior[row, node, slot] + value
     return count
 
 
-@inner
-def pick_best(rules: Rules, scores: np.ndarray, count: int, key: Key, row: int, simulation: int, depth: int) -> int:
+@inlined
+def pick_best(tree: Tree, rules: Rules, count: int, key: Key, row: int, simulation: int, depth: int) -> int:
     """One of the first best score and those after it that are within 1e-6, or that first one; -1 where no score is a
     number."""
     first, best = -1, -_FAR
     for index in range(count):
-        if best < scores[index]:
-            first, best = index, scores[index]
+        if best < tree.scores[row, index]:
+            first, best = index, tree.scores[row, index]
     if first < 0 or not rules.draws_ties:
         return first
     ties = 0
     for index in range(first, count):
-        if scores[index] >= best - _TIE:
+        if tree.scores[row, index] >= best - _TIE:
             ties += 1
     left = below(draw(key, row, simulation, depth, TIE)[0], ties) if ties > 1 else 0
     for index in range(first, count):
-        if scores[index] >= best - _TIE:
+        if tree.scores[row, index] >= best - _TIE:
             if left == 0:
                 return index
             left -= 1
     return first
 
 
-@inner
+@inlined
 def select(tree: Tree, rules: Rules, key: Key, simulation: int, row: int) -> None:
     """Walk to where simulation ``simulation`` adds its node; writes path, depth and action, and links the node."""
     node, depth, above = 0, 0, _ZERO
@@ -156,7 +152,7 @@ def select(tree: Tree, rules: Rules, key: Key, simulation: int, row: int) -> Non
         tree.path[row, depth] = node
         above = mean_quality(tree, rules, row, node, above)
         count = score_children(tree, rules, row, node, above)
-        index = pick_best(rules, tree.scores[row], count, key, row, simulation, depth)
+        index = pick_best(tree, rules, count, key, row, simulation, depth)
         slot = tree.order[row, node, index] if index >= 0 else 0
         tree.action[row] = max(index, 0) if rules.sampled else slot
         child = tree.child[row, node, slot]
@@ -174,7 +170,7 @@ def select_rows(tree: Tree, rules: Rules, key: Key, simulation: int, lo: int, hi
         select(tree, rules, key, simulation, row)
 
 
-@inner
+@inlined
 def parent(tree: Tree, row: int) -> int:
     """The node whose child the selected path adds."""
     return tree.path[row, tree.depth[row] - 1]
@@ -183,20 +179,21 @@ def parent(tree: Tree, row: int) -> int:
 # ---- expansion -----------------------------------------------------------------------------------------------------
 
 
-@inner
-def softmax(order: np.ndarray, logits: np.ndarray, prior: np.ndarray) -> None:
-    """Priors ``[S]`` of the slots in ``order``."""
-    count = filled(order)
+@inlined
+def softmax(tree: Tree, row: int, node: int, logits: np.ndarray) -> None:
+    """Priors of the slots in a node's ``order``, by logits ``[B, P]``."""
+    count = filled(tree, row, node)
     largest, total = -_FAR, _ZERO
     for index in range(count):
-        if largest < logits[order[index]]:
-            largest = logits[order[index]]
+        logit = logits[row, tree.order[row, node, index]]
+        if largest < logit:
+            largest = logit
     for index in range(count):
-        slot = order[index]
-        prior[slot] = math.exp(logits[slot] - largest)
-        total += prior[slot]
+        slot = tree.order[row, node, index]
+        tree.prior[row, node, slot] = math.exp(logits[row, slot] - largest)
+        total += tree.prior[row, node, slot]
     for index in range(count):
-        prior[order[index]] /= total
+        tree.prior[row, node, tree.order[row, node, index]] /= total
 
 
 @inner
@@ -255,24 +252,25 @@ def share(draws: np.ndarray, order: np.ndarray, prior: np.ndarray) -> None:
     prior[:] = _ONE / np.float32(children)
 
 
-@inner
+@inlined
 def expand(tree: Tree, rules: Rules, key: Key, row: int, node: int, reward: np.float32, logits: np.ndarray) -> None:
-    """Write a node that has no visits yet; an ``order`` that is empty comes to have every slot."""
+    """Write a node that has no visits yet, by logits ``[B, P]``; an ``order`` that is empty comes to have every slot.
+    """
     tree.visits[row, node], tree.value_sum[row, node], tree.reward[row, node] = 0, _ZERO, reward
-    tree.child[row, node, :] = -1
-    order, prior = tree.order[row, node], tree.prior[row, node]
+    for slot in range(tree.child.shape[2]):
+        tree.child[row, node, slot] = -1
     if rules.sampled:
         draws = tree.draws[row, node]
         if rules.continuous:
-            draw_continuous(key, row, node, logits, draws)
+            draw_continuous(key, row, node, logits[row], draws)
         else:
-            draw_discrete(key, row, node, logits, draws)
-        share(draws, order, prior)
+            draw_discrete(key, row, node, logits[row], draws)
+        share(draws, tree.order[row, node], tree.prior[row, node])
         return
-    if order[0] < 0:
-        for slot in range(len(order)):
-            order[slot] = slot
-    softmax(order, logits, prior)
+    if tree.order[row, node, 0] < 0:
+        for slot in range(tree.order.shape[2]):
+            tree.order[row, node, slot] = slot
+    softmax(tree, row, node, logits)
 
 
 @inner
@@ -282,11 +280,12 @@ def prepare_rows(tree: Tree, rules: Rules, key: Key, rewards: np.ndarray, logits
     -1 (none: all are), noise ``[B, S]`` by position in that order, and its weight."""
     for row in range(lo, hi):
         tree.order[row, 0] = legal[row]
-        expand(tree, rules, key, row, int(np.int64(0)), rewards[row], logits[row])  # a literal is compiled anew
+        root = int(np.int64(0))  # a literal is compiled anew
+        expand(tree, rules, key, row, root, rewards[row], logits)
         if not rules.sampled:  # whose scores have no use for noise
-            order, prior = tree.order[row, 0], tree.prior[row, 0]
-            for index in range(filled(order)):
-                prior[order[index]] = prior[order[index]] * (_ONE - weight) + noise[row, index] * weight
+            for index in range(filled(tree, row, root)):
+                slot = tree.order[row, root, index]
+                tree.prior[row, root, slot] = tree.prior[row, root, slot] * (_ONE - weight) + noise[row, index] * weight
         tree.visits[row, 0], tree.low[row], tree.high[row] = 1, _FAR, -_FAR
 
 
@@ -295,22 +294,21 @@ def extend_rows(tree: Tree, pages: np.ndarray, simulation: int, lo: int, hi: int
     """Contexts of the nodes that are added: the parent's with page ``pages[row]``, the first one dropped when full."""
     width = tree.tables.shape[2]
     for row in range(lo, hi):
-        node = parent(tree, row)
-        table, count = tree.tables[row, node], tree.counts[row, node]
-        grown = tree.tables[row, simulation + 1]
-        dropped = 1 if count == width else 0
-        for index in range(count - dropped):
-            grown[index] = table[index + dropped]
-        for index in range(count - dropped, width):
-            grown[index] = 0
-        grown[count - dropped] = pages[row]
-        tree.counts[row, simulation + 1] = count - dropped + 1
+        node, new = parent(tree, row), simulation + 1
+        dropped = 1 if tree.counts[row, node] == width else 0
+        kept = tree.counts[row, node] - dropped
+        for index in range(kept):
+            tree.tables[row, new, index] = tree.tables[row, node, index + dropped]
+        tree.tables[row, new, kept] = pages[row]
+        for index in range(kept + 1, width):
+            tree.tables[row, new, index] = 0
+        tree.counts[row, new] = kept + 1
 
 
 # ---- backup --------------------------------------------------------------------------------------------------------
 
 
-@inner
+@inlined
 def backup(tree: Tree, rules: Rules, row: int, value: np.float32) -> None:
     """Add a value to every node of the selected path, from the new one up to the root."""
     last = tree.depth[row]
@@ -320,8 +318,7 @@ def backup(tree: Tree, rules: Rules, row: int, value: np.float32) -> None:
         own = rules.two_players and (last - depth) % 2 == 0  # the turn of who moves at the new node
         tree.value_sum[row, node] += value if own or not rules.two_players else -value
         tree.visits[row, node] += 1
-        reward = tree.reward[row, node]
-        reached = quality(rules, reward, tree.value_sum[row, node], tree.visits[row, node], sign)
+        reward, reached = tree.reward[row, node], quality(tree, rules, row, node, sign)
         if reached > tree.high[row]:
             tree.high[row] = reached
         if reached < tree.low[row]:
@@ -334,7 +331,7 @@ def backup_rows(tree: Tree, rules: Rules, key: Key, simulation: int, rewards: np
                 logits: np.ndarray, lo: int, hi: int) -> None:
     """Expand the new nodes of rows ``lo`` to ``hi`` by predictions ``[B]``, ``[B]`` and ``[B, P]``, and back up."""
     for row in range(lo, hi):
-        expand(tree, rules, key, row, simulation + 1, rewards[row], logits[row])
+        expand(tree, rules, key, row, simulation + 1, rewards[row], logits)
         backup(tree, rules, row, values[row])
 
 
