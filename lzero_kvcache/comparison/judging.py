@@ -2,21 +2,7 @@
 import fnmatch
 import itertools
 import os
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    FrozenSet,
-    Hashable,
-    Iterable,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-)
+from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 from scipy.stats import trim_mean
@@ -158,7 +144,7 @@ def check_groups(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]]) 
 def sort_into_sides(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]]) -> List[Side]:
     """The sides of ``groups`` in their order (the first match counts), then those of the old system, then others."""
     named: Dict[str, List[TrainedRun]] = {name: [] for name, _ in groups}
-    others: Dict[Hashable, List[TrainedRun]] = {}
+    others: Dict[Any, List[TrainedRun]] = {}
     for run in runs:
         matching = [name for name, pattern in groups if _matches(run, pattern)]
         if matching:
@@ -175,7 +161,7 @@ def _matches(run: TrainedRun, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _likeness(run: TrainedRun) -> Hashable:
+def _likeness(run: TrainedRun) -> Any:
     """Equal for seeds of one side: the config, or without one what the run is called."""
     if not run.config:
         return run.cache, run.name_without_seed
