@@ -79,10 +79,10 @@ def is_first() -> bool:
     return int(os.environ.get('RANK') or 0) == 0 or not os.environ.get('MASTER_ADDR')
 
 
-def refused(message: str, file: Any = None) -> int:
+def refused(message: str) -> int:
     """Say in one line what is wrong; returns the exit code."""
     if is_first():
-        print(f'{COMMAND}: error: ' + ' '.join(message.split()), file=file or sys.stderr)
+        print(f'{COMMAND}: error: ' + ' '.join(message.split()), file=sys.stderr)
     return BAD_USAGE
 
 
@@ -130,16 +130,14 @@ def version() -> str:
     return 'lzero_kvcache ' + re.findall(r"^__version__ = '([^']+)'$", source, re.MULTILINE)[0]
 
 
-def count(minimum: int) -> Callable[[str], int]:
+def count(minimum: int) -> Callable[[Any], int]:
     """Reads a whole number, which may be written as 2e5."""
 
-    def read(text: str) -> int:
-        try:
+    def read(text: Any) -> int:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = float(text)
-            if number >= minimum and number == int(number):
+            if number >= minimum and number.is_integer():
                 return int(number)
-        except (ValueError, OverflowError):
-            pass
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least {minimum}')
 
     return read
@@ -187,7 +185,7 @@ def _add_train(commands: Any) -> None:
     checkpoint = parser.add_mutually_exclusive_group()
     checkpoint.add_argument('--resume', metavar='CKPT', help='go on from a checkpoint of either cache system; steps '
                             'and iterations go on, and --max-env-step counts all of them')
-    checkpoint.add_argument('--eval', metavar='CKPT', help='evaluate a checkpoint, and train nothing')
+    checkpoint.add_argument('--eval', metavar='CKPT', dest='evaluate', help='evaluate a checkpoint, and train nothing')
     add('--in-place', action='store_true', help="with --resume: go on in the checkpoint's own folder, whose summary "
         'then covers all of the training')
     add('--keep-checkpoints', type=count(1), metavar='N', help='keep the newest N checkpoints and the best one '
@@ -202,7 +200,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_set(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument('--set', nargs='+', action='append', default=[], metavar='KEY=VALUE', dest='assignments',
+    parser.add_argument('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE', dest='overrides',
                         help=text)
 
 
@@ -214,7 +212,7 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument('runs', nargs='+', metavar='RUN', help='the folder of an experiment, a folder of several, or '
                         'an event file of tensorboard')
     parser.add_argument('--out', default='comparison', metavar='DIR', help='where to write (default: %(default)s)')
-    parser.add_argument('--group', nargs='+', action='append', default=[], type=group, metavar='NAME=PATTERN',
+    parser.add_argument('--group', nargs='+', action='extend', default=[], type=group, metavar='NAME=PATTERN',
                         help='the runs whose name or path matches PATTERN (* and ? stand for anything) are seeds of '
                         'NAME; the first is what the others are compared to (default: runs whose configs differ in '
                         "nothing but seed and name belong together, and the old system's come first)")

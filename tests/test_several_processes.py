@@ -64,7 +64,6 @@ def test_alone_unless_torchrun_says_otherwise():
 
 def test_alone_nothing_is_exchanged():
     alone = DataParallel()
-    alone.asked = signal.SIGINT
     alone.join('cpu')
     alone.in_collection()
     alone.in_evaluation()
@@ -184,8 +183,10 @@ def test_sums_of_counts_and_means_of_occupancies(monkeypatch):
     numbers = {'memory_mb': 1.5, 'init': pool, 'search': {'count': 3, 'seconds': 0.25}}
     assert telemetry.summed_over_ranks(numbers) is numbers
     monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(dist, 'all_gather_object', lambda held, own: held.__setitem__(slice(None), [own, own]))
     summed = telemetry.summed_over_ranks(numbers)
-    assert summed == {**numbers, 'init': {**pool, 'occupancy': 0.25}}
+    assert summed == {'memory_mb': 3., 'init': {'queries': 16, 'hits': 14, 'occupancy': 0.5},
+                      'search': {'count': 6, 'seconds': 0.5}}
     assert [type(summed['init'][name]) for name in pool] == [int, int, float]
 
 
@@ -217,14 +218,15 @@ def keep_what_it_ends_with(rank):
     run_entry, new_watch, watches = entries.run_entry, runner.Watch, []
 
     def keep(entry, configs, **arguments):
-        policy, watch = run_entry(entry, configs, **arguments), watches[0]
+        policy, result = run_entry(entry, configs, **arguments), watches[0].result
+        watches[0].look()
         torch.save(dict(
-            state=(policy._learn_model.state_dict(), policy._target_model.state_dict()), counters=watch.counters,
-            train_iter=watch.train_iter, env_step=watch.env_step, seed=arguments['seed']), f'rank{rank}.pt')
+            state=(policy._learn_model.state_dict(), policy._target_model.state_dict()), seed=arguments['seed'],
+            counters=result.counters, train_iter=result.train_iter, env_step=result.env_step), f'rank{rank}.pt')
         return policy
 
     entries.run_entry = keep
-    runner.Watch = lambda *arguments: watches.append(new_watch(*arguments)) or watches[0]
+    runner.Watch = lambda *given, **options: watches.append(new_watch(*given, **options)) or watches[0]
 
 
 @pytest.mark.slow

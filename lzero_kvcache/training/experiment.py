@@ -12,11 +12,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-from ..config import FLAG, LIGHTZERO, OPTIONS, PREFIX, ConfigError
+from ..config import FLAG, OPTIONS, PREFIX, ConfigError, system_of
 from ..summary import TRAIN, Result, read_summary, write_json
 from .checkpoints import CHECKPOINTS, read_checkpoint
+from .config_file import Plan
 from .overrides import cache_defaults, known_leaves
-from .plan import Plan, make_plan
+from .plan import make_plan
 
 PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
 EXPERIMENT = 'experiment.json'
@@ -59,21 +60,19 @@ class Trial:
         result = read_summary(self.folder)
         if result is None or result.exit_code != 0 or result.task != TRAIN:
             return None
-        system = result.cache if result.cache in ('old', LIGHTZERO) else 'new'  # with whichever manager
-        return result if (result.seed, system) == (self.seed, self.cache) else None
+        return result if (result.seed, system_of(result.cache)) == (self.seed, self.cache) else None
 
 
 class Experiment:
-    """Trainings below one folder that differ in cache system and seed alone. What cannot be started is refused."""
+    """
+    Trainings below one folder that differ in cache system and seed alone; ``changes`` are what else ``make_plan`` is
+    given. What cannot be started is refused.
+    """
 
-    def __init__(self, folder: str, config: str, caches: Sequence[str], seeds: Sequence[int], *,
-                 max_env_step: Optional[int] = None, device: Optional[str] = None, threads: Optional[int] = None,
-                 overrides: Sequence[str] = ()) -> None:
+    def __init__(self, folder: str, config: str, caches: Sequence[str], seeds: Sequence[int], **changes: Any) -> None:
         self.folder = folder
         self.caches, self.seeds = list(dict.fromkeys(caches)), list(dict.fromkeys(seeds))
-        self._config = config
-        self._changes: Dict[str, Any] = dict(
-            max_env_step=max_env_step, device=device, threads=threads, overrides=overrides)
+        self._config, self._changes = config, changes
         plans = [self._plan(cache) for cache in self.caches]
         if plans[0].max_env_step is None:
             raise ConfigError(f'{plans[0].config} has no max_env_step, and every run must end; give --max-env-step')
@@ -87,10 +86,11 @@ class Experiment:
     @property
     def options(self) -> List[str]:
         """What is given to ``train.py`` in every training."""
-        *singles, overrides = self._changes.items()
-        given = [part for name, value in singles if value is not None
+        singles = dict(self._changes)
+        overrides = singles.pop('overrides', ())
+        given = [part for name, value in singles.items() if value is not None
                  for part in ('--' + name.replace('_', '-'), str(value))]
-        return given + (['--set', *overrides[1]] if overrides[1] else [])
+        return given + (['--set', *overrides] if overrides else [])
 
     @property
     def settings(self) -> Dict[str, Any]:
