@@ -32,6 +32,7 @@ from lzero_kvcache.host import entries
 from lzero_kvcache.training import make_plan, runner
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.ranks import DataParallel, Interrupted
+from lzero_kvcache_options import ranks_of_torchrun
 
 # A segment of ten steps ends before its episode does.
 SEGMENTS = """
@@ -41,6 +42,7 @@ main_config.policy.update(num_segments=4, game_segment_length=10, reanalyze_batc
                           buffer_reanalyze_freq=1 / 100000)
 main_config.policy.model.world_model_cfg.game_segment_length = 10
 """
+OF_TORCHRUN = dict(RANK='3', WORLD_SIZE='4', LOCAL_WORLD_SIZE='2', MASTER_ADDR='localhost')
 ENTRY = importlib.import_module('lzero.entry.train_unizero')
 
 
@@ -55,11 +57,15 @@ def group(tmp_path):
 # ---------------------------------------------------------------------------------------------------- ranks
 
 
-def test_alone_unless_torchrun_says_otherwise():
-    assert DataParallel.of_torchrun({}).size == 1
-    assert DataParallel.of_torchrun({'RANK': '3', 'WORLD_SIZE': '4'}).size == 1
-    ranks = DataParallel.of_torchrun(dict(RANK='3', WORLD_SIZE='4', LOCAL_WORLD_SIZE='2', MASTER_ADDR='localhost'))
-    assert (ranks.rank, ranks.size) == (3, 4)
+@pytest.mark.parametrize(('told', 'ranks'), [
+    ({}, (0, 1, 1)), (dict(RANK='3', WORLD_SIZE='4'), (0, 1, 1)), (OF_TORCHRUN, (3, 4, 2)),
+])
+def test_alone_unless_torchrun_says_otherwise(told, ranks, monkeypatch):
+    for name in OF_TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert ranks_of_torchrun() == ranks
 
 
 def test_alone_nothing_is_exchanged():
@@ -109,7 +115,7 @@ def test_no_two_environments_have_one_seed():
 
 
 def test_usage_errors_are_said_once(monkeypatch, capfd):
-    for name, value in dict(RANK='1', WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='localhost').items():
+    for name, value in OF_TORCHRUN.items():
         monkeypatch.setenv(name, value)
     assert main(['--config', 'nosuch']) == 2
     assert main(['--colour']) == 2

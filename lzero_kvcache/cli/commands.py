@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 
-from lzero_kvcache_options import INTERRUPTED, refused
+from lzero_kvcache_options import INTERRUPTED, ranks_of_torchrun, refused
 
 from ..config import ConfigError
 from ..training import make_plan
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train or evaluate one plan."""
-    ranks = DataParallel.of_torchrun()
+    ranks = DataParallel(*ranks_of_torchrun())
     output = Output(options.verbose, silent=not ranks.main)
     try:
         with hinted(), output:

@@ -4,10 +4,9 @@ path, what needs GPUs or lets processes part is replaced during a run.
 """
 import contextlib
 import logging
-import os
 import signal
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -44,14 +43,6 @@ class DataParallel:
         self.rank, self.size, self._on_this_machine = rank, size, on_this_machine
         self.asked: Optional[int] = None
         self._device = torch.device('cpu')
-
-    @classmethod
-    def of_torchrun(cls, environment: Mapping[str, str] = os.environ) -> 'DataParallel':
-        """As torchrun tells its processes; alone where it has not started this one."""
-        names = ('RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')
-        if not all(environment.get(name) for name in names):
-            return cls()
-        return cls(*(int(environment[name]) for name in names[:3]))
 
     @property
     def main(self) -> bool:
