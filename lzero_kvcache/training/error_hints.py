@@ -49,6 +49,8 @@ def hinted() -> Iterator[None]:
     """Turn an error that a user can mend into a ``ConfigError`` that says how."""
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:
         line = hint(error)
         if line is None:

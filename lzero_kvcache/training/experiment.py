@@ -73,10 +73,11 @@ class Experiment:
         self.folder = folder
         self.caches, self.seeds = list(dict.fromkeys(caches)), list(dict.fromkeys(seeds))
         self._config, self._changes = config, changes
-        plans = [self._plan(cache) for cache in self.caches]
-        if plans[0].max_env_step is None:
-            raise ConfigError(f'{plans[0].config} has no max_env_step, and every run must end; give --max-env-step')
-        self.max_env_step: int = plans[0].max_env_step
+        plan, *_ = [make_plan(config, cache=cache, exp_name=EXPERIMENT, **changes) for cache in ('old', *self.caches)]
+        if plan.max_env_step is None:
+            raise ConfigError(f'{plan.config} has no max_env_step, and every run must end; give --max-env-step')
+        self._plan = plan  # of the old system, whichever are asked for
+        self.max_env_step: int = plan.max_env_step
         # Seeds in the outer loop: whatever else the machine does meanwhile slows both systems.
         self.trials = [
             Trial(cache, seed, os.path.join(folder, f'{cache}_seed{seed}'))
@@ -95,7 +96,7 @@ class Experiment:
     @property
     def settings(self) -> Dict[str, Any]:
         """What ``experiment.json`` holds."""
-        plan = self._plan('old')  # whichever systems are asked for
+        plan = self._plan
         return dict(
             config=plan.config, caches=self.caches, seeds=self.seeds, max_env_step=plan.max_env_step,
             max_train_iter=plan.max_train_iter, threads=plan.threads,
@@ -142,9 +143,6 @@ class Experiment:
             os.rename(trial.folder, f'{trial.folder}_cut_off{attempt}')
         return command + ['--exp-name', trial.folder]
 
-    def _plan(self, cache: str) -> Plan:
-        return make_plan(self._config, cache=cache, exp_name=EXPERIMENT, **self._changes)
-
     def _agreed(self, path: str) -> Dict[str, Any]:
         """The settings, with the seeds and systems that are there already."""
         settings = self.settings
@@ -164,7 +162,7 @@ class Experiment:
                 f'--out {self.folder}: is an experiment of a later version of this program (values_version={version!r} '
                 f'in {EXPERIMENT}, not {VALUES_VERSION}); give another --out'
             )
-        asked = settings if version == VALUES_VERSION else {**settings, 'values': _hash(self._plan('old'), version)}
+        asked = settings if version == VALUES_VERSION else {**settings, 'values': _hash(self._plan, version)}
         for name in FIXED:
             was, now = held.get(name), asked[name]
             if was != now:
