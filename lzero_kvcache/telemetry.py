@@ -90,20 +90,17 @@ class KVCacheStatsHook(LearnerHook):
                 environment=saved.get('env.env_id', saved.get('env.type')), seed=saved.get('seed'))
             shown = {name: known.get(name.rpartition('.')[2]) for name in HYPERPARAMETERS}
             write_hyperparameters(writer, {name: value for name, value in shown.items() if value is not None})
-        iteration, env_step = engine.last_iter.val, engine.collector_envstep
         values = self.values(**counted)
         validator = getattr(world_model, 'validator', None)
         validated = {} if validator is None else validator.tally.read()
-        write_scalars(writer, iteration, {
-            **{f'kv_cache_iter/{name}': value for name, value in values.items()},
-            **{f'{VALIDATION}/{name}': value for name, value in validated.items()},
-        })
-        write_scalars(writer, env_step, {f'kv_cache_step/{name}': value for name, value in values.items()})
+        validated = {f'{VALIDATION}/{name}': value for name, value in validated.items()}
+        by_step = {f'kv_cache_step/{name}': value for name, value in values.items()}
+        by_iteration = {f'kv_cache_iter/{name}': value for name, value in values.items()}
+        write_scalars(writer, engine.last_iter.val, {**by_iteration, **validated})
+        write_scalars(writer, engine.collector_envstep, by_step)
         if policy.get_attribute('cfg').get('use_wandb', False):
             import wandb
-            logged = {f'kv_cache_step/{name}': value for name, value in values.items()}
-            logged.update({f'{VALIDATION}/{name}': value for name, value in validated.items()})
-            wandb.log(logged, step=env_step)
+            wandb.log({**by_step, **validated}, step=engine.collector_envstep)
 
     def values(self, counters: Dict[str, Any], timings: Dict[str, Dict[str, Any]]) -> Dict[str, float]:
         """The values of a manager's ``counters()`` and a world model's times by tag; means are left out before the

@@ -49,13 +49,12 @@ class Panel(NamedTuple):
     against: str
     factor: float = 1.
     from_zero: bool = False
-    top: Optional[float] = None
 
 
 PANELS = (
     Panel('Reward of evaluations', REWARD, STEPS),
     Panel('Reward of evaluations', REWARD, MINUTES),
-    Panel('Root contexts found, %', CACHE_BY_STEP + 'init_hit_rate', STEPS, 100., True, 104.),
+    Panel('Root contexts found, %', CACHE_BY_STEP + 'init_hit_rate', STEPS, 100., True),
     Panel('Time of a search, ms', CACHE_BY_STEP + 'search_ms', STEPS, from_zero=True),
     Panel('Memory of the cache, MiB', CACHE_BY_STEP + 'memory_mb', STEPS, from_zero=True),
     Panel('Memory of the process, MiB', HOST_MEMORY, MINUTES, from_zero=True),
@@ -109,7 +108,7 @@ def _draw_panel(axes: Any, panel: Panel, comparison: Comparison) -> None:
     axes.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
     axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
     if panel.from_zero:
-        axes.set_ylim(0, panel.top or 1.08 * axes.dataLim.y1 or None)
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1 or None)
     axes.set_xlim(left=min(0, axes.dataLim.x0))
 
 
