@@ -60,7 +60,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         options = command_parser().parse_args(argv)
         if getattr(options, 'config', None) is not None:
             options.config = find_config(options.config)
-            if is_first():
+            if ranks_of_torchrun()[0] == 0:
                 print(f'Config: {options.config}', flush=True)
         # What LightZero, DI-engine and gym say while they are imported is of no use here.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -74,15 +74,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return run(options)
 
 
-def is_first() -> bool:
-    """Whether this process speaks for all: several find the same. A RANK without its companions is not torchrun's."""
-    return int(os.environ.get('RANK') or 0) == 0 or not os.environ.get('MASTER_ADDR')
+def ranks_of_torchrun() -> Tuple[int, ...]:
+    """The rank of this process, how many there are, and how many on this machine. A RANK alone is not torchrun's."""
+    told = [os.environ.get(name, '') for name in ('RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE')]
+    if not (all(told) and os.environ.get('MASTER_ADDR')):
+        return 0, 1, 1
+    return tuple(map(int, told))
 
 
-def refused(message: str, file: Any = None) -> int:
-    """Say in one line what is wrong; returns the exit code."""
-    if is_first():
-        print(f'{COMMAND}: error: ' + ' '.join(message.split()), file=file or sys.stderr)
+def refused(message: str) -> int:
+    """Say in one line what is wrong, once for all processes, which find the same; returns the exit code."""
+    if ranks_of_torchrun()[0] == 0:
+        print(f'{COMMAND}: error: ' + ' '.join(message.split()), file=sys.stderr)
     return BAD_USAGE
 
 
@@ -130,16 +133,14 @@ def version() -> str:
     return 'lzero_kvcache ' + re.findall(r"^__version__ = '([^']+)'$", source, re.MULTILINE)[0]
 
 
-def count(minimum: int) -> Callable[[str], int]:
+def count(minimum: int) -> Callable[[Any], int]:
     """Reads a whole number, which may be written as 2e5."""
 
-    def read(text: str) -> int:
-        try:
+    def read(text: Any) -> int:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = float(text)
-            if number >= minimum and number == int(number):
+            if number >= minimum and number.is_integer():
                 return int(number)
-        except (ValueError, OverflowError):
-            pass
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least {minimum}')
 
     return read
@@ -156,7 +157,6 @@ def group(text: str) -> Tuple[str, str]:
 def command_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = _Parser(prog=COMMAND, description='Trainings with the KV cache of UniZero, and tools around it.')
-    parser.add_argument('--version', action='version', version=version())
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     _add_train(commands)
     _add_compare(commands)
@@ -165,6 +165,8 @@ def command_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         'zoo', help="our configs and LightZero's", description="List our configs and LightZero's own for UniZero, what "
         'each needs, and whether that is installed here: an environment of each is built.')
+    for each in (parser, *commands.choices.values()):
+        each.add_argument('--version', action='version', version=version())
     return parser
 
 
@@ -173,37 +175,43 @@ def _add_train(commands: Any) -> None:
         'train', help='train or evaluate a config', epilog=TRAIN_EXAMPLES,
         description='Train a LightZero UniZero config with the old or the new KV cache.')
     add = parser.add_argument
-    add('--config', required=True, metavar='FILE', help=CONFIG)
+    _add_of_trainings(parser)
     add('--cache', choices=SYSTEMS, help="the cache system; lightzero is the new manager of LightZero's main branch "
         '(default: what the config says)')
     add('--seed', type=count(0), metavar='N', help="default: the config's seed, or 0")
     add('--exp-name', metavar='PATH', help='folder of the experiment; a name that exists gets the time appended '
         '(default: exp_name of the config)')
-    add('--max-env-step', type=count(1), metavar='N', help='environment steps to stop after; the collection and the '
-        'updates under way are completed (default: max_env_step of the config)')
     add('--max-train-iter', type=count(1), metavar='N', help='training iterations to stop after')
-    add('--device', choices=('auto', 'cpu', 'cuda'), help='auto: the GPU if there is one (default: what the config '
-        'says, and the CPU where there is no GPU)')
     checkpoint = parser.add_mutually_exclusive_group()
     checkpoint.add_argument('--resume', metavar='CKPT', help='go on from a checkpoint of either cache system; steps '
                             'and iterations go on, and --max-env-step counts all of them')
-    checkpoint.add_argument('--eval', metavar='CKPT', help='evaluate a checkpoint, and train nothing')
+    checkpoint.add_argument('--eval', metavar='CKPT', dest='evaluate', help='evaluate a checkpoint, and train nothing')
     add('--in-place', action='store_true', help="with --resume: go on in the checkpoint's own folder, whose summary "
         'then covers all of the training')
     add('--keep-checkpoints', type=count(1), metavar='N', help='keep the newest N checkpoints and the best one '
         '(default: all)')
-    add('--threads', type=count(1), metavar='N', help='CPU threads of torch (default: threads of the config, or '
-        "torch's own choice)")
-    _add_set(parser, 'set any key of the config, a new one as +KEY=VALUE; copies of the value in other keys follow it')
     add('--verbose', action='store_true', help="show LightZero's own output as well")
     add('--log-level', choices=('info', 'debug'), default='info', help='debug: every miss, eviction, clear and growth '
         "of the cache, in the run's log file")
-    add('--version', action='version', version=version())
 
 
-def _add_set(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument('--set', nargs='+', action='append', default=[], metavar='KEY=VALUE', dest='assignments',
-                        help=text)
+def _add_of_trainings(parser: argparse.ArgumentParser) -> None:
+    """What one training and all those of an experiment can be given."""
+    add = parser.add_argument
+    _add_config(parser, required=True)
+    add('--max-env-step', type=count(1), metavar='N', help='environment steps to stop after; the collection and the '
+        'updates under way are completed (default: max_env_step of the config)')
+    add('--device', choices=('auto', 'cpu', 'cuda'), help='auto: the GPU if there is one (default: what the config '
+        'says, and the CPU where there is no GPU)')
+    add('--threads', type=count(1), metavar='N', help='CPU threads of torch (default: threads of the config, or '
+        "torch's own choice)")
+
+
+def _add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    parser.add_argument('--config', required=required, metavar='FILE', help=CONFIG)
+    parser.add_argument('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE', dest='overrides',
+                        help='set any key of the config, a new one as +KEY=VALUE; copies of the value in other keys '
+                        'follow it')
 
 
 def _add_compare(commands: Any) -> None:
@@ -214,7 +222,7 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument('runs', nargs='+', metavar='RUN', help='the folder of an experiment, a folder of several, or '
                         'an event file of tensorboard')
     parser.add_argument('--out', default='comparison', metavar='DIR', help='where to write (default: %(default)s)')
-    parser.add_argument('--group', nargs='+', action='append', default=[], type=group, metavar='NAME=PATTERN',
+    parser.add_argument('--group', nargs='+', action='extend', default=[], type=group, metavar='NAME=PATTERN',
                         help='the runs whose name or path matches PATTERN (* and ? stand for anything) are seeds of '
                         'NAME; the first is what the others are compared to (default: runs whose configs differ in '
                         "nothing but seed and name belong together, and the old system's come first)")
@@ -226,7 +234,7 @@ def _add_experiment(commands: Any) -> None:
         description='Train one config for each cache system and seed, each in a process of its own, and compare them. '
         'The same command goes on where it was cut off.')
     add = parser.add_argument
-    add('--config', required=True, metavar='FILE', help='a LightZero config file, as for train')
+    _add_of_trainings(parser)
     add('--cache', nargs='+', choices=SYSTEMS, default=['old', 'new'], metavar='SYSTEM',
         help="old, new, and lightzero (the new manager of LightZero's main branch), the baseline first (default: "
         'old new)')
@@ -234,20 +242,13 @@ def _add_experiment(commands: Any) -> None:
     add('--jobs', type=count(1), default=1, metavar='N', help='runs at once; they share the machine, and so their '
         'times (default: 1)')
     add('--out', metavar='DIR', help='folder of the experiment (default: data_experiment/NAME of the config)')
-    add('--max-env-step', type=count(1), metavar='N', help='environment steps of each run (default: those of the '
-        'config)')
-    add('--device', choices=('auto', 'cpu', 'cuda'), metavar='DEVICE', help='auto, cpu or cuda, as for train')
-    add('--threads', type=count(1), metavar='N', help='CPU threads of each run, as for train')
-    _add_set(parser, 'set any key of the config in every run')
 
 
 def _add_info(commands: Any) -> None:
-    parser = commands.add_parser(
+    _add_config(commands.add_parser(
         'info', help='versions, device, backend; sizes and memory of a config',
         description='Say what is installed, and what the cache of a config will take. The policy of the config is '
-        'built on the CPU, without environments.')
-    parser.add_argument('--config', metavar='FILE', help='a LightZero config file, as for train')
-    _add_set(parser, 'set any key of the config')
+        'built on the CPU, without environments.'))
 
 
 if __name__ == '__main__':

@@ -52,7 +52,7 @@ setup(
     packages=[*find_packages(include=['lzero_kvcache', 'lzero_kvcache.*']), *CONFIGS],
     package_dir=CONFIGS,
     py_modules=['lzero_kvcache_options'],
-    package_data={'lzero_kvcache': ['py.typed']},
+    package_data={'lzero_kvcache': ['py.typed', 'comparison/page.html']},
     entry_points={'console_scripts': ['lzero-kvcache = lzero_kvcache_options:main']},
     zip_safe=False,
     python_requires='>=3.8,<3.12',

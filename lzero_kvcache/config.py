@@ -171,7 +171,7 @@ class CacheConfig:
     @property
     def system(self) -> str:
         """'new' (whichever manager), 'old', or 'lightzero': LightZero's own new one."""
-        return system_of(self.use_new, self.type)
+        return system_of(self.type if self.use_new else 'old')
 
     @classmethod
     def of(cls, world_model_cfg: Any, managers: Optional[Iterable[str]] = None,
@@ -219,7 +219,7 @@ class CacheConfig:
             raise ConfigError(
                 f"{PREFIX}.{OPTIONS}.type='old' contradicts {FLAG}=True: set {FLAG}=False for the old system"
             )
-        if system_of(use_new, values['type']) == 'new':
+        if use_new and system_of(values['type']) == 'new':
             _check_context_length(world_model_cfg)
             _check_matmul(values, lookup(world_model_cfg, 'device'))
         else:
@@ -238,15 +238,21 @@ def handed_down(world_model_cfg: Any, options: CacheConfig) -> Any:
     return copied
 
 
-def system_of(use_new: bool, manager: Optional[str]) -> str:
-    """The cache system that the flag and ``kv_cache_cfg.type`` pick."""
-    return 'old' if not use_new else LIGHTZERO if manager == LIGHTZERO else 'new'
+def picked_manager(world_model_cfg: Any) -> str:
+    """The name of the manager that a ``world_model_cfg`` picks, before it is checked; 'old' with the flag off."""
+    if not lookup(world_model_cfg, FLAG, False):
+        return 'old'
+    return lookup(lookup(world_model_cfg, OPTIONS) or {}, 'type') or 'new'
+
+
+def system_of(manager: str) -> str:
+    """The system that a manager is of: 'old', LightZero's own new one, or 'new', which has all others."""
+    return manager if manager in ('old', LIGHTZERO) else 'new'
 
 
 def picked_system(world_model_cfg: Any) -> str:
-    """The same of a ``world_model_cfg``, before it is checked."""
-    options = lookup(world_model_cfg, OPTIONS, None)
-    return system_of(bool(lookup(world_model_cfg, FLAG, False)), lookup(options, 'type', None) if options else None)
+    """The system that a ``world_model_cfg`` picks, before it is checked."""
+    return system_of(picked_manager(world_model_cfg))
 
 
 def _read_options(options: Any, managers: Optional[Iterable[str]]) -> Dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, List, Optional
 
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
+from .config import picked_manager
 from .run_files import EVENT_FILES, config_of, events
 from .summary import (
     POOLS,
@@ -18,7 +19,6 @@ from .summary import (
     Evaluation,
     Result,
     begun,
-    cache_type,
     ended,
     hit_rates,
     moment,
@@ -55,7 +55,7 @@ class RunHook(LearnerHook):
         if manager is None:
             return None
         cfg, result = engine.policy.get_attribute('cfg'), self._result
-        result.cache, result.device = cache_type(cfg.model.world_model_cfg), str(cfg.device)
+        result.cache, result.device = picked_manager(cfg.model.world_model_cfg), str(cfg.device)
         result.env_step = result.collected_env_step = max(0, engine.collector_envstep)
         result.train_iter, result.seconds = engine.last_iter.val, time.monotonic() - self._began
         result.env_steps_per_second = result.env_step / result.seconds

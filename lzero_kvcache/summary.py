@@ -15,7 +15,6 @@ import ding
 import torch
 
 from . import telemetry
-from .config import FLAG, OPTIONS
 
 TRAIN, EVALUATE = 'train', 'evaluate'
 SUMMARY, PROGRESS = 'summary.json', 'progress.json'
@@ -92,13 +91,6 @@ def ended(result: Result, counters: Dict[str, Any], **known: Any) -> Result:
         result, counters=counters, hit_rates=hit_rates(counters), cache_memory_mb=counters.get('memory_mb'),
         host_memory_mb=peak_host_memory_mb(), device_memory_mb=peak_device_memory_mb(), machine=machine(),
         ended=moment(), **known)
-
-
-def cache_type(world_model_cfg: Dict[str, Any]) -> str:
-    """Which cache a config picks: 'old', 'new', or the name of a registered manager."""
-    if not world_model_cfg.get(FLAG, False):
-        return 'old'
-    return (world_model_cfg.get(OPTIONS) or {}).get('type') or 'new'
 
 
 def hit_rates(counters: Dict[str, Any]) -> Dict[str, Optional[float]]:

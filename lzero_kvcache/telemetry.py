@@ -1,8 +1,7 @@
 """The cache's numbers in tensorboard (and wandb) at every training iteration, and its options, once."""
 import importlib
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, List, Tuple
 
-import torch
 import torch.distributed as dist
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
@@ -41,24 +40,18 @@ def summed_over_ranks(numbers: Dict[str, Any]) -> Dict[str, Any]:
     """Nested dicts with the sums of all ranks' numbers, and means of occupancies; all ranks must ask."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return numbers
-    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-    sums = torch.tensor(_leaves(numbers), dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return _summed(numbers, iter(sums.tolist()))
+    of_ranks: List[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, numbers)
+    return _summed(of_ranks)
 
 
-def _leaves(numbers: Dict[str, Any]) -> List[float]:
-    """In an order that is the same on all ranks, since they have the same config."""
-    return [leaf for _, value in sorted(numbers.items())
-            for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
-
-
-def _summed(numbers: Dict[str, Any], sums: Iterator[float]) -> Dict[str, Any]:
+def _summed(parts: List[Dict[str, Any]]) -> Dict[str, Any]:
     summed: Dict[str, Any] = {}
-    for name, value in sorted(numbers.items()):
-        summed[name] = _summed(value, sums) if isinstance(value, dict) else type(value)(next(sums))
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        summed[name] = _summed(values) if isinstance(values[0], dict) else sum(values)
         if name == 'occupancy':
-            summed[name] /= dist.get_world_size()
+            summed[name] /= len(parts)
     return summed
 
 
@@ -97,20 +90,17 @@ class KVCacheStatsHook(LearnerHook):
                 environment=saved.get('env.env_id', saved.get('env.type')), seed=saved.get('seed'))
             shown = {name: known.get(name.rpartition('.')[2]) for name in HYPERPARAMETERS}
             write_hyperparameters(writer, {name: value for name, value in shown.items() if value is not None})
-        iteration, env_step = engine.last_iter.val, engine.collector_envstep
         values = self.values(**counted)
         validator = getattr(world_model, 'validator', None)
         validated = {} if validator is None else validator.tally.read()
-        write_scalars(writer, iteration, {
-            **{f'kv_cache_iter/{name}': value for name, value in values.items()},
-            **{f'{VALIDATION}/{name}': value for name, value in validated.items()},
-        })
-        write_scalars(writer, env_step, {f'kv_cache_step/{name}': value for name, value in values.items()})
+        validated = {f'{VALIDATION}/{name}': value for name, value in validated.items()}
+        by_step = {f'kv_cache_step/{name}': value for name, value in values.items()}
+        by_iteration = {f'kv_cache_iter/{name}': value for name, value in values.items()}
+        write_scalars(writer, engine.last_iter.val, {**by_iteration, **validated})
+        write_scalars(writer, engine.collector_envstep, by_step)
         if policy.get_attribute('cfg').get('use_wandb', False):
             import wandb
-            logged = {f'kv_cache_step/{name}': value for name, value in values.items()}
-            logged.update({f'{VALIDATION}/{name}': value for name, value in validated.items()})
-            wandb.log(logged, step=env_step)
+            wandb.log({**by_step, **validated}, step=engine.collector_envstep)
 
     def values(self, counters: Dict[str, Any], timings: Dict[str, Dict[str, Any]]) -> Dict[str, float]:
         """The values of a manager's ``counters()`` and a world model's times by tag; means are left out before the

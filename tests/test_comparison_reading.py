@@ -87,10 +87,10 @@ class TestReading:
         assert run.curves[REWARD].values.tolist() == [1, 2, 3, 4]
         assert (run.last(REWARD), run.seconds, run.notes) == (4, 120, [])
 
-    def test_scalars_of_the_newer_form(self, tmp_path):
+    def test_what_is_no_scalar(self, tmp_path):
         from torch.utils.tensorboard import SummaryWriter as TorchWriter
         with TorchWriter(str(tmp_path / 'old_s0')) as writer:
-            writer.add_scalar(REWARD, 12.5, 30, new_style=True)
+            writer.add_scalar(REWARD, 12.5, 30)
             writer.add_text('config', 'evaluator_step/reward_mean')
             writer.add_histogram('weights', np.arange(9.))
         [run] = read(str(tmp_path))

@@ -25,7 +25,7 @@ from lzero_kvcache.summary import (
 )
 from lzero_kvcache.training import experiment, processes
 from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
-from lzero_kvcache.training.processes import Board, Child
+from lzero_kvcache.training.processes import Children
 from lzero_kvcache_options import main
 
 SMALL = ['policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2', 'env.evaluator_env_num=1']
@@ -250,8 +250,8 @@ def test_an_interrupt_ends_all_and_the_same_command_goes_on(fake, capfd, interru
 
 def test_no_more_run_at_once_than_jobs(fake, tmp_path, monkeypatch):
     at_once = []
-    update = Board.update
-    monkeypatch.setattr(Board, 'update', lambda self, running: at_once.append(len(running)) or update(self, running))
+    show = Children._show
+    monkeypatch.setattr(Children, '_show', lambda self, bar: at_once.append(len(self.running)) or show(self, bar))
     assert run_experiment(fake, '--seeds', '0', '1', '2', '--jobs', '2') == 0
     assert max(at_once) == 2
     assert len(fake.begun()) == 6
@@ -263,13 +263,15 @@ def test_nobody_else_works_on_it_while_any_of_its_processes_lives(fake):
     with made.opened() as lock:
         with pytest.raises(ConfigError, match='still going on'):
             opened(make(fake.folder))
-        child = Child(made.trials[0], made.command(made.trials[0]), lock)
+        children = Children(made, lock, 1, sys.stdout)
+        children.start(made.trials[0])
     try:
         with pytest.raises(ConfigError, match='still going on'):
             opened(make(fake.folder))
     finally:
-        child.process.kill()
-        child.process.wait()
+        process = children.running[made.trials[0]]
+        process.kill()
+        process.wait()
     opened(make(fake.folder))
 
 

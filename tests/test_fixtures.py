@@ -120,7 +120,7 @@ def again(copied, monkeypatch):
         pytest.skip('the experiment is one of the released LightZero, whose config has other values')
     monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: 0)
     begun = []
-    monkeypatch.setattr(Children, '_start', lambda self, trial: begun.append(trial.name))
+    monkeypatch.setattr(Children, 'start', lambda self, trial: begun.append(trial.name))
     held = loaded('experiment', 'experiment.json')
 
     def call(*further, caches=held['caches'], seeds=held['seeds']):

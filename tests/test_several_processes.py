@@ -32,6 +32,7 @@ from lzero_kvcache.host import entries
 from lzero_kvcache.training import make_plan, runner
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.ranks import DataParallel, Interrupted
+from lzero_kvcache_options import ranks_of_torchrun
 
 # A segment of ten steps ends before its episode does.
 SEGMENTS = """
@@ -41,6 +42,7 @@ main_config.policy.update(num_segments=4, game_segment_length=10, reanalyze_batc
                           buffer_reanalyze_freq=1 / 100000)
 main_config.policy.model.world_model_cfg.game_segment_length = 10
 """
+OF_TORCHRUN = dict(RANK='3', WORLD_SIZE='4', LOCAL_WORLD_SIZE='2', MASTER_ADDR='localhost')
 ENTRY = importlib.import_module('lzero.entry.train_unizero')
 
 
@@ -55,16 +57,19 @@ def group(tmp_path):
 # ---------------------------------------------------------------------------------------------------- ranks
 
 
-def test_alone_unless_torchrun_says_otherwise():
-    assert DataParallel.of_torchrun({}).size == 1
-    assert DataParallel.of_torchrun({'RANK': '3', 'WORLD_SIZE': '4'}).size == 1
-    ranks = DataParallel.of_torchrun(dict(RANK='3', WORLD_SIZE='4', LOCAL_WORLD_SIZE='2', MASTER_ADDR='localhost'))
-    assert (ranks.rank, ranks.size) == (3, 4)
+@pytest.mark.parametrize(('told', 'ranks'), [
+    ({}, (0, 1, 1)), (dict(RANK='3', WORLD_SIZE='4'), (0, 1, 1)), (OF_TORCHRUN, (3, 4, 2)),
+])
+def test_alone_unless_torchrun_says_otherwise(told, ranks, monkeypatch):
+    for name in OF_TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert ranks_of_torchrun() == ranks
 
 
 def test_alone_nothing_is_exchanged():
     alone = DataParallel()
-    alone.asked = signal.SIGINT
     alone.join('cpu')
     alone.in_collection()
     alone.in_evaluation()
@@ -110,7 +115,7 @@ def test_no_two_environments_have_one_seed():
 
 
 def test_usage_errors_are_said_once(monkeypatch, capfd):
-    for name, value in dict(RANK='1', WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='localhost').items():
+    for name, value in OF_TORCHRUN.items():
         monkeypatch.setenv(name, value)
     assert main(['--config', 'nosuch']) == 2
     assert main(['--colour']) == 2
@@ -184,8 +189,10 @@ def test_sums_of_counts_and_means_of_occupancies(monkeypatch):
     numbers = {'memory_mb': 1.5, 'init': pool, 'search': {'count': 3, 'seconds': 0.25}}
     assert telemetry.summed_over_ranks(numbers) is numbers
     monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(dist, 'all_gather_object', lambda held, own: held.__setitem__(slice(None), [own, own]))
     summed = telemetry.summed_over_ranks(numbers)
-    assert summed == {**numbers, 'init': {**pool, 'occupancy': 0.25}}
+    assert summed == {'memory_mb': 3., 'init': {'queries': 16, 'hits': 14, 'occupancy': 0.5},
+                      'search': {'count': 6, 'seconds': 0.5}}
     assert [type(summed['init'][name]) for name in pool] == [int, int, float]
 
 
@@ -217,14 +224,15 @@ def keep_what_it_ends_with(rank):
     run_entry, new_watch, watches = entries.run_entry, runner.Watch, []
 
     def keep(entry, configs, **arguments):
-        policy, watch = run_entry(entry, configs, **arguments), watches[0]
+        policy, result = run_entry(entry, configs, **arguments), watches[0].result
+        watches[0].look()
         torch.save(dict(
-            state=(policy._learn_model.state_dict(), policy._target_model.state_dict()), counters=watch.counters,
-            train_iter=watch.train_iter, env_step=watch.env_step, seed=arguments['seed']), f'rank{rank}.pt')
+            state=(policy._learn_model.state_dict(), policy._target_model.state_dict()), seed=arguments['seed'],
+            counters=result.counters, train_iter=result.train_iter, env_step=result.env_step), f'rank{rank}.pt')
         return policy
 
     entries.run_entry = keep
-    runner.Watch = lambda *arguments: watches.append(new_watch(*arguments)) or watches[0]
+    runner.Watch = lambda *given, **options: watches.append(new_watch(*given, **options)) or watches[0]
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from trainings import SMALL as IN_A_FORK
 from trainings import train as main
 
 from lzero_kvcache import ConfigError
+from lzero_kvcache.cli import commands
 from lzero_kvcache.summary import (
     Evaluation,
     Result,
@@ -40,17 +41,23 @@ from lzero_kvcache.summary import (
     write_progress,
     write_summary,
 )
-from lzero_kvcache.training import make_plan, watch
+from lzero_kvcache.training import Plan, make_plan
 from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
 from lzero_kvcache.training.error_hints import hint
 from lzero_kvcache.training.output import Output
-from lzero_kvcache.training.plan import Plan
 from lzero_kvcache.training.ranks import DataParallel
-from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_parents
+from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_empty
 from lzero_kvcache.training.terminal import reward_text
+from lzero_kvcache.training.watch import Watch
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
          'env.evaluator_env_num=1']
+
+
+def a_watch(**options):
+    """One of a result of its own."""
+    result = Result(0, 'train', 'new', 0)
+    return Watch(result, SimpleNamespace(line=print), DataParallel(), lambda: None, lambda path: None, **options)
 
 
 # ---------------------------------------------------------------------------------------------------- usage
@@ -117,27 +124,20 @@ def test_an_error_of_the_environment_is_a_traceback_and_exit_code_1(capfd, tmp_p
 # ---------------------------------------------------------------------------------------------------- plans
 
 
-def test_options_override_the_config():
-    plan = make_plan('config_new', seed=3, cache='old', max_env_step=1000, max_train_iter=7, device='cpu', threads=2)
-    assert (plan.seed, plan.max_env_step, plan.max_train_iter, plan.threads) == (3, 1000, 7, 2)
-    assert plan.main_config.policy.model.world_model_cfg.use_new_cache_manager is False
-    assert plan.main_config.exp_name.endswith('cartpole_old_seed3')
-    assert plan.main_config.policy.cuda is False
-
-
 def test_every_option_reaches_the_plan(monkeypatch):
-    from lzero_kvcache.cli import train
-    from lzero_kvcache_options import command_parser
-    asked = {}
-    monkeypatch.setattr(train, 'make_plan', lambda config, **given: asked.update(given, config=config))
-    train.plan_of(command_parser().parse_args([
-        'train', '--config', 'c', '--cache', 'new', '--seed', '1', '--exp-name', 'e', '--max-env-step', '2e3',
-        '--max-train-iter', '4', '--device', 'cpu', '--resume', 'r', '--in-place', '--threads', '5',
-        '--keep-checkpoints', '2', '--set', 'a=1',
-        'b=2', '--set', 'c=3']))
-    assert asked == dict(
-        config='c', cache='new', seed=1, exp_name='e', max_env_step=2000, max_train_iter=4, device='cpu', resume='r',
-        evaluate=None, in_place=True, threads=5, keep_checkpoints=2, overrides=['a=1', 'b=2', 'c=3'])
+    plans = []
+    monkeypatch.setattr(commands, 'run_plan', lambda plan, *_: plans.append(plan) or SimpleNamespace(exit_code=0))
+    assert main([
+        '--config', 'config_new', '--cache', 'old', '--seed', '3', '--max-env-step', '2e3', '--max-train-iter', '7',
+        '--device', 'cpu', '--resume', 'r', '--threads', '2', '--keep-checkpoints', '4', '--set',
+        'policy.num_simulations=9', 'policy.batch_size=8', '--set', 'policy.td_steps=7']) == 0
+    [plan] = plans
+    assert (plan.seed, plan.max_env_step, plan.max_train_iter, plan.threads) == (3, 2000, 7, 2)
+    assert (plan.task, plan.checkpoint, plan.in_place, plan.keep_checkpoints) == ('train', 'r', False, 4)
+    policy = plan.main_config.policy
+    assert (policy.num_simulations, policy.batch_size, policy.td_steps, policy.cuda) == (9, 8, 7, False)
+    assert policy.model.world_model_cfg.use_new_cache_manager is False
+    assert plan.main_config.exp_name.endswith('cartpole_old_seed3')
 
 
 def test_in_place_is_in_the_checkpoints_folder(tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_a_folder_is_never_claimed_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, made = zip(*(claim_folder(str(tmp_path / 'deep' / 'run')) for _ in range(4)))
     assert names[0] == os.path.join('deep', 'run')
-    assert made == ('deep', *names[1:])
+    assert made == (['deep'], [], [], [])
     assert len(set(names)) == 4
     assert all(os.path.isdir(name) and not os.path.isabs(name) for name in names)
 
@@ -168,17 +168,14 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_only_what_is_empty_is_removed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ('shared/one', 'shared/two', 'lone/deep/run'):
+    for name in ('shared/one', 'lone/deep'):
         os.makedirs(name)
-    remove_parents('shared/one', 'shared')
-    assert sorted(os.listdir('shared')) == ['one', 'two']
-    os.rmdir('lone/deep/run')
-    remove_parents('lone/deep/run', 'lone')
+    remove_empty(['shared', 'lone/deep', 'gone', 'lone'])
     assert os.listdir() == ['shared']
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
-    save = watch.Watch(lambda: None, lambda: None, lambda path: None, keep_checkpoints=2)._saved(None)
+    save = a_watch(keep_checkpoints=2)._saved(None)
     for name in ('iteration_0', 'ckpt_best', 'iteration_9', 'iteration_10', 'iteration_100'):
         save(str(tmp_path / f'{name}.pth.tar'), {})
         os.utime(tmp_path / f'{name}.pth.tar', (len(os.listdir(tmp_path)) if 'best' in name else int(name[10:]), ) * 2)
@@ -214,18 +211,17 @@ def test_a_checkpoint_runs_nothing_whichever_way_it_comes_in(option, capfd, tmp_
     assert os.listdir(tmp_path) == ['c.pth.tar']
 
 
-@pytest.mark.parametrize('content', [{'model': {}}, [1, 2]])
-def test_a_file_that_is_no_checkpoint(content, tmp_path):
-    torch.save(content, str(tmp_path / 'c.pth.tar'))
-    with pytest.raises(ConfigError, match='no checkpoint of a UniZero training'):
-        read_checkpoint(str(tmp_path / 'c.pth.tar'))
-
-
-def test_a_torn_checkpoint(tmp_path):
+@pytest.mark.parametrize(('content', 'cut', 'message'), [
+    ({'model': {}}, 0, 'no checkpoint of a UniZero training'),
+    ([1, 2], 0, 'no checkpoint of a UniZero training'),
+    ({'model': {}, 'target_model': {}, 'optimizer_world_model': {}}, 40, 'torn'),
+])
+def test_a_file_that_is_no_checkpoint(content, cut, message, tmp_path):
     path = tmp_path / 'c.pth.tar'
-    torch.save({'model': {}, 'target_model': {}, 'optimizer_world_model': {}}, str(path))
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ConfigError, match='torn'):
+    torch.save(content, str(path))
+    with open(path, 'r+b') as file:
+        file.truncate(path.stat().st_size - cut)
+    with pytest.raises(ConfigError, match=message):
         read_checkpoint(str(path))
 
 
@@ -285,31 +281,31 @@ def test_a_log_file_is_added_to_and_not_replaced(tmp_path):
 
 @pytest.fixture()
 def a_run():
-    return _Training(Plan(None, None, 'train_unizero', 'c'), SimpleNamespace(terminal=None), DataParallel())
+    return _Training(Plan('c', None, None, 'train_unizero'), SimpleNamespace(terminal=None), DataParallel())
 
 
-def test_an_interrupt_waits_for_the_end_of_an_update(a_run):
-    a_run.watch.updating = True
+def test_an_interrupt_waits_for_the_next_step_or_the_end_of_an_update(a_run):
+    a_run.watch.phase = 'train'
     a_run._on_signal(signal.SIGINT, None)
-    with pytest.raises(Interrupted) as caught:
-        a_run._after_update()
-    assert caught.value.signum == signal.SIGINT
+    for leave in (a_run.ranks.in_collection, a_run.ranks.in_evaluation, a_run.ranks.after_update):
+        with pytest.raises(Interrupted) as caught:
+            leave()
+        assert caught.value.signum == signal.SIGINT
 
 
-def test_a_second_interrupt_waits_for_nothing_nor_does_one_outside_of_an_update(a_run):
-    a_run.watch.updating = True
+def test_a_second_interrupt_waits_for_nothing_nor_does_one_before_the_training(a_run):
+    with pytest.raises(Interrupted, match='SIGTERM'):
+        a_run._on_signal(signal.SIGTERM, None)
+    a_run.ranks.asked, a_run.watch.phase = None, 'train'
     a_run._on_signal(signal.SIGINT, None)
     with pytest.raises(Interrupted):
         a_run._on_signal(signal.SIGINT, None)
-    a_run.watch.updating = False
-    with pytest.raises(Interrupted, match='SIGTERM'):
-        a_run._on_signal(signal.SIGTERM, None)
-    a_run._saving = True
+    a_run.result.outcome = 'done'
     a_run._on_signal(signal.SIGINT, None)
 
 
 def test_an_interrupt_in_a_step_of_an_environment(a_run):
-    """DI-engine's environment manager retries, and raises an error of its own."""
+    """One that does not wait: DI-engine's environment manager retries, and raises an error of its own."""
     from ding.envs import BaseEnvManager
 
     class Env:
@@ -333,7 +329,6 @@ def test_an_interrupt_in_a_step_of_an_environment(a_run):
     (ModuleNotFoundError("No module named 'xyz'", name='xyz'), "'xyz': put its folder on PYTHONPATH"),
     (gymnasium.error.NameNotFound("Environment `Pongg` doesn't exist."), "env.env_id: Environment `Pongg`"),
     (Exception('We\'re Unable to find the game "Pong". Note: Gym no longer distributes ROMs.'), 'ale-import-roms'),
-    (TypeError('Descriptors cannot be created directly.'), "'protobuf<6'"),
 ])
 def test_what_is_missing_comes_with_the_command_that_installs_it(error, command):
     assert command in hint(error)
@@ -361,6 +356,7 @@ def test_a_line_says_that_a_run_finishes_what_it_began(a_run, tmp_path, monkeypa
     lines = []
     a_run.terminal, a_run._bar = SimpleNamespace(line=lines.append), SimpleNamespace(update=lambda *shown: None)
     a_run.result.max_env_step, a_run.watch.collector = 60, SimpleNamespace(envstep=40)
+    a_run.watch.learner = SimpleNamespace(train_iter=4)
     for steps in (40, 66, 66):
         a_run.watch.collector.envstep = steps
         a_run._refresh(now=True)
@@ -496,12 +492,12 @@ def test_ctrl_c_on_a_terminal_leaves_a_whole_checkpoint(tmp_path):
 
 @pytest.mark.parametrize('best', [None, 17.])
 def test_a_training_in_place_replaces_only_what_it_betters_and_is_evaluated_at_its_end(best, monkeypatch):
-    running = watch.Watch(lambda: None, lambda: None, lambda path: None)
+    running = a_watch()
     last_iter, evaluations = SimpleNamespace(update=lambda value: None), []
     policy = SimpleNamespace(load_state_dict=lambda state: None)
     running.learner = SimpleNamespace(policy=policy, last_iter=last_iter, train_iter=5, save_checkpoint=None)
     running.collector = SimpleNamespace(envstep=50)
-    running.evaluator = SimpleNamespace(_max_episode_return=float('-inf'), policy=None,
+    running.evaluator = SimpleNamespace(_max_episode_return=float('-inf'),
                                         eval=lambda *arguments: evaluations.append(arguments))
     running.checkpoint, running.best_reward = Checkpoint({}, 5, 50), best
     running.restore()
@@ -512,14 +508,12 @@ def test_a_training_in_place_replaces_only_what_it_betters_and_is_evaluated_at_i
 
 def test_what_was_collected_never_goes_back():
     """Also if a collection is cut off, whose steps no checkpoint counts."""
-    running = watch.Watch(lambda: None, lambda: None, lambda path: None)
-    running.collector = SimpleNamespace(envstep=100)
-    running.steps_in_collect = 30
-    assert (running.env_step, running.collected) == (100, 130)
-    running.steps_in_collect = 0
-    assert (running.env_step, running.collected) == (100, 130)
-    running.collector.envstep = 160
-    assert (running.env_step, running.collected) == (160, 160)
+    running = a_watch()
+    running.learner, running.collector = SimpleNamespace(train_iter=3), SimpleNamespace(envstep=100)
+    for envstep, under_way, expected in ((100, 30, (100, 130)), (100, 0, (100, 130)), (160, 0, (160, 160))):
+        running.collector.envstep, running.under_way = envstep, under_way
+        running.look()
+        assert (running.result.env_step, running.result.collected_env_step) == expected
 
 
 def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=None):
@@ -559,7 +553,7 @@ def test_what_came_after_the_checkpoint_adds_nothing(ended, seconds, tmp_path, m
     """Neither time nor counts; its best reward stays what a better one must surpass."""
     run = a_run_in_place(tmp_path, monkeypatch, ended=ended, noted=noted(12., best_reward=15.))
     assert run._before.seconds == seconds
-    assert (run.watch.env_step, run.watch.collected) == (50, 50)
+    assert (run.result.env_step, run.result.collected_env_step) == (50, 50)
     assert run.watch.best_reward == (15. if ended is None else 20.)
 
 

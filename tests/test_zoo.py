@@ -143,7 +143,7 @@ def test_the_table_of_the_zoo():
         assert len(actions.split(' ', 1)) == 1 + continuous
         assert (positions == 'rotary') == model.world_model_cfg.rotary_emb
         assert int(context) == model.world_model_cfg.context_length
-        source = Path(loaded.path).read_text(encoding='utf-8')
+        source = Path(loaded.config).read_text(encoding='utf-8')
         assert re.search(r'pip install -e (?:"\.\[(\w+)\]"|\.)', source).group(1) == (
             None if extra == '-' else extra.strip('`'))
 

@@ -1,4 +1,5 @@
 """Trainings by ``train.py`` in forks of this process, which has the libraries imported, and event files read back."""
+import contextlib
 import json
 import os
 import threading
@@ -35,7 +36,8 @@ def trained(folder: Any, arguments: List[str], *prepare: Callable[[], None]) -> 
 
     def run(name: str, prepare: Callable[[], None]) -> int:
         os.chdir(str(folder))
-        with open(name, 'w', encoding='utf-8') as printed:
+        with open(name, 'w', encoding='utf-8', buffering=1) as printed, contextlib.redirect_stdout(
+                printed), contextlib.redirect_stderr(printed):
             os.dup2(printed.fileno(), 1)
             os.dup2(printed.fileno(), 2)
             prepare()

@@ -1,50 +1,81 @@
-"""The commands of ``lzero-kvcache``. Exit codes are 0: done; 1: a run failed; 2: wrong usage; 130: interrupted."""
+"""
+The commands of ``lzero-kvcache``. Exit codes are 0: done; 1: a run failed, or an error, with its traceback; 2: wrong
+usage or config, with one line; 130 and 143: ended by an interrupt or a kill, a training with a whole checkpoint.
+"""
 import argparse
+import logging
 import os
 import sys
+import traceback
 
-from lzero_kvcache_options import INTERRUPTED, refused
+from lzero_kvcache_options import INTERRUPTED, ranks_of_torchrun, refused
 
 from ..config import ConfigError
-from .train import train
+from ..training import make_plan
+from ..training import run as run_plan
+from ..training.error_hints import hinted
+from ..training.experiment import Experiment
+from ..training.info import installed, of_plan, of_zoo
+from ..training.output import PACKAGE_LOGGER, Output
+from ..training.processes import Children
+from ..training.ranks import DataParallel
+from ..training.terminal import Terminal
+
+FAILED = 1
+# The options of ``train`` that are no part of the plan.
+SHOWN = ('command', 'verbose', 'log_level')
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command that options are of; returns the exit code."""
     commands = {'train': train, 'compare': compare, 'experiment': experiment, 'info': info, 'zoo': zoo}
     try:
-        return commands[options.command](options)
+        with hinted():
+            return commands[options.command](options)
     except ConfigError as error:
         return refused(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
+def train(options: argparse.Namespace) -> int:
+    """Train or evaluate one plan."""
+    ranks = DataParallel(*ranks_of_torchrun())
+    output = Output(options.verbose, silent=not ranks.main)
+    try:
+        with hinted(), output:
+            logging.getLogger(PACKAGE_LOGGER).setLevel(options.log_level.upper())
+            plan = make_plan(**{name: value for name, value in vars(options).items() if name not in SHOWN})
+            return run_plan(plan, output, ranks).exit_code
+    except ConfigError:
+        raise
+    except KeyboardInterrupt:
+        print('interrupted before the training began; nothing to save', file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        if output.path:
+            print(f'what led to it is in {output.path}', file=sys.stderr)
+        return FAILED
+
+
 def compare(options: argparse.Namespace) -> int:
     from ..comparison import compare_runs
-    return compare_runs(options.runs, options.out, sum(options.group, []))
+    return compare_runs(options.runs, options.out, options.group)
 
 
 def experiment(options: argparse.Namespace) -> int:
     """Train what is not done yet, and compare all that is; 128 and the signal's number if it was interrupted."""
     from ..comparison import compare_runs
-    from ..training.error_hints import hinted
-    from ..training.experiment import Experiment
-    from ..training.output import Output
-    from ..training.processes import Board, Children
     name = os.path.splitext(os.path.basename(options.config))[0]
     folder = options.out or os.path.join('data_experiment', name)
-    with Output(silent=True), hinted():  # loading a config prints much
+    with Output(silent=True):  # loading a config prints much
         experiment = Experiment(
             folder, options.config, options.cache, options.seeds, max_env_step=options.max_env_step,
-            device=options.device, threads=options.threads, overrides=sum(options.assignments, []))
+            device=options.device, threads=options.threads, overrides=options.overrides)
     with experiment.opened() as lock:
-        board = Board(sys.stdout, experiment)
-        children = Children(experiment, lock, options.jobs, board)
-        try:
-            children.run()
-        finally:
-            board.close()
+        children = Children(experiment, lock, options.jobs, sys.stdout)
+        children.run()
         done = [trial for trial in experiment.trials if trial.result is not None]
         print(f'{len(done)} of {len(experiment.trials)} runs are done, in {folder}')
         if children.interrupted is not None:
@@ -59,17 +90,12 @@ def experiment(options: argparse.Namespace) -> int:
 
 def info(options: argparse.Namespace) -> int:
     """Print what is installed, and what a config's cache takes."""
-    from ..training.error_hints import hinted
-    from ..training.info import installed, of_plan
-    from ..training.output import Output
-    from ..training.plan import make_plan
-    from ..training.terminal import Terminal
-    if options.assignments and options.config is None:
+    if options.overrides and options.config is None:
         raise ConfigError('--set changes a config; give --config too')
-    with Output(silent=True), hinted():  # building a policy prints much
+    with Output(silent=True):  # building a policy prints much
         tables = [('installed', installed())]
         if options.config is not None:
-            tables.append(('cache', of_plan(make_plan(options.config, overrides=sum(options.assignments, [])))))
+            tables.append(('cache', of_plan(make_plan(options.config, overrides=options.overrides))))
     terminal = Terminal(sys.stdout)
     for title, rows in tables:
         terminal.table(title, rows)
@@ -78,9 +104,6 @@ def info(options: argparse.Namespace) -> int:
 
 def zoo(options: argparse.Namespace) -> int:
     """Print which configs there are, and what they need."""
-    from ..training.info import of_zoo
-    from ..training.output import Output
-    from ..training.terminal import Terminal
     with Output(silent=True):  # building environments prints much
         rows = of_zoo()
     Terminal(sys.stdout).table('configs', rows)

@@ -5,6 +5,7 @@ Knows the files that trainings leave behind. Must not train, run a config or kno
 """
 import json
 import os
+from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from rich.console import Console
@@ -58,8 +59,7 @@ def _write(comparison: Comparison, out: str) -> List[str]:
     try:
         os.makedirs(out, exist_ok=True)
         for path, content in zip(paths, contents.values()):
-            with open(path, 'wb') as file:
-                file.write(content)
+            Path(path).write_bytes(content)
     except OSError as error:
         raise ConfigError(f'--out {out}: it cannot be written to ({error.strerror})') from error
     return paths

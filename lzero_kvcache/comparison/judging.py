@@ -1,12 +1,11 @@
 """Runs sorted into sides, the first of which is the baseline; their numbers; and what makes them not comparable."""
 import fnmatch
-import functools
 import itertools
-import operator
 import os
-from typing import Any, Callable, Dict, FrozenSet, Hashable, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
+from scipy.stats import trim_mean
 
 from ..config import ConfigError
 from .reading import CACHE, DEVICE_MEMORY, HOST_MEMORY, OLD, POOLS, REWARD, WORLD_MODEL, TrainedRun, finite
@@ -16,10 +15,6 @@ OF_ONE_RUN = ('exp_name', 'seed')
 ABSENT = '(absent)'
 # Collection ends with a whole phase, so that runs of one budget end some steps apart.
 BUDGET_TOLERANCE = 0.75
-BUDGETS = {'max_env_step': 'environment steps', 'max_train_iter': 'training iterations'}
-MACHINE = {'system': 'systems', 'processor': 'processors', 'cpu': 'CPUs', 'cpus': 'numbers of CPUs',
-           'threads': 'numbers of threads', 'gpu': 'GPUs', 'python': 'versions of Python',
-           'torch': 'versions of torch', 'ding': 'versions of DI-engine'}
 # What measures are about: a difference between runs can make those of one thing incomparable, and leave the others.
 TIME, SPEED, MEMORY, HITS, COUNT, REWARDS = 'time', 'speed', 'memory', 'hits', 'count', 'reward'
 EVERYTHING = (TIME, SPEED, MEMORY, HITS, COUNT, REWARDS)
@@ -28,21 +23,21 @@ TIMES_AND_REWARDS, TIMES_AND_MEMORY = (TIME, SPEED, COUNT, REWARDS), (TIME, SPEE
 MANY_RUNS = 10
 MEDIAN, INTERQUARTILE_MEAN = 'median', 'interquartile mean'
 RESAMPLES, CONFIDENCE = 50_000, 95.
-ENVIRONMENT = ('env.env_id', 'env.env_name', 'env.type')
-
 Number = Optional[float]
 
 
 class Measure(NamedTuple):
     """
-    A row of the comparison; ``kind`` is how values are written ('time', 'count', 'number' or 'share'). All values come
-    from the first source that most runs have, since two sources may define a measure a little differently.
+    A row of the comparison; ``kind`` is how values are written ('time', 'count', 'number' or 'share'). Values come from
+    event files, or from summaries under the keys ``summary``: all from the source that more runs have, since the two
+    may define a measure a little differently.
     """
     name: str
     title: str
     kind: str
     about: str
-    sources: Dict[str, Callable[[TrainedRun], Number]]
+    events: Callable[[TrainedRun], Number]
+    summary: Tuple[str, ...] = ()
 
 
 class Side(NamedTuple):
@@ -149,7 +144,7 @@ def check_groups(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]]) 
 def sort_into_sides(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]]) -> List[Side]:
     """The sides of ``groups`` in their order (the first match counts), then those of the old system, then others."""
     named: Dict[str, List[TrainedRun]] = {name: [] for name, _ in groups}
-    others: Dict[Hashable, List[TrainedRun]] = {}
+    others: Dict[Any, List[TrainedRun]] = {}
     for run in runs:
         matching = [name for name, pattern in groups if _matches(run, pattern)]
         if matching:
@@ -166,7 +161,7 @@ def _matches(run: TrainedRun, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _likeness(run: TrainedRun) -> Hashable:
+def _likeness(run: TrainedRun) -> Any:
     """Equal for seeds of one side: the config, or without one what the run is called."""
     if not run.config:
         return run.cache, run.name_without_seed
@@ -186,14 +181,6 @@ def _side_names(sides: Sequence[List[TrainedRun]], taken: List[str]) -> List[str
 
 # ---- measures --------------------------------------------------------------------------------------------------------
 
-def _measure(name: str, title: str, kind: str, about: str, events: Callable[[TrainedRun], Number], *keys: str,
-             prefer: str = 'summary') -> Measure:
-    """A measure that a summary holds under ``keys``, or else under its name."""
-    path = keys or (name,)
-    sources = {'summary': lambda run: finite(run.from_summary(*path)), 'events': events}
-    return Measure(name, title, kind, about, {prefer: sources[prefer], **sources})
-
-
 def _device_memory(run: TrainedRun) -> Number:
     gigabytes = run.highest(DEVICE_MEMORY)
     return gigabytes * 1024 if gigabytes else None
@@ -203,35 +190,37 @@ def _hit_rate(pool: str) -> Measure:
     def counted(run: TrainedRun) -> Number:
         return _ratio(run.last(f'{CACHE}{pool}_hits'), run.last(f'{CACHE}{pool}_queries'))
 
-    return _measure(f'{pool}_hit_rate', f'hit rate, {POOLS[pool]}', 'share', HITS, counted, 'hit_rates', pool)
+    return Measure(f'{pool}_hit_rate', f'hit rate, {POOLS[pool]}', 'share', HITS, counted, ('hit_rates', pool))
 
 
 MEASURES = (
-    _measure('seconds', 'training time', 'time', TIME, lambda run: run.seconds),
-    _measure('env_step', 'environment steps', 'count', COUNT, lambda run: run.env_step),
-    _measure('env_steps_per_second', 'environment steps per second', 'number', SPEED,
-             lambda run: _ratio(run.env_step, run.seconds)),
-    _measure('search_ms', 'search, ms', 'number', TIME, lambda run: run.mean(CACHE + 'search_ms'),
-             prefer='events'),
-    _measure('step_ms', 'recurrent step, ms', 'number', TIME, lambda run: run.mean(CACHE + 'step_ms'),
-             prefer='events'),
-    _measure('host_memory_mb', 'peak host memory, MiB', 'number', MEMORY, lambda run: run.highest(HOST_MEMORY)),
-    _measure('device_memory_mb', 'peak device memory, MiB', 'number', MEMORY, _device_memory),
-    _measure('cache_memory_mb', 'peak cache memory, MiB', 'number', MEMORY,
-             lambda run: run.highest(CACHE + 'memory_mb'), prefer='events'),
+    Measure('seconds', 'training time', 'time', TIME, lambda run: run.seconds, ('seconds',)),
+    Measure('env_step', 'environment steps', 'count', COUNT, lambda run: run.env_step, ('env_step',)),
+    Measure('env_steps_per_second', 'environment steps per second', 'number', SPEED,
+            lambda run: _ratio(run.env_step, run.seconds), ('env_steps_per_second',)),
+    Measure('search_ms', 'search, ms', 'number', TIME, lambda run: run.mean(CACHE + 'search_ms')),
+    Measure('step_ms', 'recurrent step, ms', 'number', TIME, lambda run: run.mean(CACHE + 'step_ms')),
+    Measure('host_memory_mb', 'peak host memory, MiB', 'number', MEMORY, lambda run: run.highest(HOST_MEMORY),
+            ('host_memory_mb',)),
+    Measure('device_memory_mb', 'peak device memory, MiB', 'number', MEMORY, _device_memory, ('device_memory_mb',)),
+    Measure('cache_memory_mb', 'peak cache memory, MiB', 'number', MEMORY,
+            lambda run: run.highest(CACHE + 'memory_mb')),
     *map(_hit_rate, POOLS),
-    _measure('evictions', 'evictions', 'count', COUNT, lambda run: run.last(CACHE + 'total_evictions'),
-             'counters', 'total', 'evictions'),
-    _measure('last_reward', 'last reward', 'number', REWARDS, lambda run: run.last(REWARD)),
-    _measure('best_reward', 'best reward', 'number', REWARDS, lambda run: run.highest(REWARD)),
+    Measure('evictions', 'evictions', 'count', COUNT, lambda run: run.last(CACHE + 'total_evictions'),
+            ('counters', 'total', 'evictions')),
+    Measure('last_reward', 'last reward', 'number', REWARDS, lambda run: run.last(REWARD), ('last_reward',)),
+    Measure('best_reward', 'best reward', 'number', REWARDS, lambda run: run.highest(REWARD), ('best_reward',)),
 )
 
 
 def _row(measure: Measure, sides: Sequence[Side], blocked: Dict[str, Set[str]], statistic: str) -> Row:
     runs = [run for side in sides for run in side.runs]
-    by_source = {source: {run.name: read(run) for run in runs} for source, read in measure.sources.items()}
-    source = max(by_source, key=lambda name: sum(value is not None for value in by_source[name].values()))
-    values = by_source[source]
+    sources: Dict[str, Dict[str, Number]] = {}
+    if measure.summary:
+        sources['summary'] = {run.name: finite(run.from_summary(*measure.summary)) for run in runs}
+    sources['events'] = {run.name: measure.events(run) for run in runs}
+    source = max(sources, key=lambda name: sum(value is not None for value in sources[name].values()))
+    values = sources[source]
     spreads = {side.name: _spread([values[run.name] for run in side.runs], statistic) for side in sides}
     (_, baseline), *others = ((name, spread and spread.centre) for name, spread in spreads.items())
     not_comparable = frozenset(name for name, about in blocked.items() if measure.about in about)
@@ -256,13 +245,8 @@ def summed_up(values: np.ndarray, statistic: str, resamples: int) -> Tuple[np.nd
         return np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
     drawn = np.random.default_rng(0).integers(len(values), size=(len(values), resamples))
     tail = (100. - CONFIDENCE) / 2
-    low, high = np.percentile(_interquartile_mean(values[drawn]), [tail, 100. - tail], axis=0)
-    return _interquartile_mean(values), low, high
-
-
-def _interquartile_mean(values: np.ndarray) -> np.ndarray:
-    cut = len(values) // 4
-    return np.sort(values, axis=0)[cut:len(values) - cut].mean(axis=0)
+    low, high = np.percentile(trim_mean(values[drawn], 0.25, axis=0), [tail, 100. - tail], axis=0)
+    return trim_mean(values, 0.25, axis=0), low, high
 
 
 def _ratio(one: Number, other: Number) -> Number:
@@ -292,14 +276,52 @@ def _notes(runs: Sequence[TrainedRun]) -> List[Caution]:
     return list(map(Caution, resumed + [f'{run.name}: {note}' for run in runs for note in run.notes]))
 
 
+def _environment(run: TrainedRun) -> Any:
+    keys = ('env.env_id', 'env.env_name', 'env.type')
+    return next((run.config[key] for key in keys if run.config.get(key) is not None), None)
+
+
+def _device(run: TrainedRun) -> Any:
+    return run.from_summary('device') or run.config.get(WORLD_MODEL + 'device')
+
+
+def _of_machine(key: str) -> Callable[[TrainedRun], Any]:
+    """What a run says of its machine; one without a GPU says so."""
+    def value_of(run: TrainedRun) -> Any:
+        machine = run.from_summary('machine')
+        return (machine[key] or 'none') if isinstance(machine, dict) and key in machine else None
+
+    return value_of
+
+
+# What runs must have one value of to be comparable.
+ENVIRONMENT = {'environments': _environment}
+BUDGETS = {
+    'budgets of environment steps': lambda run: run.from_summary('max_env_step'),
+    'budgets of training iterations': lambda run: run.from_summary('max_train_iter'),
+}
+MACHINE = {
+    'devices': _device, 'numbers of processes': lambda run: run.from_summary('processes'),
+    'systems': _of_machine('system'), 'processors': _of_machine('processor'), 'CPUs': _of_machine('cpu'),
+    'numbers of CPUs': _of_machine('cpus'), 'numbers of threads': _of_machine('threads'), 'GPUs': _of_machine('gpu'),
+    'versions of Python': _of_machine('python'), 'versions of torch': _of_machine('torch'),
+    'versions of DI-engine': _of_machine('ding'),
+}
+HOST = {'hosts': lambda run: run.host}
+
+
 def _warnings(sides: Sequence[Side]) -> List[Caution]:
     runs = [run for side in sides for run in side.runs]
+    budgets = _disagreements(sides, BUDGETS, 'times and rewards are not comparable', TIMES_AND_REWARDS)
+    machines = _disagreements(sides, MACHINE, 'times and memory are not comparable', TIMES_AND_MEMORY)
     return [
         *_one_side(sides),
-        *_disagreement(sides, 'environments', _environment, 'nothing here is comparable', EVERYTHING),
+        *_disagreements(sides, ENVIRONMENT, 'nothing here is comparable', EVERYTHING),
         *_seeds(sides),
-        *_budgets(sides, runs),
-        *_machines(sides),
+        *(Caution(f"{run.name} ended early: {run.summary['outcome']}") for run in runs
+          if run.summary.get('outcome', 'done') != 'done'),
+        *(budgets or _other_steps(runs)),
+        *(machines or _disagreements(sides, HOST, 'times are comparable if these are of one kind')),
         *_at_once(runs),
     ]
 
@@ -315,42 +337,20 @@ def _seeds(sides: Sequence[Side]) -> List[Caution]:
     seeds = {side.name: sorted(run.seed for run in side.runs if run.seed is not None) for side in sides}
     warnings = []
     if any(found != seeds[sides[0].name] for found in seeds.values()):
-        said = '; '.join(f"{name}: {', '.join(map(str, found)) or 'unknown'}" for name, found in seeds.items())
-        warnings.append(Caution(f'Other seeds: {said}'))
+        warnings.append(Caution(f'Other seeds: {_by_side(seeds)}'))
     single = [f"'{side.name}'" for side in sides if len(side.runs) == 1]
     if single:
         warnings.append(Caution(f"One run of {' and of '.join(single)}: without a spread, chance cannot be told from "
                                 'effect'))
     return warnings
 
-
-def _budgets(sides: Sequence[Side], runs: Sequence[TrainedRun]) -> List[Caution]:
-    early = [Caution(f"{run.name} ended early: {run.summary['outcome']}") for run in runs
-             if run.summary.get('outcome', 'done') != 'done']
-    asked = []
-    for key, title in BUDGETS.items():
-        asked += _disagreement(sides, f'budgets of {title}', operator.methodcaller('from_summary', key),
-                               'times and rewards are not comparable', TIMES_AND_REWARDS)
+def _other_steps(runs: Sequence[TrainedRun]) -> List[Caution]:
     steps = {run.name: run.env_step for run in runs if run.env_step is not None}
-    if asked or not steps:
-        return early + asked
-    least, most = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
-    if steps[least] < BUDGET_TOLERANCE * steps[most]:
-        early.append(Caution(f'Other budgets: {least} has {steps[least]:,} environment steps, {most} '
-                             f'{steps[most]:,}: times and rewards are not comparable', TIMES_AND_REWARDS))
-    return early
-
-
-def _machines(sides: Sequence[Side]) -> List[Caution]:
-    effect = 'times and memory are not comparable', TIMES_AND_MEMORY
-    warnings = [
-        *_disagreement(sides, 'devices', _device, *effect),
-        *_disagreement(sides, 'numbers of processes', operator.methodcaller('from_summary', 'processes'), *effect),
-    ]
-    for key, title in MACHINE.items():
-        warnings += _disagreement(sides, title, functools.partial(_of_machine, key=key), *effect)
-    return warnings or _disagreement(sides, 'hosts', operator.attrgetter('host'),
-                                     'times are comparable if these are of one kind')
+    least, most = min(steps, key=steps.__getitem__, default=''), max(steps, key=steps.__getitem__, default='')
+    if not steps or steps[least] >= BUDGET_TOLERANCE * steps[most]:
+        return []
+    return [Caution(f'Other budgets: {least} has {steps[least]:,} environment steps, {most} {steps[most]:,}: times and '
+                    'rewards are not comparable', TIMES_AND_REWARDS)]
 
 
 def _at_once(runs: Sequence[TrainedRun]) -> List[Caution]:
@@ -364,29 +364,20 @@ def _at_once(runs: Sequence[TrainedRun]) -> List[Caution]:
     return []
 
 
-def _disagreement(sides: Sequence[Side], what: str, value_of: Callable[[TrainedRun], Any], effect: str,
-                  blocks: Tuple[str, ...] = ()) -> List[Caution]:
-    """One line if runs are known to have more than one value."""
-    values = {side.name: _distinct(f'{value:,}' if isinstance(value, int) else str(value)
-                                   for value in map(value_of, side.runs) if value is not None) for side in sides}
-    if len({value for found in values.values() for value in found}) < 2:
-        return []
-    said = '; '.join(f"{name}: {', '.join(found) or 'unknown'}" for name, found in values.items())
-    return [Caution(f'Other {what} ({said}): {effect}', blocks)]
+def _disagreements(sides: Sequence[Side], values_of: Mapping[str, Callable[[TrainedRun], Any]], effect: str,
+                   blocks: Tuple[str, ...] = ()) -> List[Caution]:
+    """A line for each thing that runs are known to have more than one value of."""
+    cautions = []
+    for what, value_of in values_of.items():
+        values = {side.name: _distinct(f'{value:,}' if isinstance(value, int) else str(value)
+                                       for value in map(value_of, side.runs) if value is not None) for side in sides}
+        if len(set(itertools.chain(*values.values()))) > 1:
+            cautions.append(Caution(f'Other {what} ({_by_side(values)}): {effect}', blocks))
+    return cautions
 
 
-def _environment(run: TrainedRun) -> Any:
-    return next((run.config[key] for key in ENVIRONMENT if run.config.get(key) is not None), None)
-
-
-def _device(run: TrainedRun) -> Any:
-    return run.summary.get('device') or run.config.get(WORLD_MODEL + 'device')
-
-
-def _of_machine(run: TrainedRun, key: str) -> Any:
-    """A machine without a GPU says so."""
-    machine = run.from_summary('machine')
-    return (machine[key] or 'none') if isinstance(machine, dict) and key in machine else None
+def _by_side(values: Dict[str, List[Any]]) -> str:
+    return '; '.join(f"{name}: {', '.join(map(str, found)) or 'unknown'}" for name, found in values.items())
 
 
 def _distinct(texts: Iterable[str]) -> List[str]:

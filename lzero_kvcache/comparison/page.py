@@ -5,6 +5,8 @@ The comparison as curves in a picture, and as one page with everything in it: pi
 import base64
 import io
 from html import escape
+from pathlib import Path
+from string import Template
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -47,13 +49,12 @@ class Panel(NamedTuple):
     against: str
     factor: float = 1.
     from_zero: bool = False
-    top: Optional[float] = None
 
 
 PANELS = (
     Panel('Reward of evaluations', REWARD, STEPS),
     Panel('Reward of evaluations', REWARD, MINUTES),
-    Panel('Root contexts found, %', CACHE_BY_STEP + 'init_hit_rate', STEPS, 100., True, 104.),
+    Panel('Root contexts found, %', CACHE_BY_STEP + 'init_hit_rate', STEPS, 100., True),
     Panel('Time of a search, ms', CACHE_BY_STEP + 'search_ms', STEPS, from_zero=True),
     Panel('Memory of the cache, MiB', CACHE_BY_STEP + 'memory_mb', STEPS, from_zero=True),
     Panel('Memory of the process, MiB', HOST_MEMORY, MINUTES, from_zero=True),
@@ -107,7 +108,7 @@ def _draw_panel(axes: Any, panel: Panel, comparison: Comparison) -> None:
     axes.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
     axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
     if panel.from_zero:
-        axes.set_ylim(0, panel.top or 1.08 * axes.dataLim.y1 or None)
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1 or None)
     axes.set_xlim(left=min(0, axes.dataLim.x0))
 
 
@@ -139,66 +140,22 @@ def band_of(lines: Sequence[Line], statistic: str) -> Optional[Tuple[np.ndarray,
 
 # ---- page ------------------------------------------------------------------------------------------------------------
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --quiet: #59636e; --rule: #d7dce1;
-  --stripe: #f6f8fa; --note: #fff5e0; --note-rule: #d4820f; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15181c; --ink: #dde2e8; --quiet: #9aa4af; --rule: #343a41; --stripe: #1b1f24;
-    --note: #2b2312; --note-rule: #d29922; }
-  img { filter: invert(.92) hue-rotate(180deg); }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 3rem; max-width: 80rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p { margin: .25rem 0; }
-.quiet { color: var(--quiet); }
-.notes { margin: 1.25rem 0; padding: .6rem 1rem; border-left: 4px solid var(--note-rule); background: var(--note); }
-.notes ul { margin: .25rem 0; padding-left: 1.1rem; }
-footer { margin-top: 2.2rem; font-size: .9rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-.scroll:focus-visible { outline: 2px solid var(--note-rule); }
-table { position: relative; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
-thead th { border-bottom: 2px solid var(--rule); }
-tbody tr:nth-child(odd) { background: var(--stripe); }
-tbody th { font-weight: 500; }
-.numbers th:not(:first-child), .numbers td { text-align: right; white-space: nowrap; }
-.keys td { min-width: 6rem; }
-code { font: .92em ui-monospace, SFMono-Regular, Menlo, monospace; overflow-wrap: anywhere; }
-figure { margin: 0; }
-img { display: block; width: 100%; min-width: 60rem; height: auto; }
-figcaption { color: var(--quiet); padding-top: .4rem; }
-@media (max-width: 40rem) { th, td { padding: .3rem .45rem; font-size: .9rem; } }
-"""
-# The browser itself refuses whatever would have to be fetched.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# Its policy has the browser itself refuse whatever would have to be fetched.
+TEMPLATE = Template(Path(__file__).with_name('page.html').read_text(encoding='utf-8'))
 CURVES = {MEDIAN: 'Thick: the median of all runs of a side; band: their range; thin: each run.',
           INTERQUARTILE_MEAN: 'Thick: the interquartile mean of all runs of a side; band: its 95% bootstrap interval; '
                               'thin: each run.'}
-VERDICTS = 'A dash stands where there is no number, or where the sides are not comparable.'
 
 
 def report_of(comparison: Comparison) -> str:
     """The page as HTML."""
-    title = f'KV cache: {escape(comparison.title)}'
     baseline, *others = (side.name for side in comparison.sides)
     lead = runs_text(len(comparison.runs)) + (f'; {_listed(others)} against {baseline}' if others else ' of one side')
-    return '\n'.join([
-        '<!DOCTYPE html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<title>{title}</title>', f'<style>{STYLE}</style>', '</head>', '<body>', '<main>',
-        f'<h1>{title}</h1>', f'<p class="quiet">{escape(lead)}</p>', _notes(comparison),
-        '<h2 id="measures">Measures</h2>', f'<p class="quiet">{VERDICTS}</p>',
-        _table(measures_table(comparison), 'numbers', 'measures'),
-        '<h2 id="curves">Curves</h2>', _figure(comparison),
-        '<h2 id="configs">Configs</h2>', _configs(comparison),
-        '<h2 id="runs">Runs</h2>', _table(runs_table(comparison), 'numbers', 'runs'),
-        '</main>', f'<footer class="quiet">{_paragraphs(origin(comparison))}</footer>', '</body>', '</html>', '',
-    ])
+    return TEMPLATE.substitute(
+        title=f'KV cache: {escape(comparison.title)}', lead=escape(lead), notes=_notes(comparison),
+        measures=_table(measures_table(comparison), 'numbers', 'measures'), curves=_figure(comparison),
+        configs=_configs(comparison), runs=_table(runs_table(comparison), 'numbers', 'runs'),
+        origin=''.join(f'<p>{escape(line)}</p>' for line in origin(comparison)))
 
 
 def _notes(comparison: Comparison) -> str:
@@ -240,10 +197,6 @@ def _configs(comparison: Comparison) -> str:
     if sum(any(run.config for run in side.runs) for side in comparison.sides) > 1:
         return '<p>The configs are the same.</p>'
     return '<p>Unknown: fewer than two sides have a total_config.py.</p>'
-
-
-def _paragraphs(texts: Sequence[str]) -> str:
-    return ''.join(f'<p>{escape(text)}</p>' for text in texts)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -13,9 +13,8 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from tensorboard.util import tensor_util
 
-from ..config import FLAG, OPTIONS, ConfigError
+from ..config import FLAG, OPTIONS, ConfigError, picked_manager
 from ..run_files import CONFIG_FILE, EVENT_FILES, events, read_config
 
 EVENT_FILE, SUMMARY_FILE = 'tfevents', 'summary.json'
@@ -35,7 +34,7 @@ TAGS = frozenset([
 ])
 # What LightZero and this package write against environment steps is called NAME_step/TAG, and against iterations
 # NAME_iter/TAG. A file that goes on from a checkpoint begins with the iteration of the checkpoint, and with more steps.
-ENV_STEPS, ITERATIONS = '_step/', '_iter/'
+AXES = ENV_STEPS, ITERATIONS = '_step/', '_iter/'
 
 WORLD_MODEL = 'policy.model.world_model_cfg.'
 OLD = 'old'
@@ -93,9 +92,8 @@ class TrainedRun:
         """'old', 'new' or the name of a registered manager."""
         if not self.config:
             return self.summary.get('cache')
-        if not self.config.get(WORLD_MODEL + FLAG, False):
-            return OLD
-        return self.config.get(f'{WORLD_MODEL}{OPTIONS}.type', 'new')
+        flag, manager = (self.config.get(WORLD_MODEL + key) for key in (FLAG, f'{OPTIONS}.type'))
+        return picked_manager({FLAG: flag, OPTIONS: {'type': manager}})
 
     @property
     def seed(self) -> Optional[int]:
@@ -209,56 +207,59 @@ def read_run(run: TrainedRun) -> None:
 class _EventFile:
     """
     One event file as far as it is whole; ``fault`` says what is missing. ``points`` has step, number of the event and
-    value in turn for each tag, ``reached`` each highest step so far of an axis and the number of its event.
+    value in turn for each tag, ``steps`` step and number of the event of each scalar of an axis.
     """
 
     def __init__(self, path: str) -> None:
-        self.points: Dict[str, array] = defaultdict(lambda: array('d'))
-        self.reached: Dict[str, List[Tuple[int, int]]] = {ENV_STEPS: [], ITERATIONS: []}
         self.fault: Optional[str] = None
-        self._counts, times = array('q'), array('d')
-        self.scalars = 0
+        self.points: Dict[str, array] = defaultdict(lambda: array('d'))
+        steps: Dict[str, array] = {axis: array('q') for axis in AXES}
+        times, scalars = array('d'), array('q')
         try:
             for event in _whole_events(path):
-                for value in event.summary.value:
-                    number = _scalar(value)
-                    if number is not None:
-                        self._add(event.step, len(times), value.tag, number)
+                numbers = {value.tag: value.simple_value for value in event.summary.value
+                           if value.HasField('simple_value')}
+                for tag, number in numbers.items():
+                    if tag in TAGS:
+                        self.points[tag].extend((event.step, len(times), number))
+                    for axis in AXES:
+                        if axis in tag:
+                            steps[axis].extend((event.step, len(times)))
                 times.append(event.wall_time)
-                self._counts.append(self.scalars)
+                scalars.append(len(numbers))
         except Unreadable as error:
             self.fault = str(error)
         self.end = len(times)
+        self.steps = {axis: np.array(held).reshape(-1, 2) for axis, held in steps.items()}
+        self.scalars = np.array(scalars)  # of each event
         # Times are those of a clock that is never set back.
         passed = np.diff(times, prepend=times[:1])
         back = np.where(passed < -CLOCK_TOLERANCE, -passed, 0.)
         self.set_back = back.sum()
         self._clock = np.maximum.accumulate(np.array(times) + np.cumsum(back))
 
-    def _add(self, step: int, event: int, tag: str, number: float) -> None:
-        self.scalars += 1
-        if tag in TAGS:
-            self.points[tag].extend((step, event, number))
-        for axis, reached in self.reached.items():
-            if axis in tag and (not reached or step > reached[-1][0]):
-                reached.append((step, event))
-
     def cut_off(self, later: '_EventFile') -> None:
         """End where another file went on from a checkpoint, if it did within this one."""
-        for axis, reached in self.reached.items():
-            if reached and later.reached[axis] and reached[0][0] < later.reached[axis][0][0]:
-                first = later.reached[axis][0][0]
-                beyond = [event for step, event in reached if step > first or (step == first and axis == ITERATIONS)]
-                self.end = min([self.end, *beyond])
+        for axis, own in self.steps.items():
+            of_later = later.steps[axis]
+            if len(own) and len(of_later) and own[0, 0] < of_later[0, 0]:
+                beyond = own[own[:, 0] >= of_later[0, 0] + (axis == ENV_STEPS), 1]
+                self.end = min([self.end, *beyond[:1]])
 
     @property
     def abandoned(self) -> int:
         """How many points are cut off."""
-        return self.scalars - (self._counts[self.end - 1] if self.end else 0)
+        return self.scalars[self.end:].sum()
+
+    @property
+    def env_steps(self) -> np.ndarray:
+        """Those of all scalars that are not cut off."""
+        steps, numbers = self.steps[ENV_STEPS].T
+        return steps[numbers < self.end]
 
     @property
     def span(self) -> Span:
-        last = int(np.searchsorted(self._counts, self._counts[self.end - 1])) if self.end else 0
+        last = np.flatnonzero(self.scalars[:self.end]).max(initial=0)
         return (self._clock[0], self._clock[last]) if self.end else (0., 0.)
 
     def curve(self, tag: str) -> np.ndarray:
@@ -274,21 +275,21 @@ def _read_events(run: TrainedRun) -> None:
         raise Unreadable('no event file in it')
     files = [_EventFile(path) for path in run.event_files]
     faults = [file.fault for file in files if file.fault]
-    filled = [file for file in files if file.scalars]
+    filled = [file for file in files if file.scalars.any()]
     if not filled:
         raise Unreadable('; '.join(faults) or 'no scalar in ' + ', '.join(map(os.path.basename, run.event_files)))
     for earlier, later in itertools.combinations(filled, 2):
         earlier.cut_off(later)
     run.spans = _united([file.span for file in filled if file.end])
-    run.points = sum(file.scalars for file in filled)
+    run.points = sum(int(file.scalars.sum()) for file in filled)
     for tag in sorted({tag for file in filled for tag in file.points}):
         parts = sorted(filter(len, (file.curve(tag) for file in filled)), key=lambda part: part[0, 0])
         if parts:
             steps, times, values = np.concatenate(parts).T
             seconds = sum((np.clip(times, *span) - span[0] for span in run.spans), np.zeros_like(times))
             run.curves[tag] = Curve(steps.astype(int), seconds, values)
-    run.env_step = max((step for file in filled for step, event in file.reached[ENV_STEPS] if event < file.end),
-                       default=None)
+    env_steps = np.concatenate([file.env_steps for file in filled])
+    run.env_step = int(env_steps.max()) if len(env_steps) else None
     set_back, abandoned = sum(file.set_back for file in filled), sum(file.abandoned for file in filled)
     run.notes += faults
     if set_back:
@@ -314,16 +315,6 @@ def _whole_events(path: str) -> Iterator[Any]:
     if done < size:
         raise Unreadable(f'{name} breaks off or is damaged after {done:,} of {size:,} bytes; '
                          f'the rest, {(size - done) / size:.1%}, is missing')
-
-
-def _scalar(value: Any) -> Optional[float]:
-    """A scalar of the older or the newer form; None for anything else."""
-    kind = value.WhichOneof('value')
-    if kind == 'simple_value':
-        return value.simple_value
-    if kind == 'tensor' and value.metadata.plugin_data.plugin_name == 'scalars':
-        return float(tensor_util.make_ndarray(value.tensor).item())
-    return None
 
 
 def _united(spans: Sequence[Span]) -> List[Span]:

@@ -2,7 +2,7 @@
 import datetime
 import shlex
 import sys
-from typing import Iterator, List, NamedTuple, Optional, Sequence
+from typing import List, NamedTuple, Optional, Sequence
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -179,18 +179,11 @@ def show(comparison: Comparison, console: Console) -> None:
         line(console, text)
 
 
-def _beside_each_other(runs: Sequence[TrainedRun], width: int) -> Iterator[List[TrainedRun]]:
+def _beside_each_other(runs: Sequence[TrainedRun], width: int) -> List[Sequence[TrainedRun]]:
     """Runs in turn, as many at once as a table of this width has columns for."""
-    beside: List[TrainedRun] = []
-    used = start = TITLE_WIDTH + 2 * RULE_WIDTH
-    for run in runs:
-        needed = max(len(run.name), VALUE_WIDTH) + RULE_WIDTH
-        if beside and used + needed > width:
-            yield beside
-            beside, used = [], start
-        beside.append(run)
-        used += needed
-    yield beside
+    column = max(VALUE_WIDTH, *(len(run.name) for run in runs)) + RULE_WIDTH
+    at_once = max(1, (width - TITLE_WIDTH - 2 * RULE_WIDTH) // column)
+    return [runs[first:first + at_once] for first in range(0, len(runs), at_once)]
 
 
 def line(console: Console, text: str) -> None:

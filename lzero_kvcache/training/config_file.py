@@ -1,7 +1,8 @@
 """
 Loads what a LightZero config file declares. Loading runs the file, which is Python code, but never a
-training. Changing what was loaded is the business of ``overrides.py``.
+training. Changing what was loaded is the business of ``plan.py``.
 """
+import argparse
 import atexit
 import contextlib
 import copy
@@ -11,7 +12,7 @@ import os
 import tempfile
 import traceback
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 from easydict import EasyDict
 
@@ -20,20 +21,29 @@ import lzero_kvcache_options
 from ..config import ConfigError
 from ..host.entries import recorded_call
 from ..host.patches import ENTRIES, applied, forget_configs
-from ..loading import POLICIES
+from ..summary import TRAIN
 from .error_hints import hint
 
 # LightZero's Atari files build their config in ``main(env_id, seed)``, whose arguments come from the command line.
 MAIN_DEFAULTS = {'env_id': 'PongNoFrameskip-v4', 'seed': 0}
+# What a config file may declare beside its configs and its entry, each with the least that it can be.
+COUNTS = {'seed': 0, 'max_env_step': 1, 'max_train_iter': 1, 'threads': 1}
+
+NEEDED = ('main_config.env', 'main_config.policy', 'main_config.policy.model.world_model_cfg', 'create_config.env',
+          'create_config.env_manager', 'create_config.policy')
 
 # The folder of the last config, and what ends that its files can be imported: the process has one import path.
 _beside: Dict[str, contextlib.ExitStack] = {}
 
 
 @dataclass
-class LoadedConfig:
-    """What a config file declares, copied, so that changing it changes no module."""
-    path: str
+class Plan:
+    """
+    What a run needs to know: what the config file of this path declares, copied, so that changing it changes no module,
+    and what a user wants of it. ``checkpoint`` is what a training goes on from, in the same folder if ``in_place``, or
+    what is evaluated.
+    """
+    config: str
     main_config: EasyDict
     create_config: EasyDict
     entry: str
@@ -41,6 +51,11 @@ class LoadedConfig:
     max_env_step: Optional[int] = None
     max_train_iter: Optional[int] = None
     threads: Optional[int] = None
+    task: str = TRAIN
+    checkpoint: Optional[str] = None
+    in_place: bool = False
+    keep_checkpoints: Optional[int] = None
+    overrides: Sequence[str] = ()
 
 
 def find_config(name: str) -> str:
@@ -51,7 +66,7 @@ def find_config(name: str) -> str:
         raise ConfigError(str(error)) from None
 
 
-def load_config(name: str) -> LoadedConfig:
+def load_config(name: str) -> Plan:
     """
     Load a config file that declares ``main_config`` and ``create_config``, or, as LightZero's Atari files do, builds
     them in a function ``main`` that ends in a training. No training starts. Files beside it can be imported from then
@@ -64,16 +79,11 @@ def load_config(name: str) -> LoadedConfig:
     main_config = _as_config(declared['main_config'], 'main_config', path)
     create_config = _as_config(declared['create_config'], 'create_config', path)
     _check_shape(main_config, create_config, path)
-    return LoadedConfig(
-        path=path,
-        main_config=main_config,
-        create_config=create_config,
-        entry=_entry_of(declared.get('entry'), main_config, path),
-        seed=_whole_number(declared.get('seed', 0), 'seed', path, minimum=0) or 0,
-        max_env_step=_whole_number(declared.get('max_env_step'), 'max_env_step', path),
-        max_train_iter=_whole_number(declared.get('max_train_iter'), 'max_train_iter', path),
-        threads=_whole_number(declared.get('threads'), 'threads', path),
-    )
+    plan = Plan(path, main_config, create_config, _entry_of(declared.get('entry'), main_config, path))
+    for key, minimum in COUNTS.items():
+        if declared.get(key) is not None:
+            setattr(plan, key, _whole_number(declared[key], key, path, minimum))
+    return plan
 
 
 def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[str, Any]:
@@ -168,18 +178,12 @@ def _entry_of(declared: Any, main_config: EasyDict, path: str) -> str:
 
 
 def _check_shape(main_config: EasyDict, create_config: EasyDict, path: str) -> None:
-    for tree, name, keys in ((main_config, 'main_config', ('env', 'policy')),
-                             (create_config, 'create_config', ('env', 'env_manager', 'policy'))):
-        for key in keys:
-            if not isinstance(tree.get(key), dict):
-                raise ConfigError(f"{path}: {name}.{key} is missing; LightZero's configs have it")
-    policy = create_config.policy.get('type')
-    if policy not in POLICIES:
-        raise ConfigError(
-            "{}: create_config.policy.type is {!r}; this trains {}".format(path, policy, ' and '.join(POLICIES))
-        )
-    if not isinstance(main_config.policy.get('model', {}).get('world_model_cfg'), dict):
-        raise ConfigError(f"{path}: main_config.policy.model.world_model_cfg is missing")
+    for needed in NEEDED:
+        node: Any = dict(main_config=main_config, create_config=create_config)
+        for key in needed.split('.'):
+            node = node.get(key) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise ConfigError(f"{path}: {needed} is missing; LightZero's UniZero configs have it")
 
 
 def _as_config(value: Any, name: str, path: str) -> EasyDict:
@@ -188,13 +192,8 @@ def _as_config(value: Any, name: str, path: str) -> EasyDict:
     return EasyDict(copy.deepcopy(value))
 
 
-def _whole_number(value: Any, name: str, path: str, minimum: int = 1) -> Optional[int]:
-    """A count that may be written as 2e5; None for None."""
-    if value is None:
-        return None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or value != value or value in (float('inf'), float('-inf')) or value != int(value):
-        raise ConfigError(f"{path}: {name} = {value!r} is not a whole number")
-    if value < minimum:
-        raise ConfigError(f"{path}: {name} = {value!r}; it must be at least {minimum}")
-    return int(value)
+def _whole_number(value: Any, name: str, path: str, minimum: int) -> int:
+    try:
+        return lzero_kvcache_options.count(minimum)(value)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f'{path}: {name} = {error}') from None

@@ -6,19 +6,12 @@ from typing import Iterator, Optional
 from ..config import ConfigError
 from ..host import entries
 
-# What LightZero's environments need, by module.
+# What LightZero's environments need beside what LightZero itself does, by module.
 PACKAGES = {
-    'ale_py': "'gym[atari]==0.25.1' 'ale-py==0.8.1'",
-    'atari_py': "'gym[atari]==0.25.1' 'ale-py==0.8.1'",
     'Box2D': 'Box2D==2.3.10',
     'cv2': "'opencv-python-headless<4.11'",
-    'ding': "'DI-engine>=0.5.3'",
-    'gym': "'gym==0.25.1'",
-    'gymnasium': "'gymnasium==0.28.0'",
-    'lzero': "'LightZero>=0.2.0'",
     'pygame': 'pygame',
     'pycolab': "'pycolab==1.2'",
-    'zoo': "'LightZero>=0.2.0'",
 }
 ROMS = "pip install --target atari_roms --no-deps ale-py==0.10.1 && ale-import-roms atari_roms/ale_py/roms"
 _ROM_MESSAGE = re.compile(r"unable to find (the )?game|ROM.{0,80}(not (found|supported)|missing)|ale-import-roms", re.I)
@@ -48,8 +41,6 @@ def hint(error: BaseException) -> Optional[str]:
         return f'the checkpoint is of another model: {text[:300]}; use the config that it was trained with'
     if _ROM_MESSAGE.search(text):
         return f"the game's ROM file is not installed; {ROMS}"
-    if isinstance(error, TypeError) and 'Descriptors cannot be created directly' in text:
-        return "wandb is too old for this protobuf; pip install 'wandb>=0.16,<=0.19.0' 'protobuf<6' 'tensorboard<2.21'"
     return None
 
 
@@ -58,6 +49,8 @@ def hinted() -> Iterator[None]:
     """Turn an error that a user can mend into a ``ConfigError`` that says how."""
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:
         line = hint(error)
         if line is None:

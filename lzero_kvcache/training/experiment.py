@@ -12,11 +12,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-from ..config import FLAG, LIGHTZERO, OPTIONS, PREFIX, ConfigError
+from ..config import FLAG, OPTIONS, PREFIX, ConfigError, system_of
 from ..summary import TRAIN, Result, read_summary, write_json
 from .checkpoints import CHECKPOINTS, read_checkpoint
+from .config_file import Plan
 from .overrides import cache_defaults, known_leaves
-from .plan import Plan, make_plan
+from .plan import make_plan
 
 PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
 EXPERIMENT = 'experiment.json'
@@ -59,25 +60,24 @@ class Trial:
         result = read_summary(self.folder)
         if result is None or result.exit_code != 0 or result.task != TRAIN:
             return None
-        system = result.cache if result.cache in ('old', LIGHTZERO) else 'new'  # with whichever manager
-        return result if (result.seed, system) == (self.seed, self.cache) else None
+        return result if (result.seed, system_of(result.cache)) == (self.seed, self.cache) else None
 
 
 class Experiment:
-    """Trainings below one folder that differ in cache system and seed alone. What cannot be started is refused."""
+    """
+    Trainings below one folder that differ in cache system and seed alone; ``changes`` are what else ``make_plan`` is
+    given. What cannot be started is refused.
+    """
 
-    def __init__(self, folder: str, config: str, caches: Sequence[str], seeds: Sequence[int], *,
-                 max_env_step: Optional[int] = None, device: Optional[str] = None, threads: Optional[int] = None,
-                 overrides: Sequence[str] = ()) -> None:
+    def __init__(self, folder: str, config: str, caches: Sequence[str], seeds: Sequence[int], **changes: Any) -> None:
         self.folder = folder
         self.caches, self.seeds = list(dict.fromkeys(caches)), list(dict.fromkeys(seeds))
-        self._config = config
-        self._changes: Dict[str, Any] = dict(
-            max_env_step=max_env_step, device=device, threads=threads, overrides=overrides)
-        plans = [self._plan(cache) for cache in self.caches]
-        if plans[0].max_env_step is None:
-            raise ConfigError(f'{plans[0].config} has no max_env_step, and every run must end; give --max-env-step')
-        self.max_env_step: int = plans[0].max_env_step
+        self._config, self._changes = config, changes
+        plan, *_ = [make_plan(config, cache=cache, exp_name=EXPERIMENT, **changes) for cache in ('old', *self.caches)]
+        if plan.max_env_step is None:
+            raise ConfigError(f'{plan.config} has no max_env_step, and every run must end; give --max-env-step')
+        self._plan = plan  # of the old system, whichever are asked for
+        self.max_env_step: int = plan.max_env_step
         # Seeds in the outer loop: whatever else the machine does meanwhile slows both systems.
         self.trials = [
             Trial(cache, seed, os.path.join(folder, f'{cache}_seed{seed}'))
@@ -87,15 +87,16 @@ class Experiment:
     @property
     def options(self) -> List[str]:
         """What is given to ``train.py`` in every training."""
-        *singles, overrides = self._changes.items()
-        given = [part for name, value in singles if value is not None
+        singles = dict(self._changes)
+        overrides = singles.pop('overrides', ())
+        given = [part for name, value in singles.items() if value is not None
                  for part in ('--' + name.replace('_', '-'), str(value))]
-        return given + (['--set', *overrides[1]] if overrides[1] else [])
+        return given + (['--set', *overrides] if overrides else [])
 
     @property
     def settings(self) -> Dict[str, Any]:
         """What ``experiment.json`` holds."""
-        plan = self._plan('old')  # whichever systems are asked for
+        plan = self._plan
         return dict(
             config=plan.config, caches=self.caches, seeds=self.seeds, max_env_step=plan.max_env_step,
             max_train_iter=plan.max_train_iter, threads=plan.threads,
@@ -142,9 +143,6 @@ class Experiment:
             os.rename(trial.folder, f'{trial.folder}_cut_off{attempt}')
         return command + ['--exp-name', trial.folder]
 
-    def _plan(self, cache: str) -> Plan:
-        return make_plan(self._config, cache=cache, exp_name=EXPERIMENT, **self._changes)
-
     def _agreed(self, path: str) -> Dict[str, Any]:
         """The settings, with the seeds and systems that are there already."""
         settings = self.settings
@@ -164,7 +162,7 @@ class Experiment:
                 f'--out {self.folder}: is an experiment of a later version of this program (values_version={version!r} '
                 f'in {EXPERIMENT}, not {VALUES_VERSION}); give another --out'
             )
-        asked = settings if version == VALUES_VERSION else {**settings, 'values': _hash(self._plan('old'), version)}
+        asked = settings if version == VALUES_VERSION else {**settings, 'values': _hash(self._plan, version)}
         for name in FIXED:
             was, now = held.get(name), asked[name]
             if was != now:

@@ -8,25 +8,24 @@ import torch
 
 from lzero_kvcache_options import lightzero_configs, our_configs
 
-from ..config import LIGHTZERO, ConfigError
+from ..config import LIGHTZERO, MIB, ConfigError
 from ..engine.launch import picked
-from ..engine.slab import MIB
 from ..host import entries
 from ..host.lightzero import lightzero
 from ..loading import check_config
 from ..summary import version_of
+from .config_file import Plan
 from .error_hints import hinted
-from .plan import Plan, make_plan, set_cache, set_device
+from .plan import make_plan, set_cache, set_device
 
 Rows = List[Tuple[str, str]]
 
 
 def installed() -> Rows:
     """Versions, and what runs are made on."""
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    on_device = f'cpu, {os.cpu_count()} processors'
-    if device.type == 'cuda':
-        on_device = f'cuda, {torch.cuda.get_device_name()}'
+    device, named = 'cpu', f'{os.cpu_count()} processors'
+    if torch.cuda.is_available():
+        device, named = 'cuda', torch.cuda.get_device_name()
     return [
         ('lzero_kvcache', version_of('lzero_kvcache')),
         ('python', platform.python_version()),
@@ -34,8 +33,8 @@ def installed() -> Rows:
         ('LightZero', f"{version_of('LightZero')}, {lightzero.NAME}: {lightzero.SIGN}"),
         ('served of it', lightzero.SERVED),
         ('DI-engine', version_of('DI-engine')),
-        ('device', on_device),
-        ("backend 'auto'", picked('auto', device)),
+        ('device', f'{device}, {named}'),
+        ("backend 'auto'", picked('auto', torch.device(device))),
     ]
 
 
@@ -52,9 +51,9 @@ def of_plan(plan: Plan) -> Rows:
         set_cache('old', *configs)
         old = entries.build_policy(*configs)._model.world_model.kv_cache_manager
     rows: Rows = [('policy', str(plan.create_config.policy.type)), ('device', device)]
+    memory_now = ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB')
     if options.system == LIGHTZERO:
-        return [*rows, ('cache system', "LightZero's own new manager"),
-                ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB')]
+        return [*rows, ('cache system', "LightZero's own new manager"), memory_now]
     if options.system == 'old':
         return [
             *rows,
@@ -63,10 +62,10 @@ def of_plan(plan: Plan) -> Rows:
             ('recurrent pool', f'{getattr(model, lightzero.RECURRENT_SLOTS):,} contexts'),
             ('working batch', f'{model.env_num} contexts'),
             ('context', f'{model.context_length} tokens'),
-            ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB'),
+            memory_now,
             ('memory at the most', _at_most(manager)),
         ]
-    slab, pages = manager.storage.slab, manager.page_capacity
+    slab, pages, evaluated = manager.storage.slab, manager.page_capacity, policy._cfg.evaluator_env_num
     bound = 'none' if options.max_memory_mb is None else f'{options.max_memory_mb:,.2f} MiB'
     return [
         *rows,
@@ -75,13 +74,13 @@ def of_plan(plan: Plan) -> Rows:
         ('backend', f'{picked(options.backend, torch.device(device))}, of {options.backend!r}'),
         ('eviction', f'{options.eviction}; by hand only, a training evicts nothing'),
         ('init pools', f'{options.env_num} x {options.init_pool_size} contexts by key, by hand only'),
-        ('of evaluation', f'{policy._cfg.evaluator_env_num} x {options.init_pool_size} contexts by key, by hand only'),
-        ('newest roots', f'{options.env_num} + {policy._cfg.evaluator_env_num} contexts'),
+        ('of evaluation', f'{evaluated} x {options.init_pool_size} contexts by key, by hand only'),
+        ('newest roots', f'{options.env_num} + {evaluated} contexts'),
         ('recurrent pool', f'{options.recurrent_pool_size:,} contexts'),
         ('working batch', f'{options.env_num} contexts'),
         ('context', f'{model.context_length} tokens, stored as {manager.width} pages at the most'),
         ('pages', f'{pages:,} of {slab.page_bytes:,} bytes, {options.dtype}'),
-        ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB'),
+        memory_now,
         ('memory of pages', f'{pages * slab.page_bytes / MIB:,.2f} MiB'),
         ('bound of memory', bound),
         ('memory of the old system', _at_most(old)),

@@ -4,7 +4,7 @@ of it, the other side is changed so that it still holds, unless the user set tha
 training can run is refused where it does not hold.
 """
 import re
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Tuple
 
 from ..config import PREFIX, ConfigError
 from ..host.entries import atari_actions
@@ -55,30 +55,24 @@ def _is_cuda(device: Any) -> bool:
     return str(device).startswith('cuda')
 
 
-def _rules() -> List[Rule]:
-    rules = [
-        Rule(target, (source, ), _same, group in NEEDED_COPIES)
-        for group in NEEDED_COPIES + COPIES for target in group for source in group if source != target
-    ]
-    return rules + [
-        # Fewer episodes or segments than environments stop the collectors by an assertion.
-        Rule('policy.n_episode', ('env.collector_env_num', ), _same),
-        Rule('policy.num_segments', ('env.collector_env_num', ), _same),
-        Rule('env.n_evaluator_episode', ('env.evaluator_env_num', ), _same),
-        Rule(WM + 'env_num', ('env.collector_env_num', 'env.evaluator_env_num'), max),
-        Rule(WM + 'max_tokens', (WM + 'max_blocks', ), lambda blocks: 2 * blocks, needed=True),
-        Rule(WM + 'support_size', ('policy.model.support_scale', ), lambda scale: 2 * scale + 1, needed=True),
-        Rule(WM + 'support_size', ('policy.model.value_support_range', ), _count, needed=True),  # of the main branch
-        Rule(WM + 'num_unroll_steps', ('policy.num_unroll_steps', ), _same),
-        Rule(WM + 'max_blocks', ('policy.num_unroll_steps', ), _same),
-        Rule(WM + 'context_length_for_recurrent', (WM + 'context_length', ), _same),
-        Rule('policy.device', (WM + 'device', ), _same),
-        Rule('policy.cuda', (WM + 'device', ), _is_cuda),
-        Rule('policy.model.action_space_size', ('env.env_id', ), atari_actions, needed=True),
-    ]
-
-
-RULES = _rules()
+RULES = [
+    *(Rule(target, (source, ), _same, group in NEEDED_COPIES)
+      for group in NEEDED_COPIES + COPIES for target in group for source in group if source != target),
+    # Fewer episodes or segments than environments stop the collectors by an assertion.
+    Rule('policy.n_episode', ('env.collector_env_num', ), _same),
+    Rule('policy.num_segments', ('env.collector_env_num', ), _same),
+    Rule('env.n_evaluator_episode', ('env.evaluator_env_num', ), _same),
+    Rule(WM + 'env_num', ('env.collector_env_num', 'env.evaluator_env_num'), max),
+    Rule(WM + 'max_tokens', (WM + 'max_blocks', ), lambda blocks: 2 * blocks, needed=True),
+    Rule(WM + 'support_size', ('policy.model.support_scale', ), lambda scale: 2 * scale + 1, needed=True),
+    Rule(WM + 'support_size', ('policy.model.value_support_range', ), _count, needed=True),  # of the main branch
+    Rule(WM + 'num_unroll_steps', ('policy.num_unroll_steps', ), _same),
+    Rule(WM + 'max_blocks', ('policy.num_unroll_steps', ), _same),
+    Rule(WM + 'context_length_for_recurrent', (WM + 'context_length', ), _same),
+    Rule('policy.device', (WM + 'device', ), _same),
+    Rule('policy.cuda', (WM + 'device', ), _is_cuda),
+    Rule('policy.model.action_space_size', ('env.env_id', ), atari_actions, needed=True),
+]
 
 # How LightZero's experiment names spell a value: 'ns25', 'bs256'.
 NAME_TOKENS = (
@@ -110,19 +104,16 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
         for rule in RULES:
             if rule.target in complete or not any(source in complete for source in rule.sources):
                 continue
-            if not _held(rule, before):
+            held, now = _right(rule, before), {**before, **complete}
+            if held is None or held != before.get(rule.target) or None in (now[source] for source in rule.sources):
                 continue
-            sources = [complete.get(source, before[source]) for source in rule.sources]
-            if any(source is None for source in sources):
-                continue
-            value = rule.compute(*sources)
-            if value is None:
+            complete[rule.target] = _right(rule, now)
+            settled = False
+            if complete[rule.target] is None:
                 raise ConfigError(
                     f"{rule.sources[0]} = {complete[rule.sources[0]]!r}: nothing tells the {rule.target} that "
                     "goes with it; set that as well"
                 )
-            complete[rule.target] = value
-            settled = False
     name = before.get('exp_name')
     if isinstance(name, str) and 'exp_name' not in complete:
         renamed = rename(name, before, complete)
@@ -134,11 +125,9 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
 def check(values: Mapping[str, Any]) -> None:
     """Refuse the values of a complete config with which no training can run, in either system."""
     for rule in RULES:
-        held = [values.get(source) for source in rule.sources]
-        target = values.get(rule.target)
-        right = None if target is None or None in held else rule.compute(*held)
-        if rule.needed and right is not None and right != target:
-            said = ' and '.join(f'{source}={value!r}' for source, value in zip(rule.sources, held))
+        target, right = values.get(rule.target), _right(rule, values)
+        if rule.needed and None not in (target, right) and right != target:
+            said = ' and '.join(f'{source}={values[source]!r}' for source in rule.sources)
             raise ConfigError(f'{rule.target}={target!r} contradicts {said}: it must be {right!r}')
     heads, width = values[WM + 'num_heads'], values[WM + 'embed_dim']
     if width % heads:
@@ -163,13 +152,7 @@ def replace_token(name: str, token: str, old: Any, new: Any) -> str:
     return re.sub(pattern, lambda _: f'{token}{new}', name)
 
 
-def _held(rule: Rule, before: Mapping[str, Any]) -> bool:
-    if rule.target not in before or any(source not in before for source in rule.sources):
-        return False
-    values = [before[source] for source in rule.sources]
-    if any(value is None for value in values) or before[rule.target] is None:
-        return False
-    try:
-        return bool(rule.compute(*values) == before[rule.target])
-    except TypeError:
-        return False
+def _right(rule: Rule, values: Mapping[str, Any]) -> Any:
+    """What a rule's target must be; None where one of its sources says nothing, or nobody knows."""
+    sources = [values.get(source) for source in rule.sources]
+    return None if None in sources else rule.compute(*sources)

@@ -2,12 +2,14 @@
 Where output goes: LightZero, DI-engine and their worker processes write to the log file, and this package's log lines
 are shown on the terminal.
 """
+import contextlib
 import io
 import logging
 import os
 import re
 import sys
 import tempfile
+from types import SimpleNamespace
 from typing import Optional, TextIO
 
 from ..host.patches import applied
@@ -22,7 +24,7 @@ class Output:
     """
     Takes standard output and error over, on file descriptors, since environments in processes of their own print as
     well. What is written before the experiment's folder is known waits in a temporary file. ``verbose`` shows
-    everything on the terminal too, ``silent`` nothing but errors.
+    everything on the terminal too, ``silent`` nothing.
     """
 
     def __init__(self, verbose: bool = False, silent: bool = False) -> None:
@@ -30,50 +32,46 @@ class Output:
         self.path: Optional[str] = None
         encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
         self._shown = _text(os.open(os.devnull, os.O_WRONLY) if silent else os.dup(1), encoding)
-        self.errors = _text(os.dup(2), encoding)
+        self._errors = _text(os.dup(2), encoding)
         self.terminal = Terminal(self._shown, live=not verbose)
-        self._handler = _TerminalHandler(self.terminal)
+        # Records of this package are lines of the terminal.
+        self._handler = logging.StreamHandler(SimpleNamespace(write=self.terminal.line, flush=lambda: None))
+        self._handler.setLevel(logging.INFO)
+        self._handler.setFormatter(logging.Formatter('%(levelname)s: %(message)s'))
+        self._handler.terminator = ''
 
     def __enter__(self) -> 'Output':
         sys.stdout.flush()
         sys.stderr.flush()
-        self._temporary: Optional[str]
-        self._log, self._temporary = tempfile.mkstemp(prefix='lzero_kvcache_', suffix='.log')
-        self._patches = applied(
-            descriptors=lambda original: original if self.verbose else self._log,
-            stdout=lambda original: _Lines(self, self._shown), stderr=lambda original: _Lines(self, self.errors),
+        self._opened = contextlib.ExitStack()
+        for file in (self._errors, self._shown):
+            self._opened.enter_context(file)
+        self._log = self._opened.enter_context(tempfile.TemporaryFile(buffering=0))
+        self._opened.enter_context(applied(
+            descriptors=lambda original: original if self.verbose else self._log.fileno(),
+            stdout=lambda original: _Lines(self, self._shown), stderr=lambda original: _Lines(self, self._errors),
             plain_logs=lambda present: present or '1',
-        )
-        self._patches.__enter__()
+        ))
         logging.getLogger(PACKAGE_LOGGER).addHandler(self._handler)
         return self
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger(PACKAGE_LOGGER).removeHandler(self._handler)
-        self._patches.__exit__(None, None, None)
-        os.close(self._log)
-        self._shown.close()
-        self.errors.close()
-        if self._temporary is not None:
-            os.unlink(self._temporary)
+        self._opened.close()
 
     def attach(self, path: str) -> None:
         """Go on writing in a file of the experiment, which is added to, after what was written so far."""
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        assert self._temporary is not None
-        with open(self._temporary, 'rb') as earlier:
-            os.write(handle, earlier.read())
-        os.unlink(self._temporary)
-        self._temporary = None
-        for descriptor in (self._log, *(() if self.verbose else (1, 2))):
-            os.dup2(handle, descriptor)
-        os.close(handle)
+        with open(path, 'ab', buffering=0) as file:
+            self._log.seek(0)
+            file.write(self._log.read())
+            for descriptor in (self._log.fileno(), *(() if self.verbose else (1, 2))):
+                os.dup2(file.fileno(), descriptor)
         self.path = path
 
     def write_log(self, text: str) -> None:
         """Write to the log file alone."""
-        os.write(self._log, text.encode('utf-8', 'replace'))
+        os.write(self._log.fileno(), text.encode('utf-8', 'replace'))
 
 
 def _text(descriptor: int, encoding: str) -> TextIO:
@@ -107,17 +105,3 @@ class _Lines(io.TextIOBase):
                 if PRINTED.match(line):
                     self._output.terminal.repeated(line)
         return len(text)
-
-
-class _TerminalHandler(logging.Handler):
-    """Shows a record of this package as ``LEVEL: message``."""
-
-    def __init__(self, terminal: Terminal) -> None:
-        super().__init__(logging.INFO)
-        self._terminal = terminal
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._terminal.line(f'{record.levelname}: {record.getMessage()}')
-        except Exception:
-            self.handleError(record)

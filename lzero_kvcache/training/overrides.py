@@ -87,17 +87,14 @@ def _checked(assignment: str, path: str, value: Any, text: str, known: Mapping[s
 
 def nearest_key(path: str, known: Iterable[str]) -> str:
     """The key that was probably meant by a path, or by the last part of one; empty if nothing is near."""
-    known = list(known)
     last = path.rsplit('.', 1)[-1]
-    same_name = [key for key in known if key.rsplit('.', 1)[-1] == last]
-    # A right name in a wrong place is nearer than any other spelling.
-    candidates = sorted(same_name, key=len) if '.' not in path else difflib.get_close_matches(path, same_name, 1, 0.0)
-    close = candidates or difflib.get_close_matches(path, known, 1, 0.6)
-    if close:
-        return close[0]
-    names = {key.rsplit('.', 1)[-1]: key for key in sorted(known, key=len, reverse=True)}
-    by_name = difflib.get_close_matches(last, list(names), 1, 0.6)
-    return names[by_name[0]] if by_name else ''
+    by_name: Dict[str, List[str]] = {}
+    for key in sorted(known, key=len):
+        by_name.setdefault(key.rsplit('.', 1)[-1], []).append(key)
+    if last in by_name:  # a right name in a wrong place is nearer than any other spelling
+        return difflib.get_close_matches(path, by_name[last], 1, 0.0)[0]
+    close = difflib.get_close_matches(path, known, 1, 0.6)
+    return (close or [by_name[name][0] for name in difflib.get_close_matches(last, by_name, 1, 0.6)] or [''])[0]
 
 
 def _literal(text: str) -> Any:
@@ -109,29 +106,23 @@ def _literal(text: str) -> Any:
 
 def _like(present: Any, value: Any, text: str, assignment: str) -> Any:
     """A value of the kind that the key has now. Integers stand for floats and the reverse: configs write 0 for 0.0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_list = isinstance(value, (list, tuple))
     if present is None or value is None:
         return value
+    if isinstance(present, str):
+        return value if isinstance(value, str) else text
     if isinstance(present, bool):
         answer = {'true': True, 'false': False, '1': True, '0': False}.get(text.lower())
         if answer is None:
             raise ConfigError(f"--set {assignment}: it is True or False, not {value!r}")
         return answer
-    if isinstance(present, (int, float)):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            whole = isinstance(present, int) and isinstance(value, float) and value.is_integer()
-            return int(value) if whole else value
-        if isinstance(value, (list, tuple)):
-            return value
-        raise ConfigError(f"--set {assignment}: it is a number ({present!r} now), not {value!r}")
-    if isinstance(present, str):
-        return value if isinstance(value, str) else text
-    if isinstance(present, (list, tuple)):
-        if isinstance(value, (list, tuple)):
-            return type(present)(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return value
-        raise ConfigError(f"--set {assignment}: it is a list ({present!r} now), not {value!r}")
-    return value
+    if isinstance(present, (int, float, list, tuple)) and not (is_number or is_list):
+        kind = 'list' if isinstance(present, (list, tuple)) else 'number'
+        raise ConfigError(f"--set {assignment}: it is a {kind} ({present!r} now), not {value!r}")
+    if isinstance(present, int) and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return type(present)(value) if is_list and isinstance(present, (list, tuple)) else value
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = '') -> Dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a run needs to know, from a config file and what a user changes of it; checked before anything is started."""
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Optional, Sequence
 
 import torch
@@ -12,7 +12,7 @@ from ..host import entries
 from ..loading import check_config, disable, enable, load_plugin
 from ..summary import EVALUATE, TRAIN
 from .checkpoints import CHECKPOINTS
-from .config_file import load_config
+from .config_file import Plan, load_config
 from .linked_keys import check, replace_token
 from .overrides import apply_overrides, leaves
 
@@ -22,24 +22,6 @@ POSITIVE = (
     'policy.n_episode', 'policy.num_segments', 'policy.num_simulations', 'policy.num_unroll_steps',
     'policy.replay_buffer_size', 'policy.td_steps', 'policy.update_per_collect', 'policy.eval_freq',
 )
-
-
-@dataclass
-class Plan:
-    """``checkpoint`` is what a training goes on from, in the same folder if ``in_place``, or what is evaluated."""
-    main_config: EasyDict
-    create_config: EasyDict
-    entry: str
-    config: str
-    seed: int = 0
-    max_env_step: Optional[int] = None
-    max_train_iter: Optional[int] = None
-    threads: Optional[int] = None
-    task: str = TRAIN
-    checkpoint: Optional[str] = None
-    in_place: bool = False
-    keep_checkpoints: Optional[int] = None
-    overrides: Sequence[str] = ()
 
 
 def make_plan(
@@ -59,33 +41,31 @@ def make_plan(
         overrides: Sequence[str] = (),
 ) -> Plan:
     """Load a config file and change it as asked; the arguments are the options of ``train.py``."""
-    loaded = load_config(config)
-    main_config, create_config = loaded.main_config, loaded.create_config
+    plan = load_config(config)
+    main_config, create_config = plan.main_config, plan.create_config
     load_plugin(create_config)
     if cache:
         set_cache(cache, main_config, create_config)
-    stem = os.path.splitext(os.path.basename(loaded.path))[0]
+    stem = os.path.splitext(os.path.basename(plan.config))[0]
     main_config.exp_name = str(main_config.get('exp_name') or f'data_unizero/{stem}')
     if overrides:
         apply_overrides(main_config, create_config, overrides, entries.completed(main_config, create_config))
     set_device(device, main_config)
-    seed = loaded.seed if seed is None else seed
     if in_place:
         main_config.exp_name = _folder_of(resume, exp_name)
     elif exp_name:
         main_config.exp_name = exp_name
     elif evaluate:
         main_config.exp_name += '_eval'
-    else:
-        main_config.exp_name = replace_token(main_config.exp_name, 'seed', loaded.seed, seed)
+    elif seed is not None:
+        main_config.exp_name = replace_token(main_config.exp_name, 'seed', plan.seed, seed)
     check_config(main_config, create_config)
     check_values(entries.completed(main_config, create_config))
-    return Plan(
-        main_config=main_config, create_config=create_config, entry=loaded.entry, config=loaded.path, seed=seed,
-        max_env_step=max_env_step or loaded.max_env_step, max_train_iter=max_train_iter or loaded.max_train_iter,
-        threads=threads or loaded.threads, task=EVALUATE if evaluate else TRAIN, checkpoint=evaluate or resume,
-        in_place=in_place, keep_checkpoints=keep_checkpoints, overrides=overrides,
-    )
+    return replace(
+        plan, seed=plan.seed if seed is None else seed, max_env_step=max_env_step or plan.max_env_step,
+        max_train_iter=max_train_iter or plan.max_train_iter, threads=threads or plan.threads,
+        task=EVALUATE if evaluate else TRAIN, checkpoint=evaluate or resume, in_place=in_place,
+        keep_checkpoints=keep_checkpoints, overrides=overrides)
 
 
 def set_cache(cache: str, main_config: EasyDict, create_config: EasyDict) -> None:

@@ -1,9 +1,10 @@
 """The trainings of an experiment as processes: started, watched, interrupted together, shown on the terminal."""
+import contextlib
 import datetime
 import subprocess
 import time
 from collections import deque
-from typing import Deque, List, Optional, TextIO
+from typing import Deque, Dict, List, Optional, TextIO
 
 from ..host.patches import applied
 from ..summary import read_progress
@@ -14,101 +15,82 @@ POLL_SECONDS = 0.25
 PLAIN_EVERY_SECONDS = 60.0
 
 
-class Child:
-    """One training in a process of its own, which holds the experiment's lock for as long as it lives."""
-
-    def __init__(self, trial: Trial, command: List[str], lock: int) -> None:
-        self.trial = trial
-        with open(trial.log, 'ab') as log:
-            # In a session of its own, Ctrl-C reaches it once and not twice.
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                pass_fds=[lock]
-            )
-
-    @property
-    def env_step(self) -> int:
-        """How far it is."""
-        return read_progress(self.trial.folder)[1]
-
-
-class Board:
-    """What an experiment shows: a bar over the environment steps of all trials, and how far the running ones are."""
-
-    def __init__(self, file: TextIO, experiment: Experiment) -> None:
-        terminal = Terminal(file)
-        self.line = terminal.line
-        self.done = 0
-        self._trials, self._each = len(experiment.trials), experiment.max_env_step
-        self._bar = Bar(terminal, self._trials * self._each, every=PLAIN_EVERY_SECONDS)
-        self.close = self._bar.close
-
-    def update(self, children: List[Child]) -> None:
-        """Show how far the running ones are."""
-        steps = {child.trial.name: min(child.env_step, self._each) for child in children}
-        running = [f'{name} {step:,}/{self._each:,}' for name, step in steps.items()]
-        self._bar.update(self.done * self._each + sum(steps.values()),
-                         '; '.join([f'{self.done} of {self._trials} runs done', *running]))
-
-
 class Children:
     """
-    Runs what an experiment lacks, ``jobs`` at once. ``failed`` are the trials whose process failed, ``interrupted`` is
-    the signal that ended all.
+    Runs what an experiment lacks, ``jobs`` at once, each training in a process of its own that holds the experiment's
+    lock for as long as it lives. ``failed`` are the trials whose process failed, ``interrupted`` is the signal that
+    ended all.
     """
 
-    def __init__(self, experiment: Experiment, lock: int, jobs: int, board: Board) -> None:
+    def __init__(self, experiment: Experiment, lock: int, jobs: int, file: TextIO) -> None:
         self.failed: List[Trial] = []
         self.interrupted: Optional[int] = None
-        self._experiment, self._lock, self._jobs, self._board = experiment, lock, jobs, board
-        self._waiting: Deque[Trial] = deque()
-        self._running: List[Child] = []
+        self.running: Dict[Trial, subprocess.Popen] = {}
+        self._done = 0
+        self._experiment, self._lock, self._jobs = experiment, lock, jobs
+        self._terminal = Terminal(file)
         self._signals: Deque[int] = deque()
 
     def run(self) -> None:
         """Start what is not done, and wait for its end, or after a signal for the end of what was started."""
+        waiting: Deque[Trial] = deque()
         for trial in self._experiment.trials:
             if trial.result is None:
-                self._waiting.append(trial)
+                waiting.append(trial)
             else:
-                self._board.done += 1
-                self._board.line(f'{trial.name}: is done already')
-        with applied(interrupts=lambda original: lambda signum, frame: self._signals.append(signum)):
-            while self._running or (self._waiting and self.interrupted is None):
-                while self._waiting and len(self._running) < self._jobs and self.interrupted is None:
-                    self._start(self._waiting.popleft())
-                for child in list(self._running):
-                    code = child.process.poll()
-                    if code is not None:
-                        self._running.remove(child)
-                        self._ended(child.trial, code)
-                self._board.update(self._running)
+                self._done += 1
+                self._terminal.line(f'{trial.name}: is done already')
+        steps_of_all = len(self._experiment.trials) * self._experiment.max_env_step
+        with contextlib.closing(Bar(self._terminal, steps_of_all, every=PLAIN_EVERY_SECONDS)) as bar, applied(
+                interrupts=lambda original: lambda signum, frame: self._signals.append(signum)):
+            while self.running or (waiting and self.interrupted is None):
+                while waiting and len(self.running) < self._jobs and self.interrupted is None:
+                    self.start(waiting.popleft())
+                for trial, process in list(self.running.items()):
+                    if process.poll() is not None:
+                        del self.running[trial]
+                        self._ended(trial, process.returncode)
+                self._show(bar)
                 time.sleep(POLL_SECONDS)
                 while self._signals:
                     self._stop(self._signals.popleft())
 
-    def _start(self, trial: Trial) -> None:
+    def start(self, trial: Trial) -> None:
+        """Begin a trial, or go on with it."""
         command = self._experiment.command(trial)
         how = f'goes on from {command[command.index("--resume") + 1]}' if '--resume' in command else 'begins'
-        self._board.line(f'{trial.name}: {how}')
-        self._running.append(Child(trial, command, self._lock))
+        self._terminal.line(f'{trial.name}: {how}')
+        with open(trial.log, 'ab') as log:
+            # In a session of its own, Ctrl-C reaches it once and not twice.
+            self.running[trial] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                pass_fds=[self._lock])
+
+    def _show(self, bar: Bar) -> None:
+        """How far the running ones are, and all together."""
+        each = self._experiment.max_env_step
+        steps = {trial.name: min(read_progress(trial.folder)[1], each) for trial in self.running}
+        running = [f'{name} {step:,}/{each:,}' for name, step in steps.items()]
+        bar.update(self._done * each + sum(steps.values()),
+                   '; '.join([f'{self._done} of {len(self._experiment.trials)} runs done', *running]))
 
     def _ended(self, trial: Trial, code: int) -> None:
         result = trial.result
         if result is not None:
-            self._board.done += 1
+            self._done += 1
             time_taken = datetime.timedelta(seconds=round(result.seconds))
             reward = number_text(result.last_reward)
-            self._board.line(f'{trial.name}: done, {result.env_step:,} env steps in {time_taken}, last reward {reward}')
+            how = f'done, {result.env_step:,} env steps in {time_taken}, last reward {reward}'
         elif self.interrupted is not None:
-            self._board.line(f'{trial.name}: interrupted')
+            how = 'interrupted'
         else:
             self.failed.append(trial)
-            self._board.line(f'{trial.name}: failed with exit code {code}; {trial.log} says why')
+            how = f'failed with exit code {code}; {trial.log} says why'
+        self._terminal.line(f'{trial.name}: {how}')
 
     def _stop(self, signum: int) -> None:
         self.interrupted = signum
-        if self._running:
-            self._board.line('interrupted; waiting for checkpoints')
-        for child in self._running:
-            child.process.send_signal(signum)
+        if self.running:
+            self._terminal.line('interrupted; waiting for checkpoints')
+        for process in self.running.values():
+            process.send_signal(signum)

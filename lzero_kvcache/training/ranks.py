@@ -4,10 +4,9 @@ path, what needs GPUs or lets processes part is replaced during a run.
 """
 import contextlib
 import logging
-import os
 import signal
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -33,24 +32,17 @@ class Interrupted(KeyboardInterrupt):
 
 class DataParallel:
     """
-    The processes of one training; alone, every method does nothing.
+    The processes of one training; alone, it exchanges nothing.
 
-    Ranks agree on an interrupt where all of them meet anyway, so that none waits for one that has gone: at the end of a
-    collection, after an evaluation and after an update.
+    An interrupt ends a collection or an evaluation before its next step, and an update when it is whole: an end inside
+    would leave weights of two iterations in one checkpoint. Ranks agree on it where all of them meet anyway, so that
+    none waits for one that has gone: at the end of a collection, after an evaluation and after an update.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, on_this_machine: int = 1) -> None:
         self.rank, self.size, self._on_this_machine = rank, size, on_this_machine
         self.asked: Optional[int] = None
         self._device = torch.device('cpu')
-
-    @classmethod
-    def of_torchrun(cls, environment: Mapping[str, str] = os.environ) -> 'DataParallel':
-        """As torchrun tells its processes; alone where it has not started this one."""
-        names = ('RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')
-        if not all(environment.get(name) for name in names):
-            return cls()
-        return cls(*(int(environment[name]) for name in names[:3]))
 
     @property
     def main(self) -> bool:
@@ -107,24 +99,24 @@ class DataParallel:
 
     def in_collection(self) -> None:
         """Leave a collection if an interrupt was asked for; the others learn of it at the end of theirs."""
-        if self.several and self.asked is not None:
+        if self.asked is not None:
             self._sum(0.0)
 
     def in_evaluation(self) -> None:
         """Leave an evaluation if an interrupt was asked for; the others wait for its outcome."""
-        if self.several and self.asked is not None:
+        if self.asked is not None:
             self._broadcast([False, None], src=0)
 
     def after_update(self) -> None:
         """Learn whether an interrupt was asked for. All ranks have just exchanged the gradients of this update."""
-        if self.several:
-            self._sum(0.0)
+        self._sum(0.0)
 
     def _sum(self, number: float) -> float:
         """The sum of all ranks' numbers; raises on all of them if an interrupt was asked for on any."""
         asked = [float(self.asked == signum) for signum in ENDING]
         numbers = torch.tensor([number, *asked], dtype=torch.float64, device=self._device)
-        dist.all_reduce(numbers)
+        if self.several:
+            dist.all_reduce(numbers)
         total, *flags = numbers.tolist()
         for flag, signum in zip(flags, ENDING):
             if flag:
@@ -138,7 +130,8 @@ class DataParallel:
 
     def _broadcast(self, objects: List[Any], src: int) -> None:
         told = [*objects, self.asked]
-        dist.broadcast_object_list(told, src=src)
+        if self.several:
+            dist.broadcast_object_list(told, src=src)
         *objects[:], asked = told
         if asked is not None:
             raise Interrupted(asked, agreed=True)

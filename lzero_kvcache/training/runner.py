@@ -4,17 +4,19 @@ files.
 """
 import contextlib
 import datetime
+import itertools
 import os
 import shutil
 import signal
 import time
 import traceback
 from dataclasses import asdict
-from typing import Any, Dict, Optional, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
-from ..config import ConfigError
+from ..config import ConfigError, picked_manager
 from ..host import entries
 from ..host.patches import applied
 from ..run_files import EVENT_FILES, purge
@@ -25,9 +27,7 @@ from ..summary import (
     Result,
     add_up,
     begun,
-    cache_type,
     ended,
-    hit_rates,
     read_progress,
     read_result,
     read_summary,
@@ -38,11 +38,11 @@ from ..summary import (
 )
 from ..telemetry import summed_over_ranks
 from .checkpoints import beside, read_checkpoint
-from .error_hints import hint
+from .config_file import Plan
+from .error_hints import hinted
 from .output import Output
-from .plan import Plan
 from .ranks import DataParallel, Interrupted
-from .terminal import Bar, reward_text, summary_rows
+from .terminal import Bar, summary_rows
 from .watch import Watch
 
 UNBOUNDED = int(1e10)
@@ -59,38 +59,33 @@ def run(plan: Plan, output: Optional[Output] = None, ranks: Optional[DataParalle
         return _Training(plan, output, ranks or DataParallel()).run()
 
 
-def claim_folder(asked: str) -> Tuple[str, str]:
+def claim_folder(asked: str) -> Tuple[str, List[str]]:
     """
     Make the experiment's folder, and no one else's: a name that is taken gets the time appended. Returns a relative
-    path, since DI-engine puts './' before it, and the uppermost folder that was made.
+    path, since DI-engine puts './' before it, and the folders above it that were made too, the uppermost last.
     """
     exp_name = os.path.relpath(os.path.expanduser(asked))
-    stamp = datetime.datetime.now().strftime('_%y%m%d_%H%M%S')
-    attempt = 0
-    name = exp_name
+    above = [str(folder) for folder in Path(exp_name).parents if not os.path.lexists(folder)]
+    stamped = exp_name + datetime.datetime.now().strftime('_%y%m%d_%H%M%S')
+    names = itertools.chain([exp_name, stamped], (f'{stamped}_{attempt}' for attempt in itertools.count(1)))
     while True:
-        parent = made = name
-        while parent and not os.path.lexists(parent):
-            parent, made = os.path.dirname(parent), parent
+        name = next(names)
         try:
             os.makedirs(name)
-            return name, made
+            return name, above
         except FileExistsError:
-            name = exp_name + stamp + (f'_{attempt}' if attempt else '')
-            attempt += 1
+            continue
         except OSError as error:
-            if made != parent:
-                remove_parents(name, made)
+            remove_empty(above)
             raise ConfigError(
                 f'{asked}: the folder of the experiment cannot be made ({error.strerror}); give another --exp-name'
             ) from error
 
 
-def remove_parents(folder: str, made: str) -> None:
-    """Remove the empty folders above one, up to the uppermost that was made for it."""
-    while folder != made:
-        folder = os.path.dirname(folder)
-        with contextlib.suppress(OSError):  # there are files of others by now
+def remove_empty(folders: Sequence[str]) -> None:
+    """Remove those of some folders that are there and empty, in their order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
             os.rmdir(folder)
 
 
@@ -103,12 +98,13 @@ class _Training:
         self.terminal = output.terminal
         self.result = begun(
             '', plan.seed, plan.task, config=plan.config, entry=plan.entry, max_env_step=plan.max_env_step,
-            max_train_iter=plan.max_train_iter, processes=ranks.size, overrides=list(plan.overrides))
-        self.watch = Watch(self._refresh, self._after_update, self._note, self.ranks, plan.keep_checkpoints)
+            max_train_iter=plan.max_train_iter, processes=ranks.size, overrides=list(plan.overrides),
+            checkpoint=plan.checkpoint)
+        self.watch = Watch(
+            self.result, self.terminal, ranks, self._refresh, self._note, keep_checkpoints=plan.keep_checkpoints)
         self._pid = os.getpid()
-        self._asked: Optional[int] = None
-        self._saving = self._finishing = False
-        self._made: Optional[str] = None  # the uppermost folder that was not there before
+        self._finishing = False
+        self._made: Optional[List[str]] = None  # with the run's folder: those above it that were not there before
         self._started = time.monotonic()
         self._next_refresh = 0.0
         self._first_collected = 0
@@ -116,45 +112,42 @@ class _Training:
         self._before: Optional[Result] = None  # what a training in place goes on from
 
     def run(self) -> Result:
-        self._check()
-        self._make_folder()
-        self._announce()
         try:
-            return self._train()
-        except Exception as error:
+            with hinted():
+                self._check()
+                self._make_folder()
+                self._announce()
+                return self._train()
+        except ConfigError:
             # A run that is refused before it begins leaves nothing behind.
-            if self._made and self.watch.phase == 'start' and (isinstance(error, ConfigError) or hint(error)):
-                shutil.rmtree(self.plan.main_config.exp_name, ignore_errors=True)
-                remove_parents(self.plan.main_config.exp_name, self._made)
-                self.output.path = None
+            if self._made is not None and self.watch.phase == 'start':
+                shutil.rmtree(self.result.exp_name, ignore_errors=True)
+                remove_empty(self._made)
             raise
 
     def _train(self) -> Result:
-        plan = self.plan
+        plan, result = self.plan, self.result
         with applied(interrupts=lambda original: self._on_signal):
             self._bar = Bar(self.terminal, plan.max_env_step if plan.task == TRAIN else None, self._first_collected)
-            result, together = self.result, True
+            together = True
             try:
                 result.outcome = self._work()
-                self._saving = True
-                checkpoint = self.watch.latest_checkpoint()
             except BaseException as error:
                 interrupt = self._interrupt(error)
                 if interrupt is None:
                     self.output.write_log(traceback.format_exc())
                     raise
                 result.outcome, result.exit_code = f'interrupted by {interrupt}', 128 + interrupt.signum
-                self._saving = True
                 together = interrupt.agreed
-                checkpoint = self.watch.save_checkpoint() if plan.task == TRAIN and self.ranks.main else None
+                if plan.task == TRAIN and self.ranks.main:
+                    self.watch.save_checkpoint()
             finally:
                 self._refresh(now=True)
                 self._bar.close(run_text(result, 'end') if plan.task == TRAIN else '')
                 self.terminal.repetitions()
                 self.watch.close()
             # With ranks that have not agreed on ending, there is nothing to share.
-            counters = summed_over_ranks(result.counters) if together else result.counters
-            result = self._completed(checkpoint, counters)
+            result = self._completed(summed_over_ranks(result.counters) if together else result.counters)
             if self.ranks.main:
                 write_summary(result)
             if together:
@@ -175,16 +168,17 @@ class _Training:
                 read_checkpoint(path)  # LightZero and DI-engine load it without looking at what it holds
         if plan.checkpoint is not None:
             watch.checkpoint = read_checkpoint(plan.checkpoint)
-        result.cache = cache_type(policy.model.world_model_cfg)
+        result.cache = picked_manager(policy.model.world_model_cfg)
         result.device = str(policy.model.world_model_cfg.device)
+        watch.look()
         if plan.in_place:
             self._check_place()
-        self._first_collected = watch.collected
+        self._first_collected = result.collected_env_step
         if policy.get('use_wandb', False):
             entries.check_wandb_login()
-        if plan.task == TRAIN and watch.env_step >= (plan.max_env_step or UNBOUNDED):
+        if plan.task == TRAIN and result.env_step >= (plan.max_env_step or UNBOUNDED):
             raise ConfigError(
-                f'--resume {plan.checkpoint}: it stands at {watch.env_step} environment steps, and max_env_step is '
+                f'--resume {plan.checkpoint}: it stands at {result.env_step} environment steps, and max_env_step is '
                 f'{plan.max_env_step}; give a higher --max-env-step'
             )
         if self.ranks.several and plan.task == EVALUATE:
@@ -193,7 +187,7 @@ class _Training:
 
     def _check_place(self) -> None:
         """The folder that a training goes on in must be of one cache system, and its counts must not go back."""
-        folder, now, watch = self.plan.main_config.exp_name, self.result.cache, self.watch
+        folder, now = self.plan.main_config.exp_name, self.result.cache
         ended_there = read_summary(folder)
         was = read_progress(folder)[0] if ended_there is None else ended_there.cache
         if was and was != now:
@@ -203,9 +197,9 @@ class _Training:
             )
         # What came after the checkpoint is abandoned, and counts for nothing.
         noted = read_result(beside(str(self.plan.checkpoint)))
-        self._before = ended_there if ended_there and ended_there.train_iter == watch.train_iter else noted
+        self._before = ended_there if ended_there and ended_there.train_iter == self.result.train_iter else noted
         rewards = [part.best_reward for part in (ended_there, noted) if part and part.best_reward is not None]
-        watch.best_reward = max(rewards, default=None)
+        self.watch.best_reward = max(rewards, default=None)
 
     def _make_folder(self) -> None:
         plan, ranks = self.plan, self.ranks
@@ -219,7 +213,7 @@ class _Training:
                     write_json(beside(str(plan.checkpoint)), asdict(self._before))
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(exp_name, SUMMARY))
-                cut = purge(os.path.join(exp_name, EVENT_FILES), self.watch.train_iter)
+                cut = purge(os.path.join(exp_name, EVENT_FILES), self.result.train_iter)
                 if cut:
                     self.terminal.line(f'Removed {cut:,} points of event files that came after the checkpoint')
         else:
@@ -228,19 +222,20 @@ class _Training:
             if exp_name != os.path.relpath(os.path.expanduser(asked)):
                 self.terminal.line(f'{asked} is there already, so this run has another folder: {exp_name}')
         plan.main_config.exp_name = self.result.exp_name = exp_name
-        log_file = LOG_FILE if ranks.main else LOG_FILE_OF_RANK.format(ranks.rank)
-        self.output.attach(os.path.join(exp_name, log_file))
+        self.result.event_files = os.path.join(exp_name, EVENT_FILES)
+        self.result.log_file = os.path.join(exp_name, LOG_FILE if ranks.main else LOG_FILE_OF_RANK.format(ranks.rank))
+        self.output.attach(self.result.log_file)
 
     def _announce(self) -> None:
-        plan, watch, line = self.plan, self.watch, self.terminal.line
+        plan, result, line = self.plan, self.result, self.terminal.line
         if plan.task == EVALUATE:
             line(f'Evaluating {plan.checkpoint} into {plan.main_config.exp_name}')
             return
         line(f'Training {plan.config} with {plan.entry} into {plan.main_config.exp_name}')
         if plan.checkpoint is not None:
-            self.result.resumed_at = [watch.env_step]
+            result.resumed_at = [result.env_step]
             line(
-                f'Going on from {plan.checkpoint}: {watch.env_step:,} env steps, {watch.train_iter:,} iterations. A '
+                f'Going on from {plan.checkpoint}: {result.env_step:,} env steps, {result.train_iter:,} iterations. A '
                 'checkpoint holds no replay buffer, so collection begins with an empty one'
             )
         if plan.max_env_step is None and plan.max_train_iter is None:
@@ -262,64 +257,47 @@ class _Training:
 
     def _on_signal(self, signum: int, _: Any) -> None:
         # Ctrl-C goes to the environments' processes as well, which inherit this handler; their parent ends them.
-        if os.getpid() != self._pid and signum == signal.SIGTERM:
-            os._exit(128 + signum)
-        if os.getpid() != self._pid or self._saving:
+        if os.getpid() != self._pid:
+            if signum == signal.SIGTERM:
+                os._exit(128 + signum)
             return
-        first = self._asked is None
-        self._asked = self.ranks.asked = signum
-        wait = self.watch.updating if not self.ranks.several else self.watch.phase != 'start'
-        if not (wait and first):
+        if self.result.outcome:  # the last checkpoint is being saved
+            return
+        first, self.ranks.asked = self.ranks.asked is None, signum
+        # The training leaves between two steps or updates, but not if it has not begun, or somebody will not wait.
+        if not first or self.watch.phase == 'start':
             raise Interrupted(signum)
 
     def _interrupt(self, error: BaseException) -> Optional[Interrupted]:
         """The interrupt that an error is: DI-engine's environments make their own of what is raised in a step."""
         if isinstance(error, Interrupted):
             return error
-        return None if self._asked is None else Interrupted(self._asked)
-
-    def _after_update(self) -> None:
-        self.ranks.after_update()
-        if self._asked is not None and not self.ranks.several:
-            raise Interrupted(self._asked)
+        return None if self.ranks.asked is None else Interrupted(self.ranks.asked)
 
     def _refresh(self, now: bool = False) -> None:
         moment = time.monotonic()
         if not now and moment < self._next_refresh:
             return
         self._next_refresh = moment + REFRESH_SECONDS
-        watch, result = self.watch, self.result
-        result.env_step, result.train_iter = watch.env_step, watch.train_iter
-        result.collected_env_step = watch.collected
+        result = self.result
+        self.watch.look()
         result.seconds = moment - self._started
         steps = result.collected_env_step - self._first_collected
         result.env_steps_per_second = steps / result.seconds if steps > 0 else None
-        result.counters, result.loss = watch.counters, watch.loss
-        result.hit_rates = hit_rates(result.counters)
-        fresh = watch.evaluations[len(result.evaluations):]
-        result.evaluations = list(watch.evaluations)
-        for evaluation in fresh:
-            result.last_reward = evaluation.reward
-            self.terminal.line(
-                f'Evaluation after {evaluation.env_step:,} env steps, iteration {evaluation.train_iter:,}: '
-                f'reward {reward_text(evaluation)}'
-            )
-        result.best_reward = max((evaluation.reward for evaluation in result.evaluations), default=None)
-        if not self._finishing and watch.env_step >= (result.max_env_step or UNBOUNDED):
+        if not self._finishing and result.env_step >= (result.max_env_step or UNBOUNDED):
             self._finishing = True
-            self.terminal.line(f'{watch.env_step:,} env steps are collected: finishing the updates that go with them')
-        self._bar.update(result.collected_env_step, run_text(result, watch.phase))
+            self.terminal.line(f'{result.env_step:,} env steps are collected: finishing the updates that go with them')
+        self._bar.update(result.collected_env_step, run_text(result, self.watch.phase))
         if self.ranks.main:
-            write_progress(result, watch.phase)
+            write_progress(result, self.watch.phase)
 
     def _note(self, checkpoint: str) -> None:
         """Leave beside a checkpoint what the training has taken so far: a kill leaves nothing else to go on from."""
+        self.result.checkpoint = checkpoint
         self._refresh(now=True)
-        write_json(beside(checkpoint), asdict(self._completed(checkpoint, self.result.counters)))
+        write_json(beside(checkpoint), asdict(self._completed(self.result.counters)))
 
-    def _completed(self, checkpoint: Optional[str], counters: Dict[str, Any]) -> Result:
+    def _completed(self, counters: Dict[str, Any]) -> Result:
         """The result of a run that has ended; of all of the training, where it went on in place."""
-        result = ended(
-            self.result, counters, checkpoint=checkpoint or self.plan.checkpoint, log_file=self.output.path,
-            event_files=os.path.join(self.result.exp_name, EVENT_FILES))
+        result = ended(self.result, counters)
         return result if self._before is None else add_up(self._before, result)

@@ -2,74 +2,69 @@
 import contextlib
 import functools
 import os
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import numpy as np
 
 from ..host import entries
 from ..host.patches import applied
 from ..run_hooks import LOSS, RunHook
-from ..summary import Evaluation
-from .checkpoints import CHECKPOINTS, Checkpoint, prune, save_atomically
+from ..summary import Evaluation, Result, hit_rates
+from .checkpoints import Checkpoint, prune, save_atomically
 from .ranks import DataParallel
+from .terminal import Terminal, reward_text
 
 
 class Watch:
-    """``on_change`` is called whenever something moved; ``after_update`` after each iteration, and it may raise;
-    ``on_saved`` with the path of each checkpoint."""
+    """
+    Keeps a result up to date. ``on_change`` is called whenever something moved, ``on_saved`` with the path of each
+    checkpoint.
+    """
 
-    def __init__(self, on_change: Callable[[], None], after_update: Callable[[], None], on_saved: Callable[[str], None],
-                 ranks: Optional[DataParallel] = None, keep_checkpoints: Optional[int] = None) -> None:
-        self.on_change = on_change
-        self.after_update = after_update
-        self.on_saved = on_saved
-        self.ranks = ranks or DataParallel()
-        self.keep_checkpoints = keep_checkpoints
+    def __init__(self, result: Result, terminal: Terminal, ranks: DataParallel, on_change: Callable[[], None],
+                 on_saved: Callable[[str], None], keep_checkpoints: Optional[int] = None) -> None:
+        self.result, self.terminal, self.ranks = result, terminal, ranks
+        self.on_change, self.on_saved, self.keep_checkpoints = on_change, on_saved, keep_checkpoints
         self.learner: Any = None
         self.collector: Any = None
         self.evaluator: Any = None
         self.phase = 'start'
-        self.updating = False
         self.stopped = False
-        self.steps_in_collect = 0
-        self.loss: Optional[float] = None
-        self._collected = 0
-        self.evaluations: List[Evaluation] = []
-        self.checkpoint: Optional[Checkpoint] = None
+        self.under_way = 0  # env steps of the collection under way
+        self.checkpoint: Optional[Checkpoint] = None  # what a training goes on from, until it does
         self.best_reward: Optional[float] = None  # of what the checkpoint was saved by
 
-    @property
-    def env_step(self) -> int:
-        """Steps of whole collections, which are trained on and which a checkpoint counts."""
-        if self.checkpoint is not None:
-            return self.checkpoint.env_step
-        return 0 if self.collector is None else int(self.collector.envstep)
+    def look(self) -> None:
+        """Bring the result up to date."""
+        result, checkpoint = self.result, self.checkpoint
+        if checkpoint is not None:
+            result.env_step, result.train_iter = checkpoint.env_step, checkpoint.train_iter
+        elif self.learner is not None and self.collector is not None:
+            # Steps of whole collections, which are trained on and which a checkpoint counts.
+            result.env_step, result.train_iter = int(self.collector.envstep), int(self.learner.train_iter)
+        # All steps that were taken, even if a collection is cut off. The collector's own count is of all ranks, each of
+        # which collects as much as this one meanwhile.
+        collected = result.env_step + self.under_way * self.ranks.size
+        result.collected_env_step = max(result.collected_env_step, collected)
+        if self.evaluator is not None:
+            world_model = self.evaluator.policy.get_attribute('model').world_model
+            manager = getattr(world_model, 'kv_cache_manager', None)
+            result.counters = {} if manager is None else dict(manager.counters())
+            result.hit_rates = hit_rates(result.counters)
 
-    @property
-    def collected(self) -> int:
-        """All steps that were taken. It never goes back, even if a collection is cut off."""
-        # The collector's own count is of all ranks, each of which collects as much as this one meanwhile.
-        self._collected = max(self._collected, self.env_step + self.steps_in_collect * self.ranks.size)
-        return self._collected
+    def enter(self, phase: str) -> None:
+        self.phase = phase
+        self.on_change()
 
-    @property
-    def train_iter(self) -> int:
-        if self.checkpoint is not None:
-            return self.checkpoint.train_iter
-        return 0 if self.learner is None else int(self.learner.train_iter)
-
-    @property
-    def cache(self) -> Any:
-        """The model's cache manager, None while there is no model."""
-        policy = None if self.evaluator is None else self.evaluator.policy
-        model = None if policy is None else policy.get_attribute('model')
-        return getattr(getattr(model, 'world_model', None), 'kv_cache_manager', None)
-
-    @property
-    def counters(self) -> Dict[str, Any]:
-        """The manager's counters; none while there is no manager, or if it counts nothing."""
-        read = getattr(self.cache, 'counters', None)
-        return dict(read()) if callable(read) else {}
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Keep an evaluation, and show it."""
+        self.result.evaluations.append(evaluation)
+        self.result.last_reward = evaluation.reward
+        self.result.best_reward = max(evaluation.reward for evaluation in self.result.evaluations)
+        self.terminal.line(
+            f'Evaluation after {evaluation.env_step:,} env steps, iteration {evaluation.train_iter:,}: '
+            f'reward {reward_text(evaluation)}')
+        self.on_change()
 
     def restore(self) -> None:
         """Put a new training where the checkpoint stood. LightZero itself would restore the weights alone."""
@@ -83,45 +78,33 @@ class Watch:
         if self.best_reward is not None:  # else the next evaluation, whatever it is, would replace ckpt_best
             self.evaluator._max_episode_return = self.best_reward
 
-    def enter(self, phase: str) -> None:
-        self.phase = phase
-        self.on_change()
-
     def evaluate_last(self) -> None:
         """
         Evaluate the weights that the training ended with, which LightZero's entries do not. A run that was too short
         for any evaluation has none here either.
         """
-        evaluated = bool(self.evaluations) or self.best_reward is not None
-        last = self.evaluations[-1].train_iter if self.evaluations else -1
-        if evaluated and last < self.train_iter:
-            self.evaluator.eval(self.learner.save_checkpoint, self.train_iter, self.env_step)
+        evaluations, train_iter = self.result.evaluations, self.learner.train_iter
+        last = evaluations[-1].train_iter if evaluations else -1
+        if (evaluations or self.best_reward is not None) and last < train_iter:
+            self.evaluator.eval(self.learner.save_checkpoint, train_iter, self.collector.envstep)
 
-    def save_checkpoint(self) -> Optional[str]:
-        """Save where the training stands; None if there is nothing to save yet."""
-        if self.learner is None or self.collector is None:
-            return None
-        self.learner.collector_envstep = int(self.collector.envstep)
-        with applied(save_file=self._saved):
-            self.learner.save_checkpoint()
-        return self.latest_checkpoint()
+    def save_checkpoint(self) -> None:
+        """Save where the training stands, if there is anything to save yet."""
+        if self.learner is not None and self.collector is not None:
+            self.learner.collector_envstep = int(self.collector.envstep)
+            with applied(save_file=self._saved):
+                self.learner.save_checkpoint()
 
     def _saved(self, _: Callable) -> Callable:
         """In place of DI-engine's ``save_file``."""
 
         def save(path: str, data: Any, *args: Any, **kwargs: Any) -> None:
             save_atomically(data, path)
-            self.on_saved(path)
+            self.on_saved(os.path.normpath(path))
             if self.keep_checkpoints is not None:
                 prune(os.path.dirname(path), self.keep_checkpoints)
 
         return save
-
-    def latest_checkpoint(self) -> Optional[str]:
-        if self.learner is None:
-            return None
-        path = os.path.join(self.learner.exp_name, CHECKPOINTS, f'iteration_{self.train_iter}.pth.tar')
-        return path if os.path.isfile(path) else None
 
     def close(self) -> None:
         """End the environments and flush the event files; what fails here must not hide how the run ended."""
@@ -141,7 +124,7 @@ class Watch:
             yield
 
     def evaluate(self, configs: entries.Configs, seed: int) -> None:
-        """Evaluate the checkpoint, and nothing else; the outcome is in ``evaluations``."""
+        """Evaluate the checkpoint, and nothing else."""
         checkpoint = self.checkpoint
         assert checkpoint is not None
         entries.make_evaluator(
@@ -184,15 +167,10 @@ def _watched_learner(watch: Watch, base: type) -> type:
                 watch.restore()
 
         def train(self, *args: Any, **kwargs: Any) -> Any:
-            # An end inside an update would leave weights of two iterations in one checkpoint.
-            watch.updating = True
-            try:
-                log_vars = super().train(*args, **kwargs)
-            finally:
-                watch.updating = False
-            watch.loss = log_vars[-1].get(LOSS)
+            log_vars = super().train(*args, **kwargs)
+            watch.result.loss = log_vars[-1].get(LOSS)
             watch.enter('train')
-            watch.after_update()
+            watch.ranks.after_update()
             return log_vars
 
     return WatchedLearner
@@ -201,7 +179,7 @@ def _watched_learner(watch: Watch, base: type) -> type:
 def _watched_collector(watch: Watch, base: type) -> type:
 
     def count(actions: Any) -> None:
-        watch.steps_in_collect += len(actions)
+        watch.under_way += len(actions)
         watch.on_change()
 
     class WatchedCollector(base):
@@ -218,7 +196,7 @@ def _watched_collector(watch: Watch, base: type) -> type:
             try:
                 return super().collect(*args, **kwargs)
             finally:
-                watch.steps_in_collect = 0
+                watch.under_way = 0
                 watch.on_change()
 
     return WatchedCollector
@@ -244,9 +222,8 @@ def _watched_evaluator(watch: Watch, base: type) -> type:
             watch.stopped = bool(stop)
             if info is not None:
                 rewards = np.asarray(info['eval_episode_return'], dtype=float)
-                watch.evaluations.append(Evaluation(
+                watch.evaluated(Evaluation(
                     int(envstep), int(train_iter), float(rewards.mean()), float(rewards.std()), rewards.size))
-            watch.on_change()
             for name in best:
                 watch.learner.save_checkpoint(name)
             return stop, info
