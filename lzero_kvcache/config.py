@@ -7,14 +7,15 @@ import copy
 import difflib
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple
 
 FLAG = 'use_new_cache_manager'
 SIZES = ('game_segment_length', 'num_simulations', 'env_num')
 OPTIONS = 'kv_cache_cfg'
 HANDED_DOWN = 'cache_config'
-"""Key of a ``world_model_cfg`` on its way to a world model and its manager: the :class:`CacheConfig` that was read."""
+"""Attribute of a ``world_model_cfg`` on its way to a world model and its manager: the :class:`CacheConfig` that was
+read."""
 PREFIX = 'policy.model.world_model_cfg'
 LIGHTZERO = 'lightzero'
 """``kv_cache_cfg.type`` of the manager that LightZero's main branch has of its own."""
@@ -68,21 +69,24 @@ def _positive_number(value: Any, key: str) -> float:
     return float(value)
 
 
+CHECKS: Dict[type, Callable[[Any, str], Any]] = {bool: _flag, int: _positive_int, float: _positive_number}
+"""Each returns the value of a key, or raises ``ConfigError``."""
+
+
 class Option(NamedTuple):
     """One key of ``kv_cache_cfg``."""
-    kind: str  # its type, as docs/options.md says it
+    kind: type
     default: Any  # None where it follows from other keys, or is no bound
-    meaning: str
-    check: Optional[Callable[[Any, str], Any]] = None  # returns the value, or raises ConfigError
-    choices: Tuple[str, ...] = ()
+    meaning: str  # as docs/options.md says it
+    choices: Tuple[str, ...] = ()  # of a str
     refused: Tuple[Tuple[str, str], ...] = ()  # values that are no choices, with what is said of them
 
     def read(self, value: Any, key: str) -> Any:
         """The value of a config, checked; ``None`` stands for the default."""
         if value is None:
             return self.default
-        if self.check is not None:
-            return self.check(value, f'{OPTIONS}.{key}')
+        if self.kind in CHECKS:
+            return CHECKS[self.kind](value, f'{OPTIONS}.{key}')
         if not isinstance(value, str) or value not in self.choices:
             said = [why for refused, why in self.refused if refused == value]
             why = said[0] if said else f'is unknown: {nearest(value, self.choices)}'
@@ -90,47 +94,8 @@ class Option(NamedTuple):
         return value
 
 
-KV_CACHE_CFG: Dict[str, Option] = {
-    'type': Option(
-        'str', 'new', "manager registered in KV_CACHE_REGISTRY that the flag picks; 'lightzero' is LightZero's own, of "
-        'its main branch', choices=('new', 'old'), refused=((
-            LIGHTZERO, "is the manager of LightZero's main branch, which is not installed: use 'new', or the main "
-            'branch'), )),
-    'eviction': Option(
-        'str', 'fifo', "which entry leaves a full pool: 'fifo', 'lru' or 'priority' (fewest hits); a training evicts "
-        'nothing', choices=('fifo', 'lru', 'priority')),
-    'init_pool_size': Option(
-        'int', None, 'root contexts kept per environment for look-ups by key; by hand only', _positive_int),
-    'recurrent_pool_size': Option('int', None, 'node contexts kept during one search', _positive_int),
-    'enable_stats': Option('bool', True, 'count hits, misses and evictions', _flag),
-    'dtype': Option(
-        'str', 'float32', "storage of keys and values: 'float32', 'bfloat16' or 'float16'",
-        choices=('float32', 'bfloat16', 'float16')),
-    'max_memory_mb': Option('float', None, 'upper bound of the page storage, in MiB', _positive_number),
-    'backend': Option(
-        'str', 'auto', "how a recurrent step is launched: 'eager', 'cudagraph', or 'auto': a CUDA graph on a GPU, "
-        'eager on a CPU', choices=('auto', 'eager', 'cudagraph'), refused=(('compile', "was removed: use 'auto'"), )),
-    'search': Option(
-        'str', 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call, or on a GPU a "
-        "replayed graph), 'tree' (LightZero's C++ tree), or 'auto': 'device' where it is served",
-        choices=('auto', 'device', 'tree')),
-    'matmul': Option(
-        'str', 'float32', "products of searches on a GPU: 'float32', exact to 1e-4, or faster and less exact 'tf32', "
-        "'bfloat16'", choices=('float32', 'tf32', 'bfloat16')),
-    'on_nan': Option(
-        'str', 'raise', "what a prediction with nan or inf does: 'raise' an error or 'skip' storing its context",
-        choices=('raise', 'skip')),
-    'validation': Option(
-        'str', 'off',
-        "replay searches by LightZero's own code: 'off', 'legacy' (as it is) or 'exact' (as it should be)",
-        choices=('off', 'legacy', 'exact')),
-    'validation_freq': Option('int', 100, 'every how many searches one is replayed', _positive_int),
-    'validation_tol': Option(
-        'float', 1e-3, 'the relative difference from which on a row counts as another', _positive_number),
-    'validation_action': Option(
-        'str', 'warn', "what such a row does: 'warn' in the log or 'raise' an error", choices=('warn', 'raise')),
-}
-"""Every key of ``kv_cache_cfg``; parsing, errors and the table in docs/options.md come from it."""
+def _option(*of_option: Any, **more: Any) -> Any:
+    return field(metadata={'option': Option(*of_option, **more)})
 
 
 @dataclass(frozen=True)
@@ -152,21 +117,42 @@ class CacheConfig:
     evaluator_env_num: int
     num_simulations: int
     context_length: int
-    type: str
-    eviction: str
-    init_pool_size: int
-    recurrent_pool_size: int
-    enable_stats: bool
-    dtype: str
-    max_memory_mb: Optional[float]
-    backend: str
-    search: str
-    matmul: str
-    on_nan: str
-    validation: str
-    validation_freq: int
-    validation_tol: float
-    validation_action: str
+    type: str = _option(
+        str, 'new', "manager registered in KV_CACHE_REGISTRY that the flag picks; 'lightzero' is LightZero's own, of "
+        'its main branch', ('new', 'old'), refused=((
+            LIGHTZERO, "is the manager of LightZero's main branch, which is not installed: use 'new', or the main "
+            'branch'), ))
+    eviction: str = _option(
+        str, 'fifo', "which entry leaves a full pool: 'fifo', 'lru' or 'priority' (fewest hits); a training evicts "
+        'nothing', ('fifo', 'lru', 'priority'))
+    init_pool_size: int = _option(
+        int, None, 'root contexts kept per environment for look-ups by key; by hand only')
+    recurrent_pool_size: int = _option(int, None, 'node contexts kept during one search')
+    enable_stats: bool = _option(bool, True, 'count hits, misses and evictions')
+    dtype: str = _option(
+        str, 'float32', "storage of keys and values: 'float32', 'bfloat16' or 'float16'",
+        ('float32', 'bfloat16', 'float16'))
+    max_memory_mb: Optional[float] = _option(float, None, 'upper bound of the page storage, in MiB')
+    backend: str = _option(
+        str, 'auto', "how a recurrent step is launched: 'eager', 'cudagraph', or 'auto': a CUDA graph on a GPU, "
+        'eager on a CPU', ('auto', 'eager', 'cudagraph'), refused=(('compile', "was removed: use 'auto'"), ))
+    search: str = _option(
+        str, 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call, or on a GPU a "
+        "replayed graph), 'tree' (LightZero's C++ tree), or 'auto': 'device' where it is served",
+        ('auto', 'device', 'tree'))
+    matmul: str = _option(
+        str, 'float32', "products of searches on a GPU: 'float32', exact to 1e-4, or faster and less exact 'tf32', "
+        "'bfloat16'", ('float32', 'tf32', 'bfloat16'))
+    on_nan: str = _option(
+        str, 'raise', "what a prediction with nan or inf does: 'raise' an error or 'skip' storing its context",
+        ('raise', 'skip'))
+    validation: str = _option(
+        str, 'off', "replay searches by LightZero's own code: 'off', 'legacy' (as it is) or 'exact' (as it should be)",
+        ('off', 'legacy', 'exact'))
+    validation_freq: int = _option(int, 100, 'every how many searches one is replayed')
+    validation_tol: float = _option(float, 1e-3, 'the relative difference from which on a row counts as another')
+    validation_action: str = _option(
+        str, 'warn', "what such a row does: 'warn' in the log or 'raise' an error", ('warn', 'raise'))
 
     @property
     def system(self) -> str:
@@ -181,14 +167,8 @@ class CacheConfig:
             What was handed down with a ``world_model_cfg``, and is taken out of it, since it may be changed later;
             without a policy, or a world model, that did so, :meth:`read`.
         """
-        found = lookup(world_model_cfg, HANDED_DOWN)
-        if found is None:
-            return cls.read(world_model_cfg, managers, env_num)
-        if isinstance(world_model_cfg, dict):
-            world_model_cfg.pop(HANDED_DOWN)
-        else:
-            delattr(world_model_cfg, HANDED_DOWN)
-        return found
+        found = getattr(world_model_cfg, '__dict__', {}).pop(HANDED_DOWN, None)
+        return cls.read(world_model_cfg, managers, env_num) if found is None else found
 
     @classmethod
     def read(cls, world_model_cfg: Any, managers: Optional[Iterable[str]] = None,
@@ -231,10 +211,16 @@ class CacheConfig:
         )
 
 
+KV_CACHE_CFG: Dict[str, Option] = {
+    option.name: option.metadata['option'] for option in fields(CacheConfig) if option.metadata
+}
+"""Every key of ``kv_cache_cfg``; parsing, errors and the table in docs/options.md come from it."""
+
+
 def handed_down(world_model_cfg: Any, options: CacheConfig) -> Any:
     """A copy of a ``world_model_cfg`` that carries what was read of it to those who need it next."""
     copied = copy.copy(world_model_cfg)
-    setattr(copied, HANDED_DOWN, options)
+    copied.__dict__[HANDED_DOWN] = options  # an attribute, and of a dict no key
     return copied
 
 
@@ -274,7 +260,7 @@ def _size(world_model_cfg: Any, key: str, default: int) -> int:
 def _refuse_misspelt_keys(world_model_cfg: Any) -> None:
     keys = world_model_cfg.keys() if isinstance(world_model_cfg, dict) else vars(world_model_cfg)
     for key in keys:
-        if key in (FLAG, OPTIONS, HANDED_DOWN) or not isinstance(key, str):
+        if key in (FLAG, OPTIONS) or not isinstance(key, str):
             continue
         close = difflib.get_close_matches(key, (FLAG, OPTIONS), n=1, cutoff=0.75)
         if key not in SIZES:

@@ -264,7 +264,8 @@ class TestSettle:
         cfg, fields = compiled(small_cartpole(True)).policy, ['learn', 'collect', 'eval']
         policy = create_policy(cfg, enable_field=fields)
         assert policy._model.world_model.kv_cache_manager.config == policy._options
-        assert HANDED_DOWN not in cfg.model.world_model_cfg
+        for world_model_cfg in (cfg.model.world_model_cfg, policy._model.world_model.config):
+            assert HANDED_DOWN not in world_model_cfg and not hasattr(world_model_cfg, HANDED_DOWN)
         cfg.model.world_model_cfg.kv_cache_cfg.eviction = 'lru'
         again = create_policy(cfg, enable_field=fields)
         assert again._model.world_model.kv_cache_manager.config.eviction == 'lru'

@@ -142,7 +142,7 @@ class TestOptions:
     def test_keys_types_and_meanings(self):
         documented = [[spans(row[0]), spans(row[1]), row[3]] for row in table_with(self.NAME, 'type')]
         assert documented == [
-            [[key], [option.kind], re.sub(r"('\w+')", r'`\1`', option.meaning)]
+            [[key], [option.kind.__name__], re.sub(r"('\w+')", r'`\1`', option.meaning)]
             for key, option in config.KV_CACHE_CFG.items()
         ]
 

@@ -41,7 +41,7 @@ def copied(tmp_path, monkeypatch):
 def a_new_option(monkeypatch):
     """The version that reads has one more option of the cache than the one that wrote."""
     name, read = NEW_OPTION.rsplit('.', 1)[-1], config._read_options
-    monkeypatch.setitem(KV_CACHE_CFG, name, config.Option('int', 1, 'what it does', config._positive_int))
+    monkeypatch.setitem(KV_CACHE_CFG, name, config.Option(int, 1, 'what it does'))
     monkeypatch.setattr(config, '_read_options', lambda *args: {
         key: value for key, value in read(*args).items() if key != name
     })
