@@ -156,7 +156,6 @@ def group(text: str) -> Tuple[str, str]:
 def command_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = _Parser(prog=COMMAND, description='Trainings with the KV cache of UniZero, and tools around it.')
-    parser.add_argument('--version', action='version', version=version())
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     _add_train(commands)
     _add_compare(commands)
@@ -165,6 +164,8 @@ def command_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         'zoo', help="our configs and LightZero's", description="List our configs and LightZero's own for UniZero, what "
         'each needs, and whether that is installed here: an environment of each is built.')
+    for each in (parser, *commands.choices.values()):
+        each.add_argument('--version', action='version', version=version())
     return parser
 
 
@@ -198,7 +199,6 @@ def _add_train(commands: Any) -> None:
     add('--verbose', action='store_true', help="show LightZero's own output as well")
     add('--log-level', choices=('info', 'debug'), default='info', help='debug: every miss, eviction, clear and growth '
         "of the cache, in the run's log file")
-    add('--version', action='version', version=version())
 
 
 def _add_set(parser: argparse.ArgumentParser, text: str) -> None:
