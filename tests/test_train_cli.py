@@ -353,6 +353,7 @@ def test_an_evaluation_is_a_mean_with_its_deviation():
     (dict(env_step=200, collected_env_step=200, max_env_step=8000, train_iter=20, max_train_iter=50,
           env_steps_per_second=10.), 'collect  200+0/500 (40%), 0:00:30 left'),  # the iterations end it
     (dict(env_step=0, collected_env_step=20, max_train_iter=50), 'collect  0+20  reward -'),
+    (dict(env_step=80, collected_env_step=80, train_iter=60, max_train_iter=50), 'collect  80+0/80 (100%)'),
 ])
 def test_progress_says_how_much_is_done_and_left(held, said):
     assert run_text(Result(0, 'train', 'new', 0, **held), 'collect').startswith(said)
