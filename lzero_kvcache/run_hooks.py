@@ -1,13 +1,14 @@
 """
-What a training says where LightZero's own entry is called: how far it is, and a summary when it ends. The entry knows
-when a training is to end, and the hooks do not. Runs of ``train.py`` say more, and leave these hooks out.
+What a training says where LightZero's own entry is called: how far it is, and a summary when it ends. Runs of
+``train.py`` say more, and leave these hooks out.
 """
 import logging
 import os
 import time
+import traceback
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
@@ -33,20 +34,22 @@ logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 30.
 LOSS = 'weighted_total_loss'
+UNBOUNDED = int(1e10)  # with LightZero's entries, no limit
 
 
 class RunHook(LearnerHook):
-    """What both hooks know of a run: when it began, and how far it is."""
+    """What both hooks know of a run: when it began, how far it is, and when it is to stop."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.pop('ext_args', None)
         super().__init__(*args, **kwargs)
         self._started, self._began = moment(), time.monotonic()
+        self._limits = limits_of_entry()
 
     @cached_property
     def _result(self) -> Result:
         """Made when it is first looked at, since it asks git: ``train.py`` makes hooks that never look."""
-        return replace(begun('', 0), started=self._started)
+        return replace(begun('', 0, **self._limits), started=self._started)
 
     def look(self, engine: Any) -> Optional[Result]:
         """The run as far as it is; None if the model is not the plugin's. ``engine`` is DI-engine's learner."""
@@ -107,6 +110,16 @@ class SummaryHook(RunHook):
         logger.info(
             f'Hit rates of the cache: {rates}; its memory: {number_text(result.cache_memory_mb)} MiB; best reward '
             f'{number_text(result.best_reward)}. {os.path.join(engine.exp_name, SUMMARY)} has all numbers')
+
+
+def limits_of_entry() -> Dict[str, Optional[int]]:
+    """What the entry that is making a learner is to stop after. It tells nobody, so it is read where it is held."""
+    names = ('max_env_step', 'max_train_iter')
+    for frame, _ in traceback.walk_stack(None):
+        if set(names) <= set(frame.f_code.co_varnames):
+            limits = {name: frame.f_locals.get(name) for name in names}
+            return {name: limit if limit and limit < UNBOUNDED else None for name, limit in limits.items()}
+    return {}
 
 
 def read_evaluations(folder: str) -> List[Evaluation]:

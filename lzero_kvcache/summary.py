@@ -247,7 +247,7 @@ def add_up(before: Result, after: Result) -> Result:
 def run_text(result: Result, phase: str) -> str:
     """One line: steps that are trained on and those collected since, of all; how long it has left; how it does."""
     steps = f'{result.env_step:,}+{result.collected_env_step - result.env_step:,}'
-    total, speed = result.max_env_step, result.env_steps_per_second
+    total, speed = steps_at_the_end(result), result.env_steps_per_second
     if total is not None:
         steps += f'/{total:,} ({min(1., result.collected_env_step / total):.0%})'
         if speed:
@@ -257,6 +257,14 @@ def run_text(result: Result, phase: str) -> str:
     rate = rate_text(result.hit_rates.get('total'))
     loss = '' if result.loss is None else f'  loss {result.loss:.3g}'
     return f'{phase:<8} {steps}  {rewards}{loss}  hit rate {rate}  {number_text(speed)} steps/s on {result.device}'
+
+
+def steps_at_the_end(result: Result) -> Optional[int]:
+    """Environment steps after which a run is to end; estimated, where it is iterations that end it."""
+    ends = [] if result.max_env_step is None else [result.max_env_step]
+    if result.max_train_iter is not None and result.train_iter:
+        ends.append(round(result.collected_env_step * max(1., result.max_train_iter / result.train_iter)))
+    return min(ends, default=None)
 
 
 def rate_text(rate: Optional[float]) -> str:

@@ -287,6 +287,17 @@ class TestWarnings:
         path.write_text(json.dumps({**json.loads(path.read_text()), **summary}))
         assert self.warnings(*paths) == expected
 
+    def test_runs_of_other_budgets_are_no_spread(self, tmp_path):
+        """Also where all runs are of one side, as a first look and a full training are."""
+        comparison = compared(*(write_run(tmp_path / f'new_{steps}', new=True, env_steps=steps, began=BEGAN + steps,
+                                          summary=dict(max_env_step=steps)) for steps in (300, 5000)))
+        said = ' '.join(warning.text for warning in comparison.warnings)
+        assert 'Other budgets of environment steps (new: 300, 5,000): times and rewards are not comparable' in said
+        spreads = {name: row(comparison, name).spreads['new'] for name in ('seconds', 'last_reward', 'init_hit_rate')}
+        assert {name: spread and spread.runs for name, spread in spreads.items()} == dict(
+            seconds=None, last_reward=None, init_hit_rate=2)
+        assert list(row(comparison, 'seconds').values.values()) == [100., 100.]
+
     def test_budgets_of_runs_without_a_summary(self, tmp_path):
         paths = [write_run(tmp_path / 'old_s0'),
                  write_run(tmp_path / 'new_s0', new=True, env_steps=740, began=BEGAN + 500)]

@@ -34,9 +34,12 @@ def test_it_says_how_far_it_is_and_leaves_a_summary(new, tmp_path):
     progress = [line for line in lines if line.startswith('train ')]
     steps = summary['env_step']
     assert len(progress) == ITERATIONS
-    assert all(re.fullmatch(
-        rf'train    {steps}\+0  reward -, best -  loss \S+  hit rate \d+\.\d%  [\d.]+ steps/s on cpu', line)
-        for line in progress), progress
+    ends = [None, *(round(steps * ITERATIONS / iteration) for iteration in range(1, ITERATIONS))]
+    for line, end in zip(progress, ends):
+        how_far = rf'{steps}\+0' + (rf'/{end} \({steps / end:.0%}\), [\d:]+ left' if end else '')
+        assert re.fullmatch(
+            rf'train    {how_far}  reward -, best -  loss \S+  hit rate \d+\.\d%  [\d.]+ steps/s on cpu', line), line
+    assert (summary['max_env_step'], summary['max_train_iter']) == (None, ITERATIONS)
     assert [(summary[name]) for name in ('cache', 'seed', 'task', 'exit_code', 'device', 'train_iter')] == [
         'new' if new else 'old', 4, 'train', 0, 'cpu', ITERATIONS]
     assert summary['counters']['total']['queries'] == scalars(tmp_path / 'run', 'kv_cache_iter/total_queries')[-1].value

@@ -345,6 +345,10 @@ def test_an_evaluation_is_a_mean_with_its_deviation():
      'collect  280+20/600 (50%), 0:00:30 left  reward -, best 12.0  loss 0.512  hit rate -  10.0 steps/s on cpu'),
     (dict(env_step=650, collected_env_step=650, max_env_step=600), 'collect  650+0/600 (100%)  reward -, best -'),
     (dict(env_step=5, collected_env_step=5), 'collect  5+0  reward -'),
+    (dict(env_step=200, collected_env_step=200, max_env_step=8000, train_iter=20, max_train_iter=50,
+          env_steps_per_second=10.), 'collect  200+0/500 (40%), 0:00:30 left'),  # the iterations end it
+    (dict(env_step=0, collected_env_step=20, max_train_iter=50), 'collect  0+20  reward -'),
+    (dict(env_step=80, collected_env_step=80, train_iter=60, max_train_iter=50), 'collect  80+0/80 (100%)'),
 ])
 def test_progress_says_how_much_is_done_and_left(held, said):
     assert run_text(Result(0, 'train', 'new', 0, **held), 'collect').startswith(said)

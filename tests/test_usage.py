@@ -5,7 +5,7 @@ import re
 import pytest
 from trainings import WM
 
-from lzero_kvcache_options import main
+from lzero_kvcache_options import main, version
 
 WITH_A_CONFIG = [
     (['--config', 'nosuch'], '--config nosuch: there is no such file'),
@@ -82,3 +82,10 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
     assert captured.err.count('\n') == 1
     assert re.fullmatch(r'(Config: .*\n|.* is left out: .*\n)?', captured.out)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('command', [[], ['train'], ['compare'], ['experiment'], ['info'], ['zoo']])
+def test_every_command_says_its_version(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, '--version'])
+    assert (end.value.code, capsys.readouterr().out) == (0, version() + '\n')

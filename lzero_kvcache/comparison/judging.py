@@ -60,8 +60,8 @@ class Spread(NamedTuple):
 
 class Row(NamedTuple):
     """
-    A measure: values by run, spreads and ratios (the baseline's centre / the side's) by side. Sides whose numbers are
-    not comparable with the baseline's have no ratio.
+    A measure: values by run, spreads and ratios (the baseline's centre / the side's) by side. Sides whose runs are not
+    comparable with each other have no spread, and those that are not comparable with the baseline have no ratio.
     """
     measure: Measure
     source: str
@@ -102,9 +102,9 @@ def judge(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]], left_ou
     """Compare runs; ``groups`` are (name, pattern) of sides, as of ``compare_runs``."""
     sides = sort_into_sides(runs, groups)
     statistic = INTERQUARTILE_MEAN if all(len(side.runs) >= MANY_RUNS for side in sides) else MEDIAN
-    blocked = {side.name: {about for warning in _warnings([sides[0], side]) for about in warning.blocks}
-               for side in sides[1:]}
-    rows = [_row(measure, sides, blocked, statistic) for measure in MEASURES]
+    mixed = {side.name: _blocked([side]) for side in sides}
+    blocked = {side.name: _blocked([sides[0], side]) for side in sides[1:]}
+    rows = [_row(measure, sides, mixed, blocked, statistic) for measure in MEASURES]
     return Comparison(sides, rows, _config_differences(sides), _notes(runs) + _warnings(sides), left_out, statistic)
 
 
@@ -213,7 +213,8 @@ MEASURES = (
 )
 
 
-def _row(measure: Measure, sides: Sequence[Side], blocked: Dict[str, Set[str]], statistic: str) -> Row:
+def _row(measure: Measure, sides: Sequence[Side], mixed: Dict[str, Set[str]], blocked: Dict[str, Set[str]],
+         statistic: str) -> Row:
     runs = [run for side in sides for run in side.runs]
     sources: Dict[str, Dict[str, Number]] = {}
     if measure.summary:
@@ -221,7 +222,8 @@ def _row(measure: Measure, sides: Sequence[Side], blocked: Dict[str, Set[str]], 
     sources['events'] = {run.name: measure.events(run) for run in runs}
     source = max(sources, key=lambda name: sum(value is not None for value in sources[name].values()))
     values = sources[source]
-    spreads = {side.name: _spread([values[run.name] for run in side.runs], statistic) for side in sides}
+    spreads = {side.name: None if measure.about in mixed[side.name]  # no repeats of each other are no spread
+               else _spread([values[run.name] for run in side.runs], statistic) for side in sides}
     (_, baseline), *others = ((name, spread and spread.centre) for name, spread in spreads.items())
     not_comparable = frozenset(name for name, about in blocked.items() if measure.about in about)
     ratios = {name: None if name in not_comparable else _ratio(baseline, centre) for name, centre in others}
@@ -324,6 +326,11 @@ def _warnings(sides: Sequence[Side]) -> List[Caution]:
         *(machines or _disagreements(sides, HOST, 'times are comparable if these are of one kind')),
         *_at_once(runs),
     ]
+
+
+def _blocked(sides: Sequence[Side]) -> Set[str]:
+    """What measures are about that differences between the runs of these sides make incomparable."""
+    return {about for warning in _warnings(sides) for about in warning.blocks}
 
 
 def _one_side(sides: Sequence[Side]) -> List[Caution]:

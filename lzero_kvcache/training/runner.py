@@ -20,6 +20,7 @@ from ..config import ConfigError, picked_manager
 from ..host import entries
 from ..host.patches import applied
 from ..run_files import EVENT_FILES, purge
+from ..run_hooks import UNBOUNDED
 from ..summary import (
     EVALUATE,
     SUMMARY,
@@ -32,6 +33,7 @@ from ..summary import (
     read_result,
     read_summary,
     run_text,
+    steps_at_the_end,
     write_json,
     write_progress,
     write_summary,
@@ -45,7 +47,6 @@ from .ranks import DataParallel, Interrupted
 from .terminal import Bar, summary_rows
 from .watch import Watch
 
-UNBOUNDED = int(1e10)
 LOG_FILE = os.path.join('log', 'train.log')
 LOG_FILE_OF_RANK = os.path.join('log', 'train_rank{}.log')
 # The bar is redrawn four times a second; asking for counters more often than that is for nothing.
@@ -287,7 +288,7 @@ class _Training:
         if not self._finishing and result.env_step >= (result.max_env_step or UNBOUNDED):
             self._finishing = True
             self.terminal.line(f'{result.env_step:,} env steps are collected: finishing the updates that go with them')
-        self._bar.update(result.collected_env_step, run_text(result, self.watch.phase))
+        self._bar.update(result.collected_env_step, run_text(result, self.watch.phase), steps_at_the_end(result))
         if self.ranks.main:
             write_progress(result, self.watch.phase)
 

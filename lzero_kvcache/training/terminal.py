@@ -73,9 +73,10 @@ class Bar:
             self._task = self._progress.add_task('', total=total, completed=done)
             self._progress.start()
 
-    def update(self, done: int, text: str) -> None:
+    def update(self, done: int, text: str, total: Optional[int] = None) -> None:
+        """Show how far it is, and of how much, if that is not what it was."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=done, description=text)
+            self._progress.update(self._task, completed=done, description=text, total=total)
         elif time.monotonic() >= self._next:
             self._plain(text)
 
