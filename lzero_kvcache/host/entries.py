@@ -40,11 +40,12 @@ def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
     from ding.envs import get_vec_env_setting
     cfg = completed(main_config, create_config)
     env_fn, collector_configs, _ = get_vec_env_setting(cfg.env)
-    env = env_fn(cfg=collector_configs[0])
-    try:
-        first = env.reset()
-    finally:
-        env.close()
+    with _fault_named():
+        env = env_fn(cfg=collector_configs[0])
+        try:
+            first = env.reset()
+        finally:
+            env.close()
     model, which = cfg.policy.model, f'the environment of env.env_id={cfg.env.get("env_id")!r}'
     mask, seen = (first.get(key) for key in ('action_mask', 'observation')) if isinstance(first, dict) else (None, None)
     if not model.continuous_action_space and mask is not None and len(mask) != model.action_space_size:
@@ -70,13 +71,15 @@ def build_policy(main_config: EasyDict, create_config: EasyDict) -> Any:
 
 @contextlib.contextmanager
 def _fault_named() -> Iterator[None]:
-    """Where LightZero's own code fails, say so in one line, with file and line."""
+    """Where LightZero's own code fails, or an environment of its zoo, say so in one line, with file and line."""
     import lzero
     try:
         yield
+    except ModuleNotFoundError:
+        raise  # of what is not installed
     except (TypeError, AttributeError, NotImplementedError, ImportError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        if not last.filename.startswith(lzero.__path__[0] + os.sep):
+        if not last.filename.startswith((lzero.__path__[0] + os.sep, zoo_folder() + os.sep)):
             raise
         said = f'{type(error).__name__}: {" ".join(str(error).split())}'
         raise ConfigError(f"LightZero's own {last.filename}:{last.lineno} fails: {said}") from error

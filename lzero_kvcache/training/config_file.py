@@ -19,8 +19,8 @@ import lzero_kvcache_options
 
 from ..config import ConfigError
 from ..host.entries import recorded_call
+from ..host.lightzero import lightzero
 from ..host.patches import ENTRIES, applied, forget_configs
-from ..loading import POLICIES
 from .error_hints import hint
 
 # LightZero's Atari files build their config in ``main(env_id, seed)``, whose arguments come from the command line.
@@ -174,9 +174,10 @@ def _check_shape(main_config: EasyDict, create_config: EasyDict, path: str) -> N
             if not isinstance(tree.get(key), dict):
                 raise ConfigError(f"{path}: {name}.{key} is missing; LightZero's configs have it")
     policy = create_config.policy.get('type')
-    if policy not in POLICIES:
+    if policy not in lightzero.POLICIES:
         raise ConfigError(
-            "{}: create_config.policy.type is {!r}; this trains {}".format(path, policy, ' and '.join(POLICIES))
+            "{}: create_config.policy.type is {!r}; this trains {}".format(
+                path, policy, ' and '.join(lightzero.POLICIES))
         )
     if not isinstance(main_config.policy.get('model', {}).get('world_model_cfg'), dict):
         raise ConfigError(f"{path}: main_config.policy.model.world_model_cfg is missing")
