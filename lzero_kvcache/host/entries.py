@@ -3,6 +3,7 @@ import contextlib
 import functools
 import inspect
 import os
+import sys
 import traceback
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
@@ -124,11 +125,25 @@ class _EntryCalled(BaseException):
         self.entry, self.arguments = entry, (args, kwargs)
 
 
+class _Silenced:
+    """A stream that passes on what is written, but not what is written as a recorded call is handled."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return len(text) if isinstance(sys.exc_info()[1], _EntryCalled) else self._stream.write(text)
+
+
 def recorded_call(run: Callable[[], Any]) -> Optional[Dict[str, Any]]:
     """What the first call of an entry in ``run`` would have trained; None if there is none. Nothing is trained."""
     signatures = _signatures()
     with applied(entries=lambda code: _raise_call.__code__, ddp_config=lambda code: _as_it_is.__code__,
-                 ddp_context=lambda method: lambda self, *args: None):
+                 ddp_context=lambda method: lambda self, *args: None, stdout=_Silenced,
+                 stderr=_Silenced):
         try:
             run()
         except _EntryCalled as call:
