@@ -13,7 +13,6 @@ from .host.refused import check_policy
 from .registry import KV_CACHE_REGISTRY
 
 PLUGIN = 'lzero_kvcache'
-POLICIES = ('unizero', 'sampled_unizero')
 
 
 def enable(main_config: EasyDict, create_config: EasyDict, **kv_cache_cfg: Any) -> None:
@@ -59,8 +58,10 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     """
     main_config, create_config = EasyDict(copy.deepcopy(main_config)), EasyDict(copy.deepcopy(create_config))
     name = create_config.policy.type
-    if name not in POLICIES:
-        raise ConfigError(f'create_config.policy.type={name!r} is not a UniZero policy: {nearest(name, POLICIES)}')
+    if name not in lightzero.POLICIES:
+        raise ConfigError(
+            f'create_config.policy.type={name!r} is not a UniZero policy: {nearest(name, lightzero.POLICIES)}'
+        )
     with contextlib.suppress(ImportError):  # a module that is missing is reported where it is needed
         import_module(import_names(create_config))  # these register a policy of one's own
     policy = POLICY_REGISTRY.get(name)

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 import textwrap
+import traceback
 from unittest import mock
 
 import lzero.entry
@@ -236,6 +237,20 @@ def test_capturing_a_call_puts_the_entries_back():
     call = capture_entry_call(main)
     assert call == dict(main_config=dict(a=1), create_config=dict(b=2), entry='train_unizero', seed=5)
     assert [getattr(lzero.entry, name) for name in ENTRIES] == before
+
+
+def test_a_main_prints_no_traceback_of_the_call_that_is_captured(capsys):
+
+    def main():
+        print('begins')
+        try:
+            lzero.entry.train_unizero([dict(a=1), dict(b=2)])
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+    assert capture_entry_call(main)['entry'] == 'train_unizero'
+    assert capsys.readouterr() == ('begins\n', '')
 
 
 @pytest.mark.parametrize(('top', 'inside'), [

@@ -1,4 +1,5 @@
 """``python -m lzero_kvcache info``: each line against the manager of a policy that is built and used."""
+import os
 
 import pytest
 import torch
@@ -151,3 +152,13 @@ def test_the_zoo_is_tried(monkeypatch):
     assert 'ImportError: cannot import name' in rows.pop('lightzero:atari_unizero_stack4_config')
     assert rows == {'config_new': 'no extra: installed', 'memory_unizero_config': missing,
                     'lightzero:memory_unizero_config': missing}
+
+
+def test_an_environment_of_the_zoo_that_fails_is_named(monkeypatch):
+    monkeypatch.setattr(info, 'our_configs', lambda: {'config_new': our_configs()['config_new']})
+    monkeypatch.setattr(info, 'lightzero_configs', dict)
+    place, fails = os.path.join(entries.zoo_folder(), 'some_env.py'), {}
+    exec(compile('def reset(self):\n    return self.no_such_range', place, 'exec'), fails)
+    monkeypatch.setattr('zoo.classic_control.cartpole.envs.cartpole_lightzero_env.CartPoleEnv.reset', fails['reset'])
+    said = dict(info.of_zoo())['config_new']
+    assert said.startswith(f"no extra: LightZero's own {place}:2 fails: AttributeError: ")

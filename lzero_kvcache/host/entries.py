@@ -3,6 +3,7 @@ import contextlib
 import functools
 import inspect
 import os
+import sys
 import traceback
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
@@ -40,11 +41,12 @@ def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
     from ding.envs import get_vec_env_setting
     cfg = completed(main_config, create_config)
     env_fn, collector_configs, _ = get_vec_env_setting(cfg.env)
-    env = env_fn(cfg=collector_configs[0])
-    try:
-        first = env.reset()
-    finally:
-        env.close()
+    with _fault_named():
+        env = env_fn(cfg=collector_configs[0])
+        try:
+            first = env.reset()
+        finally:
+            env.close()
     model, which = cfg.policy.model, f'the environment of env.env_id={cfg.env.get("env_id")!r}'
     mask, seen = (first.get(key) for key in ('action_mask', 'observation')) if isinstance(first, dict) else (None, None)
     if not model.continuous_action_space and mask is not None and len(mask) != model.action_space_size:
@@ -70,13 +72,15 @@ def build_policy(main_config: EasyDict, create_config: EasyDict) -> Any:
 
 @contextlib.contextmanager
 def _fault_named() -> Iterator[None]:
-    """Where LightZero's own code fails, say so in one line, with file and line."""
+    """Where LightZero's own code fails, or an environment of its zoo, say so in one line, with file and line."""
     import lzero
     try:
         yield
+    except ModuleNotFoundError:
+        raise  # of what is not installed
     except (TypeError, AttributeError, NotImplementedError, ImportError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        if not last.filename.startswith(lzero.__path__[0] + os.sep):
+        if not last.filename.startswith((lzero.__path__[0] + os.sep, zoo_folder() + os.sep)):
             raise
         said = f'{type(error).__name__}: {" ".join(str(error).split())}'
         raise ConfigError(f"LightZero's own {last.filename}:{last.lineno} fails: {said}") from error
@@ -121,11 +125,25 @@ class _EntryCalled(BaseException):
         self.entry, self.arguments = entry, (args, kwargs)
 
 
+class _Silenced:
+    """A stream that passes on what is written, but not what is written as a recorded call is handled."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return len(text) if isinstance(sys.exc_info()[1], _EntryCalled) else self._stream.write(text)
+
+
 def recorded_call(run: Callable[[], Any]) -> Optional[Dict[str, Any]]:
     """What the first call of an entry in ``run`` would have trained; None if there is none. Nothing is trained."""
     signatures = _signatures()
     with applied(entries=lambda code: _raise_call.__code__, ddp_config=lambda code: _as_it_is.__code__,
-                 ddp_context=lambda method: lambda self, *args: None):
+                 ddp_context=lambda method: lambda self, *args: None, stdout=_Silenced,
+                 stderr=_Silenced):
         try:
             run()
         except _EntryCalled as call:

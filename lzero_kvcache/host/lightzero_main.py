@@ -9,7 +9,10 @@ from torch import nn
 
 NAME = 'main branch'
 SIGN = 'a block of its transformer has a feed_forward'
-SERVED = 'UniZero and Sampled UniZero; its own new manager with the old searches'
+SERVED = 'UniZero, Sampled UniZero and UniZero with PPO; its own new manager with the old searches'
+
+POLICIES = ('unizero', 'sampled_unizero', 'unizero_ppo')
+"""Policies that are served."""
 
 RECURRENT_SLOTS = 'shared_pool_size_recur'
 """Attribute of a world model that says how many contexts its recurrent pool has."""
@@ -105,11 +108,9 @@ def unserved_models() -> Iterator[Tuple[type, str, str]]:
     """Models that have LightZero's own caching: the class, its registered name, and why the new cache has none."""
     from lzero.model.sampled_unizero_model_multitask import SampledUniZeroMTModel
     from lzero.model.unizero_model_multitask import UniZeroMTModel
-    from lzero.model.unizero_ppo_model import UniZeroPPOModel
     tasks = 'its contexts and heads belong to tasks, and the new cache does not know task_id'
     yield UniZeroMTModel, 'UniZeroMTModel', tasks
     yield SampledUniZeroMTModel, 'SampledUniZeroMTModel', tasks
-    yield UniZeroPPOModel, 'UniZeroPPOModel', 'its policy, unizero_ppo, does not tell whose rows it asks for'
 
 
 def no_caches(world_model: Any) -> None:

@@ -8,6 +8,9 @@ NAME = 'released 0.2.0'
 SIGN = 'a block of its transformer has an mlp'
 SERVED = 'all of UniZero and Sampled UniZero'
 
+POLICIES = ('unizero', 'sampled_unizero')
+"""Policies that are served."""
+
 RECURRENT_SLOTS = 'shared_pool_size'
 """Attribute of a world model that says how many contexts its recurrent pool has."""
 

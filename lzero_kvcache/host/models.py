@@ -22,15 +22,15 @@ if lightzero.HAS_MANAGER:
     _MANAGER_WORLD_MODEL = ManagerWorldModel
 
 
-def _build(model: Any, module: Any, original: type, args: Any, kwargs: Any) -> None:
-    """Run LightZero's constructor with a world model of ours under the name ``WorldModel``, by which it builds one."""
+def build(model: Any, module: Any, original: type, args: Any, kwargs: Any, replaced: type = WorldModel) -> None:
+    """Run LightZero's constructor with a world model of ours under the name by which it builds its own."""
     set_as_lightzero_does()
     init = original.__init__  # type: ignore[misc]
     config = _world_model_cfg(model, init, args, kwargs)
     system = picked_system(config)
     names, named = {}, lightzero.world_model_of(model, module)
-    if named is WorldModel:
-        picked = {'old': model.old_world_model, 'new': model.new_world_model, LIGHTZERO: _MANAGER_WORLD_MODEL}
+    if named is replaced:
+        picked = {'old': model.old_world_model, 'new': model.new_world_model, LIGHTZERO: model.manager_world_model}
         names = lightzero.name_world_model(model, picked[system])
     elif system == 'new':  # somebody's own, which has LightZero's own caching
         raise ConfigError(
@@ -43,8 +43,9 @@ def _build(model: Any, module: Any, original: type, args: Any, kwargs: Any) -> N
     with_globals(init, **names)(model, *args, **kwargs)
 
 
-class _Model(nn.Module):
-    """What both models share."""
+class KVCacheModel(nn.Module):
+    """What the plugin adds to a LightZero UniZero model."""
+    manager_world_model = _MANAGER_WORLD_MODEL
 
     def train(self, mode: bool = True) -> Any:
         """As PyTorch's; LightZero asks for evaluation mode at each step, and to set it anew takes longer than a root
@@ -94,7 +95,7 @@ class MemoryTokenizer(Tokenizer):
             self.lpips = nn.Identity()
 
 
-class UniZeroModel(_Model, unizero_model.UniZeroModel):
+class UniZeroModel(KVCacheModel, unizero_model.UniZeroModel):
     """
     Overview:
         LightZero's ``UniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
@@ -104,10 +105,10 @@ class UniZeroModel(_Model, unizero_model.UniZeroModel):
     new_world_model: Any = NewWorldModel
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _build(self, unizero_model, unizero_model.UniZeroModel, args, kwargs)
+        build(self, unizero_model, unizero_model.UniZeroModel, args, kwargs)
 
 
-class SampledUniZeroModel(_Model, sampled_unizero_model.SampledUniZeroModel):
+class SampledUniZeroModel(KVCacheModel, sampled_unizero_model.SampledUniZeroModel):
     """
     Overview:
         LightZero's ``SampledUniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
@@ -117,7 +118,7 @@ class SampledUniZeroModel(_Model, sampled_unizero_model.SampledUniZeroModel):
     new_world_model: Any = NewWorldModel
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _build(self, sampled_unizero_model, sampled_unizero_model.SampledUniZeroModel, args, kwargs)
+        build(self, sampled_unizero_model, sampled_unizero_model.SampledUniZeroModel, args, kwargs)
 
 
 register_in_place_of(unizero_model.UniZeroModel, MODEL_REGISTRY, 'UniZeroModel', UniZeroModel)

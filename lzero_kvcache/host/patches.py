@@ -47,6 +47,10 @@ def _of_policies(name: str) -> Tuple[str, ...]:
 
 CALL = 'the call returns'
 RUN, LOAD, OUTPUT = 'the run ends', 'the config is loaded', 'the command ends'
+PRINTED = (
+    'the log file; at loading, itself without what is written as a recorded call is handled',
+    "Python code writes there; a config's 'main' may print a traceback of what ends its call", f'{OUTPUT}, or {LOAD}'
+)
 
 TABLE: Dict[str, Patch] = {
     # ---- LightZero and DI-engine, while a config is loaded
@@ -120,8 +124,8 @@ TABLE: Dict[str, Patch] = {
         'a run ends after a whole update, with a checkpoint', 'the run, or the experiment, ends'),
     'descriptors': Patch(
         ('descriptor:1', 'descriptor:2'), 'the log file', 'worker processes and C code write there', OUTPUT),
-    'stdout': Patch(('sys:stdout', ), 'the log file', 'Python code writes there', OUTPUT),
-    'stderr': Patch(('sys:stderr', ), 'the log file', 'Python code writes there', OUTPUT),
+    'stdout': Patch(('sys:stdout', ), *PRINTED),
+    'stderr': Patch(('sys:stderr', ), *PRINTED),
     'plain_logs': Patch(
         ('environ:DISABLE_RICH', ), "'1'", "ditk's rich handler wraps a log file at 80 characters", OUTPUT),
     'neighbours': Patch(

@@ -100,6 +100,8 @@ class KVCachePolicy:
     def _mcts_of(self, mcts: Any) -> Any:
         """The search of a policy: by node where new mode can, or else the one that is there, timed from outside."""
         world_model = self._model.world_model
+        if mcts is None:  # PPO's actions are drawn from the policy head
+            return None
         if _is_new(world_model) and self._can_be_by_node(mcts):
             return self.node_search(mcts._cfg, world_model.searches_in_arrays('Searching'))
         timings = getattr(world_model, 'timings', None)
