@@ -49,7 +49,7 @@ class RunHook(LearnerHook):
     @cached_property
     def _result(self) -> Result:
         """Made when it is first looked at, since it asks git: ``train.py`` makes hooks that never look."""
-        return replace(begun('', 0, **self._limits), started=self._started)
+        return replace(begun('', 0), started=self._started, **self._limits)
 
     def look(self, engine: Any) -> Optional[Result]:
         """The run as far as it is; None if the model is not the plugin's. ``engine`` is DI-engine's learner."""
