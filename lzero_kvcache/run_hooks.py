@@ -49,7 +49,7 @@ class RunHook(LearnerHook):
     @cached_property
     def _result(self) -> Result:
         """Made when it is first looked at, since it asks git: ``train.py`` makes hooks that never look."""
-        return replace(begun('', 0), started=self._started, **self._limits)
+        return replace(begun('', 0, **self._limits), started=self._started)
 
     def look(self, engine: Any) -> Optional[Result]:
         """The run as far as it is; None if the model is not the plugin's. ``engine`` is DI-engine's learner."""
@@ -112,7 +112,7 @@ class SummaryHook(RunHook):
             f'{number_text(result.best_reward)}. {os.path.join(engine.exp_name, SUMMARY)} has all numbers')
 
 
-def limits_of_entry() -> Dict[str, Optional[int]]:
+def limits_of_entry() -> Dict[str, Any]:
     """What the entry that is making a learner is to stop after. It tells nobody, so it is read where it is held."""
     names = ('max_env_step', 'max_train_iter')
     for frame, _ in traceback.walk_stack(None):
