@@ -130,45 +130,37 @@ def mend_rows(batch: Batch, lo: int, hi: int) -> None:
             batch.broken[row] += 1
 
 
-@inner
-def search_together(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, shift: np.ndarray, slab: np.ndarray,
-                    pages: np.ndarray, batch: Batch, states: States, scratch: Any, begin: int, end: int, lo: int,
-                    hi: int) -> None:
-    """:func:`search_rows` for rows that the model steps together."""
-    reanalyzes = len(states.latent) > 0
-    if begin == 0:
-        prepare_rows(tree, rules, key, roots.reward, roots.logits, roots.legal, roots.noise, roots.weight, lo, hi)
-        for row in range(lo, hi):
-            tree.tables[row, 0], tree.counts[row, 0], batch.broken[row] = roots.tables[row], roots.counts[row], 0
-    for simulation in range(begin, end):
-        select_rows(tree, rules, key, simulation, lo, hi)
-        gather_rows(tree, rules, roots.timesteps, batch, lo, hi)
-        if reanalyzes:
-            begin_rows(tree, network, shift, slab, batch, states, scratch, lo, hi)
-        simulate(
-            network, shift, slab, batch.tables, batch.counts, pages[simulation], batch.actions, batch.places, scratch,
-            lo, hi - lo, batch.reward, batch.value, batch.policy, states.latent
-        )
-        mend_rows(batch, lo, hi)
-        if reanalyzes:
-            for row in range(lo, hi):
-                states.latents[row, simulation + 1] = states.latent[row]
-        else:
-            extend_rows(tree, pages[simulation], simulation, lo, hi)
-        backup_rows(tree, rules, key, simulation, batch.reward, batch.value, batch.policy, lo, hi)
-
-
 @entry
 def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, shift: np.ndarray, slab: np.ndarray,
                 pages: np.ndarray, batch: Batch, states: States, scratch: Any, begin: int, end: int, lo: int,
                 hi: int) -> None:
     """Simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``. ``pages [N - 1, B]`` are what simulations write; the
     rest is as :func:`simulate` takes it."""
+    reanalyzes = len(states.latent) > 0
     for low in range(lo, hi, ROWS):
-        search_together(
-            tree, rules, key, roots, network, shift, slab, pages, batch, states, scratch, begin, end, low,
-            min(low + ROWS, hi)
-        )
+        high = min(low + ROWS, hi)
+        if begin == 0:
+            prepare_rows(
+                tree, rules, key, roots.reward, roots.logits, roots.legal, roots.noise, roots.weight, low, high
+            )
+            for row in range(low, high):
+                tree.tables[row, 0], tree.counts[row, 0], batch.broken[row] = roots.tables[row], roots.counts[row], 0
+        for simulation in range(begin, end):
+            select_rows(tree, rules, key, simulation, low, high)
+            gather_rows(tree, rules, roots.timesteps, batch, low, high)
+            if reanalyzes:
+                begin_rows(tree, network, shift, slab, batch, states, scratch, low, high)
+            simulate(
+                network, shift, slab, batch.tables, batch.counts, pages[simulation], batch.actions, batch.places,
+                scratch, low, high - low, batch.reward, batch.value, batch.policy, states.latent
+            )
+            mend_rows(batch, low, high)
+            if reanalyzes:
+                for row in range(low, high):
+                    states.latents[row, simulation + 1] = states.latent[row]
+            else:
+                extend_rows(tree, pages[simulation], simulation, low, high)
+            backup_rows(tree, rules, key, simulation, batch.reward, batch.value, batch.policy, low, high)
 
 
 @entry

@@ -2,8 +2,7 @@
 
 ``B`` rows, ``E`` embedding, ``A`` numbers of a continuous action, ``P`` policy logits. A latent state is ``[B, E]``.
 """
-from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, ContextManager, Sequence
 
 import numpy as np
 import torch
@@ -39,11 +38,9 @@ class Inference(RootInference, NodesByKey, NodesByPlace):
             self.engine, source, manager, store, self._guard, self.timings, options.matmul
         )
 
-    @contextmanager
-    def search_whole(self, problem: Problem) -> Iterator[Any]:
+    def search_whole(self, problem: Problem) -> ContextManager[Any]:
         """A context with the trees of a search from the roots that were just served, which was one compiled call."""
-        with self._whole.run(self.open.searched(), problem) as tree:
-            yield tree
+        return self._whole.run(self.open.searched(), problem)
 
     @torch.no_grad()
     def search_on_device(self, problem: Problem) -> Found:
