@@ -1,6 +1,6 @@
 """Small things that several test files build: ``KeysValues``, managers, LightZero configs and policies, and an audit.
 
-No test lives here. ``oracle.py`` has the models and what is right for them.
+No test lives here. ``small_models.py`` has the models, ``oracle.py`` what is right for them.
 """
 import contextlib
 import copy
@@ -14,8 +14,8 @@ from ding.config import compile_config
 from ding.policy import create_policy
 from easydict import EasyDict
 from lzero.model.unizero_world_models.kv_caching import KeysValues
-from oracle import Case, randomise
 from seeded_search import seeded_search
+from small_models import Case, randomise
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 from lzero_kvcache import KVCacheManager

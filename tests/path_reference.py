@@ -5,7 +5,8 @@ from typing import Any, List, NamedTuple, Tuple
 import numpy as np
 import torch
 import torch.nn as nn
-from oracle import Answer, Batch, Expand, Root, adapter
+from oracle import Answer, Batch, Expand, Root
+from small_models import adapter
 
 
 class PathReference(Batch):

@@ -3,7 +3,8 @@ import contextlib
 
 import numpy as np
 import torch
-from oracle import Batch, play, relative_error, to_scalar
+from oracle import Batch, play, relative_error
+from small_models import to_scalar
 
 SUPPORT = 5
 TO_SCALAR = to_scalar(SUPPORT)

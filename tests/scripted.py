@@ -20,8 +20,8 @@ from ding.utils import ENV_REGISTRY
 from easydict import EasyDict
 from lzero.mcts import UniZeroGameBuffer
 from lzero.worker import MuZeroCollector, MuZeroEvaluator, MuZeroSegmentCollector
-from oracle import ON_MAIN, Case, randomise
 from seeded_search import seeded_search
+from small_models import ON_MAIN, Case, randomise
 from tensorboardX import SummaryWriter
 
 from lzero_kvcache.host.tree_search import NodeSearch

@@ -9,8 +9,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from oracle import TOLERANCE, Batch, Case, cached_model, random_trace, relative_error
+from oracle import TOLERANCE, Batch, random_trace, relative_error
 from players import answers_of, largest_error
+from small_models import Case, cached_model
 
 from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
 from lzero_kvcache.engine import graphs, launch, packing

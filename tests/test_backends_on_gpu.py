@@ -4,21 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ding.utils import MODEL_REGISTRY
-from oracle import (
-    ORIGINAL_MODELS,
-    TOLERANCE,
-    Batch,
-    Case,
-    LightZeroAlone,
-    cached_model,
-    construct,
-    original_model,
-    play,
-    random_reanalysis,
-    random_trace,
-    randomise,
-)
+from oracle import TOLERANCE, Batch, LightZeroAlone, play, random_reanalysis, random_trace
 from players import Placed, answers_of, largest_error
+from small_models import ORIGINAL_MODELS, Case, cached_model, construct, original_model, randomise
 from test_backends import BOTH_ACTIONS, BOTH_POSITIONS, BOTH_WAYS, SEED, cfg
 
 from lzero_kvcache.engine import packing

@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from oracle import Case, cached_model
+from small_models import Case, cached_model
 from torch import nn
 
 from lzero_kvcache.engine.program import GELU, KIND, LAYER_NORM, LINEAR, SCALE, SIM_NORM, STANDARDIZE

@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple
 import numpy as np
 import pytest
 import torch
-from oracle import Case, cached_model
+from small_models import Case, cached_model
 
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.team import FINISHED

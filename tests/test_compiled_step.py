@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import pytest
 import torch
-from oracle import ON_MAIN, Case, cached_model
+from small_models import ON_MAIN, Case, cached_model
 
 from lzero_kvcache.engine.compiling import why_not_compiled
 from lzero_kvcache.engine.packing import pack, unpack

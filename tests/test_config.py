@@ -10,7 +10,7 @@ from builders import compiled, make_policy, small_cartpole
 from ding.policy import create_policy
 from ding.utils import POLICY_REGISTRY
 from easydict import EasyDict
-from oracle import Case, construct
+from small_models import Case, construct
 
 from lzero_kvcache import KV_CACHE_REGISTRY, CacheConfig, ConfigError, KVCacheManager
 from lzero_kvcache import config as config_module

@@ -10,7 +10,7 @@ from unittest import mock
 import lzero.entry
 import pytest
 import zoo
-from oracle import ON_MAIN
+from small_models import ON_MAIN
 from trainings import PROJECT_ROOT
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as lightzeros_cartpole
 

@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 from ding.utils import MODEL_REGISTRY
-from oracle import Batch, Case, construct, random_trace
+from oracle import Batch, random_trace
+from small_models import Case, construct
 
 EXAMPLE_2 = dict(
     max_blocks=10, max_tokens=20, context_length=8, env_num=8, num_simulations=50, game_segment_length=400,

@@ -11,7 +11,7 @@ import test_compiled_search as compiled
 import test_reanalysis as reanalysis
 import torch
 from ding.utils import MODEL_REGISTRY
-from oracle import Case, construct, original_model
+from small_models import Case, construct, original_model
 from test_compiled_search import Root, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
 from test_whole_search import SIMULATIONS, make
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from builders import compiled, small_cartpole
 from ding.utils import MODEL_REGISTRY
-from oracle import Case, construct
+from small_models import Case, construct
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 from lzero_kvcache import KV_CACHE_REGISTRY, KVCacheManager, config, run_hooks, telemetry

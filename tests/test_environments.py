@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from builders import audit
 from lzero.worker import MuZeroEvaluator
-from oracle import ON_MAIN
 from scripted import COLLECTORS, Life, Search
+from small_models import ON_MAIN
 
 SCRIPTS = (0, 1, 2, 3)
 EVALUATOR = 'evaluator'

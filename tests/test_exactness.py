@@ -9,10 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import (
-    ON_MAIN,
-    ON_RELEASE_ALONE,
     Batch,
-    Case,
     ClearEnv,
     ClearSearch,
     LightZeroAlone,
@@ -20,13 +17,12 @@ from oracle import (
     Root,
     Trace,
     assert_same,
-    cached_model,
     differences,
-    original_model,
     random_reanalysis,
     random_trace,
     row_differences,
 )
+from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, cached_model, original_model
 
 from lzero_kvcache.host.weights import MANY_ROWS
 

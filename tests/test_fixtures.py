@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from oracle import ON_MAIN
+from small_models import ON_MAIN
 from trainings import PROJECT_ROOT, import_what_trainings_import, short_episodes, train, trained
 
 from lzero_kvcache import comparison, config, summary

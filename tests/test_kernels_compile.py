@@ -28,7 +28,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
 def main() -> None:
     import test_compiled_search as compiled
     import torch
-    from oracle import Case, cached_model
+    from small_models import Case, cached_model
     from triton.runtime.jit import JITFunction
 
     from lzero_kvcache.engine import overlap

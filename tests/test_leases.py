@@ -19,8 +19,9 @@ from builders import Worker, assert_same_outputs, audit, make_policy, roots
 from ding.utils import MODEL_REGISTRY
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 from lzero.policy import utils as lightzero_utils
-from oracle import Batch, Case, Root, assert_same, cached_model, play, random_trace, row_differences, world_model_cfg
+from oracle import Batch, Root, assert_same, play, random_trace, row_differences
 from players import ByKey, ByNode
+from small_models import Case, cached_model, world_model_cfg
 
 from lzero_kvcache import KVCacheManager
 from lzero_kvcache.cache.base import CURRENT

@@ -20,7 +20,8 @@ from easydict import EasyDict
 from lzero.model.common import RepresentationNetworkMLP
 from lzero.model.unizero_model import UniZeroModel
 from lzero.policy import sampled_unizero
-from oracle import ON_MAIN, ORIGINAL_MODELS, Batch, Case, cached_model, construct, play, random_trace, randomise
+from oracle import Batch, play, random_trace
+from small_models import ON_MAIN, ORIGINAL_MODELS, Case, cached_model, construct, randomise
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 from lzero_kvcache import KV_CACHE_REGISTRY, CacheConfig, ConfigError, check_config

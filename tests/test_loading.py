@@ -14,7 +14,7 @@ import pytest
 from builders import compiled, small_cartpole
 from ding.policy import create_policy
 from easydict import EasyDict
-from oracle import ON_MAIN, adapter
+from small_models import ON_MAIN, adapter
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 import lzero_kvcache

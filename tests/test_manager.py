@@ -14,19 +14,8 @@ from ding.utils import MODEL_REGISTRY
 from easydict import EasyDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import (
-    Batch,
-    Case,
-    LightZeroAlone,
-    assert_same,
-    cached_model,
-    construct,
-    differences,
-    original_model,
-    play,
-    random_trace,
-    row_differences,
-)
+from oracle import Batch, LightZeroAlone, assert_same, differences, play, random_trace, row_differences
+from small_models import Case, cached_model, construct, original_model
 
 from lzero_kvcache import ConfigError, KVCacheManager, KVCachePool, PagedCacheManager
 from lzero_kvcache.cache.pages import PageAllocator

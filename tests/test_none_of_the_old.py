@@ -11,9 +11,10 @@ from lzero.model.unizero_world_models import world_model as lightzero_world_mode
 from lzero.model.unizero_world_models.transformer import Transformer
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 from lzero.worker import MuZeroEvaluator
-from oracle import ON_MAIN, Batch, Case, cached_model, construct, play, random_reanalysis, random_trace
+from oracle import Batch, play, random_reanalysis, random_trace
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
+from small_models import ON_MAIN, Case, cached_model, construct
 
 from lzero_kvcache.host import refused
 

@@ -13,17 +13,8 @@ import numpy as np
 import pytest
 import torch
 from ding.utils import MODEL_REGISTRY
-from oracle import (
-    ORIGINAL_MODELS,
-    Case,
-    OriginalBatch,
-    adapter,
-    construct,
-    play,
-    random_reanalysis,
-    random_trace,
-    randomise,
-)
+from oracle import OriginalBatch, play, random_reanalysis, random_trace
+from small_models import ORIGINAL_MODELS, Case, adapter, construct, randomise
 
 import lzero_kvcache
 
@@ -131,8 +122,8 @@ with contextlib.redirect_stdout(io.StringIO()):
     from ding.utils import MODEL_REGISTRY, import_module
     from forks import in_forks
     from lzero.entry import train_unizero
-    from oracle import Case, randomise
     from seeded_search import seeded_search
+    from small_models import Case, randomise
     from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
     from zoo.classic_control.cartpole.envs.cartpole_lightzero_env import gym
 torch.set_num_threads(1)

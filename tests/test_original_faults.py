@@ -11,10 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import (
-    ORIGINAL_MODELS,
     TOLERANCE,
     Batch,
-    Case,
     ClearEnv,
     ClearSearch,
     Expand,
@@ -25,14 +23,13 @@ from oracle import (
     Trace,
     assert_same,
     differences,
-    original_model,
     random_reanalysis,
     random_trace,
     row_differences,
-    world_model_cfg,
     worst,
 )
 from path_reference import PathReference
+from small_models import ORIGINAL_MODELS, Case, original_model, world_model_cfg
 
 # LightZero's main branch has the same version number, a cache manager of its own, and fewer faults.
 pytestmark = pytest.mark.skipif(

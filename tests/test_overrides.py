@@ -4,7 +4,7 @@ import copy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import ON_MAIN
+from small_models import ON_MAIN
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.host import entries

@@ -17,7 +17,7 @@ from lzero.model.unizero_model import UniZeroModel as LightZerosModel
 from lzero.model.unizero_world_models.transformer import SelfAttention
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZerosWorldModel
 from lzero.policy import unizero as lightzero_policy
-from oracle import ON_MAIN, Case, randomise
+from small_models import ON_MAIN, Case, randomise
 from trainings import SMALL, check_run, import_what_trainings_import, short_episodes, trained
 
 from lzero_kvcache import ConfigError, check_config, enable

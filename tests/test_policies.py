@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lzero.policy import utils as lightzero_utils
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
-from oracle import ON_MAIN
+from small_models import ON_MAIN
 
 from lzero_kvcache.host import policies
 from lzero_kvcache.run_hooks import HOOKS

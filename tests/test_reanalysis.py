@@ -12,9 +12,9 @@ import pytest
 import torch
 from easydict import EasyDict
 from lzero.mcts import UniZeroGameBuffer
-from oracle import ON_MAIN, Case, cached_model, original_model
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
+from small_models import ON_MAIN, Case, cached_model, original_model
 from test_tree import alike
 
 from lzero_kvcache.engine.compiling import entry

@@ -4,8 +4,9 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from oracle import Case, cached_model, random_trace
+from oracle import random_trace
 from players import answers_of
+from small_models import Case, cached_model
 from test_backends import BOTH_ACTIONS, BOTH_POSITIONS, TOLERANCE, Device, largest_error
 
 from lzero_kvcache.cache.pages import RESERVED_PAGES

@@ -19,10 +19,8 @@ from ding.policy import create_policy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import (
-    ON_MAIN,
     TOLERANCE,
     Batch,
-    Case,
     ClearEnv,
     Difference,
     Expand,
@@ -30,18 +28,15 @@ from oracle import (
     Root,
     Trace,
     assert_same,
-    cached_model,
     differences,
-    original_model,
     play,
     random_trace,
-    randomise,
     relative_error,
-    to_scalar,
     worst,
 )
 from path_reference import PathReference
 from players import ByNode, error_of, for_search
+from small_models import ON_MAIN, Case, cached_model, original_model, randomise, to_scalar
 
 from lzero_kvcache.engine.step import StepOutput
 from lzero_kvcache.host.tree_search import NodeSearch, SampledNodeSearch

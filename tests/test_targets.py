@@ -11,7 +11,8 @@ from lzero.mcts.buffer.game_buffer_sampled_unizero import SampledUniZeroGameBuff
 from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
 from lzero.mcts.buffer.game_segment import GameSegment
 from lzero.policy.unizero import UniZeroPolicy
-from oracle import ON_MAIN, TOLERANCE, Case, cached_model, original_model
+from oracle import TOLERANCE
+from small_models import ON_MAIN, Case, cached_model, original_model
 
 from lzero_kvcache.host import targets
 from lzero_kvcache.host.patches import applied

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from builders import Worker, make_policy
 from ding.config.config import save_config_py
-from oracle import ON_MAIN
+from small_models import ON_MAIN
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer

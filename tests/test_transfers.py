@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from ding.utils import MODEL_REGISTRY
-from oracle import Case, ClearEnv, Expand, Root, construct, random_trace
+from oracle import ClearEnv, Expand, Root, random_trace
 from players import ByKey, ByNode, Placed
+from small_models import Case, construct
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lzero_kvcache.engine import launch

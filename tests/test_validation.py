@@ -12,20 +12,11 @@ from ding.worker.learner.learner_hook import build_learner_hook_by_cfg
 from easydict import EasyDict
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 from lzero.worker import MuZeroEvaluator
-from oracle import (
-    ON_MAIN,
-    ON_RELEASE_ALONE,
-    Case,
-    ClearEnv,
-    Expand,
-    cached_model,
-    play,
-    random_trace,
-    randomise,
-)
+from oracle import ClearEnv, Expand, play, random_trace
 from players import ByNode, Placed
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
+from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, cached_model, randomise
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_search_by_node import make
 from torch.utils.tensorboard import SummaryWriter

@@ -19,7 +19,7 @@ from builders import Worker, audit, compiled, keys_values, small_cartpole
 from ding.utils import POLICY_REGISTRY
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 from lzero.policy.utils import select_action
-from oracle import ON_MAIN, ON_RELEASE_ALONE, Case, randomise
+from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, randomise
 from test_tree import alike
 
 from lzero_kvcache import KVCacheManager

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zoo
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
-from oracle import ON_MAIN, adapter
+from small_models import ON_MAIN, adapter
 from trainings import PROJECT_ROOT, SMALL, WM, check_run, import_what_trainings_import, short_episodes, trained
 
 from lzero_kvcache import ConfigError, check_config, disable, enable
