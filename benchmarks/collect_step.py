@@ -148,7 +148,7 @@ def measure(policies: Dict[str, Any], envs: int, steps: int, filled: float = 1.0
             after = policies[name]._model.world_model.timings['search']
             alone[f'{name} search ms'] = 1e3 * (after.seconds - before.seconds) / (after.count - before.count)
         for name, policy in policies.items():
-            if name == 'lightzero' or name == 'new' and policy._mcts_collect.use_arrays:
+            if name == 'lightzero' or name == 'new' and policy._model.world_model.searches_in_arrays('Searching'):
                 continue  # whose parts are not told apart, or are one call
             steps_of = StepTimes(policy._model, policy._cfg.device)
             with steps_of.measured():

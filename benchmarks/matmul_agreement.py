@@ -54,7 +54,7 @@ def compare(policy: Any, envs: int, args: Any) -> List[Dict[str, Any]]:
 
     with contextlib.redirect_stdout(io.StringIO()):
         fill({'new': policy}, envs, world_model.context_length // 2)
-        with mock.patch.object(world_model, 'search_on_device', search_all):
+        with mock.patch.object(inference, 'search', search_all):
             collect({'new': policy}, envs, 1 + 4 * args.repeats, first=world_model.context_length // 2)
     return [{'envs': envs, 'matmul': matmul, 'search ms': median(times[matmul][1:]),
              **agreement(found[EXACT][1:], found[matmul][1:])} for matmul in searches]

@@ -52,7 +52,7 @@ class Search:
             output = model.initial_inference(last_obs, actions, obs, [np.array(step)] * self.rows)
             expand = None
             if name == 'by node':
-                expand = search.enter_context(model.world_model.search_by_node(simulations))
+                expand = search.enter_context(model.world_model.inference.search_by_node(simulations))
             return self.simulate(model, simulations, [output.latent_state.cpu().numpy()], expand, step)
 
     def caching_percent(self, name: str, simulations: int) -> Union[float, str]:

@@ -71,7 +71,7 @@ def searches(world_model: Any, observation_shape: Any, count: int, rows: int, si
             world_model.forward_initial_inference(
                 {'obs': last, 'action': actions, 'current_obs': current}, timesteps.tolist()
             )
-            with world_model.search_by_node(simulations) as expand:
+            with world_model.inference.search_by_node(simulations) as expand:
                 for simulation in range(simulations):
                     path = random.integers(0, simulation + 1, rows)
                     expand(simulation, path, np.arange(rows), random.integers(0, 2, rows), [1] * rows)

@@ -18,10 +18,9 @@ from .cache.eviction import EvictionStrategy
 from .cache.manager import KVCacheManager
 from .cache.pool import KVCachePool
 from .cache.stats import CacheStats
-from .config import CacheConfig, ConfigError
+from .config import KV_CACHE_REGISTRY, CacheConfig, ConfigError
 from .host.old_world_model import OldCacheManager
 from .loading import check_config, disable, enable
-from .registry import KV_CACHE_REGISTRY
 from .validation import ValidationError
 
 __version__ = '0.1.0'

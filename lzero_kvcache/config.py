@@ -10,6 +10,8 @@ import numbers
 from dataclasses import dataclass, field, fields
 from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple
 
+from ding.utils.registry import Registry
+
 FLAG = 'use_new_cache_manager'
 SIZES = ('game_segment_length', 'num_simulations', 'env_num')
 OPTIONS = 'kv_cache_cfg'
@@ -20,6 +22,9 @@ PREFIX = 'policy.model.world_model_cfg'
 LIGHTZERO = 'lightzero'
 """``kv_cache_cfg.type`` of the manager that LightZero's main branch has of its own."""
 MIB = 1024 * 1024
+
+KV_CACHE_REGISTRY = Registry()
+"""Cache managers by the name that ``world_model_cfg.kv_cache_cfg.type`` picks."""
 
 # What LightZero's own code assumes where the key is absent.
 DEFAULT_NUM_SIMULATIONS = 50
@@ -87,9 +92,10 @@ class Option(NamedTuple):
             return self.default
         if self.kind in CHECKS:
             return CHECKS[self.kind](value, f'{OPTIONS}.{key}')
-        if not isinstance(value, str) or value not in self.choices:
+        choices = sorted(KV_CACHE_REGISTRY) if key == 'type' else self.choices
+        if not isinstance(value, str) or value not in choices:
             said = [why for refused, why in self.refused if refused == value]
-            why = said[0] if said else f'is unknown: {nearest(value, self.choices)}'
+            why = said[0] if said else f'is unknown: {nearest(value, choices)}'
             raise ConfigError(f'{PREFIX}.{OPTIONS}.{key}={value!r} {why}')
         return value
 
@@ -119,7 +125,7 @@ class CacheConfig:
     context_length: int
     type: str = _option(
         str, 'new', "manager registered in KV_CACHE_REGISTRY that the flag picks; 'lightzero' is LightZero's own, of "
-        'its main branch', ('new', 'old'), refused=((
+        'its main branch', refused=((
             LIGHTZERO, "is the manager of LightZero's main branch, which is not installed: use 'new', or the main "
             'branch'), ))
     eviction: str = _option(
@@ -160,25 +166,22 @@ class CacheConfig:
         return system_of(self.type if self.use_new else 'old')
 
     @classmethod
-    def of(cls, world_model_cfg: Any, managers: Optional[Iterable[str]] = None,
-           env_num: Optional[int] = None) -> 'CacheConfig':
+    def of(cls, world_model_cfg: Any, env_num: Optional[int] = None) -> 'CacheConfig':
         """
         Overview:
             What was handed down with a ``world_model_cfg``, and is taken out of it, since it may be changed later;
             without a policy, or a world model, that did so, :meth:`read`.
         """
         found = getattr(world_model_cfg, '__dict__', {}).pop(HANDED_DOWN, None)
-        return cls.read(world_model_cfg, managers, env_num) if found is None else found
+        return cls.read(world_model_cfg, env_num=env_num) if found is None else found
 
     @classmethod
-    def read(cls, world_model_cfg: Any, managers: Optional[Iterable[str]] = None,
-             env_num: Optional[int] = None) -> 'CacheConfig':
+    def read(cls, world_model_cfg: Any, *, env_num: Optional[int] = None) -> 'CacheConfig':
         """
         Overview:
             Read and validate everything about caching in a ``world_model_cfg``, whichever way the flag stands.
         Arguments:
             - world_model_cfg (:obj:`Any`): The config, dict-like or with attributes.
-            - managers (:obj:`Optional[Iterable[str]]`): Registered manager names, to check ``type`` against.
             - env_num (:obj:`Optional[int]`): Environments where the config does not say; default 8.
         Returns:
             - config (:obj:`CacheConfig`): The options with their defaults filled in.
@@ -189,7 +192,7 @@ class CacheConfig:
         use_new = _flag(lookup(world_model_cfg, FLAG, False), FLAG)
         num_simulations = _size(world_model_cfg, 'num_simulations', DEFAULT_NUM_SIMULATIONS)
         env_num = _size(world_model_cfg, 'env_num', DEFAULT_ENV_NUM if env_num is None else env_num)
-        values = _read_options(lookup(world_model_cfg, OPTIONS, None), managers)
+        values = _read_options(lookup(world_model_cfg, OPTIONS, None))
         if values['init_pool_size'] is None:
             roots = max(256, 2 * num_simulations)
             values['init_pool_size'] = _size(world_model_cfg, 'game_segment_length', roots)
@@ -241,15 +244,14 @@ def picked_system(world_model_cfg: Any) -> str:
     return system_of(picked_manager(world_model_cfg))
 
 
-def _read_options(options: Any, managers: Optional[Iterable[str]]) -> Dict[str, Any]:
+def _read_options(options: Any) -> Dict[str, Any]:
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise ConfigError(f'{PREFIX}.{OPTIONS}={options!r} must be a dict of {", ".join(KV_CACHE_CFG)}')
     for key, value in options.items():
         if key not in KV_CACHE_CFG:
             raise ConfigError(f'{PREFIX}.{OPTIONS}.{key}={value!r} is unknown: {nearest(key, KV_CACHE_CFG)}')
-    registered = dict(type=KV_CACHE_CFG['type']._replace(choices=tuple(sorted(managers)))) if managers else {}
-    return {key: registered.get(key, option).read(options.get(key), key) for key, option in KV_CACHE_CFG.items()}
+    return {key: option.read(options.get(key), key) for key, option in KV_CACHE_CFG.items()}
 
 
 def _size(world_model_cfg: Any, key: str, default: int) -> int:
@@ -307,7 +309,7 @@ def _refuse_what_lightzero_lacks(policy_cfg: Any) -> None:
         )
 
 
-def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulations: int = 0) -> CacheConfig:
+def settle(policy_cfg: Any, simulations: int = 0) -> CacheConfig:
     """Validate what a policy config, merged with its policy's defaults, says about caching; some of its searches may
     have more simulations than ``num_simulations``.
 
@@ -319,7 +321,7 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulation
     if picked_system(world_model_cfg) != 'new':
         # LightZero's own default, which our policies leave out to see whether a user gave it.
         world_model_cfg.setdefault('env_num', DEFAULT_ENV_NUM)
-        return CacheConfig.read(world_model_cfg, managers)
+        return CacheConfig.read(world_model_cfg)
     env_num = max(policy_cfg['collector_env_num'], policy_cfg['evaluator_env_num'])
     simulations = max(simulations, policy_cfg['num_simulations'])
     needed = {'env_num': env_num, 'num_simulations': policy_cfg['num_simulations']}
@@ -333,7 +335,7 @@ def settle(policy_cfg: Any, managers: Optional[Iterable[str]] = None, simulation
         world_model_cfg[key] = given
     world_model_cfg['num_simulations'] = max(simulations, world_model_cfg['num_simulations'])
     world_model_cfg['evaluator_env_num'] = policy_cfg['evaluator_env_num']
-    options = CacheConfig.read(world_model_cfg, managers)
+    options = CacheConfig.read(world_model_cfg)
     nodes = env_num * simulations
     if options.recurrent_pool_size < nodes:
         raise ConfigError(

@@ -10,7 +10,6 @@ from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, check_draws
 from .host.lightzero import lightzero
 from .host.policies import KVCachePolicy
 from .host.refused import check_policy
-from .registry import KV_CACHE_REGISTRY
 
 PLUGIN = 'lzero_kvcache'
 
@@ -66,7 +65,7 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
         import_module(import_names(create_config))  # these register a policy of one's own
     policy = POLICY_REGISTRY.get(name)
     merged = deep_merge_dicts(policy.default_config(), main_config.policy)
-    config = settle(merged, KV_CACHE_REGISTRY, lightzero.simulations_of(merged))
+    config = settle(merged, lightzero.simulations_of(merged))
     if config.system == 'new':
         check_policy(name, merged)
         if name == 'sampled_unizero':

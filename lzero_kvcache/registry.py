@@ -1,10 +1,7 @@
-"""The registry of cache managers, and what the plugin does to DI-engine's."""
+"""What the plugin does to DI-engine's registries."""
 from ding.utils.registry import Registry
 
 from .config import ConfigError
-
-KV_CACHE_REGISTRY = Registry()
-"""Cache managers by the name that ``world_model_cfg.kv_cache_cfg.type`` picks."""
 
 
 def register_in_place_of(original: type, registry: Registry, name: str, replacement: type) -> None:

@@ -5,7 +5,6 @@ No test lives here. ``small_models.py`` has the models, ``oracle.py`` what is ri
 import contextlib
 import copy
 import io
-from types import SimpleNamespace
 from typing import Any, Dict, List, Sequence
 
 import numpy as np
@@ -21,7 +20,6 @@ from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartp
 from lzero_kvcache import KVCacheManager
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.store import PageStore
-from lzero_kvcache.host.keys_values import KeysValuesCodec
 from lzero_kvcache.host.tree_search import NodeSearch
 
 LAYERS, HEADS, HEAD_DIM, CONTEXT_LENGTH = 2, 2, 4, 8
@@ -58,25 +56,16 @@ def manager(**overrides: Any) -> KVCacheManager:
 
 
 def paged(**overrides: Any) -> KVCacheManager:
-    """The same over a slab on the CPU, as in a world model with rotary positions: pages hold tokens as they are."""
+    """The same over a slab on the CPU."""
     used = manager(**overrides)
-    model = SimpleNamespace(
-        context_length=CONTEXT_LENGTH, transformer=SimpleNamespace(generate_empty_keys_values=_empty_keys_values)
-    )
-    source = SimpleNamespace(read=lambda captured: SimpleNamespace(shift=None))
     slab = Slab(LAYERS, HEADS, HEAD_DIM, getattr(torch, used.config.dtype))
-    store = PageStore(slab, KeysValuesCodec(model, source, lambda: ready(used)), 'lower init_pool_size')
-    used.use_store(store)
+    used.use_store(PageStore(slab, 'lower init_pool_size'))
     return used
 
 
 def ready(used: KVCacheManager) -> Slab:
     """A manager's slab on the CPU, with room for all of its pages."""
     return used.storage.ready(used.page_capacity, torch.device('cpu'))
-
-
-def _empty_keys_values(n: int, max_tokens: int) -> KeysValues:
-    return keys_values(0, max_tokens=max_tokens, rows=n)
 
 
 def roots(used: Any, mode: str = 'collect') -> List[int]:
@@ -94,7 +83,8 @@ def audit(used: KVCacheManager, held: Sequence[np.ndarray] = ()) -> None:
     pages = used._pages
     reserved = pages.capacity - pages.used - pages.free  # the first ones, which no entry may name
     mentions = np.zeros(pages.capacity, dtype=np.int64)
-    for entries in [*used.init_pools, *used.eval_pools, used.recur_pool, *used._current.values()]:
+    pools = [*used.init_pools, *used.eval_pools, used.recur_pool]
+    for entries in [*(pool.contexts for pool in pools), *used._current.values()]:
         stored = entries.counts > 0
         for table, count in zip(entries.tables[stored], entries.counts[stored]):
             entry = table[:count]

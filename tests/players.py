@@ -72,7 +72,7 @@ class ByNode(Batch):
 
     def open(self, simulations):
         """Begin the search below the roots that were just inferred."""
-        self._expand = self._open.enter_context(self.world_model.search_by_node(simulations))
+        self._expand = self._open.enter_context(self.world_model.inference.search_by_node(simulations))
         self._simulation = 0
 
     def expand(self, event):

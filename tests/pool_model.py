@@ -5,8 +5,8 @@ from lzero_kvcache.cache.stats import CacheStats
 class PoolModel:
     """What a pool should hold, told plainly: key -> [value, priority, hits, birth, last use]."""
 
-    def __init__(self, size, strategy, capacity=None):
-        self.size, self.capacity, self.now = size, capacity, 0
+    def __init__(self, size, strategy):
+        self.size, self.now = size, 0
         self.entries, self.stats = {}, CacheStats()
         self.worth = {
             'fifo': lambda entry: entry[3],
@@ -20,14 +20,6 @@ class PoolModel:
             del self.entries[min(others, key=lambda key: self.worth(self.entries[key]))]
             self.stats.evictions += 1
         return bool(others)
-
-    def set(self, key, value, priority=None):
-        """A list takes a page for each item; False where there are too few."""
-        pages = [entry[0] for entry in self.entries.values() if isinstance(entry[0], list)]
-        if isinstance(value, list) and self.capacity - sum(map(len, pages)) < len(value):
-            return self.evict_but(None) and self.set(key, value, priority)
-        self.put(key, value, priority)
-        return True
 
     def put(self, key, value, priority=None):
         if self.entries.pop(key, None) is None and len(self.entries) == self.size:

@@ -80,7 +80,7 @@ def search_by_steps(root: Root) -> Tree:
         tree, rules, key, np.zeros(ROWS, np.float32), np.float32(problem.logits),
         problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight), 0, ROWS
     )
-    with root.world_model.search_by_node(SIMULATIONS) as expand:
+    with root.world_model.inference.search_by_node(SIMULATIONS) as expand:
         for simulation in range(SIMULATIONS):
             select_rows(tree, rules, key, simulation, 0, ROWS)
             parents, actions = tree.path[rows, tree.depth - 1], tree.action
@@ -95,7 +95,8 @@ def search_by_steps(root: Root) -> Tree:
 
 def found(root: Root, **changes: Any) -> List[Any]:
     """What a compiled search leaves."""
-    with root.world_model.search_whole(root.problem._replace(**changes)) as tree:
+    inference = root.world_model.inference
+    with torch.no_grad(), inference._whole.trees(inference.open.searched(), root.problem._replace(**changes)) as tree:
         return left(tree)
 
 

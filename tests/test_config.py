@@ -12,7 +12,7 @@ from ding.utils import POLICY_REGISTRY
 from easydict import EasyDict
 from small_models import Case, construct
 
-from lzero_kvcache import KV_CACHE_REGISTRY, CacheConfig, ConfigError, KVCacheManager
+from lzero_kvcache import CacheConfig, ConfigError, KVCacheManager
 from lzero_kvcache import config as config_module
 from lzero_kvcache.config import FLAG, HANDED_DOWN, KV_CACHE_CFG, settle
 from lzero_kvcache.host import models
@@ -26,7 +26,7 @@ def read(flag=None, kv_cache_cfg=None, **world_model_cfg):
         cfg.use_new_cache_manager = flag
     if kv_cache_cfg is not None:
         cfg.kv_cache_cfg = kv_cache_cfg
-    return CacheConfig.read(cfg, KV_CACHE_REGISTRY)
+    return CacheConfig.read(cfg)
 
 
 class TestDefaults:
@@ -67,7 +67,7 @@ class TestAccepted:
     @pytest.mark.parametrize('make', [dict, EasyDict, lambda cfg: types.SimpleNamespace(**cfg)])
     def test_dicts_and_objects(self, make):
         cfg = dict(use_new_cache_manager=True, num_simulations=3, env_num=2, kv_cache_cfg=dict(eviction='lru'))
-        options = CacheConfig.read(make(cfg), KV_CACHE_REGISTRY)
+        options = CacheConfig.read(make(cfg))
         assert (options.use_new, options.recurrent_pool_size, options.eviction) == (True, 6, 'lru')
 
     def test_a_registered_manager(self, registered):
@@ -166,10 +166,6 @@ class TestRefused:
     def test_old_with_the_flag_on(self):
         assert 'use_new_cache_manager=False' in self.message(True, dict(type='old'))
 
-    def test_a_type_is_checked_without_a_registry_too(self):
-        with pytest.raises(ConfigError, match='type=5'):
-            CacheConfig.read(EasyDict(kv_cache_cfg=dict(type=5)))
-
 
 class TestContextLength:
 
@@ -204,24 +200,24 @@ class TestSettle:
     def test_fills_in_what_is_missing(self):
         cfg = policy_cfg(drop=['env_num'], collectors=3, evaluators=2, simulations=4)
         assert 'num_simulations' not in cfg.model.world_model_cfg
-        options = settle(cfg, KV_CACHE_REGISTRY)
+        options = settle(cfg)
         assert cfg.model.world_model_cfg.num_simulations == options.num_simulations == 4
         assert cfg.model.world_model_cfg.env_num == options.env_num == 3
         assert options.recurrent_pool_size == 12
 
     def test_as_many_environments_as_evaluation_needs(self):
         cfg = policy_cfg(drop=['env_num'], collectors=2, evaluators=5)
-        assert settle(cfg, KV_CACHE_REGISTRY).env_num == 5
+        assert settle(cfg).env_num == 5
 
     def test_leaves_what_is_enough(self):
         cfg = policy_cfg(env_num=9, num_simulations=10)
-        options = settle(cfg, KV_CACHE_REGISTRY)
+        options = settle(cfg)
         assert (options.env_num, options.num_simulations, options.recurrent_pool_size) == (9, 10, 90)
 
     def test_old_mode_is_left_as_lightzero_has_it(self):
         """Its world model falls back to 50 simulations and 8 environments, whatever the policy does."""
         cfg = policy_cfg(new=False, drop=['env_num'], collectors=3, simulations=4)
-        settle(cfg, KV_CACHE_REGISTRY)
+        settle(cfg)
         assert 'num_simulations' not in cfg.model.world_model_cfg
         assert cfg.model.world_model_cfg.env_num == 8
 
@@ -233,13 +229,13 @@ class TestSettle:
     ])
     def test_what_makes_a_pool_too_small(self, sizes, message):
         with pytest.raises(ConfigError, match=message):
-            settle(policy_cfg(**sizes), KV_CACHE_REGISTRY)
+            settle(policy_cfg(**sizes))
 
     @BOTH_FLAGS
     @pytest.mark.parametrize(('key', 'value'), [('mcts_ctree', False), ('random_collect_episode_num', 2)])
     def test_what_cannot_work_in_either_mode(self, flag, key, value):
         with pytest.raises(ConfigError, match=f'{key}={value}'):
-            settle(policy_cfg(flag, policy={key: value}), KV_CACHE_REGISTRY)
+            settle(policy_cfg(flag, policy={key: value}))
 
     @BOTH_FLAGS
     @pytest.mark.parametrize('wrong', [dict(kv_cache_cfg=dict(evicton='lru')), dict(num_simulations='4')])
@@ -274,7 +270,7 @@ class TestSettle:
     def test_a_models_config_can_be_changed_and_read_anew(self, flag):
         config = copy.deepcopy(make_policy(flag)._model.world_model.config)
         config.kv_cache_cfg.eviction = 'lru'
-        assert CacheConfig.of(config, KV_CACHE_REGISTRY).eviction == 'lru'
+        assert CacheConfig.of(config).eviction == 'lru'
 
     @pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
     def test_a_refusal_is_all_that_is_said(self, capfd):
@@ -289,7 +285,7 @@ class TestSettle:
 def test_no_key_of_lightzero_is_taken_for_a_misspelt_one(policy_type):
     cfg = POLICY_REGISTRY.get(policy_type).default_config().model.world_model_cfg
     assert len(cfg) > 20
-    CacheConfig.read(cfg, KV_CACHE_REGISTRY)
+    CacheConfig.read(cfg)
 
 
 @pytest.mark.parametrize('key', ['eval_num_simulations', 'collector_env_num', 'game_segment_length_for_reanalyze'])

@@ -19,7 +19,7 @@ from lzero_kvcache.cache.pages import NULL_PAGE
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.step import Engine
 from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
-from lzero_kvcache.host.tree_search import NodeSearch
+from lzero_kvcache.host.tree_search import NodeSearch, Roots
 from lzero_kvcache.host.weights import source_of
 from lzero_kvcache.search import device, whole
 from lzero_kvcache.search.device import MAX_SPACES, DeviceSearch
@@ -54,10 +54,10 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None:  # noqa: F811
     [served] = root.world_model.inference.open.steps
     served.trace = noted = Trace('collect', served.env_ids, 1, replayed=True)
-    visits, values, actions = root.world_model.search_on_device(root.problem)
+    visits, values, actions = root.world_model.inference.search(root.problem)
     [space] = root.world_model.inference._device._spaces.kept.values()
     served.trace = Trace('collect', served.env_ids, 1, replayed=True)
-    with root.world_model.search_whole(root.problem) as tree:
+    with root.world_model.inference._whole.trees(served, root.problem) as tree:
         assert visits == root_visits(tree)
         np.testing.assert_allclose(values, root_values(tree), atol=3e-4)  # what float32 makes of the model's steps
         assert space.tree.child.tolist() == tree.child.tolist() and space.tree.order.tolist() == tree.order.tolist()
@@ -84,7 +84,7 @@ def test_interpreted_it_is_the_compiled_reanalysis(_small: None, case: Case, two
     search, steps = world_model.inference._device, reanalysis_timesteps_of(timesteps, reanalysis.ROWS)
     with torch.no_grad():
         visits, values, _ = search.reanalyze(problem, latents, steps, world_model.weights_source.addresses())
-    expected = world_model.reanalyze_whole(problem, latents, timesteps)
+    expected = world_model.inference.reanalyze(problem, latents, timesteps)
     assert visits == expected[0]
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
     [space] = search._spaces.kept.values()
@@ -136,21 +136,17 @@ def on_gpu(case: Case, rules: Dict[str, bool]) -> Iterator[Root]:
 
 
 def searched(root: Root, **changes: Any) -> List[Any]:  # noqa: F811
-    return list(root.world_model.search_on_device(root.problem._replace(**changes)))
+    return list(root.world_model.inference.search(root.problem._replace(**changes)))
 
 
 def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU may lack it."""
     monkeypatch.setitem(sys.modules, 'lzero_kvcache.search.tree', None)
     monkeypatch.setattr(NodeSearch, 'problem', lambda *args: 'a problem')
-    world_model = types.SimpleNamespace(
-        weights_source=types.SimpleNamespace(device=lambda: torch.device('cuda')),
-        search_on_device=lambda problem: (problem, [1.], None)
-    )
-    taken: List[Any] = []
-    roots = types.SimpleNamespace(take=lambda *found: taken.append(found))
-    NodeSearch._search_in_arrays(NodeSearch.__new__(NodeSearch), roots, world_model)
-    assert taken == [('a problem', [1.], None)]
+    inference = types.SimpleNamespace(search=lambda problem: (problem, [1.], None))
+    model, roots = types.SimpleNamespace(world_model=types.SimpleNamespace(inference=inference)), Roots(1, [[]])
+    NodeSearch.__new__(NodeSearch).search(roots, model, None, None)
+    assert roots.found == ('a problem', [1.], None)
 
 
 @pytest.mark.gpu
@@ -222,12 +218,12 @@ class TestOnGPU:
 @reanalysis.CASES
 def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool) -> None:
     question = reanalysis.asked(case, two_players, 'cuda')
-    visits, values, _ = question.world_model.reanalyze_whole(*question[1:])
+    visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
     expected = reanalysis.by_steps(question)
     assert visits == expected[0]
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
     kept = list(question.world_model.inference._device._spaces.kept.values())
-    question.world_model.reanalyze_whole(*question[1:])
+    question.world_model.inference.reanalyze(*question[1:])
     assert list(question.world_model.inference._device._spaces.kept.values()) == kept
 
 

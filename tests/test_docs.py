@@ -153,7 +153,7 @@ class TestOptions:
 
     @pytest.mark.parametrize('sizes', SIZES, ids=str)
     def test_defaults(self, sizes):
-        options = config.CacheConfig.read(sizes, KV_CACHE_REGISTRY)
+        options = config.CacheConfig.read(sizes)
         known = dict(
             num_simulations=options.num_simulations, env_num=options.env_num,
             game_segment_length=sizes.get('game_segment_length')
@@ -180,7 +180,7 @@ class TestOptions:
             main.policy.model.world_model_cfg.pop('env_num')
             main.policy.model.world_model_cfg.pop('num_simulations', None)
             policy = compiled(main).policy
-            settled = config.settle(policy, KV_CACHE_REGISTRY)
+            settled = config.settle(policy)
             for key in ('num_simulations', 'env_num'):
                 assert eval(spans(rows[key][2])[0], {}, {'max': max, 'policy': policy}) == getattr(settled, key)
 

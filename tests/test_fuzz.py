@@ -259,7 +259,7 @@ class ManagerMachine(RuleBasedStateMachine):
             assert set(pool._slots) == set(model.entries)
             assert len(pool) <= pool.pool_size
             for key, slot in pool._slots.items():
-                assert self.content(pool.tables[slot], pool.counts[slot]) == model.entries[key][0]
+                assert self.content(pool.contexts.tables[slot], pool.contexts.counts[slot]) == model.entries[key][0]
             assert pool.stats == model.stats
 
     def pairs(self) -> List[Tuple[Any, PoolModel]]:
@@ -328,8 +328,8 @@ def test_the_machine_finds_a_leak(monkeypatch):
     drop = PagedPool._drop
 
     def forgetful(self, slot):
-        if self.counts[slot] > 1:
-            self.counts[slot] = 0
+        if self.contexts.counts[slot] > 1:
+            self.contexts.counts[slot] = self.contexts.tables[slot] = 0
         drop(self, slot)
 
     monkeypatch.setattr(PagedPool, '_drop', forgetful)

@@ -107,7 +107,7 @@ def another_search_from_the_same_root(model, player):
     if isinstance(player, ByKey):
         a_search_by_hand(model, player)
         return
-    with model.world_model.search_by_node(SIMULATIONS) as expand:
+    with model.world_model.inference.search_by_node(SIMULATIONS) as expand:
         for simulation in range(SIMULATIONS):
             expand(simulation, np.full(ROWS, simulation), np.arange(ROWS), np.full(ROWS, 2), [simulation + 1] * ROWS)
 
@@ -143,8 +143,8 @@ def pages_that_are_taken(model, player=None):
     manager = model.world_model.kv_cache_manager
     with manager.lease() as lease:
         taken = lease.allocate(manager._pages.free + 7)
-        model.world_model._ready_slab().data[taken] = float('nan')
-    model.world_model._ready_slab().data[taken] = 0.
+        model.world_model.inference._slab().data[taken] = float('nan')
+    model.world_model.inference._slab().data[taken] = 0.
 
 
 INSIDE = {

@@ -24,7 +24,7 @@ from oracle import Batch, play, random_trace
 from small_models import ON_MAIN, ORIGINAL_MODELS, Case, cached_model, construct, randomise
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
-from lzero_kvcache import KV_CACHE_REGISTRY, CacheConfig, ConfigError, check_config
+from lzero_kvcache import CacheConfig, ConfigError, check_config
 from lzero_kvcache.training import make_plan
 from lzero_kvcache.training.info import of_zoo
 from lzero_kvcache.training.plan import set_cache
@@ -59,7 +59,7 @@ def checked(policy_type='unizero', policy=(), **world_model_cfg):
 @on_release
 def test_the_released_one_has_no_manager_of_its_own():
     with pytest.raises(ConfigError, match="kv_cache_cfg.type='lightzero' is the manager of LightZero's main branch"):
-        CacheConfig.read(dict(use_new_cache_manager=True, kv_cache_cfg=dict(type='lightzero')), KV_CACHE_REGISTRY)
+        CacheConfig.read(dict(use_new_cache_manager=True, kv_cache_cfg=dict(type='lightzero')))
 
 
 @on_release

@@ -116,16 +116,6 @@ class PagesMachine(RuleBasedStateMachine):
             self.loses(table)
         opened[1].clear()
 
-    @rule(opened=leases, point=POINTS)
-    def hand_over(self, opened, point):
-        with failing(point) as failed:
-            opened[0].hand_over()
-        if not failed:
-            for table in opened[1]:
-                self.pages.release(table)
-                self.loses(table)
-            opened[1].clear()
-
     @rule(count=st.integers(0, 4), point=POINTS)
     def abandon(self, count, point):
         """Nobody ends it: an exception, or a search that is left in the middle."""

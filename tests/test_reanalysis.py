@@ -103,7 +103,7 @@ def part_of(question: Asked, begin: int, end: int) -> Asked:
 @CASES
 def test_it_is_the_search_by_steps(case: Case, two_players: bool) -> None:
     question = asked(case, two_players)
-    visits, values, _ = question.world_model.reanalyze_whole(*question[1:])
+    visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
     expected, expected_values = by_steps(question)
     assert visits == expected
     np.testing.assert_allclose(values, expected_values, atol=TOLERANCE)
@@ -118,7 +118,7 @@ def test_some_rows_at_a_time(case: Case, two_players: bool, monkeypatch: pytest.
     manager, search = question.world_model.kv_cache_manager, question.world_model.inference._whole
     before = manager.memory_mb
     monkeypatch.setattr(whole, 'CHUNK', 2 * (UNROLL + 1))
-    visits, values, _ = question.world_model.reanalyze_whole(*question[1:])
+    visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
     parts = [by_steps(part_of(question, begin, min(begin + 8, ROWS)), FIRST + number)
              for number, begin in enumerate((0, 8, 16))]
     assert visits == [row for part, _ in parts for row in part]
@@ -128,7 +128,7 @@ def test_some_rows_at_a_time(case: Case, two_players: bool, monkeypatch: pytest.
     latents_and_pages = 8 * (SIMULATIONS + 1) * case.embed_dim + 17 * 4 * case.num_layers * case.embed_dim
     assert small > 4 * latents_and_pages / 2 ** 20
     monkeypatch.setattr(whole, 'CHUNK', 64)
-    question.world_model.reanalyze_whole(*question[1:])
+    question.world_model.inference.reanalyze(*question[1:])
     assert small < search._spaces.memory_mb < 2.5 * small
 
 
@@ -136,7 +136,7 @@ def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     question = asked(Case(), False)
     alone = by_steps(question)[0]
     torch.set_num_threads(2)
-    visits, _, _ = question.world_model.reanalyze_whole(*question[1:])
+    visits, _, _ = question.world_model.inference.reanalyze(*question[1:])
     torch.set_num_threads(1)
     assert visits == alone
 
@@ -148,7 +148,7 @@ def test_what_is_no_number_is_reported() -> None:
             question.world_model.head_value.head_module[-1].bias.fill_(float('nan'))
         raised = pytest.raises(FloatingPointError, match='with nan or inf in reanalysis, row 0, step 40')
         with raised if on_nan == 'raise' else contextlib.nullcontext():
-            question.world_model.reanalyze_whole(*question[1:])
+            question.world_model.inference.reanalyze(*question[1:])
         assert question.world_model.kv_cache_manager.counters()['skipped'] == (ROWS * SIMULATIONS) * (on_nan == 'skip')
 
 

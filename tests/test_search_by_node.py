@@ -162,10 +162,10 @@ class TestMisuse:
 
     def test_a_search_without_a_root(self):
         world_model = cached_model(Case(), 2, SEED).world_model
-        with pytest.raises(RuntimeError, match='root inference'), world_model.search_by_node(4):
+        with pytest.raises(RuntimeError, match='root inference'), world_model.inference.search_by_node(4):
             pass
         with world_model.serving('collect', [0, 1]), pytest.raises(RuntimeError, match='root inference'):
-            with world_model.search_by_node(4):
+            with world_model.inference.search_by_node(4):
                 pass
 
     def test_roots_of_another_time_are_no_roots(self):
@@ -175,7 +175,7 @@ class TestMisuse:
         player.play(random_trace(np.random.default_rng(SEED), case, 2, 1, 0).events[0])
         player.close()
         with model.world_model.serving('collect', [0, 1]), pytest.raises(RuntimeError, match='root inference'):
-            with model.world_model.search_by_node(4):
+            with model.world_model.inference.search_by_node(4):
                 pass
 
     def test_one_environment_in_two_rows(self):

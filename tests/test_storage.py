@@ -151,7 +151,7 @@ def test_another_error_while_growing_is_not_hidden(policy, monkeypatch):
 def test_a_device_that_is_full(lines):
     """Its memory is really used up; what lies in the slab stays there, and is found."""
     manager = KVCacheManager(cache_cfg(num_simulations=8, kv_cache_cfg=dict(init_pool_size=300)))
-    manager.use_store(PageStore(slab.Slab(layers=8, heads=8, head_dim=128), None, 'lower init_pool_size'))
+    manager.use_store(PageStore(slab.Slab(layers=8, heads=8, head_dim=128), 'lower init_pool_size'))
     cuda = torch.device('cuda')
     content = {}
     for step in range(300):  # an episode of two environments, found by key

@@ -287,6 +287,7 @@ def test_a_model_in_training_is_searched_in_lightzeros_tree(kind):
     player, model = Player(policy, one_legal=True), policy._model
     player.step(ALL)
     with mock.patch.object(model, 'eval', model.train), ways() as taken:
+        model.train()
         output = player.step(ALL)
         others = player.step(ALL)
     assert taken == ['ctree'] * 2
@@ -303,7 +304,7 @@ def test_a_model_elsewhere_is_not_searched_in_arrays():
     world_model = world_model_of(policy)
     elsewhere = world_model.weights_source._replace(device=lambda: torch.device('meta'))
     with mock.patch.object(world_model, 'weights_source', elsewhere), \
-            mock.patch.object(type(world_model), 'search_whole', side_effect=AssertionError), ways() as taken:
+            ways() as taken:
         assert world_model.why_not_whole() == 'the model is on meta'
         Player(policy).step(ALL)
     assert taken == ['ctree']
@@ -413,6 +414,16 @@ def test_random_streams_are_consumed_as_with_lightzeros_tree(kind):
     assert states[0][1][1] == states[1][1][1]
 
 
+def in_ctree(search, roots, to_play):
+    """The same roots in LightZero's C++ tree."""
+    made = search.roots(roots.num, roots.legal_actions, *roots.sampled)
+    if roots.noises is None:
+        made.prepare_no_noise(roots.rewards, roots.logits, to_play)
+    else:
+        made.prepare(roots.noise_weight, roots.noises, roots.rewards, roots.logits, to_play)
+    return made
+
+
 class BothWays:
     """Searches the roots of a policy's step many times over: in arrays, in LightZero's tree, and in arrays with
     another discount. ``found`` has one row for each search of each."""
@@ -428,7 +439,8 @@ class BothWays:
             for way, rows in self.found.items():
                 again = copy.copy(roots)
                 if way == 'ctree':
-                    self._search._search_in_ctree(again.in_ctree(), model.world_model, to_play)
+                    again = in_ctree(self._search, roots, to_play)
+                    self._search._search_in_ctree(again, model.world_model.inference, to_play)
                 else:
                     changed = dict(rules, discount_factor=0.5) if way == 'other' else rules
                     with mock.patch.object(self._search, '_rules', lambda rules=changed: rules):

@@ -115,7 +115,7 @@ class PagedCacheManager(BaseCacheManager):
             Take the store that holds the pages' keys and values, before the first step.
         Arguments:
             - store (:obj:`PageStore`): ``grow(pages)`` makes room and says whether it could, ``memory_mb`` is what it \
-                holds, ``page_bytes`` what a page takes, ``codec`` turns ``KeysValues`` into pages and back.
+                holds, ``page_bytes`` what a page takes.
         """
 
     @abstractmethod

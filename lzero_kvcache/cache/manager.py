@@ -5,14 +5,12 @@ from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..config import MIB, PREFIX, CacheConfig, ConfigError
-from ..registry import KV_CACHE_REGISTRY
+from ..config import KV_CACHE_REGISTRY, MIB, PREFIX, CacheConfig, ConfigError
 from .base import CURRENT, PagedCacheManager
-from .by_hand import ByHand
-from .counts import Counts
-from .current import CurrentRoots
+from .contexts import Contexts
 from .pages import NULL_PAGE, RESERVED_PAGES, Lease, OutOfPages, PageAllocator, Rows
-from .pool import Codec, KVCachePool, PagedPool
+from .pool import KVCachePool, PagedPool
+from .stats import CacheStats, add_pools, counters_of
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +18,7 @@ COLLECT, EVAL = 'collect', 'eval'
 
 
 @KV_CACHE_REGISTRY.register('new')
-class KVCacheManager(ByHand, PagedCacheManager, Codec):
+class KVCacheManager(PagedCacheManager):
     """
     Overview:
         One init pool per environment for root contexts, a recurrent pool for the nodes of the running search, and the
@@ -35,17 +33,14 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
     """
 
     def __init__(self, config: Any, env_num: Optional[int] = None, enable_stats: Optional[bool] = None) -> None:
-        self.config = CacheConfig.of(config, KV_CACHE_REGISTRY, env_num)
+        self.config = CacheConfig.of(config, env_num)
         self.env_num = self.config.env_num if env_num is None else env_num
         self.enable_stats = self.config.enable_stats if enable_stats is None else enable_stats
         self.width = self.config.context_length // 2 - 1
-        self.storage: Any = None  # by hand there is none, and pools hold what they are given
+        self.storage: Any = None  # by hand there is none
         self._pages = PageAllocator(self._pages_of_a_search())
         # An environment's newest root is in no pool, so that nothing evicts it; its pool counts who asked for it.
-        self._current = {
-            COLLECT: CurrentRoots(self._pages, self.env_num, self.width),
-            EVAL: CurrentRoots(self._pages, self.env_num, self.width),
-        }
+        self._current = {mode: Contexts(self._pages, self.env_num, self.width) for mode in (COLLECT, EVAL)}
         self._newest_keys: Dict[Tuple[str, int], Hashable] = {}  # of roots stored by key: a search may need them
         self._told: set = set()
         self._out_of_memory = False
@@ -55,13 +50,16 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
         self.wm_pool = KVCachePool(self.env_num, self.config.eviction, self.enable_stats, 'world_model')
         # Evaluation has contexts of its own, made at its first search, so that it cannot evict collection's.
         self.eval_pools: List[PagedPool] = []
-        self._counts = Counts()
+        self._pools = {COLLECT: self.init_pools, EVAL: self.eval_pools}
+        self._asked = {'init': CacheStats(), 'recur': CacheStats()}
+        # As the last step left it: when it is read, an update has emptied the pools.
+        self._held = {'init': 0, 'recur': 0}
+        self._skipped = 0
         logger.info(f'Initialized KVCacheManager for {self.env_num} environments')
 
     def _paged(self, size: int, name: str) -> PagedPool:
         return PagedPool(
-            size, self.config.eviction, self.enable_stats, name, pages=self._pages, width=self.width, codec=self,
-            take=self.take
+            size, self.config.eviction, self.enable_stats, name, pages=self._pages, width=self.width
         )
 
     def _pages_of_a_search(self) -> int:
@@ -99,9 +97,9 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
         rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
             pool = pools[env_id]
-            slot = pool.slot(key)
+            [slot] = pool.slots([key])
             if slot >= 0:
-                rows[0][row], rows[1][row] = pool.tables[slot], pool.counts[slot]
+                rows[0][row], rows[1][row] = pool.contexts.tables[slot], pool.contexts.counts[slot]
         return rows
 
     def store_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
@@ -112,9 +110,9 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
             for row, (env_id, key) in enumerate(zip(env_ids, keys)):
                 pools[env_id].store([key], (rows[0][row:row + 1], rows[1][row:row + 1]))
                 self._newest_keys[mode, env_id] = key
-        all_pools = self.init_pools + self.eval_pools
-        held = sum(map(len, all_pools)) + sum(int((roots.counts > 0).sum()) for roots in self._current.values())
-        self._counts.filled['init'] = held / sum(pool.pool_size for pool in all_pools)
+        self._held['init'] = sum(map(len, self.init_pools + self.eval_pools)) + sum(
+            int((roots.counts > 0).sum()) for roots in self._current.values()
+        )
 
     def forget_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> None:
         pools = self._pools_to(mode, env_ids)
@@ -130,7 +128,8 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
         nodes = np.flatnonzero(others)
         slots = np.array(self.recur_pool.slots([pairs[row] for row in nodes] if roots else pairs), dtype=np.int64)
         rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
-        rows[0][nodes], rows[1][nodes] = self.recur_pool.tables[slots], self.recur_pool.counts[slots] * (slots >= 0)
+        found = self.recur_pool.contexts.find(slots)
+        rows[0][nodes], rows[1][nodes] = found[0], found[1] * (slots >= 0)
         rows[0][rows[1] == 0] = NULL_PAGE
         if roots:
             rows[0][roots], rows[1][roots] = self.find_init(
@@ -145,24 +144,24 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
                 'evicted nodes are rebuilt without their context; raise kv_cache_cfg.recurrent_pool_size'
             )
         self.recur_pool.store(list(zip(env_ids, keys)), rows)
-        self._counts.filled['recur'] = len(self.recur_pool) / self.recur_pool.pool_size
+        self._held['recur'] = len(self.recur_pool)
 
     def count_nodes(self, nodes: int) -> None:
-        self._counts.filled['recur'] = min(1.0, nodes / self.recur_pool.pool_size)
+        self._held['recur'] = min(nodes, self.recur_pool.pool_size)
 
     def count_queries(self, pool: str, queries: int, hits: int, by_node: bool = False) -> None:
         if self.enable_stats:
-            self._counts.asked[pool].record(queries, hits)
+            self._asked[pool].record(queries, hits)
             if self.wm_pool.stats is not None:
                 self.wm_pool.stats.record(queries, hits)
             if by_node and self.recur_pool.stats is not None:
                 self.recur_pool.stats.record(queries, hits)
 
     def count_skipped(self, rows: int) -> None:
-        self._counts.skipped += rows
+        self._skipped += rows
 
     def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
-        for name, pools in ((COLLECT, self.init_pools), (EVAL, self.eval_pools)):
+        for name, pools in self._pools.items():
             for index, pool in enumerate(pools):
                 if mode in (None, name) and env_id in (None, index):
                     pool.clear()
@@ -175,6 +174,64 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
         self.clear_init_caches()
         self.clear_recur_cache()
         self.wm_pool.clear()
+
+    # ---- by hand, with the names of LightZero's main branch --------------------------------------------------------
+
+    def get_init_cache(self, env_id: int, cache_key: Hashable) -> Any:
+        """
+        Overview:
+            A copy of what was put into an environment's init pool, or None.
+        Raises:
+            - ValueError: There is no such environment.
+        """
+        return self._pools_to(COLLECT, [env_id])[env_id].get(cache_key)
+
+    def set_init_cache(self, env_id: int, cache_key: Hashable, kv_cache: Any) -> int:
+        """
+        Overview:
+            Put a copy of a context into an environment's init pool; returns its slot.
+        Raises:
+            - ValueError: There is no such environment.
+        """
+        return self._pools_to(COLLECT, [env_id])[env_id].set(cache_key, kv_cache)
+
+    def get_recur_cache(self, cache_key: Hashable, env_id: Optional[int] = None) -> Any:
+        """
+        Overview:
+            A copy of what was put into the recurrent pool, for one environment or for none in particular, or None.
+        """
+        return self.recur_pool.get((env_id, cache_key))
+
+    def set_recur_cache(self, cache_key: Hashable, kv_cache: Any, env_id: Optional[int] = None) -> int:
+        """
+        Overview:
+            Put a copy of a context into the recurrent pool; returns its slot.
+        """
+        return self.recur_pool.set((env_id, cache_key), kv_cache)
+
+    def get_wm_cache(self, cache_key: Hashable) -> Any:
+        """
+        Overview:
+            A copy of what was put into the working batch, or None.
+        """
+        return self.wm_pool.get(cache_key)
+
+    def set_wm_cache(self, cache_key: Hashable, kv_cache: Any) -> int:
+        """
+        Overview:
+            Put a copy of a context into the working batch; returns its slot.
+        """
+        return self.wm_pool.set(cache_key, kv_cache)
+
+    def hierarchical_get(self, env_id: int, cache_key: Hashable) -> Any:
+        """
+        Overview:
+            Look in an environment's init pool, then among its recurrent entries, then among those of none.
+        """
+        found = self.get_init_cache(env_id, cache_key)
+        if found is None and (env_id, cache_key) in self.recur_pool:
+            return self.get_recur_cache(cache_key, env_id)
+        return self.get_recur_cache(cache_key) if found is None else found
 
     # ---- numbers ---------------------------------------------------------------------------------------------------
 
@@ -203,7 +260,8 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
     def counters(self) -> Dict[str, Any]:
         counters: Dict[str, Any] = {'memory_mb': self.memory_mb}
         if self.enable_stats:
-            counters.update(self._counts.read(self.init_pools + self.eval_pools, self.recur_pool))
+            counters.update(counters_of(self._asked), skipped=self._skipped)
+            add_pools(counters, {'init': self.init_pools + self.eval_pools, 'recur': [self.recur_pool]}, self._held)
         return counters
 
     def _summaries(self, mode: str, pools: List[PagedPool]) -> Dict[str, Any]:
@@ -221,10 +279,11 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
         return self._pages.used
 
     def reset_stats(self) -> None:
-        for pool in self.init_pools + self.eval_pools + [self.recur_pool, self.wm_pool]:
-            if pool.stats is not None:
-                pool.stats.reset()
-        self._counts.reset()
+        pools = [*self.init_pools, *self.eval_pools, self.recur_pool, self.wm_pool]
+        for stats in [*(pool.stats for pool in pools), *self._asked.values()]:
+            if stats is not None:
+                stats.reset()
+        self._skipped = 0
 
     def __repr__(self) -> str:
         return (
@@ -233,15 +292,6 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
         )
 
     # ---- pages -----------------------------------------------------------------------------------------------------
-
-    def pages_for(self, value: Any) -> int:
-        return 0 if self.storage is None else self.storage.codec.pages_for(value)
-
-    def write(self, value: Any, pages: np.ndarray) -> None:
-        self.storage.codec.write(value, pages)
-
-    def read(self, pages: np.ndarray) -> Any:
-        return self.storage.codec.read(pages)
 
     @property
     def page_capacity(self) -> int:
@@ -266,9 +316,6 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
                 mend = 'memory has run out: lower policy.num_simulations or the number of environments'
             raise OutOfPages(f'{error}, and the running search needs the others: {mend}') from None
 
-    def _pool_of(self, env_id: int) -> PagedPool:
-        return self._pools_to(COLLECT, [env_id])[env_id]
-
     def _pools_to(self, mode: str, env_ids: Sequence[int]) -> List[PagedPool]:
         """The init pools of a mode, some environments' among them; an environment that is not there is an error."""
         for env_id in (min(env_ids), max(env_ids)):
@@ -277,11 +324,10 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
                     f'environment {env_id} is outside [0, {self.env_num}): '
                     f'raise policy.model.world_model_cfg.env_num={self.env_num}'
                 )
-        if mode == COLLECT:
-            return self.init_pools
-        while len(self.eval_pools) <= max(env_ids):
-            self.eval_pools.append(self._paged(self.config.init_pool_size, f'eval_env{len(self.eval_pools)}'))
-        return self.eval_pools
+        pools = self._pools[mode]
+        while len(pools) <= max(env_ids):  # of evaluation
+            pools.append(self._paged(self.config.init_pool_size, f'eval_env{len(pools)}'))
+        return pools
 
     def _make_room(self, count: int) -> None:
         """Grow in one step if the limit allows it, else evict what no search and no current step needs."""
@@ -302,7 +348,7 @@ class KVCacheManager(ByHand, PagedCacheManager, Codec):
                 'full', f'The page storage is full at {before} pages ({self.memory_mb:.1f} MiB): evicting older root '
                 'contexts; raise kv_cache_cfg.max_memory_mb or lower kv_cache_cfg.init_pool_size'
             )
-        for mode, pools in ((COLLECT, self.init_pools), (EVAL, self.eval_pools)):
+        for mode, pools in self._pools.items():
             for env_id, pool in enumerate(pools):
                 while self._pages.free < count and pool.evict_but(self._newest_keys.get((mode, env_id))):
                     pass

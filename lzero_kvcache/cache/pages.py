@@ -115,7 +115,7 @@ class PageAllocator:
 
 class Lease:
     """
-    The pages of one step, of one search, or of an entry in the making. It gives them back when it ends: by ``release``,
+    The pages of one step or of one search. It gives them back when it ends: by ``release``,
     at the end of a ``with``, or at the latest when nobody refers to it any more.
     """
 
@@ -133,10 +133,6 @@ class Lease:
         kept = tables.copy()
         self._pages.retain(kept)
         self._held.append(kept)
-
-    def hand_over(self) -> None:
-        """Leave all pages, with their references, to an entry."""
-        self._held = []
 
     def release(self) -> None:
         """Give all pages back; to do it again does no harm."""

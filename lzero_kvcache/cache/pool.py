@@ -1,17 +1,12 @@
-"""Pools: keys with a capacity, an eviction strategy and counts. Knows keys, slots, page ids; no model, no tensor.
-
-Rows of entries are tables of page ids ``[B, width]``, left-aligned and padded with the null page, and counts ``[B]``.
-"""
+"""Pools: keys with a capacity, an eviction strategy and counts. Knows keys, slots, page ids; no model, no tensor."""
 import copy
 import logging
-from abc import ABC, abstractmethod
-from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence, Union
-
-import numpy as np
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Union
 
 from ..config import nearest
+from .contexts import Contexts
 from .eviction import SLOTS, EvictionStrategy
-from .pages import NULL_PAGE, PageAllocator, Rows
+from .pages import PageAllocator, Rows
 from .stats import CacheStats
 
 logger = logging.getLogger(__name__)
@@ -67,8 +62,8 @@ class KVCachePool:
         Returns:
             - value (:obj:`Optional[Any]`): What was stored, or None.
         """
-        slot = self.slot(cache_key)
-        return None if slot < 0 else self._load(slot)
+        [slot] = self.slots([cache_key])
+        return private_copy(self._values.get(slot))
 
     def set(self, cache_key: Hashable, kv_cache: Any, priority: Optional[float] = None) -> int:
         """
@@ -87,21 +82,14 @@ class KVCachePool:
         self._slots.rank(cache_key, priority)
         return slot
 
-    def slot(self, key: Hashable) -> int:
-        """
-        Overview:
-            Look a key up and count it.
-        Arguments:
-            - key (:obj:`Hashable`): The key.
-        Returns:
-            - slot (:obj:`int`): Where its value is, -1 if it is not there.
-        """
-        return self.slots([key])[0]
-
     def slots(self, keys: Sequence[Hashable]) -> List[int]:
         """
         Overview:
-            :meth:`slot` of many keys.
+            Look keys up and count it.
+        Arguments:
+            - keys (:obj:`Sequence[Hashable]`): The keys.
+        Returns:
+            - slots (:obj:`List[int]`): Where their values are, -1 for those that are not there.
         """
         get = self._slots.get
         slots = [get(key, -1) for key in keys]
@@ -185,9 +173,6 @@ class KVCachePool:
         self._unused.append(slot)
         return slot
 
-    def _load(self, slot: int) -> Any:
-        return private_copy(self._values.get(slot))
-
     def _drop(self, slot: int) -> None:
         self._values.pop(slot, None)
 
@@ -201,87 +186,33 @@ def private_copy(value: Any) -> Any:
     return copy.deepcopy(value, {id(cache._cache): cache._cache.detach().clone() for cache in caches})
 
 
-class Codec(ABC):
-    """The adapter between values that are stored by hand and pages."""
-
-    @abstractmethod
-    def pages_for(self, value: Any) -> int:
-        """How many pages a value takes; 0 if it is no context that could be continued, and is stored as it is."""
-
-    @abstractmethod
-    def write(self, value: Any, pages: np.ndarray) -> None:
-        """Write a value to as many pages as it takes."""
-
-    @abstractmethod
-    def read(self, pages: np.ndarray) -> Any:
-        """A new value with what the pages hold."""
-
-
 class PagedPool(KVCachePool):
-    """
-    A pool whose entries are page ids, ``width`` at the most; entries that share pages share the memory behind them.
-    Values that are stored by hand go through the codec to pages that ``take`` gets, by default from ``pages``.
-    """
+    """A pool whose entries are contexts of ``width`` pages at the most; those that share pages share the memory behind
+    them. What is stored by :meth:`set` has no pages."""
 
-    def __init__(self, *args: Any, pages: PageAllocator, width: int, codec: Codec,
-                 take: Optional[Callable[[int], np.ndarray]] = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, pages: PageAllocator, width: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._pages, self._codec, self._take = pages, codec, take
-        self.tables = np.full((self.pool_size, width), NULL_PAGE, dtype=np.int64)
-        self.counts = np.zeros(self.pool_size, dtype=np.int64)
-
-    def set(self, cache_key: Hashable, kv_cache: Any, priority: Optional[float] = None) -> int:
-        count = self._codec.pages_for(kv_cache)
-        if not count:
-            slot = super().set(cache_key, kv_cache, priority)
-            self.tables[slot] = NULL_PAGE
-            return slot
-        with self._pages.lease(self._take) as lease:  # which may evict from this very pool
-            pages = lease.allocate(count)
-            self._codec.write(kv_cache, pages)
-            slot = self._claim(cache_key)
-            lease.hand_over()
-            self.tables[slot] = NULL_PAGE
-            self.tables[slot, :count], self.counts[slot] = pages, count
-        self._slots.rank(cache_key, priority)
-        return slot
+        self._pages = pages
+        self.contexts = Contexts(pages, self.pool_size, width)
 
     def store(self, keys: Sequence[Hashable], rows: Rows) -> None:
         """Store an entry for each key, the last ones where not all fit; each takes a reference to each of its pages."""
         tables, counts = rows
         new = dict(zip(keys, reversed(self._unused)))
-        together = len(new) == len(keys) and self._slots.keys().isdisjoint(new)
-        if not together and len(keys) > 1:
-            with self._pages.lease() as lease:
-                lease.hold(tables)  # to store one may evict an entry that shares pages with the next
-                for row, key in enumerate(keys):
-                    self.store([key], (tables[row:row + 1], counts[row:row + 1]))
+        if len(new) == len(keys) and self._slots.keys().isdisjoint(new):  # all at once: nothing leaves
+            self._slots.update(new)
+            del self._unused[len(self._unused) - len(new):]
+            self.contexts.store(list(new.values()), rows)
             return
-        self._pages.retain(tables)
-        try:
-            if together:
-                slots = list(new.values())
-                self._slots.update(new)
-                del self._unused[len(self._unused) - len(slots):]
-            else:
-                slots = [self._claim(keys[0])]
-        except BaseException:
-            self._pages.release(tables)
-            raise
-        self.tables[slots], self.counts[slots] = rows
+        with self._pages.lease() as lease:
+            lease.hold(tables)  # to store one may evict an entry that shares pages with it, or with the next
+            for row, key in enumerate(keys):
+                self.contexts.store([self._claim(key)], (tables[row:row + 1], counts[row:row + 1]))
 
     def clear(self) -> None:
-        if self._slots:
-            self._pages.release(self.tables[self.counts > 0])
-            self.counts[:] = 0
-            super().clear()
-
-    def _load(self, slot: int) -> Any:
-        count = self.counts[slot]
-        return self._codec.read(self.tables[slot, :count]) if count else super()._load(slot)
+        self.contexts.clear()
+        super().clear()
 
     def _drop(self, slot: int) -> None:
         super()._drop(slot)
-        if self.counts[slot]:
-            self._pages.release(self.tables[slot, :self.counts[slot]])
-            self.counts[slot] = 0
+        self.contexts.clear(slot)

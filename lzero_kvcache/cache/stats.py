@@ -1,6 +1,6 @@
 """Counts of a pool. Knows numbers only."""
 from dataclasses import asdict, dataclass
-from typing import Any, Dict
+from typing import Any, Dict, Mapping, Sequence
 
 
 @dataclass
@@ -61,3 +61,23 @@ class Timing:
         """Count one run, or several that took so long together."""
         self.count += count
         self.seconds += seconds
+
+
+def counters_of(asked: Mapping[str, CacheStats]) -> Dict[str, Dict[str, Any]]:
+    """What the searches asked of 'init' and 'recur', and of both in 'total', as tensorboard shows it."""
+    total = CacheStats()
+    for stats in asked.values():
+        total.record(stats.total_queries, stats.hits)
+    return {
+        name: {'queries': stats.total_queries, 'hits': stats.hits, 'misses': stats.misses}
+        for name, stats in {**asked, 'total': total}.items()
+    }
+
+
+def add_pools(counters: Dict[str, Dict[str, Any]], pools: Mapping[str, Sequence[Any]], held: Mapping[str, int]) -> None:
+    """Add evictions and occupancy, from the pools of 'init' and 'recur' and how many contexts there are in each."""
+    all_pools = {**pools, 'total': [pool for of_kind in pools.values() for pool in of_kind]}
+    all_held = {**held, 'total': sum(held.values())}
+    for name, of_kind in all_pools.items():
+        counters[name]['evictions'] = sum(pool.stats.evictions for pool in of_kind)
+        counters[name]['occupancy'] = all_held[name] / sum(pool.pool_size for pool in of_kind)

@@ -9,11 +9,10 @@ from .slab import Slab
 
 
 class PageStore:
-    """The slab of one manager, what else its steps hold, and the codec for contexts that are stored by hand."""
+    """The slab of one manager, and what else its steps hold."""
 
-    def __init__(self, slab: Slab, codec: Any, advice: str) -> None:
+    def __init__(self, slab: Slab, advice: str) -> None:
         self.slab = slab
-        self.codec = codec
         self._advice = advice  # what to do where memory runs out
         self.beside: List[Any] = []  # parts with a memory_mb of their own: windows, graphs, trees
 

@@ -3,8 +3,8 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from lzero.model.unizero_world_models.kv_cache_manager import KVCacheManager as LightZeroManager
 
-from ..config import LIGHTZERO
-from ..registry import KV_CACHE_REGISTRY
+from ..cache.stats import add_pools
+from ..config import KV_CACHE_REGISTRY, LIGHTZERO
 from .old_world_model import CountedFromOutside, OldWorldModel
 
 
@@ -15,7 +15,7 @@ class CountedManager(LightZeroManager, CountedFromOutside):
 
     def __init__(self, config: Any, env_num: int, enable_stats: bool = True) -> None:
         LightZeroManager.__init__(self, config, env_num, enable_stats)
-        CountedFromOutside.__init__(self, env_num, enable_stats)
+        CountedFromOutside.__init__(self, config, env_num, enable_stats)
 
     def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
         for index, pool in enumerate(self.init_pools):
@@ -24,10 +24,9 @@ class CountedManager(LightZeroManager, CountedFromOutside):
 
     def counters(self) -> Dict[str, Any]:
         counters = super(LightZeroManager, self).counters()
-        pools = {'init': self.init_pools, 'recur': [self.recur_pool], 'total': [*self.init_pools, self.recur_pool]}
-        for name in pools.keys() & counters.keys():
-            counters[name]['evictions'] = sum(pool.stats.evictions for pool in pools[name])
-            counters[name]['occupancy'] = sum(map(len, pools[name])) / sum(pool.pool_size for pool in pools[name])
+        if self.enable_stats:
+            pools = {'init': self.init_pools, 'recur': [self.recur_pool]}
+            add_pools(counters, pools, {name: sum(map(len, of_kind)) for name, of_kind in pools.items()})
         return counters
 
     def get_stats_summary(self) -> Dict[str, Any]:

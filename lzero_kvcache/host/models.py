@@ -14,6 +14,7 @@ from .lightzero import lightzero
 from .old_world_model import OldWorldModel
 from .patches import with_globals
 from .root_level import set_as_lightzero_does
+from .weights import walked
 from .world_model import NewWorldModel
 
 _MANAGER_WORLD_MODEL: Optional[type] = None
@@ -56,14 +57,10 @@ class KVCacheModel(nn.Module):
 
 def _is_in_mode(model: nn.Module, mode: bool) -> bool:
     """Whether to set the mode would change nothing: all modules are in it, and none does more than note it."""
-    modules, is_in_mode = [*model._modules.values()], model.training is mode
-    while modules and is_in_mode:
-        module = modules.pop()
-        if module is not None:
-            does_more = type(module).train is not nn.Module.train or 'train' in vars(module)
-            is_in_mode = module.training is mode and not does_more
-            modules += module._modules.values()
-    return is_in_mode
+    return model.training is mode and all(
+        module.training is mode and type(module).train is nn.Module.train and 'train' not in vars(module)
+        for module in walked(model._modules.values())
+    )
 
 
 def _world_model_cfg(model: Any, init: Any, args: Any, kwargs: Any) -> Any:

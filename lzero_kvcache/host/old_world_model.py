@@ -9,9 +9,8 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
 from ..cache.base import BaseCacheManager
-from ..cache.stats import CacheStats, Timing
-from ..config import MIB, CacheConfig
-from ..registry import KV_CACHE_REGISTRY
+from ..cache.stats import CacheStats, Timing, counters_of
+from ..config import KV_CACHE_REGISTRY, MIB, CacheConfig
 from .lightzero import lightzero
 
 logger = logging.getLogger(__name__)
@@ -21,7 +20,7 @@ class CountedFromOutside(BaseCacheManager):
     """The counts of caches of LightZero's own. Root queries are counted by the policy, which knows the episodes;
     recurrent ones by LightZero itself."""
 
-    def __init__(self, env_num: int, enable_stats: bool) -> None:
+    def __init__(self, config: Any, env_num: int, enable_stats: bool = True) -> None:
         self.env_num, self.enable_stats = env_num, enable_stats
         self._roots = CacheStats()
         self._before = (0, 0)
@@ -44,12 +43,7 @@ class CountedFromOutside(BaseCacheManager):
     def counters(self) -> Dict[str, Any]:
         counters: Dict[str, Any] = {'memory_mb': self.memory_mb}
         if self.enable_stats:
-            nodes = self._nodes()
-            total = CacheStats()
-            for stats in (self._roots, nodes):
-                total.record(stats.total_queries, stats.hits)
-            for pool, stats in (('init', self._roots), ('recur', nodes), ('total', total)):
-                counters[pool] = {'queries': stats.total_queries, 'hits': stats.hits, 'misses': stats.misses}
+            counters.update(counters_of({'init': self._roots, 'recur': self._nodes()}))
         return counters
 
     def get_stats_summary(self) -> Dict[str, Any]:
@@ -107,9 +101,6 @@ class OldCacheManager(CountedFromOutside):
         - enable_stats (:obj:`bool`): Whether there are counts.
     """
 
-    def __init__(self, config: Any, env_num: int, enable_stats: bool = True) -> None:
-        super().__init__(env_num, enable_stats)
-
     def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
         for index, cache in enumerate(self._world_model.past_kv_cache_init_infer_envs):
             if env_id in (None, index):
@@ -158,7 +149,7 @@ class OldWorldModel(LightZeroWorldModel):
     clear_line = 'Cleared WorldModel past_kv_cache (OLD system).'
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
-        options = CacheConfig.of(config, KV_CACHE_REGISTRY)
+        options = CacheConfig.of(config)
         logger.info(self.log_line)
         super().__init__(config, tokenizer)
         self.kv_cache_manager: Any = self.manager(config, self.env_num, options.enable_stats)

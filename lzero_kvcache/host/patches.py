@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import types
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 ENTRIES = ('train_unizero', 'train_unizero_segment')
 COLLECTORS = ('lzero.worker.muzero_collector', 'lzero.worker.muzero_segment_collector')
@@ -160,53 +161,43 @@ def with_globals(function: Callable[..., Any], **names: Any) -> Callable[..., An
 
 def _replaced(target: str, make: Make) -> Any:
     kind, _, name = target.partition(':')
-    special = {'signal': _signal, 'environ': _variable, 'descriptor': _descriptor, 'sys.path': _importable,
-               'directory': _directory}
-    if kind in special:
-        return special[kind](name, make)
+    if kind == 'sys.path':
+        return _importable(make(sys.path))
+    if kind == 'descriptor':
+        return _descriptor(int(name), make)
+    if kind == 'directory':
+        return _exchanged(os.getcwd, os.chdir, make)
+    if kind == 'environ':
+        return _exchanged(partial(os.environ.get, name), partial(_set_variable, name), make)
+    if kind == 'signal':
+        number = getattr(signal, name)
+        return _exchanged(partial(signal.getsignal, number), partial(signal.signal, number), make)
     *path, name = name.split('.')
     owner = importlib.import_module(kind)
     for part in path:
         owner = getattr(owner, part)
-    return _attribute(owner, name, make)
+    return _exchanged(partial(getattr, owner, name), partial(setattr, owner, name), make)
 
 
 @contextlib.contextmanager
-def _attribute(owner: Any, name: str, make: Make) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, make(original))
+def _exchanged(get: Callable[[], Any], put: Callable[[Any], Any], make: Make) -> Iterator[None]:
+    original = get()
+    put(make(original))
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        put(original)
 
 
-@contextlib.contextmanager
-def _signal(name: str, make: Make) -> Iterator[None]:
-    number = getattr(signal, name)
-    original = signal.getsignal(number)
-    signal.signal(number, make(original))
-    try:
-        yield
-    finally:
-        signal.signal(number, original)
-
-
-@contextlib.contextmanager
-def _variable(name: str, make: Make) -> Iterator[None]:
-    original = os.environ.get(name)
-    os.environ[name] = make(original)
-    try:
-        yield
-    finally:
+def _set_variable(name: str, value: Optional[str]) -> None:
+    if value is None:
         os.environ.pop(name)
-        if original is not None:
-            os.environ[name] = original
+    else:
+        os.environ[name] = value
 
 
 @contextlib.contextmanager
-def _descriptor(name: str, make: Make) -> Iterator[None]:
-    number = int(name)
+def _descriptor(number: int, make: Make) -> Iterator[None]:
     original = os.dup(number)
     os.dup2(make(original), number)
     try:
@@ -217,18 +208,8 @@ def _descriptor(name: str, make: Make) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _directory(_: str, make: Make) -> Iterator[None]:
-    original = os.getcwd()
-    os.chdir(make(original))
-    try:
-        yield
-    finally:
-        os.chdir(original)
-
-
-@contextlib.contextmanager
-def _importable(_: str, make: Make) -> Iterator[None]:
-    folder, before = make(sys.path), set(sys.modules)
+def _importable(folder: str) -> Iterator[None]:
+    before = set(sys.modules)
     sys.path.insert(0, folder)
     try:
         yield

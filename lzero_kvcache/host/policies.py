@@ -22,16 +22,16 @@ from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSample
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 from scipy.stats import entropy as scipy_entropy
 
-from ..cache.manager import COLLECT, EVAL, KVCacheManager
+from ..cache.manager import COLLECT, EVAL
 from ..cache.stats import Timing
 from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
-from ..registry import KV_CACHE_REGISTRY, register_in_place_of
+from ..registry import register_in_place_of
 from ..run_hooks import HOOKS
 from ..search.environments import Environments
 from ..search.served import Served, StepsOfThread
 from .lightzero import lightzero
 from .patches import with_globals
-from .refused import check_policy, check_served, has_own_inference
+from .refused import check_policy, check_served, has_own_inference, is_own
 from .tree_search import NodeSearch, SampledNodeSearch
 from .world_model import NewWorldModel
 
@@ -66,7 +66,7 @@ class KVCachePolicy:
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
         self._cfg = cfg  # LightZero's destructor looks at it, also where the next line refuses it
-        self._options = settle(cfg, KV_CACHE_REGISTRY, lightzero.simulations_of(cfg))
+        self._options = settle(cfg, lightzero.simulations_of(cfg))
         use_new = self._options.system == 'new'
         if use_new:
             check_policy(self.policy_type, cfg)
@@ -103,7 +103,8 @@ class KVCachePolicy:
         if mcts is None:  # PPO's actions are drawn from the policy head
             return None
         if _is_new(world_model) and self._can_be_by_node(mcts):
-            return self.node_search(mcts._cfg, world_model.searches_in_arrays('Searching'))
+            world_model.searches_in_arrays('Searching')  # and the log says so at the start
+            return self.node_search(mcts._cfg)
         timings = getattr(world_model, 'timings', None)
         if timings is not None:
             mcts.search = _timed(mcts.search, timings['search'])
@@ -111,15 +112,14 @@ class KVCachePolicy:
 
     def _can_be_by_node(self, mcts: Any) -> bool:
         """Whether a search by node passes over no search or inference of a user's, and values are categorical."""
-        overridden = has_own_inference(self._model)
+        manager = self._model.world_model.kv_cache_manager
+        overridden = has_own_inference(self._model, 'recurrent')
         own_search = type(mcts) not in self.node_search.__mro__
-        manager = type(self._model.world_model.kv_cache_manager)
-        keyed = [name for name in ('find_recur', 'store_recur')
-                 if getattr(manager, name) is not getattr(KVCacheManager, name)]
+        keyed = [name for name in ('find_recur', 'store_recur') if is_own(manager, name)]
         if overridden or own_search:
             logger.info('Searching by key: the policy has a search, or its model a recurrent inference, of its own')
         elif keyed:
-            logger.info(f'Searching by key: {manager.__name__} has a {" and a ".join(keyed)} of its own')
+            logger.info(f'Searching by key: {type(manager).__name__} has a {" and a ".join(keyed)} of its own')
         return self._cfg.model.categorical_distribution and not overridden and not own_search and not keyed
 
     def _forward_learn(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,11 +158,13 @@ class KVCachePolicy:
         world_model = self._model.world_model
         lightzero.hand_rows(self, mode, env_ids, *self._environments.rows(mode, env_ids, observations))
         mcts = self._mcts_collect if mode == COLLECT else self._mcts_eval
-        by_node = isinstance(mcts, self.node_search)
-        with world_model.serving(mode, env_ids, by_node and mcts.use_arrays) as served, self._in_the_middle_of(served):
+        if world_model.training:
+            self._model.eval()  # as LightZero does next
+        in_arrays = isinstance(mcts, self.node_search) and world_model.searches_in_arrays('Searching')
+        with world_model.serving(mode, env_ids, in_arrays) as served, self._in_the_middle_of(served):
             own = _with_quick_entropy(forward.func)
-            if by_node:
-                own = mcts.forward(own)
+            if in_arrays:
+                own = mcts.in_arrays(own)
             output = own(*forward.args, **forward.keywords)
             if served.trace is not None:
                 world_model.validator.check(served.trace, [output[env_id]['action'] for env_id in env_ids])

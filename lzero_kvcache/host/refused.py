@@ -42,10 +42,10 @@ def is_own(owner: Any, name: str) -> bool:
     return not _is_known(defining.__module__) or not _is_written_by_known(vars(defining)[name])
 
 
-def has_own_inference(model: Any) -> bool:
-    """Whether a search must ask somebody's own recurrent inference."""
+def has_own_inference(model: Any, kind: str) -> bool:
+    """Whether somebody's own 'initial' or 'recurrent' inference must be asked."""
     model = getattr(model, '_orig_mod', model)  # torch.compile wraps it
-    return is_own(model, 'recurrent_inference') or is_own(model.world_model, 'forward_recurrent_inference')
+    return is_own(model, f'{kind}_inference') or is_own(model.world_model, f'forward_{kind}_inference')
 
 
 def _passed_over(world_model: Any) -> Iterator[str]:

@@ -12,7 +12,7 @@ from lzero.policy import inverse_scalar_transform
 
 from ..engine.transfer import to_cpu
 from .lightzero import lightzero
-from .refused import is_own
+from .refused import has_own_inference
 from .world_model import NewWorldModel
 
 Targets = Tuple[np.ndarray, np.ndarray]
@@ -35,9 +35,7 @@ def _is_served(cfg: Any, model: Any) -> bool:
     world_model = model.world_model
     if not lightzero.COMPUTES_TARGETS or not isinstance(world_model, NewWorldModel) or world_model.training:
         return False
-    own = is_own(getattr(model, '_orig_mod', model), 'initial_inference') \
-        or is_own(world_model, 'forward_initial_inference')
-    return not own and cfg.env_type == 'not_board_games' and not cfg.use_root_value
+    return not has_own_inference(model, 'initial') and cfg.env_type == 'not_board_games' and not cfg.use_root_value
 
 
 @torch.no_grad()

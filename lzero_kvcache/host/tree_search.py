@@ -3,25 +3,44 @@
 The tree is in arrays on the model's device (``kv_cache_cfg.search='device'``), or LightZero's own in C++ ('tree').
 """
 import copy
-import functools
 import types
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree, tree_muzero
 from lzero.mcts.tree_search.mcts_ctree_sampled import SampledUniZeroMCTSCtree, tree_sampled_muzero
 
-from ..search.whole import Problem
+from ..search.whole import Found, Problem
 from .lightzero import lightzero
 from .patches import with_globals
-from .roots import Roots
 
 
-def can_be_in_arrays(world_model: Any) -> bool:
-    """Whether the model is where, and in the mode in which, it can be searched in arrays, at the moment."""
-    devices = ('cpu', 'cuda') if lightzero.ON_GPU else ('cpu', )
-    return not world_model.training and world_model.weights_source.device().type in devices
+class Roots:
+    """What LightZero's policies get of ``MCTSCtree.roots(num, legal_actions, ...)`` where the search is in arrays: it
+    keeps what it is prepared with, and then what was found. Lists by row."""
+
+    def __init__(self, num: int, legal_actions: Sequence[Sequence[int]], *sampled: Any) -> None:
+        self.num, self.legal_actions, self.sampled = num, legal_actions, sampled
+        self.noise_weight, self.noises = 0.0, None  # type: float, Any
+        self.found: Found = ([], [], None)
+
+    def prepare(self, root_noise_weight: float, noises: Any, rewards: Sequence[float],
+                logits: Sequence[Sequence[float]], to_play: Any) -> None:
+        self.noise_weight, self.noises = root_noise_weight, noises
+        self.prepare_no_noise(rewards, logits, to_play)
+
+    def prepare_no_noise(self, rewards: Sequence[float], logits: Sequence[Sequence[float]], to_play: Any) -> None:
+        self.rewards, self.logits = rewards, logits
+
+    def get_distributions(self) -> List[List[int]]:
+        return self.found[0]
+
+    def get_values(self) -> List[float]:
+        return self.found[1]
+
+    def get_sampled_actions(self) -> Any:
+        return self.found[2]
 
 
 class _NodeSearch:
@@ -30,53 +49,37 @@ class _NodeSearch:
     tree: Any
     sampled = False
 
-    def __init__(self, cfg: Any, use_arrays: bool = False) -> None:
+    def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)  # type: ignore[call-arg]
-        self.use_arrays = use_arrays
         self._searches = 0
 
-    def forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A policy's step that makes roots which can be searched in arrays."""
-        own = getattr(forward, '__globals__', {}).get('MCTSCtree')
-        if not self.use_arrays or own not in type(self).__mro__:
+    def in_arrays(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A policy's step that makes roots of a search in arrays, unless it makes somebody's own."""
+        if getattr(forward, '__globals__', {}).get('MCTSCtree') not in type(self).__mro__:
             return forward
-        make = functools.partial(Roots, own.roots)
-        return with_globals(forward, MCTSCtree=types.SimpleNamespace(roots=make))
+        return with_globals(forward, MCTSCtree=types.SimpleNamespace(roots=Roots))
 
     def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any = None,
                task_id: Any = None) -> Any:
         """Search from roots whose root inference the world model has just served, with LightZero's signature. Latent
         states and timesteps are not used: the world model has the roots' contexts and timesteps."""
-        world_model = model.world_model
-        if not isinstance(roots, Roots):
-            self._search_in_ctree(roots, world_model, to_play_batch)
-        elif can_be_in_arrays(world_model):
-            self._search_in_arrays(roots, world_model)
+        inference = model.world_model.inference
+        if isinstance(roots, Roots):
+            roots.found = inference.search(self.problem(roots))
         else:
-            self._search_in_ctree(roots.in_ctree(), world_model, to_play_batch)
+            self._search_in_ctree(roots, inference, to_play_batch)
         return lightzero.searched()
 
     def problem(self, roots: Roots) -> Problem:
         """What roots that are prepared ask, as this object's next search."""
-        prepared = roots.prepared
-        assert prepared is not None
         slots, action_size = self._slots()
         number, self._searches = self._searches, self._searches + 1
         return Problem(
             rules=self._rules(), seed=torch.initial_seed(), number=number, simulations=self._cfg.num_simulations,
-            slots=slots, action_size=action_size, rewards=prepared.rewards, logits=prepared.logits,
-            legal=[[]] * roots.num if self.sampled else roots.legal_actions, noises=prepared.noises,
-            noise_weight=prepared.noise_weight
+            slots=slots, action_size=action_size, rewards=roots.rewards, logits=roots.logits,
+            legal=[[]] * roots.num if self.sampled else roots.legal_actions, noises=roots.noises,
+            noise_weight=roots.noise_weight
         )
-
-    def _search_in_arrays(self, roots: Roots, world_model: Any) -> None:
-        problem = self.problem(roots)
-        if world_model.weights_source.device().type != 'cpu':
-            roots.take(*world_model.search_on_device(problem))
-            return
-        from ..search.tree import root_actions, root_values, root_visits  # with which numba is imported
-        with world_model.search_whole(problem) as tree:
-            roots.take(root_visits(tree), root_values(tree), root_actions(tree) if self.sampled else None)
 
     def _slots(self) -> Tuple[int, int]:
         """How many children a node has, and how many numbers an action that is drawn for it."""
@@ -98,12 +101,12 @@ class _NodeSearch:
     def _depths(self, results: Any, path: List[int]) -> List[int]:
         return results.get_search_len()
 
-    def _search_in_ctree(self, roots: Any, world_model: Any, to_play_batch: Any) -> None:
+    def _search_in_ctree(self, roots: Any, inference: Any, to_play_batch: Any) -> None:
         cfg, tree, rows = self._cfg, self.tree, roots.num
         min_max_stats = tree.MinMaxStatsList(rows)
         min_max_stats.set_delta(cfg.value_delta_max)
         board_game = cfg.env_type != 'not_board_games'
-        with torch.no_grad(), world_model.search_by_node(cfg.num_simulations) as expand:
+        with torch.no_grad(), inference.search_by_node(cfg.num_simulations) as expand:
             for simulation in range(cfg.num_simulations):
                 results = tree.ResultsWrapper(num=rows)
                 path, columns, actions, to_play = tree.batch_traverse(

@@ -1,6 +1,6 @@
 """LightZero's transformer and heads, laid out for the engine; read anew for each search."""
 import functools
-from typing import Any, List, Optional, Tuple
+from typing import Any, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -118,13 +118,20 @@ def _addresses(world_model: Any) -> Tuple[int, ...]:
     ]
     if not world_model.config.rotary_emb:
         modules.append(world_model.pos_emb)
-    addresses: List[int] = []
-    while modules:  # PyTorch's own walk names everything, which takes four times as long
-        module = modules.pop()
-        modules += [part for part in module._modules.values() if part is not None]
-        for group in (module._parameters, module._buffers):
-            addresses += [tensor.data_ptr() for tensor in group.values() if tensor is not None]
-    return tuple(addresses)
+    return tuple(
+        tensor.data_ptr() for module in walked(modules) for group in (module._parameters, module._buffers)
+        for tensor in group.values() if tensor is not None
+    )
+
+
+def walked(modules: Iterable[Optional[nn.Module]]) -> Iterator[nn.Module]:
+    """Modules and all that are in them; PyTorch's own walk names everything, which takes four times as long."""
+    left = list(modules)
+    while left:
+        module = left.pop()
+        if module is not None:
+            yield module
+            left += module._modules.values()
 
 
 def _device(world_model: Any) -> torch.device:

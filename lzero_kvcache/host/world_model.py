@@ -1,16 +1,14 @@
 """LightZero's world model over pages: what LightZero reaches for, and when contexts are dropped."""
 import logging
-from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
+from typing import Any, ContextManager, Dict, Iterable, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
 from ..cache.base import PagedCacheManager
-from ..cache.stats import Timing
-from ..config import CacheConfig, handed_down
+from ..config import KV_CACHE_REGISTRY, CacheConfig, handed_down
 from ..engine.compiling import why_not_compiled
 from ..engine.encoder_graph import EncoderGraph
 from ..engine.launch import picked
@@ -20,14 +18,11 @@ from ..engine.step import has_triton
 from ..engine.store import PageStore
 from ..engine.transfer import send
 from ..engine.weights import Weights
-from ..registry import KV_CACHE_REGISTRY
 from ..search.inference import Inference
 from ..search.served import Served
 from ..search.timesteps import timesteps_of
-from ..search.whole import Found, Problem
 from ..validation import Validator
 from .exact_reference import ExactReference
-from .keys_values import KeysValuesCodec
 from .legacy_reference import LegacyReference
 from .lightzero import lightzero
 from .network import read_network, what_is_missing
@@ -54,7 +49,7 @@ class NewWorldModel(LightZeroWorldModel):
     use_new_cache_manager = True
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
-        options = CacheConfig.of(config, KV_CACHE_REGISTRY)
+        options = CacheConfig.of(config)
         logger.info('✓ Using NEW KVCacheManager for cache management')
         reference = LegacyReference if options.validation == 'legacy' else ExactReference
         self.validator = None if options.validation == 'off' else Validator(options, partial(reference, self))
@@ -65,9 +60,9 @@ class NewWorldModel(LightZeroWorldModel):
         self.weights_source = source_of(self)
         geometry = self.weights_source.geometry
         slab = Slab(geometry.layers, geometry.heads, geometry.head_dim, getattr(torch, options.dtype))
-        self._storage = PageStore(slab, KeysValuesCodec(self, self.weights_source, self._ready_slab), (
-            f'lower kv_cache_cfg.init_pool_size={options.init_pool_size} or set kv_cache_cfg.max_memory_mb'
-        ))
+        self._storage = PageStore(
+            slab, f'lower kv_cache_cfg.init_pool_size={options.init_pool_size} or set kv_cache_cfg.max_memory_mb'
+        )
         self.kv_cache_manager: PagedCacheManager = KV_CACHE_REGISTRY[options.type](
             handed_down(config, options), self.env_num, options.enable_stats
         )
@@ -80,10 +75,11 @@ class NewWorldModel(LightZeroWorldModel):
             self.weights_source, self.tokenizer.encode_to_obs_embeddings, ENCODED
         )
         self._storage.beside.append(self.encoder_graph)
+        self.timings = self.inference.timings
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
-        self._in_arrays: Dict[str, bool] = {}  # for each kind of search
+        self._why_not_in_arrays: Dict[str, Optional[str]] = {}  # for each kind of search
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
@@ -100,11 +96,6 @@ class NewWorldModel(LightZeroWorldModel):
         """
         if self.validator is not None:
             self.validator.reference.precompute()
-
-    @property
-    def timings(self) -> Dict[str, Timing]:
-        """How often searches and their recurrent steps ran, and for how long."""
-        return self.inference.timings
 
     @property
     def hyperparameters(self) -> Dict[str, Any]:
@@ -191,15 +182,17 @@ class NewWorldModel(LightZeroWorldModel):
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
 
     def searches_in_arrays(self, doing: str) -> bool:
-        """Whether to search in arrays, or else in LightZero's tree: by what ``kv_cache_cfg.search`` asks for, and by
-        what can be. The first time the log says so; ``doing`` is its word for what the search is for."""
+        """Whether to search in arrays, or else in LightZero's tree: by what ``kv_cache_cfg.search`` asks for, by what
+        can be, and by where and in which mode the model is now. The first time the log says so; ``doing`` is its word
+        for what the search is for."""
         if self._options.search == 'tree':
             return False
-        if doing not in self._in_arrays:
-            reason = self.why_not_whole()
-            self._in_arrays[doing] = reason is None
+        if doing not in self._why_not_in_arrays:
+            self._why_not_in_arrays[doing] = reason = self.why_not_whole()
             self._tell_search(doing, reason)
-        return self._in_arrays[doing]
+        devices = ('cpu', 'cuda') if lightzero.ON_GPU else ('cpu', )
+        can_now = not self.training and self.weights_source.device().type in devices
+        return can_now and self._why_not_in_arrays[doing] is None
 
     def _tell_search(self, doing: str, reason: Optional[str]) -> None:
         """Log where trees are, and why they are not in arrays."""
@@ -215,29 +208,9 @@ class NewWorldModel(LightZeroWorldModel):
         else:
             logger.info(f'{told}: {reason}')
 
-    @contextmanager
-    def search_whole(self, problem: Problem) -> Iterator[Any]:
-        """Search from the roots that were just served, in one compiled call; gives the trees in arrays, which later
-        searches write over."""
-        with torch.no_grad(), self.inference.search_whole(problem) as tree:
-            yield tree
-
-    def search_on_device(self, problem: Problem) -> Found:
-        """Search on a GPU from the roots that were just served; returns the roots' visits, values and drawn actions."""
-        return self.inference.search_on_device(problem)
-
-    def reanalyze_whole(self, problem: Problem, latent: np.ndarray, start_pos: Any) -> Found:
-        """Search from latent states ``[B, E]`` without contexts, some rows at a time, where the model is; returns the
-        roots' visits and values. ``start_pos`` are timesteps ``[batch, unroll]``, as a replay buffer passes them."""
-        return self.inference.reanalyze_whole(problem, latent, start_pos)
-
-    def _ready_slab(self) -> Slab:
-        return self._storage.ready(self.kv_cache_manager.page_capacity, self.weights_source.device())
-
     # ---- inference -------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def serving(self, mode: str, env_ids: Iterable[int], in_arrays: bool = False) -> Iterator[Served]:
+    def serving(self, mode: str, env_ids: Iterable[int], in_arrays: bool = False) -> ContextManager[Served]:
         """
         Overview:
             Say whose rows the root inference inside has, and the search that follows it. Outside, row ``i`` is
@@ -251,10 +224,7 @@ class NewWorldModel(LightZeroWorldModel):
         """
         addresses = self.weights_source.addresses()
         self._notice_moved_weights(addresses)
-        with self.inference.open.serving(
-            mode, [int(env_id) for env_id in env_ids], addresses, in_arrays
-        ) as served:
-            yield served
+        return self.inference.open.serving(mode, [int(env_id) for env_id in env_ids], addresses, in_arrays)
 
     @torch.no_grad()
     def forward_initial_inference(self, obs_act_dict: Dict[str, Any], start_pos: Any = 0) -> Tuple[Any, ...]:
@@ -332,22 +302,3 @@ class NewWorldModel(LightZeroWorldModel):
             output = self.inference.node(latent, action, search_depth, start_pos, self.reanalyze_phase)
         return (output.output_sequence, output.latent_state, output.logits_rewards, output.logits_policy,
                 output.logits_value)
-
-    @contextmanager
-    def search_by_node(self, simulations: int) -> Iterator[Callable[..., np.ndarray]]:
-        """
-        Overview:
-            Search from the roots that were just served, by a function that expands one node of each row.
-        Arguments:
-            - simulations (:obj:`int`): How many nodes each row will get.
-        Returns:
-            - expand (:obj:`Callable`): To be called with the number of the simulation, for each row the node's index \
-                in the search path and its row ``[B]``, the actions ``[B]`` or ``[B, A]``, and what LightZero's tree \
-                passes as depths ``[B]``. It returns reward, value and policy logits ``[B, 2 + P]`` on the host; 0 \
-                for what is skipped.
-        Raises:
-            - RuntimeError: No root inference was served.
-        """
-        with self.inference.search_by_node(simulations) as expand:
-            yield expand
-

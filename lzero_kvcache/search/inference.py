@@ -2,7 +2,7 @@
 
 ``B`` rows, ``E`` embedding, ``A`` numbers of a continuous action, ``P`` policy logits. A latent state is ``[B, E]``.
 """
-from typing import Any, Callable, ContextManager, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -38,22 +38,20 @@ class Inference(RootInference, NodesByKey, NodesByPlace):
             self.engine, source, manager, store, self._guard, self.timings, options.matmul
         )
 
-    def search_whole(self, problem: Problem) -> ContextManager[Any]:
-        """A context with the trees of a search from the roots that were just served, which was one compiled call."""
-        return self._whole.run(self.open.searched(), problem)
+    @torch.no_grad()
+    def search(self, problem: Problem) -> Found:
+        """Search in arrays from the roots that were just served, where the model is."""
+        return self._in_arrays().run(self.open.searched(), problem)
 
     @torch.no_grad()
-    def search_on_device(self, problem: Problem) -> Found:
-        """Search from the roots that were just served, on a GPU."""
-        return self._device.run(self.open.searched(), problem)
+    def reanalyze(self, problem: Problem, latent: np.ndarray, start_pos: Any) -> Found:
+        """Search in arrays from states ``[B, E]`` without contexts, some rows at a time; ``start_pos`` are timesteps
+        ``[batch, unroll]``, as a replay buffer passes them."""
+        timesteps = reanalysis_timesteps_of(start_pos, len(latent))
+        return self._in_arrays().reanalyze(problem, latent, timesteps, self._source.addresses())
 
-    @torch.no_grad()
-    def reanalyze_whole(self, problem: Problem, latent: np.ndarray, start_pos: Any) -> Found:
-        """Search from states ``[B, E]`` without contexts, on the device where the model is."""
-        search = self._whole if self._source.device().type == 'cpu' else self._device
-        return search.reanalyze(
-            problem, latent, reanalysis_timesteps_of(start_pos, len(latent)), self._source.addresses()
-        )
+    def _in_arrays(self) -> Any:
+        return self._whole if self._source.device().type == 'cpu' else self._device
 
     def reanalysis(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
                    start_pos: Any) -> StepOutput:

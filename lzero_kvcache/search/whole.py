@@ -65,9 +65,16 @@ class WholeSearch:
         self._reanalyses = itertools.count(2 ** 31)  # numbers that no policy's search has
         storage.beside.append(self._spaces)
 
+    def run(self, served: Any, problem: Problem) -> Found:
+        """Search from the roots of a served step."""
+        from .tree import root_actions, root_values, root_visits
+
+        with self.trees(served, problem) as tree:
+            return root_visits(tree), root_values(tree), root_actions(tree) if problem.rules.get('sampled') else None
+
     @contextmanager
-    def run(self, served: Any, problem: Problem) -> Iterator[Any]:
-        """Search from the roots of a served step; gives the trees, which belong to another search afterwards."""
+    def trees(self, served: Any, problem: Problem) -> Iterator[Any]:
+        """The trees of a search, which belong to another one afterwards."""
         start = time.perf_counter()
         tables, counts = served.roots
         rows, width = tables.shape
