@@ -81,7 +81,7 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
 
 def import_names(create_config: EasyDict) -> List[str]:
     """What DI-engine imports for a config's policy; a string is one name, which DI-engine takes for single letters."""
-    names = create_config['policy'].get('import_names', [])
+    names = create_config['policy'].get('import_names') or []
     return [names] if isinstance(names, str) else list(names)
 
 

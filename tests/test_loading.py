@@ -260,7 +260,7 @@ def test_an_enabled_config_trains_with_the_new_system(new):
         assert world_model.kv_cache_manager.recur_pool.pool_size == 8 * adapter().simulations_of(config)
 
 
-@pytest.mark.parametrize('names', ['lzero.policy.unizero', ['lzero.policy.unizero'], []])
+@pytest.mark.parametrize('names', ['lzero.policy.unizero', ['lzero.policy.unizero'], [], None])
 @pytest.mark.parametrize('kind', [dict, EasyDict])
 def test_enable_takes_whatever_a_config_is_made_of(kind, names):
     """Plain dicts, a name alone, and a config that leaves the world model to LightZero."""
@@ -269,7 +269,7 @@ def test_enable_takes_whatever_a_config_is_made_of(kind, names):
     enable(main, create, eviction='lru')
     world_model_cfg = main['policy']['model']['world_model_cfg']
     assert (world_model_cfg['use_new_cache_manager'], world_model_cfg['kv_cache_cfg']['eviction']) == (True, 'lru')
-    listed = [names] if isinstance(names, str) else names
+    listed = [names] if isinstance(names, str) else names or []
     assert create['policy']['import_names'] == [*listed, 'lzero_kvcache']
     assert check_config(main, create).eviction == 'lru'
     disable(main, create)

@@ -68,6 +68,7 @@ def test_a_run_that_is_refused_before_it_begins_leaves_nothing_behind(tmp_path):
     (code, said), = trained(tmp_path, [*arguments, '--exp-name', 'new/run'], short_episodes)
     assert code == 2
     assert 'max_memory_mb=0.001' in said.splitlines()[-1]
+    assert not [line for line in said.splitlines() if line.startswith('end ')]  # it has not begun
     assert os.listdir(tmp_path) == ['printed0']
 
 

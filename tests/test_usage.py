@@ -16,6 +16,9 @@ WITH_A_CONFIG = [
 TRAIN = [
     (['--config', 'config_new', '--cache', 'both'], "'both'"),
     (['--config', 'config_new', '--max-env-step', '0'], "'0' is not a whole number of at least 1"),
+    (['--config', 'config_new', '--seed', '4294967296'], 'seed=4294967296 must be below 2**32'),
+    (['--config', 'config_new', '--exp-name', '.'], '.: this folder is there'),
+    (['--config', 'config_new', '--resume', '.'], '.: no such checkpoint'),
     (['--config', 'config_new', '--max-env-step', '1.5'], "'1.5' is not a whole number"),
     (['--config', 'config_new', '--max-env-step', 'inf'], "'inf' is not a whole number"),
     (['--config', 'config_new', '--set', 'policy.mcts_ctree=False'], 'policy.mcts_ctree=False cannot work'),
@@ -32,6 +35,15 @@ TRAIN = [
      "env_manager.type='subproces' is registered by none of its import_names=[]; did you mean 'subprocess'"),
     (['--config', 'config_new', '--set', 'policy.learning_rate=-1'], 'policy.learning_rate=-1 must be above 0'),
     (['--config', 'config_old', '--set', 'policy.batch_size=0'], 'policy.batch_size=0 must be above 0'),
+    (['--config', 'config_old', '--set', 'policy.batch_size=2.5'], 'policy.batch_size=2.5 must be a whole number'),
+    (['--config', 'config_new', '--set', 'policy.num_simulations=None'], 'num_simulations=None must be a whole number'),
+    *((['--config', 'config_new', '--set', f'{WM}.{key}=0'], f'{WM}.{key}=0 must be above 0')
+      for key in ('embed_dim', 'num_heads', 'num_layers')),
+    (['--config', 'config_old', '--set', 'policy.replay_buffer_size=64'],
+     'policy.replay_buffer_size=64 contradicts policy.batch_size=64: it must be larger than that'),
+    (['--config', 'config_new', '--set', f'{WM}.device=tpu'], f"{WM}.device='tpu' is none of torch's"),
+    (['--config', 'config_new', '--set', '+policy.batch_size.x=3'], 'policy.batch_size is 64, which holds no keys'),
+    (['--config', 'config_new', '--set', '+policy.model=3'], 'policy.model holds'),
     *((['--config', config, '--set', *changes], message) for config in ('config_old', 'config_new')
       for changes, message in [
         (['policy.model.action_space_size=60', f'{WM}.action_space_size=6'],

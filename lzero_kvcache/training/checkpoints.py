@@ -29,7 +29,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     """Read a checkpoint of a UniZero training, on the CPU, without running anything that it may contain."""
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f'{path}: no such checkpoint; an experiment has them in its folder ckpt/') from None
     except Exception as error:
         raise ConfigError(

@@ -132,6 +132,10 @@ def check(values: Mapping[str, Any]) -> None:
     heads, width = values[WM + 'num_heads'], values[WM + 'embed_dim']
     if width % heads:
         raise ConfigError(f'{WM}num_heads={heads!r} contradicts {WM}embed_dim={width!r}: it must divide that')
+    size, batch = values['policy.replay_buffer_size'], values['policy.batch_size']
+    if size <= batch:
+        raise ConfigError(f'policy.replay_buffer_size={size!r} contradicts policy.batch_size={batch!r}: it must be '
+                          'larger than that')
 
 
 def rename(name: str, before: Mapping[str, Any], changed: Mapping[str, Any]) -> str:

@@ -61,9 +61,13 @@ def _parse(assignment: str, known: Mapping[str, Any]) -> Dict[str, Any]:
     if not equals or not path.strip(ADD):
         raise ConfigError(f"--set {assignment}: write KEY=VALUE, as in --set policy.num_simulations=25")
     value = _literal(text.strip())
-    if path.startswith(ADD):
-        return {path[len(ADD):]: value}
+    new, path = path.startswith(ADD), path.lstrip(ADD)
     children = [key for key in known if key.startswith(path + '.')]
+    if new and not children:
+        for holder in known:
+            if path.startswith(holder + '.') and known[holder] is not None and not isinstance(known[holder], dict):
+                raise ConfigError(f'--set {assignment}: {holder} is {known[holder]!r}, which holds no keys')
+        return {path: value}
     if children and isinstance(value, dict):
         changed: Dict[str, Any] = {}
         for key, child in leaves(value).items():

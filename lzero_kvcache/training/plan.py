@@ -1,4 +1,5 @@
 """What a run needs to know, from a config file and what a user changes of it; checked before anything is started."""
+import numbers
 import os
 import re
 from dataclasses import replace
@@ -7,7 +8,7 @@ from typing import Optional, Sequence
 import torch
 from easydict import EasyDict
 
-from ..config import LIGHTZERO, ConfigError, picked_system
+from ..config import LIGHTZERO, PREFIX, ConfigError, picked_system
 from ..host import entries
 from ..loading import check_config, disable, enable, load_plugin
 from ..summary import EVALUATE, TRAIN
@@ -16,11 +17,16 @@ from .config_file import Plan, load_config
 from .linked_keys import check, replace_token
 from .overrides import apply_overrides, leaves
 
-POSITIVE = (
-    'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
-    'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.game_segment_length', 'policy.learning_rate',
-    'policy.n_episode', 'policy.num_segments', 'policy.num_simulations', 'policy.num_unroll_steps',
-    'policy.replay_buffer_size', 'policy.td_steps', 'policy.update_per_collect', 'policy.eval_freq',
+# Without which no training runs.
+WHOLE = (
+    'env.collector_env_num', 'env.evaluator_env_num', 'policy.batch_size', 'policy.collector_env_num',
+    'policy.evaluator_env_num', 'policy.num_simulations', 'policy.num_unroll_steps', f'{PREFIX}.embed_dim',
+    f'{PREFIX}.max_blocks', f'{PREFIX}.num_heads', f'{PREFIX}.num_layers',
+)
+POSITIVE = WHOLE + (
+    'env.n_evaluator_episode', 'policy.eval_freq', 'policy.game_segment_length', 'policy.learning_rate',
+    'policy.n_episode', 'policy.num_segments', 'policy.replay_buffer_size', 'policy.td_steps',
+    'policy.update_per_collect',
 )
 
 
@@ -51,18 +57,21 @@ def make_plan(
     if overrides:
         apply_overrides(main_config, create_config, overrides, entries.completed(main_config, create_config))
     set_device(device, main_config)
+    seed = plan.seed if seed is None else seed
+    if seed >= 2 ** 32:
+        raise ConfigError(f'seed={seed} must be below 2**32, as numpy needs')
     if in_place:
         main_config.exp_name = _folder_of(resume, exp_name)
     elif exp_name:
         main_config.exp_name = exp_name
     elif evaluate:
         main_config.exp_name += '_eval'
-    elif seed is not None:
+    else:
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', plan.seed, seed)
-    check_config(main_config, create_config)
     check_values(entries.completed(main_config, create_config))
+    check_config(main_config, create_config)
     return replace(
-        plan, seed=plan.seed if seed is None else seed, max_env_step=max_env_step or plan.max_env_step,
+        plan, seed=seed, max_env_step=max_env_step or plan.max_env_step,
         max_train_iter=max_train_iter or plan.max_train_iter, threads=threads or plan.threads,
         task=EVALUATE if evaluate else TRAIN, checkpoint=evaluate or resume, in_place=in_place,
         keep_checkpoints=keep_checkpoints, overrides=overrides)
@@ -90,6 +99,11 @@ def set_device(device: Optional[str], main_config: EasyDict) -> None:
         raise ConfigError('--device cuda: torch finds no GPU here; use --device cpu, or auto')
     if device is None:
         device = str(world_model.get('device', 'auto'))
+    if device != 'auto':
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ConfigError(f"{PREFIX}.device={device!r} is none of torch's: use cpu, cuda or auto") from error
     if device == 'auto' or not has_gpu:
         device = 'cuda' if has_gpu else 'cpu'
     world_model.device = main_config.policy.device = device
@@ -98,12 +112,14 @@ def set_device(device: Optional[str], main_config: EasyDict) -> None:
 
 def check_values(tree: EasyDict) -> None:
     """Refuse numbers of a complete config with which no training can begin."""
+    values = leaves(tree)
     for path in POSITIVE:
-        section, key = path.split('.')
-        value = tree[section].get(key)
+        value = values.get(path)
         if isinstance(value, (int, float)) and not value > 0:
             raise ConfigError(f'{path}={value!r} must be above 0')
-    check(leaves(tree))
+        if path in WHOLE and path in values and not isinstance(value, numbers.Integral):
+            raise ConfigError(f'{path}={value!r} must be a whole number')
+    check(values)
 
 
 def _folder_of(resume: Optional[str], exp_name: Optional[str]) -> str:

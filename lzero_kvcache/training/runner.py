@@ -66,6 +66,8 @@ def claim_folder(asked: str) -> Tuple[str, List[str]]:
     path, since DI-engine puts './' before it, and the folders above it that were made too, the uppermost last.
     """
     exp_name = os.path.relpath(os.path.expanduser(asked))
+    if os.path.basename(exp_name) in ('.', '..'):
+        raise ConfigError(f'{asked}: this folder is there; give --exp-name a name of its own')
     above = [str(folder) for folder in Path(exp_name).parents if not os.path.lexists(folder)]
     stamped = exp_name + datetime.datetime.now().strftime('_%y%m%d_%H%M%S')
     names = itertools.chain([exp_name, stamped], (f'{stamped}_{attempt}' for attempt in itertools.count(1)))
@@ -144,7 +146,7 @@ class _Training:
                     self.watch.save_checkpoint()
             finally:
                 self._refresh(now=True)
-                self._bar.close(run_text(result, 'end') if plan.task == TRAIN else '')
+                self._bar.close(run_text(result, 'end') if plan.task == TRAIN and self.watch.phase != 'start' else '')
                 self.terminal.repetitions()
                 self.watch.close()
             # With ranks that have not agreed on ending, there is nothing to share.
