@@ -105,13 +105,16 @@ def test_without_module_variables(write):
     assert (loaded.max_env_step, loaded.max_train_iter, loaded.seed) == (None, None, 0)
 
 
-@pytest.mark.parametrize(('policy', 'entry'), [
-    ('', 'train_unizero'),
-    ('num_segments=8,', 'train_unizero_segment'),
-    ('buffer_reanalyze_freq=1/50,', 'train_unizero_segment'),
+@pytest.mark.parametrize(('policy', 'run_as_a_script', 'entry'), [
+    ('', '', 'train_unizero'),
+    ('num_segments=8,', '', 'train_unizero_segment'),
+    ('buffer_reanalyze_freq=1/50,', '', 'train_unizero_segment'),
+    ('num_segments=8,', 'train_unizero([main_config, create_config], seed=0)', 'train_unizero'),
+    ('', 'train_unizero_segment([main_config, create_config])', 'train_unizero_segment'),
 ])
-def test_the_entry_is_told_from_the_config(policy, entry, write):
-    assert load_config(write(policy=policy)).entry == entry
+def test_the_entry_is_told_from_the_config(policy, run_as_a_script, entry, write):
+    rest = run_as_a_script and f"if __name__ == '__main__':\n    {run_as_a_script}"
+    assert load_config(write(policy=policy, rest=rest)).entry == entry
 
 
 def test_the_entry_may_be_the_function_itself(write):

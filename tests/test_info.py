@@ -154,6 +154,11 @@ def test_the_zoo_is_tried(monkeypatch):
                     'lightzero:memory_unizero_config': missing}
 
 
+def test_a_data_parallel_config_is_told_of_in_one_process():
+    plan = make_plan('atari_unizero_ddp_config', overrides=[WM + 'embed_dim=32', WM + 'num_layers=1'])
+    assert dict(info.of_plan(plan))['cache system'] == "new, with manager 'new'"
+
+
 def test_an_environment_of_the_zoo_that_fails_is_named(monkeypatch):
     monkeypatch.setattr(info, 'our_configs', lambda: {'config_new': our_configs()['config_new']})
     monkeypatch.setattr(info, 'lightzero_configs', dict)

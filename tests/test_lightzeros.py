@@ -201,28 +201,6 @@ class TestMain:
         assert counters['init']['hits'] == (9 if system == 'new' else 0)
         assert counters['recur']['queries'] == (0 if improvement == 'ppo' else 4 * (8 + 6))
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize('name', [
-        'cartpole_unizero', 'cartpole_unizero_ppo', 'pendulum_cont_disc_unizero', 'pendulum_cont_sampled_unizero'])
-    @pytest.mark.parametrize('cache', ['old', 'new'])
-    def test_its_configs_train(self, name, cache, tmp_path, monkeypatch):
-        if AS_SHIPPED and 'sampled' not in name:
-            pytest.skip('its vector models cannot be constructed')
-        if 'sampled' in name and not SAVES_SAMPLED:
-            pytest.skip('its Sampled UniZero cannot save a checkpoint')
-        monkeypatch.chdir(tmp_path)
-        assert main([
-            'train', '--config', f'lightzero:{name}_config', '--cache', cache, '--exp-name', 'e', '--device',
-            'cpu', '--threads', '1', '--max-env-step', '60', '--max-train-iter', '3', '--set', *SMALL[:1], *SMALL[2:],
-            'env.evaluator_env_num=2',  # its own Sampled UniZero takes an evaluation's rows for a collection's
-            'create_config.env_manager.type=base'
-        ]) == 0
-        summary = json.loads((tmp_path / 'e' / 'summary.json').read_text())
-        assert summary['cache'] == cache
-        assert summary['train_iter'] >= 3 if 'ppo' in name else summary['train_iter'] == 3
-        if cache == 'new':
-            assert set(summary['hit_rates'].values()) == ({1.0, None} if 'ppo' in name else {1.0})
-
     @pytest.mark.parametrize('title', FAULTS)
     def test_a_fault_that_is_reported_is_there(self, title):
         program, last_line = FAULTS[title]

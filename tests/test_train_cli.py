@@ -329,6 +329,7 @@ def test_an_interrupt_in_a_step_of_an_environment(a_run):
     (ModuleNotFoundError("No module named 'Box2D.b2'", name='Box2D.b2'), 'pip install Box2D==2.3.10'),
     (ModuleNotFoundError("No module named 'xyz'", name='xyz'), "'xyz': put its folder on PYTHONPATH"),
     (gymnasium.error.NameNotFound("Environment `Pongg` doesn't exist."), "env.env_id: Environment `Pongg`"),
+    (AttributeError("module 'collections' has no attribute 'Mapping'"), 'pycolab 1.2 is older than Python 3.10'),
     (gymnasium.error.DeprecatedEnv('Environment version v2 for `X` is deprecated.'), 'env.env_id: Environment version'),
     (Exception('We\'re Unable to find the game "Pong". Note: Gym no longer distributes ROMs.'), 'ale-import-roms'),
 ])

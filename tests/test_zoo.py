@@ -1,5 +1,6 @@
 """The configs of ``zoo_configs/``: LightZero's own and nothing but the plugin; a training of each in both systems."""
 import copy
+import inspect
 import os
 import re
 import socket
@@ -7,15 +8,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ale_py.roms
 import pytest
 import zoo
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
+from lzero.policy import sampled_unizero
 from small_models import ON_MAIN, adapter
-from trainings import PROJECT_ROOT, SMALL, WM, check_run, import_what_trainings_import, short_episodes, trained
+from trainings import (
+    ITERATIONS,
+    PROJECT_ROOT,
+    SMALL,
+    WM,
+    check_run,
+    import_what_trainings_import,
+    short_episodes,
+    summary_of,
+    trained,
+)
 
 from lzero_kvcache import ConfigError, check_config, disable, enable
 from lzero_kvcache.search import roots
-from lzero_kvcache.training import load_config
+from lzero_kvcache.training import info, load_config
+from lzero_kvcache_options import LIGHTZERO, lightzero_configs
 
 SHIPPED = {path.stem: path for path in Path(zoo.__file__).parent.rglob('*unizero*_config.py')}
 NAMES = sorted(
@@ -163,6 +177,10 @@ def without(module, *users):
     return prepare
 
 
+#: Later ones have them all in the package.
+BRINGS_ROMS = hasattr(ale_py.roms, 'get_rom_path')
+
+
 def without_roms():
     """Let ale-py find no ROM, whatever is installed."""
     from ale_py import roms
@@ -187,6 +205,8 @@ def test_what_is_missing_is_said_in_one_line(missing, tmp_path):
         pytest.skip('its LunarLander is one of another gymnasium')
     if missing == 'ROM':
         pytest.importorskip('cv2')
+        if BRINGS_ROMS:
+            pytest.skip('this ale-py brings its ROM files along')
     [(code, printed)] = trained(tmp_path, ['--config', name], prepare)
     lines = [line for line in printed.splitlines() if line.startswith('lzero-kvcache: error: ')]
     assert code == 2, printed
@@ -209,9 +229,10 @@ TWO_PROCESSES = ['policy.n_episode=4', 'policy.num_segments=4', 'policy.batch_si
 
 def changes(name):
     """What makes a config one that trains within seconds."""
-    if name in ATARI:
+    stem = name.replace(LIGHTZERO, '')
+    if stem.startswith('atari'):
         return SMALL + SHORT_ATARI
-    return memory(name, distractor=5) if name.startswith('memory') else SMALL
+    return memory(name, distractor=5) if stem.startswith('memory') else SMALL
 
 
 def memory(name, distractor):
@@ -245,7 +266,7 @@ def needed(name):
 def rom_folder(tmp_path_factory):
     """A folder with Pong's ROM: what ``ale-import-roms`` would import; None where it has been."""
     from ale_py import roms
-    if hasattr(roms, 'Pong'):
+    if hasattr(roms, 'Pong') or BRINGS_ROMS:
         return None
     folder = tmp_path_factory.mktemp('roms')
     done = subprocess.run(
@@ -284,6 +305,34 @@ def test_a_training_in_its_own_environment(name, cache, tmp_path, heavy_imports,
     assert code == 0, printed
     assert ('Using NEW KVCacheManager' if cache == 'new' else 'Using OLD cache system') in printed
     assert check_run(tmp_path / 'run', cache)['entry'] == load_config(name).entry
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ON_MAIN, reason="of LightZero's main branch")
+@pytest.mark.parametrize('cache', SYSTEMS)
+@pytest.mark.parametrize('name', [name[len(LIGHTZERO):] for name in lightzero_configs()])
+def test_a_config_of_lightzeros_main_branch_trains(name, cache, tmp_path, heavy_imports, monkeypatch, request):
+    monkeypatch.setattr(info, 'our_configs', dict)
+    monkeypatch.setattr(info, 'lightzero_configs', lambda: {LIGHTZERO + name: lightzero_configs()[LIGHTZERO + name]})
+    [(_, said)] = info.of_zoo()
+    if not said.endswith(': installed'):
+        pytest.skip(said)
+    if 'sampled' in name and 'use_adaptive_entropy_weight = ' not in inspect.getsource(sampled_unizero):
+        pytest.skip('its Sampled UniZero cannot save a checkpoint')
+    roms = request.getfixturevalue('rom_folder') if name.startswith('atari') else None
+    arguments = ['--config', LIGHTZERO + name, '--cache', cache, *changes(LIGHTZERO + name),
+                 *(ONE_PROCESS if 'ddp' in name else [])]
+    if 'sampled' in name:  # LightZero's takes an evaluation's rows for a collection's, which must be as many
+        arguments.append('env.evaluator_env_num=2')
+    [(code, printed)] = trained(tmp_path, arguments, with_roms(roms))
+    assert code == 0, printed
+    if 'ppo' not in name:
+        check_run(tmp_path / 'run', cache)
+        return
+    summary = summary_of(tmp_path / 'run')  # all updates of a collection are made
+    assert (summary['cache'], summary['train_iter'] >= ITERATIONS) == (cache, True)
+    assert summary['hit_rates']['recur'] is None
+    assert cache == 'old' or summary['hit_rates']['init'] == 1.
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ def build_policy(main_config: EasyDict, create_config: EasyDict) -> Any:
     """The policy of a config as its collector has it: without environments, optimizer and target model."""
     from ding.policy import create_policy
     cfg = completed(main_config, create_config).policy
+    cfg.multi_gpu = False  # one process alone
     with _fault_named():
         return create_policy(cfg, enable_field=list(lightzero.POLICY_FIELDS))
 

@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import inspect
 import os
+import re
 import tempfile
 import traceback
 from dataclasses import dataclass
@@ -169,6 +170,10 @@ def _entry_of(declared: Any, main_config: EasyDict, path: str) -> str:
     if callable(declared):
         declared = getattr(declared, '__name__', declared)
     if declared is None:
+        with open(path, encoding='utf-8') as file:
+            called = set(re.findall(r'\b(train_unizero(?:_segment)?)\(', file.read()))
+        if len(called) == 1:
+            return called.pop()
         # The segment entry is the only one that reads these two, and reads them without a default.
         by_segments = 'num_segments' in main_config.policy or 'buffer_reanalyze_freq' in main_config.policy
         return 'train_unizero_segment' if by_segments else 'train_unizero'

@@ -33,6 +33,8 @@ def hint(error: BaseException) -> Optional[str]:
         if package is None:  # perhaps a file of the user's, whose name may be that of a stranger's package
             return f"there is no module '{missing}': put its folder on PYTHONPATH, or install the package that has it"
         return f"the module '{missing}' is not installed; pip install {package}"
+    if isinstance(error, AttributeError) and text == "module 'collections' has no attribute 'Mapping'":
+        return 'pycolab 1.2 is older than Python 3.10: take memory_unizero_config, which mends it'
     if any(kind.__name__ in ('UnregisteredEnv', 'DeprecatedEnv') for kind in type(error).__mro__):  # gym's, gymnasium's
         return f'env.env_id: {text}'
     if type(error).__name__ == 'DependencyNotInstalled':

@@ -5,6 +5,7 @@ import os
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import numpy as np
+import torch
 
 from ..host import entries
 from ..host.patches import applied
@@ -161,6 +162,9 @@ def _watched_learner(watch: Watch, base: type) -> type:
         def call_hook(self, name: str) -> None:
             if name == 'after_run':
                 watch.evaluate_last()
+            if name == 'after_iter':  # DI-engine's sum over processes leaves them tensors, which its monitor refuses
+                scalars = self.log_buffer['scalar']
+                scalars.update({key: value.item() for key, value in scalars.items() if isinstance(value, torch.Tensor)})
             super().call_hook(name)
             # The entries call this when all parts are made, and before anything is collected.
             if name == 'before_run':
