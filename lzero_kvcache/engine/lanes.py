@@ -52,7 +52,7 @@ def instructions(signature: Any, build: Callable[..., Any]) -> Any:
         2: lambda context, a, b: (signature, codegen),
         3: lambda context, a, b, c: (signature, codegen),
         4: lambda context, a, b, c, d: (signature, codegen),
-        6: lambda context, a, b, c, d, e, f: (signature, codegen),
+        7: lambda context, a, b, c, d, e, f, g: (signature, codegen),
         8: lambda context, a, b, c, d, e, f, g, h: (signature, codegen),
     }
     return intrinsic(typed[len(signature.args)])
@@ -100,6 +100,15 @@ def _spread_pair(builder: Any, address: Any, index: Any) -> Any:
     both = builder.load(_at(builder, address, index, _PAIR), align=4)
     first = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), both, ir.Constant(_INT32, 0))
     return builder.bitcast(builder.shuffle_vector(first, first, _order(*[0] * _PAIRS.count)), _VECTOR)
+
+
+def _prefetch(builder: Any, address: Any, index: Any) -> None:
+    pointer = ir.IntType(8).as_pointer()
+    place = builder.bitcast(_at(builder, address, index, _FLOAT), pointer)
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
+    to_read, to_keep, data = (ir.Constant(_INT32, number) for number in (0, 3, 1))
+    prefetch = builder.module.declare_intrinsic('llvm.prefetch', [pointer], kind)
+    builder.call(prefetch, [place, to_read, to_keep, data])
 
 
 def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -214,8 +223,10 @@ def _mix(builder: Any, weights: Any, tokens: Any, tokens_step: Any, count: Any, 
 def _linear(outputs: int) -> Callable[..., Any]:
     """``outputs`` numbers of a linear layer for eight rows. The sums stay in registers, and a weight is read where it
     lies, as ``[outputs, inputs]``: two at once, since reading takes longer than multiplying; so there are two sums for
-    a number, of four rows each, in which those over inputs with even and with odd numbers lie beside each other."""
-    def build(builder: Any, weight: Any, bias: Any, source: Any, target: Any, inputs: Any, added: Any) -> None:
+    a number, of four rows each, in which those over inputs with even and with odd numbers lie beside each other. The
+    weights from ``following`` on are sent for meanwhile."""
+    def build(builder: Any, weight: Any, following: Any, bias: Any, source: Any, target: Any, inputs: Any,
+              added: Any) -> None:
         def number(n: int) -> Any:
             return ir.Constant(inputs.type, n)
 
@@ -239,6 +250,7 @@ def _linear(outputs: int) -> Callable[..., Any]:
         rows = [builder.mul(number(output), inputs) for output in range(outputs)]
         even = builder.and_(inputs, number(-2))
         with for_range_slice(builder, number(0), even, number(2), inputs.type) as (at, _):
+            _prefetch(builder, following, builder.mul(at, number(outputs)))
             add(at, _spread_pair, x_at(at), x_at(builder.add(at, number(1))))
         with builder.if_then(builder.icmp_signed('<', even, inputs)):
             add(even, _spread, x_at(even), zeros)
@@ -273,7 +285,7 @@ score = instructions(LANES(*[types.intp] * 8), _score)
 mix = instructions(types.void(*[types.intp] * 8), _mix)
 
 linear_1_output, linear_6_outputs = (
-    instructions(types.void(*[types.intp] * 6), _linear(outputs)) for outputs in (1, 6)
+    instructions(types.void(*[types.intp] * 7), _linear(outputs)) for outputs in (1, 6)
 )
 
 

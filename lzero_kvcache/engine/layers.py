@@ -119,10 +119,11 @@ def _columns(weight: int, bias: int, source: int, target: int, target_step: int,
         for tile in range(tiles):
             x, y = source + tile * inputs * TILE, (tile * target_step + n * WIDTH) * NUMBER
             other = added + y if added else added
+            following = weights + block * inputs * NUMBER if tile == 0 else weights  # other tiles need no more
             if block == 1:
-                linear_1_output(weights, row, x, target + y, inputs, other)
+                linear_1_output(weights, following, row, x, target + y, inputs, other)
             else:
-                linear_6_outputs(weights, row, x, target + y, inputs, other)
+                linear_6_outputs(weights, following, row, x, target + y, inputs, other)
 
 
 @inner
