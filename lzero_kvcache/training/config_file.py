@@ -80,8 +80,8 @@ def load_config(name: str) -> Plan:
     main_config = _as_config(declared['main_config'], 'main_config', path)
     create_config = _as_config(declared['create_config'], 'create_config', path)
     _check_shape(main_config, create_config, path)
-    counts = {key: _whole_number(declared[key], key, path, minimum)
-              for key, minimum in COUNTS.items() if declared.get(key) is not None}
+    counts: Dict[str, Any] = {key: _whole_number(declared[key], key, path, minimum)
+                              for key, minimum in COUNTS.items() if declared.get(key) is not None}
     return Plan(path, main_config, create_config, _entry_of(declared.get('entry'), main_config, path), **counts)
 
 
