@@ -262,7 +262,7 @@ def run_text(result: Result, phase: str) -> str:
 def steps_at_the_end(result: Result) -> Optional[int]:
     """Environment steps after which a run is to end; estimated, where it is iterations that end it."""
     ends = [] if result.max_env_step is None else [result.max_env_step]
-    if result.max_train_iter is not None and result.train_iter:
+    if result.max_train_iter is not None and result.train_iter and result.collected_env_step:
         ends.append(round(result.collected_env_step * max(1., result.max_train_iter / result.train_iter)))
     return min(ends, default=None)
 

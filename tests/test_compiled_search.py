@@ -190,7 +190,7 @@ def test_two_threads_search_one_model(root: Root, monkeypatch: pytest.MonkeyPatc
         search_rows(*args[:-4], SIMULATIONS // 2, SIMULATIONS, *args[-2:])
 
     def run(number: int) -> List[Any]:
-        with search.run(served, root.problem._replace(number=number)) as tree:
+        with search.trees(served, root.problem._replace(number=number)) as tree:
             return left(tree)
 
     monkeypatch.setattr(compiled, 'search_rows', in_halves)

@@ -54,7 +54,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None:  # noqa: F811
     [served] = root.world_model.inference.open.steps
     served.trace = noted = Trace('collect', served.env_ids, 1, replayed=True)
-    visits, values, actions = root.world_model.inference.search(root.problem)
+    visits, values, actions = root.world_model.inference._device.run(served, root.problem)
     [space] = root.world_model.inference._device._spaces.kept.values()
     served.trace = Trace('collect', served.env_ids, 1, replayed=True)
     with root.world_model.inference._whole.trees(served, root.problem) as tree:

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from builders import Worker, audit, compiled, keys_values, small_cartpole
+from builders import Worker, audit, compiled, small_cartpole
 from ding.utils import POLICY_REGISTRY
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 from lzero.policy.utils import select_action
@@ -640,13 +640,14 @@ def test_checkpoints_have_the_same_keys():
 
 def test_older_contexts_make_room_for_a_search():
     policy, unlimited = make(cache=dict(max_memory_mb=0.05, init_pool_size=9)), make()
-    player = Player(policy)
+    player, cache = Player(policy), cache_of(policy)
     for key in range(16):
-        cache_of(policy).set_init_cache(key % 3, key, keys_values(5, heads=2, head_dim=16))
+        with cache.lease() as lease:
+            cache.store_init('collect', [key % 3], [key], (lease.allocate(3)[None], np.array([3])))
     for output, expected in zip(player.play(), Player(unlimited).play()):
         assert found(output) == found(expected)
-    assert sum(pool['evictions'] for pool in cache_of(policy).get_stats_summary()['init_pools'].values()) > 0
-    audit(cache_of(policy))
+    assert sum(pool['evictions'] for pool in cache.get_stats_summary()['init_pools'].values()) > 0
+    audit(cache)
 
 
 class Broken(Exception):

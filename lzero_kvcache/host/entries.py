@@ -77,11 +77,10 @@ def _fault_named() -> Iterator[None]:
     import lzero
     try:
         yield
-    except ModuleNotFoundError:
-        raise  # of what is not installed
     except (TypeError, AttributeError, NotImplementedError, ImportError) as error:
+        missing = isinstance(error, ModuleNotFoundError) or isinstance(error.__context__, ModuleNotFoundError)
         last = traceback.extract_tb(error.__traceback__)[-1]
-        if not last.filename.startswith((lzero.__path__[0] + os.sep, zoo_folder() + os.sep)):
+        if missing or not last.filename.startswith((lzero.__path__[0] + os.sep, zoo_folder() + os.sep)):
             raise
         said = f'{type(error).__name__}: {" ".join(str(error).split())}'
         raise ConfigError(f"LightZero's own {last.filename}:{last.lineno} fails: {said}") from error
