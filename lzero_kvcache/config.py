@@ -262,7 +262,7 @@ def _size(world_model_cfg: Any, key: str, default: int) -> int:
 def _refuse_misspelt_keys(world_model_cfg: Any) -> None:
     keys = world_model_cfg.keys() if isinstance(world_model_cfg, dict) else vars(world_model_cfg)
     for key in keys:
-        if key in (FLAG, OPTIONS) or not isinstance(key, str):
+        if key in (FLAG, OPTIONS, HANDED_DOWN) or not isinstance(key, str):
             continue
         close = difflib.get_close_matches(key, (FLAG, OPTIONS), n=1, cutoff=0.75)
         if key not in SIZES:

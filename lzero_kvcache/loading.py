@@ -56,11 +56,7 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
         - ConfigError: The message is one line that says which key to change to what.
     """
     main_config, create_config = EasyDict(copy.deepcopy(main_config)), EasyDict(copy.deepcopy(create_config))
-    name = create_config.policy.type
-    if name not in lightzero.POLICIES:
-        raise ConfigError(
-            f'create_config.policy.type={name!r} is not a UniZero policy: {nearest(name, lightzero.POLICIES)}'
-        )
+    name = policy_type(create_config)
     with contextlib.suppress(ImportError):  # a module that is missing is reported where it is needed
         import_module(import_names(create_config))  # these register a policy of one's own
     policy = POLICY_REGISTRY.get(name)
@@ -77,6 +73,16 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
             'SampledUniZeroPolicy'
         )
     return config
+
+
+def policy_type(create_config: EasyDict) -> str:
+    """The name of a config's policy, which is one of those that are served."""
+    name = create_config.policy.get('type')
+    if name not in lightzero.POLICIES:
+        raise ConfigError(
+            f'create_config.policy.type={name!r} is not a UniZero policy: {nearest(str(name), lightzero.POLICIES)}'
+        )
+    return name
 
 
 def import_names(create_config: EasyDict) -> List[str]:

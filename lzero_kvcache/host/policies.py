@@ -77,7 +77,8 @@ class KVCachePolicy:
             raise ConfigError(
                 f'{PREFIX}.{FLAG}=True, but {type(self._model.world_model).__name__} of policy.model.type='
                 f'{cfg.model.get("type")!r} has LightZero\'s own caching: derive the model from '
-                'lzero_kvcache.host.models.UniZeroModel or SampledUniZeroModel, and its world model from NewWorldModel'
+                'lzero_kvcache.host.models.UniZeroModel or SampledUniZeroModel (with PPO lzero_kvcache.host.ppo.'
+                'UniZeroPPOModel), and its world model from NewWorldModel (NewPPOWorldModel)'
             )
         if use_new:  # again, now that a subclass has built what it builds after its base class
             check_served(self._model.world_model)

@@ -21,7 +21,7 @@ class Roots:
     keeps what it is prepared with, and then what was found. Lists by row."""
 
     def __init__(self, num: int, legal_actions: Sequence[Sequence[int]], *sampled: Any) -> None:
-        self.num, self.legal_actions, self.sampled = num, legal_actions, sampled
+        self.num, self.legal_actions = num, legal_actions
         self.noise_weight, self.noises = 0.0, None  # type: float, Any
         self.found: Found = ([], [], None)
 

@@ -17,7 +17,7 @@ from .guard import NanGuard
 from .spaces import Space, Spaces
 
 CHUNK = 64
-"""Rows of a reanalysis that a thread has in work: what the compiled step works on together."""
+"""Rows of a reanalysis that a thread has in work: as many as ``engine.layers.ROWS``."""
 
 Found = Tuple[List[List[int]], List[float], Any]
 """Visits and values of the roots, and the actions ``[B][S][A]`` that were drawn at them; None where none are drawn."""

@@ -133,7 +133,7 @@ def check(values: Mapping[str, Any]) -> None:
     if width % heads:
         raise ConfigError(f'{WM}num_heads={heads!r} contradicts {WM}embed_dim={width!r}: it must divide that')
     size, batch = values['policy.replay_buffer_size'], values['policy.batch_size']
-    if size <= batch:
+    if not isinstance(size, (int, float)) or size <= batch:
         raise ConfigError(f'policy.replay_buffer_size={size!r} contradicts policy.batch_size={batch!r}: it must be '
                           'larger than that')
 
@@ -159,4 +159,7 @@ def replace_token(name: str, token: str, old: Any, new: Any) -> str:
 def _right(rule: Rule, values: Mapping[str, Any]) -> Any:
     """What a rule's target must be; None where one of its sources says nothing, or nobody knows."""
     sources = [values.get(source) for source in rule.sources]
-    return None if None in sources else rule.compute(*sources)
+    try:
+        return None if None in sources else rule.compute(*sources)
+    except TypeError:  # of a value that is no number
+        return None

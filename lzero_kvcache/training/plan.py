@@ -10,7 +10,7 @@ from easydict import EasyDict
 
 from ..config import LIGHTZERO, PREFIX, ConfigError, picked_system
 from ..host import entries
-from ..loading import check_config, disable, enable, load_plugin
+from ..loading import check_config, disable, enable, load_plugin, policy_type
 from ..summary import EVALUATE, TRAIN
 from .checkpoints import CHECKPOINTS
 from .config_file import Plan, load_config
@@ -49,6 +49,7 @@ def make_plan(
     """Load a config file and change it as asked; the arguments are the options of ``train.py``."""
     plan = load_config(config)
     main_config, create_config = plan.main_config, plan.create_config
+    policy_type(create_config)
     load_plugin(create_config)
     if cache:
         set_cache(cache, main_config, create_config)
