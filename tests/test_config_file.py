@@ -318,8 +318,9 @@ def test_a_folder_zoo_of_the_users_own(write, tmp_path):
 @pytest.mark.parametrize('kind', ["'unizer'", "'muzero'", 'None'])
 def test_a_policy_that_is_not_served_is_refused_before_it_is_built(kind, tmp_path):
     (tmp_path / 'config.py').write_text(
-        'import copy\nfrom zoo.classic_control.cartpole.config.cartpole_unizero_config import create_config, main_config\n'
-        f'create_config = copy.deepcopy(create_config)\ncreate_config.policy.type = {kind}\n'
+        'import copy\nfrom zoo.classic_control.cartpole.config import cartpole_unizero_config as theirs\n'
+        'main_config, create_config = theirs.main_config, copy.deepcopy(theirs.create_config)\n'
+        f'create_config.policy.type = {kind}\n'
     )
     with pytest.raises(ConfigError, match='create_config.policy.type=.* is not a UniZero policy'):
         make_plan(str(tmp_path / 'config.py'))
