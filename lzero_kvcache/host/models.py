@@ -23,30 +23,34 @@ if lightzero.HAS_MANAGER:
     _MANAGER_WORLD_MODEL = ManagerWorldModel
 
 
-def build(model: Any, module: Any, original: type, args: Any, kwargs: Any, replaced: type = WorldModel) -> None:
-    """Run LightZero's constructor with a world model of ours under the name by which it builds its own."""
-    set_as_lightzero_does()
-    init = original.__init__  # type: ignore[misc]
-    config = _world_model_cfg(model, init, args, kwargs)
-    system = picked_system(config)
-    names, named = {}, lightzero.world_model_of(model, module)
-    if named is replaced:
-        picked = {'old': model.old_world_model, 'new': model.new_world_model, LIGHTZERO: model.manager_world_model}
-        names = lightzero.name_world_model(model, picked[system])
-    elif system == 'new':  # somebody's own, which has LightZero's own caching
-        raise ConfigError(
-            f'{PREFIX}.{FLAG}=True, but {module.__name__}.WorldModel is {named.__module__}.'
-            f'{named.__qualname__}: derive it from lzero_kvcache.host.world_model.NewWorldModel, and name '
-            f'it as {type(model).__name__}.new_world_model'
-        )
-    if config.obs_type == 'image_memory' and module.Tokenizer is Tokenizer:
-        names['Tokenizer'] = MemoryTokenizer
-    with_globals(init, **names)(model, *args, **kwargs)
-
-
 class KVCacheModel(nn.Module):
-    """What the plugin adds to a LightZero UniZero model."""
-    manager_world_model = _MANAGER_WORLD_MODEL
+    """What the plugin adds to a LightZero UniZero model: it picks the world model. ``module`` is LightZero's, which has
+    the model's constructor, and ``replaced`` the world model that this makes."""
+    module: Any
+    replaced: type = WorldModel
+    old_world_model: Any = OldWorldModel
+    manager_world_model: Any = _MANAGER_WORLD_MODEL
+    new_world_model: Any = NewWorldModel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Run LightZero's constructor with a world model of ours under the name by which it builds its own."""
+        set_as_lightzero_does()
+        init, module = super().__init__.__func__, self.module  # type: ignore[attr-defined]
+        config = _world_model_cfg(self, init, args, kwargs)
+        system = picked_system(config)
+        names, named = {}, lightzero.world_model_of(self, module)
+        if named is self.replaced:
+            picked = {'old': self.old_world_model, 'new': self.new_world_model, LIGHTZERO: self.manager_world_model}
+            names = lightzero.name_world_model(self, picked[system])
+        elif system == 'new':  # somebody's own, which has LightZero's own caching
+            raise ConfigError(
+                f'{PREFIX}.{FLAG}=True, but {module.__name__}.WorldModel is {named.__module__}.'
+                f'{named.__qualname__}: derive it from lzero_kvcache.host.world_model.NewWorldModel, and name '
+                f'it as {type(self).__name__}.new_world_model'
+            )
+        if config.obs_type == 'image_memory' and module.Tokenizer is Tokenizer:
+            names['Tokenizer'] = MemoryTokenizer
+        with_globals(init, **names)(self, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
         """As PyTorch's; LightZero asks for evaluation mode at each step, and to set it anew takes longer than a root
@@ -98,11 +102,7 @@ class UniZeroModel(KVCacheModel, unizero_model.UniZeroModel):
         LightZero's ``UniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
         ``old_world_model``, which a subclass may name its own world models by.
     """
-    old_world_model: Any = OldWorldModel
-    new_world_model: Any = NewWorldModel
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        build(self, unizero_model, unizero_model.UniZeroModel, args, kwargs)
+    module = unizero_model
 
 
 class SampledUniZeroModel(KVCacheModel, sampled_unizero_model.SampledUniZeroModel):
@@ -111,11 +111,7 @@ class SampledUniZeroModel(KVCacheModel, sampled_unizero_model.SampledUniZeroMode
         LightZero's ``SampledUniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
         ``old_world_model``, which a subclass may name its own world models by.
     """
-    old_world_model: Any = OldWorldModel
-    new_world_model: Any = NewWorldModel
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        build(self, sampled_unizero_model, sampled_unizero_model.SampledUniZeroModel, args, kwargs)
+    module = sampled_unizero_model
 
 
 register_in_place_of(unizero_model.UniZeroModel, MODEL_REGISTRY, 'UniZeroModel', UniZeroModel)

@@ -1,6 +1,4 @@
 """UniZero with PPO, which LightZero's main branch has: its policy, its model, and a world model for each system."""
-from typing import Any
-
 from ding.utils import MODEL_REGISTRY, POLICY_REGISTRY
 from lzero.model import unizero_model, unizero_ppo_model
 from lzero.model.unizero_world_models.ppo_world_model import PPOWorldModel
@@ -8,7 +6,7 @@ from lzero.policy.unizero_ppo import UniZeroPPOPolicy as LightZeroUniZeroPPOPoli
 
 from ..registry import register_in_place_of
 from .lightzero_manager import ManagerWorldModel
-from .models import KVCacheModel, build
+from .models import KVCacheModel
 from .old_world_model import OldWorldModel
 from .policies import KVCachePolicy
 from .tree_search import NodeSearch
@@ -33,12 +31,8 @@ class UniZeroPPOModel(KVCacheModel, unizero_ppo_model.UniZeroPPOModel):
         LightZero's ``UniZeroPPOModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
         ``old_world_model``, which a subclass may name its own world models by.
     """
-    old_world_model: Any = OldPPOWorldModel
-    manager_world_model: Any = ManagerPPOWorldModel
-    new_world_model: Any = NewPPOWorldModel
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        build(self, unizero_model, unizero_ppo_model.UniZeroPPOModel, args, kwargs, PPOWorldModel)
+    module, replaced = unizero_model, PPOWorldModel
+    old_world_model, manager_world_model, new_world_model = OldPPOWorldModel, ManagerPPOWorldModel, NewPPOWorldModel
 
 
 class UniZeroPPOPolicy(KVCachePolicy, LightZeroUniZeroPPOPolicy):
