@@ -351,6 +351,7 @@ def _seeds(sides: Sequence[Side]) -> List[Caution]:
                                 'effect'))
     return warnings
 
+
 def _other_steps(runs: Sequence[TrainedRun]) -> List[Caution]:
     steps = {run.name: run.env_step for run in runs if run.env_step is not None}
     least, most = min(steps, key=steps.__getitem__, default=''), max(steps, key=steps.__getitem__, default='')

@@ -73,7 +73,8 @@ class Experiment:
         self.folder = folder
         self.caches, self.seeds = list(dict.fromkeys(caches)), list(dict.fromkeys(seeds))
         self._config, self._changes = config, changes
-        plan, *_ = [make_plan(config, cache=cache, exp_name=EXPERIMENT, **changes) for cache in ('old', *self.caches)]
+        plan, *_ = [make_plan(config, cache=cache, exp_name=EXPERIMENT, **changes)
+                    for cache in dict.fromkeys(('old', *self.caches))]
         if plan.max_env_step is None:
             raise ConfigError(f'{plan.config} has no max_env_step, and every run must end; give --max-env-step')
         self._plan = plan  # of the old system, whichever are asked for
