@@ -42,7 +42,7 @@ TRAIN = [
     (['--config', 'config_old', '--set', 'policy.replay_buffer_size=64'],
      'policy.replay_buffer_size=64 contradicts policy.batch_size=64: it must be larger than that'),
     (['--config', 'config_old', '--set', 'policy.replay_buffer_size=None'], 'replay_buffer_size=None contradicts'),
-    (['--config', 'config_new', '--set', "env.collector_env_num='8'"], "num='8' must be a whole number"),
+    (['--config', 'config_new', '--set', "env.collector_env_num='8'"], "it is a number (8 now), not '8'"),
     (['--config', 'config_new', '--set', f'{WM}.device=tpu'], f"{WM}.device='tpu' is none of torch's"),
     (['--config', 'config_new', '--set', '+policy.batch_size.x=3'], 'policy.batch_size is 64, which holds no keys'),
     (['--config', 'config_new', '--set', '+policy.model=3'], 'policy.model holds'),

@@ -416,7 +416,10 @@ def test_random_streams_are_consumed_as_with_lightzeros_tree(kind):
 
 def in_ctree(search, roots, to_play):
     """The same roots in LightZero's C++ tree."""
-    made = search.roots(roots.num, roots.legal_actions, *roots.sampled)
+    model, sizes = search._cfg.model, ()
+    if search.sampled:
+        sizes = model.action_space_size, model.num_of_sampled_actions, model.continuous_action_space
+    made = search.roots(roots.num, roots.legal_actions, *sizes)
     if roots.noises is None:
         made.prepare_no_noise(roots.rewards, roots.logits, to_play)
     else:
