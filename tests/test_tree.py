@@ -259,14 +259,14 @@ def test_sampled_trees_take_steps_of_the_reference_too() -> None:
     """Actions of which some are equal at the roots, where clamped ones are; below, all of them differ."""
     rng = np.random.default_rng(0)
     shared = 0
-    for turn in range(60):
+    for turn in range(400):
         case = sampled_case(rng, continuous=turn % 3 > 0, two_players=turn % 2 > 0)
         reference, ours = search_forced(case, SampledAnswers(rng, case), tolerance=4e-6)
         assert ours.visits() == reference.visits()
         np.testing.assert_allclose(ours.values(), reference.values(), rtol=1e-5, atol=1e-5)
         assert np.array_equal(root_actions(ours.tree), reference.roots.get_sampled_actions())
         shared += (ours.tree.order[:, 0] != np.arange(case.slots)).sum()
-    assert shared > 20
+    assert shared > 100
 
 
 def sampled_case(rng: np.random.Generator, continuous: bool, two_players: bool = False, rows: int = 3) -> Case:
@@ -387,28 +387,84 @@ class ActionAnswers:
         return np.sin(3 * first), np.cos(2 * first), logits.astype(np.float32)
 
 
-@pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
-def test_free_searches_of_sampled_trees_agree_in_their_means(continuous: bool) -> None:
-    """Of a row at a time, since the reference seeds each expansion by the clock, so that rows resemble each other."""
+def sampled_marginals(search: Any, answers: Any) -> np.ndarray:
+    """Of each root its visits, its value and its drawn actions; of each node how often an action was tried there, and
+    the sums of these actions and of their squares."""
+    nodes = np.zeros((search.case.rows, search.case.simulations, 1 + 2 * search.case.action_size))
+
+    def noted(simulation: int, parents: np.ndarray, actions: np.ndarray) -> Tuple[np.ndarray, ...]:
+        ones = np.ones((len(actions), 1))
+        nodes[np.arange(len(actions)), parents] += np.concatenate([ones, actions, actions ** 2], axis=1)
+        return answers(simulation, parents, actions)
+
+    found = search_freely(search, noted)
+    actions = np.asarray(root_actions(search.tree) if isinstance(search, Ours) else search.roots.get_sampled_actions())
+    visits = found[:, :-1]
+    likeliest = np.take_along_axis(actions[:, :, 0], visits.argmax(axis=1)[:, None], axis=1)
+    parts = found, visits.max(axis=1, keepdims=True), likeliest, actions[:, 0], nodes.reshape(len(nodes), -1)
+    return np.concatenate(parts, axis=1)
+
+
+def free_sampled_case(continuous: bool, rows: int) -> Case:
     logits = [0.2, -0.1, 0.5, 0.8] if continuous else [0.5, 0, 3, -2, 1]
     rules = make_rules(19652, 1.25, 0.997, 0.01, False, True, continuous)
+    return Case(
+        rules, 8, np.tile(np.float32(logits), (rows, 1)), [[-1] * 3] * rows, 3, np.zeros((rows, 3), np.float32), 0.0,
+        [-1] * rows, 2 if continuous else 1
+    )
 
-    def case(rows: int) -> Case:
-        return Case(
-            rules, 8, np.tile(np.float32(logits), (rows, 1)), [[-1] * 3] * rows, 3, np.zeros((rows, 3), np.float32),
-            0.0, [-1] * rows, 2 if continuous else 1
-        )
 
-    def marginals(search: Any) -> np.ndarray:
-        found = search_freely(search, ActionAnswers(search.case))
-        actions = root_actions(search.tree) if isinstance(search, Ours) else search.roots.get_sampled_actions()
-        visits = found[:, :-1]
-        likeliest = np.take_along_axis(np.asarray(actions)[:, :, 0], visits.argmax(axis=1)[:, None], axis=1)
-        return np.concatenate([found, visits.max(axis=1, keepdims=True), likeliest, np.asarray(actions)[:, 0]], axis=1)
+SAMPLED = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
 
-    one_row = case(1)
-    reference = np.concatenate([marginals(Reference(one_row)) for _ in range(1500)])
-    assert alike(marginals(Ours(case(6000))), reference)
+
+@SAMPLED
+def test_free_searches_of_sampled_trees_agree_in_their_means(continuous: bool) -> None:
+    """Of a row at a time, since the reference seeds each expansion by the clock, so that rows resemble each other."""
+    one_row, many = free_sampled_case(continuous, 1), free_sampled_case(continuous, 6000)
+    answers = ActionAnswers(one_row)
+    reference = np.concatenate([sampled_marginals(Reference(one_row), answers) for _ in range(1500)])
+    assert alike(sampled_marginals(Ours(many), answers), reference)
+
+    def other_below(simulation: int, parents: np.ndarray, actions: np.ndarray) -> Tuple[np.ndarray, ...]:
+        rewards, values, logits = answers(simulation, parents, actions)
+        logits[:, -1] += 1
+        return rewards, values, logits
+
+    assert not alike(sampled_marginals(Ours(many), other_below), reference)
+
+
+@SAMPLED
+def test_actions_below_a_root_are_drawn_from_their_nodes_policy(continuous: bool) -> None:
+    """The first action that is tried at the first node below a root, after the action that led there."""
+
+    def first_two(search: Any) -> np.ndarray:  # [B, 2, A]; rows that try none at that node are left out
+        answers, steps = ActionAnswers(search.case), []
+
+        def noted(simulation: int, parents: np.ndarray, actions: np.ndarray) -> Tuple[np.ndarray, ...]:
+            steps.append((parents, actions.copy()))
+            return answers(simulation, parents, actions)
+
+        search_freely(search, noted)
+        parents, actions = np.array([step[0] for step in steps]), np.array([step[1] for step in steps])
+        tried = (parents == 1).any(axis=0)
+        second = actions[(parents == 1).argmax(axis=0), np.arange(len(tried))]
+        return np.stack([actions[0], second], axis=1)[tried]
+
+    one_row = free_sampled_case(continuous, 1)
+    ours = first_two(Ours(free_sampled_case(continuous, 6000)))
+    reference = np.concatenate([first_two(Reference(one_row)) for _ in range(1500)])
+    assert min(len(ours), len(reference)) > 500
+    if continuous:
+        policies = [ActionAnswers(one_row)(0, led[:, 0, 0], led[:, 0])[2] for led in (ours, reference)]
+        one, other = [
+            ((np.arctanh(led[:, 1]) - policy[:, :2]) / policy[:, 2:]).ravel()
+            for led, policy in zip((ours, reference), policies)
+        ]
+        assert stats.kstest(one, 'norm').pvalue > LEVEL and stats.ks_2samp(one, other).pvalue > LEVEL
+    else:
+        pairs = [(5 * led[:, 0, 0] + led[:, 1, 0]).astype(int) for led in (ours, reference)]
+        table = np.array([np.bincount(led, minlength=25) for led in pairs])
+        assert stats.chi2_contingency(table[:, table.sum(axis=0) > 0]).pvalue > LEVEL
 
 
 # ---- draws ---------------------------------------------------------------------------------------------------------
