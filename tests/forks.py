@@ -1,6 +1,7 @@
 """Runs functions in forks of a process that has imported the heavy libraries once, and not what is under test."""
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any, Callable, Dict
@@ -29,7 +30,8 @@ Returns:
 
 
 def _answer(function: Callable[[], Any], pipe: int) -> None:
-    """Never returns, so that a fork does not go on with its parent's work."""
+    """Never returns, so that a fork does not go on with its parent's work; one that hangs is ended."""
+    signal.alarm(400)
     try:
         answer = function()
     except BaseException:

@@ -6,6 +6,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple
 import numpy as np
 import pytest
 import torch
+from forks import in_forks
 from small_models import Case, cached_model
 
 from lzero_kvcache.engine.compiling import entry
@@ -201,6 +202,16 @@ def test_two_threads_search_one_model(root: Root, monkeypatch: pytest.MonkeyPatc
         assert [first.result(60), second.result(60)] == alone
     monkeypatch.undo()
     assert [found(root, number=number) for number in (3, 4)] == alone
+
+
+@CASES
+def test_a_fork_searches_as_its_parent_does(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a search of the parent with several threads, which a fork does not have. torch's own number stays 1: its
+    products of several threads wait for ever in a fork of a process that has computed any."""
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 3)
+    before = found(root)
+    assert in_forks({name: lambda: found(root) for name in ('one', 'other')}) == dict(one=before, other=before)
+    assert found(root) == before
 
 
 @CASES
