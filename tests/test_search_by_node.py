@@ -332,13 +332,14 @@ class TestSearches:
         assert len({id(players) for players in given}) > 1
         assert all(players == [-1, -1, -1] for players in given)
 
-    def test_other_scalars_than_categorical_ones_are_searched_by_key(self):
+    def test_other_scalars_than_categorical_ones_are_searched_by_key(self, caplog):
         """The device knows how to make scalars of categorical logits only."""
         main = small_cartpole(True)
         main.policy.model.categorical_distribution = False
         with contextlib.redirect_stdout(io.StringIO()):
             policy = create_policy(compiled(main).policy, enable_field=['learn', 'collect', 'eval'])
         assert type(policy._mcts_collect) is type(policy._mcts_eval) is mcts_ctree.UniZeroMCTSCtree
+        assert 'Searching by key: policy.model.categorical_distribution=False' in caplog.text
 
 
 class TestScalars:

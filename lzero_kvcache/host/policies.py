@@ -114,14 +114,17 @@ class KVCachePolicy:
     def _can_be_by_node(self, mcts: Any) -> bool:
         """Whether a search by node passes over no search or inference of a user's, and values are categorical."""
         manager = self._model.world_model.kv_cache_manager
-        overridden = has_own_inference(self._model, 'recurrent')
-        own_search = type(mcts) not in self.node_search.__mro__
         keyed = [name for name in ('find_recur', 'store_recur') if is_own(manager, name)]
-        if overridden or own_search:
-            logger.info('Searching by key: the policy has a search, or its model a recurrent inference, of its own')
+        if has_own_inference(self._model, 'recurrent') or type(mcts) not in self.node_search.__mro__:
+            reason = 'the policy has a search, or its model a recurrent inference, of its own'
         elif keyed:
-            logger.info(f'Searching by key: {type(manager).__name__} has a {" and a ".join(keyed)} of its own')
-        return self._cfg.model.categorical_distribution and not overridden and not own_search and not keyed
+            reason = f'{type(manager).__name__} has a {" and a ".join(keyed)} of its own'
+        elif not self._cfg.model.categorical_distribution:
+            reason = 'policy.model.categorical_distribution=False: values are not categorical'
+        else:
+            return True
+        logger.info(f'Searching by key: {reason}')
+        return False
 
     def _forward_learn(self, *args: Any, **kwargs: Any) -> Any:
         parameters = list(self._target_model.parameters()) if _is_new(self._target_model.world_model) else []
