@@ -1,10 +1,16 @@
-"""Runs functions in forks of a process that has imported the heavy libraries once, and not what is under test."""
+"""Other processes: forks of one that has imported the heavy libraries once, and the environment of new ones."""
 import json
 import os
 import signal
 import sys
 import traceback
 from typing import Any, Callable, Dict
+
+
+def environment(*folders: Any, **variables: str) -> Dict[str, str]:
+    """The variables of a new process that imports from some folders, and then from wherever this one is told to."""
+    path = [*map(str, folders), *filter(None, [os.environ.get('PYTHONPATH')])]
+    return {**os.environ, 'PYTHONPATH': os.pathsep.join(path), **variables}
 
 
 def in_forks(functions: Dict[str, Callable[[], Any]]) -> Dict[str, Any]:

@@ -1,7 +1,6 @@
 """Comparing runs: exact numbers, sides, warnings, and what is printed and written."""
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from event_runs import BEGAN, MACHINE, break_off, compare_json, compared, event_file, pair, read, row, write_run
+from forks import environment
 from rich.console import Console
 
 from lzero_kvcache import ConfigError
@@ -424,7 +424,7 @@ class TestCommand:
         pair(tmp_path)
         command = ['compare', 'old_seed0', 'new_seed0', '--group', 'B=old*', 'A=new*']
         done = subprocess.run([sys.executable, '-m', 'lzero_kvcache_options', *command], cwd=str(tmp_path), text=True,
-                              capture_output=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+                              capture_output=True, env=environment(ROOT))
         assert (done.returncode, done.stderr) == (0, '')
         lines = done.stdout.rstrip('\n').split('\n')
         assert lines[0].strip() == 'Comparison: B / A'

@@ -3,6 +3,7 @@ The exactness promise: in new mode every environment of a batch is answered as i
 whatever else is in the batch. ``oracle.py`` says what alone means, and how a trace is played.
 """
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -87,6 +88,9 @@ def windows_that_grow(monkeypatch):
 
 HOW = pytest.mark.parametrize('how', [None, 'windows_that_grow', 'as_for_many_rows'])
 
+MANY = int(os.environ.get('TRACES', 120))
+"""How many random traces there are in all; results in the docs are of 600."""
+
 
 @HOW
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
@@ -98,7 +102,7 @@ def test_random_traces(request, how, case, parts):
 
 @pytest.mark.slow
 @HOW
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=MANY // 3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, parts=TRACES)
 def test_many_random_traces(request, how, case, parts):
     how and request.getfixturevalue(how)

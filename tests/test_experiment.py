@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from trainings import PROJECT_ROOT, when
@@ -308,8 +309,7 @@ def test_a_real_experiment_is_cut_off_and_goes_on(tmp_path):
     command = [sys.executable, '-m', 'lzero_kvcache', 'experiment', '--config', 'config_new', '--seeds', '0',
                '--threads', '1', '--max-env-step', '120', '--out', str(tmp_path / 'e'), '--set', *SMALL,
                'policy.eval_freq=1000']
-    environment = dict(os.environ, PYTHONPATH=PROJECT_ROOT)
-    process = subprocess.Popen(command, cwd=str(tmp_path), env=environment, stdout=subprocess.PIPE,
+    process = subprocess.Popen(command, cwd=str(tmp_path), env=environment(PROJECT_ROOT), stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, encoding='utf-8')
     thread = when(lambda: log_has(str(tmp_path / 'e'), 'old_seed0', 'Cleared WorldModel'),
                   lambda: process.send_signal(signal.SIGINT))
@@ -319,8 +319,8 @@ def test_a_real_experiment_is_cut_off_and_goes_on(tmp_path):
     cut_off = read_summary(str(tmp_path / 'e' / 'old_seed0'))
     assert cut_off.outcome == 'interrupted by SIGINT' and 0 < cut_off.env_step < 120
 
-    ended = subprocess.run([*command, '--jobs', '2'], cwd=str(tmp_path), env=environment, stdout=subprocess.PIPE,
-                           encoding='utf-8', timeout=300, check=False)
+    ended = subprocess.run([*command, '--jobs', '2'], cwd=str(tmp_path), env=environment(PROJECT_ROOT),
+                           stdout=subprocess.PIPE, encoding='utf-8', timeout=300, check=False)
     assert ended.returncode == 0, ended.stdout
     assert 'old_seed0: goes on from' in ended.stdout and 'new_seed0: begins' in ended.stdout
     old, new = (read_summary(str(tmp_path / 'e' / f'{cache}_seed0')) for cache in ('old', 'new'))

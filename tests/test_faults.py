@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from builders import Worker, audit, make_policy, roots
+from forks import environment
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from trainings import PROJECT_ROOT
 
@@ -110,7 +111,7 @@ def test_killed_while_saving_and_gone_on(tmp_path):
     )
     process = subprocess.Popen(
         [sys.executable, str(script), '--config', 'config_new', '--exp-name', 'run', *SMALL], cwd=str(tmp_path),
-        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(PROJECT_ROOT)), stdout=subprocess.DEVNULL
+        env=environment(PROJECT_ROOT, OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL
     )
     try:
         deadline = time.monotonic() + 240
@@ -280,7 +281,7 @@ def run_script(tmp_path, text, *arguments):
     return subprocess.run(
         [sys.executable, str(script), '--config', 'config_new', '--exp-name', 'run', *arguments, *SMALL],
         cwd=str(tmp_path), encoding='utf-8', timeout=240, capture_output=True, check=False,
-        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(PROJECT_ROOT))
+        env=environment(PROJECT_ROOT, OMP_NUM_THREADS='1')
     )
 
 

@@ -4,7 +4,6 @@ import copy
 import io
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from builders import compiled, small_cartpole
 from ding.policy import create_policy
 from easydict import EasyDict
+from forks import environment
 from small_models import ON_MAIN, adapter
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
@@ -84,9 +84,9 @@ print(json.dumps(in_forks({
 @pytest.fixture(scope='module')
 def fresh_processes(tmp_path_factory):
     """What is registered and said in processes that import LightZero and the plugin in several orders."""
-    path = os.pathsep.join([str(ROOT), str(Path(__file__).resolve().parent)])
+    folders = ROOT, Path(__file__).resolve().parent
     done = subprocess.run(
-        [sys.executable, '-c', IMPORTS], env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1'), timeout=300,
+        [sys.executable, '-c', IMPORTS], env=environment(*folders, OMP_NUM_THREADS='1'), timeout=300,
         capture_output=True, text=True, check=False, cwd=str(tmp_path_factory.mktemp('imports'))
     )
     assert done.returncode == 0, done.stderr
@@ -137,8 +137,7 @@ def test_what_brings_the_plugin_along_may_print(tmp_path):
     (tmp_path / 'mine' / '__init__.py').write_text('import lzero_kvcache')
     (tmp_path / 'mine' / 'main.py').write_text('')
     (tmp_path / 'lzero.py').write_text('print("said by LightZero", flush=True)\nraise SystemExit')
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run([sys.executable, '-m', 'mine.main'], env=dict(os.environ, PYTHONPATH=path), timeout=300,
+    done = subprocess.run([sys.executable, '-m', 'mine.main'], env=environment(tmp_path, ROOT), timeout=300,
                           capture_output=True, text=True, check=False)
     assert 'said by LightZero' in done.stdout
 

@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ding.utils import MODEL_REGISTRY
+from forks import environment
 from oracle import OriginalBatch, play, random_reanalysis, random_trace
 from small_models import ORIGINAL_MODELS, Case, adapter, construct, randomise
 
@@ -201,12 +201,12 @@ print(json.dumps(dict(alone=results, segment_tree=type(segment_tree._setitem).__
 def trainings(tmp_path_factory):
     """What each program prints in the end; they run at once."""
     root = Path(lzero_kvcache.__file__).resolve().parent.parent
-    path = os.pathsep.join([str(root), str(Path(__file__).resolve().parent)])
+    folders = root, Path(__file__).resolve().parent
     processes = [
         subprocess.Popen(
             [sys.executable, '-c', program], cwd=str(tmp_path_factory.mktemp('training')), stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
-            env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', WANDB_MODE='disabled')
+            env=environment(*folders, OMP_NUM_THREADS='1', WANDB_MODE='disabled')
         ) for program in (FORKS, WITHOUT_NUMBA)
     ]
     results = []

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from easydict import EasyDict
+from forks import environment
 from trainings import (
     ITERATIONS,
     PROJECT_ROOT,
@@ -306,7 +307,7 @@ def test_under_torchrun_ctrl_c_ends_all(tmp_path):
     command[command.index('--max-train-iter') + 1] = '100000'
     process = subprocess.Popen(
         command, cwd=str(tmp_path), encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=PROJECT_ROOT))
+        env=environment(PROJECT_ROOT, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
     try:
         for line in process.stdout:
             if line.startswith('Cleared WorldModel'):

@@ -218,6 +218,11 @@ def join_gpus() -> None:
     dist_init()
 
 
+def sums_steps(collector: type) -> bool:
+    """Whether LightZero's collector adds up the environment steps of all processes."""
+    return 'allreduce_data' in collector.collect.__code__.co_names  # type: ignore[attr-defined]
+
+
 def divide_among_ranks(main_config: EasyDict) -> None:
     """Divide batch, episodes and segments by the number of processes, in place."""
     from lzero.config.utils import lz_to_ddp_config

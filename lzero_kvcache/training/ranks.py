@@ -102,6 +102,10 @@ class DataParallel:
         if self.asked is not None:
             self._sum(0.0)
 
+    def collected(self, before: int, after: int) -> int:
+        """The environment steps of all ranks, by those of this one before and after a collection."""
+        return before + round(self._sum(after - before))
+
     def in_evaluation(self) -> None:
         """Leave an evaluation if an interrupt was asked for; the others wait for its outcome."""
         if self.asked is not None:

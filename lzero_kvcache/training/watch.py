@@ -197,11 +197,18 @@ def _watched_collector(watch: Watch, base: type) -> type:
 
         def collect(self, *args: Any, **kwargs: Any) -> Any:
             watch.enter('collect')
+            self._begun_at = self._total_envstep_count
             try:
                 return super().collect(*args, **kwargs)
             finally:
                 watch.under_way = 0
                 watch.on_change()
+
+        def _output_log(self, train_iter: int) -> None:
+            """Called as a collection ends, on every rank."""
+            if watch.ranks.several and not entries.sums_steps(base):
+                self._total_envstep_count = watch.ranks.collected(self._begun_at, self._total_envstep_count)
+            super()._output_log(train_iter)
 
     return WatchedCollector
 
