@@ -1,5 +1,6 @@
-"""What a run leaves in its folder: tensorboard's event files, and the config that DI-engine saves."""
+"""What a run leaves in its folder: tensorboard's event files, the config that DI-engine saves, and a summary."""
 import ast
+import json
 import os
 from typing import Any, Dict, Iterator, Tuple
 
@@ -9,6 +10,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 # Where LightZero puts event files, and DI-engine the config, below a run's folder.
 EVENT_FILES = os.path.join('log', 'serial')
 CONFIG_FILE = 'total_config.py'
+SUMMARY = 'summary.json'
 # A record is its length, a checksum of it, the event, and a checksum of that.
 RECORD_FRAME = 8 + 4 + 4
 
@@ -40,6 +42,22 @@ def purge(folder: str, train_iter: int) -> int:
         if cut:
             os.truncate(path, whole)
     return points
+
+
+def write_json(path: str, content: Any) -> None:
+    """Replace a file in one step, so that nobody reads half of it."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as file:
+        json.dump(content, file, indent=2, default=str)
+    os.replace(path + '.tmp', path)
+
+
+def read_json(path: str) -> Dict[str, Any]:
+    """The object in a file; ``ValueError`` if there is none."""
+    with open(path, encoding='utf-8') as file:
+        content = json.load(file)
+    if not isinstance(content, dict):
+        raise ValueError('it holds no object')
+    return content
 
 
 class Source(str):

@@ -14,20 +14,7 @@ from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
 from .config import picked_manager
 from .run_files import EVENT_FILES, config_of, events
-from .summary import (
-    POOLS,
-    SUMMARY,
-    Evaluation,
-    Result,
-    begun,
-    ended,
-    hit_rates,
-    moment,
-    number_text,
-    rate_text,
-    run_text,
-    write_summary,
-)
+from .summary import POOLS, SUMMARY, Evaluation, Result, begun, moment, number_text, rate_text
 from .telemetry import HOOK_CONFIG, HOOK_KEY, summed_over_ranks
 
 logger = logging.getLogger(__name__)
@@ -62,8 +49,7 @@ class RunHook(LearnerHook):
         result.env_step = result.collected_env_step = max(0, engine.collector_envstep)
         result.train_iter, result.seconds = engine.last_iter.val, time.monotonic() - self._began
         result.env_steps_per_second = result.env_step / result.seconds
-        result.counters = manager.counters()
-        result.hit_rates = hit_rates(result.counters)
+        result.count(manager.counters())
         return result
 
 
@@ -83,7 +69,7 @@ class ProgressHook(RunHook):
         result = self.look(engine)
         if result is not None:
             result.loss = engine.log_buffer['scalar'].get(LOSS)
-            logger.info(run_text(result, 'train'))
+            logger.info(result.line('train'))
 
 
 class SummaryHook(RunHook):
@@ -101,11 +87,11 @@ class SummaryHook(RunHook):
         folder = os.path.join(engine.exp_name, EVENT_FILES)
         evaluations = read_evaluations(folder)
         rewards = [evaluation.reward for evaluation in evaluations]
-        result = ended(
-            result, counters, outcome='done', exp_name=engine.exp_name, seed=config_of(engine.exp_name).get('seed', 0),
+        result = result.at_its_end(
+            counters, outcome='done', exp_name=engine.exp_name, seed=config_of(engine.exp_name).get('seed', 0),
             event_files=folder, evaluations=evaluations, last_reward=rewards[-1] if rewards else None,
             best_reward=max(rewards, default=None))
-        write_summary(result)
+        result.write()
         rates = ', '.join(f'{pool} {rate_text(result.hit_rates[pool])}' for pool in POOLS)
         logger.info(
             f'Hit rates of the cache: {rates}; its memory: {number_text(result.cache_memory_mb)} MiB; best reward '

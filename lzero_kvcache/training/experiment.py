@@ -6,14 +6,14 @@ import contextlib
 import fcntl
 import glob
 import hashlib
-import json
 import os
 import sys
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from ..config import FLAG, OPTIONS, PREFIX, ConfigError, system_of
-from ..summary import TRAIN, Result, read_summary, write_json
+from ..run_files import read_json, write_json
+from ..summary import TRAIN, Result, read_summary
 from .checkpoints import CHECKPOINTS, read_checkpoint
 from .config_file import Plan
 from .overrides import cache_defaults, known_leaves
@@ -153,9 +153,8 @@ class Experiment:
                 raise ConfigError(f'--out {self.folder}: is not empty, and no experiment; give another')
             return settings
         try:
-            with open(path, encoding='utf-8') as file:
-                held = dict(json.load(file))
-        except (OSError, ValueError, TypeError) as error:
+            held = read_json(path)
+        except (OSError, ValueError) as error:
             raise ConfigError(f'{path}: cannot be read ({error}); give another --out') from error
         version = held.get('values_version', 1)
         if version not in (1, VALUES_VERSION):
