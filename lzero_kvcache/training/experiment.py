@@ -14,9 +14,9 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 from ..config import FLAG, OPTIONS, PREFIX, ConfigError, system_of
 from ..run_files import read_json, write_json
 from ..summary import TRAIN, Result, read_summary
+from . import overrides
 from .checkpoints import CHECKPOINTS, read_checkpoint
 from .config_file import Plan
-from .overrides import cache_defaults, known_leaves
 from .plan import make_plan
 
 PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
@@ -177,11 +177,8 @@ class Experiment:
 
 def _hash(plan: Plan, version: int) -> str:
     """The entry and every value that a config and its options give beyond the defaults."""
-    defaults = cache_defaults()
-    given = {
-        path: value for path, value in known_leaves(plan.main_config, plan.create_config, {}).items()
-        if path not in defaults or value != defaults[path]
-    }
+    held, defaults = overrides.leaves({**plan.main_config, overrides.CREATE: plan.create_config}), overrides.CACHE_PATHS
+    given = {path: value for path, value in held.items() if path not in defaults or value != defaults[path]}
     values = {**VERSION_1_DEFAULTS, **given} if version == 1 else given
     lines = [f'{path}={getattr(value, "__qualname__", None) or repr(value)}' for path, value in values.items()]
     return hashlib.sha256('\n'.join([plan.entry, *sorted(lines)]).encode()).hexdigest()
