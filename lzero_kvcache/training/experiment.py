@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import itertools
 import os
 import sys
 from dataclasses import dataclass
@@ -115,18 +116,16 @@ class Experiment:
         settings = self._agreed(path)
         try:
             os.makedirs(self.folder, exist_ok=True)
-            lock = os.open(os.path.join(self.folder, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+            lock = open(os.path.join(self.folder, LOCK), 'w')
         except OSError as error:
             raise ConfigError(f'--out {self.folder}: cannot be written ({error.strerror}); give another') from error
-        try:
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f'--out {self.folder}: its runs are still going on; wait, or end them') from None
             write_json(path, settings)
-            yield lock
-        finally:
-            os.close(lock)
+            yield lock.fileno()
 
     def command(self, trial: Trial) -> List[str]:
         """
@@ -138,10 +137,8 @@ class Experiment:
         if checkpoint is not None:
             return command + ['--resume', checkpoint, '--in-place']
         if os.path.exists(trial.folder):
-            attempt = 1
-            while os.path.exists(f'{trial.folder}_cut_off{attempt}'):
-                attempt += 1
-            os.rename(trial.folder, f'{trial.folder}_cut_off{attempt}')
+            names = (f'{trial.folder}_cut_off{attempt}' for attempt in itertools.count(1))
+            os.rename(trial.folder, next(name for name in names if not os.path.exists(name)))
         return command + ['--exp-name', trial.folder]
 
     def _agreed(self, path: str) -> Dict[str, Any]:
