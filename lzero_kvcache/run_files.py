@@ -2,7 +2,8 @@
 import ast
 import json
 import os
-from typing import Any, Dict, Iterator, Tuple
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
 
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -23,6 +24,11 @@ def events(path: str) -> Iterator[Tuple[int, Event]]:
         yield end, Event.FromString(record)
 
 
+def event_files(folder: str) -> List[str]:
+    """The files in a folder, in the order in which they were begun; none where there is no folder."""
+    return sorted(map(str, Path(folder).glob('*')))
+
+
 def purge(folder: str, train_iter: int) -> int:
     """
     Cut what was written after a checkpoint of ``train_iter`` off event files, since training goes on from there and
@@ -30,8 +36,7 @@ def purge(folder: str, train_iter: int) -> int:
     here some count iterations and some environment steps.
     """
     points = 0
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-        path = os.path.join(folder, name)
+    for path in event_files(folder):
         whole, cut = 0, False
         for end, event in events(path):
             cut = cut or any('_iter/' in value.tag and event.step >= train_iter for value in event.summary.value)

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
 from .config import picked_manager
-from .run_files import EVENT_FILES, config_of, events
+from .run_files import EVENT_FILES, config_of, event_files, events
 from .summary import POOLS, SUMMARY, Evaluation, Result, begun, moment, number_text, rate_text
 from .telemetry import HOOK_CONFIG, HOOK_KEY, summed_over_ranks
 
@@ -36,7 +36,7 @@ class RunHook(LearnerHook):
     @cached_property
     def _result(self) -> Result:
         """Made when it is first looked at, since it asks git: ``train.py`` makes hooks that never look."""
-        return replace(begun('', 0, **self._limits), started=self._started)
+        return replace(begun(**self._limits), started=self._started)
 
     def look(self, engine: Any) -> Optional[Result]:
         """The run as far as it is; None if the model is not the plugin's. ``engine`` is DI-engine's learner."""
@@ -111,8 +111,8 @@ def limits_of_entry() -> Dict[str, Any]:
 def read_evaluations(folder: str) -> List[Evaluation]:
     """Those in a run's event files; LightZero's evaluator writes each against iterations and against steps."""
     rewards, steps = [], []
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:  # a script may log elsewhere
-        for _, event in events(os.path.join(folder, name)):
+    for path in event_files(folder):  # a script may log elsewhere
+        for _, event in events(path):
             for value in event.summary.value:
                 if value.tag == 'evaluator_iter/reward_mean':
                     rewards.append((event.step, value.simple_value))

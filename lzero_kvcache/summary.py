@@ -128,9 +128,9 @@ class Result:
 T = TypeVar('T', Evaluation, Result)
 
 
-def begun(cache: str, seed: int, task: str = TRAIN, **known: Any) -> Result:
+def begun(seed: int = 0, task: str = TRAIN, **known: Any) -> Result:
     """A run of this process that begins now."""
-    return Result(0, task, cache, seed, versions=versions(), started=moment(),
+    return Result(0, task, '', seed, versions=versions(), started=moment(),
                   command=[os.path.basename(sys.argv[0]), *sys.argv[1:]], **known)
 
 
@@ -142,9 +142,7 @@ def peak_host_memory_mb() -> float:
 
 def peak_device_memory_mb() -> Optional[float]:
     """The most MiB that torch has held on the GPU; None if no GPU was used."""
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return None
-    return torch.cuda.max_memory_allocated() / 1024. ** 2
+    return torch.cuda.max_memory_allocated() / 1024. ** 2 if torch.cuda.is_initialized() else None
 
 
 def machine() -> Dict[str, Any]:

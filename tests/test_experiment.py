@@ -154,7 +154,7 @@ def fake(tmp_path, monkeypatch):
                                                                               'fake_trainer.py')))
     monkeypatch.setattr(processes, 'POLL_SECONDS', 0.02)
     compared = []
-    monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: compared.append(arguments) or 0)
+    monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: compared.append(arguments))
 
     def do(**runs):
         script.write_text(json.dumps(dict(

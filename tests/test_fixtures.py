@@ -118,7 +118,7 @@ def again(copied, monkeypatch):
     """A function that gives the stored experiment's own command again, and returns what it would train."""
     if ON_MAIN:
         pytest.skip('the experiment is one of the released LightZero, whose config has other values')
-    monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: 0)
+    monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: None)
     begun = []
     monkeypatch.setattr(Children, 'start', lambda self, trial: begun.append(trial.name))
     held = loaded('experiment', 'experiment.json')

@@ -61,7 +61,8 @@ def train(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     from ..comparison import compare_runs
-    return compare_runs(options.runs, options.out, options.group)
+    compare_runs(options.runs, options.out, options.group)
+    return 0
 
 
 def experiment(options: argparse.Namespace) -> int:

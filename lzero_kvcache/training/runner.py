@@ -83,7 +83,7 @@ class _Training:
         self.output = output
         self.terminal = output.terminal
         self.result = begun(
-            '', plan.seed, plan.task, config=plan.config, entry=plan.entry, max_env_step=plan.max_env_step,
+            plan.seed, plan.task, config=plan.config, entry=plan.entry, max_env_step=plan.max_env_step,
             max_train_iter=plan.max_train_iter, processes=ranks.size, overrides=list(plan.overrides),
             checkpoint=plan.checkpoint)
         self.watch = Watch(

@@ -4,7 +4,8 @@ terminal, and beside LightZero's own output, plain lines take the place of the b
 """
 import datetime
 import time
-from typing import Dict, List, Optional, TextIO, Tuple
+from collections import Counter
+from typing import List, Optional, TextIO, Tuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,7 +28,7 @@ class Terminal:
         self.console = Console(file=file, highlight=False, markup=False, soft_wrap=True,
                                width=None if is_terminal else PLAIN_WIDTH)
         self.live = live and is_terminal and not self.console.is_dumb_terminal
-        self._repeated: Dict[str, int] = {}
+        self._repeated: Counter[str] = Counter()
 
     def line(self, text: str) -> None:
         """Show one line, above the bar."""
@@ -35,7 +36,7 @@ class Terminal:
 
     def repeated(self, text: str) -> None:
         """Show a line that comes after every training phase: the first time in full, and at the end how often."""
-        self._repeated[text] = self._repeated.get(text, 0) + 1
+        self._repeated[text] += 1
         if self._repeated[text] == 1:
             self.line(text)
 
