@@ -34,10 +34,9 @@ from lzero_kvcache.summary import Evaluation, Result, read_result, read_summary,
 from lzero_kvcache.training import Plan, make_plan
 from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
 from lzero_kvcache.training.error_hints import hint
-from lzero_kvcache.training.output import Output
 from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_empty
-from lzero_kvcache.training.terminal import reward_text
+from lzero_kvcache.training.terminal import Output, reward_text
 from lzero_kvcache.training.watch import Watch
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',

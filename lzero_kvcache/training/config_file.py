@@ -6,13 +6,13 @@ import argparse
 import atexit
 import contextlib
 import copy
-import importlib.util
 import inspect
 import os
 import re
 import tempfile
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 from easydict import EasyDict
@@ -100,15 +100,12 @@ def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[st
 
 
 def _run_file(path: str) -> Dict[str, Any]:
-    name = 'lzero_kvcache_config_' + os.path.splitext(os.path.basename(path))[0]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--config {path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    declared: Dict[str, Any] = dict(__name__='lzero_kvcache_config', __file__=path)
     _look_beside(os.path.dirname(path))
     with _errors_of(path):
-        called = recorded_call(lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
-    return {**vars(module), **(called or {})}
+        code = compile(Path(path).read_bytes(), path, 'exec')
+        called = recorded_call(lambda: exec(code, declared))
+    return {**declared, **(called or {})}
 
 
 @contextlib.contextmanager

@@ -25,9 +25,8 @@ from ..telemetry import summed_over_ranks
 from .checkpoints import beside, read_checkpoint
 from .config_file import Plan
 from .error_hints import hinted
-from .output import Output
 from .ranks import DataParallel, Interrupted
-from .terminal import Bar, summary_rows
+from .terminal import Bar, Output, summary_rows
 from .watch import Watch
 
 LOG_FILE = os.path.join('log', 'train.log')
