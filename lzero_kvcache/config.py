@@ -61,10 +61,8 @@ def _flag(value: Any, key: str) -> bool:
 
 
 def _positive_int(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ConfigError(f'{PREFIX}.{key}={value!r} must be a whole number of at least 1')
-    if value < 1:
-        raise ConfigError(f'{PREFIX}.{key}={value!r} must be at least 1')
     return int(value)
 
 
@@ -324,14 +322,12 @@ def settle(policy_cfg: Any, simulations: int = 0) -> CacheConfig:
         return CacheConfig.read(world_model_cfg)
     env_num = max(policy_cfg['collector_env_num'], policy_cfg['evaluator_env_num'])
     simulations = max(simulations, policy_cfg['num_simulations'])
-    needed = {'env_num': env_num, 'num_simulations': policy_cfg['num_simulations']}
-    sources = {'env_num': 'collector_env_num and policy.evaluator_env_num', 'num_simulations': 'num_simulations'}
-    for key, least in needed.items():
+    for key, least, source in (
+            ('env_num', env_num, 'policy.collector_env_num and policy.evaluator_env_num'),
+            ('num_simulations', policy_cfg['num_simulations'], 'policy.num_simulations')):
         given = _size(world_model_cfg, key, least)
         if given < least:
-            raise ConfigError(
-                f'{PREFIX}.{key}={given} is too small for policy.{sources[key]}: it must be at least {least}'
-            )
+            raise ConfigError(f'{PREFIX}.{key}={given} is too small for {source}: it must be at least {least}')
         world_model_cfg[key] = given
     world_model_cfg['num_simulations'] = max(simulations, world_model_cfg['num_simulations'])
     world_model_cfg['evaluator_env_num'] = policy_cfg['evaluator_env_num']

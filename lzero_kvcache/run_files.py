@@ -1,7 +1,9 @@
-"""What a run leaves in its folder: tensorboard's event files, and the config that DI-engine saves."""
+"""What a run leaves in its folder: tensorboard's event files, the config that DI-engine saves, and a summary."""
 import ast
+import json
 import os
-from typing import Any, Dict, Iterator, Tuple
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
 
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -9,6 +11,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 # Where LightZero puts event files, and DI-engine the config, below a run's folder.
 EVENT_FILES = os.path.join('log', 'serial')
 CONFIG_FILE = 'total_config.py'
+SUMMARY = 'summary.json'
 # A record is its length, a checksum of it, the event, and a checksum of that.
 RECORD_FRAME = 8 + 4 + 4
 
@@ -21,6 +24,11 @@ def events(path: str) -> Iterator[Tuple[int, Event]]:
         yield end, Event.FromString(record)
 
 
+def event_files(folder: str) -> List[str]:
+    """The files in a folder, in the order in which they were begun; none where there is no folder."""
+    return sorted(map(str, Path(folder).glob('*')))
+
+
 def purge(folder: str, train_iter: int) -> int:
     """
     Cut what was written after a checkpoint of ``train_iter`` off event files, since training goes on from there and
@@ -28,8 +36,7 @@ def purge(folder: str, train_iter: int) -> int:
     here some count iterations and some environment steps.
     """
     points = 0
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-        path = os.path.join(folder, name)
+    for path in event_files(folder):
         whole, cut = 0, False
         for end, event in events(path):
             cut = cut or any('_iter/' in value.tag and event.step >= train_iter for value in event.summary.value)
@@ -40,6 +47,22 @@ def purge(folder: str, train_iter: int) -> int:
         if cut:
             os.truncate(path, whole)
     return points
+
+
+def write_json(path: str, content: Any) -> None:
+    """Replace a file in one step, so that nobody reads half of it."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as file:
+        json.dump(content, file, indent=2, default=str)
+    os.replace(path + '.tmp', path)
+
+
+def read_json(path: str) -> Dict[str, Any]:
+    """The object in a file; ``ValueError`` if there is none."""
+    with open(path, encoding='utf-8') as file:
+        content = json.load(file)
+    if not isinstance(content, dict):
+        raise ValueError('it holds no object')
+    return content
 
 
 class Source(str):

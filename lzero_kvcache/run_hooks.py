@@ -13,21 +13,8 @@ from typing import Any, Dict, List, Optional
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
 from .config import picked_manager
-from .run_files import EVENT_FILES, config_of, events
-from .summary import (
-    POOLS,
-    SUMMARY,
-    Evaluation,
-    Result,
-    begun,
-    ended,
-    hit_rates,
-    moment,
-    number_text,
-    rate_text,
-    run_text,
-    write_summary,
-)
+from .run_files import EVENT_FILES, config_of, event_files, events
+from .summary import POOLS, SUMMARY, Evaluation, Result, begun, moment, number_text, rate_text
 from .telemetry import HOOK_CONFIG, HOOK_KEY, summed_over_ranks
 
 logger = logging.getLogger(__name__)
@@ -49,7 +36,7 @@ class RunHook(LearnerHook):
     @cached_property
     def _result(self) -> Result:
         """Made when it is first looked at, since it asks git: ``train.py`` makes hooks that never look."""
-        return replace(begun('', 0, **self._limits), started=self._started)
+        return replace(begun(**self._limits), started=self._started)
 
     def look(self, engine: Any) -> Optional[Result]:
         """The run as far as it is; None if the model is not the plugin's. ``engine`` is DI-engine's learner."""
@@ -62,8 +49,7 @@ class RunHook(LearnerHook):
         result.env_step = result.collected_env_step = max(0, engine.collector_envstep)
         result.train_iter, result.seconds = engine.last_iter.val, time.monotonic() - self._began
         result.env_steps_per_second = result.env_step / result.seconds
-        result.counters = manager.counters()
-        result.hit_rates = hit_rates(result.counters)
+        result.count(manager.counters())
         return result
 
 
@@ -83,7 +69,7 @@ class ProgressHook(RunHook):
         result = self.look(engine)
         if result is not None:
             result.loss = engine.log_buffer['scalar'].get(LOSS)
-            logger.info(run_text(result, 'train'))
+            logger.info(result.line('train'))
 
 
 class SummaryHook(RunHook):
@@ -101,11 +87,11 @@ class SummaryHook(RunHook):
         folder = os.path.join(engine.exp_name, EVENT_FILES)
         evaluations = read_evaluations(folder)
         rewards = [evaluation.reward for evaluation in evaluations]
-        result = ended(
-            result, counters, outcome='done', exp_name=engine.exp_name, seed=config_of(engine.exp_name).get('seed', 0),
+        result = result.at_its_end(
+            counters, outcome='done', exp_name=engine.exp_name, seed=config_of(engine.exp_name).get('seed', 0),
             event_files=folder, evaluations=evaluations, last_reward=rewards[-1] if rewards else None,
             best_reward=max(rewards, default=None))
-        write_summary(result)
+        result.write()
         rates = ', '.join(f'{pool} {rate_text(result.hit_rates[pool])}' for pool in POOLS)
         logger.info(
             f'Hit rates of the cache: {rates}; its memory: {number_text(result.cache_memory_mb)} MiB; best reward '
@@ -125,8 +111,8 @@ def limits_of_entry() -> Dict[str, Any]:
 def read_evaluations(folder: str) -> List[Evaluation]:
     """Those in a run's event files; LightZero's evaluator writes each against iterations and against steps."""
     rewards, steps = [], []
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:  # a script may log elsewhere
-        for _, event in events(os.path.join(folder, name)):
+    for path in event_files(folder):  # a script may log elsewhere
+        for _, event in events(path):
             for value in event.summary.value:
                 if value.tag == 'evaluator_iter/reward_mean':
                     rewards.append((event.step, value.simple_value))

@@ -1,7 +1,6 @@
 """The numbers of a run: while it goes on, in its ``progress.json``, and when it has ended, in its ``summary.json``."""
 import contextlib
 import datetime
-import json
 import os
 import platform
 import resource
@@ -15,9 +14,10 @@ import ding
 import torch
 
 from . import telemetry
+from .run_files import SUMMARY, read_json, write_json
 
 TRAIN, EVALUATE = 'train', 'evaluate'
-SUMMARY, PROGRESS = 'summary.json', 'progress.json'
+PROGRESS = 'progress.json'
 POOLS = ('total', *(pool for pool in telemetry.POOLS if pool != 'total'))
 
 
@@ -75,29 +75,63 @@ class Result:
     ended: str = ''
     resumed_at: List[int] = field(default_factory=list)  # env steps where it went on with an empty replay buffer
 
+    @property
+    def steps_at_the_end(self) -> Optional[int]:
+        """Environment steps after which it is to end; estimated, where it is iterations that end it."""
+        ends = [] if self.max_env_step is None else [self.max_env_step]
+        if self.max_train_iter is not None and self.train_iter and self.collected_env_step:
+            ends.append(round(self.collected_env_step * max(1., self.max_train_iter / self.train_iter)))
+        return min(ends, default=None)
+
+    def count(self, counters: Dict[str, Any]) -> None:
+        """Take what a manager has counted, and the share of look-ups in each pool that found something."""
+        self.counters = counters
+        counts = {pool: counters.get(pool) or {} for pool in POOLS}
+        self.hit_rates = {pool: held.get('hits', 0) / held['queries'] if held.get('queries') else None
+                          for pool, held in counts.items()}
+
+    def at_its_end(self, counters: Dict[str, Any], **known: Any) -> 'Result':
+        """The same when it has ended, with what this process and its caches took."""
+        result = replace(
+            self, cache_memory_mb=counters.get('memory_mb'), host_memory_mb=peak_host_memory_mb(),
+            device_memory_mb=peak_device_memory_mb(), machine=machine(), ended=moment(), **known)
+        result.count(counters)
+        return result
+
+    def line(self, phase: str) -> str:
+        """Steps that are trained on and those collected since, of all; how long it has left; how it does."""
+        steps = f'{self.env_step:,}+{self.collected_env_step - self.env_step:,}'
+        total, speed = self.steps_at_the_end, self.env_steps_per_second
+        if total is not None:
+            steps += f'/{total:,} ({min(1., self.collected_env_step / total):.0%})'
+            if speed:
+                left = max(0, total - self.collected_env_step) / speed
+                steps += f', {datetime.timedelta(seconds=round(left))} left'
+        rewards = f'reward {number_text(self.last_reward)}, best {number_text(self.best_reward)}'
+        rate = rate_text(self.hit_rates.get('total'))
+        loss = '' if self.loss is None else f'  loss {self.loss:.3g}'
+        return f'{phase:<8} {steps}  {rewards}{loss}  hit rate {rate}  {number_text(speed)} steps/s on {self.device}'
+
+    def write(self, path: Optional[str] = None) -> None:
+        """Leave the numbers in the run's folder, or elsewhere."""
+        write_json(path or os.path.join(self.exp_name, SUMMARY), asdict(self))
+
+    def write_progress(self, phase: str) -> None:
+        """Say in the run's folder how far it is; if the disk is full, the training's own files will tell."""
+        with contextlib.suppress(OSError):
+            write_json(os.path.join(self.exp_name, PROGRESS), dict(
+                cache=self.cache, phase=phase, env_step=self.env_step, collected=self.collected_env_step,
+                train_iter=self.train_iter, seconds=self.seconds,
+            ))
+
 
 T = TypeVar('T', Evaluation, Result)
 
 
-def begun(cache: str, seed: int, task: str = TRAIN, **known: Any) -> Result:
+def begun(seed: int = 0, task: str = TRAIN, **known: Any) -> Result:
     """A run of this process that begins now."""
-    return Result(0, task, cache, seed, versions=versions(), started=moment(),
+    return Result(0, task, '', seed, versions=versions(), started=moment(),
                   command=[os.path.basename(sys.argv[0]), *sys.argv[1:]], **known)
-
-
-def ended(result: Result, counters: Dict[str, Any], **known: Any) -> Result:
-    """The same when it has ended, with what this process and its caches took."""
-    return replace(
-        result, counters=counters, hit_rates=hit_rates(counters), cache_memory_mb=counters.get('memory_mb'),
-        host_memory_mb=peak_host_memory_mb(), device_memory_mb=peak_device_memory_mb(), machine=machine(),
-        ended=moment(), **known)
-
-
-def hit_rates(counters: Dict[str, Any]) -> Dict[str, Optional[float]]:
-    """The share of look-ups in each pool that found something; None before the first."""
-    counts = {pool: counters.get(pool) or {} for pool in POOLS}
-    return {pool: held.get('hits', 0) / held['queries'] if held.get('queries') else None
-            for pool, held in counts.items()}
 
 
 def peak_host_memory_mb() -> float:
@@ -108,9 +142,7 @@ def peak_host_memory_mb() -> float:
 
 def peak_device_memory_mb() -> Optional[float]:
     """The most MiB that torch has held on the GPU; None if no GPU was used."""
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return None
-    return torch.cuda.max_memory_allocated() / 1024. ** 2
+    return torch.cuda.max_memory_allocated() / 1024. ** 2 if torch.cuda.is_initialized() else None
 
 
 def machine() -> Dict[str, Any]:
@@ -148,16 +180,12 @@ def versions() -> Dict[str, str]:
     clone = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if os.path.exists(os.path.join(clone, '.git')):
         with contextlib.suppress(OSError):
-            changed = _git(clone, 'status', '--porcelain', '--untracked-files=no')
-            known['commit'] = _git(clone, 'rev-parse', '--short', 'HEAD') + ('-dirty' if changed else '')
+            # It takes no lock that somebody at work in the clone might need, and names no tag.
+            said = subprocess.run(
+                ['git', '--no-optional-locks', '-C', clone, 'describe', '--always', '--dirty', '--exclude', '*'],
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding='utf-8', check=False)
+            known['commit'] = said.stdout.strip()
     return known
-
-
-def _git(clone: str, *arguments: str) -> str:
-    """What git says; it takes no lock that somebody at work in the clone might need."""
-    said = subprocess.run(['git', '--no-optional-locks', '-C', clone, *arguments], stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL, encoding='utf-8', check=False)
-    return said.stdout.strip()
 
 
 def moment() -> str:
@@ -165,52 +193,28 @@ def moment() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
 
 
-def write_json(path: str, content: Any) -> None:
-    """Replace a file in one step, so that nobody reads half of it."""
-    with open(path + '.tmp', 'w', encoding='utf-8') as file:
-        json.dump(content, file, indent=2, default=str)
-    os.replace(path + '.tmp', path)
-
-
-def write_progress(result: Result, phase: str) -> None:
-    """Say in a run's folder how far it is; if the disk is full, the training's own files will tell."""
-    with contextlib.suppress(OSError):
-        write_json(os.path.join(result.exp_name, PROGRESS), dict(
-            cache=result.cache, phase=phase, env_step=result.env_step, collected=result.collected_env_step,
-            train_iter=result.train_iter, seconds=result.seconds,
-        ))
-
-
 def read_progress(exp_name: str) -> Tuple[str, int]:
     """The cache system of a run and the steps that it has collected, or had when it was killed."""
     try:
-        with open(os.path.join(exp_name, PROGRESS), encoding='utf-8') as file:
-            held = json.load(file)
+        held = read_json(os.path.join(exp_name, PROGRESS))
         return held['cache'], held['collected']
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return '', 0
 
 
-def write_summary(result: Result) -> None:
-    """Leave the run's numbers in its folder."""
-    write_json(os.path.join(result.exp_name, SUMMARY), asdict(result))
-
-
 def read_summary(exp_name: str) -> Optional[Result]:
-    """What ``write_summary`` left; None if there is no summary, or no whole one."""
+    """The summary in a run's folder, of whichever version; None if there is none, or no whole one."""
     return read_result(os.path.join(exp_name, SUMMARY))
 
 
 def read_result(path: str) -> Optional[Result]:
     """The same of a file."""
     try:
-        with open(path, encoding='utf-8') as file:
-            held = json.load(file)
+        held = read_json(path)
         held['evaluations'] = [_known(Evaluation, evaluation) for evaluation in held.get('evaluations', [])]
-        result = _known(Result, held)
-    except (OSError, ValueError, AttributeError, TypeError):
+        return _known(Result, held)
+    except (OSError, ValueError, TypeError):
         return None
-    return result if isinstance(result.exit_code, int) else None
 
 
 def _known(kind: Type[T], held: Dict[str, Any]) -> T:
@@ -221,50 +225,27 @@ def _known(kind: Type[T], held: Dict[str, Any]) -> T:
 def add_up(before: Result, after: Result) -> Result:
     """The result of a training that was cut off and went on, from its two parts."""
     parts = (before, after)
-    seconds = before.seconds + after.seconds
-    steps = sum((part.env_steps_per_second or 0.) * part.seconds for part in parts)
-    counters = dict(after.counters)
-    for pool in POOLS:
-        if pool in before.counters and pool in after.counters:
-            earlier, later = before.counters[pool], after.counters[pool]
-            counters[pool] = {
-                name: value if name == 'occupancy' else value + earlier.get(name, 0) for name, value in later.items()
-            }
 
     def most(name: str) -> Optional[float]:
         return max((getattr(part, name) for part in parts if getattr(part, name) is not None), default=None)
 
-    return replace(
+    seconds = before.seconds + after.seconds
+    steps = sum((part.env_steps_per_second or 0.) * part.seconds for part in parts)
+    result = replace(
         after, seconds=seconds, env_steps_per_second=steps / seconds if steps else None,
         host_memory_mb=most('host_memory_mb'), device_memory_mb=most('device_memory_mb'),
-        counters=counters, hit_rates=hit_rates(counters),
         last_reward=before.last_reward if after.last_reward is None else after.last_reward,
         best_reward=most('best_reward'), evaluations=before.evaluations + after.evaluations,
         started=before.started or after.started, resumed_at=before.resumed_at + after.resumed_at,
     )
-
-
-def run_text(result: Result, phase: str) -> str:
-    """One line: steps that are trained on and those collected since, of all; how long it has left; how it does."""
-    steps = f'{result.env_step:,}+{result.collected_env_step - result.env_step:,}'
-    total, speed = steps_at_the_end(result), result.env_steps_per_second
-    if total is not None:
-        steps += f'/{total:,} ({min(1., result.collected_env_step / total):.0%})'
-        if speed:
-            left = max(0, total - result.collected_env_step) / speed
-            steps += f', {datetime.timedelta(seconds=round(left))} left'
-    rewards = f'reward {number_text(result.last_reward)}, best {number_text(result.best_reward)}'
-    rate = rate_text(result.hit_rates.get('total'))
-    loss = '' if result.loss is None else f'  loss {result.loss:.3g}'
-    return f'{phase:<8} {steps}  {rewards}{loss}  hit rate {rate}  {number_text(speed)} steps/s on {result.device}'
-
-
-def steps_at_the_end(result: Result) -> Optional[int]:
-    """Environment steps after which a run is to end; estimated, where it is iterations that end it."""
-    ends = [] if result.max_env_step is None else [result.max_env_step]
-    if result.max_train_iter is not None and result.train_iter and result.collected_env_step:
-        ends.append(round(result.collected_env_step * max(1., result.max_train_iter / result.train_iter)))
-    return min(ends, default=None)
+    counters = dict(after.counters)
+    for pool in set(POOLS) & set(before.counters) & set(after.counters):
+        earlier, later = before.counters[pool], after.counters[pool]
+        counters[pool] = {
+            name: value if name == 'occupancy' else value + earlier.get(name, 0) for name, value in later.items()
+        }
+    result.count(counters)
+    return result
 
 
 def rate_text(rate: Optional[float]) -> str:

@@ -16,14 +16,7 @@ from trainings import PROJECT_ROOT, when
 
 from lzero_kvcache import ConfigError, comparison
 from lzero_kvcache.run_files import purge
-from lzero_kvcache.summary import (
-    Evaluation,
-    Result,
-    add_up,
-    read_progress,
-    read_summary,
-    write_summary,
-)
+from lzero_kvcache.summary import Evaluation, Result, add_up, read_progress, read_summary
 from lzero_kvcache.training import experiment, processes
 from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
 from lzero_kvcache.training.processes import Children
@@ -95,7 +88,7 @@ def test_it_begins_anew_beside_what_is_left_of_one_that_nothing_can_go_on_from(t
 def test_which_runs_are_done(changes, is_done, tmp_path):
     run = Trial('new', 0, str(tmp_path))
     assert run.result is None
-    write_summary(result(exp_name=str(tmp_path), **changes))
+    result(exp_name=str(tmp_path), **changes).write()
     assert (run.result is not None) == is_done
     whole = (tmp_path / 'summary.json').read_text()
     (tmp_path / 'summary.json').write_text(whole[:len(whole) // 2])
@@ -162,7 +155,7 @@ def fake(tmp_path, monkeypatch):
                                                                               'fake_trainer.py')))
     monkeypatch.setattr(processes, 'POLL_SECONDS', 0.02)
     compared = []
-    monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: compared.append(arguments) or 0)
+    monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: compared.append(arguments))
 
     def do(**runs):
         script.write_text(json.dumps(dict(

@@ -45,7 +45,7 @@ def a_new_option(monkeypatch):
     monkeypatch.setattr(config, '_read_options', lambda *args: {
         key: value for key, value in read(*args).items() if key != name
     })
-    monkeypatch.setitem(overrides.CACHE_KEYS, NEW_OPTION.split('.', 3)[-1], None)
+    monkeypatch.setitem(overrides.CACHE_PATHS, NEW_OPTION, None)
 
 
 def rewritten(path, **changes):
@@ -118,7 +118,7 @@ def again(copied, monkeypatch):
     """A function that gives the stored experiment's own command again, and returns what it would train."""
     if ON_MAIN:
         pytest.skip('the experiment is one of the released LightZero, whose config has other values')
-    monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: 0)
+    monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: None)
     begun = []
     monkeypatch.setattr(Children, 'start', lambda self, trial: begun.append(trial.name))
     held = loaded('experiment', 'experiment.json')
@@ -152,8 +152,8 @@ def test_nor_where_the_cache_has_another_option(again):
 
 
 def test_nor_where_an_option_was_removed(again, monkeypatch):
-    left = {key: value for key, value in overrides.CACHE_KEYS.items() if key != 'kv_cache_cfg.validation_freq'}
-    monkeypatch.setattr(overrides, 'CACHE_KEYS', left)
+    left = {path: value for path, value in overrides.CACHE_PATHS.items() if not path.endswith('.validation_freq')}
+    monkeypatch.setattr(overrides, 'CACHE_PATHS', left)
     assert again() == []
 
 

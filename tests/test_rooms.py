@@ -29,7 +29,7 @@ DYNAMIC = {
     'host/patches.py': {'import_module'},  # the modules of TABLE
     'loading.py': {'import_module'},  # import_names of a config's policy
     'telemetry.py': {'import_module'},  # the module beside a tensorboard writer's, which is torch's or tensorboardX's
-    'training/config_file.py': {'spec_from_file_location', 'module_from_spec', 'exec_module'},  # config files
+    'training/config_file.py': {'exec'},  # config files
 }
 IMPORTING = {
     '__import__', 'exec_module', 'find_spec', 'import_module', 'load_module', 'module_from_spec', 'run_module',

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gymnasium
@@ -30,24 +30,13 @@ from trainings import train as main
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.cli import commands
-from lzero_kvcache.summary import (
-    Evaluation,
-    Result,
-    read_result,
-    read_summary,
-    run_text,
-    versions,
-    write_json,
-    write_progress,
-    write_summary,
-)
+from lzero_kvcache.summary import Evaluation, Result, read_result, read_summary, versions
 from lzero_kvcache.training import Plan, make_plan
 from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
 from lzero_kvcache.training.error_hints import hint
-from lzero_kvcache.training.output import Output
 from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_empty
-from lzero_kvcache.training.terminal import reward_text
+from lzero_kvcache.training.terminal import Output, reward_text
 from lzero_kvcache.training.watch import Watch
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
@@ -354,7 +343,7 @@ def test_an_evaluation_is_a_mean_with_its_deviation():
     (dict(env_step=80, collected_env_step=80, train_iter=60, max_train_iter=50), 'collect  80+0/80 (100%)'),
 ])
 def test_progress_says_how_much_is_done_and_left(held, said):
-    assert run_text(Result(0, 'train', 'new', 0, **held), 'collect').startswith(said)
+    assert Result(0, 'train', 'new', 0, **held).line('collect').startswith(said)
 
 
 def test_a_line_says_that_a_run_finishes_what_it_began(a_run, tmp_path, monkeypatch):
@@ -530,11 +519,11 @@ def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=No
     path.parent.mkdir(parents=True)
     torch.save(dict(model={}, target_model={}, optimizer_world_model={}, last_iter=5, last_step=50), str(path))
     if ended is not None:
-        write_summary(replace(ended, exp_name='runs/a'))
+        replace(ended, exp_name='runs/a').write()
     if progress is not None:
-        write_progress(Result(0, 'train', progress, 0, exp_name='runs/a', collected_env_step=90), 'train')
+        Result(0, 'train', progress, 0, exp_name='runs/a', collected_env_step=90).write_progress('train')
     if noted is not None:
-        write_json(str(path.with_name('c.json')), asdict(noted))
+        noted.write(str(path.with_name('c.json')))
     plan = make_plan('config_new', resume=str(path), in_place=True)
     run = _Training(plan, SimpleNamespace(terminal=None, attach=lambda path: None), DataParallel())
     run._check()

@@ -16,10 +16,9 @@ from ..training import run as run_plan
 from ..training.error_hints import hinted
 from ..training.experiment import Experiment
 from ..training.info import installed, of_plan, of_zoo
-from ..training.output import PACKAGE_LOGGER, Output
 from ..training.processes import Children
 from ..training.ranks import DataParallel
-from ..training.terminal import Terminal
+from ..training.terminal import PACKAGE_LOGGER, Output, Terminal
 
 FAILED = 1
 # The options of ``train`` that are no part of the plan.
@@ -61,7 +60,8 @@ def train(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     from ..comparison import compare_runs
-    return compare_runs(options.runs, options.out, options.group)
+    compare_runs(options.runs, options.out, options.group)
+    return 0
 
 
 def experiment(options: argparse.Namespace) -> int:

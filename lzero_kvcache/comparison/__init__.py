@@ -23,12 +23,12 @@ PICTURES, PAGE, DATA = ('compare.png', 'compare.svg', 'compare.pdf'), 'report.ht
 
 
 def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[Tuple[str, str]] = (),
-                 console: Optional[Console] = None) -> int:
+                 console: Optional[Console] = None) -> None:
     """
     Print how trainings compare, and write ``compare.png``, ``.svg`` and ``.pdf``, ``report.html`` and ``compare.json``
     into ``out``. ``runs`` are folders of experiments, folders of several, or event files; ``groups`` are (name,
     pattern) of each side, the baseline first. Runs that no pattern matches are grouped by their config, or else by
-    their name without the seed. Returns the exit code, 0.
+    their name without the seed.
     """
     console = console or default_console()
     found = find_runs(runs)
@@ -48,7 +48,6 @@ def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[
     comparison = judge(readable, groups, left_out)
     show(comparison, console)
     line(console, f'Wrote {", ".join(_write(comparison, out))}')
-    return 0
 
 
 def _write(comparison: Comparison, out: str) -> List[str]:

@@ -17,7 +17,9 @@ ABSENT = '(absent)'
 BUDGET_TOLERANCE = 0.75
 # What measures are about: a difference between runs can make those of one thing incomparable, and leave the others.
 TIME, SPEED, MEMORY, HITS, COUNT, REWARDS = 'time', 'speed', 'memory', 'hits', 'count', 'reward'
-EVERYTHING = (TIME, SPEED, MEMORY, HITS, COUNT, REWARDS)
+# With what is said of a side whose number is greater than the baseline's, or less.
+WORDS = {TIME: ('slower', 'faster'), SPEED: ('faster', 'slower'), MEMORY: ('more', 'less'), COUNT: ('more', 'less'),
+         HITS: ('higher', 'lower'), REWARDS: ('higher', 'lower')}
 TIMES_AND_REWARDS, TIMES_AND_MEMORY = (TIME, SPEED, COUNT, REWARDS), (TIME, SPEED, MEMORY)
 # From so many runs of each side on, an interquartile mean with its bootstrap interval says more than median and range.
 MANY_RUNS = 10
@@ -318,7 +320,7 @@ def _warnings(sides: Sequence[Side]) -> List[Caution]:
     machines = _disagreements(sides, MACHINE, 'times and memory are not comparable', TIMES_AND_MEMORY)
     return [
         *_one_side(sides),
-        *_disagreements(sides, ENVIRONMENT, 'nothing here is comparable', EVERYTHING),
+        *_disagreements(sides, ENVIRONMENT, 'nothing here is comparable', tuple(WORDS)),
         *_seeds(sides),
         *(Caution(f"{run.name} ended early: {run.summary['outcome']}") for run in runs
           if run.summary.get('outcome', 'done') != 'done'),

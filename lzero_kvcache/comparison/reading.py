@@ -3,7 +3,6 @@ What runs left behind: event files, the saved config and the summary. tensorboar
 tags that are compared. The arrays of a curve have one dimension, an element for each point.
 """
 import itertools
-import json
 import os
 import re
 from array import array
@@ -15,9 +14,9 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from ..config import FLAG, OPTIONS, ConfigError, picked_manager
-from ..run_files import CONFIG_FILE, EVENT_FILES, events, read_config
+from ..run_files import CONFIG_FILE, EVENT_FILES, SUMMARY, events, read_config, read_json
 
-EVENT_FILE, SUMMARY_FILE = 'tfevents', 'summary.json'
+EVENT_FILE = 'tfevents'
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
 # Seconds by which the events of one file may be out of order.
 CLOCK_TOLERANCE = 1.
@@ -171,7 +170,7 @@ def _run_folder_of(folder: str) -> str:
     """The folder of the run whose event files lie in ``folder``: this one or one above it."""
     above = folder
     for _ in range(4):
-        if any(os.path.exists(os.path.join(above, file)) for file in (CONFIG_FILE, SUMMARY_FILE)):
+        if any(os.path.exists(os.path.join(above, file)) for file in (CONFIG_FILE, SUMMARY)):
             return above
         above = os.path.dirname(above)
     before, log, _ = (folder + os.sep).partition(os.sep + EVENT_FILES + os.sep)
@@ -197,9 +196,11 @@ def read_run(run: TrainedRun) -> None:
     except ValueError as error:
         run.notes.append(str(error))
     try:
-        run.summary = _read_summary(os.path.join(run.folder, SUMMARY_FILE))
+        run.summary = read_json(os.path.join(run.folder, SUMMARY))
+    except FileNotFoundError:
+        pass
     except (OSError, ValueError) as error:
-        run.notes.append(f'{SUMMARY_FILE} cannot be parsed ({error})')
+        run.notes.append(f'{SUMMARY} cannot be parsed ({error})')
     if run.from_summary('task') == 'evaluate':
         raise Unreadable('it evaluated a checkpoint and trained nothing')
 
@@ -326,13 +327,3 @@ def _united(spans: Sequence[Span]) -> List[Span]:
         else:
             united.append((started, ended))
     return united
-
-
-def _read_summary(path: str) -> Dict[str, Any]:
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding='utf-8') as file:
-        summary = json.load(file)
-    if not isinstance(summary, dict):
-        raise ValueError('it holds no object')
-    return summary

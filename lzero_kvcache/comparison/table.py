@@ -8,20 +8,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .judging import (
-    COUNT,
-    HITS,
-    INTERQUARTILE_MEAN,
-    MEDIAN,
-    MEMORY,
-    REWARDS,
-    SPEED,
-    TIME,
-    Comparison,
-    Row,
-    Side,
-    Spread,
-)
+from .judging import HITS, INTERQUARTILE_MEAN, MEDIAN, REWARDS, WORDS, Comparison, Row, Side, Spread
 from .reading import TrainedRun
 
 NONE = '-'
@@ -29,9 +16,6 @@ WIDTH = 100
 # Of the titles of measures, and of most of their values, beside the rules between columns.
 TITLE_WIDTH, VALUE_WIDTH, RULE_WIDTH = 28, 8, 3
 SPREADS = {MEDIAN: 'median [least, greatest]', INTERQUARTILE_MEAN: 'interquartile mean [95% interval]'}
-# A side whose number is greater than the baseline's, or less.
-WORDS = {TIME: ('slower', 'faster'), SPEED: ('faster', 'slower'), MEMORY: ('more', 'less'), COUNT: ('more', 'less'),
-         HITS: ('higher', 'lower'), REWARDS: ('higher', 'lower')}
 SAME = 'the same'
 # The page shows all of them.
 SHOWN_DIFFERENCES = 15

@@ -6,13 +6,13 @@ import argparse
 import atexit
 import contextlib
 import copy
-import importlib.util
 import inspect
 import os
 import re
 import tempfile
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 from easydict import EasyDict
@@ -30,7 +30,9 @@ MAIN_DEFAULTS = {'env_id': 'PongNoFrameskip-v4', 'seed': 0}
 # What a config file may declare beside its configs and its entry, each with the least that it can be.
 COUNTS = {'seed': 0, 'max_env_step': 1, 'max_train_iter': 1, 'threads': 1}
 
-NEEDED = ('main_config.env', 'main_config.policy', 'main_config.policy.model.world_model_cfg', 'create_config.env',
+# The dicts without which nothing can be said of a training.
+NEEDED = ('main_config', 'main_config.env', 'main_config.policy', 'main_config.policy.model',
+          'main_config.policy.model.world_model_cfg', 'create_config', 'create_config.env',
           'create_config.env_manager', 'create_config.policy')
 
 # The folder of the last config, and what ends that its files can be imported: the process has one import path.
@@ -77,9 +79,8 @@ def load_config(name: str) -> Plan:
     declared = _run_file(path)
     if 'main_config' not in declared or 'create_config' not in declared:
         declared = {**declared, **_captured_from_main(path, declared)}
-    main_config = _as_config(declared['main_config'], 'main_config', path)
-    create_config = _as_config(declared['create_config'], 'create_config', path)
-    _check_shape(main_config, create_config, path)
+    _check_shape(declared, path)
+    main_config, create_config = (EasyDict(copy.deepcopy(declared[name])) for name in ('main_config', 'create_config'))
     counts: Dict[str, Any] = {key: _whole_number(declared[key], key, path, minimum)
                               for key, minimum in COUNTS.items() if declared.get(key) is not None}
     return Plan(path, main_config, create_config, _entry_of(declared.get('entry'), main_config, path), **counts)
@@ -99,15 +100,12 @@ def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[st
 
 
 def _run_file(path: str) -> Dict[str, Any]:
-    name = 'lzero_kvcache_config_' + os.path.splitext(os.path.basename(path))[0]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--config {path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    declared: Dict[str, Any] = dict(__name__='lzero_kvcache_config', __file__=path)
     _look_beside(os.path.dirname(path))
     with _errors_of(path):
-        called = recorded_call(lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
-    return {**vars(module), **(called or {})}
+        code = compile(Path(path).read_bytes(), path, 'exec')
+        called = recorded_call(lambda: exec(code, declared))
+    return {**declared, **(called or {})}
 
 
 @contextlib.contextmanager
@@ -180,19 +178,14 @@ def _entry_of(declared: Any, main_config: EasyDict, path: str) -> str:
     return declared
 
 
-def _check_shape(main_config: EasyDict, create_config: EasyDict, path: str) -> None:
+def _check_shape(declared: Dict[str, Any], path: str) -> None:
     for needed in NEEDED:
-        node: Any = dict(main_config=main_config, create_config=create_config)
+        node: Any = declared
         for key in needed.split('.'):
-            node = node.get(key) if isinstance(node, dict) else None
+            node = node.get(key)
         if not isinstance(node, dict):
-            raise ConfigError(f"{path}: {needed} is missing; LightZero's UniZero configs have it")
-
-
-def _as_config(value: Any, name: str, path: str) -> EasyDict:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: {name} is a {type(value).__name__}, not a dict")
-    return EasyDict(copy.deepcopy(value))
+            what = 'missing' if node is None else f'a {type(node).__name__}'
+            raise ConfigError(f"{path}: {needed} is {what}; LightZero's UniZero configs have a dict there")
 
 
 def _whole_number(value: Any, name: str, path: str, minimum: int) -> int:

@@ -6,17 +6,18 @@ import contextlib
 import fcntl
 import glob
 import hashlib
-import json
+import itertools
 import os
 import sys
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from ..config import FLAG, OPTIONS, PREFIX, ConfigError, system_of
-from ..summary import TRAIN, Result, read_summary, write_json
+from ..run_files import read_json, write_json
+from ..summary import TRAIN, Result, read_summary
+from . import overrides
 from .checkpoints import CHECKPOINTS, read_checkpoint
 from .config_file import Plan
-from .overrides import cache_defaults, known_leaves
 from .plan import make_plan
 
 PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
@@ -115,18 +116,16 @@ class Experiment:
         settings = self._agreed(path)
         try:
             os.makedirs(self.folder, exist_ok=True)
-            lock = os.open(os.path.join(self.folder, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+            lock = open(os.path.join(self.folder, LOCK), 'w')
         except OSError as error:
             raise ConfigError(f'--out {self.folder}: cannot be written ({error.strerror}); give another') from error
-        try:
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f'--out {self.folder}: its runs are still going on; wait, or end them') from None
             write_json(path, settings)
-            yield lock
-        finally:
-            os.close(lock)
+            yield lock.fileno()
 
     def command(self, trial: Trial) -> List[str]:
         """
@@ -138,10 +137,8 @@ class Experiment:
         if checkpoint is not None:
             return command + ['--resume', checkpoint, '--in-place']
         if os.path.exists(trial.folder):
-            attempt = 1
-            while os.path.exists(f'{trial.folder}_cut_off{attempt}'):
-                attempt += 1
-            os.rename(trial.folder, f'{trial.folder}_cut_off{attempt}')
+            names = (f'{trial.folder}_cut_off{attempt}' for attempt in itertools.count(1))
+            os.rename(trial.folder, next(name for name in names if not os.path.exists(name)))
         return command + ['--exp-name', trial.folder]
 
     def _agreed(self, path: str) -> Dict[str, Any]:
@@ -153,9 +150,8 @@ class Experiment:
                 raise ConfigError(f'--out {self.folder}: is not empty, and no experiment; give another')
             return settings
         try:
-            with open(path, encoding='utf-8') as file:
-                held = dict(json.load(file))
-        except (OSError, ValueError, TypeError) as error:
+            held = read_json(path)
+        except (OSError, ValueError) as error:
             raise ConfigError(f'{path}: cannot be read ({error}); give another --out') from error
         version = held.get('values_version', 1)
         if version not in (1, VALUES_VERSION):
@@ -178,11 +174,8 @@ class Experiment:
 
 def _hash(plan: Plan, version: int) -> str:
     """The entry and every value that a config and its options give beyond the defaults."""
-    defaults = cache_defaults()
-    given = {
-        path: value for path, value in known_leaves(plan.main_config, plan.create_config, {}).items()
-        if path not in defaults or value != defaults[path]
-    }
+    held, defaults = overrides.leaves({**plan.main_config, overrides.CREATE: plan.create_config}), overrides.CACHE_PATHS
+    given = {path: value for path, value in held.items() if path not in defaults or value != defaults[path]}
     values = {**VERSION_1_DEFAULTS, **given} if version == 1 else given
     lines = [f'{path}={getattr(value, "__qualname__", None) or repr(value)}' for path, value in values.items()]
     return hashlib.sha256('\n'.join([plan.entry, *sorted(lines)]).encode()).hexdigest()

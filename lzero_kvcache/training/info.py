@@ -114,24 +114,21 @@ def of_zoo() -> Rows:
                     needed = re.search(r'^Install: .*\[(\w+)\]', file.read(), re.MULTILINE)
                 extra = extras.setdefault(plan.create_config.env.type, f'extra {needed[1]}' if needed else 'no extra')
                 entries.try_environment(plan.main_config, plan.create_config)
-                _try_model(plan, tried)
-            rows.append((name, f'{extra}: installed'))
+                # A model of each kind is built once, since LightZero may fail in it.
+                model = plan.main_config.policy.model.world_model_cfg
+                kind = plan.create_config.policy.type, model.get('obs_type'), model.get('continuous_action_space')
+                if kind not in tried:
+                    tried[kind] = _fault_of_model(plan)
+            rows.append((name, f'{extra}: {tried[kind] or "installed"}'))
         except ConfigError as error:
             rows.append((name, f'{extra}: {error}'))
     return rows
 
 
-def _try_model(plan: Plan, tried: Dict[Any, Optional[ConfigError]]) -> None:
-    """Build a model of each kind once, since LightZero may fail in it."""
-    model = plan.main_config.policy.model.world_model_cfg
-    kind = plan.create_config.policy.type, model.get('obs_type'), model.get('continuous_action_space')
-    if kind not in tried:
-        tried[kind] = None
-        set_device('cpu', plan.main_config)
-        try:
-            entries.build_policy(plan.main_config, plan.create_config)
-        except ConfigError as error:
-            tried[kind] = error
-    fault = tried[kind]
-    if fault is not None:
-        raise fault
+def _fault_of_model(plan: Plan) -> Optional[ConfigError]:
+    set_device('cpu', plan.main_config)
+    try:
+        entries.build_policy(plan.main_config, plan.create_config)
+    except ConfigError as error:
+        return error
+    return None

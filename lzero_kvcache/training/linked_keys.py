@@ -47,14 +47,6 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _count(support: Any) -> int:
-    return len(range(*map(int, support)))
-
-
-def _is_cuda(device: Any) -> bool:
-    return str(device).startswith('cuda')
-
-
 RULES = [
     *(Rule(target, (source, ), _same, group in NEEDED_COPIES)
       for group in NEEDED_COPIES + COPIES for target in group for source in group if source != target),
@@ -65,12 +57,13 @@ RULES = [
     Rule(WM + 'env_num', ('env.collector_env_num', 'env.evaluator_env_num'), max),
     Rule(WM + 'max_tokens', (WM + 'max_blocks', ), lambda blocks: 2 * blocks, needed=True),
     Rule(WM + 'support_size', ('policy.model.support_scale', ), lambda scale: 2 * scale + 1, needed=True),
-    Rule(WM + 'support_size', ('policy.model.value_support_range', ), _count, needed=True),  # of the main branch
+    Rule(WM + 'support_size', ('policy.model.value_support_range', ),  # of the main branch
+         lambda support: len(range(*map(int, support))), needed=True),
     Rule(WM + 'num_unroll_steps', ('policy.num_unroll_steps', ), _same),
     Rule(WM + 'max_blocks', ('policy.num_unroll_steps', ), _same),
     Rule(WM + 'context_length_for_recurrent', (WM + 'context_length', ), _same),
     Rule('policy.device', (WM + 'device', ), _same),
-    Rule('policy.cuda', (WM + 'device', ), _is_cuda),
+    Rule('policy.cuda', (WM + 'device', ), lambda device: str(device).startswith('cuda')),
     Rule('policy.model.action_space_size', ('env.env_id', ), atari_actions, needed=True),
 ]
 

@@ -33,14 +33,13 @@ class Children:
 
     def run(self) -> None:
         """Start what is not done, and wait for its end, or after a signal for the end of what was started."""
-        waiting: Deque[Trial] = deque()
-        for trial in self._experiment.trials:
-            if trial.result is None:
-                waiting.append(trial)
-            else:
-                self._done += 1
+        trials = self._experiment.trials
+        waiting = deque(trial for trial in trials if trial.result is None)
+        for trial in trials:
+            if trial not in waiting:
                 self._terminal.line(f'{trial.name}: is done already')
-        steps_of_all = len(self._experiment.trials) * self._experiment.max_env_step
+        self._done = len(trials) - len(waiting)
+        steps_of_all = len(trials) * self._experiment.max_env_step
         with contextlib.closing(Bar(self._terminal, steps_of_all, every=PLAIN_EVERY_SECONDS)) as bar, applied(
                 interrupts=lambda original: lambda signum, frame: self._signals.append(signum)):
             while self.running or (waiting and self.interrupted is None):

@@ -80,15 +80,15 @@ class DataParallel:
         """Make something on the first rank, for all; its ``ConfigError`` is raised on every rank."""
         if not self.several:
             return make()
-        made: List[Any] = [None, None]
+        made: List[Any] = [None]
         if self.main:
             try:
-                made[0] = make()
+                made = [make()]
             except ConfigError as error:
-                made[1] = str(error)
+                made = [error]
         dist.broadcast_object_list(made, src=0)
-        if made[1] is not None:
-            raise ConfigError(made[1])
+        if isinstance(made[0], ConfigError):
+            raise made[0]
         return made[0]
 
     def seed(self, seed: int, environments: int) -> int:

@@ -10,7 +10,6 @@ import shutil
 import signal
 import time
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -21,30 +20,13 @@ from ..host import entries
 from ..host.patches import applied
 from ..run_files import EVENT_FILES, purge
 from ..run_hooks import UNBOUNDED
-from ..summary import (
-    EVALUATE,
-    SUMMARY,
-    TRAIN,
-    Result,
-    add_up,
-    begun,
-    ended,
-    read_progress,
-    read_result,
-    read_summary,
-    run_text,
-    steps_at_the_end,
-    write_json,
-    write_progress,
-    write_summary,
-)
+from ..summary import EVALUATE, SUMMARY, TRAIN, Result, add_up, begun, read_progress, read_result, read_summary
 from ..telemetry import summed_over_ranks
 from .checkpoints import beside, read_checkpoint
 from .config_file import Plan
 from .error_hints import hinted
-from .output import Output
 from .ranks import DataParallel, Interrupted
-from .terminal import Bar, summary_rows
+from .terminal import Bar, Output, summary_rows
 from .watch import Watch
 
 LOG_FILE = os.path.join('log', 'train.log')
@@ -100,7 +82,7 @@ class _Training:
         self.output = output
         self.terminal = output.terminal
         self.result = begun(
-            '', plan.seed, plan.task, config=plan.config, entry=plan.entry, max_env_step=plan.max_env_step,
+            plan.seed, plan.task, config=plan.config, entry=plan.entry, max_env_step=plan.max_env_step,
             max_train_iter=plan.max_train_iter, processes=ranks.size, overrides=list(plan.overrides),
             checkpoint=plan.checkpoint)
         self.watch = Watch(
@@ -146,13 +128,13 @@ class _Training:
                     self.watch.save_checkpoint()
             finally:
                 self._refresh(now=True)
-                self._bar.close(run_text(result, 'end') if plan.task == TRAIN and self.watch.phase != 'start' else '')
+                self._bar.close(result.line('end') if plan.task == TRAIN and self.watch.phase != 'start' else '')
                 self.terminal.repetitions()
                 self.watch.close()
             # With ranks that have not agreed on ending, there is nothing to share.
             result = self._completed(summed_over_ranks(result.counters) if together else result.counters)
             if self.ranks.main:
-                write_summary(result)
+                result.write()
             if together:
                 self.ranks.part()
         title = 'Training: ' if plan.task == TRAIN else 'Evaluation: '
@@ -213,7 +195,7 @@ class _Training:
             exp_name = os.path.relpath(asked)
             if ranks.main:
                 if self._before is not None:  # for one that is killed, too: a summary of its past is not its own
-                    write_json(beside(str(plan.checkpoint)), asdict(self._before))
+                    self._before.write(beside(str(plan.checkpoint)))
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(exp_name, SUMMARY))
                 cut = purge(os.path.join(exp_name, EVENT_FILES), self.result.train_iter)
@@ -290,17 +272,17 @@ class _Training:
         if not self._finishing and result.env_step >= (result.max_env_step or UNBOUNDED):
             self._finishing = True
             self.terminal.line(f'{result.env_step:,} env steps are collected: finishing the updates that go with them')
-        self._bar.update(result.collected_env_step, run_text(result, self.watch.phase), steps_at_the_end(result))
+        self._bar.update(result.collected_env_step, result.line(self.watch.phase), result.steps_at_the_end)
         if self.ranks.main:
-            write_progress(result, self.watch.phase)
+            result.write_progress(self.watch.phase)
 
     def _note(self, checkpoint: str) -> None:
         """Leave beside a checkpoint what the training has taken so far: a kill leaves nothing else to go on from."""
         self.result.checkpoint = checkpoint
         self._refresh(now=True)
-        write_json(beside(checkpoint), asdict(self._completed(self.result.counters)))
+        self._completed(self.result.counters).write(beside(checkpoint))
 
     def _completed(self, counters: Dict[str, Any]) -> Result:
         """The result of a run that has ended; of all of the training, where it went on in place."""
-        result = ended(self.result, counters)
+        result = self.result.at_its_end(counters)
         return result if self._before is None else add_up(self._before, result)

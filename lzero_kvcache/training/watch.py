@@ -10,7 +10,7 @@ import torch
 from ..host import entries
 from ..host.patches import applied
 from ..run_hooks import LOSS, RunHook
-from ..summary import Evaluation, Result, hit_rates
+from ..summary import Evaluation, Result
 from .checkpoints import Checkpoint, prune, save_atomically
 from .ranks import DataParallel
 from .terminal import Terminal, reward_text
@@ -50,8 +50,7 @@ class Watch:
         if self.evaluator is not None:
             world_model = self.evaluator.policy.get_attribute('model').world_model
             manager = getattr(world_model, 'kv_cache_manager', None)
-            result.counters = {} if manager is None else dict(manager.counters())
-            result.hit_rates = hit_rates(result.counters)
+            result.count({} if manager is None else manager.counters())
 
     def enter(self, phase: str) -> None:
         self.phase = phase
