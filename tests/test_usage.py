@@ -33,6 +33,8 @@ TRAIN = [
      "create_config.env.type='cartpole_lightzer' is registered by none"),
     (['--config', 'config_new', '--set', 'create_config.env_manager.type=subproces'],
      "env_manager.type='subproces' is registered by none of its import_names=[]; did you mean 'subprocess'"),
+    (['--config', 'config_new', '--set', 'create_config.policy.type=unizro'],
+     "create_config.policy.type='unizro' is not a UniZero policy: did you mean 'unizero'"),
     (['--config', 'config_new', '--set', 'policy.learning_rate=-1'], 'policy.learning_rate=-1 must be above 0'),
     (['--config', 'config_old', '--set', 'policy.batch_size=0'], 'policy.batch_size=0 must be above 0'),
     (['--config', 'config_old', '--set', 'policy.batch_size=2.5'], 'policy.batch_size=2.5 must be a whole number'),

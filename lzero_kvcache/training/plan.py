@@ -57,6 +57,7 @@ def make_plan(
     main_config.exp_name = str(main_config.get('exp_name') or f'data_unizero/{stem}')
     if overrides:
         apply_overrides(main_config, create_config, overrides, entries.completed(main_config, create_config))
+        policy_type(create_config)
     set_device(device, main_config)
     seed = plan.seed if seed is None else seed
     if seed >= 2 ** 32:
