@@ -17,6 +17,7 @@ TRAIN = [
     (['--config', 'config_new', '--cache', 'both'], "'both'"),
     (['--config', 'config_new', '--max-env-step', '0'], "'0' is not a whole number of at least 1"),
     (['--config', 'config_new', '--seed', '4294967296'], 'seed=4294967296 must be below 2**32'),
+    (['--config', 'config_new', '--set', 'seed=5'], '--set seed=5: give --seed 5 in its place'),
     (['--config', 'config_new', '--exp-name', '.'], '.: this folder is there'),
     (['--config', 'config_new', '--resume', '.'], '.: no such checkpoint'),
     (['--config', 'config_new', '--max-env-step', '1.5'], "'1.5' is not a whole number"),

@@ -103,22 +103,28 @@ def _search(name: str, missing: Optional[str], device: str) -> str:
 def of_zoo() -> Rows:
     """Our configs and LightZero's for UniZero: which extra each needs, and what is missing here."""
     rows: Rows = []
-    extras: Dict[str, str] = {}  # by the type of the environment; LightZero's configs need what ours do
+    ours = our_configs()
     tried: Dict[Any, Optional[ConfigError]] = {}
-    for name, path in {**our_configs(), **lightzero_configs()}.items():
-        extra = 'unknown'
+    for name, path in {**ours, **lightzero_configs()}.items():
+        extra = _extra(ours.get(name.rpartition(':')[2]))  # LightZero's configs need what ours of the same name do
         try:
             with hinted():
                 plan = make_plan(path)
-                with open(path, encoding='utf-8') as file:
-                    needed = re.search(r'^Install: .*\[(\w+)\]', file.read(), re.MULTILINE)
-                extra = extras.setdefault(plan.create_config.env.type, f'extra {needed[1]}' if needed else 'no extra')
                 entries.try_environment(plan.main_config, plan.create_config)
                 _try_model(plan, tried)
             rows.append((name, f'{extra}: installed'))
         except ConfigError as error:
             rows.append((name, f'{extra}: {error}'))
     return rows
+
+
+def _extra(path: Optional[str]) -> str:
+    """Which extra of this package a config of ours asks for; the file is not run."""
+    if path is None:
+        return 'unknown'
+    with open(path, encoding='utf-8') as file:
+        needed = re.search(r'^Install: .*\[(\w+)\]', file.read(), re.MULTILINE)
+    return f'extra {needed[1]}' if needed else 'no extra'
 
 
 def _try_model(plan: Plan, tried: Dict[Any, Optional[ConfigError]]) -> None:

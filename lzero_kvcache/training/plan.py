@@ -58,7 +58,10 @@ def make_plan(
     stem = os.path.splitext(os.path.basename(plan.config))[0]
     main_config.exp_name = str(main_config.get('exp_name') or f'data_unizero/{stem}')
     if overrides:
-        apply_overrides(main_config, create_config, overrides, entries.completed(main_config, create_config))
+        changed = apply_overrides(
+            main_config, create_config, overrides, entries.completed(main_config, create_config))
+        if 'seed' in changed:  # LightZero's entries take it as an argument
+            raise ConfigError(f'--set seed={changed["seed"]}: give --seed {changed["seed"]} in its place')
         policy_type(create_config)
     set_device(device, main_config)
     seed = plan.seed if seed is None else seed
