@@ -154,6 +154,21 @@ def test_the_zoo_is_tried(monkeypatch):
                     'lightzero:memory_unizero_config': missing}
 
 
+def test_the_zoo_says_the_extra_of_a_config_that_cannot_be_loaded(monkeypatch):
+    """As the Atari files without OpenCV, which they import."""
+    name = 'atari_unizero_config'
+    monkeypatch.setattr(info, 'our_configs', lambda: {name: our_configs()[name]})
+    monkeypatch.setattr(info, 'lightzero_configs', lambda: {'lightzero:' + name: '', 'lightzero:theirs_config': ''})
+
+    def make_plan(path):
+        raise ModuleNotFoundError(name='cv2')
+
+    monkeypatch.setattr(info, 'make_plan', make_plan)
+    missing = "the module 'cv2' is not installed; pip install 'opencv-python-headless<4.11'"
+    assert dict(info.of_zoo()) == {name: f'extra atari: {missing}', 'lightzero:' + name: f'extra atari: {missing}',
+                                   'lightzero:theirs_config': f'unknown: {missing}'}
+
+
 def test_a_data_parallel_config_is_told_of_in_one_process():
     plan = make_plan('atari_unizero_ddp_config', overrides=[WM + 'embed_dim=32', WM + 'num_layers=1'])
     assert dict(info.of_plan(plan))['cache system'] == "new, with manager 'new'"

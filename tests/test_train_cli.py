@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import gymnasium
 import pytest
 import torch
+from torch import nn
 from trainings import (
     ITERATIONS,
     PROJECT_ROOT,
@@ -324,6 +325,26 @@ def test_an_interrupt_in_a_step_of_an_environment(a_run):
 ])
 def test_what_is_missing_comes_with_the_command_that_installs_it(error, command):
     assert command in hint(error)
+
+
+@pytest.mark.parametrize(('saved', 'said'), [
+    ([nn.Linear(2, 4), nn.Linear(4, 4)], ': 0.weight is [4, 2] in it, not [4, 3];'),
+    ([nn.Linear(2, 5), nn.Linear(5, 4)], ': 0.weight is [5, 2] in it, not [4, 3], and 2 more;'),
+    ([nn.Linear(3, 4), nn.ReLU()], ': 1.weight is not in it, and 1 more;'),
+    ([nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)], ': 2.weight is only in it;'),
+])
+def test_a_checkpoint_of_another_model_says_the_first_difference(saved, said):
+    with pytest.raises(RuntimeError) as caught:
+        nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)).load_state_dict(nn.Sequential(*saved).state_dict())
+    assert hint(caught.value) == (
+        f'the checkpoint is of another model{said} use the config that it was trained with')
+
+
+def test_an_optimizer_of_another_model():
+    parameters = list(nn.Linear(3, 4).parameters())
+    with pytest.raises(ValueError) as caught:
+        torch.optim.Adam(parameters).load_state_dict(torch.optim.Adam(parameters[:1]).state_dict())
+    assert hint(caught.value) == 'the checkpoint is of another model; use the config that it was trained with'
 
 
 def test_an_evaluation_is_a_mean_with_its_deviation():

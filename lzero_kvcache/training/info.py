@@ -103,16 +103,13 @@ def _search(name: str, missing: Optional[str], device: str) -> str:
 def of_zoo() -> Rows:
     """Our configs and LightZero's for UniZero: which extra each needs, and what is missing here."""
     rows: Rows = []
-    extras: Dict[str, str] = {}  # by the type of the environment; LightZero's configs need what ours do
+    ours = our_configs()
     tried: Dict[Any, Optional[ConfigError]] = {}
-    for name, path in {**our_configs(), **lightzero_configs()}.items():
-        extra = 'unknown'
+    for name, path in {**ours, **lightzero_configs()}.items():
+        extra = _extra(ours.get(name.rpartition(':')[2]))  # LightZero's configs need what ours of the same name do
         try:
             with hinted():
                 plan = make_plan(path)
-                with open(path, encoding='utf-8') as file:
-                    needed = re.search(r'^Install: .*\[(\w+)\]', file.read(), re.MULTILINE)
-                extra = extras.setdefault(plan.create_config.env.type, f'extra {needed[1]}' if needed else 'no extra')
                 entries.try_environment(plan.main_config, plan.create_config)
                 # A model of each kind is built once, since LightZero may fail in it.
                 model = plan.main_config.policy.model.world_model_cfg
@@ -132,3 +129,12 @@ def _fault_of_model(plan: Plan) -> Optional[ConfigError]:
     except ConfigError as error:
         return error
     return None
+
+
+def _extra(path: Optional[str]) -> str:
+    """Which extra of this package a config of ours asks for; the file is not run."""
+    if path is None:
+        return 'unknown'
+    with open(path, encoding='utf-8') as file:
+        needed = re.search(r'^Install: .*\[(\w+)\]', file.read(), re.MULTILINE)
+    return f'extra {needed[1]}' if needed else 'no extra'

@@ -67,6 +67,16 @@ RULES = [
     Rule('policy.model.action_space_size', ('env.env_id', ), atari_actions, needed=True),
 ]
 
+# What is at least as large as something else in every training that runs.
+LEAST = (
+    ('env.n_evaluator_episode', 'env.evaluator_env_num'),
+    (WM + 'max_blocks', 'policy.num_unroll_steps'),
+    (WM + 'env_num', 'env.collector_env_num'),
+    (WM + 'env_num', 'env.evaluator_env_num'),
+)
+# What each entry collects at once: all its processes together.
+COLLECTED = {'train_unizero': 'policy.n_episode', 'train_unizero_segment': 'policy.num_segments'}
+
 # How LightZero's experiment names spell a value: 'ns25', 'bs256'.
 NAME_TOKENS = (
     ('policy.num_simulations', 'ns'),
@@ -115,13 +125,17 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
     return complete
 
 
-def check(values: Mapping[str, Any]) -> None:
-    """Refuse the values of a complete config with which no training can run, in either system."""
+def check(values: Mapping[str, Any], entry: str) -> None:
+    """Refuse the values of a complete config with which no training of an entry can run, in either system."""
     for rule in RULES:
         target, right = values.get(rule.target), _right(rule, values)
         if rule.needed and None not in (target, right) and right != target:
             said = ' and '.join(f'{source}={values[source]!r}' for source in rule.sources)
             raise ConfigError(f'{rule.target}={target!r} contradicts {said}: it must be {right!r}')
+    for target, source in (*LEAST, (COLLECTED[entry], 'env.collector_env_num')):
+        amount, least = values.get(target), values.get(source)
+        if isinstance(amount, (int, float)) and isinstance(least, (int, float)) and amount < least:
+            raise ConfigError(f'{target}={amount!r} contradicts {source}={least!r}: it must be at least that')
     heads, width = values[WM + 'num_heads'], values[WM + 'embed_dim']
     if width % heads:
         raise ConfigError(f'{WM}num_heads={heads!r} contradicts {WM}embed_dim={width!r}: it must divide that')

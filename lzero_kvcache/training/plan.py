@@ -20,14 +20,16 @@ from .overrides import apply_overrides, leaves
 # Without which no training runs.
 WHOLE = (
     'env.collector_env_num', 'env.evaluator_env_num', 'policy.batch_size', 'policy.collector_env_num',
-    'policy.evaluator_env_num', 'policy.num_simulations', 'policy.num_unroll_steps', f'{PREFIX}.embed_dim',
-    f'{PREFIX}.max_blocks', f'{PREFIX}.num_heads', f'{PREFIX}.num_layers',
+    'policy.evaluator_env_num', 'policy.num_simulations', 'policy.num_unroll_steps', 'policy.td_steps',
+    f'{PREFIX}.embed_dim', f'{PREFIX}.max_blocks', f'{PREFIX}.num_heads', f'{PREFIX}.num_layers',
 )
-POSITIVE = WHOLE + (
+WHOLE_OR_NONE = ('policy.update_per_collect', )
+POSITIVE = WHOLE + WHOLE_OR_NONE + (
     'env.n_evaluator_episode', 'policy.eval_freq', 'policy.game_segment_length', 'policy.learning_rate',
-    'policy.n_episode', 'policy.num_segments', 'policy.replay_buffer_size', 'policy.td_steps',
-    'policy.update_per_collect',
+    'policy.model.support_scale', 'policy.n_episode', 'policy.num_segments', 'policy.replay_buffer_size',
+    'policy.root_dirichlet_alpha',
 )
+SHARES = ('policy.reanalyze_ratio', *(f'{PREFIX}.{part}_pdrop' for part in ('attn', 'embed', 'resid')))
 
 
 def make_plan(
@@ -56,7 +58,11 @@ def make_plan(
     stem = os.path.splitext(os.path.basename(plan.config))[0]
     main_config.exp_name = str(main_config.get('exp_name') or f'data_unizero/{stem}')
     if overrides:
-        apply_overrides(main_config, create_config, overrides, entries.completed(main_config, create_config))
+        changed = apply_overrides(
+            main_config, create_config, overrides, entries.completed(main_config, create_config))
+        if 'seed' in changed:  # LightZero's entries take it as an argument
+            raise ConfigError(f'--set seed={changed["seed"]}: give --seed {changed["seed"]} in its place')
+        policy_type(create_config)
     set_device(device, main_config)
     seed = plan.seed if seed is None else seed
     if seed >= 2 ** 32:
@@ -69,7 +75,7 @@ def make_plan(
         main_config.exp_name += '_eval'
     else:
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', plan.seed, seed)
-    check_values(entries.completed(main_config, create_config))
+    check_values(entries.completed(main_config, create_config), plan.entry)
     check_config(main_config, create_config)
     return replace(
         plan, seed=seed, max_env_step=max_env_step or plan.max_env_step,
@@ -111,16 +117,21 @@ def set_device(device: Optional[str], main_config: EasyDict) -> None:
     main_config.policy.cuda = device.startswith('cuda')
 
 
-def check_values(tree: EasyDict) -> None:
+def check_values(tree: EasyDict, entry: str) -> None:
     """Refuse numbers of a complete config with which no training can begin."""
     values = leaves(tree)
     for path in POSITIVE:
         value = values.get(path)
         if isinstance(value, (int, float)) and not value > 0:
             raise ConfigError(f'{path}={value!r} must be above 0')
-        if path in WHOLE and path in values and not isinstance(value, numbers.Integral):
+        whole = path in WHOLE or (path in WHOLE_OR_NONE and value is not None)
+        if whole and path in values and not isinstance(value, numbers.Integral):
             raise ConfigError(f'{path}={value!r} must be a whole number')
-    check(values)
+    for path in SHARES:
+        value = values.get(path)
+        if isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise ConfigError(f'{path}={value!r} must be from 0 to 1')
+    check(values, entry)
 
 
 def _folder_of(resume: Optional[str], exp_name: Optional[str]) -> str:
