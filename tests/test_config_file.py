@@ -19,6 +19,7 @@ from lzero_kvcache import ConfigError
 from lzero_kvcache.host.patches import ENTRIES
 from lzero_kvcache.training import capture_entry_call, find_config, load_config, make_plan
 
+PROGRAM = "\nif __name__ == '__main__':\n    main()\n"
 BODY = """
 main_config = dict(
     exp_name='data/x_seed0', env=dict(),
@@ -181,7 +182,7 @@ def test_what_lies_beside_it_can_be_imported_inside_main(write):
         'def main(seed):\n    from lzero.entry import train_unizero\n    import my_env\n{rest}\n'
         '    train_unizero([main_config, create_config], seed=my_env.seed)'
     )
-    path = write('a/mine.py', body=main, rest=textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    '))
+    path = write('a/mine.py', body=main + PROGRAM.replace('main()', 'main(0)'), rest=textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    '))
     assert load_config(path).seed == 5
 
 
@@ -224,10 +225,30 @@ def test_lightzeros_own_files_load_as_they_are():
         'train_unizero_segment', 10000000 if ON_MAIN else 500000, 'PongNoFrameskip-v4')
 
 
-def test_a_main_that_needs_more_than_is_known(write):
-    body = 'from lzero.entry import train_unizero\ndef main(env_id, colour): train_unizero(None)'
-    with pytest.raises(ConfigError, match="'colour', which nothing gives"):
-        load_config(write(body=body))
+def test_a_program_has_the_defaults_of_its_own_command_line(write):
+    config = textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    ')
+    path = write('a/mine.py', body=f"""
+import argparse
+import lzero.entry
+def main(env_id, seed):
+{config}
+    main_config['env']['env_id'] = env_id
+    lzero.entry.train_unizero([main_config, create_config], seed=seed)
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--env', default='cartpole-swingup')
+    parser.add_argument('--seed', type=int, default=7)
+    arguments = parser.parse_args()
+    main(arguments.env, arguments.seed)
+""")
+    loaded = load_config(path)
+    assert (loaded.main_config.env.env_id, loaded.seed) == ('cartpole-swingup', 7)
+
+
+def test_a_program_that_needs_more_than_is_known(write):
+    body = 'import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument("colour")\nparser.parse_args()'
+    with pytest.raises(ConfigError, match='it ends the program .2. before it trains'):
+        load_config(write(body=body + PROGRAM))
 
 
 def test_capturing_a_call_puts_the_entries_back():
@@ -268,7 +289,7 @@ def test_loading_trains_nothing_by_whatever_way_main_reaches_an_entry(top, insid
     for name in ('launcher', 'late_launcher'):
         write(f'a/{name}.py', body='from lzero.entry import train_unizero as go')
     config = textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    ')
-    path = write('a/mine.py', body=f'{top}\ndef main():\n{config}\n    {inside}([main_config, create_config], seed=4)')
+    path = write('a/mine.py', body=f'{top}\ndef main():\n{config}\n    {inside}([main_config, create_config], seed=4)' + PROGRAM)
     with mock.patch('ding.config.compile_config', side_effect=AssertionError('a training begins')):
         assert load_config(path).seed == 4
     assert importlib.import_module('launcher').go is lzero.entry.train_unizero
@@ -277,7 +298,7 @@ def test_loading_trains_nothing_by_whatever_way_main_reaches_an_entry(top, insid
 
 def test_loading_trains_nothing_where_a_decorated_main_or_the_file_itself_calls_an_entry(write):
     config = textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    ')
-    main = f'@torch.enable_grad()\ndef main():\n{config}\n    train_unizero([main_config, create_config], seed=4)'
+    main = f'@torch.enable_grad()\ndef main():\n{config}\n    train_unizero([main_config, create_config], seed=4)' + PROGRAM
     decorated = write('a/mine.py', body='import torch\nfrom lzero.entry import train_unizero\n' + main)
     call = 'import lzero.entry\nlzero.entry.train_unizero((main_config, create_config), 4)'
     unguarded = write('b/mine.py', rest=call)
@@ -291,7 +312,7 @@ def test_loading_trains_nothing_where_a_decorated_main_or_the_file_itself_calls_
 ])
 def test_what_goes_wrong_in_main_is_said_in_one_line(does, said, write):
     with pytest.raises(ConfigError, match=said):
-        load_config(write(body=f'import os\ndef main():\n    {does}'))
+        load_config(write(body=f'import os\ndef main():\n    {does}' + PROGRAM))
 
 
 def test_capturing_from_a_function_that_trains_nothing():

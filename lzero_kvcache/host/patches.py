@@ -50,14 +50,14 @@ CALL = 'the call returns'
 RUN, LOAD, OUTPUT = 'the run ends', 'the config is loaded', 'the command ends'
 PRINTED = (
     'the log file; at loading, itself without what is written as a recorded call is handled',
-    "Python code writes there; a config's 'main' may print a traceback of what ends its call", f'{OUTPUT}, or {LOAD}'
+    "Python code writes there; a config may print a traceback of what ends its call", f'{OUTPUT}, or {LOAD}'
 )
 
 TABLE: Dict[str, Patch] = {
     # ---- LightZero and DI-engine, while a config is loaded
     'entries': Patch(
         tuple(f'lzero.entry.{entry}:{entry}.__code__' for entry in ENTRIES), "code that raises the call's arguments",
-        "configs may call an entry by any reference to it, when imported or in their 'main'", LOAD),
+        "configs may call an entry by any reference to it, when imported or run as a program", LOAD),
     'ddp_config': Patch(
         ('lzero.config.utils:lz_to_ddp_config.__code__', ), 'code that returns its argument',
         'the share of each process is worked out when it runs', LOAD),
@@ -65,8 +65,9 @@ TABLE: Dict[str, Patch] = {
         tuple(f'ding.utils:DDPContext.{name}' for name in ('__init__', '__enter__', '__exit__')), 'does nothing',
         'processes meet when they run', LOAD),
     'directory': Patch(
-        ('directory', ), 'a temporary one', "a config's 'main' may make the folder of its run, which is none yet",
-        LOAD),
+        ('directory', ), 'a temporary one', 'a config that is run as a program may make the folder of its run', LOAD),
+    'command_line': Patch(
+        ('sys:argv', ), "the config's name alone", 'a config that is run as a program may read its arguments', LOAD),
     # ---- LightZero and DI-engine, in a run
     'compile_config': Patch(
         _of_entries('compile_config'), 'the same with renew_dir=False', 'the folder has been made already', RUN),

@@ -6,7 +6,6 @@ import argparse
 import atexit
 import contextlib
 import copy
-import inspect
 import os
 import re
 import tempfile
@@ -25,8 +24,6 @@ from ..host.patches import ENTRIES, applied, forget_configs
 from ..summary import TRAIN
 from .error_hints import hint
 
-# LightZero's Atari files build their config in ``main(env_id, seed)``, whose arguments come from the command line.
-MAIN_DEFAULTS = {'env_id': 'PongNoFrameskip-v4', 'seed': 0}
 # What a config file may declare beside its configs and its entry, each with the least that it can be.
 COUNTS = {'seed': 0, 'max_env_step': 1, 'max_train_iter': 1, 'threads': 1}
 
@@ -72,13 +69,20 @@ def find_config(name: str) -> str:
 def load_config(name: str) -> Plan:
     """
     Load a config file that declares ``main_config`` and ``create_config``, or, as LightZero's Atari files do, builds
-    them in a function ``main`` that ends in a training. No training starts. Files beside it can be imported from then
-    on, until a config of another folder is loaded.
+    them and trains where Python runs it as a program; no training starts. Files beside it can be imported from then on,
+    until a config of another folder is loaded.
     """
     path = find_config(name)
     declared = _run_file(path)
-    if 'main_config' not in declared or 'create_config' not in declared:
-        declared = {**declared, **_captured_from_main(path, declared)}
+    missing = [needed for needed in ('main_config', 'create_config') if needed not in declared]
+    if missing:
+        with tempfile.TemporaryDirectory() as folder:
+            declared = _run_file(path, '__main__', directory=lambda _: folder, command_line=lambda _: [path])
+    if any(needed not in declared for needed in missing):
+        raise ConfigError(
+            f"--config {path}: it declares no {' and no '.join(missing)}; a LightZero config file has 'main_config' and "
+            "'create_config', or calls one of " + ', '.join(ENTRIES)
+        )
     _check_shape(declared, path)
     main_config, create_config = (EasyDict(copy.deepcopy(declared[name])) for name in ('main_config', 'create_config'))
     counts: Dict[str, Any] = {key: _whole_number(declared[key], key, path, minimum)
@@ -99,10 +103,11 @@ def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[st
     return declared
 
 
-def _run_file(path: str) -> Dict[str, Any]:
-    declared: Dict[str, Any] = dict(__name__='lzero_kvcache_config', __file__=path)
+def _run_file(path: str, name: str = 'lzero_kvcache_config', **replaced: Any) -> Dict[str, Any]:
+    """What a file declares as a module of this name, and what it would have trained."""
+    declared: Dict[str, Any] = dict(__name__=name, __file__=path)
     _look_beside(os.path.dirname(path))
-    with _errors_of(path):
+    with _errors_of(path), applied(**replaced):
         code = compile(Path(path).read_bytes(), path, 'exec')
         called = recorded_call(lambda: exec(code, declared))
     return {**declared, **(called or {})}
@@ -140,26 +145,6 @@ def _look_beside(folder: str) -> None:
     _beside[folder] = contextlib.ExitStack()
     _beside[folder].enter_context(applied(neighbours=lambda path: folder))
     atexit.register(_beside[folder].close)
-
-
-def _captured_from_main(path: str, declared: Dict[str, Any]) -> Dict[str, Any]:
-    main = declared.get('main')
-    if not inspect.isfunction(main):
-        missing = [name for name in ('main_config', 'create_config') if name not in declared]
-        raise ConfigError(
-            "--config {}: it declares no {}; a LightZero config file has 'main_config' and 'create_config'".format(
-                path, ' and no '.join(missing)
-            )
-        )
-    arguments = {}
-    for name, parameter in inspect.signature(main).parameters.items():
-        if parameter.default is not parameter.empty:
-            continue
-        if name not in MAIN_DEFAULTS:
-            raise ConfigError(f"--config {path}: its main() needs '{name}', which nothing gives")
-        arguments[name] = MAIN_DEFAULTS[name]
-    with _errors_of(path):
-        return capture_entry_call(main, **arguments)
 
 
 def _entry_of(declared: Any, main_config: EasyDict, path: str) -> str:
