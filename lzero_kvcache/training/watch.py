@@ -194,7 +194,7 @@ def _watched_collector(watch: Watch, base: type) -> type:
 
         def collect(self, *args: Any, **kwargs: Any) -> Any:
             watch.enter('collect')
-            self._begun_at = self._total_envstep_count
+            self._begun_at = self.envstep
             try:
                 return super().collect(*args, **kwargs)
             finally:
@@ -204,7 +204,7 @@ def _watched_collector(watch: Watch, base: type) -> type:
         def _output_log(self, train_iter: int) -> None:
             """Called as a collection ends, on every rank."""
             if watch.ranks.several and not entries.sums_steps(base):
-                self._total_envstep_count = watch.ranks.collected(self._begun_at, self._total_envstep_count)
+                self._total_envstep_count = watch.ranks.collected(self._begun_at, self.envstep)
             super()._output_log(train_iter)
 
     return WatchedCollector
