@@ -6,37 +6,29 @@ import logging
 import os
 import time
 import traceback
-from dataclasses import replace
-from functools import cached_property
 from typing import Any, Dict, List, Optional
 
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
 from .config import picked_manager
 from .run_files import EVENT_FILES, config_of, event_files, events
-from .summary import POOLS, SUMMARY, Evaluation, Result, begun, moment, number_text, rate_text
+from .summary import POOLS, SUMMARY, Evaluation, Result, begun, number_text, rate_text
 from .telemetry import HOOK_CONFIG, HOOK_KEY, summed_over_ranks
 
 logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 30.
 LOSS = 'weighted_total_loss'
-UNBOUNDED = int(1e10)  # with LightZero's entries, no limit
+UNBOUNDED = int(1e10)  # what LightZero's entries are given for no limit
 
 
 class RunHook(LearnerHook):
     """What both hooks know of a run: when it began, how far it is, and when it is to stop."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop('ext_args', None)
+    def __init__(self, *args: Any, ext_args: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._started, self._began = moment(), time.monotonic()
-        self._limits = limits_of_entry()
-
-    @cached_property
-    def _result(self) -> Result:
-        """Made when it is first looked at, since it asks git: ``train.py`` makes hooks that never look."""
-        return replace(begun(**self._limits), started=self._started)
+        self._result, self._began = begun(**limits_of_entry()), time.monotonic()
+        self._next = self._began  # moment for a line
 
     def look(self, engine: Any) -> Optional[Result]:
         """The run as far as it is; None if the model is not the plugin's. ``engine`` is DI-engine's learner."""
@@ -55,10 +47,6 @@ class RunHook(LearnerHook):
 
 class ProgressHook(RunHook):
     """Logs a line from time to time."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._next = self._began
 
     def __call__(self, engine: Any) -> None:
         """The first rank speaks."""
@@ -99,7 +87,10 @@ class SummaryHook(RunHook):
 
 
 def limits_of_entry() -> Dict[str, Any]:
-    """What the entry that is making a learner is to stop after. It tells nobody, so it is read where it is held."""
+    """
+    The limits of the entry that is making a learner. It hands them to nobody, so they are read from its local variables
+    on the stack.
+    """
     names = ('max_env_step', 'max_train_iter')
     for frame, _ in traceback.walk_stack(None):
         if set(names) <= set(frame.f_code.co_varnames):
@@ -109,7 +100,7 @@ def limits_of_entry() -> Dict[str, Any]:
 
 
 def read_evaluations(folder: str) -> List[Evaluation]:
-    """Those in a run's event files; LightZero's evaluator writes each against iterations and against steps."""
+    """All evaluations in a run's event files; LightZero's evaluator writes each against iterations and steps."""
     rewards, steps = [], []
     for path in event_files(folder):  # a script may log elsewhere
         for _, event in events(path):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
-from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar
+from typing import Any, Dict, List, Optional, Tuple
 
 import ding
 import torch
@@ -125,9 +125,6 @@ class Result:
             ))
 
 
-T = TypeVar('T', Evaluation, Result)
-
-
 def begun(seed: int = 0, task: str = TRAIN, **known: Any) -> Result:
     """A run of this process that begins now."""
     return Result(0, task, '', seed, versions=versions(), started=moment(),
@@ -217,7 +214,7 @@ def read_result(path: str) -> Optional[Result]:
         return None
 
 
-def _known(kind: Type[T], held: Dict[str, Any]) -> T:
+def _known(kind: type, held: Dict[str, Any]) -> Any:
     """What another version wrote: its fields that are unknown here are left out, those that it lacks have defaults."""
     return kind(**{field.name: held[field.name] for field in fields(kind) if field.name in held})
 

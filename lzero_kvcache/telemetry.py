@@ -63,8 +63,7 @@ class KVCacheStatsHook(LearnerHook):
     writes what all ranks counted.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop('ext_args', None)
+    def __init__(self, *args: Any, ext_args: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._seen: Dict[str, Tuple[float, ...]] = {}
         self._means: Dict[str, float] = {}

@@ -373,7 +373,7 @@ def test_a_line_says_that_a_run_finishes_what_it_began(a_run, tmp_path, monkeypa
     lines = []
     a_run.terminal, a_run._bar = SimpleNamespace(line=lines.append), SimpleNamespace(update=lambda *shown: None)
     a_run.result.max_env_step, a_run.watch.collector = 60, SimpleNamespace(envstep=40)
-    a_run.watch.learner = SimpleNamespace(train_iter=4)
+    a_run.watch.learner, a_run.watch.phase = SimpleNamespace(train_iter=4), 'collect'
     for steps in (40, 66, 66):
         a_run.watch.collector.envstep = steps
         a_run._refresh(now=True)
@@ -527,6 +527,7 @@ def test_what_was_collected_never_goes_back():
     """Also if a collection is cut off, whose steps no checkpoint counts."""
     running = a_watch()
     running.learner, running.collector = SimpleNamespace(train_iter=3), SimpleNamespace(envstep=100)
+    running.phase = 'collect'
     for envstep, under_way, expected in ((100, 30, (100, 130)), (100, 0, (100, 130)), (160, 0, (160, 160))):
         running.collector.envstep, running.under_way = envstep, under_way
         running.look()

@@ -2,7 +2,7 @@
 import fnmatch
 import itertools
 import os
-from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 from scipy.stats import trim_mean
@@ -70,7 +70,7 @@ class Row(NamedTuple):
     values: Dict[str, Number]
     spreads: Dict[str, Optional[Spread]]
     ratios: Dict[str, Number]
-    not_comparable: FrozenSet[str]
+    not_comparable: Set[str]
 
 
 class Caution(NamedTuple):
@@ -107,7 +107,7 @@ def judge(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]], left_ou
     mixed = {side.name: _blocked([side]) for side in sides}
     blocked = {side.name: _blocked([sides[0], side]) for side in sides[1:]}
     rows = [_row(measure, sides, mixed, blocked, statistic) for measure in MEASURES]
-    return Comparison(sides, rows, _config_differences(sides), _notes(runs) + _warnings(sides), left_out, statistic)
+    return Comparison(sides, rows, _config_differences(sides), [*_notes(runs), *_warnings(sides)], left_out, statistic)
 
 
 def as_json(comparison: Comparison) -> Dict[str, Any]:
@@ -227,7 +227,7 @@ def _row(measure: Measure, sides: Sequence[Side], mixed: Dict[str, Set[str]], bl
     spreads = {side.name: None if measure.about in mixed[side.name]  # no repeats of each other are no spread
                else _spread([values[run.name] for run in side.runs], statistic) for side in sides}
     (_, baseline), *others = ((name, spread and spread.centre) for name, spread in spreads.items())
-    not_comparable = frozenset(name for name, about in blocked.items() if measure.about in about)
+    not_comparable = {name for name, about in blocked.items() if measure.about in about}
     ratios = {name: None if name in not_comparable else _ratio(baseline, centre) for name, centre in others}
     return Row(measure, source, values, spreads, ratios, not_comparable)
 
@@ -314,20 +314,21 @@ MACHINE = {
 HOST = {'hosts': lambda run: run.host}
 
 
-def _warnings(sides: Sequence[Side]) -> List[Caution]:
+def _warnings(sides: Sequence[Side]) -> Iterator[Caution]:
     runs = [run for side in sides for run in side.runs]
-    budgets = _disagreements(sides, BUDGETS, 'times and rewards are not comparable', TIMES_AND_REWARDS)
-    machines = _disagreements(sides, MACHINE, 'times and memory are not comparable', TIMES_AND_MEMORY)
-    return [
-        *_one_side(sides),
-        *_disagreements(sides, ENVIRONMENT, 'nothing here is comparable', tuple(WORDS)),
-        *_seeds(sides),
-        *(Caution(f"{run.name} ended early: {run.summary['outcome']}") for run in runs
-          if run.summary.get('outcome', 'done') != 'done'),
-        *(budgets or _other_steps(runs)),
-        *(machines or _disagreements(sides, HOST, 'times are comparable if these are of one kind')),
-        *_at_once(runs),
-    ]
+    if len(sides) == 1:
+        yield Caution(f"All runs are of one side, '{sides[0].name}': there is nothing to compare it to (--group makes "
+                      'sides)')
+    yield from _disagreements(sides, ENVIRONMENT, 'nothing here is comparable', tuple(WORDS))
+    yield from _seeds(sides)
+    for run in runs:
+        if run.summary.get('outcome', 'done') != 'done':
+            yield Caution(f"{run.name} ended early: {run.summary['outcome']}")
+    budgets = list(_disagreements(sides, BUDGETS, 'times and rewards are not comparable', TIMES_AND_REWARDS))
+    yield from budgets or _other_steps(runs)
+    machines = list(_disagreements(sides, MACHINE, 'times and memory are not comparable', TIMES_AND_MEMORY))
+    yield from machines or _disagreements(sides, HOST, 'times are comparable if these are of one kind')
+    yield from itertools.islice(_at_once(runs), 1)
 
 
 def _blocked(sides: Sequence[Side]) -> Set[str]:
@@ -335,55 +336,41 @@ def _blocked(sides: Sequence[Side]) -> Set[str]:
     return {about for warning in _warnings(sides) for about in warning.blocks}
 
 
-def _one_side(sides: Sequence[Side]) -> List[Caution]:
-    if len(sides) > 1:
-        return []
-    return [Caution(f"All runs are of one side, '{sides[0].name}': there is nothing to compare it to (--group makes "
-                    'sides)')]
-
-
-def _seeds(sides: Sequence[Side]) -> List[Caution]:
+def _seeds(sides: Sequence[Side]) -> Iterator[Caution]:
     seeds = {side.name: sorted(run.seed for run in side.runs if run.seed is not None) for side in sides}
-    warnings = []
     if any(found != seeds[sides[0].name] for found in seeds.values()):
-        warnings.append(Caution(f'Other seeds: {_by_side(seeds)}'))
+        yield Caution(f'Other seeds: {_by_side(seeds)}')
     single = [f"'{side.name}'" for side in sides if len(side.runs) == 1]
     if single:
-        warnings.append(Caution(f"One run of {' and of '.join(single)}: without a spread, chance cannot be told from "
-                                'effect'))
-    return warnings
+        yield Caution(f"One run of {' and of '.join(single)}: without a spread, chance cannot be told from effect")
 
 
-def _other_steps(runs: Sequence[TrainedRun]) -> List[Caution]:
+def _other_steps(runs: Sequence[TrainedRun]) -> Iterator[Caution]:
     steps = {run.name: run.env_step for run in runs if run.env_step is not None}
     least, most = min(steps, key=steps.__getitem__, default=''), max(steps, key=steps.__getitem__, default='')
-    if not steps or steps[least] >= BUDGET_TOLERANCE * steps[most]:
-        return []
-    return [Caution(f'Other budgets: {least} has {steps[least]:,} environment steps, {most} {steps[most]:,}: times and '
-                    'rewards are not comparable', TIMES_AND_REWARDS)]
+    if steps and steps[least] < BUDGET_TOLERANCE * steps[most]:
+        yield Caution(f'Other budgets: {least} has {steps[least]:,} environment steps, {most} {steps[most]:,}: times '
+                      'and rewards are not comparable', TIMES_AND_REWARDS)
 
 
-def _at_once(runs: Sequence[TrainedRun]) -> List[Caution]:
+def _at_once(runs: Sequence[TrainedRun]) -> Iterator[Caution]:
     """Runs share a machine as long as their hosts are not known to be two."""
     for one, other in itertools.combinations(runs, 2):
         overlap = any(max(span[0], others[0]) < min(span[1], others[1])
                       for span in one.spans for others in other.spans)
         if overlap and one.host == other.host:
-            return [Caution(f'Runs went on at the same time on one machine, as {one.name} and {other.name}: '
-                            'they took time from each other')]
-    return []
+            yield Caution(f'Runs went on at the same time on one machine, as {one.name} and {other.name}: '
+                          'they took time from each other')
 
 
 def _disagreements(sides: Sequence[Side], values_of: Mapping[str, Callable[[TrainedRun], Any]], effect: str,
-                   blocks: Tuple[str, ...] = ()) -> List[Caution]:
+                   blocks: Tuple[str, ...] = ()) -> Iterator[Caution]:
     """A line for each thing that runs are known to have more than one value of."""
-    cautions = []
     for what, value_of in values_of.items():
         values = {side.name: _distinct(f'{value:,}' if isinstance(value, int) else str(value)
                                        for value in map(value_of, side.runs) if value is not None) for side in sides}
         if len(set(itertools.chain(*values.values()))) > 1:
-            cautions.append(Caution(f'Other {what} ({_by_side(values)}): {effect}', blocks))
-    return cautions
+            yield Caution(f'Other {what} ({_by_side(values)}): {effect}', blocks)
 
 
 def _by_side(values: Dict[str, List[Any]]) -> str:

@@ -153,9 +153,10 @@ class _Training:
                 read_checkpoint(path)  # LightZero and DI-engine load it without looking at what it holds
         if plan.checkpoint is not None:
             watch.checkpoint = read_checkpoint(plan.checkpoint)
+            result.env_step, result.train_iter = watch.checkpoint.env_step, watch.checkpoint.train_iter
+            result.collected_env_step = result.env_step
         result.cache = picked_manager(policy.model.world_model_cfg)
         result.device = str(policy.model.world_model_cfg.device)
-        watch.look()
         if plan.in_place:
             self._check_place()
         self._first_collected = result.collected_env_step

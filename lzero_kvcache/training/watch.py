@@ -32,15 +32,13 @@ class Watch:
         self.phase = 'start'
         self.stopped = False
         self.under_way = 0  # env steps of the collection under way
-        self.checkpoint: Optional[Checkpoint] = None  # what a training goes on from, until it does
-        self.best_reward: Optional[float] = None  # of what the checkpoint was saved by
+        self.checkpoint: Optional[Checkpoint] = None  # to go on from, or to evaluate
+        self.best_reward: Optional[float] = None  # before a training goes on in place
 
     def look(self) -> None:
         """Bring the result up to date."""
-        result, checkpoint = self.result, self.checkpoint
-        if checkpoint is not None:
-            result.env_step, result.train_iter = checkpoint.env_step, checkpoint.train_iter
-        elif self.learner is not None and self.collector is not None:
+        result = self.result
+        if self.learner is not None and self.phase != 'start':
             # Steps of whole collections, which are trained on and which a checkpoint counts.
             result.env_step, result.train_iter = int(self.collector.envstep), int(self.learner.train_iter)
         # All steps that were taken, even if a collection is cut off. The collector's own count is of all ranks, each of
@@ -68,9 +66,9 @@ class Watch:
 
     def restore(self) -> None:
         """Put a new training where the checkpoint stood. LightZero itself would restore the weights alone."""
-        if self.checkpoint is None:
+        checkpoint = self.checkpoint
+        if checkpoint is None:
             return
-        checkpoint, self.checkpoint = self.checkpoint, None
         self.learner.policy.load_state_dict(checkpoint.state)
         self.learner.last_iter.update(checkpoint.train_iter)
         self.learner.collector_envstep = checkpoint.env_step
