@@ -572,6 +572,9 @@ def test_what_came_after_the_checkpoint_adds_nothing(ended, seconds, tmp_path, m
     assert run._before.seconds == seconds
     assert (run.result.env_step, run.result.collected_env_step) == (50, 50)
     assert run.watch.best_reward == (15. if ended is None else 20.)
+    run.watch.terminal, run.watch.on_change = SimpleNamespace(line=print), lambda: None
+    run.watch.evaluated(Evaluation(60, 6, 10.))
+    assert run.result.best_reward == run._before.best_reward  # as the bar shows it, and in the end the summary
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_note(tmp_path, monkeypatch):
