@@ -340,6 +340,12 @@ def test_a_checkpoint_of_another_model_says_the_first_difference(saved, said):
         f'the checkpoint is of another model{said} use the config that it was trained with')
 
 
+def test_a_compiled_model_is_told_of_by_the_names_of_its_parameters():
+    with pytest.raises(RuntimeError) as caught:
+        torch.compile(nn.Linear(3, 4)).load_state_dict(torch.compile(nn.Linear(2, 4)).state_dict())
+    assert ': weight is [4, 2] in it, not [4, 3];' in hint(caught.value)
+
+
 def test_an_optimizer_of_another_model():
     parameters = list(nn.Linear(3, 4).parameters())
     with pytest.raises(ValueError) as caught:

@@ -81,6 +81,10 @@ TRAIN = [
     (['--config', 'config_new', '--set', '+policy.model.type=UniZeroModl'],
      "policy.model.type='UniZeroModl' is registered by none"),
 ]
+EXPERIMENT = WITH_A_CONFIG + [
+    (['--config', 'config_new', '--seeds', '0', '4294967296'], 'seed=4294967296 must be below 2**32'),
+    (['--config', 'config_new', '--set', 'policy.model.action_space_size=3'], 'contradicts the environment of'),
+]
 COMPARE = [
     ([], 'RUN'),
     (['nosuch'], 'nosuch: no such folder or event file'),
@@ -96,7 +100,7 @@ COMPARE = [
     *(([command], '--config') for command in ('train', 'experiment')),
     (['info', '--set', 'policy.num_simulations=3'], 'give --config too'),
     *(([command, *arguments], message) for command, cases in (
-        ('train', WITH_A_CONFIG + TRAIN), ('experiment', WITH_A_CONFIG), ('info', WITH_A_CONFIG), ('compare', COMPARE),
+        ('train', WITH_A_CONFIG + TRAIN), ('experiment', EXPERIMENT), ('info', WITH_A_CONFIG), ('compare', COMPARE),
     ) for arguments, message in cases),
 ])
 def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_path, monkeypatch):
