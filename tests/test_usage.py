@@ -1,6 +1,7 @@
 """What no command accepts: one line, exit code 2, and nothing written."""
 import os
 import re
+import sys
 
 import pytest
 from trainings import WM
@@ -115,6 +116,16 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
     assert captured.err.count('\n') == 1
     assert re.fullmatch(r'(Config: .*\n|.* is left out: .*\n)?', captured.out)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('arguments', [
+    [], ['train'], ['train', '--config', 'nosuch'], ['info', '--config', 'nosuch'], ['compare'], ['compare', 'nosuch'],
+])
+def test_bad_usage_waits_for_no_import(arguments, capfd, monkeypatch):
+    """The commands' module brings torch, which takes seconds."""
+    monkeypatch.setitem(sys.modules, 'lzero_kvcache.cli.commands', None)
+    assert main(arguments) == 2
+    assert 'is not installed' not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('command', [[], ['train'], ['compare'], ['experiment'], ['info'], ['zoo']])
