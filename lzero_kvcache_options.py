@@ -154,6 +154,13 @@ def group(text: str) -> Tuple[str, str]:
     return name, pattern
 
 
+def run_folder(text: str) -> str:
+    """Reads the path of a run."""
+    if not os.path.exists(os.path.expanduser(text)):
+        raise argparse.ArgumentTypeError(f'{text}: no such folder or event file')
+    return text
+
+
 def command_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = _Parser(prog=COMMAND, description='Trainings with the KV cache of UniZero, and tools around it.')
@@ -219,8 +226,8 @@ def _add_compare(commands: Any) -> None:
         'compare', help='put runs side by side: a table, curves, a page', epilog=COMPARE_EXAMPLES,
         description='Compare trainings: time, memory, hit rates and rewards, with the spread over seeds and the ratio '
         'to the first side. Prints a table, and writes compare.png, report.html and compare.json.')
-    parser.add_argument('runs', nargs='+', metavar='RUN', help='the folder of an experiment, a folder of several, or '
-                        'an event file of tensorboard')
+    parser.add_argument('runs', nargs='+', type=run_folder, metavar='RUN', help='the folder of an experiment, a folder '
+                        'of several, or an event file of tensorboard')
     parser.add_argument('--out', default='comparison', metavar='DIR', help='where to write (default: %(default)s)')
     parser.add_argument('--group', nargs='+', action='extend', default=[], type=group, metavar='NAME=PATTERN',
                         help='the runs whose name or path matches PATTERN (* and ? stand for anything) are seeds of '

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from event_runs import BEGAN, break_off, compare_json, compared, event_file, pair, read, row, write_events, write_run
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from lzero_kvcache import comparison as package
 from lzero_kvcache.comparison import compare_runs
-from lzero_kvcache.comparison.page import PANELS, band_of, draw, line_of
+from lzero_kvcache.comparison.page import PANELS, _draw_panel, band_of, draw, line_of, report_of
 from lzero_kvcache.comparison.reading import REWARD, Curve, Unreadable, find_runs
 from lzero_kvcache.comparison.table import measures_table
 from lzero_kvcache.run_files import read_config
@@ -267,3 +268,18 @@ class TestPicture:
             pytest.approx(expected) for expected in ([7, 14.5], [5, 10], [9, 19])]
         assert band_of(lines[:1], 'median') is None
         assert band_of([lines[0], (np.array([11., 12.]), np.array([1., 1.]))], 'median') is None
+
+    def test_runs_that_are_no_repeats_of_each_other_have_no_band(self, tmp_path):
+        budgets = dict(a_s0=1000, a_s1=5000, b_s2=1000, b_s3=1000)
+        paths = [write_run(tmp_path / name, new=True, seed=seed, env_steps=budget, summary=dict(max_env_step=budget))
+                 for seed, (name, budget) in enumerate(budgets.items())]
+        comparison = compared(*paths, groups=[('mixed', 'a_*'), ('repeats', 'b_*')])
+        bands = {}
+        for panel in PANELS:
+            axes = Figure().add_subplot()
+            _draw_panel(axes, panel, comparison)
+            bands[panel.title, panel.against] = [len(axes.lines), len(axes.collections)]
+        both, one = [6, 2], [5, 1]  # lines of four runs and of those that have a band, and the bands
+        assert list(bands.values()) == [one, one, both, one, both, one]
+        assert 'Runs of mixed that are not comparable have no band.' in report_of(comparison)
+        assert 'have no band' not in report_of(compared(*paths[2:]))

@@ -352,10 +352,24 @@ def wait(process: subprocess.Popen) -> str:
 
 def test_functions_are_compiled_once_for_a_machine(tmp_path: Path) -> None:
     first = run(tmp_path)
-    assert first.count('Compiling searches once for this machine') == 1
+    assert first.count('Compiling searches (add_one) once for this machine') == 1
     assert 'numba.core' not in first  # whose log is long, and LightZero's root logger shows everything
     assert 'Compiling' not in run(tmp_path)
     assert len(list(tmp_path.rglob('*.bin'))) == 1
+
+
+def test_each_compilation_is_told_of(tmp_path: Path) -> None:
+    """Of another function, and of another kind of arguments: each is waited for."""
+    more = PROGRAM.replace("print('answer'", """def add_two(x):
+        return x + 2
+
+    compiling.entry(add_two)(40)
+    compiled(41.)
+    print('answer'""").replace('len(compiled.overloads)', 'len(compiled.overloads) - 1')
+    said = run(tmp_path, more)
+    assert said.count('Compiling searches (add_two) once for this machine') == 1
+    assert said.count('Compiling searches (add_one) once for this machine') == 2
+    assert 'Compiling' not in run(tmp_path, more)
 
 
 def test_other_sources_are_compiled_anew(tmp_path: Path) -> None:
@@ -377,7 +391,7 @@ def test_a_file_that_is_not_whole_is_replaced(tmp_path: Path) -> None:
     [kept] = tmp_path.rglob('*.bin')
     for broken in (b'', kept.read_bytes()[:200]):
         kept.write_bytes(broken)
-        assert 'Compiling searches anew' in run(tmp_path)
+        assert 'Compiling searches (add_one) anew' in run(tmp_path)
         assert 'Compiling' not in run(tmp_path)
 
 

@@ -12,7 +12,7 @@ import torch
 from forks import environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
-from trainings import PROJECT_ROOT, when
+from trainings import PROJECT_ROOT, said_by, when
 
 from lzero_kvcache import ConfigError, comparison
 from lzero_kvcache.run_files import purge
@@ -302,20 +302,24 @@ def test_a_real_experiment_is_cut_off_and_goes_on(tmp_path):
     command = [sys.executable, '-m', 'lzero_kvcache', 'experiment', '--config', 'config_new', '--seeds', '0',
                '--threads', '1', '--max-env-step', '120', '--out', str(tmp_path / 'e'), '--set', *SMALL,
                'policy.eval_freq=1000']
-    process = subprocess.Popen(command, cwd=str(tmp_path), env=environment(PROJECT_ROOT), stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, encoding='utf-8')
+
+    def start(*more):
+        return subprocess.Popen([*command, *more], cwd=str(tmp_path), env=environment(PROJECT_ROOT),
+                                stdout=subprocess.PIPE, encoding='utf-8')
+
+    process = start()
     thread = when(lambda: log_has(str(tmp_path / 'e'), 'old_seed0', 'Cleared WorldModel'),
                   lambda: process.send_signal(signal.SIGINT))
-    said, _ = process.communicate(timeout=120)
+    said = said_by(process, tmp_path)
     thread.join()
     assert process.returncode == 130, said
     cut_off = read_summary(str(tmp_path / 'e' / 'old_seed0'))
     assert cut_off.outcome == 'interrupted by SIGINT' and 0 < cut_off.env_step < 120
 
-    ended = subprocess.run([*command, '--jobs', '2'], cwd=str(tmp_path), env=environment(PROJECT_ROOT),
-                           stdout=subprocess.PIPE, encoding='utf-8', timeout=300, check=False)
-    assert ended.returncode == 0, ended.stdout
-    assert 'old_seed0: goes on from' in ended.stdout and 'new_seed0: begins' in ended.stdout
+    process = start('--jobs', '2')
+    said = said_by(process, tmp_path)
+    assert process.returncode == 0, said
+    assert 'old_seed0: goes on from' in said and 'new_seed0: begins' in said
     old, new = (read_summary(str(tmp_path / 'e' / f'{cache}_seed0')) for cache in ('old', 'new'))
     assert old.env_step >= 120 and new.env_step >= 120
     assert (old.cache, new.cache) == ('old', 'new')

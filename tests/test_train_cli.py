@@ -340,6 +340,12 @@ def test_a_checkpoint_of_another_model_says_the_first_difference(saved, said):
         f'the checkpoint is of another model{said} use the config that it was trained with')
 
 
+def test_a_compiled_model_is_told_of_by_the_names_of_its_parameters():
+    with pytest.raises(RuntimeError) as caught:
+        torch.compile(nn.Linear(3, 4)).load_state_dict(torch.compile(nn.Linear(2, 4)).state_dict())
+    assert ': weight is [4, 2] in it, not [4, 3];' in hint(caught.value)
+
+
 def test_an_optimizer_of_another_model():
     parameters = list(nn.Linear(3, 4).parameters())
     with pytest.raises(ValueError) as caught:
@@ -573,6 +579,9 @@ def test_what_came_after_the_checkpoint_adds_nothing(ended, seconds, tmp_path, m
     assert run._before.seconds == seconds
     assert (run.result.env_step, run.result.collected_env_step) == (50, 50)
     assert run.watch.best_reward == (15. if ended is None else 20.)
+    run.watch.terminal, run.watch.on_change = SimpleNamespace(line=print), lambda: None
+    run.watch.evaluated(Evaluation(60, 6, 10.))
+    assert run.result.best_reward == run._before.best_reward  # as the bar shows it, and in the end the summary
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_note(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What no command accepts: one line, exit code 2, and nothing written."""
 import os
 import re
+import sys
 
 import pytest
 from trainings import WM
@@ -81,6 +82,10 @@ TRAIN = [
     (['--config', 'config_new', '--set', '+policy.model.type=UniZeroModl'],
      "policy.model.type='UniZeroModl' is registered by none"),
 ]
+EXPERIMENT = WITH_A_CONFIG + [
+    (['--config', 'config_new', '--seeds', '0', '4294967296'], 'seed=4294967296 must be below 2**32'),
+    (['--config', 'config_new', '--set', 'policy.model.action_space_size=3'], 'contradicts the environment of'),
+]
 COMPARE = [
     ([], 'RUN'),
     (['nosuch'], 'nosuch: no such folder or event file'),
@@ -96,7 +101,7 @@ COMPARE = [
     *(([command], '--config') for command in ('train', 'experiment')),
     (['info', '--set', 'policy.num_simulations=3'], 'give --config too'),
     *(([command, *arguments], message) for command, cases in (
-        ('train', WITH_A_CONFIG + TRAIN), ('experiment', WITH_A_CONFIG), ('info', WITH_A_CONFIG), ('compare', COMPARE),
+        ('train', WITH_A_CONFIG + TRAIN), ('experiment', EXPERIMENT), ('info', WITH_A_CONFIG), ('compare', COMPARE),
     ) for arguments, message in cases),
 ])
 def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_path, monkeypatch):
@@ -111,6 +116,16 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
     assert captured.err.count('\n') == 1
     assert re.fullmatch(r'(Config: .*\n|.* is left out: .*\n)?', captured.out)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('arguments', [
+    [], ['train'], ['train', '--config', 'nosuch'], ['info', '--config', 'nosuch'], ['compare'], ['compare', 'nosuch'],
+])
+def test_bad_usage_waits_for_no_import(arguments, capfd, monkeypatch):
+    """The commands' module brings torch, which takes seconds."""
+    monkeypatch.setitem(sys.modules, 'lzero_kvcache.cli.commands', None)
+    assert main(arguments) == 2
+    assert 'is not installed' not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('command', [[], ['train'], ['compare'], ['experiment'], ['info'], ['zoo']])

@@ -2,9 +2,11 @@
 import contextlib
 import json
 import os
+import subprocess
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable, List, Tuple
 
 import torch
@@ -62,7 +64,7 @@ def when(condition: Callable[[], bool], action: Callable[[], Any]) -> threading.
     """Do something in another thread as soon as a condition holds."""
 
     def wait() -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.02)
         action()
@@ -70,6 +72,24 @@ def when(condition: Callable[[], bool], action: Callable[[], Any]) -> threading.
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
+
+
+def said_by(process: subprocess.Popen, folder: Path, patience: float = 240.) -> str:
+    """What a process prints until it ends, which may take any time as long as files below a folder change."""
+    newest, changed = 0., time.monotonic()
+    while True:
+        try:
+            return process.communicate(timeout=1)[0]
+        except subprocess.TimeoutExpired:
+            times = [0.]
+            for path in folder.rglob('*'):
+                with contextlib.suppress(FileNotFoundError):  # a temporary one
+                    times.append(path.stat().st_mtime)
+            if max(times) > newest:
+                newest, changed = max(times), time.monotonic()
+            if time.monotonic() > changed + patience:
+                process.kill()
+                raise
 
 
 def import_what_trainings_import() -> None:

@@ -82,7 +82,8 @@ class Caution(NamedTuple):
 class Comparison(NamedTuple):
     """
     All that there is to say. ``left_out`` are the runs that could not be read, each with the reason; ``differences``
-    has, by config key, the values as text by the name of a side, joined by '; ' where the side's runs differ.
+    has, by config key, the values as text by the name of a side, joined by '; ' where the side's runs differ; ``mixed``
+    is, by side, what those measures are about in which its runs are no repeats of each other.
     """
     sides: List[Side]
     rows: List[Row]
@@ -90,6 +91,7 @@ class Comparison(NamedTuple):
     warnings: List[Caution]
     left_out: Dict[str, str]
     statistic: str
+    mixed: Dict[str, Set[str]]
 
     @property
     def title(self) -> str:
@@ -107,7 +109,8 @@ def judge(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]], left_ou
     mixed = {side.name: _blocked([side]) for side in sides}
     blocked = {side.name: _blocked([sides[0], side]) for side in sides[1:]}
     rows = [_row(measure, sides, mixed, blocked, statistic) for measure in MEASURES]
-    return Comparison(sides, rows, _config_differences(sides), [*_notes(runs), *_warnings(sides)], left_out, statistic)
+    remarks = [*_notes(runs), *_warnings(sides)]
+    return Comparison(sides, rows, _config_differences(sides), remarks, left_out, statistic, mixed)
 
 
 def as_json(comparison: Comparison) -> Dict[str, Any]:

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.style import context
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from .judging import INTERQUARTILE_MEAN, MEDIAN, Comparison, summed_up
+from .judging import HITS, INTERQUARTILE_MEAN, MEDIAN, MEMORY, REWARDS, TIME, Comparison, summed_up
 from .reading import CACHE_BY_STEP, HOST_MEMORY, REWARD, Curve
 from .table import Table, config_table, measures_table, origin, runs_table, runs_text, side_text
 
@@ -43,21 +43,22 @@ Line = Tuple[np.ndarray, np.ndarray]
 
 
 class Panel(NamedTuple):
-    """A tag, its values times ``factor``, against environment steps or minutes."""
+    """A tag, what it is about, its values times ``factor``, against environment steps or minutes."""
     title: str
     tag: str
+    about: str
     against: str
     factor: float = 1.
     from_zero: bool = False
 
 
 PANELS = (
-    Panel('Reward of evaluations', REWARD, STEPS),
-    Panel('Reward of evaluations', REWARD, MINUTES),
-    Panel('Root contexts found, %', CACHE_BY_STEP + 'init_hit_rate', STEPS, 100., True),
-    Panel('Time of a search, ms', CACHE_BY_STEP + 'search_ms', STEPS, from_zero=True),
-    Panel('Memory of the cache, MiB', CACHE_BY_STEP + 'memory_mb', STEPS, from_zero=True),
-    Panel('Memory of the process, MiB', HOST_MEMORY, MINUTES, from_zero=True),
+    Panel('Reward of evaluations', REWARD, REWARDS, STEPS),
+    Panel('Reward of evaluations', REWARD, REWARDS, MINUTES),
+    Panel('Root contexts found, %', CACHE_BY_STEP + 'init_hit_rate', HITS, STEPS, 100., True),
+    Panel('Time of a search, ms', CACHE_BY_STEP + 'search_ms', TIME, STEPS, from_zero=True),
+    Panel('Memory of the cache, MiB', CACHE_BY_STEP + 'memory_mb', MEMORY, STEPS, from_zero=True),
+    Panel('Memory of the process, MiB', HOST_MEMORY, MEMORY, MINUTES, from_zero=True),
 )
 
 
@@ -92,7 +93,8 @@ def _draw_panel(axes: Any, panel: Panel, comparison: Comparison) -> None:
         colour = COLOURS[index % len(COLOURS)]
         lines = [line_of(run.curves[panel.tag], panel) for run in side.runs if panel.tag in run.curves]
         lines = [line for line in lines if len(line[0])]
-        band = band_of(lines, comparison.statistic)
+        about = {panel.about, TIME} if panel.against == MINUTES else {panel.about}
+        band = None if about & comparison.mixed[side.name] else band_of(lines, comparison.statistic)
         for x, y in lines:
             alone = band is None
             axes.plot(x, y, color=colour, linewidth=2. if alone else 0.8, alpha=1. if alone else 0.45,
@@ -187,7 +189,12 @@ def _figure(comparison: Comparison) -> str:
     picture = base64.b64encode(draw(comparison)).decode('ascii')
     return (f'<figure><div class="scroll" role="region" tabindex="0" aria-labelledby="curves">'
             f'<img src="data:image/png;base64,{picture}" alt="{escape(alt)}"></div>'
-            f'<figcaption>{CURVES[comparison.statistic]}</figcaption></figure>')
+            f'<figcaption>{_caption(comparison)}</figcaption></figure>')
+
+
+def _caption(comparison: Comparison) -> str:
+    mixed = ' and of '.join(escape(name) for name, about in comparison.mixed.items() if about)
+    return CURVES[comparison.statistic] + (f' Runs of {mixed} that are not comparable have no band.' if mixed else '')
 
 
 def _configs(comparison: Comparison) -> str:

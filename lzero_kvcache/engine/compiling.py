@@ -2,7 +2,6 @@
 
 numba is imported with the first function that is compiled, not with the package.
 """
-import functools
 import hashlib
 import importlib.util
 import logging
@@ -87,12 +86,6 @@ SOURCES = _hash_sources()
 """Made as this module is imported: what is written into the files later is not what this process compiles."""
 
 
-@functools.lru_cache(maxsize=None)
-def _say(line: str) -> None:
-    """Once, though a search and the inference of its roots are compiled one after the other."""
-    logger.info(line)
-
-
 def _kept_on_disk(name: str) -> Any:
     """What numba asks for compiled functions. Its own cache keeps an index beside them, in which two processes can
     overwrite each other's entries; here a file's name says all that its contents depend on."""
@@ -110,7 +103,8 @@ def _kept_on_disk(name: str) -> Any:
                 return CompileResult._rebuild(target, *kept)
             except Exception as error:  # not there, not readable, not whole
                 where = 'once for this machine' if isinstance(error, FileNotFoundError) else f'anew ({error!r})'
-                _say(f'Compiling searches {where}, which takes some twenty seconds')
+                part = name.rpartition('.')[2]
+                logger.info(f'Compiling searches ({part}) {where}, which takes some ten seconds')
                 return None
 
         def save_overload(self, signature: Any, result: Any) -> None:

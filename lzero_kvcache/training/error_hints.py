@@ -66,6 +66,7 @@ def hinted() -> Iterator[None]:
 
 def _difference(text: str) -> str:
     """The first parameter that torch names as different, and how many more there are; nothing if it names none."""
+    text = text.replace('_orig_mod.', '')  # which torch puts before the parameters of a compiled module
     different = [f'{name} is {there} in it, not {here}' for name, there, here in _OTHER_SHAPE.findall(text)]
     for kind, keys in _OTHER_KEYS.findall(text):
         different += [f'{name} is not in it' if kind == 'Missing' else f'{name} is only in it'

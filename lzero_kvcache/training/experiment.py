@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from ..config import FLAG, OPTIONS, PREFIX, ConfigError, system_of
+from ..host import entries
 from ..run_files import read_json, write_json
 from ..summary import TRAIN, Result, read_summary
 from . import overrides
@@ -74,10 +75,11 @@ class Experiment:
         self.folder = folder
         self.caches, self.seeds = list(dict.fromkeys(caches)), list(dict.fromkeys(seeds))
         self._config, self._changes = config, changes
-        plan, *_ = [make_plan(config, cache=cache, exp_name=EXPERIMENT, **changes)
+        plan, *_ = [make_plan(config, cache=cache, seed=max(self.seeds), exp_name=EXPERIMENT, **changes)
                     for cache in dict.fromkeys(('old', *self.caches))]
         if plan.max_env_step is None:
             raise ConfigError(f'{plan.config} has no max_env_step, and every run must end; give --max-env-step')
+        entries.try_environment(plan.main_config, plan.create_config)
         self._plan = plan  # of the old system, whichever are asked for
         self.max_env_step: int = plan.max_env_step
         # Seeds in the outer loop: whatever else the machine does meanwhile slows both systems.

@@ -184,6 +184,7 @@ class _Training:
         # What came after the checkpoint is abandoned, and counts for nothing.
         noted = read_result(beside(str(self.plan.checkpoint)))
         self._before = ended_there if ended_there and ended_there.train_iter == self.result.train_iter else noted
+        self.result.best_reward = None if self._before is None else self._before.best_reward
         rewards = [part.best_reward for part in (ended_there, noted) if part and part.best_reward is not None]
         self.watch.best_reward = max(rewards, default=None)
 

@@ -56,9 +56,11 @@ class Watch:
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Keep an evaluation, and show it."""
-        self.result.evaluations.append(evaluation)
-        self.result.last_reward = evaluation.reward
-        self.result.best_reward = max(evaluation.reward for evaluation in self.result.evaluations)
+        result = self.result
+        result.evaluations.append(evaluation)
+        result.last_reward = evaluation.reward
+        known = [evaluation.reward] if result.best_reward is None else [evaluation.reward, result.best_reward]
+        result.best_reward = max(known)
         self.terminal.line(
             f'Evaluation after {evaluation.env_step:,} env steps, iteration {evaluation.train_iter:,}: '
             f'reward {reward_text(evaluation)}')
