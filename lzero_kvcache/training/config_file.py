@@ -19,8 +19,8 @@ from easydict import EasyDict
 import lzero_kvcache_options
 
 from ..config import ConfigError
-from ..host.entries import recorded_call
 from ..host.patches import ENTRIES, applied, forget_configs
+from ..host.recorded import recorded_call
 from ..summary import TRAIN
 from .error_hints import hint
 
