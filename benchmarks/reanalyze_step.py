@@ -13,7 +13,7 @@ from common import PRESETS, allocated_mb, build_models, median, parser, report, 
 from easydict import EasyDict
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 
-from lzero_kvcache.host.reanalysis import Reanalysis
+from lzero_kvcache.host.buffers import Reanalysis
 
 UNROLL = 10  # rows are sequences x (unroll steps + 1), as in LightZero's buffer
 

@@ -24,7 +24,7 @@ from lzero_kvcache.host import policies
 from lzero_kvcache.host.tree_search import NodeSearch
 from lzero_kvcache.search import tree
 from lzero_kvcache.search.inference import Inference
-from lzero_kvcache.search.whole import WholeSearch
+from lzero_kvcache.search.whole import CompiledSearch
 
 LINEAR, ATTENTION, NORM, GELU = range(4)
 
@@ -109,13 +109,13 @@ def parts_of_a_step(policy: Any, envs: int, steps: int) -> Tuple[Dict[str, float
         copy = with_globals(function, **names)
         return timed(copy, 'action selection') if 'entropy' in names else copy
 
-    search, with_globals = timed(WholeSearch._search, 'compiled'), policies.with_globals
+    search, with_globals = timed(CompiledSearch._search, 'compiled'), policies.with_globals
     places = [
         (Inference, 'root', 'root inference'), (NodeSearch, 'search', 'search'),
         (type(policy._collect_model), 'eval', 'eval()'), (np.random, 'dirichlet', 'noise'),
     ]
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(WholeSearch, '_search', noted))
+        patches.enter_context(mock.patch.object(CompiledSearch, '_search', noted))
         patches.enter_context(mock.patch.object(policies, 'with_globals', copied))
         for owner, name, part in places:
             times[part] = []

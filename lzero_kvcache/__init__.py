@@ -8,7 +8,7 @@ with root_level.kept():
     from . import telemetry  # noqa: F401
     from .host import policies  # noqa: F401
     # isort: split
-    from .host import models, targets  # noqa: F401  (what LightZero and DI-engine find in place of their own)
+    from .host import buffers, models  # noqa: F401  (what LightZero and DI-engine find in place of their own)
     from .host.lightzero import lightzero
     if 'unizero_ppo' in lightzero.POLICIES:
         from .host import ppo  # noqa: F401

@@ -63,7 +63,7 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     merged = deep_merge_dicts(policy.default_config(), main_config.policy)
     config = settle(merged, lightzero.simulations_of(merged))
     if config.system == 'new':
-        check_policy(name, merged)
+        check_policy(merged)
         if name == 'sampled_unizero':
             check_draws(merged)
     if config.system == 'new' and not issubclass(policy, KVCachePolicy):

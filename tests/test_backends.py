@@ -86,7 +86,7 @@ def captured(monkeypatch):
     graphs = []
 
     def capture(self, slab, rows, count, action):
-        column = packing.filler(self.engine.geometry, SCRATCH_PAGE, count)
+        column = packing.filler(self.engine.geometry, count)
         host = torch.from_numpy(np.repeat(column, rows, axis=1))
         sent, held = host.clone(), None if action is None else torch.zeros_like(action)
         graphs.append(StandIn(self, slab, sent, held))

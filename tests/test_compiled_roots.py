@@ -13,7 +13,7 @@ from torch import nn
 from lzero_kvcache.engine.program import GELU, KIND, LAYER_NORM, LINEAR, SCALE, SIM_NORM, STANDARDIZE
 from lzero_kvcache.host.network import read_network
 from lzero_kvcache.search import compiled
-from lzero_kvcache.search.root_step import CompiledRoots
+from lzero_kvcache.search.roots import RootInference
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
 
@@ -75,13 +75,13 @@ def make_model(case: Case, **cache: Any) -> Any:
 def counted() -> Iterator[List[int]]:
     """How many rows each compiled root inference had."""
     rows: List[int] = []
-    step = CompiledRoots.step
+    step = RootInference._run_compiled
 
     def noted(self: Any, served: Any, given: Any) -> Any:
         rows.append(len(given.pages))
         return step(self, served, given)
 
-    with mock.patch.object(CompiledRoots, 'step', noted):
+    with mock.patch.object(RootInference, '_run_compiled', noted):
         yield rows
 
 

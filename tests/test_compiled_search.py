@@ -2,6 +2,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, List, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from small_models import Case, cached_model
 
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.team import FINISHED
-from lzero_kvcache.search import compiled, compiled_model, tree
+from lzero_kvcache.search import compiled, compiled_model, tree, whole
 from lzero_kvcache.search.tree import Tree, make_key, make_rules, make_tree, root_values, root_visits
 from lzero_kvcache.search.whole import Problem
 
@@ -97,8 +98,14 @@ def search_by_steps(root: Root) -> Tree:
 def found(root: Root, **changes: Any) -> List[Any]:
     """What a compiled search leaves."""
     inference = root.world_model.inference
-    with torch.no_grad(), inference._whole.trees(inference.open.searched(), root.problem._replace(**changes)) as tree:
-        return left(tree)
+    return left(trees_of(inference._whole, inference.open.searched(), root.problem._replace(**changes)))
+
+
+@torch.no_grad()
+def trees_of(search: whole.CompiledSearch, served: Any, problem: Problem) -> Tree:
+    """The trees of a search, which the next one writes over."""
+    with mock.patch.object(whole, 'found_in', lambda tree, problem: tree):
+        return search.run(served, problem)  # type: ignore[return-value]
 
 
 def left(tree: Tree) -> List[Any]:
@@ -191,10 +198,10 @@ def test_two_threads_search_one_model(root: Root, monkeypatch: pytest.MonkeyPatc
         search_rows(*args[:-4], SIMULATIONS // 2, SIMULATIONS, *args[-2:])
 
     def run(number: int) -> List[Any]:
-        with search.trees(served, root.problem._replace(number=number)) as tree:
-            return left(tree)
+        return left(search.run(served, root.problem._replace(number=number)))
 
     monkeypatch.setattr(compiled, 'search_rows', in_halves)
+    monkeypatch.setattr(whole, 'found_in', lambda tree, problem: tree)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(run, 3)
         assert begun.wait(60)

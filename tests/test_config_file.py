@@ -182,7 +182,8 @@ def test_what_lies_beside_it_can_be_imported_inside_main(write):
         'def main(seed):\n    from lzero.entry import train_unizero\n    import my_env\n{rest}\n'
         '    train_unizero([main_config, create_config], seed=my_env.seed)'
     )
-    path = write('a/mine.py', body=main + PROGRAM.replace('main()', 'main(0)'), rest=textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    '))
+    config = textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    ')
+    path = write('a/mine.py', body=main + PROGRAM.replace('main()', 'main(0)'), rest=config)
     assert load_config(path).seed == 5
 
 
@@ -289,7 +290,8 @@ def test_loading_trains_nothing_by_whatever_way_main_reaches_an_entry(top, insid
     for name in ('launcher', 'late_launcher'):
         write(f'a/{name}.py', body='from lzero.entry import train_unizero as go')
     config = textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    ')
-    path = write('a/mine.py', body=f'{top}\ndef main():\n{config}\n    {inside}([main_config, create_config], seed=4)' + PROGRAM)
+    trains = f'{inside}([main_config, create_config], seed=4)'
+    path = write('a/mine.py', body=f'{top}\ndef main():\n{config}\n    {trains}' + PROGRAM)
     with mock.patch('ding.config.compile_config', side_effect=AssertionError('a training begins')):
         assert load_config(path).seed == 4
     assert importlib.import_module('launcher').go is lzero.entry.train_unizero
@@ -298,8 +300,8 @@ def test_loading_trains_nothing_by_whatever_way_main_reaches_an_entry(top, insid
 
 def test_loading_trains_nothing_where_a_decorated_main_or_the_file_itself_calls_an_entry(write):
     config = textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    ')
-    main = f'@torch.enable_grad()\ndef main():\n{config}\n    train_unizero([main_config, create_config], seed=4)' + PROGRAM
-    decorated = write('a/mine.py', body='import torch\nfrom lzero.entry import train_unizero\n' + main)
+    main = f'@torch.enable_grad()\ndef main():\n{config}\n    train_unizero([main_config, create_config], seed=4)'
+    decorated = write('a/mine.py', body='import torch\nfrom lzero.entry import train_unizero\n' + main + PROGRAM)
     call = 'import lzero.entry\nlzero.entry.train_unizero((main_config, create_config), 4)'
     unguarded = write('b/mine.py', rest=call)
     with mock.patch('ding.config.compile_config', side_effect=AssertionError('a training begins')):

@@ -57,15 +57,15 @@ def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None
     visits, values, actions = root.world_model.inference._device.run(served, root.problem)
     [space] = root.world_model.inference._device._spaces.kept.values()
     served.trace = Trace('collect', served.env_ids, 1, replayed=True)
-    with root.world_model.inference._whole.trees(served, root.problem) as tree:
-        assert visits == root_visits(tree)
-        np.testing.assert_allclose(values, root_values(tree), atol=3e-4)  # what float32 makes of the model's steps
-        assert space.tree.child.tolist() == tree.child.tolist() and space.tree.order.tolist() == tree.order.tolist()
-        np.testing.assert_allclose(space.tree.reward, tree.reward, atol=3e-4)
-        np.testing.assert_allclose(space.tree.draws, tree.draws, atol=1e-5)
-        assert (actions is not None) == ('sampled' in root.problem.rules)
-        if actions is not None:
-            np.testing.assert_allclose(actions, root_actions(tree), atol=1e-6)
+    tree = compiled.trees_of(root.world_model.inference._whole, served, root.problem)
+    assert visits == root_visits(tree)
+    np.testing.assert_allclose(values, root_values(tree), atol=3e-4)  # what float32 makes of the model's steps
+    assert space.tree.child.tolist() == tree.child.tolist() and space.tree.order.tolist() == tree.order.tolist()
+    np.testing.assert_allclose(space.tree.reward, tree.reward, atol=3e-4)
+    np.testing.assert_allclose(space.tree.draws, tree.draws, atol=1e-5)
+    assert (actions is not None) == ('sampled' in root.problem.rules)
+    if actions is not None:
+        np.testing.assert_allclose(actions, root_actions(tree), atol=1e-6)
     assert len(noted.nodes) == compiled.SIMULATIONS
     for node, other in zip(noted.nodes, served.trace.nodes):
         for part, right in zip(node[:3], other[:3]):

@@ -7,7 +7,7 @@ from builders import Worker, make_policy
 
 from lzero_kvcache import __version__
 from lzero_kvcache.engine.slab import MIB
-from lzero_kvcache.host import entries
+from lzero_kvcache.host import building
 from lzero_kvcache.host.lightzero import adapter_of, lightzero
 from lzero_kvcache.training import info, make_plan
 from lzero_kvcache_options import lightzero_configs, main, our_configs
@@ -139,14 +139,14 @@ def test_the_zoo_is_tried(monkeypatch):
     own = {name: path for name, path in lightzero_configs().items() if 'stack4' in name or 'memory' in name}
     monkeypatch.setattr(info, 'our_configs', lambda: ours)
     monkeypatch.setattr(info, 'lightzero_configs', lambda: own)
-    try_environment = entries.try_environment
+    try_environment = building.try_environment
 
     def without_pycolab(main_config, create_config):
         if 'memory' in create_config.env.type:
             raise ModuleNotFoundError(name='pycolab')
         try_environment(main_config, create_config)
 
-    monkeypatch.setattr(entries, 'try_environment', without_pycolab)
+    monkeypatch.setattr(building, 'try_environment', without_pycolab)
     rows = dict(info.of_zoo())
     missing = "extra memory: the module 'pycolab' is not installed; pip install 'pycolab==1.2'"
     assert 'ImportError: cannot import name' in rows.pop('lightzero:atari_unizero_stack4_config')
@@ -177,7 +177,7 @@ def test_a_data_parallel_config_is_told_of_in_one_process():
 def test_an_environment_of_the_zoo_that_fails_is_named(monkeypatch):
     monkeypatch.setattr(info, 'our_configs', lambda: {'config_new': our_configs()['config_new']})
     monkeypatch.setattr(info, 'lightzero_configs', dict)
-    place, fails = os.path.join(entries.zoo_folder(), 'some_env.py'), {}
+    place, fails = os.path.join(building.zoo_folder(), 'some_env.py'), {}
     exec(compile('def reset(self):\n    return self.no_such_range', place, 'exec'), fails)
     monkeypatch.setattr('zoo.classic_control.cartpole.envs.cartpole_lightzero_env.CartPoleEnv.reset', fails['reset'])
     said = dict(info.of_zoo())['config_new']

@@ -29,7 +29,7 @@ from lzero_kvcache.cache.nodes import NodeTable
 from lzero_kvcache.host.old_world_model import OldWorldModel
 from lzero_kvcache.host.tree_search import NodeSearch
 from lzero_kvcache.host.world_model import NewWorldModel
-from lzero_kvcache.search import by_key, by_node
+from lzero_kvcache.search import inference
 from lzero_kvcache.search import roots as root_inference
 
 SEED, CASE = 11, Case()
@@ -507,8 +507,8 @@ POINTS = {
     'expanding a node': (lambda policy: (NodeTable, 'expand'), 'by node'),
     'the copy there': (lambda policy: (root_inference, 'send'), 'both'),
     'the copy back': (lambda policy: (root_inference, 'to_cpu'), 'both'),
-    "a node's copy back, by key": (lambda policy: (by_key, 'to_cpu'), 'by key'),
-    "a node's copy back": (lambda policy: (by_node, 'to_cpu'), 'by node'),
+    "a node's copy back, by key": (lambda policy: (inference, 'to_cpu'), 'by key'),
+    "a node's copy back": (lambda policy: (inference, 'to_cpu'), 'by node'),
     'the tree, down': (lambda policy: (seeded_search.TREE, 'batch_traverse'), 'both'),
     'the tree, up': (lambda policy: (seeded_search.TREE, 'batch_backpropagate'), 'both'),
 }
@@ -577,7 +577,7 @@ class TestByEnvironment:
     def test_a_served_step_hashes_nothing_and_copies_no_latent(self, mode, monkeypatch):
         hashed, copied = [], []
         for owner, found, name in ((root_inference, hashed, 'hash_rows'), (root_inference, copied, 'to_cpu'),
-                                   (by_node, copied, 'to_cpu')):
+                                   (inference, copied, 'to_cpu')):
             function = getattr(owner, name)
             monkeypatch.setattr(owner, name, lambda value, found=found, function=function: (
                 found.append(value.shape), function(value))[1])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from small_models import ON_MAIN
 
 from lzero_kvcache import ConfigError
-from lzero_kvcache.host import entries
+from lzero_kvcache.host import building
 from lzero_kvcache.training import load_config, make_plan
 from lzero_kvcache.training.linked_keys import replace_token
 from lzero_kvcache.training.overrides import apply_overrides
@@ -18,14 +18,14 @@ WM = 'policy.model.world_model_cfg.'
 @pytest.fixture(scope='module')
 def cartpole():
     loaded = load_config('config_new')
-    return loaded.main_config, loaded.create_config, entries.completed(loaded.main_config, loaded.create_config)
+    return loaded.main_config, loaded.create_config, building.completed(loaded.main_config, loaded.create_config)
 
 
 @pytest.fixture(scope='module')
 def pong():
     loaded = load_config('atari_unizero_segment_config')
     pytest.importorskip('cv2')
-    return loaded.main_config, loaded.create_config, entries.completed(loaded.main_config, loaded.create_config)
+    return loaded.main_config, loaded.create_config, building.completed(loaded.main_config, loaded.create_config)
 
 
 def set_in(configs, *assignments):

@@ -19,8 +19,8 @@ from test_tree import alike
 
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.host import entries
+from lzero_kvcache.host.buffers import Reanalysis, reanalyzed_in_arrays
 from lzero_kvcache.host.patches import applied
-from lzero_kvcache.host.reanalysis import Reanalysis, in_arrays
 from lzero_kvcache.search import tree, whole
 from lzero_kvcache.search.tree import make_key, make_rules, make_tree, root_values, root_visits
 from lzero_kvcache.search.whole import Problem
@@ -206,7 +206,7 @@ def test_a_buffer_reanalyzes_in_arrays(life: Any, lines: Any) -> None:
     buffer, policy = life()
     module = importlib.import_module('lzero.mcts.buffer.game_buffer_unizero')
     own, method = module.MCTSCtree, UniZeroGameBuffer._compute_target_policy_reanalyzed
-    with applied(reanalysis=in_arrays), ways() as taken:
+    with applied(reanalysis=reanalyzed_in_arrays), ways() as taken:
         assert module.MCTSCtree is own
         for _ in range(2):
             _, (_, _, policies) = buffer.sample(3, policy)
@@ -234,7 +234,7 @@ def test_what_is_reanalyzed_in_lightzeros_tree(search: str, prepare: Any, told: 
     buffer, policy = life(search=search)
     target = policy._target_model
     prepare(buffer, getattr(target, '_orig_mod', target))
-    with applied(reanalysis=in_arrays), ways() as taken, seeded_search(), \
+    with applied(reanalysis=reanalyzed_in_arrays), ways() as taken, seeded_search(), \
             mock.patch.object(target, 'eval', target.train if told and 'arrays' in told[1] else target.eval):
         _, (_, _, policies) = buffer.sample(3, policy)
     assert taken == ['ctree'] and policies.sum() > 0
@@ -246,7 +246,7 @@ def test_old_mode_reanalyzes_as_it_does() -> None:
     model, buffer = original_model(Case(), 1, 0), object()
     compute = mock.Mock(return_value='targets', __name__='compute')
     for context in (None, []):
-        assert in_arrays(compute)(buffer, context, model, 1, batch_timestep=2) == 'targets'
+        assert reanalyzed_in_arrays(compute)(buffer, context, model, 1, batch_timestep=2) == 'targets'
         compute.assert_called_with(buffer, context, model, 1, batch_timestep=2)
 
 
@@ -276,10 +276,10 @@ def test_means_over_many_reanalyses_are_those_of_lightzeros_tree(life: Any) -> N
                 compute(buffer, context, model, batch[1], batch[-1])[..., 0].ravel() for _ in range(150)
             ])
 
-    arrays, ctree = targets(in_arrays(compute)), targets(compute)
+    arrays, ctree = targets(reanalyzed_in_arrays(compute)), targets(compute)
     with mock.patch.object(Reanalysis, '_rules', lambda self, rules=Reanalysis._rules: dict(
             rules(self), pb_c_init=12.)):
-        other = targets(in_arrays(compute))
+        other = targets(reanalyzed_in_arrays(compute))
     assert (arrays.std(axis=0) > 0).any()
     assert alike(arrays, ctree)
     assert not alike(other, ctree)  # such a difference would be seen

@@ -25,7 +25,7 @@ FROM_THE_PACKAGE = {'engine/compiling.py': {'__version__'}}
 DYNAMIC = {
     'engine/compiling.py': {'find_spec', 'loads'},  # numba, if it is installed; what numba has compiled, from its file
     'engine/step.py': {'find_spec'},  # Triton, if it is installed
-    'host/entries.py': {'import_module'},  # import_names of a config's environment and model
+    'host/building.py': {'import_module'},  # import_names of a config's environment and model
     'host/patches.py': {'import_module'},  # the modules of TABLE
     'loading.py': {'import_module'},  # import_names of a config's policy
     'telemetry.py': {'import_module'},  # the module beside a tensorboard writer's, which is torch's or tensorboardX's

@@ -55,7 +55,7 @@ def test_a_trace_with_episodes_that_begin_and_contexts_that_are_lost(rotary, con
     for _ in range(2):
         assert largest_error(answers_of(model, trace, True), answers_of(plain, trace, True)) <= TOLERANCE
     assert captured == [12]
-    assert model.world_model.inference._root_graphs.memory_mb == 1
+    assert model.world_model.inference._root_graphs.graphs.memory_mb == 1
 
 
 def test_fewer_rows_need_no_capture_of_their_own_and_write_nobody_elses_page(captured):
@@ -164,5 +164,5 @@ def test_on_a_gpu(rotary, continuous):
     for _ in range(2):
         assert largest_error(answers_of(model, trace, True), expected) <= TOLERANCE
         model.world_model.forget()
-    graph, = model.world_model.inference._root_graphs._graphs.kept.values()
+    graph, = model.world_model.inference._root_graphs.graphs.kept.values()
     assert graph.captured.memory_mb > 0

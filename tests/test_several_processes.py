@@ -29,7 +29,7 @@ from trainings import (
 from trainings import train as main
 
 from lzero_kvcache import ConfigError, telemetry
-from lzero_kvcache.host import entries
+from lzero_kvcache.host import building, entries
 from lzero_kvcache.training import make_plan, runner
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.ranks import DataParallel, Interrupted
@@ -92,7 +92,7 @@ def test_as_many_gpus_as_processes(monkeypatch):
 def test_a_rank_takes_its_share(monkeypatch):
     plan = make_plan('config_new')
     monkeypatch.setattr('lzero.config.utils.get_world_size', lambda: 3)
-    tree = entries.completed(plan.main_config, plan.create_config)
+    tree = building.completed(plan.main_config, plan.create_config)
     DataParallel(1, 3, 3).share_out(plan.main_config, tree, 'train_unizero')
     policy = plan.main_config.policy
     assert policy.multi_gpu is True
@@ -100,7 +100,7 @@ def test_a_rank_takes_its_share(monkeypatch):
     assert (policy.batch_size, policy.n_episode) == (math.ceil(64 / 3), 3)
     assert plan.main_config.env.collector_env_num == policy.collector_env_num == 3
     # What compile_config makes of it is what a collector accepts.
-    tree = entries.completed(plan.main_config, plan.create_config)
+    tree = building.completed(plan.main_config, plan.create_config)
     assert tree.policy.n_episode >= tree.env.collector_env_num
 
 

@@ -14,7 +14,7 @@ from lzero.policy.unizero import UniZeroPolicy
 from oracle import TOLERANCE
 from small_models import ON_MAIN, Case, cached_model, original_model
 
-from lzero_kvcache.host import targets
+from lzero_kvcache.host import buffers
 from lzero_kvcache.host.patches import applied
 
 pytestmark = pytest.mark.skipif(ON_MAIN, reason="LightZero's main branch: its own code computes what is trained on")
@@ -37,7 +37,7 @@ OF_EACH_CASE = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
 @pytest.fixture(autouse=True)
 def _in_a_run():
     """Buffers as a run has them."""
-    with applied(targets=targets.of_new_system):
+    with applied(targets=buffers.targets_of_engine):
         yield
 
 
@@ -268,7 +268,7 @@ def test_what_is_not_served_is_lightzeros_own(changes, change, monkeypatch):
     context, _, actions, _, timesteps = batch_of(buffer)
     if buffer._cfg.use_root_value:
         context[4] = np.linspace(-1, 1, len(context[0]))
-    monkeypatch.setattr(targets, 'target_values', lambda *args: calls.append(args))
+    monkeypatch.setattr(buffers, 'target_values', lambda *args: calls.append(args))
     torch.manual_seed(SEED)
     actual = buffer._compute_target_reward_value(context, new, actions, timesteps)
     torch.manual_seed(SEED)

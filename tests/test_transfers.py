@@ -14,7 +14,7 @@ from small_models import Case, construct
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lzero_kvcache.engine import launch
-from lzero_kvcache.search import by_key, by_node, inference, roots
+from lzero_kvcache.search import inference, roots
 
 SEED, ROWS = 3, 4
 ON_CPU = 'cpu'
@@ -52,9 +52,9 @@ class Counting:
             call = self._call(getattr(world_model.inference, name), device)
             monkeypatch.setattr(world_model.inference, name, call)
         if device == ON_CPU:
-            there, back = (roots, by_key, inference), (roots, by_key, by_node)
-            places = [(owner, 'send', 'there') for owner in there] + [(owner, 'to_cpu', 'back') for owner in back]
-            for owner, name, way in [*places, (launch.EagerBackend, 'step', 'there')]:
+            places = [(owner, name) for owner in (roots, inference) for name in ('send', 'to_cpu')]
+            for owner, name in [*places, (launch.EagerBackend, 'step')]:
+                way = 'back' if name == 'to_cpu' else 'there'
                 monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), way))
 
     def _call(self, function, device):

@@ -22,7 +22,6 @@ from test_search_by_node import make
 from torch.utils.tensorboard import SummaryWriter
 
 from lzero_kvcache import ConfigError
-from lzero_kvcache.cache.pages import SCRATCH_PAGE
 from lzero_kvcache.config import CacheConfig
 from lzero_kvcache.engine.launch import EagerBackend
 from lzero_kvcache.host.legacy_reference import CAUSES
@@ -453,7 +452,7 @@ class TestBackends:
     def test_results_that_are_overwritten(self):
         policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise'))
         world_model = policy._model.world_model
-        backend = Overwriting(world_model.inference.engine, world_model.weights_source, SCRATCH_PAGE)
+        backend = Overwriting(world_model.inference.engine, world_model.weights_source)
         world_model.inference.backend = backend
         stepped(policy, ALL, ALL, ALL)
         assert (tally_of(policy).inferences, tally_of(policy).over) == (3 * 7, 0)

@@ -27,7 +27,7 @@ from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.host.tree_search import _NodeSearch
 from lzero_kvcache.search import compiled as compiled_search
 from lzero_kvcache.search import compiled_model, tree
-from lzero_kvcache.search.root_step import CompiledRoots
+from lzero_kvcache.search.roots import RootInference
 from lzero_kvcache.search.whole import WholeSearch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
@@ -186,13 +186,13 @@ def test_searches_in_arrays(kind, search, lines):
 @pytest.mark.parametrize('search', ['tree', 'device'])
 def test_roots_are_stepped_as_they_are_searched(kind, search):
     policy, stepped = make(kind, search), []
-    step = CompiledRoots.step
+    step = RootInference._run_compiled
 
     def noted(self, served, given):
         stepped.append(served.mode)
         return step(self, served, given)
 
-    with mock.patch.object(CompiledRoots, 'step', noted):
+    with mock.patch.object(RootInference, '_run_compiled', noted):
         Player(policy).play()
         Player(policy, 'eval').step(ALL)
     assert stepped == (['collect'] * 8 + ['eval'] if search == 'device' else [])

@@ -7,7 +7,7 @@ from .pages import Lease, Rows
 
 
 class Key(enum.Enum):
-    """Keys that are no hash."""
+    """Keys that are not the hash of a latent state."""
     CURRENT = 'current'
 
 

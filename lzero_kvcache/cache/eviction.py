@@ -39,7 +39,8 @@ class LruSlots(FifoSlots):
 
 
 class PrioritySlots(FifoSlots):
-    """The key of lowest priority is evicted first, the oldest among equals. Where none was given, hits are it."""
+    """The key of lowest priority is evicted first, the oldest among equals. A key that was given no priority has its
+    number of hits for it."""
 
     def __init__(self) -> None:
         super().__init__()

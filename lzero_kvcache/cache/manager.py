@@ -52,7 +52,7 @@ class KVCacheManager(PagedCacheManager):
         self.eval_pools: List[PagedPool] = []
         self._pools = {COLLECT: self.init_pools, EVAL: self.eval_pools}
         self._asked = {'init': CacheStats(), 'recur': CacheStats()}
-        # As the last step left it: when it is read, an update has emptied the pools.
+        # Contexts held after the last step: by the time tensorboard reads this, an update has emptied the pools.
         self._held = {'init': 0, 'recur': 0}
         self._skipped = 0
         logger.info(f'Initialized KVCacheManager for {self.env_num} environments')
@@ -120,7 +120,7 @@ class KVCacheManager(PagedCacheManager):
             pools[env_id].remove(key)
 
     def find_recur(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> Rows:
-        # A node that is no root is not a miss of its environment's init pool: that is asked only for what it has.
+        # The init pool is asked only for keys that it has: a node that is no root must not count as a miss there.
         pairs, pools = list(zip(env_ids, keys)), self._pools_to(mode, env_ids)
         roots = [row for row, (env_id, key) in enumerate(pairs) if key in pools[env_id]]
         others = np.ones(len(pairs), dtype=bool)

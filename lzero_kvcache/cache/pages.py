@@ -80,12 +80,12 @@ class PageAllocator:
     def release(self, pages: np.ndarray) -> None:
         """Take one reference away for each mention of a page; those without any are free again."""
         pages = pages.ravel()
-        # Each page once, without sorting: of equal pages the mark of the last one stays.
+        # Find each page once, without sorting: of equal pages, only the last one finds its own mark.
         order = np.arange(len(pages))
         with self.lock:
             self._mark[pages] = order
             distinct = pages[self._mark[pages] == order]
-            np.subtract.at(self.references, pages, 1)  # nothing fails from here on
+            np.subtract.at(self.references, pages, 1)  # from here on nothing can raise
             self.references[NULL_PAGE] = 1
             freed = distinct[self.references[distinct] == 0]
             self._stack[self._top:self._top + len(freed)] = freed[::-1]

@@ -39,7 +39,7 @@ def inner(function: Function) -> Function:
 
 
 def inlined(function: Function) -> Function:
-    """An inner one, written out wherever it is called: to hand over the arrays of a tree takes longer than a look."""
+    """An inner function that is inlined at each call: passing the arrays of a tree would take longer than its work."""
     return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
 
 
@@ -56,7 +56,7 @@ def _compiled(function: Any, **options: Any) -> Any:
     from numba import njit
 
     noisy = logging.getLogger('numba')
-    if noisy.level == logging.NOTSET:  # LightZero has the root logger show everything, and numba tells each bytecode
+    if noisy.level == logging.NOTSET:  # LightZero sets the root logger to DEBUG, where numba logs each bytecode
         noisy.setLevel(logging.WARNING)
     return njit(nogil=True, error_model='numpy', **options)(function)
 
@@ -83,7 +83,7 @@ def _hash_sources() -> str:
 
 
 SOURCES = _hash_sources()
-"""Made as this module is imported: what is written into the files later is not what this process compiles."""
+"""Hashed at import: this process compiles the sources as they are now, even if the files change later."""
 
 
 def _kept_on_disk(name: str) -> Any:

@@ -6,26 +6,25 @@ import torch
 from .graphs import Captured, Graphs, capture
 from .weights import Source
 
+ROWS = 128
+"""Observations that a GPU encodes at once."""
+
 
 class _Graph(NamedTuple):
-    observations: torch.Tensor  # [rows, ...]
+    observations: torch.Tensor  # [ROWS, ...]
     captured: Captured
 
 
 class EncoderGraph:
-    """Encodes ``rows`` observations at once, from whatever device they are on, as float32 ``[B, E]``."""
+    """Encodes :data:`ROWS` observations at once, from whatever device they are on, as float32 ``[B, E]``."""
 
-    def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], rows: int) -> None:
-        self._source, self._encode, self._rows = source, encode, rows
-        self._graphs = Graphs('An encoder cannot be captured here')
-
-    @property
-    def memory_mb(self) -> float:
-        return self._graphs.memory_mb
+    def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._source, self._encode = source, encode
+        self.graphs = Graphs('An encoder cannot be captured here')
 
     def chunk(self, count: int) -> int:
         """How many of ``count`` observations to encode at once: a GPU encodes some while the CPU packs the next."""
-        return self._rows if self._source.device().type == 'cuda' else count
+        return ROWS if self._source.device().type == 'cuda' else count
 
     def latest(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function of a chunk of observations, with the weights of now."""
@@ -40,7 +39,7 @@ class EncoderGraph:
 
     def _replay(self, observations: torch.Tensor, addresses: Tuple[int, ...]) -> torch.Tensor:
         kind = tuple(observations.shape[1:]), observations.dtype
-        graph = self._graphs.get(self._rows, kind, addresses, lambda: self._capture(observations))
+        graph = self.graphs.get(ROWS, kind, addresses, lambda: self._capture(observations))
         if graph is None:
             return self._launch(observations)
         graph.observations[:len(observations)].copy_(observations, non_blocking=True)
@@ -48,5 +47,5 @@ class EncoderGraph:
         return graph.captured.results[0][:len(observations)].clone()
 
     def _capture(self, observations: torch.Tensor) -> _Graph:
-        seen = observations.new_zeros((self._rows,) + observations.shape[1:], device=self._source.device())
+        seen = observations.new_zeros((ROWS,) + observations.shape[1:], device=self._source.device())
         return _Graph(seen, capture(seen.device, lambda: self._launch(seen)))

@@ -14,7 +14,7 @@ MAX_MOVES = 16
 """How often storage may move, and graphs be captured anew, before functions are launched from Python for good."""
 
 
-_capturing = threading.Lock()  # CUDA's, as it were: torch captures on one stream, whichever model it is for
+_capturing = threading.Lock()  # one for the process, since torch captures one graph at a time
 
 
 class Captured(NamedTuple):
@@ -49,13 +49,13 @@ def _capture(device: torch.device, functions: Sequence[Callable[[], Any]]) -> Ca
         with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'):  # other threads may use the GPU
             results.append(function())
         graphs.append(graph)
-    held = torch.cuda.memory_reserved(device) - before  # what comes and goes inside a replay is held, too
+    held = torch.cuda.memory_reserved(device) - before  # with what a replay needs only in between
     return Captured([graph.replay for graph in graphs], results, max(0, held) / MIB)
 
 
 class Graphs:
-    """What is captured for one model, by the rows that it is for and what else tells captures apart; each has a field
-    ``captured``. Each thread has its own: a replay overwrites inputs and results."""
+    """What is captured for one model, by the number of rows and by ``kind``, which is whatever else tells captures
+    apart. Each has a field ``captured``. Each thread has its own, since a replay overwrites inputs and results."""
 
     def __init__(self, told: str, most: int = 8) -> None:
         self.kept: Dict[Tuple[Any, ...], Any] = {}
@@ -76,32 +76,29 @@ class Graphs:
             make: Callable[[], Any]) -> Optional[Any]:
         """The smallest that there is for so many rows or more, or else one that is made now; None where nothing can be
         captured. ``addresses`` are those of all that a graph reads."""
+        kind += (threading.get_ident(), )
         with self._lock:
-            return self._get(rows, kind + (threading.get_ident(), ), addresses, make)
-
-    def _get(self, rows: int, kind: Tuple[Any, ...], addresses: Tuple[int, ...],
-             make: Callable[[], Any]) -> Optional[Any]:
-        if not self.usable:
-            return None
-        if addresses != self._addresses:
-            self.moves += bool(self.kept)
-            self.kept.clear()
-            self._addresses = addresses
-        fitting = [key for key in self.kept if rows <= key[0] <= 2 * rows + 8 and key[1:] == kind]
-        if fitting:
-            return self.kept[min(fitting)]
-        if self.moves >= MAX_MOVES:
-            self.give_up('its storage keeps moving')
-            return None
-        if len(self.kept) >= self._most:
-            del self.kept[next(iter(self.kept))]
-        try:
-            made = make()
-        except Exception as error:  # Triton's, and its compiler's, have types of their own
-            self.give_up(error)
-            return None
-        self.kept[(rows,) + kind] = made
-        return made
+            if not self.usable:
+                return None
+            if addresses != self._addresses:
+                self.moves += bool(self.kept)
+                self.kept.clear()
+                self._addresses = addresses
+            fitting = [key for key in self.kept if rows <= key[0] <= 2 * rows + 8 and key[1:] == kind]
+            if fitting:
+                return self.kept[min(fitting)]
+            if self.moves >= MAX_MOVES:
+                self.give_up('its storage keeps moving')
+                return None
+            if len(self.kept) >= self._most:
+                del self.kept[next(iter(self.kept))]
+            try:
+                made = make()
+            except Exception as error:  # Triton's, and its compiler's, have types of their own
+                self.give_up(error)
+                return None
+            self.kept[(rows,) + kind] = made
+            return made
 
     def give_up(self, reason: Any) -> None:
         """Capture nothing from now on."""

@@ -27,8 +27,8 @@ class EagerBackend:
     reuses_output = False  # whether the next step overwrites what this one returned
     memory_mb = 0.0  # held beside the slab
 
-    def __init__(self, engine: Engine, source: Source, scratch_page: int) -> None:
-        self.engine, self.source, self._scratch_page = engine, source, scratch_page
+    def __init__(self, engine: Engine, source: Source) -> None:
+        self.engine, self.source = engine, source
 
     def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
         """One recurrent step from packed numbers ``[N, B]``. A search packs its actions too, and takes scalars; any
@@ -43,8 +43,7 @@ class EagerBackend:
         return Result(output, engine.for_search(weights, output) if action is None else None)
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> 'EagerBackend':
-        parts = copy.deepcopy((self.engine, self.source), memo)
-        return type(self)(*parts, self._scratch_page)
+        return type(self)(*copy.deepcopy((self.engine, self.source), memo))
 
 
 class _Graph(NamedTuple):
@@ -60,8 +59,8 @@ class CudaGraphBackend(EagerBackend):
     by its address and captured anew."""
     name = 'cudagraph'
 
-    def __init__(self, engine: Engine, source: Source, scratch_page: int) -> None:
-        super().__init__(engine, source, scratch_page)
+    def __init__(self, engine: Engine, source: Source) -> None:
+        super().__init__(engine, source)
         self.graphs = Graphs(f"kv_cache_cfg.backend='{self.name}' does not work here")
         self._checked: Tuple[Optional[Weights], Tuple[int, ...]] = None, ()
 
@@ -82,7 +81,7 @@ class CudaGraphBackend(EagerBackend):
         pinned = graph.pinned.numpy()
         pinned[:, :rows] = numbers
         if rows < pinned.shape[1]:
-            pinned[:, rows:] = filler(self.engine.geometry, self._scratch_page, len(numbers))
+            pinned[:, rows:] = filler(self.engine.geometry, len(numbers))
         graph.device.copy_(graph.pinned, non_blocking=True)
         graph.copied.record()
         if action is not None:
@@ -107,7 +106,7 @@ class CudaGraphBackend(EagerBackend):
     def _capture(self, slab: Slab, rows: int, count: int, action: Optional[torch.Tensor]) -> _Graph:
         device = self.source.device()
         pinned = torch.empty(count, rows, dtype=torch.int64, pin_memory=True)
-        pinned.numpy()[:] = filler(self.engine.geometry, self._scratch_page, count)
+        pinned.numpy()[:] = filler(self.engine.geometry, count)
         sent = pinned.to(device)
         held = None if action is None else torch.zeros_like(action)
         captured = capture(device, lambda: self._run_fresh(slab, sent, held))
@@ -124,7 +123,7 @@ def picked(name: str, device: torch.device) -> str:
     return CudaGraphBackend.name if name != EagerBackend.name and device.type == 'cuda' else EagerBackend.name
 
 
-def make_backend(name: str, engine: Engine, source: Source, scratch_page: int) -> EagerBackend:
+def make_backend(name: str, engine: Engine, source: Source) -> EagerBackend:
     """The backend of ``kv_cache_cfg.backend``; graphs run eagerly for as long as the model is on a CPU."""
     backend = EagerBackend if name == EagerBackend.name else CudaGraphBackend
-    return backend(engine, source, scratch_page)
+    return backend(engine, source)

@@ -114,7 +114,7 @@ def _columns(weight: int, bias: int, source: int, target: int, target_step: int,
     """Outputs ``begin`` to ``end - 1`` of a linear layer."""
     block = 6 if end - begin >= 6 else 1
     for n in range(begin, end, block):
-        n = min(n, end - block)  # the last ones are computed twice
+        n = min(n, end - block)  # the last block overlaps the one before, and computes some columns twice
         row, weights = bias + n * NUMBER, weight + n * inputs * NUMBER
         for tile in range(tiles):
             x, y = source + tile * inputs * TILE, (tile * target_step + n * WIDTH) * NUMBER

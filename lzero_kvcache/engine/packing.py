@@ -8,6 +8,7 @@ from typing import Optional, Tuple
 import numpy as np
 import torch
 
+from ..cache.pages import SCRATCH_PAGE
 from .weights import Geometry
 
 LEAST_PAGES = 16
@@ -50,11 +51,11 @@ def unpack(geometry: Geometry, numbers: torch.Tensor) -> Unpacked:
     return numbers[:width].T, numbers[width], numbers[width + 1:width + 3], action
 
 
-def filler(geometry: Geometry, page: int, count: int) -> np.ndarray:
-    """A column ``[N, 1]`` of packed numbers for rows that only fill up a batch, and write to ``page``."""
+def filler(geometry: Geometry, count: int) -> np.ndarray:
+    """A column ``[N, 1]`` of packed numbers for rows that only fill up a batch, and write to the scratch page."""
     column = np.zeros((count, 1), dtype=np.int64)
     width = count - 3 - geometry.action_rows
-    column[width - 1], column[width] = page, 1
+    column[width - 1], column[width] = SCRATCH_PAGE, 1
     return column
 
 

@@ -14,10 +14,10 @@ from .slab import Slab
 from .weights import Geometry, Weights
 
 MOST_PROGRAMS = 512
-"""Programs that a GPU is kept busy by: with more rows and heads, contexts are split less."""
+"""Programs that keep a GPU busy: with more rows and heads, contexts are split less."""
 
 LEAST_TOKENS = 32
-"""Tokens of a context that are worth a program."""
+"""Tokens of a context for which one more program pays."""
 
 
 class Splitting(NamedTuple):

@@ -29,19 +29,15 @@ class _Graph(NamedTuple):
 class RootGraphs:
     """What is captured of one model's root inferences."""
 
-    def __init__(self, engine: Engine, source: Source, encode: Encoder, scratch_page: int) -> None:
-        self._engine, self._source, self._encode, self._scratch_page = engine, source, encode, scratch_page
-        self._graphs = Graphs('A root inference cannot be captured here')
-
-    @property
-    def memory_mb(self) -> float:
-        return self._graphs.memory_mb
+    def __init__(self, engine: Engine, source: Source, encode: Encoder) -> None:
+        self._engine, self._source, self._encode = engine, source, encode
+        self.graphs = Graphs('A root inference cannot be captured here')
 
     def serves(self) -> bool:
         """Whether root inferences can be replayed, as far as is known."""
         source = self._source
         is_plain = not source.is_training() and not source.has_own_encoding()
-        return source.device().type == 'cuda' and has_triton() and self._graphs.usable and is_plain
+        return source.device().type == 'cuda' and has_triton() and self.graphs.usable and is_plain
 
     def run(self, slab: Slab, numbers: np.ndarray, observations: torch.Tensor,
             addresses: Tuple[int, ...]) -> Optional[Root]:
@@ -49,7 +45,7 @@ class RootGraphs:
         windows; None where that cannot be captured."""
         count, rows = numbers.shape
         shape = tuple(observations.shape[1:])
-        graph = self._graphs.get(
+        graph = self.graphs.get(
             rows, (count, shape, observations.dtype), (*addresses, slab.address),
             lambda: self._capture(slab, count, observations)
         )
@@ -57,7 +53,7 @@ class RootGraphs:
             return None
         # Nobody reads the pinned memory any more: the last call waited for the device.
         graph.pinned.numpy()[:, :rows] = numbers
-        graph.pinned.numpy()[:, rows:] = filler(self._engine.geometry, self._scratch_page, count)
+        graph.pinned.numpy()[:, rows:] = filler(self._engine.geometry, count)
         graph.sent.copy_(graph.pinned, non_blocking=True)
         graph.observations[:rows].copy_(observations)
         graph.captured.replays[0]()
@@ -66,7 +62,7 @@ class RootGraphs:
 
     def _capture(self, slab: Slab, count: int, observations: torch.Tensor) -> _Graph:
         device, rows = self._source.device(), len(observations)
-        column = filler(self._engine.geometry, self._scratch_page, count)
+        column = filler(self._engine.geometry, count)
         pinned = torch.from_numpy(np.repeat(column, rows, axis=1))
         pinned = pinned.pin_memory() if device.type == 'cuda' else pinned
         sent, seen = pinned.to(device, copy=True), torch.zeros_like(observations)

@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from ..config import MIB
 from .slab import Slab
 from .weights import Geometry, Layer, Weights
 
@@ -43,8 +44,8 @@ class Window(threading.local):
         return type(self), ()  # a copy begins without
 
     @property
-    def bytes(self) -> int:
-        return 0 if self._kept is None else self._kept.numel() * self._kept.element_size()
+    def memory_mb(self) -> float:
+        return 0.0 if self._kept is None else self._kept.numel() * self._kept.element_size() / MIB
 
     def room(self, slab: Slab, pages: int) -> Optional[torch.Tensor]:
         """Room for some pages; None on a GPU, whose allocator keeps memory itself."""
@@ -223,7 +224,7 @@ class Engine:
         for layer, slot, context in zip(weights.layers, slots, contexts):
             qkv = layer.qkv(layer.norm1(x))
             query = self._write(qkv, slot, places)
-            if slot is slots[-1]:  # of the last layer only the output that predicts is needed
+            if slot is slots[-1]:  # in the last layer, only the output is needed that heads predict from
                 if not predicts:
                     break
                 if bias is not None and tokens > 1:

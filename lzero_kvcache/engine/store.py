@@ -9,7 +9,7 @@ from .slab import Slab
 
 
 class PageStore:
-    """The slab of one manager, and what else its steps hold."""
+    """The slab of one manager, and what counts as its memory besides."""
 
     def __init__(self, slab: Slab, advice: str) -> None:
         self.slab = slab
@@ -29,7 +29,7 @@ class PageStore:
         try:
             self.slab.ensure(pages, device)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not any(words in str(error).lower() for words in ('out of memory', "can't allocate")):
                 raise
             raise OutOfPages(
                 f'no memory on {device} for {pages} pages, {pages * self.slab.page_bytes / MIB:.1f} MiB: {self._advice}'
@@ -41,13 +41,7 @@ class PageStore:
         if self.slab.data is None:
             return True
         try:
-            self.slab.ensure(pages, self.slab.data.device)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
+            self.ready(pages, self.slab.data.device)
+        except OutOfPages:
             return False
         return True
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return any(words in str(error).lower() for words in ('out of memory', "can't allocate"))

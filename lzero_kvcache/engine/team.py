@@ -18,11 +18,11 @@ line of memory of its own), how many threads there are, and the product."""
 COUNTER_BYTES = 8
 
 PATIENCE = 100000
-"""How often a thread looks for what it waits for before it lets others run."""
+"""How often a waiting thread reads the counter before it yields to others."""
 
 
 def new_team(workers: int) -> np.ndarray:
-    """What the threads of a team share; one that is alone shares nothing."""
+    """What the threads of a team share: an empty array for a thread that is alone."""
     team = np.zeros(JOB + 9 if workers > 1 else 0, dtype=np.int64)
     team[WORKERS:JOB] = workers
     return team
@@ -64,5 +64,5 @@ def await_count(team: np.ndarray, place: int, count: int) -> int:
 
 @inner
 def count_up(team: np.ndarray, place: int) -> None:
-    """One more; who sees the count sees all that was written before."""
+    """Add one. A thread that sees the new count sees all that was written before it."""
     _increment(team.ctypes.data + place * COUNTER_BYTES)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 Function = Callable[..., Any]
 
 MANY_NUMBERS = 4096
-"""From here on the passes of :func:`gelu` over memory cost less than PyTorch's tanh on a CPU."""
+"""For this many numbers or more, the passes of :func:`gelu` over memory are faster than PyTorch's tanh on a CPU."""
 
 _GELU_SLOPE = torch.tensor(2 * (2 / math.pi) ** 0.5)
 
@@ -22,7 +22,7 @@ class Linear:
     """A product with a matrix, and a bias."""
     weight: torch.Tensor
     bias: Optional[torch.Tensor]
-    many_rows: int  # from here on kernels that do not add the bias pay
+    many_rows: int  # for so many rows or more, a product and then the bias are faster than both in one
     matmul: str = 'float32'  # what a search on a GPU computes it in, 'tf32' and 'bfloat16' being the others
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ class Weights(NamedTuple):
     scalar: Function  # logits over a support [N, S] -> numbers [N]
     places: torch.Tensor  # [positions, E] learned embeddings, or [positions, D / 2] rotary factors
     shift: Optional[torch.Tensor]  # [2W, L, 2, E]: what learned positions add to keys and values; None with rotary
-    many_rows: int  # from here on more, but faster kernels pay
+    many_rows: int  # for so many rows or more, several fast kernels beat one slow one
     captured: bool  # whether they are for a CUDA graph, where launches cost little
     training: bool  # whether dropout is live
 

@@ -26,7 +26,7 @@ class _MeantSlot:
         self.stored = slot
 
     def __contains__(self, key: str) -> bool:
-        return False  # what an older key has is kept
+        return False  # so that LightZero keeps what is stored under an older key
 
 
 class _OneEnvironment(Shadow):
@@ -34,7 +34,10 @@ class _OneEnvironment(Shadow):
 
     def __init__(self, world_model: Any) -> None:
         super().__init__(world_model, 1)
-        lightzero.never_full(self)
+        setattr(self, lightzero.RECURRENT_SLOTS, 2 ** 62)  # its pool grows by a slot for each node
+        # The main branch also notes the key of each slot.
+        self.pool_idx_to_key_map_recur_infer: Any = defaultdict(lambda: None)
+        self.pool_idx_to_key_map_init_envs: Any = [defaultdict(lambda: None)]
         self.last_root: Optional[int] = None  # slot of the context that the next root continues
         self.roots, self.nodes = _MeantSlot(), _MeantSlot()
         self.past_kv_cache_init_infer_envs = [self.roots]
@@ -48,14 +51,14 @@ class _OneEnvironment(Shadow):
         self.forget_nodes()
         self.roots.slot = self.last_root
         if self.last_root is None and not torch.isfinite(before).all():
-            action = -1  # from a state that was skipped an environment starts afresh
+            action = -1  # after a state that was skipped, an episode starts anew
         output = self.wm_forward_for_initial_infererence(before, [action], latent, [timestep])
         self.last_root = self.roots.stored
         return answer_of((None, latent, None, output.logits_policy, output.logits_value))
 
     def expand(self, node: int, action: torch.Tensor, depth: int, timestep: np.ndarray) -> Answer:
         self.roots.slot, self.nodes.slot = (self.last_root, None) if node == 0 else (None, node - 1)
-        unused = np.zeros((1, 1, self.embed_dim), np.float32)  # its key, and what LightZero would rebuild a miss from
+        unused = np.zeros((1, 1, self.embed_dim), np.float32)  # LightZero hashes it, and would rebuild a miss from it
         return answer_of(self.forward_recurrent_inference([(unused, action)], 0, [depth], [timestep]))
 
     def forget_nodes(self) -> None:

@@ -64,7 +64,7 @@ class LegacyReference(ShadowReference):
     def __init__(self, world_model: Any) -> None:
         super().__init__(world_model)
         self._tables: Dict[str, Any] = {}
-        # What LightZero's policy has of its own; its methods run on this.
+        # The attributes of LightZero's policy that its reset methods use; they run on this.
         self._policy = types.SimpleNamespace(last_batch_obs=None, last_batch_action=[])
         self._rows: List[Any] = []  # whose steps ``last_batch_*`` are, (mode, environment), or None after a reset
         self._current: Dict[Tuple[str, int], Optional[_Context]] = {}  # of each environment inside an episode

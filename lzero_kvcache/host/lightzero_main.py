@@ -1,6 +1,5 @@
 """What is of LightZero's main branch alone."""
-from collections import defaultdict
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -68,19 +67,6 @@ def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tens
     return precompute_freqs_cis(transformer.rotary_head_dim, end, transformer.rope_theta).to(table.device)
 
 
-def world_model_of(model: Any, module: Any) -> type:
-    """The class of the world model that a model's constructor will make."""
-    return getattr(model, 'world_model_cls', module.WorldModel)
-
-
-def name_world_model(model: Any, world_model: type) -> Dict[str, Any]:
-    """Let a model's constructor make another world model: by names that it has to find, which are returned."""
-    if not hasattr(model, 'world_model_cls'):  # Sampled UniZero's
-        return {'WorldModel': world_model}
-    model.world_model_cls = world_model
-    return {}
-
-
 def unserved_of(world_model: Any) -> Iterator[str]:
     """Options of a world model that change what a context is, and that the new cache does not know."""
     for name, harmless, meaning in _CHANGES_CONTEXTS:
@@ -89,7 +75,7 @@ def unserved_of(world_model: Any) -> Iterator[str]:
             yield f'{name}={value!r}: {meaning}'
 
 
-def unserved_policy(policy_type: str, cfg: Any) -> Optional[str]:
+def unserved_policy(cfg: Any) -> Optional[str]:
     """Why a policy cannot have the new cache."""
     if cfg['model']['world_model_cfg'].get('obs_type') == 'text':
         return "policy.model.world_model_cfg.obs_type='text': its searches must return latent states to be decoded"
@@ -113,21 +99,9 @@ def unserved_models() -> Iterator[Tuple[type, str, str]]:
     yield SampledUniZeroMTModel, 'SampledUniZeroMTModel', tasks
 
 
-def no_caches(world_model: Any) -> None:
-    """What code around a world model asks of its caches, where it has none of LightZero's."""
-    world_model.keys_values_wm_list, world_model.keys_values_wm_size_list = [], []
-
-
 def simulations_of(cfg: Any) -> int:
     """Simulations of a policy's longest search."""
     return max(cfg.get(key, 0) for key in ('num_simulations', 'collect_num_simulations', 'eval_num_simulations'))
-
-
-def never_full(world_model: Any) -> None:
-    """Let a world model store nodes without end, in a recurrent pool that is made longer by somebody else."""
-    world_model.shared_pool_size_recur = 2 ** 62
-    world_model.pool_idx_to_key_map_recur_infer = defaultdict(lambda: None)
-    world_model.pool_idx_to_key_map_init_envs = [defaultdict(lambda: None) for _ in range(world_model.env_num)]
 
 
 # ---- a step of a policy ----------------------------------------------------------------------------------------------
@@ -160,8 +134,3 @@ def traverse_options(cfg: Any) -> Tuple[Any, ...]:
 def draws_ties(cfg: Any) -> bool:
     """Whether a search draws among equal scores; or takes the first."""
     return not cfg.get('deterministic', False)
-
-
-def searched() -> Any:
-    """What a policy expects of a search: latent states by row and action, which only text is decoded from."""
-    return defaultdict(lambda: defaultdict(lambda: None))

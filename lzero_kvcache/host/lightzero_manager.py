@@ -5,7 +5,7 @@ from lzero.model.unizero_world_models.kv_cache_manager import KVCacheManager as 
 
 from ..cache.stats import add_pools
 from ..config import KV_CACHE_REGISTRY, LIGHTZERO
-from .old_world_model import CountedFromOutside, OldWorldModel
+from .old_world_model import CountedFromOutside, OldWorldModel, Pool
 
 
 @KV_CACHE_REGISTRY.register(LIGHTZERO)
@@ -36,17 +36,11 @@ class CountedManager(LightZeroManager, CountedFromOutside):
         LightZeroManager.reset_stats(self)
         super(LightZeroManager, self).reset_stats()
 
-    def _pools(self) -> Tuple[List[Dict[str, int]], Dict[str, int]]:
-        roots, nodes = [
-            [{'size': len(pool), 'capacity': pool.pool_size} for pool in pools]
-            for pools in (self.init_pools, [self.recur_pool])
+    def _pools(self) -> Tuple[List[Pool], Pool, Pool]:
+        *roots, nodes, working = [
+            Pool(len(pool), pool.pool_size, pool._pool) for pool in [*self.init_pools, self.recur_pool, self.wm_pool]
         ]
-        return roots, nodes[0]
-
-    @property
-    def memory_mb(self) -> float:
-        pools = [*self.init_pools, self.recur_pool, self.wm_pool]
-        return self._memory_of(entry for pool in pools for entry in pool._pool)
+        return roots, nodes, working
 
 
 class ManagerWorldModel(OldWorldModel):

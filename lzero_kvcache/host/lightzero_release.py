@@ -1,5 +1,5 @@
 """What is of the released LightZero 0.2.0 alone."""
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -47,22 +47,12 @@ def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tens
     return None
 
 
-def world_model_of(model: Any, module: Any) -> type:
-    """The class of the world model that a model's constructor will make."""
-    return module.WorldModel
-
-
-def name_world_model(model: Any, world_model: type) -> Dict[str, Any]:
-    """Let a model's constructor make another world model: by names that it has to find, which are returned."""
-    return {'WorldModel': world_model}
-
-
 def unserved_of(world_model: Any) -> Iterator[str]:
     """Options of a world model that change what a context is, and that the new cache does not know."""
     return iter(())
 
 
-def unserved_policy(policy_type: str, cfg: Any) -> Optional[str]:
+def unserved_policy(cfg: Any) -> Optional[str]:
     """Why a policy cannot have the new cache."""
     return None
 
@@ -72,21 +62,9 @@ def unserved_models() -> Iterator[Tuple[type, str, str]]:
     return iter(())
 
 
-def no_caches(world_model: Any) -> None:
-    """What code around a world model asks of its caches, where it has none of LightZero's."""
-    world_model.past_kv_cache_recurrent_infer = {}
-    world_model.past_kv_cache_init_infer_envs = [{} for _ in range(world_model.env_num)]
-    world_model.keys_values_wm_list, world_model.keys_values_wm_size_list = [], []
-
-
 def simulations_of(cfg: Any) -> int:
     """Simulations of a policy's longest search."""
     return cfg['num_simulations']
-
-
-def never_full(world_model: Any) -> None:
-    """Let a world model store nodes without end, in a recurrent pool that is made longer by somebody else."""
-    world_model.shared_pool_size = 2 ** 62
 
 
 # ---- a step of a policy ----------------------------------------------------------------------------------------------
@@ -110,8 +88,3 @@ def traverse_options(cfg: Any) -> Tuple[Any, ...]:
 def draws_ties(cfg: Any) -> bool:
     """Whether a search draws among equal scores; or takes the first."""
     return True
-
-
-def searched() -> Any:
-    """What a policy expects of a search."""
-    return None

@@ -38,10 +38,13 @@ class KVCacheModel(nn.Module):
         init, module = super().__init__.__func__, self.module  # type: ignore[attr-defined]
         config = _world_model_cfg(self, init, args, kwargs)
         system = picked_system(config)
-        names, named = {}, lightzero.world_model_of(self, module)
+        names, named = {}, getattr(self, 'world_model_cls', module.WorldModel)
         if named is self.replaced:
             picked = {'old': self.old_world_model, 'new': self.new_world_model, LIGHTZERO: self.manager_world_model}
-            names = lightzero.name_world_model(self, picked[system])
+            if hasattr(self, 'world_model_cls'):  # where some of the main branch's models name it
+                self.world_model_cls = picked[system]
+            else:
+                names['WorldModel'] = picked[system]
         elif system == 'new':  # somebody's own, which has LightZero's own caching
             raise ConfigError(
                 f'{PREFIX}.{FLAG}=True, but {module.__name__}.WorldModel is {named.__module__}.'
@@ -53,8 +56,8 @@ class KVCacheModel(nn.Module):
         with_globals(init, **names)(self, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
-        """As PyTorch's; LightZero asks for evaluation mode at each step, and to set it anew takes longer than a root
-        inference's bookkeeping."""
+        """As PyTorch's; LightZero asks for evaluation mode at each step, and setting it anew takes longer than the
+        bookkeeping of a root inference."""
         is_new = isinstance(self._modules.get('world_model'), NewWorldModel)
         return self if is_new and _is_in_mode(self, mode) else super().train(mode)
 

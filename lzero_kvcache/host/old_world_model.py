@@ -4,7 +4,7 @@ import io
 import logging
 import time
 from abc import abstractmethod
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
@@ -14,6 +14,13 @@ from ..config import KV_CACHE_REGISTRY, MIB, CacheConfig
 from .lightzero import lightzero
 
 logger = logging.getLogger(__name__)
+
+
+class Pool(NamedTuple):
+    """A pool of LightZero's own."""
+    size: int
+    capacity: int
+    slots: List[Any]  # contexts, None where a slot was never used
 
 
 class CountedFromOutside(BaseCacheManager):
@@ -30,10 +37,18 @@ class CountedFromOutside(BaseCacheManager):
         """Say whose caches these are."""
         self._world_model = world_model
 
-    @property
     @abstractmethod
+    def _pools(self) -> Tuple[List[Pool], Pool, Pool]:
+        """Each environment's pool of roots, the pool of nodes, and that of the working batch."""
+
+    @property
     def memory_mb(self) -> float:
         """MiB of the pools and of the working batch."""
+        model, (roots, *others) = self._world_model, self._pools()
+        contexts = [context for pool in [*roots, *others] for context in pool.slots if context is not None]
+        working = [model.keys_values_wm, model.keys_values_wm_single_env, model.keys_values_wm_single_env_tmp]
+        size = sum(bytes_of(value) for value in working)
+        return (size + (len(contexts) * bytes_of(contexts[0]) if contexts else 0)) / MIB  # all are of one shape
 
     def count_queries(self, pool: str, queries: int, hits: int, by_node: bool = False) -> None:
         assert pool == 'init', 'LightZero counts recurrent queries itself'
@@ -49,19 +64,16 @@ class CountedFromOutside(BaseCacheManager):
     def get_stats_summary(self) -> Dict[str, Any]:
         if not self.enable_stats:
             return {'stats_enabled': False}
-        roots, nodes = self._pools()
+        roots, nodes, _ = self._pools()
         # LightZero counts roots of all environments together.
         return {
             'stats_enabled': True,
-            'init_pools': {f'env_{index}': pool for index, pool in enumerate(roots)},
+            'init_pools': {f'env_{index}': dict(size=pool.size, capacity=pool.capacity)
+                           for index, pool in enumerate(roots)},
             'init_pool_total': self._roots.summary(),
-            'recur_pool': {**self._nodes().summary(), **nodes},
+            'recur_pool': dict(self._nodes().summary(), size=nodes.size, capacity=nodes.capacity),
             'memory_mb': self.memory_mb,
         }
-
-    @abstractmethod
-    def _pools(self) -> Tuple[List[Dict[str, int]], Dict[str, int]]:
-        """Size and capacity of each environment's pool of roots, and of that of nodes."""
 
     @property
     def full_memory_mb(self) -> float:
@@ -81,13 +93,6 @@ class CountedFromOutside(BaseCacheManager):
         model = self._world_model
         stats.record(model.total_query_count - self._before[0], model.hit_count - self._before[1])
         return stats
-
-    def _memory_of(self, entries: Iterable[Any]) -> float:
-        """MiB of entries, all of one shape, and of the working batch."""
-        model, copies = self._world_model, [entry for entry in entries if entry is not None]
-        working = [model.keys_values_wm, model.keys_values_wm_single_env, model.keys_values_wm_single_env_tmp]
-        size = sum(bytes_of(value) for value in working)
-        return (size + (len(copies) * bytes_of(copies[0]) if copies else 0)) / MIB
 
 
 @KV_CACHE_REGISTRY.register('old')
@@ -114,20 +119,15 @@ class OldCacheManager(CountedFromOutside):
         self.clear_recur_cache()
         self._world_model.keys_values_wm_list.clear()
 
-    def _pools(self) -> Tuple[List[Dict[str, int]], Dict[str, int]]:
-        model = self._world_model  # whose pools are dicts that only ever grow until cleared
+    def _pools(self) -> Tuple[List[Pool], Pool, Pool]:
+        model = self._world_model  # its dicts only ever grow until they are cleared
         roots = [
-            {'size': len(cache), 'capacity': model.shared_pool_size_init}
-            for cache in model.past_kv_cache_init_infer_envs
+            Pool(len(cache), model.shared_pool_size_init, slots)
+            for cache, slots in zip(model.past_kv_cache_init_infer_envs, model.shared_pool_init_infer)
         ]
-        capacity = getattr(model, lightzero.RECURRENT_SLOTS)
-        return roots, {'size': len(model.past_kv_cache_recurrent_infer), 'capacity': capacity}
-
-    @property
-    def memory_mb(self) -> float:
-        model = self._world_model
-        pools = [model.shared_pool_recur_infer, model.shared_pool_wm, *model.shared_pool_init_infer]
-        return self._memory_of(entry for pool in pools for entry in pool)
+        nodes, capacity = model.past_kv_cache_recurrent_infer, getattr(model, lightzero.RECURRENT_SLOTS)
+        working = Pool(len(model.keys_values_wm_list), model.shared_pool_size_wm, model.shared_pool_wm)
+        return roots, Pool(len(nodes), capacity, model.shared_pool_recur_infer), working
 
 
 def bytes_of(value: Any) -> int:

@@ -84,7 +84,7 @@ TABLE: Dict[str, Patch] = {
     'targets': Patch(
         ('lzero.mcts.buffer.game_buffer_unizero:UniZeroGameBuffer._compute_target_reward_value',
          'lzero.mcts.buffer.game_buffer_sampled_unizero:SampledUniZeroGameBuffer._compute_target_reward_value'),
-        'targets.target_values, or itself', 'they are inference, and most of what it computes is thrown away', RUN),
+        'buffers.target_values, or itself', 'they are inference, and most of what it computes is thrown away', RUN),
     # ---- LightZero and DI-engine, in a run of several processes
     'allreduce': Patch(
         tuple(f'{module}:allreduce_data' for module in COLLECTORS), 'a sum that carries interrupts',

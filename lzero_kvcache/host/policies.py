@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 class KVCachePolicy:
     """What the plugin adds to a LightZero UniZero policy, in front of it in the method resolution order."""
     node_search: Any  # the search by node that goes with the policy
-    policy_type: str
     _cfg: Any
     _model: Any
     _target_model: Any
@@ -57,7 +56,7 @@ class KVCachePolicy:
         _, lightzeros = kinds[plugins].__bases__
         config = lightzeros.default_config()  # type: ignore[attr-defined]
         config.model.world_model_cfg.pop('env_num', None)
-        # Of a user's subclasses, what each adds itself: DI-engine would add what they inherit, too.
+        # Take each user subclass's own config: DI-engine would add inherited ones as well.
         own = [copy.deepcopy(vars(kind).get('config', {})) for kind in reversed(kinds[:plugins])]
         for part in (dict(learn=dict(learner=dict(hook=HOOKS))), *own):
             config = deep_merge_dicts(config, EasyDict(part))
@@ -69,9 +68,9 @@ class KVCachePolicy:
         self._options = settle(cfg, lightzero.simulations_of(cfg))
         use_new = self._options.system == 'new'
         if use_new:
-            check_policy(self.policy_type, cfg)
+            check_policy(cfg)
         self._environments = Environments()
-        self._running = StepsOfThread()  # that this policy is in the middle of; None for one of old mode
+        self._running = StepsOfThread()  # the steps that this policy is in the middle of; None for one in old mode
         super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]
         if use_new and not _is_new(self._model.world_model):
             raise ConfigError(
@@ -84,7 +83,7 @@ class KVCachePolicy:
             check_served(self._model.world_model)
 
     def _create_model(self, cfg: EasyDict, model: Optional[torch.nn.Module] = None) -> torch.nn.Module:
-        if model is None:  # what the policy has read goes with the config, of which DI-engine makes a copy anyway
+        if model is None:  # hand the options that were read down in the config, a copy: the caller's stays as it is
             cfg = copy.copy(cfg)
             cfg.model = copy.copy(cfg.model)
             cfg.model.world_model_cfg = handed_down(cfg.model.world_model_cfg, self._options)
@@ -261,7 +260,7 @@ class UniZeroPolicy(KVCachePolicy, LightZeroUniZeroPolicy):
     Overview:
         LightZero's ``UniZeroPolicy`` with the plugin.
     """
-    node_search, policy_type = NodeSearch, 'unizero'
+    node_search = NodeSearch
 
 
 class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
@@ -269,7 +268,7 @@ class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
     Overview:
         LightZero's ``SampledUniZeroPolicy`` with the plugin.
     """
-    node_search, policy_type = SampledNodeSearch, 'sampled_unizero'
+    node_search = SampledNodeSearch
 
 
 register_in_place_of(LightZeroUniZeroPolicy, POLICY_REGISTRY, 'unizero', UniZeroPolicy)

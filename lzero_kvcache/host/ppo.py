@@ -40,7 +40,7 @@ class UniZeroPPOPolicy(KVCachePolicy, LightZeroUniZeroPPOPolicy):
     Overview:
         LightZero's ``UniZeroPPOPolicy`` with the plugin.
     """
-    node_search, policy_type = NodeSearch, 'unizero_ppo'
+    node_search = NodeSearch
 
 
 register_in_place_of(unizero_ppo_model.UniZeroPPOModel, MODEL_REGISTRY, 'UniZeroPPOModel', UniZeroPPOModel)

@@ -19,8 +19,8 @@ CACHING = ('reset_for_initial_inference', 'wm_forward_for_initial_infererence', 
 
 def check_served(world_model: Any) -> None:
     """Refuse a world model with several observation tokens a step, or with a user's own caching, attention, blocks,
-    ``forward`` or hooks. Inference over pages would not call them: of the model it reads the weights, and calls the
-    tokenizer, the heads' modules, norms, gates and MLPs."""
+    ``forward`` or hooks. Inference over pages would not call them: it reads the model's weights, and calls only the
+    tokenizer and the modules of heads, norms, gates and MLPs."""
     mend = f'set {PREFIX}.{FLAG}=False for the old system'
     tokens = world_model.config.tokens_per_block
     if tokens != 2:
@@ -44,7 +44,7 @@ def is_own(owner: Any, name: str) -> bool:
 
 def has_own_inference(model: Any, kind: str) -> bool:
     """Whether somebody's own 'initial' or 'recurrent' inference must be asked."""
-    model = getattr(model, '_orig_mod', model)  # torch.compile wraps it
+    model = getattr(model, '_orig_mod', model)  # torch.compile wraps models
     return is_own(model, f'{kind}_inference') or is_own(model.world_model, f'forward_{kind}_inference')
 
 
@@ -95,8 +95,8 @@ def _is_known(module: str) -> bool:
     return module.split('.')[0] in KNOWN
 
 
-def check_policy(policy_type: str, policy_cfg: Any) -> None:
+def check_policy(policy_cfg: Any) -> None:
     """Refuse a policy that the new cache does not serve with this LightZero, or would serve in part."""
-    reason = lightzero.unserved_policy(policy_type, policy_cfg)
+    reason = lightzero.unserved_policy(policy_cfg)
     if reason is not None:
         raise ConfigError(f'{reason}; set {PREFIX}.{FLAG}=False for the old system')

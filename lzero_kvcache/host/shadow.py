@@ -26,7 +26,7 @@ class Shadow(WorldModel):
         self.config = copy.copy(world_model.config)
         self.config[FLAG] = False  # or LightZero's main branch would make its own manager
         self.env_num = env_num
-        self.latent_state = torch.empty(0)  # LightZero deletes it at each step
+        self.latent_state = torch.empty(0)  # LightZero deletes this attribute at each step, and so it must exist
         self._initialize_statistics()
         slots = self.num_simulations * env_num
         setattr(self, lightzero.RECURRENT_SLOTS, slots)

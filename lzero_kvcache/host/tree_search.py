@@ -4,6 +4,7 @@ The tree is in arrays on the model's device (``kv_cache_cfg.search='device'``), 
 """
 import copy
 import types
+from collections import defaultdict
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
@@ -68,7 +69,7 @@ class _NodeSearch:
             roots.found = inference.search(self.problem(roots))
         else:
             self._search_in_ctree(roots, inference, to_play_batch)
-        return lightzero.searched()
+        return defaultdict(lambda: defaultdict(lambda: None))  # latent states, which only text is decoded from
 
     def problem(self, roots: Roots) -> Problem:
         """What roots that are prepared ask, as this object's next search."""

@@ -1,6 +1,6 @@
 """LightZero's transformer and heads, laid out for the engine; read anew for each search."""
 import functools
-from typing import Any, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,11 @@ from .lightzero import lightzero
 from .refused import has_own_encoding
 
 MANY_ROWS = {'cpu': 128, 'cuda': 512}
-"""From here on more, but faster kernels pay although each is launched from Python (docs/results.md)."""
+"""For so many rows or more, several fast kernels beat one slow one, although each is launched from Python
+(docs/results.md)."""
 
 MANY_CAPTURED_ROWS = 32
-"""The same inside a CUDA graph, where launches cost little."""
+"""The same in a CUDA graph, where launches cost little."""
 
 
 def source_of(world_model: Any) -> Source:
@@ -46,7 +47,7 @@ def read_weights(world_model: Any, geometry: Geometry, captured: bool = False) -
     transformer, heads = world_model.transformer, _heads(world_model)
     rewards, observations, policy, value = [_without_dicts(read(head.head_module)) for head in heads]
     return Weights(
-        layers=[_layer(block, many_rows) for block in transformer.blocks], norm=read(transformer.ln_f),
+        layers=[_layer(block, read, many_rows) for block in transformer.blocks], norm=read(transformer.ln_f),
         embed_action=functools.partial(_embed_action, world_model),
         embed_dropout=transformer.drop.forward if training else None,
         attention_dropout=world_model.config.attn_pdrop if training else 0.0,
@@ -57,12 +58,8 @@ def read_weights(world_model: Any, geometry: Geometry, captured: bool = False) -
     )
 
 
-def _layer(block: Any, many_rows: int) -> Layer:
+def _layer(block: Any, read: Callable[[nn.Module], Function], many_rows: int) -> Layer:
     attn = block.attn
-
-    def read(module: nn.Module) -> Function:
-        return _function(module, many_rows)
-
     return Layer(
         norm1=read(block.ln1),
         qkv=Linear(
@@ -159,7 +156,7 @@ def _without_dicts(function: Function) -> Function:
 
 
 def _function(module: nn.Module, many_rows: int) -> Function:
-    """A module without the cost of calling modules, which is as long as a small layer takes: its hooks do not run."""
+    """What a module computes, without PyTorch's module call, which takes as long as a small layer; hooks do not run."""
     if type(module) is nn.Sequential:
         parts = [part for part in module if module.training or not isinstance(part, nn.Dropout)]
         return Chain(tuple(_function(part, many_rows) for part in parts))

@@ -1,7 +1,7 @@
 """LightZero's world model over pages: what LightZero reaches for, and when contexts are dropped."""
 import logging
 from functools import partial
-from typing import Any, ContextManager, Dict, Iterable, Optional, Sequence, Tuple
+from typing import Any, ContextManager, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -30,9 +30,6 @@ from .refused import check_served
 from .weights import source_of
 
 logger = logging.getLogger(__name__)
-
-ENCODED = 128
-"""Observations of a training batch that a GPU encodes at once."""
 
 
 class NewWorldModel(LightZeroWorldModel):
@@ -71,10 +68,8 @@ class NewWorldModel(LightZeroWorldModel):
             self.weights_source, self.tokenizer.encode_to_obs_embeddings, self.kv_cache_manager, self._storage, options,
             self.validator, partial(read_network, self)
         )
-        self.encoder_graph = EncoderGraph(
-            self.weights_source, self.tokenizer.encode_to_obs_embeddings, ENCODED
-        )
-        self._storage.beside.append(self.encoder_graph)
+        self.encoder_graph = EncoderGraph(self.weights_source, self.tokenizer.encode_to_obs_embeddings)
+        self._storage.beside.append(self.encoder_graph.graphs)
         self.timings = self.inference.timings
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
@@ -84,7 +79,11 @@ class NewWorldModel(LightZeroWorldModel):
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
     def _initialize_cache_structures(self) -> None:
-        lightzero.no_caches(self)
+        """Code around a world model asks LightZero's own caches for these: they stay empty."""
+        self.past_kv_cache_recurrent_infer: Dict[Any, Any] = {}
+        self.past_kv_cache_init_infer_envs: List[Dict[Any, Any]] = [{} for _ in range(self.env_num)]
+        self.keys_values_wm_list: List[Any] = []
+        self.keys_values_wm_size_list: List[Any] = []
 
     def _initialize_transformer_keys_values(self) -> None:
         """The working batch is gathered anew for each step."""

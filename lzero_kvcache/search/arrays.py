@@ -1,4 +1,4 @@
-"""Which arrays the trees of a search are, on either device. Imports neither numba nor torch.
+"""The arrays that the trees of a search consist of, on either device. Imports neither numba nor torch.
 
 Shapes: ``B`` rows (trees), ``N`` nodes: 0 is the root and ``s + 1`` what simulation ``s`` adds, ``S`` slots for the
 children of a node: its actions, or the ``K`` actions drawn for it where trees are sampled, ``A`` numbers of an action
@@ -29,7 +29,7 @@ class Tree(NamedTuple):
 
 
 FLOATS = 'value_sum', 'reward', 'prior', 'draws', 'low', 'high', 'scores'
-"""Those in float32; all others are int32."""
+"""Fields in float32; all others are int32."""
 
 
 def tree_shapes(rows: int, simulations: int, slots: int, pages: int, action_size: int = 0) -> Tree:

@@ -10,10 +10,10 @@ from ..engine.weights import Source
 from .spaces import Spaces
 
 LEAST_ROWS = 8
-"""Rows that are worth a thread: as many as the compiled step works on side by side."""
+"""Rows for which one more thread pays: as many as the compiled step works on side by side."""
 
 LEAST_COLUMNS = 128
-"""Columns of a layer's products that are worth a thread, where there are too few rows."""
+"""Columns of a layer's products for which one more thread pays, where rows are too few to share out."""
 
 
 class CompiledModel:

@@ -1,12 +1,10 @@
 """Whole searches on a GPU: trees as tensors, and the model's steps below them, without the CPU from a search's first
 simulation to its last. Roots come to the device in one copy, and visits and values leave it in one.
 """
-import itertools
 import logging
 import threading
-import time
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, Optional, Tuple
 
 import numpy as np
 import torch
@@ -14,6 +12,7 @@ import torch
 from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
 from ..engine.graphs import MAX_MOVES
+from ..engine.slab import Slab
 from ..engine.step import Engine
 from ..engine.store import PageStore
 from ..engine.transfer import to_cpu
@@ -21,7 +20,7 @@ from ..engine.weights import Source, Weights
 from .arrays import padded
 from .device_space import Reanalysis, Space
 from .guard import NanGuard
-from .whole import Found, Problem
+from .whole import Found, Problem, WholeSearch, replayed
 
 logger = logging.getLogger(__name__)
 
@@ -50,60 +49,42 @@ class _Spaces:
         return sum(space.memory_mb for space in list(self.kept.values()))
 
 
-class DeviceSearch:
-    """Runs searches of one model."""
+class DeviceSearch(WholeSearch):
+    """On a GPU."""
 
     def __init__(self, engine: Engine, source: Source, manager: PagedCacheManager, storage: PageStore, guard: NanGuard,
                  timings: Dict[str, Timing], matmul: str) -> None:
-        self._engine, self._manager, self._storage = engine, manager, storage
-        self._source = source if matmul == 'float32' else source._replace(read=partial(_read, source, matmul))
-        self._guard, self._timings = guard, timings
+        if matmul != 'float32':
+            source = source._replace(read=partial(_read, source, matmul))
+        super().__init__(source, manager, storage, guard, timings)
+        self._engine = engine
         self._spaces = _Spaces()
-        self._reanalyses = itertools.count(2 ** 31)  # numbers that no policy's search has
         storage.beside.append(self._spaces)
 
-    def run(self, served: Any, problem: Problem) -> Found:
-        """Search from the roots of a served step."""
-        start = time.perf_counter()
-        (tables, counts), rows, manager = served.roots, len(served.env_ids), self._manager
-        with self._spaces.lock, manager.lease() as lease:
-            lease.hold(tables)
-            pages = lease.allocate(problem.simulations * rows).reshape(problem.simulations, rows)
-            manager.count_nodes(pages.size)
-            slab = self._storage.ready(manager.page_capacity, self._source.device())
-            width = tables.shape[1]
-            make = partial(Space, self._engine, self._source, slab, width)
-            space = self._space(problem, rows, served.addresses, (width, ), make)
-            _give(space, problem, served.timesteps)
-            space.given.tables[:rows], space.given.counts[:rows] = tables, counts
-            space.given.pages[:problem.simulations, :rows] = pages
-            found, broken = _search(space, problem, rows, served.trace)
-        manager.count_queries('recur', pages.size, pages.size, by_node=True)
-        self._guard.report(broken, served.mode, served.env_ids, served.timesteps)
-        seconds = time.perf_counter() - start
-        self._timings['search'].record(seconds)
-        self._timings['step'].record(seconds, problem.simulations)
-        return found
+    def _alone(self) -> ContextManager[Any]:
+        return self._spaces.lock
 
-    def reanalyze(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
-                  addresses: Tuple[int, ...]) -> Found:
-        """Search from states ``[B, E]`` without contexts, some rows at a time."""
-        visits: List[List[int]] = []
-        values: List[float] = []
-        count = -(-len(latents) // MOST_ROWS)
-        most = -(-len(latents) // count)  # all need the same memory
-        for begin in range(0, len(latents), most):
-            chosen = slice(begin, min(begin + most, len(latents)))
-            part, rows = problem.part(chosen, next(self._reanalyses)), chosen.stop - begin
-            with self._spaces.lock:
-                space = self._space(part, rows, addresses, (), partial(Reanalysis, self._engine, self._source))
-                _give(space, part, timesteps[chosen])
-                space.latents[0, :rows] = torch.from_numpy(latents[chosen])
-                found, broken = _search(space, part, rows, None)
-            self._guard.report(broken, 'reanalysis', range(begin, chosen.stop), timesteps[chosen])
-            visits += found[0]
-            values += found[1]
-        return visits, values, None
+    def _rows_at_a_time(self, rows: int) -> int:
+        count = -(-rows // MOST_ROWS)
+        return -(-rows // count)  # all need the same memory
+
+    def _from_roots(self, served: Any, problem: Problem, slab: Slab, pages: np.ndarray) -> Tuple[Found, np.ndarray]:
+        (tables, counts), rows = served.roots, len(served.env_ids)
+        width = tables.shape[1]
+        make = partial(Space, self._engine, self._source, slab, width)
+        space = self._space(problem, rows, served.addresses, (width, ), make)
+        _give(space, problem, served.timesteps)
+        space.given.tables[:rows], space.given.counts[:rows] = tables, counts
+        space.given.pages[:problem.simulations, :rows] = pages
+        return _search(space, problem, rows, replayed(served))
+
+    def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
+                     addresses: Tuple[int, ...]) -> Tuple[Found, np.ndarray]:
+        rows = len(latents)
+        space = self._space(problem, rows, addresses, (), partial(Reanalysis, self._engine, self._source))
+        _give(space, problem, timesteps)
+        space.latents[0, :rows] = torch.from_numpy(latents)
+        return _search(space, problem, rows, None)
 
     def _space(self, problem: Problem, rows: int, addresses: Tuple[int, ...], kind: Tuple[Any, ...],
                make: Callable[[Problem, int], Any]) -> Any:
@@ -155,7 +136,7 @@ def _search(space: Space, problem: Problem, rows: int, trace: Any) -> Tuple[Foun
     space.begin()
     for _ in range(problem.simulations):
         space.simulate()
-        if trace is not None and trace.replayed:
+        if trace is not None:
             _note(trace, space, rows)
     visits, values, draws, broken = space.found(rows)
     found = [row[:len(legal) or problem.slots] for row, legal in zip(visits.tolist(), problem.legal)]

@@ -22,7 +22,7 @@ _FAR = 1e6  # what LightZero takes for infinity
 
 
 class _Sent(NamedTuple):
-    """What a search begins with, in one piece of memory."""
+    """What a search begins with, laid out in one piece of memory, so that one copy sends it."""
     key: Any  # [2] int32: one number of 64 bits
     order: Any  # [B, S] int32
     tables: Any  # [B, R] int32
@@ -91,7 +91,7 @@ class Space:
         self.given, self._sent = _Sent(*(part.numpy() for part in views[0])), views[1]
 
     def empty_rows(self, used: int) -> None:
-        """What rows that only fill a batch have: no legal actions, and a page that nobody reads."""
+        """Fill the rows from ``used`` on, which no environment has: no legal actions, and a page that nobody reads."""
         given = self.given
         given.order[used:], given.prior[used:], given.reward[used:], given.logits[used:] = -1, 0, 0, 0
         given.tables[used:], given.counts[used:], given.timesteps[used:] = 0, 1, 0

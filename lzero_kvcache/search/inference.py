@@ -2,41 +2,31 @@
 
 ``B`` rows, ``E`` embedding, ``A`` numbers of a continuous action, ``P`` policy logits. A latent state is ``[B, E]``.
 """
-from typing import Any, Callable, Sequence
+import time
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
 
-from ..cache.base import PagedCacheManager
-from ..config import CacheConfig
-from ..engine.step import StepOutput
-from ..engine.store import PageStore
-from ..engine.transfer import send
-from ..engine.weights import Source
-from .by_key import NodesByKey
-from .by_node import NodesByPlace
-from .compiled_model import CompiledModel
-from .device import DeviceSearch
-from .root_step import CompiledRoots
+from ..cache.manager import COLLECT
+from ..cache.nodes import NodeTable
+from ..cache.pages import Lease, extend
+from ..engine.step import StepOutput, checksum
+from ..engine.transfer import send, to_cpu
+from ..engine.weights import Weights
 from .roots import RootInference
-from .timesteps import reanalysis_timesteps_of, steps_after
+from .served import Served
+from .steps import hash_rows, zero_for_nan
+from .timesteps import reanalysis_timesteps_of, steps_after, timesteps_of
 from .whole import Found, Problem, WholeSearch
 
 
-class Inference(RootInference, NodesByKey, NodesByPlace):
+class Inference(RootInference):
     """Everything between a batch's latent states and its predictions."""
 
-    def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], manager: PagedCacheManager,
-                 store: PageStore, options: CacheConfig, validator: Any,
-                 read_network: Callable[[], Any]) -> None:
-        super().__init__(source, encode, manager, store, options, validator)
-        model = CompiledModel(read_network, source)
-        store.beside.append(model)
-        self._compiled_roots = CompiledRoots(model, self._latents, self._slab)
-        self._whole = WholeSearch(model, source, manager, store, self._guard, self.timings)
-        self._device = DeviceSearch(
-            self.engine, source, manager, store, self._guard, self.timings, options.matmul
-        )
+    # ---- in arrays ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def search(self, problem: Problem) -> Found:
@@ -50,8 +40,114 @@ class Inference(RootInference, NodesByKey, NodesByPlace):
         timesteps = reanalysis_timesteps_of(start_pos, len(latent))
         return self._in_arrays().reanalyze(problem, latent, timesteps, self._source.addresses())
 
-    def _in_arrays(self) -> Any:
+    def _in_arrays(self) -> WholeSearch:
         return self._whole if self._source.device().type == 'cpu' else self._device
+
+    # ---- by node: the tree is LightZero's, and contexts are found by their place in it ------------------------------
+
+    @contextmanager
+    def search_by_node(self, simulations: int) -> Iterator[Callable[..., np.ndarray]]:
+        """A context for a search from the roots that were just served; gives :meth:`expand` for it."""
+        served = self.open.searched()
+        assert served.roots is not None
+        start = time.perf_counter()
+        served.searches += 1
+        try:
+            with self._manager.lease() as lease:
+                lease.hold(served.roots[0])
+                nodes = NodeTable(served.roots, lease.allocate(simulations * len(served.env_ids)))
+                self._manager.count_nodes(nodes.pages.size)
+                yield partial(self.expand, served, nodes)
+        finally:
+            served.searches -= 1
+        self.timings['search'].record(time.perf_counter() - start)
+
+    @torch.no_grad()
+    def expand(self, served: Served, nodes: NodeTable, simulation: int, path: np.ndarray, columns: np.ndarray,
+               actions: np.ndarray, depths: Sequence[int]) -> np.ndarray:
+        """One simulation of a search by node; one copy to the device, one back.
+
+        ``path [B]`` and ``columns [B]`` are the index in the search path and the row of each node, ``depths [B]`` what
+        LightZero's tree passes as such. Returns reward, value and policy logits ``[B, 2 + P]``; 0 for what is skipped.
+        """
+        start = time.perf_counter()
+        contexts, pages = nodes.expand(simulation, path, columns), nodes.pages[simulation]
+        result = self._step(
+            self._weights_of(served), contexts, pages, steps_after(served.timesteps, depths), actions, None,
+            nodes.longest(simulation)
+        )
+        self._manager.count_queries('recur', len(pages), len(pages), by_node=True)
+        assert result.search is not None  # the actions came from the CPU
+        predicted = to_cpu(result.search)
+        if served.trace is not None:
+            served.trace.note_node(path, actions, depths, result.output)
+        what = 'A reward, value or policy'
+        kept = self._guard.finite(predicted, what, served.mode, served.env_ids, served.timesteps)
+        self.timings['step'].record(time.perf_counter() - start)
+        return predicted if len(kept) == len(predicted) else np.nan_to_num(predicted, posinf=0.0, neginf=0.0)
+
+    # ---- by key: what LightZero's own searches, and those of users, ask for ------------------------------------------
+
+    def node(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int], start_pos: Any,
+             reanalysis: bool = False) -> StepOutput:
+        """One simulation whose contexts are found by key; one copy to the device, one back, one more there where
+        contexts are lost. The predictions are 0 for what is skipped."""
+        start = time.perf_counter()
+        rows = len(latent)
+        timesteps = (reanalysis_timesteps_of if reanalysis else timesteps_of)(start_pos, rows)
+        # A search by node asks for nothing by key.
+        served = None if reanalysis else self.open.innermost(lambda step: not step.searches)
+        mode, env_ids, weights = COLLECT, list(range(rows)), None
+        if served is not None:
+            served.check_rows(rows)
+            mode, env_ids, weights = served.mode, served.env_ids, self._weights_of(served)
+            self._give_roots_keys(served)
+        with self._manager.lease() as lease:
+            output, kept = self._node(
+                lease, weights or self._source.read(False), mode, env_ids, latent, action, timesteps,
+                steps_after(timesteps, search_depth), reanalysis
+            )
+        if served is not None and served.trace is not None:
+            served.trace.note_keyed_node(latent, action, search_depth, output)
+        self.timings['step'].record(time.perf_counter() - start)
+        return output if len(kept) == rows else output.map(zero_for_nan)
+
+    def _node(self, lease: Lease, weights: Weights, mode: str, env_ids: List[int], latent: np.ndarray,
+              action: torch.Tensor, timesteps: np.ndarray, node_timesteps: np.ndarray, reanalysis: bool
+              ) -> Tuple[StepOutput, np.ndarray]:
+        manager, rows, device = self._manager, len(latent), self._source.device()
+        pages = lease.allocate(rows)
+        contexts = manager.find_recur(mode, env_ids, hash_rows(latent))
+        lost = np.flatnonzero(contexts[1] == 0)
+        manager.count_queries('recur', rows, rows - len(lost))
+        lease.hold(contexts[0])
+        if len(lost):
+            anew = self._begin_anew(lease, contexts, lost, 2 * timesteps[lost])
+            begun, states = send(device, anew, latent[lost])
+            self.engine.begin(weights, self._slab(), begun[0], states, begun[1])
+        output = self._step(
+            weights, contexts, pages, node_timesteps, None, action.to(device), int(contexts[1].max()), reanalysis
+        ).output
+        if self.backend.reuses_output:
+            output = output.map(torch.clone)
+        on_cpu = to_cpu(torch.cat([output.latent_state.reshape(rows, -1), checksum(output)], dim=1))
+        kept = self._guard.finite(on_cpu[:, -1:], 'A reward, value or policy', mode, env_ids, timesteps)
+        keys, nodes = hash_rows(on_cpu[:, :-1]), extend(contexts, pages)
+        manager.store_recur(
+            [env_ids[row] for row in kept], [keys[row] for row in kept], (nodes[0][kept], nodes[1][kept])
+        )
+        return output, kept
+
+    def _give_roots_keys(self, served: Served) -> None:
+        """Store the roots under keys too, so that a search by key finds them as it finds nodes."""
+        if served.roots is None or served.keys is not None:
+            return
+        assert served.latents is not None
+        kept, hashed = served.kept, hash_rows(to_cpu(served.latents))
+        served.keys = [served.env_ids[row] for row in kept], [hashed[row] for row in kept]
+        self._manager.store_init(served.mode, *served.keys, (served.roots[0][kept], served.roots[1][kept]))
+
+    # ---- without contexts --------------------------------------------------------------------------------------------
 
     def reanalysis(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int],
                    start_pos: Any) -> StepOutput:

@@ -1,5 +1,8 @@
-"""Root inference: the states that searches begin at, each in its environment's context."""
-from typing import Any, Hashable, List, Optional, Sequence, Tuple
+"""Root inference: the states that searches begin at, each in its environment's context.
+
+``B`` rows, ``R`` pages of a context, ``A`` numbers of a continuous action, ``E`` embedding.
+"""
+from typing import Any, Hashable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -9,18 +12,34 @@ from ..cache.manager import COLLECT
 from ..cache.pages import Rows, extend
 from ..engine.launch import CudaGraphBackend
 from ..engine.packing import pack, unpack
+from ..engine.program import OUTPUTS
 from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
-from .keys import hash_rows
-from .root_step import CompiledRoots, RootStep, Stepped
 from .served import Served
-from .steps import Steps, zero_for_nan
+from .steps import Steps, hash_rows, zero_for_nan
 from .timesteps import timesteps_of
+
+
+class RootStep(NamedTuple):
+    """What leads to roots."""
+    contexts: Rows  # of the last roots, tables [B, R] and counts [B]; 0 pages where an episode begins
+    pages: np.ndarray  # [B], to be written
+    timesteps: np.ndarray  # [B]
+    actions: np.ndarray  # [B] or [B, A]; zeros where an episode begins
+    anew: np.ndarray  # [3, K]: contexts that are begun anew before, their pages, angles and rows
+    last: Optional[torch.Tensor]  # [B, E], last latent states, where some are
+    observations: torch.Tensor  # [B, ...], the current ones
+
+
+class Stepped(NamedTuple):
+    """What roots are."""
+    latent: torch.Tensor  # [B, E]
+    output: StepOutput
+    on_cpu: np.ndarray  # [B, K + 1]: latent states or their sums, and sums of predictions, to see what is finite
 
 
 class RootInference(Steps):
     """Looks contexts up by environment, or by key, and stores those that the step made."""
-    _compiled_roots: CompiledRoots
 
     def root(self, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
              start_pos: Any) -> StepOutput:
@@ -51,7 +70,7 @@ class RootInference(Steps):
         manager.count_queries('init', int(going.sum()), int(going.sum()) - len(missing))
         before = contexts[0].copy(), contexts[1].copy()
         pages, lost = step.lease.allocate(rows), missing
-        if self._guard.skips and last is not None and len(missing):  # what was skipped is no context to begin from
+        if self._guard.skips and last is not None and len(missing):  # a state with nan begins no context
             lost = missing[to_cpu(torch.isfinite(last).all(1))[missing]]
         anew = self._begin_anew(step.lease, contexts, lost, 2 * timesteps[lost])
         given = RootStep(contexts, pages, timesteps, actions, anew, last, current_obs)
@@ -99,7 +118,7 @@ class RootInference(Steps):
         """Encode and step: by one compiled call where the search that follows is one on the CPU, by a graph that a GPU
         replays, or else by torch."""
         if step.in_arrays and self._source.device().type == 'cpu' and not self._source.is_training():
-            return self._compiled_roots.step(step, given)
+            return self._run_compiled(step, given)
         if not by_key and self.backend.name == CudaGraphBackend.name and self._root_graphs.serves():
             self._begin(step, given, send(self._source.device(), given.anew)[0])
             replayed = self._root_graphs.run(
@@ -110,6 +129,49 @@ class RootInference(Steps):
                 return Stepped(output.latent_state.squeeze(1), output, sums)
             given = given._replace(anew=given.anew[:, :0])  # they have begun
         return self._launch_roots(step, by_key, given)
+
+    def _run_compiled(self, served: Served, given: RootStep) -> Stepped:
+        """One compiled call, and another before it where contexts are begun anew."""
+        from . import compiled
+
+        network, _held = self._model.network_at(served.addresses)
+        (tables, counts), rows = given.contexts, len(given.pages)
+        served.shift = shift = self._model.shift()
+        sizes = network.embed, network.embed, network.value[-1, OUTPUTS], network.policy
+        predicted = [np.empty((rows, size), np.float32) for size in sizes]
+        sequence, latent, value, policy = predicted
+        observations = np.zeros((0, 0), np.float32)
+        if len(network.encoder) and given.observations.ndim == 2 and given.observations.dtype == torch.float32:
+            observations = given.observations.contiguous().numpy()
+        else:
+            latent[:] = self._latents(given.observations).numpy()
+        slab = self._slab().data.numpy()
+        self._begin_compiled(network, shift, slab, given)
+        angles = 2 * given.timesteps - (counts > 0), 2 * given.timesteps
+        batch = compiled.RootBatch(
+            tables, counts, given.pages, given.actions.reshape(rows, -1).astype(np.float32), np.stack(angles),
+            observations, *predicted
+        )
+        self._model.run(compiled.step_roots, (network, shift, slab, batch, False), network, tables.shape[1], rows)
+        parts = [torch.from_numpy(part).unsqueeze(1) for part in (sequence, latent, policy, value)]
+        output = StepOutput(parts[0], parts[1], None, parts[2], parts[3])
+        sums = np.stack([latent.sum(1), value.sum(1) + policy.sum(1)], axis=1)
+        return Stepped(torch.from_numpy(latent), output, sums)
+
+    def _begin_compiled(self, network: Any, shift: np.ndarray, slab: np.ndarray, given: RootStep) -> None:
+        from . import compiled
+
+        pages, angles, lost = given.anew
+        if not len(pages):
+            return
+        assert given.last is not None
+        tables = given.contexts[0][lost]
+        latent, nothing = given.last[lost].numpy(), np.zeros((0, 0), np.float32)
+        batch = compiled.RootBatch(
+            tables, np.zeros(len(lost), np.int64), pages, nothing, np.stack([angles, angles]), nothing, nothing, latent,
+            nothing, nothing
+        )
+        self._model.run(compiled.step_roots, (network, shift, slab, batch, True), network, tables.shape[1], len(lost))
 
     def _launch_roots(self, step: Served, by_key: bool, given: RootStep) -> Stepped:
         engine, weights, slab, counts = self.engine, self._weights_of(step), self._slab(), given.contexts[1]

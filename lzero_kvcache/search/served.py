@@ -76,7 +76,7 @@ class OpenSteps:
             yield served
             self._forget_keys(served)
         except GeneratorExit:
-            self._abandoned.append(served)  # this may be garbage, which is collected in the middle of anything
+            self._abandoned.append(served)  # the garbage collector may close this in the middle of anything
             raise
         except BaseException:
             self._end_failed(served)

@@ -7,7 +7,7 @@ import numpy as np
 from ..config import MIB
 
 
-class Space(NamedTuple):
+class SearchMemory(NamedTuple):
     """What one search at a time works in."""
     tree: Any
     latents: np.ndarray  # [B, N, E], of the nodes of a reanalysis
@@ -41,7 +41,10 @@ class Spaces:
         free = self._free.setdefault(size, [])
         leased = []
         for _ in range(count):
-            part = _popped(free)
+            try:
+                part = free.pop()
+            except IndexError:
+                part = None
             leased.append(part if part is not None and fits(part) else make())
         self._leased.update((id(part), part) for part in leased)
         try:
@@ -50,11 +53,3 @@ class Spaces:
             for part in leased:
                 del self._leased[id(part)]
             free += leased
-
-
-def _popped(free: List[Any]) -> Any:
-    """The last one; None where another thread has it."""
-    try:
-        return free.pop()
-    except IndexError:
-        return None

@@ -1,36 +1,44 @@
 """What every inference over pages needs: the model's steps, and where contexts are begun anew."""
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+import xxhash
 
 from ..cache.base import PagedCacheManager
-from ..cache.pages import SCRATCH_PAGE, Lease, Rows
+from ..cache.pages import Lease, Rows
 from ..cache.stats import Timing
-from ..config import MIB, CacheConfig
+from ..config import CacheConfig
 from ..engine.launch import Result, make_backend
 from ..engine.packing import pack
 from ..engine.root_graph import RootGraphs
 from ..engine.step import Engine
 from ..engine.store import PageStore
 from ..engine.weights import Source, Weights
+from .compiled_model import CompiledModel
+from .device import DeviceSearch
 from .guard import NanGuard
 from .served import OpenSteps, Served
+from .whole import CompiledSearch
 
 
 class Steps:
     """The steps of one model over the pages of its manager."""
 
     def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], manager: PagedCacheManager,
-                 store: PageStore, options: CacheConfig, validator: Any) -> None:
+                 store: PageStore, options: CacheConfig, validator: Any, read_network: Callable[[], Any]) -> None:
         self.engine = Engine(source.geometry)
-        self.backend = make_backend(options.backend, self.engine, source, SCRATCH_PAGE)
+        self.backend = make_backend(options.backend, self.engine, source)
         self.timings = {'search': Timing(), 'step': Timing()}
         self.open = OpenSteps(manager, validator)
         self._source, self._encode, self._manager, self._store = source, encode, manager, store
-        self._root_graphs = RootGraphs(self.engine, source, encode, SCRATCH_PAGE)
+        self._root_graphs = RootGraphs(self.engine, source, encode)
         self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
-        store.beside += [self.backend, self._root_graphs, _WindowMemory(self.engine)]
+        self._model = CompiledModel(read_network, source)
+        store.beside += [self.backend, self._root_graphs.graphs, self.engine.window, self._model]
+        shared = source, manager, store, self._guard, self.timings
+        self._whole = CompiledSearch(self._model, *shared)
+        self._device = DeviceSearch(self.engine, *shared, options.matmul)
 
     def _begin_anew(self, lease: Lease, rows: Rows, lost: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Give rows whose contexts are lost a page each. Returns what it takes to begin them there in one forward: the
@@ -82,15 +90,9 @@ class Steps:
         return numbers * going, going
 
 
-class _WindowMemory:
-    """What an engine keeps for gathered windows, as the store counts it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    @property
-    def memory_mb(self) -> float:
-        return self._engine.window.bytes / MIB
+def hash_rows(latent: np.ndarray) -> List[int]:
+    """The key of each row ``[B, E]``: XXH3's 64 bits of its bytes."""
+    return list(map(xxhash.xxh3_64_intdigest, latent))
 
 
 def zero_for_nan(part: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,9 @@ def timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
 def reanalysis_timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
     """Timesteps ``[batch, unroll]`` with the 0 that LightZero appends to each sequence, as one row ``[B]``; or one
     already."""
-    if np.ndim(start_pos) == 0:
-        return np.full(rows, int(start_pos), dtype=np.int64)
-    start_pos = np.asarray(start_pos)
-    if start_pos.size == rows:
-        return start_pos.reshape(-1).astype(np.int64)
-    return np.pad(start_pos, ((0, 0), (0, 1))).reshape(-1).astype(np.int64)
+    if np.ndim(start_pos) > 0 and np.size(start_pos) != rows:
+        start_pos = np.pad(start_pos, ((0, 0), (0, 1)))
+    return timesteps_of(start_pos if np.ndim(start_pos) == 0 else np.ravel(start_pos), rows)
 
 
 def steps_after(timesteps: np.ndarray, depths: Sequence[int]) -> np.ndarray:

@@ -172,7 +172,7 @@ def select_rows(tree: Tree, rules: Rules, key: Key, simulation: int, lo: int, hi
 
 @inlined
 def parent(tree: Tree, row: int) -> int:
-    """The node whose child the selected path adds."""
+    """The node to which the selected path adds a child."""
     return tree.path[row, tree.depth[row] - 1]
 
 

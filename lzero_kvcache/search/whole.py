@@ -1,20 +1,22 @@
-"""Whole searches on the CPU: trees in arrays, and the model's steps below them, as one compiled call for each."""
+"""Whole searches: trees in arrays, and the model's steps below them. On the CPU each is one compiled call."""
 import itertools
 import time
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from abc import ABC, abstractmethod
+from contextlib import contextmanager, nullcontext
+from typing import Any, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
 from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
+from ..engine.slab import Slab
 from ..engine.store import PageStore
 from ..engine.weights import Source
 from .arrays import padded
 from .compiled_model import CompiledModel
 from .guard import NanGuard
-from .spaces import Space, Spaces
+from .spaces import SearchMemory, Spaces
 
 CHUNK = 64
 """Rows of a reanalysis that a thread has in work: as many as ``engine.layers.ROWS``."""
@@ -54,77 +56,105 @@ class Problem(NamedTuple):
         return padded(noises, self.slots, 0, np.float32)
 
 
-class WholeSearch:
-    """Runs searches of one model; several threads may search at once."""
+class WholeSearch(ABC):
+    """Runs searches of one model in arrays, on one kind of device; several threads may search at once."""
 
-    def __init__(self, model: CompiledModel, source: Source, manager: PagedCacheManager, storage: PageStore,
-                 guard: NanGuard, timings: Dict[str, Timing]) -> None:
-        self._model, self._source, self._manager, self._storage = model, source, manager, storage
+    def __init__(self, source: Source, manager: PagedCacheManager, storage: PageStore, guard: NanGuard,
+                 timings: Dict[str, Timing]) -> None:
+        self._source, self._manager, self._storage = source, manager, storage
         self._guard, self._timings = guard, timings
-        self._spaces = Spaces()
         self._reanalyses = itertools.count(2 ** 31)  # numbers that no policy's search has
-        storage.beside.append(self._spaces)
 
     def run(self, served: Any, problem: Problem) -> Found:
         """Search from the roots of a served step."""
-        from .tree import root_actions, root_values, root_visits
-
-        with self.trees(served, problem) as tree:
-            return root_visits(tree), root_values(tree), root_actions(tree) if problem.rules.get('sampled') else None
-
-    @contextmanager
-    def trees(self, served: Any, problem: Problem) -> Iterator[Any]:
-        """The trees of a search, which belong to another one afterwards."""
-        start = time.perf_counter()
-        tables, counts = served.roots
-        rows, width = tables.shape
-        network, _held = self._model.network_at(served.addresses)
-        shift = self._model.shift() if served.shift is None else served.shift
-        with self._space(network, problem, rows, width) as space:
-            with self._manager.lease() as lease:
-                lease.hold(tables)
-                pages = lease.allocate(problem.simulations * rows).reshape(problem.simulations, rows)
-                self._manager.count_nodes(pages.size)
-                slab = self._storage.ready(self._manager.page_capacity, self._source.device()).data
-                assert slab is not None
-                trace = served.trace if served.trace is not None and served.trace.replayed else None
-                broken = self._search(
-                    problem, space, network, shift, tables, counts, served.timesteps, slab.numpy(), pages,
-                    trace
-                )
-            self._manager.count_queries('recur', pages.size, pages.size, by_node=True)
-            self._guard.report(broken, served.mode, served.env_ids, served.timesteps)
-            seconds = time.perf_counter() - start
-            self._timings['search'].record(seconds)
-            self._timings['step'].record(seconds, problem.simulations)
-            yield space.tree
+        start, manager = time.perf_counter(), self._manager
+        with self._alone(), manager.lease() as lease:
+            lease.hold(served.roots[0])
+            pages = lease.allocate(problem.simulations * len(served.env_ids)).reshape(problem.simulations, -1)
+            manager.count_nodes(pages.size)
+            slab = self._storage.ready(manager.page_capacity, self._source.device())
+            found, broken = self._from_roots(served, problem, slab, pages)
+        manager.count_queries('recur', pages.size, pages.size, by_node=True)
+        self._guard.report(broken, served.mode, served.env_ids, served.timesteps)
+        seconds = time.perf_counter() - start
+        self._timings['search'].record(seconds)
+        self._timings['step'].record(seconds, problem.simulations)
+        return found
 
     def reanalyze(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
                   addresses: Tuple[int, ...]) -> Found:
         """Search from states ``[B, E]`` without contexts, some rows at a time."""
-        from .tree import root_values, root_visits
-
-        (network, _held), shift = self._model.network_at(addresses), self._model.shift()
         visits: List[List[int]] = []
         values: List[float] = []
-        rows, most = len(latents), CHUNK * torch.get_num_threads()
+        rows = len(latents)
+        most = self._rows_at_a_time(rows)
         for begin in range(0, rows, most):
             chosen = slice(begin, min(begin + most, rows))
             part = problem.part(chosen, next(self._reanalyses))
-            count = chosen.stop - begin
-            with self._space(network, part, count, 1, reanalyzes=True) as space:
-                space.latents[:, 0] = latents[chosen]
-                pages = np.tile(np.arange(count + 1, 2 * count + 1), (problem.simulations, 1))
-                none = np.zeros((count, 1), np.int64)
-                broken = self._search(
-                    part, space, network, shift, none, none[:, 0], timesteps[chosen], space.slab, pages, None
-                )
-                self._guard.report(broken, 'reanalysis', range(begin, chosen.stop), timesteps[chosen])
-                visits += root_visits(space.tree)
-                values += root_values(space.tree)
+            with self._alone():
+                found, broken = self._from_states(part, latents[chosen], timesteps[chosen], addresses)
+            self._guard.report(broken, 'reanalysis', range(begin, chosen.stop), timesteps[chosen])
+            visits += found[0]
+            values += found[1]
         return visits, values, None
 
-    def _search(self, problem: Problem, space: Space, network: Any, shift: np.ndarray, tables: np.ndarray,
+    def _alone(self) -> ContextManager[Any]:
+        """What a search holds while it runs, where two would share memory."""
+        return nullcontext()
+
+    @abstractmethod
+    def _rows_at_a_time(self, rows: int) -> int:
+        """How many rows of a reanalysis to search at once."""
+
+    @abstractmethod
+    def _from_roots(self, served: Any, problem: Problem, slab: Slab, pages: np.ndarray) -> Tuple[Found, np.ndarray]:
+        """Search from roots, with the pages that its simulations write ``[N - 1, B]``. Returns what is found, and how
+        many predictions of each row ``[B]`` were no numbers."""
+
+    @abstractmethod
+    def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
+                     addresses: Tuple[int, ...]) -> Tuple[Found, np.ndarray]:
+        """The same from states ``[B, E]``."""
+
+
+class CompiledSearch(WholeSearch):
+    """On the CPU, as one compiled call."""
+
+    def __init__(self, model: CompiledModel, source: Source, manager: PagedCacheManager, storage: PageStore,
+                 guard: NanGuard, timings: Dict[str, Timing]) -> None:
+        super().__init__(source, manager, storage, guard, timings)
+        self._model = model
+        self._spaces = Spaces()
+        storage.beside.append(self._spaces)
+
+    def _rows_at_a_time(self, rows: int) -> int:
+        return CHUNK * torch.get_num_threads()
+
+    def _from_roots(self, served: Any, problem: Problem, slab: Slab, pages: np.ndarray) -> Tuple[Found, np.ndarray]:
+        tables, counts = served.roots
+        network, _held = self._model.network_at(served.addresses)
+        shift = self._model.shift() if served.shift is None else served.shift
+        assert slab.data is not None
+        with self._space(network, problem, *tables.shape) as space:
+            broken = self._search(
+                problem, space, network, shift, tables, counts, served.timesteps, slab.data.numpy(), pages,
+                replayed(served)
+            )
+            return found_in(space.tree, problem), broken
+
+    def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
+                     addresses: Tuple[int, ...]) -> Tuple[Found, np.ndarray]:
+        (network, _held), rows = self._model.network_at(addresses), len(latents)
+        with self._space(network, problem, rows, 1, reanalyzes=True) as space:
+            space.latents[:, 0] = latents
+            pages = np.tile(np.arange(rows + 1, 2 * rows + 1), (problem.simulations, 1))
+            none = np.zeros((rows, 1), np.int64)
+            broken = self._search(
+                problem, space, network, self._model.shift(), none, none[:, 0], timesteps, space.slab, pages, None
+            )
+            return found_in(space.tree, problem), broken
+
+    def _search(self, problem: Problem, space: SearchMemory, network: Any, shift: np.ndarray, tables: np.ndarray,
                 counts: np.ndarray, timesteps: np.ndarray, slab: np.ndarray, pages: np.ndarray,
                 trace: Any) -> np.ndarray:
         """Search, and note each simulation if there is a trace; returns how many predictions of each row ``[B]`` were
@@ -153,24 +183,36 @@ class WholeSearch:
 
     @contextmanager
     def _space(self, network: Any, problem: Problem, rows: int, width: int,
-               reanalyzes: bool = False) -> Iterator[Space]:
+               reanalyzes: bool = False) -> Iterator[SearchMemory]:
         """Memory for a search of so many rows, each with contexts of ``width`` pages."""
         from .tree import make_tree
 
         geometry = self._source.geometry
 
-        def make() -> Space:
+        def make() -> SearchMemory:
             tree = make_tree(rows, problem.simulations, problem.slots, width, problem.action_size)
             states = rows if reanalyzes else 0
             latents = np.zeros((states, problem.simulations + 1, geometry.embed_dim), np.float32)
             pages = (2 * states + 1, 2, geometry.layers, 2, geometry.heads, geometry.head_dim)
-            return Space(tree, latents, np.zeros(pages, np.float32))
+            return SearchMemory(tree, latents, np.zeros(pages, np.float32))
 
         sizes = (network.embed, network.inner, network.widest, network.policy, len(network.blocks))
         size = (problem.simulations, problem.slots, problem.action_size, width, int(reanalyzes), *sizes)
         with self._spaces.lease(size, 1, make, lambda space: len(space.tree.depth) >= rows) as [space]:
             tree = type(space.tree)(*(array[:rows] for array in space.tree))
             yield space._replace(tree=tree, latents=space.latents[:rows])
+
+
+def replayed(served: Any) -> Any:
+    """The trace of a served step, where validation will go through each simulation; or None."""
+    return served.trace if served.trace is not None and served.trace.replayed else None
+
+
+def found_in(tree: Any, problem: Problem) -> Found:
+    """What a search left in its trees."""
+    from .tree import root_actions, root_values, root_visits
+
+    return root_visits(tree), root_values(tree), root_actions(tree) if problem.rules.get('sampled') else None
 
 
 def _note(trace: Any, tree: Any, batch: Any, rules: Any, simulation: int) -> None:

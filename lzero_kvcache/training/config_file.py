@@ -19,8 +19,8 @@ from easydict import EasyDict
 import lzero_kvcache_options
 
 from ..config import ConfigError
-from ..host.entries import recorded_call
 from ..host.patches import ENTRIES, applied, forget_configs
+from ..host.recorded import recorded_call
 from ..summary import TRAIN
 from .error_hints import hint
 
@@ -80,8 +80,8 @@ def load_config(name: str) -> Plan:
             declared = _run_file(path, '__main__', directory=lambda _: folder, command_line=lambda _: [path])
     if any(needed not in declared for needed in missing):
         raise ConfigError(
-            f"--config {path}: it declares no {' and no '.join(missing)}; a LightZero config file has 'main_config' and "
-            "'create_config', or calls one of " + ', '.join(ENTRIES)
+            f"--config {path}: it declares no {' and no '.join(missing)}; a LightZero config file has 'main_config' "
+            f"and 'create_config', or calls {' or '.join(ENTRIES)}"
         )
     _check_shape(declared, path)
     main_config, create_config = (EasyDict(copy.deepcopy(declared[name])) for name in ('main_config', 'create_config'))

@@ -4,7 +4,7 @@ import re
 from typing import Iterator, Optional
 
 from ..config import ConfigError
-from ..host import entries
+from ..host import building
 
 # What LightZero's environments need beside what LightZero itself does, by module.
 PACKAGES = {
@@ -31,7 +31,7 @@ def hint(error: BaseException) -> Optional[str]:
         package = PACKAGES.get(missing.split('.')[0])
         if missing.startswith('zoo.'):
             return (
-                f"there is no module '{missing}' below the zoo that is installed, {entries.zoo_folder()}; if it "
+                f"there is no module '{missing}' below the zoo that is installed, {building.zoo_folder()}; if it "
                 "is in a folder zoo of yours, write in the config: import zoo; zoo.__path__.append('PATH/TO/zoo')"
             )
         if package is None:  # perhaps a file of the user's, whose name may be that of a stranger's package

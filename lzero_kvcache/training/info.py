@@ -10,7 +10,7 @@ from lzero_kvcache_options import lightzero_configs, our_configs
 
 from ..config import LIGHTZERO, MIB, ConfigError
 from ..engine.launch import picked
-from ..host import entries
+from ..host import building
 from ..host.lightzero import lightzero
 from ..loading import check_config
 from ..summary import version_of
@@ -44,12 +44,12 @@ def of_plan(plan: Plan) -> Rows:
     device = str(plan.main_config.policy.model.world_model_cfg.device)
     options = check_config(*configs)
     set_device('cpu', plan.main_config)
-    policy = entries.build_policy(*configs)
+    policy = building.build_policy(*configs)
     model = policy._model.world_model
     manager = old = model.kv_cache_manager
     if options.system == 'new':
         set_cache('old', *configs)
-        old = entries.build_policy(*configs)._model.world_model.kv_cache_manager
+        old = building.build_policy(*configs)._model.world_model.kv_cache_manager
     rows: Rows = [('policy', str(plan.create_config.policy.type)), ('device', device)]
     memory_now = ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB')
     if options.system == LIGHTZERO:
@@ -110,7 +110,7 @@ def of_zoo() -> Rows:
         try:
             with hinted():
                 plan = make_plan(path)
-                entries.try_environment(plan.main_config, plan.create_config)
+                building.try_environment(plan.main_config, plan.create_config)
                 # A model of each kind is built once, since LightZero may fail in it.
                 model = plan.main_config.policy.model.world_model_cfg
                 kind = plan.create_config.policy.type, model.get('obs_type'), model.get('continuous_action_space')
@@ -125,7 +125,7 @@ def of_zoo() -> Rows:
 def _fault_of_model(plan: Plan) -> Optional[ConfigError]:
     set_device('cpu', plan.main_config)
     try:
-        entries.build_policy(plan.main_config, plan.create_config)
+        building.build_policy(plan.main_config, plan.create_config)
     except ConfigError as error:
         return error
     return None

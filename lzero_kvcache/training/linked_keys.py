@@ -7,7 +7,7 @@ import re
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Tuple
 
 from ..config import PREFIX, ConfigError
-from ..host.entries import atari_actions
+from ..host.building import atari_actions
 
 WM = PREFIX + '.'
 

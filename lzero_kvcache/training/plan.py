@@ -9,7 +9,7 @@ import torch
 from easydict import EasyDict
 
 from ..config import LIGHTZERO, PREFIX, ConfigError, picked_system
-from ..host import entries
+from ..host import building
 from ..loading import check_config, disable, enable, load_plugin, policy_type
 from ..summary import EVALUATE, TRAIN
 from .checkpoints import CHECKPOINTS
@@ -59,7 +59,7 @@ def make_plan(
     main_config.exp_name = str(main_config.get('exp_name') or f'data_unizero/{stem}')
     if overrides:
         changed = apply_overrides(
-            main_config, create_config, overrides, entries.completed(main_config, create_config))
+            main_config, create_config, overrides, building.completed(main_config, create_config))
         if 'seed' in changed:  # LightZero's entries take it as an argument
             raise ConfigError(f'--set seed={changed["seed"]}: give --seed {changed["seed"]} in its place')
         policy_type(create_config)
@@ -75,7 +75,7 @@ def make_plan(
         main_config.exp_name += '_eval'
     else:
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', plan.seed, seed)
-    check_values(entries.completed(main_config, create_config), plan.entry)
+    check_values(building.completed(main_config, create_config), plan.entry)
     check_config(main_config, create_config)
     return replace(
         plan, seed=seed, max_env_step=max_env_step or plan.max_env_step,

@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 
 from ..config import ConfigError, picked_manager
-from ..host import entries
+from ..host import building, entries
 from ..host.patches import applied
 from ..run_files import EVENT_FILES, purge
 from ..run_hooks import UNBOUNDED
@@ -169,7 +169,7 @@ class _Training:
             )
         if self.ranks.several and plan.task == EVALUATE:
             raise ConfigError('--eval evaluates in one process; run it without torchrun')
-        entries.try_environment(plan.main_config, plan.create_config)
+        building.try_environment(plan.main_config, plan.create_config)
 
     def _check_place(self) -> None:
         """The folder that a training goes on in must be of one cache system, and its counts must not go back."""
@@ -191,7 +191,7 @@ class _Training:
     def _make_folder(self) -> None:
         plan, ranks = self.plan, self.ranks
         ranks.join(str(plan.main_config.policy.model.world_model_cfg.device))
-        ranks.share_out(plan.main_config, entries.completed(plan.main_config, plan.create_config), plan.entry)
+        ranks.share_out(plan.main_config, building.completed(plan.main_config, plan.create_config), plan.entry)
         asked = plan.main_config.exp_name
         if plan.in_place:
             exp_name = os.path.relpath(asked)

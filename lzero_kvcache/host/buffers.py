@@ -1,4 +1,4 @@
-"""Target values of a training batch: the target model's inference over sampled sequences.
+"""What LightZero's replay buffers ask of the target model: values of sampled sequences, and searches anew.
 
 ``B`` sequences, ``L`` of their observations that the model sees, ``U = L + 1`` target values of each.
 """
@@ -12,30 +12,65 @@ from lzero.policy import inverse_scalar_transform
 
 from ..engine.transfer import to_cpu
 from .lightzero import lightzero
+from .patches import with_globals
 from .refused import has_own_inference
+from .tree_search import NodeSearch, Roots
 from .world_model import NewWorldModel
+
+
+def _is_served(model: Any, kind: str) -> bool:
+    """Whether the engine may answer in place of a model's 'initial' or 'recurrent' inference."""
+    is_new = lightzero.COMPUTES_TARGETS and isinstance(model.world_model, NewWorldModel)
+    return is_new and not has_own_inference(model, kind)
+
+
+# ---- searches anew ---------------------------------------------------------------------------------------------------
+
+
+class Reanalysis(NodeSearch):
+    """What the buffer's method finds as ``MCTSCtree``."""
+
+    roots = Roots
+
+    def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any = None,
+               task_id: Any = None) -> Any:
+        latents = np.asarray(latent_state_roots, dtype=np.float32).reshape(roots.num, -1)
+        roots.found = model.world_model.inference.reanalyze(self.problem(roots), latents, timestep)
+
+
+def reanalyzed_in_arrays(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """A buffer's ``_compute_target_policy_reanalyzed`` that searches in arrays where its model can be searched so."""
+
+    @functools.wraps(compute)
+    def run(buffer: Any, policy_re_context: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        found = compute
+        if (policy_re_context is not None and _is_served(model, 'recurrent')
+                and buffer._cfg.model.categorical_distribution
+                and model.world_model.searches_in_arrays('Reanalyzing')):
+            found = with_globals(compute, MCTSCtree=Reanalysis)
+        return found(buffer, policy_re_context, model, *args, **kwargs)
+
+    return run
+
+
+# ---- target values ---------------------------------------------------------------------------------------------------
 
 Targets = Tuple[np.ndarray, np.ndarray]
 """Rewards and values ``[B, U]``."""
 
 
-def of_new_system(compute: Callable[..., Targets]) -> Callable[..., Targets]:
+def targets_of_engine(compute: Callable[..., Targets]) -> Callable[..., Targets]:
     """A buffer's ``_compute_target_reward_value`` that is :func:`target_values` where that serves its model."""
 
     @functools.wraps(compute)
     def run(buffer: Any, context: Sequence[Any], model: Any, actions: np.ndarray, timesteps: np.ndarray) -> Targets:
-        if not _is_served(buffer._cfg, model):
+        cfg, world_model = buffer._cfg, model.world_model
+        if (not _is_served(model, 'initial') or world_model.training or cfg.env_type != 'not_board_games'
+                or cfg.use_root_value):
             return compute(buffer, context, model, actions, timesteps)
-        return target_values(buffer._cfg, context, model.world_model, actions, timesteps)
+        return target_values(cfg, context, world_model, actions, timesteps)
 
     return run
-
-
-def _is_served(cfg: Any, model: Any) -> bool:
-    world_model = model.world_model
-    if not lightzero.COMPUTES_TARGETS or not isinstance(world_model, NewWorldModel) or world_model.training:
-        return False
-    return not has_own_inference(model, 'initial') and cfg.env_type == 'not_board_games' and not cfg.use_root_value
 
 
 @torch.no_grad()

@@ -1,0 +1,94 @@
+"""What LightZero builds of a config: its defaults, an environment, a policy; and what its zoo has."""
+import contextlib
+import os
+import traceback
+from typing import Any, Iterator, Optional
+
+import numpy as np
+from easydict import EasyDict
+
+from ..config import ConfigError, nearest
+from .lightzero import lightzero
+
+
+def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
+    """A config with all defaults of its policy, environment and learner, as a run has it; nothing is changed."""
+    from ding.config import compile_config
+    from ding.utils import ENV_MANAGER_REGISTRY, ENV_REGISTRY, MODEL_REGISTRY, import_module
+    for key, registry, asked in (('create_config.env.type', ENV_REGISTRY, create_config.env),
+                                 ('create_config.env_manager.type', ENV_MANAGER_REGISTRY, create_config.env_manager),
+                                 ('policy.model.type', MODEL_REGISTRY, main_config.policy.model)):
+        modules = asked.get('import_names', [])
+        import_module(modules)
+        if 'type' in asked and asked.type not in registry:
+            raise ConfigError(
+                f'{key}={asked.type!r} is registered by none of its import_names={modules}; '
+                f'{nearest(asked.type, registry)}'
+            )
+    return compile_config(main_config, env=None, auto=True, create_cfg=create_config, save_cfg=False)
+
+
+def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
+    """Build and reset one environment, so that what it lacks is found before a worker process needs it, and hold what
+    it returns to the model."""
+    from ding.envs import get_vec_env_setting
+    cfg = completed(main_config, create_config)
+    env_fn, collector_configs, _ = get_vec_env_setting(cfg.env)
+    with _fault_named():
+        env = env_fn(cfg=collector_configs[0])
+        try:
+            first = env.reset()
+        finally:
+            env.close()
+    model, which = cfg.policy.model, f'the environment of env.env_id={cfg.env.get("env_id")!r}'
+    mask, seen = (first.get(key) for key in ('action_mask', 'observation')) if isinstance(first, dict) else (None, None)
+    if not model.continuous_action_space and mask is not None and len(mask) != model.action_space_size:
+        raise ConfigError(
+            f'policy.model.action_space_size={model.action_space_size} contradicts {which}: its action masks are of '
+            f'{len(mask)} actions'
+        )
+    shape, frames = model.observation_shape, model.get('frame_stack_num', 1)
+    if isinstance(seen, np.ndarray) and seen.size * frames != np.prod(shape):
+        raise ConfigError(
+            f'policy.model.observation_shape={shape!r} contradicts {which}, and env.observation_shape if it has one: '
+            f'it observes {seen.shape}, and policy.model.frame_stack_num={frames}'
+        )
+
+
+def build_policy(main_config: EasyDict, create_config: EasyDict) -> Any:
+    """The policy of a config as its collector has it: without environments, optimizer and target model."""
+    from ding.policy import create_policy
+    cfg = completed(main_config, create_config).policy
+    cfg.multi_gpu = False  # one process alone
+    with _fault_named():
+        return create_policy(cfg, enable_field=list(lightzero.POLICY_FIELDS))
+
+
+@contextlib.contextmanager
+def _fault_named() -> Iterator[None]:
+    """Where LightZero's own code fails, or an environment of its zoo, say so in one line, with file and line."""
+    import lzero
+    try:
+        yield
+    except (TypeError, AttributeError, NotImplementedError, ImportError) as error:
+        missing = isinstance(error, ModuleNotFoundError) or isinstance(error.__context__, ModuleNotFoundError)
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if missing or not last.filename.startswith((lzero.__path__[0] + os.sep, zoo_folder() + os.sep)):
+            raise
+        said = f'{type(error).__name__}: {" ".join(str(error).split())}'
+        raise ConfigError(f"LightZero's own {last.filename}:{last.lineno} fails: {said}") from error
+
+
+def atari_actions(env_id: str) -> Optional[int]:
+    """How many actions an Atari game has, None where LightZero does not list it."""
+    try:
+        from zoo.atari.config.atari_env_action_space_map import atari_env_action_space_map
+    except ImportError:
+        return None
+    return dict(atari_env_action_space_map).get(env_id)
+
+
+def zoo_folder() -> str:
+    """Where LightZero's zoo is."""
+    import zoo
+    return list(zoo.__path__)[0]

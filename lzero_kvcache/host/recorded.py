@@ -1,0 +1,57 @@
+"""Calls of LightZero's training entries that are recorded instead of run."""
+import functools
+import inspect
+import sys
+from typing import Any, Callable, Dict, Optional, Tuple
+
+from .patches import ENTRIES, applied
+
+
+class _EntryCalled(BaseException):
+    """Carries the arguments of a call to an entry out of the code that made it."""
+
+    def __init__(self, entry: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
+        super().__init__(entry)
+        self.entry, self.arguments = entry, (args, kwargs)
+
+
+class _Silenced:
+    """A stream that passes on what is written, but not what is written as a recorded call is handled."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return len(text) if isinstance(sys.exc_info()[1], _EntryCalled) else self._stream.write(text)
+
+
+def recorded_call(run: Callable[[], Any]) -> Optional[Dict[str, Any]]:
+    """What the first call of an entry in ``run`` would have trained; None if there is none. Nothing is trained."""
+    signatures = _signatures()
+    with applied(entries=lambda code: _raise_call.__code__, ddp_config=lambda code: (lambda config: config).__code__,
+                 ddp_context=lambda method: lambda self, *args: None, stdout=_Silenced, stderr=_Silenced):
+        try:
+            run()
+        except _EntryCalled as call:
+            args, kwargs = call.arguments
+            arguments = signatures[call.entry].bind(*args, **kwargs).arguments
+            main_config, create_config = arguments['input_cfg']
+            given: Dict[str, Any] = {key: arguments[key] for key in ('seed', 'max_env_step') if key in arguments}
+            return dict(given, main_config=main_config, create_config=create_config, entry=call.entry)
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def _signatures() -> Dict[str, inspect.Signature]:
+    """Those of the entries. Calls are recorded inside of others, when the entries have other code."""
+    import lzero.entry
+    return {name: inspect.signature(getattr(lzero.entry, name)) for name in ENTRIES}
+
+
+def _raise_call(*args, **kwargs):  # type: ignore[no-untyped-def]
+    # As the code of an entry this runs with the names of the entry's module.
+    from lzero_kvcache.host.recorded import _EntryCalled
+    raise _EntryCalled(__name__.rpartition('.')[2], args, kwargs)
