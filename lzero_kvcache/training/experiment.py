@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from ..config import FLAG, OPTIONS, PREFIX, ConfigError, system_of
-from ..host import entries
+from ..host import building
 from ..run_files import read_json, write_json
 from ..summary import TRAIN, Result, read_summary
 from . import overrides
@@ -79,7 +79,7 @@ class Experiment:
                     for cache in dict.fromkeys(('old', *self.caches))]
         if plan.max_env_step is None:
             raise ConfigError(f'{plan.config} has no max_env_step, and every run must end; give --max-env-step')
-        entries.try_environment(plan.main_config, plan.create_config)
+        building.try_environment(plan.main_config, plan.create_config)
         self._plan = plan  # of the old system, whichever are asked for
         self.max_env_step: int = plan.max_env_step
         # Seeds in the outer loop: whatever else the machine does meanwhile slows both systems.
