@@ -3,7 +3,7 @@ import logging
 
 from .host import root_level
 
-# The policies come first: what LightZero imports with them must not meet the level that its world model sets.
+# The policies come first: LightZero sets the level of logs in its world model, and that must not act on their imports.
 with root_level.kept():
     from . import telemetry  # noqa: F401
     from .host import policies  # noqa: F401
@@ -42,6 +42,6 @@ __all__ = [
     'enable',
 ]
 
-# LightZero has the root logger show everything; a line for every miss is for those who ask for it.
+# LightZero has the root logger show everything; DEBUG, with a line for every miss, is shown on request.
 if logging.getLogger(__name__).level == logging.NOTSET:
     logging.getLogger(__name__).setLevel(logging.INFO)

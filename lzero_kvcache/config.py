@@ -16,8 +16,7 @@ FLAG = 'use_new_cache_manager'
 SIZES = ('game_segment_length', 'num_simulations', 'env_num')
 OPTIONS = 'kv_cache_cfg'
 HANDED_DOWN = 'cache_config'
-"""Attribute of a ``world_model_cfg`` on its way to a world model and its manager: the :class:`CacheConfig` that was
-read."""
+"""Attribute of a ``world_model_cfg`` that carries its :class:`CacheConfig` from the policy to model and manager."""
 PREFIX = 'policy.model.world_model_cfg'
 LIGHTZERO = 'lightzero'
 """``kv_cache_cfg.type`` of the manager that LightZero's main branch has of its own."""
@@ -79,7 +78,7 @@ CHECKS: Dict[type, Callable[[Any, str], Any]] = {bool: _flag, int: _positive_int
 class Option(NamedTuple):
     """One key of ``kv_cache_cfg``."""
     kind: type
-    default: Any  # None where it follows from other keys, or is no bound
+    default: Any  # None: computed from other keys, or no bound
     meaning: str  # as docs/options.md says it
     choices: Tuple[str, ...] = ()  # of a str
     refused: Tuple[Tuple[str, str], ...] = ()  # values that are no choices, with what is said of them
@@ -167,8 +166,8 @@ class CacheConfig:
     def of(cls, world_model_cfg: Any, env_num: Optional[int] = None) -> 'CacheConfig':
         """
         Overview:
-            What was handed down with a ``world_model_cfg``, and is taken out of it, since it may be changed later;
-            without a policy, or a world model, that did so, :meth:`read`.
+            The options that a policy or a world model handed down with a ``world_model_cfg``; else what :meth:`read`
+            finds in it. The attribute is removed, so that it never outlives a change of the config.
         """
         found = getattr(world_model_cfg, '__dict__', {}).pop(HANDED_DOWN, None)
         return cls.read(world_model_cfg, env_num=env_num) if found is None else found
@@ -204,7 +203,7 @@ class CacheConfig:
             _check_context_length(world_model_cfg)
             _check_matmul(values, lookup(world_model_cfg, 'device'))
         else:
-            values['validation'] = 'off'  # switching back takes the flag, or the type, alone
+            values['validation'] = 'off'  # so that a user who switches back need not change it
         return cls(
             use_new=use_new, env_num=env_num, num_simulations=num_simulations,
             evaluator_env_num=lookup(world_model_cfg, 'evaluator_env_num', DEFAULT_EVALUATOR_ENV_NUM),
@@ -219,9 +218,9 @@ KV_CACHE_CFG: Dict[str, Option] = {
 
 
 def handed_down(world_model_cfg: Any, options: CacheConfig) -> Any:
-    """A copy of a ``world_model_cfg`` that carries what was read of it to those who need it next."""
+    """A copy of a ``world_model_cfg`` with the options that were read from it, for :meth:`CacheConfig.of`."""
     copied = copy.copy(world_model_cfg)
-    copied.__dict__[HANDED_DOWN] = options  # an attribute, and of a dict no key
+    copied.__dict__[HANDED_DOWN] = options  # of an EasyDict too an attribute alone, and no key
     return copied
 
 
@@ -233,7 +232,7 @@ def picked_manager(world_model_cfg: Any) -> str:
 
 
 def system_of(manager: str) -> str:
-    """The system that a manager is of: 'old', LightZero's own new one, or 'new', which has all others."""
+    """The system that a manager belongs to: 'old', 'lightzero', or 'new' for all others."""
     return manager if manager in ('old', LIGHTZERO) else 'new'
 
 
@@ -308,16 +307,16 @@ def _refuse_what_lightzero_lacks(policy_cfg: Any) -> None:
 
 
 def settle(policy_cfg: Any, simulations: int = 0) -> CacheConfig:
-    """Validate what a policy config, merged with its policy's defaults, says about caching; some of its searches may
-    have more simulations than ``num_simulations``.
+    """Validate what a policy config, merged with its policy's defaults, says about caching. ``simulations`` are those
+    of its largest search, if that has more than ``num_simulations``.
 
-    In new mode it fills in the sizes that ``world_model_cfg`` lacks from the policy's own, and refuses those that would
-    make a pool too small.
+    In new mode, sizes that ``world_model_cfg`` lacks are filled in from the policy's own, and sizes that would make a
+    pool too small are refused.
     """
     _refuse_what_lightzero_lacks(policy_cfg)
     world_model_cfg = policy_cfg['model']['world_model_cfg']
     if picked_system(world_model_cfg) != 'new':
-        # LightZero's own default, which our policies leave out to see whether a user gave it.
+        # LightZero's own default; our policies leave it out, so that a value is known to be the user's.
         world_model_cfg.setdefault('env_num', DEFAULT_ENV_NUM)
         return CacheConfig.read(world_model_cfg)
     env_num = max(policy_cfg['collector_env_num'], policy_cfg['evaluator_env_num'])

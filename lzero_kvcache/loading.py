@@ -76,7 +76,7 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
 
 
 def policy_type(create_config: EasyDict) -> str:
-    """The name of a config's policy, which is one of those that are served."""
+    """The name of a config's policy; one that is not served is refused."""
     name = create_config.policy.get('type')
     if name not in lightzero.POLICIES:
         raise ConfigError(
@@ -86,7 +86,7 @@ def policy_type(create_config: EasyDict) -> str:
 
 
 def import_names(create_config: EasyDict) -> List[str]:
-    """What DI-engine imports for a config's policy; a string is one name, which DI-engine takes for single letters."""
+    """What DI-engine imports for a config's policy. A string is one name, which DI-engine would take for letters."""
     names = create_config['policy'].get('import_names') or []
     return [names] if isinstance(names, str) else list(names)
 

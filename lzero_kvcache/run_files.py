@@ -17,7 +17,7 @@ RECORD_FRAME = 8 + 4 + 4
 
 
 def events(path: str) -> Iterator[Tuple[int, Event]]:
-    """The whole events of a file, each with the place where it ends; tensorboard's reader stops at a damaged one."""
+    """The events of a file up to the first damaged one, each with the offset of its end."""
     end = 0
     for record in RawEventFileLoader(path).Load():
         end += len(record) + RECORD_FRAME
@@ -31,9 +31,9 @@ def event_files(folder: str) -> List[str]:
 
 def purge(folder: str, train_iter: int) -> int:
     """
-    Cut what was written after a checkpoint of ``train_iter`` off event files, since training goes on from there and
-    writes it again; returns how many points that were. Tensorboard's own purge knows one kind of step for all tags, and
-    here some count iterations and some environment steps.
+    Cut off event files what was written after the checkpoint of iteration ``train_iter``: a training that goes on from
+    there writes it again. Returns the number of points that were cut off. Tensorboard's own purge expects one kind of
+    step for all tags; here some count iterations and some environment steps.
     """
     points = 0
     for path in event_files(folder):

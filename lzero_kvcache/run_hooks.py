@@ -1,6 +1,6 @@
 """
-What a training says where LightZero's own entry is called: how far it is, and a summary when it ends. Runs of
-``train.py`` say more, and leave these hooks out.
+Learner hooks for trainings that call LightZero's own entry: a line of progress from time to time, and a summary at the
+end. ``train.py`` removes them, and shows more itself.
 """
 import logging
 import os

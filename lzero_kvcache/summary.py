@@ -143,7 +143,7 @@ def peak_device_memory_mb() -> Optional[float]:
 
 
 def machine() -> Dict[str, Any]:
-    """What two runs must share for their speeds to be comparable."""
+    """Hardware and versions, in which runs must agree for their speeds to be comparable."""
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return dict(
         cpu=_cpu_name(),
@@ -215,7 +215,7 @@ def read_result(path: str) -> Optional[Result]:
 
 
 def _known(kind: type, held: Dict[str, Any]) -> Any:
-    """What another version wrote: its fields that are unknown here are left out, those that it lacks have defaults."""
+    """What another version wrote, without the fields that are unknown here; missing ones have their defaults."""
     return kind(**{field.name: held[field.name] for field in fields(kind) if field.name in held})
 
 

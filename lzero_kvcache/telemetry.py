@@ -13,7 +13,7 @@ POOLS = ('init', 'recur', 'total')
 VALIDATION = 'kv_cache_validation'
 METRICS = ('hit_rate', 'queries', 'hits', 'misses', 'evictions', 'occupancy')
 
-# One chart for each number, in which tensorboard gives each run its colour; those that say most come first.
+# One chart for each number, the most important first; tensorboard gives each run a colour.
 LAYOUT = {
     'reward': {'evaluation': ['Multiline', ['evaluator_iter/reward_mean']]},
     'kv_cache': {
@@ -22,8 +22,8 @@ LAYOUT = {
                      *(f'{pool}_{metric}' for metric in METRICS[1:] for pool in POOLS))
     },
 }
-# What tensorboard's page of hyperparameters shows of a run, each with a value of its type. The page takes the list from
-# one of the runs, so each run names all of it, one of the old system too. It sorts them, and shows the first five.
+# The columns of tensorboard's page of hyperparameters, each with a value of its type. The page takes them from one of
+# the runs, so every run declares all of them, in the old system too. It sorts them, and shows the first five.
 HYPERPARAMETERS: Dict[str, Any] = {
     'cache_system': '', 'environment': '', 'seed': 0,
     **{f'sizes.{name}': 0 for name in ('context_length', 'env_num', 'init_pool_size', 'num_simulations',
@@ -116,7 +116,7 @@ class KVCacheStatsHook(LearnerHook):
         return {**values, **self._means}
 
     def _renew(self, name: str, count: int, *amounts: float) -> None:
-        """Take the mean of the first amount over what was counted since there was last something new."""
+        """Keep the mean of the first amount since the call before, if anything was counted since then."""
         now = (count, *amounts)
         before = self._seen.get(name, now)
         if name not in self._seen or any(new < old for new, old in zip(now, before)):

@@ -15,13 +15,13 @@ OF_ONE_RUN = ('exp_name', 'seed')
 ABSENT = '(absent)'
 # Collection ends with a whole phase, so that runs of one budget end some steps apart.
 BUDGET_TOLERANCE = 0.75
-# What measures are about: a difference between runs can make those of one thing incomparable, and leave the others.
+# What a measure is about: a difference between runs may make times incomparable, for example, and not rewards.
 TIME, SPEED, MEMORY, HITS, COUNT, REWARDS = 'time', 'speed', 'memory', 'hits', 'count', 'reward'
-# With what is said of a side whose number is greater than the baseline's, or less.
+# The words for a side whose number is greater than the baseline's, and for one whose number is less.
 WORDS = {TIME: ('slower', 'faster'), SPEED: ('faster', 'slower'), MEMORY: ('more', 'less'), COUNT: ('more', 'less'),
          HITS: ('higher', 'lower'), REWARDS: ('higher', 'lower')}
 TIMES_AND_REWARDS, TIMES_AND_MEMORY = (TIME, SPEED, COUNT, REWARDS), (TIME, SPEED, MEMORY)
-# From so many runs of each side on, an interquartile mean with its bootstrap interval says more than median and range.
+# If each side has so many runs, it is shown by interquartile mean and bootstrap interval, not by median and range.
 MANY_RUNS = 10
 MEDIAN, INTERQUARTILE_MEAN = 'median', 'interquartile mean'
 RESAMPLES, CONFIDENCE = 50_000, 95.
@@ -74,16 +74,16 @@ class Row(NamedTuple):
 
 
 class Caution(NamedTuple):
-    """A warning of a comparison; ``blocks`` is what those measures are about that it makes incomparable."""
+    """A warning; measures about what ``blocks`` names are not comparable because of it."""
     text: str
     blocks: Tuple[str, ...] = ()
 
 
 class Comparison(NamedTuple):
     """
-    All that there is to say. ``left_out`` are the runs that could not be read, each with the reason; ``differences``
-    has, by config key, the values as text by the name of a side, joined by '; ' where the side's runs differ; ``mixed``
-    is, by side, what those measures are about in which its runs are no repeats of each other.
+    Everything that is shown. ``left_out`` has the reason for each run that could not be read. ``differences`` has, for
+    each config key in which sides differ, a text for each side: its value, or all of them joined by '; '. ``mixed``
+    has, for each side, what those measures are about in which its runs are no repeats of each other.
     """
     sides: List[Side]
     rows: List[Row]
@@ -167,7 +167,7 @@ def _matches(run: TrainedRun, pattern: str) -> bool:
 
 
 def _likeness(run: TrainedRun) -> Any:
-    """Equal for seeds of one side: the config, or without one what the run is called."""
+    """What runs of one side have in common: the config, or the system and name where none was saved."""
     if not run.config:
         return run.cache, run.name_without_seed
     return tuple(sorted((key, repr(value)) for key, value in run.config.items() if key not in OF_ONE_RUN))
@@ -335,7 +335,7 @@ def _warnings(sides: Sequence[Side]) -> Iterator[Caution]:
 
 
 def _blocked(sides: Sequence[Side]) -> Set[str]:
-    """What measures are about that differences between the runs of these sides make incomparable."""
+    """What the runs of these sides are not comparable in."""
     return {about for warning in _warnings(sides) for about in warning.blocks}
 
 
@@ -357,7 +357,7 @@ def _other_steps(runs: Sequence[TrainedRun]) -> Iterator[Caution]:
 
 
 def _at_once(runs: Sequence[TrainedRun]) -> Iterator[Caution]:
-    """Runs share a machine as long as their hosts are not known to be two."""
+    """Warn of runs that overlap in time. Runs of unknown hosts are taken to share one."""
     for one, other in itertools.combinations(runs, 2):
         overlap = any(max(span[0], others[0]) < min(span[1], others[1])
                       for span in one.spans for others in other.spans)

@@ -26,10 +26,10 @@ COLUMNS, PANEL_INCHES, DPI = 3, (4.1, 2.9), 144
 STEPS, MINUTES = 'environment steps', 'minutes'
 # More points than a panel has pixels to show them are averaged.
 SHOWN_POINTS = 200
-# A band has as many intervals as points, so that fewer resamples are enough for each.
+# A band needs an interval at each of its points, so each has fewer resamples than one in a table.
 BAND_RESAMPLES = 500
 
-# The same comparison is the same file, whenever it is drawn.
+# No dates, so that the same comparison gives the same file.
 UNDATED = {'png': None, 'svg': {'Date': None}, 'pdf': {'CreationDate': None}}
 STYLE_OF_FIGURES = {
     **dict.fromkeys(('text.color', 'axes.labelcolor', 'axes.titlecolor', 'xtick.color', 'ytick.color'), '#1F2328'),
@@ -142,7 +142,7 @@ def band_of(lines: Sequence[Line], statistic: str) -> Optional[Tuple[np.ndarray,
 
 # ---- page ------------------------------------------------------------------------------------------------------------
 
-# Its policy has the browser itself refuse whatever would have to be fetched.
+# Its content security policy makes the browser refuse everything that would have to be fetched.
 TEMPLATE = Template(Path(__file__).with_name('page.html').read_text(encoding='utf-8'))
 CURVES = {MEDIAN: 'Thick: the median of all runs of a side; band: their range; thin: each run.',
           INTERQUARTILE_MEAN: 'Thick: the interquartile mean of all runs of a side; band: its 95% bootstrap interval; '

@@ -31,8 +31,8 @@ TAGS = frozenset([
     *(CACHE + name for name in ('search_ms', 'step_ms', 'memory_mb', 'total_evictions')),
     *(f'{CACHE}{pool}_{count}' for pool in POOLS for count in ('hits', 'queries')),
 ])
-# What LightZero and this package write against environment steps is called NAME_step/TAG, and against iterations
-# NAME_iter/TAG. A file that goes on from a checkpoint begins with the iteration of the checkpoint, and with more steps.
+# Tags against environment steps are called NAME_step/TAG, tags against iterations NAME_iter/TAG. A file that goes on
+# from a checkpoint begins at the checkpoint's iteration, but with more environment steps.
 AXES = ENV_STEPS, ITERATIONS = '_step/', '_iter/'
 
 WORLD_MODEL = 'policy.model.world_model_cfg.'
@@ -50,7 +50,7 @@ class Unreadable(Exception):
 
 
 class Curve(NamedTuple):
-    """Every point of a tag by step; ``seconds`` are those that the run had gone on for."""
+    """Every point of a tag by step; ``seconds`` is the training time up to each."""
     steps: np.ndarray
     seconds: np.ndarray
     values: np.ndarray
@@ -233,14 +233,14 @@ class _EventFile:
         self.end = len(times)
         self.steps = {axis: np.array(held).reshape(-1, 2) for axis, held in steps.items()}
         self.scalars = np.array(scalars)  # of each event
-        # Times are those of a clock that is never set back.
+        # Where the clock was set back, all later times are moved forward by as much.
         passed = np.diff(times, prepend=times[:1])
         back = np.where(passed < -CLOCK_TOLERANCE, -passed, 0.)
         self.set_back = back.sum()
         self._clock = np.maximum.accumulate(np.array(times) + np.cumsum(back))
 
     def cut_off(self, later: '_EventFile') -> None:
-        """End where another file went on from a checkpoint, if it did within this one."""
+        """Drop the points after the checkpoint from which a later file goes on, if it lies within this file."""
         for axis, own in self.steps.items():
             of_later = later.steps[axis]
             if len(own) and len(of_later) and own[0, 0] < of_later[0, 0]:

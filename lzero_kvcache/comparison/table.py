@@ -13,7 +13,7 @@ from .reading import TrainedRun
 
 NONE = '-'
 WIDTH = 100
-# Of the titles of measures, and of most of their values, beside the rules between columns.
+# Characters that a table needs for the titles of measures, for most values, and for the rules between columns.
 TITLE_WIDTH, VALUE_WIDTH, RULE_WIDTH = 28, 8, 3
 SPREADS = {MEDIAN: 'median [least, greatest]', INTERQUARTILE_MEAN: 'interquartile mean [95% interval]'}
 SAME = 'the same'

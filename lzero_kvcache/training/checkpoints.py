@@ -57,7 +57,7 @@ def save_atomically(data: Mapping[str, Any], path: str) -> None:
 
 
 def beside(path: str) -> str:
-    """The file that has what a training had taken when it saved a checkpoint."""
+    """The file beside a checkpoint that has the run's result as it was when the checkpoint was saved."""
     return re.sub(r'(\.pth\.tar)?$', '.json', path, count=1)
 
 

@@ -24,24 +24,24 @@ from ..host.recorded import recorded_call
 from ..summary import TRAIN
 from .error_hints import hint
 
-# What a config file may declare beside its configs and its entry, each with the least that it can be.
+# The numbers that a config file may declare beside its configs and its entry, each with its minimum.
 COUNTS = {'seed': 0, 'max_env_step': 1, 'max_train_iter': 1, 'threads': 1}
 
-# The dicts without which nothing can be said of a training.
+# The dicts that every config has, parents first.
 NEEDED = ('main_config', 'main_config.env', 'main_config.policy', 'main_config.policy.model',
           'main_config.policy.model.world_model_cfg', 'create_config', 'create_config.env',
           'create_config.env_manager', 'create_config.policy')
 
-# The folder of the last config, and what ends that its files can be imported: the process has one import path.
+# The folder of the last config, with what removes it from the import path, of which the process has only one.
 _beside: Dict[str, contextlib.ExitStack] = {}
 
 
 @dataclass
 class Plan:
     """
-    What a run needs to know: what the config file of this path declares, copied, so that changing it changes no module,
-    and what a user wants of it. ``checkpoint`` is what a training goes on from, in the same folder if ``in_place``, or
-    what is evaluated.
+    Everything that a run needs: copies of what a config file declares, so that no module changes with them, and what
+    the user asked for. A training goes on from ``checkpoint``, in the same folder if ``in_place``; an evaluation
+    evaluates it.
     """
     config: str
     main_config: EasyDict
@@ -115,7 +115,7 @@ def _run_file(path: str, name: str = 'lzero_kvcache_config', **replaced: Any) ->
 
 @contextlib.contextmanager
 def _errors_of(path: str) -> Iterator[None]:
-    """Errors of a config file's own code are those of a config, in one line."""
+    """Turn any error of a config file's code into a ``ConfigError`` of one line."""
     try:
         yield
     except ConfigError:

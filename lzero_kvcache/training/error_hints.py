@@ -6,7 +6,7 @@ from typing import Iterator, Optional
 from ..config import ConfigError
 from ..host import building
 
-# What LightZero's environments need beside what LightZero itself does, by module.
+# What pip installs for the modules that LightZero's environments import, and LightZero itself does not need.
 PACKAGES = {
     'Box2D': 'Box2D==2.3.10',
     'cv2': "'opencv-python-headless<4.11'",
@@ -15,7 +15,7 @@ PACKAGES = {
 }
 ROMS = "pip install --target atari_roms --no-deps ale-py==0.10.1 && ale-import-roms atari_roms/ale_py/roms"
 _ROM_MESSAGE = re.compile(r"unable to find (the )?game|ROM.{0,80}(not (found|supported)|missing)|ale-import-roms", re.I)
-# torch's, of modules and of optimizers; and what it says of each parameter of a module.
+# How torch begins errors of modules and of optimizers, and what it says of each parameter of a module.
 _OTHER_MODEL = re.compile(r'^(Error\(s\) in loading state_dict for|loaded state dict )')
 _OTHER_SHAPE = re.compile(
     r'size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, the shape in current '
@@ -77,7 +77,10 @@ def _difference(text: str) -> str:
 
 
 def _missing_module(error: Optional[BaseException]) -> Optional[str]:
-    """Environments turn the error of a missing module into one of their own, whose advice is for another version."""
+    """
+    The name of the module that is missing, None if that is not the error. Environments raise errors of their own from
+    it, whose advice is for another version.
+    """
     while error is not None:
         if isinstance(error, ModuleNotFoundError) and error.name:
             return error.name

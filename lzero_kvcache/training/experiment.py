@@ -24,7 +24,7 @@ from .plan import make_plan
 PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
 EXPERIMENT = 'experiment.json'
 LOCK = 'experiment.lock'
-# What a later call may add to, and what must be as it was.
+# The settings that a later call may add to, and those that it must repeat.
 GROWING = ('caches', 'seeds')
 FIXED = ('max_env_step', 'max_train_iter', 'device', 'threads', 'values')
 VALUES_VERSION = 2
@@ -58,7 +58,7 @@ class Trial:
 
     @property
     def result(self) -> Optional[Result]:
-        """How it ended; None while it has not, or was cut off."""
+        """Its summary; None as long as it has not ended, or if it was cut off."""
         result = read_summary(self.folder)
         if result is None or result.exit_code != 0 or result.task != TRAIN:
             return None
@@ -82,7 +82,7 @@ class Experiment:
         building.try_environment(plan.main_config, plan.create_config)
         self._plan = plan  # of the old system, whichever are asked for
         self.max_env_step: int = plan.max_env_step
-        # Seeds in the outer loop: whatever else the machine does meanwhile slows both systems.
+        # Seeds in the outer loop: if the machine is busy for a while, that slows both systems.
         self.trials = [
             Trial(cache, seed, os.path.join(folder, f'{cache}_seed{seed}'))
             for seed in self.seeds for cache in self.caches
@@ -131,8 +131,8 @@ class Experiment:
 
     def command(self, trial: Trial) -> List[str]:
         """
-        What trains a trial that is not done: from its last whole checkpoint in its own folder, or from the start; then
-        a folder that is in the way is renamed.
+        The command for a trial that is not done. It goes on in the trial's folder from the last whole checkpoint there;
+        without one it begins anew, and a folder of that name is renamed.
         """
         command = [*PROGRAM, '--config', self._config, *self.options, '--cache', trial.cache, '--seed', str(trial.seed)]
         checkpoint = last_checkpoint(trial.folder, self.max_env_step)

@@ -36,7 +36,7 @@ COPIES: Tuple[Tuple[str, ...], ...] = (
 
 
 class Rule(NamedTuple):
-    """``target`` is ``compute`` of the values of ``sources``, in every training that runs if it is ``needed``."""
+    """``target`` has the value that ``compute`` makes of ``sources``; ``needed``: no training runs where it has not."""
     target: str
     sources: Tuple[str, ...]
     compute: Callable[..., Any]
@@ -164,7 +164,7 @@ def replace_token(name: str, token: str, old: Any, new: Any) -> str:
 
 
 def _right(rule: Rule, values: Mapping[str, Any]) -> Any:
-    """What a rule's target must be; None where one of its sources says nothing, or nobody knows."""
+    """What a rule's target must be; None where a source has no value, or where that is unknown."""
     sources = [values.get(source) for source in rule.sources]
     try:
         return None if None in sources else rule.compute(*sources)

@@ -17,7 +17,7 @@ from .config_file import Plan, load_config
 from .linked_keys import check, replace_token
 from .overrides import apply_overrides, leaves
 
-# Without which no training runs.
+# Keys that must be whole numbers, and keys that must be above 0, for any training to run.
 WHOLE = (
     'env.collector_env_num', 'env.evaluator_env_num', 'policy.batch_size', 'policy.collector_env_num',
     'policy.evaluator_env_num', 'policy.num_simulations', 'policy.num_unroll_steps', 'policy.td_steps',
@@ -91,7 +91,7 @@ def set_cache(cache: str, main_config: EasyDict, create_config: EasyDict) -> Non
         disable(main_config, create_config)
     elif LIGHTZERO in (cache, was):
         enable(main_config, create_config, type=cache)
-    else:  # whichever manager of one's own there is stays
+    else:  # a manager of the user's own stays
         enable(main_config, create_config)
     name = main_config.get('exp_name')
     if isinstance(name, str) and was != cache:
@@ -135,7 +135,7 @@ def check_values(tree: EasyDict, entry: str) -> None:
 
 
 def _folder_of(resume: Optional[str], exp_name: Optional[str]) -> str:
-    """The experiment's folder that a checkpoint lies in."""
+    """The folder of the experiment that wrote a checkpoint."""
     if not resume or exp_name:
         raise ConfigError('--in-place goes on where --resume was; give that, and no --exp-name')
     folder, ckpt = os.path.split(os.path.dirname(os.path.abspath(resume)))

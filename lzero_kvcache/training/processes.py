@@ -32,7 +32,7 @@ class Children:
         self._signals: Deque[int] = deque()
 
     def run(self) -> None:
-        """Start what is not done, and wait for its end, or after a signal for the end of what was started."""
+        """Start and await all that is not done; after a signal, await what was started and start no more."""
         trials = self._experiment.trials
         waiting = deque(trial for trial in trials if trial.result is None)
         for trial in trials:
@@ -66,7 +66,7 @@ class Children:
                 pass_fds=[self._lock])
 
     def _show(self, bar: Bar) -> None:
-        """How far the running ones are, and all together."""
+        """Show how far each running trial is, and all together."""
         each = self._experiment.max_env_step
         steps = {trial.name: min(read_progress(trial.folder)[1], each) for trial in self.running}
         running = [f'{name} {step:,}/{each:,}' for name, step in steps.items()]

@@ -17,7 +17,7 @@ from ..host import entries
 from ..host.patches import applied
 
 SHARED_OUT = ('batch_size', 'n_episode', 'num_segments')
-# The one that counts if both were sent stands first.
+# If both were sent, the first counts.
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -32,11 +32,11 @@ class Interrupted(KeyboardInterrupt):
 
 class DataParallel:
     """
-    The processes of one training; alone, it exchanges nothing.
+    The processes of one training; a single process exchanges nothing.
 
-    An interrupt ends a collection or an evaluation before its next step, and an update when it is whole: an end inside
-    would leave weights of two iterations in one checkpoint. Ranks agree on it where all of them meet anyway, so that
-    none waits for one that has gone: at the end of a collection, after an evaluation and after an update.
+    An interrupt ends a collection or an evaluation before its next step, but an update only when it is complete: half
+    an update would leave weights of two iterations in one checkpoint. Ranks agree on the end where all of them meet
+    anyway (at the end of a collection, after an evaluation, after an update), so that none waits for one that has left.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, on_this_machine: int = 1) -> None:
@@ -214,7 +214,7 @@ def _synchronize_given(original: Callable[..., None]) -> Callable[..., None]:
 
 
 class _CommonBuffer:
-    """A replay buffer that counts as much as that of the rank with the least."""
+    """A replay buffer that reports the smallest count of all ranks."""
 
     def __init__(self, buffer: Any, least: Callable[[int], int]) -> None:
         self._buffer = buffer

@@ -31,7 +31,7 @@ from .watch import Watch
 
 LOG_FILE = os.path.join('log', 'train.log')
 LOG_FILE_OF_RANK = os.path.join('log', 'train_rank{}.log')
-# The bar is redrawn four times a second; asking for counters more often than that is for nothing.
+# The bar is redrawn four times a second, so counters are not asked for more often.
 REFRESH_SECONDS = 0.25
 
 
@@ -44,8 +44,8 @@ def run(plan: Plan, output: Optional[Output] = None, ranks: Optional[DataParalle
 
 def claim_folder(asked: str) -> Tuple[str, List[str]]:
     """
-    Make the experiment's folder, and no one else's: a name that is taken gets the time appended. Returns a relative
-    path, since DI-engine puts './' before it, and the folders above it that were made too, the uppermost last.
+    Make a folder for this experiment alone: a name that is taken gets the time appended. Returns a relative path, since
+    DI-engine puts './' before it, and the parent folders that were made too, the uppermost last.
     """
     exp_name = os.path.relpath(os.path.expanduser(asked))
     if os.path.basename(exp_name) in ('.', '..'):
@@ -89,7 +89,7 @@ class _Training:
             self.result, self.terminal, ranks, self._refresh, self._note, keep_checkpoints=plan.keep_checkpoints)
         self._pid = os.getpid()
         self._finishing = False
-        self._made: Optional[List[str]] = None  # with the run's folder: those above it that were not there before
+        self._made: Optional[List[str]] = None  # parent folders that were made for the run's folder
         self._started = time.monotonic()
         self._next_refresh = 0.0
         self._first_collected = 0
@@ -131,7 +131,7 @@ class _Training:
                 self._bar.close(result.line('end') if plan.task == TRAIN and self.watch.phase != 'start' else '')
                 self.terminal.repetitions()
                 self.watch.close()
-            # With ranks that have not agreed on ending, there is nothing to share.
+            # Ranks that have not agreed on ending cannot add up their counters.
             result = self._completed(summed_over_ranks(result.counters) if together else result.counters)
             if self.ranks.main:
                 result.write()
@@ -196,7 +196,7 @@ class _Training:
         if plan.in_place:
             exp_name = os.path.relpath(asked)
             if ranks.main:
-                if self._before is not None:  # for one that is killed, too: a summary of its past is not its own
+                if self._before is not None:  # kept there if this run is killed; its past is not its own summary
                     self._before.write(beside(str(plan.checkpoint)))
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(exp_name, SUMMARY))
@@ -251,12 +251,12 @@ class _Training:
         if self.result.outcome:  # the last checkpoint is being saved
             return
         first, self.ranks.asked = self.ranks.asked is None, signum
-        # The training leaves between two steps or updates, but not if it has not begun, or somebody will not wait.
+        # A training ends by itself after a step or an update; before it has begun, or at a second signal, at once.
         if not first or self.watch.phase == 'start':
             raise Interrupted(signum)
 
     def _interrupt(self, error: BaseException) -> Optional[Interrupted]:
-        """The interrupt that an error is: DI-engine's environments make their own of what is raised in a step."""
+        """The interrupt behind an error, if any: DI-engine's environments raise errors of their own for it."""
         if isinstance(error, Interrupted):
             return error
         return None if self.ranks.asked is None else Interrupted(self.ranks.asked)
@@ -279,7 +279,7 @@ class _Training:
             result.write_progress(self.watch.phase)
 
     def _note(self, checkpoint: str) -> None:
-        """Leave beside a checkpoint what the training has taken so far: a kill leaves nothing else to go on from."""
+        """Write the result so far beside a checkpoint; after a kill, the training goes on from these two alone."""
         self.result.checkpoint = checkpoint
         self._refresh(now=True)
         self._completed(self.result.counters).write(beside(checkpoint))

@@ -88,7 +88,7 @@ class Bar:
             self._progress.start()
 
     def update(self, done: int, text: str, total: Optional[int] = None) -> None:
-        """Show how far it is, and of how much, if that is not what it was."""
+        """Show how far it is; ``total`` replaces the number of steps, if that has changed."""
         if self._progress is not None:
             self._progress.update(self._task, completed=done, description=text, total=total)
         elif time.monotonic() >= self._next:
@@ -121,7 +121,7 @@ def megabytes_text(number: Optional[float]) -> str:
 
 
 def steps_text(trained_on: int, collected: int) -> str:
-    """Both counts; the second one alone if they are the same, or nobody counted it."""
+    """Both counts; the first one alone if they are the same, or the second was not counted."""
     return f'{trained_on:,}' if collected <= trained_on else f'{trained_on:,} trained on, {collected:,} collected'
 
 
@@ -169,7 +169,7 @@ class Output:
         self._shown = _text(os.open(os.devnull, os.O_WRONLY) if silent else os.dup(1), encoding)
         self._errors = _text(os.dup(2), encoding)
         self.terminal = Terminal(self._shown, live=not verbose)
-        # Records of this package are lines of the terminal.
+        # Log records of this package are shown as lines of the terminal.
         self._handler = logging.StreamHandler(SimpleNamespace(write=self.terminal.line, flush=lambda: None))
         self._handler.setLevel(logging.INFO)
         self._handler.setFormatter(logging.Formatter('%(levelname)s: %(message)s'))
@@ -195,7 +195,7 @@ class Output:
         self._opened.close()
 
     def attach(self, path: str) -> None:
-        """Go on writing in a file of the experiment, which is added to, after what was written so far."""
+        """Append what was written so far, and all that follows, to a file of the experiment."""
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, 'ab', buffering=0) as file:
             self._log.seek(0)
