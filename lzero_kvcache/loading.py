@@ -66,12 +66,12 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
         check_policy(merged)
         if name == 'sampled_unizero':
             check_draws(merged)
-    if config.system == 'new' and not issubclass(policy, KVCachePolicy):
-        raise ConfigError(
-            f'{PREFIX}.{FLAG}=True, but {policy.__module__}.{policy.__qualname__}, which is registered as {name!r}, is '
-            'no policy of lzero_kvcache: derive it from lzero_kvcache.host.policies.UniZeroPolicy or '
-            'SampledUniZeroPolicy'
-        )
+        if not issubclass(policy, KVCachePolicy):
+            raise ConfigError(
+                f'{PREFIX}.{FLAG}=True, but {policy.__module__}.{policy.__qualname__}, which is registered as '
+                f'{name!r}, is no policy of lzero_kvcache: derive it from lzero_kvcache.host.policies.UniZeroPolicy '
+                'or SampledUniZeroPolicy'
+            )
     return config
 
 

@@ -30,6 +30,7 @@ from trainings import train as main
 
 from lzero_kvcache import ConfigError, telemetry
 from lzero_kvcache.host import building, entries
+from lzero_kvcache.host.patches import applied
 from lzero_kvcache.training import make_plan, runner
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.ranks import DataParallel, Interrupted
@@ -79,7 +80,7 @@ def test_alone_nothing_is_exchanged():
     assert alone.main
     assert alone.from_main(lambda: 'made') == 'made'
     original = ENTRY.calculate_update_per_collect
-    with alone.patched():
+    with applied(**alone.replacements()):
         assert ENTRY.calculate_update_per_collect is original
 
 
@@ -172,7 +173,7 @@ class TestAgreement:
         segments = [range(7), range(4)], None
         config = EasyDict(policy=dict(update_per_collect=None, game_segment_length=5, replay_ratio=0.25))
         original = ENTRY.calculate_update_per_collect
-        with ranks.patched():
+        with applied(**ranks.replacements()):
             assert ENTRY.calculate_update_per_collect(config, segments, world_size=2) == 2
             config.policy.update_per_collect = 6
             assert ENTRY.calculate_update_per_collect(config, segments, world_size=2) == 6

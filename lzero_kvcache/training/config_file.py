@@ -137,14 +137,12 @@ def _where(path: str, error: BaseException) -> str:
 def _look_beside(folder: str) -> None:
     """Let files beside a config be imported for the rest of the process, as for a script that Python runs."""
     forget_configs(folder)
-    if folder in _beside:
-        return
-    for stack in _beside.values():
-        stack.close()
-    _beside.clear()
-    _beside[folder] = contextlib.ExitStack()
-    _beside[folder].enter_context(applied(neighbours=lambda path: folder))
-    atexit.register(_beside[folder].close)
+    if folder not in _beside:
+        while _beside:
+            _beside.popitem()[1].close()
+        _beside[folder] = contextlib.ExitStack()
+        _beside[folder].enter_context(applied(neighbours=lambda path: folder))
+        atexit.register(_beside[folder].close)
 
 
 def _entry_of(declared: Any, main_config: EasyDict, path: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,6 @@ from easydict import EasyDict
 
 from ..config import ConfigError
 from ..host import entries
-from ..host.patches import applied
 
 SHARED_OUT = ('batch_size', 'n_episode', 'num_segments')
 # If both were sent, the first counts.
@@ -165,21 +164,19 @@ class DataParallel:
         if not self.main:
             policy.use_wandb = False
 
-    @contextlib.contextmanager
-    def patched(self) -> Iterator[None]:
-        """A context in which LightZero's multi-GPU path works, on CPUs too."""
-        replacements: Dict[str, Callable[[Any], Any]] = {}
-        if self.several:
-            replacements = dict(
-                allreduce=lambda original: self._reduced, broadcast=lambda original: self._broadcast,
-                buffers=self._counted, gradients=_synchronize_given, hook_rank=lambda original: lambda: self._device,
-            )
-            if self._device.type == 'cpu':
-                replacements['updates'] = self._updates
-            if not self.main:
-                replacements['loggers'] = lambda original: self._build_logger
-        with applied(**replacements):
-            yield
+    def replacements(self) -> Dict[str, Callable[[Any], Any]]:
+        """What ``applied`` replaces so that LightZero's multi-GPU path works, on CPUs too."""
+        if not self.several:
+            return {}
+        replacements: Dict[str, Callable[[Any], Any]] = dict(
+            allreduce=lambda original: self._reduced, broadcast=lambda original: self._broadcast,
+            buffers=self._counted, gradients=_synchronize_given, hook_rank=lambda original: lambda: self._device,
+        )
+        if self._device.type == 'cpu':
+            replacements['updates'] = self._updates
+        if not self.main:
+            replacements['loggers'] = lambda original: self._build_logger
+        return replacements
 
     def _reduced(self, number: Any, op: str) -> Any:
         total = self._sum(float(number)) / (self.size if op == 'avg' else 1)

@@ -2,7 +2,7 @@
 import contextlib
 import functools
 import os
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, ContextManager, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -113,15 +113,12 @@ class Watch:
                 with contextlib.suppress(Exception):
                     part.close()
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> ContextManager[None]:
         """A context in which LightZero's entries train under this watch, into a folder that exists already."""
-        with self.ranks.patched(), applied(
-                compile_config=lambda original: functools.partial(original, renew_dir=False),
-                learner=functools.partial(_watched_learner, self),
-                collector=functools.partial(_watched_collector, self),
-                evaluator=functools.partial(_watched_evaluator, self), save_file=self._saved):
-            yield
+        return applied(
+            compile_config=lambda original: functools.partial(original, renew_dir=False),
+            learner=functools.partial(_watched_learner, self), collector=functools.partial(_watched_collector, self),
+            evaluator=functools.partial(_watched_evaluator, self), save_file=self._saved, **self.ranks.replacements())
 
     def evaluate(self, configs: entries.Configs, seed: int) -> None:
         """Evaluate the checkpoint, and nothing else."""
