@@ -53,26 +53,19 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f'did you mean {close[0]!r}?' if close else f'valid are {", ".join(map(repr, names))}'
 
 
-def _flag(value: Any, key: str) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f'{PREFIX}.{key}={value!r} must be True or False')
-    return value
+# For each kind of option, what a value must be: its type, where a bool is no number, a test, and the words for both.
+KINDS: Dict[type, Tuple[type, Callable[[Any], bool], str]] = {
+    bool: (bool, lambda value: True, 'True or False'),
+    int: (numbers.Integral, lambda value: value >= 1, 'a whole number of at least 1'),
+    float: (numbers.Real, lambda value: 0 < value < math.inf, 'a number above 0'),
+}
 
 
-def _positive_int(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ConfigError(f'{PREFIX}.{key}={value!r} must be a whole number of at least 1')
-    return int(value)
-
-
-def _positive_number(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
-        raise ConfigError(f'{PREFIX}.{key}={value!r} must be a number above 0')
-    return float(value)
-
-
-CHECKS: Dict[type, Callable[[Any, str], Any]] = {bool: _flag, int: _positive_int, float: _positive_number}
-"""Each returns the value of a key, or raises ``ConfigError``."""
+def _checked(kind: type, value: Any, key: str) -> Any:
+    allowed, is_right, what = KINDS[kind]
+    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool) or not is_right(value):
+        raise ConfigError(f'{PREFIX}.{key}={value!r} must be {what}')
+    return kind(value)
 
 
 class Option(NamedTuple):
@@ -87,8 +80,8 @@ class Option(NamedTuple):
         """The value of a config, checked; ``None`` stands for the default."""
         if value is None:
             return self.default
-        if self.kind in CHECKS:
-            return CHECKS[self.kind](value, f'{OPTIONS}.{key}')
+        if self.kind in KINDS:
+            return _checked(self.kind, value, f'{OPTIONS}.{key}')
         choices = sorted(KV_CACHE_REGISTRY) if key == 'type' else self.choices
         if not isinstance(value, str) or value not in choices:
             said = [why for refused, why in self.refused if refused == value]
@@ -186,7 +179,7 @@ class CacheConfig:
             - ConfigError: An unknown key or strategy, a wrong type, a size below 1 or a contradiction.
         """
         _refuse_misspelt_keys(world_model_cfg)
-        use_new = _flag(lookup(world_model_cfg, FLAG, False), FLAG)
+        use_new = _checked(bool, lookup(world_model_cfg, FLAG, False), FLAG)
         num_simulations = _size(world_model_cfg, 'num_simulations', DEFAULT_NUM_SIMULATIONS)
         env_num = _size(world_model_cfg, 'env_num', DEFAULT_ENV_NUM if env_num is None else env_num)
         values = _read_options(lookup(world_model_cfg, OPTIONS, None))
@@ -253,7 +246,7 @@ def _read_options(options: Any) -> Dict[str, Any]:
 
 def _size(world_model_cfg: Any, key: str, default: int) -> int:
     value = lookup(world_model_cfg, key)
-    return default if value is None else _positive_int(value, key)
+    return default if value is None else _checked(int, value, key)
 
 
 def _refuse_misspelt_keys(world_model_cfg: Any) -> None:
@@ -275,7 +268,7 @@ def _check_context_length(world_model_cfg: Any) -> None:
     length = lookup(world_model_cfg, 'context_length')
     if length is None:  # a manager used by hand has no transformer
         return
-    length = _positive_int(length, 'context_length')
+    length = _checked(int, length, 'context_length')
     if length < 4 or length % 2:
         raise ConfigError(
             f'{PREFIX}.context_length={length} must be even and at least 4 with {FLAG}=True: '
