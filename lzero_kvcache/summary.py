@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import ding
 import torch
@@ -190,13 +190,12 @@ def moment() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
 
 
-def read_progress(exp_name: str) -> Tuple[str, int]:
-    """The cache system of a run and the steps that it has collected, or had when it was killed."""
+def read_progress(exp_name: str) -> Dict[str, Any]:
+    """How far a run is, or was when it was killed; empty if it has not said so."""
     try:
-        held = read_json(os.path.join(exp_name, PROGRESS))
-        return held['cache'], held['collected']
-    except (OSError, ValueError, KeyError):
-        return '', 0
+        return read_json(os.path.join(exp_name, PROGRESS))
+    except (OSError, ValueError):
+        return {}
 
 
 def read_summary(exp_name: str) -> Optional[Result]:

@@ -220,7 +220,7 @@ def interruptible():
 def test_an_interrupt_ends_all_and_the_same_command_goes_on(fake, capfd, interruptible):
     fake.do(old_seed0='wait', new_seed0='wait')
     thread = when(lambda: all(
-        read_progress(os.path.join(fake.folder, f'{cache}_seed0'))[1] == 30 for cache in ('old', 'new')),
+        read_progress(os.path.join(fake.folder, f'{cache}_seed0')).get('collected') == 30 for cache in ('old', 'new')),
                   lambda: os.kill(os.getpid(), signal.SIGINT))
     assert run_experiment(fake, '--seeds', '0', '1', '--jobs', '2') == 130
     thread.join()
@@ -257,7 +257,7 @@ def test_nobody_else_works_on_it_while_any_of_its_processes_lives(fake):
     with made.opened() as lock:
         with pytest.raises(ConfigError, match='still going on'):
             opened(make(fake.folder))
-        children = Children(made, lock, 1, sys.stdout)
+        children = Children(made, lock, 1)
         children.start(made.trials[0])
     try:
         with pytest.raises(ConfigError, match='still going on'):

@@ -74,7 +74,7 @@ def experiment(options: argparse.Namespace) -> int:
             folder, options.config, options.cache, options.seeds, max_env_step=options.max_env_step,
             device=options.device, threads=options.threads, overrides=options.overrides)
     with experiment.opened() as lock:
-        children = Children(experiment, lock, options.jobs, sys.stdout)
+        children = Children(experiment, lock, options.jobs)
         children.run()
         done = [trial for trial in experiment.trials if trial.result is not None]
         print(f'{len(done)} of {len(experiment.trials)} runs are done, in {folder}')

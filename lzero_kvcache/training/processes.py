@@ -2,9 +2,10 @@
 import contextlib
 import datetime
 import subprocess
+import sys
 import time
 from collections import deque
-from typing import Deque, Dict, List, Optional, TextIO
+from typing import Deque, Dict, List, Optional
 
 from ..host.patches import applied
 from ..summary import read_progress
@@ -22,13 +23,13 @@ class Children:
     ended all.
     """
 
-    def __init__(self, experiment: Experiment, lock: int, jobs: int, file: TextIO) -> None:
+    def __init__(self, experiment: Experiment, lock: int, jobs: int) -> None:
         self.failed: List[Trial] = []
         self.interrupted: Optional[int] = None
         self.running: Dict[Trial, subprocess.Popen] = {}
         self._done = 0
         self._experiment, self._lock, self._jobs = experiment, lock, jobs
-        self._terminal = Terminal(file)
+        self._terminal = Terminal(sys.stdout)
         self._signals: Deque[int] = deque()
 
     def run(self) -> None:
@@ -68,7 +69,7 @@ class Children:
     def _show(self, bar: Bar) -> None:
         """Show how far each running trial is, and all together."""
         each = self._experiment.max_env_step
-        steps = {trial.name: min(read_progress(trial.folder)[1], each) for trial in self.running}
+        steps = {trial.name: min(read_progress(trial.folder).get('collected', 0), each) for trial in self.running}
         running = [f'{name} {step:,}/{each:,}' for name, step in steps.items()]
         bar.update(self._done * each + sum(steps.values()),
                    '; '.join([f'{self._done} of {len(self._experiment.trials)} runs done', *running]))

@@ -175,7 +175,7 @@ class _Training:
         """The folder that a training goes on in must be of one cache system, and its counts must not go back."""
         folder, now = self.plan.main_config.exp_name, self.result.cache
         ended_there = read_summary(folder)
-        was = read_progress(folder)[0] if ended_there is None else ended_there.cache
+        was = read_progress(folder).get('cache') if ended_there is None else ended_there.cache
         if was and was != now:
             raise ConfigError(
                 f"--in-place: {os.path.relpath(folder)} was trained with cache system '{was}', not '{now}'; give "
