@@ -155,11 +155,10 @@ def machine() -> Dict[str, Any]:
 
 def _cpu_name() -> str:
     """As Linux says it, or what Python knows elsewhere."""
-    with contextlib.suppress(OSError):
-        with open('/proc/cpuinfo', encoding='utf-8') as file:
-            for line in file:
-                if line.startswith('model name'):
-                    return line.partition(':')[2].strip()
+    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8') as file:
+        for line in file:
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
     return platform.processor()
 
 

@@ -60,9 +60,10 @@ class Trial:
     def result(self) -> Optional[Result]:
         """Its summary; None as long as it has not ended, or if it was cut off."""
         result = read_summary(self.folder)
-        if result is None or result.exit_code != 0 or result.task != TRAIN:
+        if result is None:
             return None
-        return result if (result.seed, system_of(result.cache)) == (self.seed, self.cache) else None
+        found = result.exit_code, result.task, result.seed, system_of(result.cache)
+        return result if found == (0, TRAIN, self.seed, self.cache) else None
 
 
 class Experiment:
@@ -92,10 +93,10 @@ class Experiment:
     def options(self) -> List[str]:
         """What is given to ``train.py`` in every training."""
         singles = dict(self._changes)
-        overrides = singles.pop('overrides', ())
+        assignments = singles.pop('overrides', ())
         given = [part for name, value in singles.items() if value is not None
                  for part in ('--' + name.replace('_', '-'), str(value))]
-        return given + (['--set', *overrides] if overrides else [])
+        return given + (['--set', *assignments] if assignments else [])
 
     @property
     def settings(self) -> Dict[str, Any]:
