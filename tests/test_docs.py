@@ -2,6 +2,7 @@
 import ast
 import copy
 import importlib.util
+import os
 import re
 import shlex
 from pathlib import Path
