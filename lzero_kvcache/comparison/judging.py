@@ -83,7 +83,7 @@ class Comparison(NamedTuple):
     """
     Everything that is shown. ``left_out`` has the reason for each run that could not be read. ``differences`` has, for
     each config key in which sides differ, a text for each side: its value, or all of them joined by '; '. ``mixed``
-    has, for each side, what those measures are about in which its runs are no repeats of each other.
+    has, for each side, what its runs are not comparable in.
     """
     sides: List[Side]
     rows: List[Row]
