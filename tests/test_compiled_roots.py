@@ -189,7 +189,7 @@ def test_threads_have_rows_each(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(1)
         assert torch.equal(output.value, alone[0].value) and torch.equal(output.latent_state, alone[0].latent_state)
         np.testing.assert_array_equal(pages, alone[1])
-    assert sorted(set(shares)) == [(0, 9), (0, 19), (9, 19)]
+    assert sorted(set(shares) - {(0, 0)}) == [(0, 9), (0, 19), (9, 19)]  # that one only has it compiled
 
 
 def test_weights_that_move_are_noticed() -> None:

@@ -4,11 +4,13 @@ Statistical tests fail by chance once in a million runs or less.
 """
 import contextlib
 import copy
+import dataclasses
 import importlib.util
 import io
 import pickle
 import random
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -478,6 +480,38 @@ def test_means_over_many_searches_are_those_of_lightzeros_tree(kind):
 
 
 # ---- counts, memory, what is no number -----------------------------------------------------------------------------
+
+
+def test_the_time_of_a_search_is_without_what_is_compiled_for_it(monkeypatch):
+    """Which is once for a machine, and takes as long as thousands of searches."""
+    function, calls = compiled_search.search_rows, []
+
+    def compiling(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            time.sleep(1)
+        return function(*args)
+
+    policy = make(rotary=False)
+    Player(policy).step(ALL)  # whatever there really is to compile
+    world_model = world_model_of(policy)
+    before = dataclasses.replace(world_model.timings['search'])
+    monkeypatch.setattr(compiled_search, 'search_rows', compiling)
+    Player(policy).step(ALL)
+    assert len(calls) > 1
+    assert world_model.timings['search'].count == before.count + 1
+    assert 0 < world_model.timings['search'].seconds - before.seconds < 1
+
+
+def test_searches_are_compiled_for_whole_arrays_alone():
+    """Contexts of part of a table, as after an episode's end, would be waited for as another kind of search."""
+    policy = make()
+    player = Player(policy, 'collect')
+    player.play()
+    cache_of(policy).clear_init_caches(env_id=1)
+    player.step(ALL)
+    roots = {str(signature[3]) for signature in compiled_search.search_rows.overloads}
+    assert roots and not any('d, A)' in arrays for arrays in roots)
 
 
 @KINDS

@@ -1,7 +1,8 @@
 """A model on the CPU as compiled functions take it, and the threads that run them. numba is imported with the first."""
 import threading
+import time
 from functools import partial
-from typing import Any, Callable, ContextManager, Dict, List, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -23,10 +24,11 @@ class CompiledModel:
         self._read_network, self._source = read_network, source
         self._network: Any = None  # and what holds its memory; for the addresses of weights
         self._scratches = Spaces()
+        self._compiled: Set[Any] = set()  # functions, and whether threads help with them
 
     def __getstate__(self) -> Dict[str, Any]:
         """Copies read their own weights' addresses."""
-        return {**self.__dict__, '_network': None}
+        return {**self.__dict__, '_network': None, '_compiled': set()}
 
     @property
     def memory_mb(self) -> float:
@@ -48,15 +50,34 @@ class CompiledModel:
         return shift.detach().numpy()
 
     def run(self, function: Callable[..., Any], given: Sequence[Any], network: Any, width: int, rows: int,
-            *numbers: int) -> None:
+            *numbers: int) -> float:
         """Run a compiled function over tables of ``width`` pages, with some rows in each thread, or in one that others
-        help with its products: ``function(*given, scratch, *numbers, first row, end)``."""
+        help with its products: ``function(*given, scratch, *numbers, first row, end)``. Returns the seconds that it
+        waited for what is compiled."""
         threads = max(1, min(torch.get_num_threads(), rows // LEAST_ROWS))
         helpers = 0
         if threads == 1:
             helpers = max(0, min(torch.get_num_threads(), network.embed // LEAST_COLUMNS) - 1)
         with self.scratches(network, width, threads) as scratches:
+            waited = self._compile(function, (*given, scratches[0], *numbers), helpers > 0)
             _in_threads(function, given, scratches, helpers, numbers, rows)
+        return waited
+
+    def _compile(self, function: Callable[..., Any], arguments: Sequence[Any], helped: bool) -> float:
+        """Have what will be called compiled, or loaded, by a call for no rows; returns the seconds that it took."""
+        if (function, helped) in self._compiled:
+            return 0.
+        begun = time.perf_counter()
+        function(*arguments, 0, 0)
+        if helped:
+            from ..engine.team import dismiss, new_team
+            from .compiled import help_search
+
+            dismissed = new_team(2)
+            dismiss(dismissed)
+            help_search(dismissed, 1)
+        self._compiled.add((function, helped))
+        return time.perf_counter() - begun
 
     def scratches(self, network: Any, width: int, threads: int) -> ContextManager[List[Any]]:
         """Memory for threads that step over tables of ``width`` pages."""
@@ -83,10 +104,6 @@ def _in_threads(function: Callable[..., Any], given: Sequence[Any], scratches: S
             errors.append(error)
 
     team = new_team(1 + helpers)
-    if helpers:  # compiled before anybody waits for it
-        dismissed = new_team(2)
-        dismiss(dismissed)
-        compiled.help_search(dismissed, 1)
     bounds = [rows * share // len(scratches) for share in range(len(scratches) + 1)]
     first, *rest = [
         (scratch._replace(team=team), *numbers, *share) for scratch, *share in zip(scratches, bounds, bounds[1:])

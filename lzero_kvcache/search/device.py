@@ -68,7 +68,8 @@ class DeviceSearch(WholeSearch):
         count = -(-rows // MOST_ROWS)
         return -(-rows // count)  # all need the same memory
 
-    def _from_roots(self, served: Any, problem: Problem, slab: Slab, pages: np.ndarray) -> Tuple[Found, np.ndarray]:
+    def _from_roots(self, served: Any, problem: Problem, slab: Slab,
+                    pages: np.ndarray) -> Tuple[Found, np.ndarray, float]:
         (tables, counts), rows = served.roots, len(served.env_ids)
         width = tables.shape[1]
         make = partial(Space, self._engine, self._source, slab, width)
@@ -76,7 +77,7 @@ class DeviceSearch(WholeSearch):
         _give(space, problem, served.timesteps)
         space.given.tables[:rows], space.given.counts[:rows] = tables, counts
         space.given.pages[:problem.simulations, :rows] = pages
-        return _search(space, problem, rows, replayed(served))
+        return (*_search(space, problem, rows, replayed(served)), 0.)
 
     def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
                      addresses: Tuple[int, ...]) -> Tuple[Found, np.ndarray]:

@@ -3,6 +3,7 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -73,10 +74,10 @@ class WholeSearch(ABC):
             pages = lease.allocate(problem.simulations * len(served.env_ids)).reshape(problem.simulations, -1)
             manager.count_nodes(pages.size)
             slab = self._storage.ready(manager.page_capacity, self._source.device())
-            found, broken = self._from_roots(served, problem, slab, pages)
+            found, broken, waited = self._from_roots(served, problem, slab, pages)
         manager.count_queries('recur', pages.size, pages.size, by_node=True)
         self._guard.report(broken, served.mode, served.env_ids, served.timesteps)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - waited
         self._timings['search'].record(seconds)
         self._timings['step'].record(seconds, problem.simulations)
         return found
@@ -107,14 +108,15 @@ class WholeSearch(ABC):
         """How many rows of a reanalysis to search at once."""
 
     @abstractmethod
-    def _from_roots(self, served: Any, problem: Problem, slab: Slab, pages: np.ndarray) -> Tuple[Found, np.ndarray]:
-        """Search from roots, with the pages that its simulations write ``[N - 1, B]``. Returns what is found, and how
-        many predictions of each row ``[B]`` were no numbers."""
+    def _from_roots(self, served: Any, problem: Problem, slab: Slab,
+                    pages: np.ndarray) -> Tuple[Found, np.ndarray, float]:
+        """Search from roots, with the pages that its simulations write ``[N - 1, B]``. Returns what is found, how many
+        predictions of each row ``[B]`` were no numbers, and the seconds that it waited for what is compiled."""
 
     @abstractmethod
     def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
                      addresses: Tuple[int, ...]) -> Tuple[Found, np.ndarray]:
-        """The same from states ``[B, E]``."""
+        """The same from states ``[B, E]``, without the seconds."""
 
 
 class CompiledSearch(WholeSearch):
@@ -130,17 +132,18 @@ class CompiledSearch(WholeSearch):
     def _rows_at_a_time(self, rows: int) -> int:
         return CHUNK * torch.get_num_threads()
 
-    def _from_roots(self, served: Any, problem: Problem, slab: Slab, pages: np.ndarray) -> Tuple[Found, np.ndarray]:
+    def _from_roots(self, served: Any, problem: Problem, slab: Slab,
+                    pages: np.ndarray) -> Tuple[Found, np.ndarray, float]:
         tables, counts = served.roots
         network, _held = self._model.network_at(served.addresses)
         shift = self._model.shift() if served.shift is None else served.shift
         assert slab.data is not None
         with self._space(network, problem, *tables.shape) as space:
-            broken = self._search(
+            broken, waited = self._search(
                 problem, space, network, shift, tables, counts, served.timesteps, slab.data.numpy(), pages,
                 replayed(served)
             )
-            return found_in(space.tree, problem), broken
+            return found_in(space.tree, problem), broken, waited
 
     def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
                      addresses: Tuple[int, ...]) -> Tuple[Found, np.ndarray]:
@@ -149,37 +152,38 @@ class CompiledSearch(WholeSearch):
             space.latents[:, 0] = latents
             pages = np.tile(np.arange(rows + 1, 2 * rows + 1), (problem.simulations, 1))
             none = np.zeros((rows, 1), np.int64)
-            broken = self._search(
+            broken, _ = self._search(
                 problem, space, network, self._model.shift(), none, none[:, 0], timesteps, space.slab, pages, None
             )
             return found_in(space.tree, problem), broken
 
     def _search(self, problem: Problem, space: SearchMemory, network: Any, shift: np.ndarray, tables: np.ndarray,
                 counts: np.ndarray, timesteps: np.ndarray, slab: np.ndarray, pages: np.ndarray,
-                trace: Any) -> np.ndarray:
+                trace: Any) -> Tuple[np.ndarray, float]:
         """Search, and note each simulation if there is a trace; returns how many predictions of each row ``[B]`` were
-        no numbers."""
+        no numbers, and the seconds that it waited for what is compiled."""
         from . import compiled
         from .tree import make_key, make_rules
 
         rows, width = tables.shape
         roots = compiled.Roots(
             np.asarray(problem.rewards, dtype=np.float32), np.asarray(problem.logits, dtype=np.float32),
-            problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight), tables,
-            counts, timesteps
+            problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight),
+            np.ascontiguousarray(tables), counts, timesteps  # tables may be some columns of wider ones
         )
         rules, batch = make_rules(**problem.rules), compiled.make_batch(space.tree, network.policy)
         states = compiled.make_states(space.latents, timesteps)
         given = (
             space.tree, rules, make_key(problem.seed, problem.number), roots, network, shift, slab, pages, batch, states
         )
+        run = partial(self._model.run, compiled.search_rows, given, network, width, rows)
         if trace is None:
-            self._model.run(compiled.search_rows, given, network, width, rows, 0, problem.simulations)
-        else:
-            for simulation in range(problem.simulations):
-                self._model.run(compiled.search_rows, given, network, width, rows, simulation, simulation + 1)
-                _note(trace, space.tree, batch, rules, simulation)
-        return batch.broken
+            return batch.broken, run(0, problem.simulations)
+        waited = 0.
+        for simulation in range(problem.simulations):
+            waited += run(simulation, simulation + 1)
+            _note(trace, space.tree, batch, rules, simulation)
+        return batch.broken, waited
 
     @contextmanager
     def _space(self, network: Any, problem: Problem, rows: int, width: int,
