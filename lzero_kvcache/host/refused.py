@@ -1,5 +1,5 @@
 """What the new system refuses: options that it does not know, and code of a user's own that it would pass over."""
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Optional, Tuple
 
 from torch import nn
 
@@ -48,9 +48,13 @@ def has_own_inference(model: Any, kind: str) -> bool:
     return is_own(model, f'{kind}_inference') or is_own(model.world_model, f'forward_{kind}_inference')
 
 
+def heads_of(world_model: Any) -> Tuple[Any, Any, Any, Any]:
+    """The heads that predict rewards, observations, policies and values."""
+    return world_model.head_rewards, world_model.head_observations, world_model.head_policy, world_model.head_value
+
+
 def _passed_over(world_model: Any) -> Iterator[str]:
-    transformer = world_model.transformer
-    heads = world_model.head_rewards, world_model.head_observations, world_model.head_policy, world_model.head_value
+    transformer, heads = world_model.transformer, heads_of(world_model)
     attentions = [block.attn for block in transformer.blocks]
     for name in FORWARD + CACHING:
         if is_own(world_model, name):

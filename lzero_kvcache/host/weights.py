@@ -9,7 +9,7 @@ from torch import nn
 
 from ..engine.weights import Chain, Function, Geometry, Layer, Linear, Norm, Source, Weights, gelu
 from .lightzero import lightzero
-from .refused import has_own_encoding
+from .refused import has_own_encoding, heads_of
 
 MANY_ROWS = {'cpu': 128, 'cuda': 512}
 """For so many rows or more, several fast kernels beat one slow one, although each is launched from Python
@@ -44,7 +44,7 @@ def read_weights(world_model: Any, geometry: Geometry, captured: bool = False) -
     def read(module: nn.Module) -> Function:
         return _function(module, many_rows)
 
-    transformer, heads = world_model.transformer, _heads(world_model)
+    transformer, heads = world_model.transformer, heads_of(world_model)
     rewards, observations, policy, value = [_without_dicts(read(head.head_module)) for head in heads]
     return Weights(
         layers=[_layer(block, read, many_rows) for block in transformer.blocks], norm=read(transformer.ln_f),
@@ -105,13 +105,9 @@ def to_scalar(logits: torch.Tensor) -> torch.Tensor:
     return value.sign() * (root * root - 1)
 
 
-def _heads(world_model: Any) -> Tuple[Any, Any, Any, Any]:
-    return (world_model.head_rewards, world_model.head_observations, world_model.head_policy, world_model.head_value)
-
-
 def _addresses(world_model: Any) -> Tuple[int, ...]:
     modules = [
-        world_model.transformer, world_model.act_embedding_table, *_heads(world_model), world_model.tokenizer
+        world_model.transformer, world_model.act_embedding_table, *heads_of(world_model), world_model.tokenizer
     ]
     if not world_model.config.rotary_emb:
         modules.append(world_model.pos_emb)
