@@ -104,21 +104,25 @@ def of_zoo() -> Rows:
     """Our configs and LightZero's for UniZero: which extra each needs, and what is missing here."""
     rows: Rows = []
     ours = our_configs()
+    extras: Dict[str, Optional[str]] = {}  # by environment
     tried: Dict[Any, Optional[ConfigError]] = {}
     for name, path in {**ours, **lightzero_configs()}.items():
         extra = _extra(ours.get(name.rpartition(':')[2]))  # LightZero's configs need what ours of the same name do
         try:
             with hinted():
                 plan = make_plan(path)
+                environment = plan.create_config.env.type
+                extra = extra or extras.get(environment)  # or what ours of the same environment do
+                extras[environment] = extra
                 building.try_environment(plan.main_config, plan.create_config)
                 # A model of each kind is built once, since LightZero may fail in it.
                 model = plan.main_config.policy.model.world_model_cfg
                 kind = plan.create_config.policy.type, model.get('obs_type'), model.get('continuous_action_space')
                 if kind not in tried:
                     tried[kind] = _fault_of_model(plan)
-            rows.append((name, f'{extra}: {tried[kind] or "installed"}'))
+            rows.append((name, f'{extra or "unknown"}: {tried[kind] or "installed"}'))
         except ConfigError as error:
-            rows.append((name, f'{extra}: {error}'))
+            rows.append((name, f'{extra or "unknown"}: {error}'))
     return rows
 
 
@@ -131,10 +135,10 @@ def _fault_of_model(plan: Plan) -> Optional[ConfigError]:
     return None
 
 
-def _extra(path: Optional[str]) -> str:
-    """Which extra of this package a config of ours asks for; the file is not run."""
+def _extra(path: Optional[str]) -> Optional[str]:
+    """Which extra of this package a config of ours asks for; the file is not run. None where there is no config."""
     if path is None:
-        return 'unknown'
+        return None
     with open(path, encoding='utf-8') as file:
         needed = re.search(r'^Install: .*\[(\w+)\]', file.read(), re.MULTILINE)
     return f'extra {needed[1]}' if needed else 'no extra'
