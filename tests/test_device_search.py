@@ -43,9 +43,9 @@ CASES = pytest.mark.parametrize('case, rules', [
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter takes a millisecond for each operation on a row."""
-    monkeypatch.setattr(compiled, 'ROWS', 3)
-    monkeypatch.setattr(compiled, 'SIMULATIONS', 5)
-    for name, number in dict(SAMPLES=1, ROWS=4, SIMULATIONS=4).items():
+    monkeypatch.setattr(compiled, 'ROWS', 2)
+    monkeypatch.setattr(compiled, 'SIMULATIONS', 4)
+    for name, number in dict(SAMPLES=1, ROWS=4, SIMULATIONS=3).items():
         monkeypatch.setattr(reanalysis, name, number)
 
 

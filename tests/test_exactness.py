@@ -88,23 +88,14 @@ def windows_that_grow(monkeypatch):
 
 HOW = pytest.mark.parametrize('how', [None, 'windows_that_grow', 'as_for_many_rows'])
 
-MANY = int(os.environ.get('TRACES', 120))
+MANY = int(os.environ.get('TRACES', 60))
 """How many random traces there are in all; results in the docs are of 600."""
 
 
 @HOW
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(case=CASES, parts=TRACES)
-def test_random_traces(request, how, case, parts):
-    how and request.getfixturevalue(how)
-    check_random(case, parts)
-
-
-@pytest.mark.slow
-@HOW
 @settings(max_examples=MANY // 3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, parts=TRACES)
-def test_many_random_traces(request, how, case, parts):
+def test_random_traces(request, how, case, parts):
     how and request.getfixturevalue(how)
     check_random(case, parts)
 

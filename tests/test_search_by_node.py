@@ -37,6 +37,7 @@ from oracle import (
 from path_reference import PathReference
 from players import ByNode, error_of, for_search
 from small_models import ON_MAIN, Case, cached_model, original_model, randomise, to_scalar
+from test_exactness import MANY
 
 from lzero_kvcache.engine.step import StepOutput
 from lzero_kvcache.host.tree_search import NodeSearch, SampledNodeSearch
@@ -114,15 +115,9 @@ def check_random(case, parts, player=PathReference):
 
 class TestTraces:
 
-    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=MANY // 2, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=CASES, parts=TRACES)
     def test_every_node_is_answered_for_its_true_path(self, case, parts):
-        check_random(case, parts)
-
-    @pytest.mark.slow
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(case=CASES, parts=TRACES)
-    def test_many_nodes_are_answered_for_their_true_path(self, case, parts):
         check_random(case, parts)
 
     @pytest.mark.parametrize('context_length', [4, 20])
