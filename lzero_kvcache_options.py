@@ -58,6 +58,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Parse and run a command; returns its exit code. ``--help`` and ``--version`` end the program."""
     try:
         options = command_parser().parse_args(argv)
+        if getattr(options, 'overrides', None) and options.config is None:
+            raise UsageError('--set changes a config; give --config too')
         if getattr(options, 'config', None) is not None:
             options.config = find_config(options.config)
             if ranks_of_torchrun()[0] == 0:
@@ -154,11 +156,15 @@ def group(text: str) -> Tuple[str, str]:
     return name, pattern
 
 
-def run_folder(text: str) -> str:
-    """Reads the path of a run."""
-    if not os.path.exists(os.path.expanduser(text)):
-        raise argparse.ArgumentTypeError(f'{text}: no such folder or event file')
-    return text
+def existing(what: str, test: Callable[[str], bool] = os.path.exists) -> Callable[[str], str]:
+    """Reads the path of something that is there."""
+
+    def read(text: str) -> str:
+        if not test(os.path.expanduser(text)):
+            raise argparse.ArgumentTypeError(f'{text}: no such {what}')
+        return text
+
+    return read
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -190,9 +196,11 @@ def _add_train(commands: Any) -> None:
         '(default: exp_name of the config)')
     add('--max-train-iter', type=count(1), metavar='N', help='training iterations to stop after')
     checkpoint = parser.add_mutually_exclusive_group()
-    checkpoint.add_argument('--resume', metavar='CKPT', help='go on from a checkpoint of either cache system; steps '
-                            'and iterations go on, and --max-env-step counts all of them')
-    checkpoint.add_argument('--eval', metavar='CKPT', dest='evaluate', help='evaluate a checkpoint, and train nothing')
+    read = existing('checkpoint; an experiment has them in its folder ckpt/', os.path.isfile)
+    checkpoint.add_argument('--resume', type=read, metavar='CKPT', help='go on from a checkpoint of either cache '
+                            'system; steps and iterations go on, and --max-env-step counts all of them')
+    checkpoint.add_argument('--eval', type=read, metavar='CKPT', dest='evaluate',
+                            help='evaluate a checkpoint, and train nothing')
     add('--in-place', action='store_true', help="with --resume: go on in the checkpoint's own folder, whose summary "
         'then covers all of the training')
     add('--keep-checkpoints', type=count(1), metavar='N', help='keep the newest N checkpoints and the best one '
@@ -226,8 +234,8 @@ def _add_compare(commands: Any) -> None:
         'compare', help='put runs side by side: a table, curves, a page', epilog=COMPARE_EXAMPLES,
         description='Compare trainings: time, memory, hit rates and rewards, with the spread over seeds and the ratio '
         'to the first side. Prints a table, and writes compare.png, report.html and compare.json.')
-    parser.add_argument('runs', nargs='+', type=run_folder, metavar='RUN', help='the folder of an experiment, a folder '
-                        'of several, or an event file of tensorboard')
+    parser.add_argument('runs', nargs='+', type=existing('folder or event file'), metavar='RUN',
+                        help='the folder of an experiment, a folder of several, or an event file of tensorboard')
     parser.add_argument('--out', default='comparison', metavar='DIR', help='where to write (default: %(default)s)')
     parser.add_argument('--group', nargs='+', action='extend', default=[], type=group, metavar='NAME=PATTERN',
                         help='the runs whose name or path matches PATTERN (* and ? stand for anything) are seeds of '

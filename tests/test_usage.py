@@ -12,7 +12,6 @@ WITH_A_CONFIG = [
     (['--config', 'nosuch'], '--config nosuch: there is no such file'),
     (['--config', 'config_new', '--colour'], '--colour'),
     (['--config', 'config_new', '--set', 'policy.num_simulatons=1'], "did you mean 'policy.num_simulations'"),
-    (['--config', 'config_new', '--set', f'{WM}.context_length=7'], 'context_length=7'),
 ]
 TRAIN = [
     (['--config', 'config_new', '--cache', 'both'], "'both'"),
@@ -26,10 +25,10 @@ TRAIN = [
     (['--config', 'config_new', '--set', 'policy.mcts_ctree=False'], 'policy.mcts_ctree=False cannot work'),
     (['--config', 'config_new', '--set', 'policy.model_path=nosuch.pth.tar'], 'nosuch.pth.tar: no such checkpoint'),
     (['--config', 'config_new', '--resume', 'nosuch.pth.tar'], 'nosuch.pth.tar: no such checkpoint'),
-    (['--config', 'config_new', '--resume', 'a', '--eval', 'b'], 'not allowed with'),
+    (['--config', 'config_new', '--resume', __file__, '--eval', __file__], 'not allowed with'),
     (['--config', 'config_new', '--in-place'], 'give that, and no --exp-name'),
-    (['--config', 'config_new', '--in-place', '--resume', 'a/ckpt/b', '--exp-name', 'c'], 'and no --exp-name'),
-    (['--config', 'config_new', '--in-place', '--resume', 'a/b.pth.tar'], 'a/b.pth.tar is in no folder ckpt'),
+    (['--config', 'config_new', '--in-place', '--resume', __file__, '--exp-name', 'c'], 'and no --exp-name'),
+    (['--config', 'config_new', '--in-place', '--resume', __file__], f'{__file__} is in no folder ckpt'),
     (['--config', 'config_new', '--set', 'env.env_id=NoSuchPole-v0'], 'env.env_id: Environment `NoSuchPole`'),
     (['--config', 'config_new', '--set', 'create_config.env.type=cartpole_lightzer'],
      "create_config.env.type='cartpole_lightzer' is registered by none"),
@@ -37,15 +36,15 @@ TRAIN = [
      "env_manager.type='subproces' is registered by none of its import_names=[]; did you mean 'subprocess'"),
     (['--config', 'config_new', '--set', 'create_config.policy.type=unizro'],
      "create_config.policy.type='unizro' is not a UniZero policy: did you mean 'unizero'"),
-    (['--config', 'config_new', '--set', 'policy.learning_rate=-1'], 'policy.learning_rate=-1 must be above 0'),
-    (['--config', 'config_old', '--set', 'policy.batch_size=0'], 'policy.batch_size=0 must be above 0'),
+    (['--config', 'config_new', '--set', 'policy.learning_rate=-1'], 'learning_rate=-1 must be a number above 0'),
+    (['--config', 'config_old', '--set', 'policy.batch_size=0'], 'policy.batch_size=0 must be a whole number above 0'),
     (['--config', 'config_old', '--set', 'policy.batch_size=2.5'], 'policy.batch_size=2.5 must be a whole number'),
     (['--config', 'config_new', '--set', 'policy.num_simulations=None'], 'num_simulations=None must be a whole number'),
-    *((['--config', 'config_new', '--set', f'{WM}.{key}=0'], f'{WM}.{key}=0 must be above 0')
+    *((['--config', 'config_new', '--set', f'{WM}.{key}=0'], f'{WM}.{key}=0 must be a whole number above 0')
       for key in ('embed_dim', 'num_heads', 'num_layers')),
     (['--config', 'config_old', '--set', 'policy.replay_buffer_size=64'],
      'policy.replay_buffer_size=64 contradicts policy.batch_size=64: it must be larger than that'),
-    (['--config', 'config_old', '--set', 'policy.replay_buffer_size=None'], 'replay_buffer_size=None contradicts'),
+    (['--config', 'config_old', '--set', 'policy.replay_buffer_size=None'], 'replay_buffer_size=None must be a number'),
     (['--config', 'config_new', '--set', "env.collector_env_num='8'"], "it is a number (8 now), not '8'"),
     (['--config', 'config_new', '--set', f'{WM}.device=tpu'], f"{WM}.device='tpu' is none of torch's"),
     (['--config', 'config_new', '--set', '+policy.batch_size.x=3'], 'policy.batch_size is 64, which holds no keys'),
@@ -72,8 +71,18 @@ TRAIN = [
         ([f'{WM}.embed_pdrop=2'], f'{WM}.embed_pdrop=2 must be from 0 to 1'),
         (['policy.td_steps=2.5'], 'policy.td_steps=2.5 must be a whole number'),
         (['policy.update_per_collect=2.5'], 'policy.update_per_collect=2.5 must be a whole number'),
-        (['policy.model.support_scale=0'], 'policy.model.support_scale=0 must be above 0'),
-        (['policy.root_dirichlet_alpha=-1'], 'policy.root_dirichlet_alpha=-1 must be above 0'),
+        (['policy.model.support_scale=0'], 'policy.model.support_scale=0 must be a number above 0'),
+        (['policy.root_dirichlet_alpha=-1'], 'policy.root_dirichlet_alpha=-1 must be a number above 0'),
+        (['policy.fixed_temperature_value=0'], 'policy.fixed_temperature_value=0 must be a number above 0'),
+        (['policy.grad_clip_value=None'], 'policy.grad_clip_value=None must be a number above 0'),
+        (['env.n_evaluator_episode=None'], 'env.n_evaluator_episode=None must be a whole number above 0'),
+        (['policy.replay_ratio=-1'], 'policy.replay_ratio=-1 must be a number above 0'),
+        ([f'{WM}.context_length=7'], 'context_length=7 must be even and at least 4: try 8'),
+        ([f'{WM}.context_length=22'], 'context_length=22 must not exceed max_tokens=20'),
+        (['policy.model.model_type=conv'],
+         "policy.model.model_type='conv' contradicts policy.model.observation_shape=4: a vector has a number"),
+        ([f'{WM}.obs_type=image'], f"{WM}.obs_type='image' contradicts policy.model.observation_shape=4"),
+        (['policy.model.continuous_action_space=True'], "contradicts create_config.policy.type='unizero': it must be"),
     ]),
     (['--config', 'atari_unizero_segment_config', '--set', 'policy.num_segments=7'],
      'policy.num_segments=7 contradicts env.collector_env_num=8: it must be at least that'),
@@ -120,6 +129,8 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
 
 @pytest.mark.parametrize('arguments', [
     [], ['train'], ['train', '--config', 'nosuch'], ['info', '--config', 'nosuch'], ['compare'], ['compare', 'nosuch'],
+    ['info', '--set', 'policy.num_simulations=3'],
+    *(['train', '--config', 'config_new', option, 'nosuch'] for option in ('--resume', '--eval')),
 ])
 def test_bad_usage_waits_for_no_import(arguments, capfd, monkeypatch):
     """The commands' module brings torch, which takes seconds."""

@@ -90,8 +90,6 @@ def experiment(options: argparse.Namespace) -> int:
 
 def info(options: argparse.Namespace) -> int:
     """Print what is installed, and what a config's cache takes."""
-    if options.overrides and options.config is None:
-        raise ConfigError('--set changes a config; give --config too')
     with Output(silent=True):  # building a policy prints much
         tables = [('installed', installed())]
         if options.config is not None:

@@ -74,6 +74,8 @@ LEAST = (
     (WM + 'env_num', 'env.collector_env_num'),
     (WM + 'env_num', 'env.evaluator_env_num'),
 )
+# What models of vectors and of images are called.
+VECTORS, IMAGES = ('mlp', 'vector'), ('conv', 'image', 'image_memory')
 # What each entry collects at once: all its processes together.
 COLLECTED = {'train_unizero': 'policy.n_episode', 'train_unizero_segment': 'policy.num_segments'}
 
@@ -125,7 +127,7 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
     return complete
 
 
-def check(values: Mapping[str, Any], entry: str) -> None:
+def check(values: Mapping[str, Any], entry: str, policy: str) -> None:
     """Refuse the values of a complete config with which no training of an entry can run, in either system."""
     for rule in RULES:
         target, right = values.get(rule.target), _right(rule, values)
@@ -136,11 +138,21 @@ def check(values: Mapping[str, Any], entry: str) -> None:
         amount, least = values.get(target), values.get(source)
         if isinstance(amount, (int, float)) and isinstance(least, (int, float)) and amount < least:
             raise ConfigError(f'{target}={amount!r} contradicts {source}={least!r}: it must be at least that')
+    shape = values.get('policy.model.observation_shape')
+    for path in ('policy.model.model_type', WM + 'obs_type'):
+        kind = values.get(path)
+        if shape is not None and kind in (IMAGES if isinstance(shape, int) else VECTORS):
+            raise ConfigError(f'{path}={kind!r} contradicts policy.model.observation_shape={shape!r}: a vector has a '
+                              'number, an image a list of three')
+    continuous = 'policy.model.continuous_action_space'
+    if policy == 'unizero' and values.get(continuous):
+        raise ConfigError(f"{continuous}=True contradicts create_config.policy.type='unizero': it must be "
+                          "'sampled_unizero'")
     heads, width = values[WM + 'num_heads'], values[WM + 'embed_dim']
     if width % heads:
         raise ConfigError(f'{WM}num_heads={heads!r} contradicts {WM}embed_dim={width!r}: it must divide that')
     size, batch = values['policy.replay_buffer_size'], values['policy.batch_size']
-    if not isinstance(size, (int, float)) or size <= batch:
+    if size <= batch:
         raise ConfigError(f'policy.replay_buffer_size={size!r} contradicts policy.batch_size={batch!r}: it must be '
                           'larger than that')
 

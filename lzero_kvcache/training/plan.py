@@ -8,7 +8,7 @@ from typing import Optional, Sequence
 import torch
 from easydict import EasyDict
 
-from ..config import LIGHTZERO, PREFIX, ConfigError, picked_system
+from ..config import LIGHTZERO, PREFIX, ConfigError, check_context_length, picked_system
 from ..host import building
 from ..loading import check_config, disable, enable, load_plugin, policy_type
 from ..summary import EVALUATE, TRAIN
@@ -17,17 +17,17 @@ from .config_file import Plan, load_config
 from .linked_keys import check, replace_token
 from .overrides import apply_overrides, leaves
 
-# Keys that must be whole numbers, and keys that must be above 0, for any training to run.
-WHOLE = (
-    'env.collector_env_num', 'env.evaluator_env_num', 'policy.batch_size', 'policy.collector_env_num',
-    'policy.evaluator_env_num', 'policy.num_simulations', 'policy.num_unroll_steps', 'policy.td_steps',
-    f'{PREFIX}.embed_dim', f'{PREFIX}.max_blocks', f'{PREFIX}.num_heads', f'{PREFIX}.num_layers',
+# Keys that must be whole numbers, and keys that must be numbers above 0, for any training to run.
+OR_NONE = ('policy.update_per_collect', )
+WHOLE = OR_NONE + (
+    'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
+    'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.num_simulations', 'policy.num_unroll_steps',
+    'policy.td_steps', f'{PREFIX}.embed_dim', f'{PREFIX}.max_blocks', f'{PREFIX}.num_heads', f'{PREFIX}.num_layers',
 )
-WHOLE_OR_NONE = ('policy.update_per_collect', )
-POSITIVE = WHOLE + WHOLE_OR_NONE + (
-    'env.n_evaluator_episode', 'policy.eval_freq', 'policy.game_segment_length', 'policy.learning_rate',
-    'policy.model.support_scale', 'policy.n_episode', 'policy.num_segments', 'policy.replay_buffer_size',
-    'policy.root_dirichlet_alpha',
+POSITIVE = WHOLE + (
+    'policy.eval_freq', 'policy.fixed_temperature_value', 'policy.game_segment_length', 'policy.grad_clip_value',
+    'policy.learning_rate', 'policy.model.support_scale', 'policy.n_episode', 'policy.num_segments',
+    'policy.replay_buffer_size', 'policy.replay_ratio', 'policy.root_dirichlet_alpha',
 )
 SHARES = ('policy.reanalyze_ratio', *(f'{PREFIX}.{part}_pdrop' for part in ('attn', 'embed', 'resid')))
 
@@ -75,7 +75,7 @@ def make_plan(
         main_config.exp_name += '_eval'
     else:
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', plan.seed, seed)
-    check_values(building.completed(main_config, create_config), plan.entry)
+    check_values(building.completed(main_config, create_config), plan.entry, create_config.policy.type)
     check_config(main_config, create_config)
     return replace(
         plan, seed=seed, max_env_step=max_env_step or plan.max_env_step,
@@ -117,21 +117,22 @@ def set_device(device: Optional[str], main_config: EasyDict) -> None:
     main_config.policy.cuda = device.startswith('cuda')
 
 
-def check_values(tree: EasyDict, entry: str) -> None:
+def check_values(tree: EasyDict, entry: str, policy: str) -> None:
     """Refuse numbers of a complete config with which no training can begin."""
     values = leaves(tree)
     for path in POSITIVE:
         value = values.get(path)
-        if isinstance(value, (int, float)) and not value > 0:
-            raise ConfigError(f'{path}={value!r} must be above 0')
-        whole = path in WHOLE or (path in WHOLE_OR_NONE and value is not None)
-        if whole and path in values and not isinstance(value, numbers.Integral):
-            raise ConfigError(f'{path}={value!r} must be a whole number')
+        if path not in values or value is None and path in OR_NONE:
+            continue
+        said = 'whole number' if path in WHOLE else 'number'
+        if not isinstance(value, numbers.Integral if path in WHOLE else numbers.Real) or not float(value) > 0:
+            raise ConfigError(f'{path}={value!r} must be a {said} above 0')
     for path in SHARES:
         value = values.get(path)
         if isinstance(value, (int, float)) and not 0 <= value <= 1:
             raise ConfigError(f'{path}={value!r} must be from 0 to 1')
-    check(values, entry)
+    check_context_length(tree.policy.model.world_model_cfg)
+    check(values, entry, policy)
 
 
 def _folder_of(resume: Optional[str], exp_name: Optional[str]) -> str:
