@@ -58,8 +58,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Parse and run a command; returns its exit code. ``--help`` and ``--version`` end the program."""
     try:
         options = command_parser().parse_args(argv)
-        if getattr(options, 'overrides', None) and options.config is None:
-            raise UsageError('--set changes a config; give --config too')
+        check_present(options)
         if getattr(options, 'config', None) is not None:
             options.config = find_config(options.config)
             if ranks_of_torchrun()[0] == 0:
@@ -104,6 +103,15 @@ def lightzero_configs() -> Dict[str, str]:
     paths = sorted((_package('lzero').parent / 'zoo').rglob('*_config.py'))
     return {LIGHTZERO + path.stem: str(path) for path in paths
             if not path.stem.startswith('test_') and 'unizero' in path.read_text(encoding='utf-8')}
+
+
+def check_present(options: argparse.Namespace) -> None:
+    """Refuse options that lack what they need."""
+    if getattr(options, 'overrides', None) and options.config is None:
+        raise UsageError('--set changes a config; give --config too')
+    for path in (getattr(options, 'resume', None), getattr(options, 'evaluate', None)):
+        if path is not None and not os.path.isfile(path):
+            raise UsageError(f'{path}: no such checkpoint; an experiment has them in its folder ckpt/')
 
 
 def find_config(name: str) -> str:
@@ -156,15 +164,11 @@ def group(text: str) -> Tuple[str, str]:
     return name, pattern
 
 
-def existing(what: str, test: Callable[[str], bool] = os.path.exists) -> Callable[[str], str]:
-    """Reads the path of something that is there."""
-
-    def read(text: str) -> str:
-        if not test(os.path.expanduser(text)):
-            raise argparse.ArgumentTypeError(f'{text}: no such {what}')
-        return text
-
-    return read
+def run_folder(text: str) -> str:
+    """Reads the path of a run."""
+    if not os.path.exists(os.path.expanduser(text)):
+        raise argparse.ArgumentTypeError(f'{text}: no such folder or event file')
+    return text
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -196,11 +200,9 @@ def _add_train(commands: Any) -> None:
         '(default: exp_name of the config)')
     add('--max-train-iter', type=count(1), metavar='N', help='training iterations to stop after')
     checkpoint = parser.add_mutually_exclusive_group()
-    read = existing('checkpoint; an experiment has them in its folder ckpt/', os.path.isfile)
-    checkpoint.add_argument('--resume', type=read, metavar='CKPT', help='go on from a checkpoint of either cache '
-                            'system; steps and iterations go on, and --max-env-step counts all of them')
-    checkpoint.add_argument('--eval', type=read, metavar='CKPT', dest='evaluate',
-                            help='evaluate a checkpoint, and train nothing')
+    checkpoint.add_argument('--resume', metavar='CKPT', help='go on from a checkpoint of either cache system; steps '
+                            'and iterations go on, and --max-env-step counts all of them')
+    checkpoint.add_argument('--eval', metavar='CKPT', dest='evaluate', help='evaluate a checkpoint, and train nothing')
     add('--in-place', action='store_true', help="with --resume: go on in the checkpoint's own folder, whose summary "
         'then covers all of the training')
     add('--keep-checkpoints', type=count(1), metavar='N', help='keep the newest N checkpoints and the best one '
@@ -234,7 +236,7 @@ def _add_compare(commands: Any) -> None:
         'compare', help='put runs side by side: a table, curves, a page', epilog=COMPARE_EXAMPLES,
         description='Compare trainings: time, memory, hit rates and rewards, with the spread over seeds and the ratio '
         'to the first side. Prints a table, and writes compare.png, report.html and compare.json.')
-    parser.add_argument('runs', nargs='+', type=existing('folder or event file'), metavar='RUN',
+    parser.add_argument('runs', nargs='+', type=run_folder, metavar='RUN',
                         help='the folder of an experiment, a folder of several, or an event file of tensorboard')
     parser.add_argument('--out', default='comparison', metavar='DIR', help='where to write (default: %(default)s)')
     parser.add_argument('--group', nargs='+', action='extend', default=[], type=group, metavar='NAME=PATTERN',

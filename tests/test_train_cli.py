@@ -120,11 +120,11 @@ def test_every_option_reaches_the_plan(monkeypatch):
     monkeypatch.setattr(commands, 'run_plan', lambda plan, *_: plans.append(plan) or SimpleNamespace(exit_code=0))
     assert main([
         '--config', 'config_new', '--cache', 'old', '--seed', '3', '--max-env-step', '2e3', '--max-train-iter', '7',
-        '--device', 'cpu', '--resume', 'r', '--threads', '2', '--keep-checkpoints', '4', '--set',
+        '--device', 'cpu', '--resume', __file__, '--threads', '2', '--keep-checkpoints', '4', '--set',
         'policy.num_simulations=9', 'policy.batch_size=8', '--set', 'policy.td_steps=7']) == 0
     [plan] = plans
     assert (plan.seed, plan.max_env_step, plan.max_train_iter, plan.threads) == (3, 2000, 7, 2)
-    assert (plan.task, plan.checkpoint, plan.in_place, plan.keep_checkpoints) == ('train', 'r', False, 4)
+    assert (plan.task, plan.checkpoint, plan.in_place, plan.keep_checkpoints) == ('train', __file__, False, 4)
     policy = plan.main_config.policy
     assert (policy.num_simulations, policy.batch_size, policy.td_steps, policy.cuda) == (9, 8, 7, False)
     assert policy.model.world_model_cfg.use_new_cache_manager is False
