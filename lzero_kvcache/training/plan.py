@@ -21,15 +21,20 @@ from .overrides import apply_overrides, leaves
 OR_NONE = ('policy.update_per_collect', )
 WHOLE = OR_NONE + (
     'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
-    'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.num_simulations', 'policy.num_unroll_steps',
-    'policy.td_steps', f'{PREFIX}.embed_dim', f'{PREFIX}.max_blocks', f'{PREFIX}.num_heads', f'{PREFIX}.num_layers',
+    'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.n_episode', 'policy.num_simulations',
+    'policy.num_unroll_steps', 'policy.td_steps',
+    *(f'{PREFIX}.{size}' for size in ('context_length', 'embed_dim', 'group_size', 'max_blocks', 'max_tokens',
+                                      'num_heads', 'num_layers')),
 )
 POSITIVE = WHOLE + (
     'policy.eval_freq', 'policy.fixed_temperature_value', 'policy.game_segment_length', 'policy.grad_clip_value',
-    'policy.learning_rate', 'policy.model.support_scale', 'policy.n_episode', 'policy.num_segments',
-    'policy.replay_buffer_size', 'policy.replay_ratio', 'policy.root_dirichlet_alpha',
+    'policy.learning_rate', 'policy.model.support_scale', 'policy.num_segments', 'policy.replay_buffer_size',
+    'policy.replay_ratio', 'policy.root_dirichlet_alpha',
 )
-SHARES = ('policy.reanalyze_ratio', *(f'{PREFIX}.{part}_pdrop' for part in ('attn', 'embed', 'resid')))
+SHARES = (
+    'policy.discount_factor', 'policy.reanalyze_ratio', 'policy.root_noise_weight',
+    *(f'{PREFIX}.{part}_pdrop' for part in ('attn', 'embed', 'resid')),
+)
 
 
 def make_plan(
@@ -75,6 +80,8 @@ def make_plan(
         main_config.exp_name += '_eval'
     else:
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', plan.seed, seed)
+    if not main_config.exp_name:
+        raise ConfigError("exp_name='' names no folder for the experiment")
     check_values(building.completed(main_config, create_config), plan.entry, create_config.policy.type)
     check_config(main_config, create_config)
     return replace(
@@ -129,8 +136,8 @@ def check_values(tree: EasyDict, entry: str, policy: str) -> None:
             raise ConfigError(f'{path}={value!r} must be a {said} above 0')
     for path in SHARES:
         value = values.get(path)
-        if isinstance(value, (int, float)) and not 0 <= value <= 1:
-            raise ConfigError(f'{path}={value!r} must be from 0 to 1')
+        if path in values and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            raise ConfigError(f'{path}={value!r} must be a number from 0 to 1')
     check_context_length(tree.policy.model.world_model_cfg)
     check(values, entry, policy)
 
