@@ -23,10 +23,11 @@ class Contexts:
     def store(self, indices: Sequence[int], rows: Rows) -> None:
         """Replace some contexts, each index once, and give the pages of those before back."""
         index = np.asarray(indices, dtype=np.int64)
-        replaced = self.tables[index]
+        replaced, were_there = self.tables[index], self.counts[index].any()
         self._pages.retain(rows[0])
         self.tables[index], self.counts[index] = rows
-        self._pages.release(replaced)
+        if were_there:
+            self._pages.release(replaced)
 
     def clear(self, index: Optional[int] = None) -> None:
         """Forget one context, or all."""
