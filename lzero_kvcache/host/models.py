@@ -1,6 +1,6 @@
 """LightZero's models with a world model of either system, picked by ``world_model_cfg``."""
 import inspect
-from typing import Any, Optional
+from typing import Any, Optional, Set, Type
 
 from ding.utils import MODEL_REGISTRY
 from lzero.model import sampled_unizero_model, unizero_model
@@ -64,10 +64,10 @@ class KVCacheModel(nn.Module):
 
 def _is_in_mode(model: nn.Module, mode: bool) -> bool:
     """Whether to set the mode would change nothing: all modules are in it, and none does more than note it."""
-    return model.training is mode and all(
-        module.training is mode and type(module).train is nn.Module.train and 'train' not in vars(module)
-        for module in walked(model._modules.values())
-    )
+    modules = walked(model._modules.values())
+    kinds: Set[Type[nn.Module]] = set(map(type, modules))
+    return (model.training is mode and all(kind.train is nn.Module.train for kind in kinds)
+            and all(module.training is mode and 'train' not in module.__dict__ for module in modules))
 
 
 def _world_model_cfg(model: Any, init: Any, args: Any, kwargs: Any) -> Any:
