@@ -63,7 +63,7 @@ TRAIN = [
         (['env.evaluator_env_num=2', 'policy.evaluator_env_num=3'],
          'env.evaluator_env_num=2 contradicts policy.evaluator_env_num=3'),
         ([f'{WM}.support_size=51'], f'{WM}.support_size=51 contradicts policy.model.'),
-        ([f'{WM}.num_heads=5'], f'{WM}.num_heads=5 contradicts {WM}.embed_dim=64'),
+        *(([f'{WM}.{part}=5'], f'{WM}.{part}=5 contradicts {WM}.embed_dim=64') for part in ('num_heads', 'group_size')),
         ([f'{WM}.max_tokens=30'], f'{WM}.max_tokens=30 contradicts {WM}.max_blocks=10: it must be 20'),
         (['policy.num_unroll_steps=12'], f'{WM}.max_blocks=10 contradicts policy.num_unroll_steps=12: it must be at'),
         (['policy.n_episode=7'], 'policy.n_episode=7 contradicts env.collector_env_num=8: it must be at least that'),

@@ -148,9 +148,11 @@ def check(values: Mapping[str, Any], entry: str, policy: str) -> None:
     if policy == 'unizero' and values.get(continuous):
         raise ConfigError(f"{continuous}=True contradicts create_config.policy.type='unizero': it must be "
                           "'sampled_unizero'")
-    heads, width = values[WM + 'num_heads'], values[WM + 'embed_dim']
-    if width % heads:
-        raise ConfigError(f'{WM}num_heads={heads!r} contradicts {WM}embed_dim={width!r}: it must divide that')
+    width = values[WM + 'embed_dim']
+    for part in ('num_heads', 'group_size'):
+        parts = values.get(WM + part, 1)
+        if width % parts:
+            raise ConfigError(f'{WM}{part}={parts!r} contradicts {WM}embed_dim={width!r}: it must divide that')
     size, batch = values['policy.replay_buffer_size'], values['policy.batch_size']
     if size <= batch:
         raise ConfigError(f'policy.replay_buffer_size={size!r} contradicts policy.batch_size={batch!r}: it must be '
