@@ -11,7 +11,7 @@ import test_compiled_search as compiled
 import test_reanalysis as reanalysis
 import torch
 from ding.utils import MODEL_REGISTRY
-from small_models import Case, construct, original_model
+from small_models import Case, cached_model, construct, original_model
 from test_compiled_search import Root, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
 from test_whole_search import SIMULATIONS, make
 
@@ -36,8 +36,8 @@ CASES = pytest.mark.parametrize('case, rules', [
     (Case(context_length=6, num_layers=1, num_heads=4), dict(two_players=True)),
     (Case(), {}),
     (Case(rotary=True, continuous=True), dict(sampled=True, continuous=True)),
-    (Case(sampled=True), dict(sampled=True)),
-], ids=['rotary', 'learned, two players', 'learned', 'continuous', 'sampled discrete'])
+    (Case(rotary=True, sampled=True), dict(sampled=True, index_for_depth=True)),
+], ids=['rotary', 'learned, two players', 'learned', 'continuous', 'sampled discrete, by index'])
 
 
 @pytest.fixture
@@ -139,6 +139,31 @@ def searched(root: Root, **changes: Any) -> List[Any]:  # noqa: F811
     return list(root.world_model.inference.search(root.problem._replace(**changes)))
 
 
+def visits_of_equals(root: Root, draws_ties: bool) -> List[List[int]]:  # noqa: F811
+    """Visits of the roots after one simulation, where all actions have one prior."""
+    [served] = root.world_model.inference.open.steps
+    problem = root.problem._replace(
+        rules={**root.problem.rules, 'draws_ties': draws_ties}, simulations=1, noises=None,
+        legal=[[]] * compiled.ROWS, logits=[[0.] * root.problem.slots] * compiled.ROWS
+    )
+    return root.world_model.inference._device.run(served, problem)[0]  # type: ignore[no-any-return]
+
+
+def assert_equals_are_drawn_or_the_first(root: Root) -> None:  # noqa: F811
+    first = [1] + [0] * (root.problem.slots - 1)
+    assert visits_of_equals(root, draws_ties=False) == [first] * compiled.ROWS
+    drawn = visits_of_equals(root, draws_ties=True)
+    assert all(sum(row) == 1 for row in drawn) and len(set(map(tuple, drawn))) > 1
+
+
+@interpreted
+def test_interpreted_equal_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, 'ROWS', 6)
+    case = Case(num_layers=1)
+    for root in compiled.roots_of(cached_model(case, 6, 5), case, {}):
+        assert_equals_are_drawn_or_the_first(root)
+
+
 def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU may lack it."""
     monkeypatch.setitem(sys.modules, 'lzero_kvcache.search.tree', None)
@@ -162,6 +187,9 @@ class TestOnGPU:
         if actions is not None:
             np.testing.assert_allclose(actions, root_actions(other), atol=1e-6)
         assert on_gpu.world_model.kv_cache_manager.storage.slab.data[NULL_PAGE].abs().max() == 0
+
+    def test_equal_scores(self, on_gpu: Root) -> None:
+        assert_equals_are_drawn_or_the_first(on_gpu)
 
     def test_fewer_simulations_and_other_legal_actions_need_no_other_capture(self, on_gpu: Root) -> None:
         first = searched(on_gpu)

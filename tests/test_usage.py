@@ -86,6 +86,7 @@ TRAIN = [
         (['policy.model.model_type=conv'],
          "policy.model.model_type='conv' contradicts policy.model.observation_shape=4: a vector has a number"),
         ([f'{WM}.obs_type=image'], f"{WM}.obs_type='image' contradicts policy.model.observation_shape=4"),
+        ([f'{WM}.obs_type=foo'], f"{WM}.obs_type='foo' must be one of vector, image, image_memory, text"),
         (['policy.model.continuous_action_space=True'], "contradicts create_config.policy.type='unizero': it must be"),
     ]),
     (['--config', 'atari_unizero_segment_config', '--set', 'policy.num_segments=7'],

@@ -28,9 +28,6 @@ COMPUTES_TARGETS = False
 HAS_MANAGER = True
 """Whether LightZero has a new manager of its own."""
 
-ON_GPU = False  # an evaluation takes the first of equal scores there
-"""Whether UniZero's searches can run in one call on a GPU."""
-
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
 """What a policy must be built for to collect."""
 

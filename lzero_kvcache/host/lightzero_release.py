@@ -26,9 +26,6 @@ COMPUTES_TARGETS = True
 HAS_MANAGER = False
 """Whether LightZero has a new manager of its own."""
 
-ON_GPU = True
-"""Whether UniZero's searches can run in one call on a GPU."""
-
 POLICY_FIELDS = ('collect',)
 """What a policy must be built for to collect."""
 

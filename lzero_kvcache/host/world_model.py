@@ -174,7 +174,7 @@ class NewWorldModel(LightZeroWorldModel):
     def why_not_whole(self) -> Optional[str]:
         """Why a search cannot run as one call on the model's device, as the model is now; None where it can."""
         device = self.weights_source.device()
-        if device.type == 'cuda' and lightzero.ON_GPU:
+        if device.type == 'cuda':
             return None if has_triton() else 'triton is not installed (pip install triton)'
         if device.type != 'cpu':
             return f'the model is on {device}'
@@ -189,8 +189,7 @@ class NewWorldModel(LightZeroWorldModel):
         if doing not in self._why_not_in_arrays:
             self._why_not_in_arrays[doing] = reason = self.why_not_whole()
             self._tell_search(doing, reason)
-        devices = ('cpu', 'cuda') if lightzero.ON_GPU else ('cpu', )
-        can_now = not self.training and self.weights_source.device().type in devices
+        can_now = not self.training and self.weights_source.device().type in ('cpu', 'cuda')
         return can_now and self._why_not_in_arrays[doing] is None
 
     def _tell_search(self, doing: str, reason: Optional[str]) -> None:

@@ -151,13 +151,14 @@ class Space:
             self.parents, self.actions, self._window, self._counts, self._positions, self._explored, self._spread,
             self._numbers, self.rows, self.simulations + 1, self._slots, self._action_size,
             self._engine.geometry.rotary_positions, _padded(self._slots), _padded(self._action_size), self._width,
-            _padded(self._width), self._rules['two_players'], self.sampled, bool(self._rules.get('index_for_depth'))
+            _padded(self._width), self._rules['two_players'], self.sampled, self._rules.get('draws_ties', True),
+            self._rules.get('index_for_depth', False)
         )
 
     @property
     def depths(self) -> torch.Tensor:
         """How deep the nodes are that were selected ``[B]``, as LightZero's tree tells it."""
-        return self.parents if self._rules.get('index_for_depth') else self.tree.depth
+        return self.parents if self._rules.get('index_for_depth', False) else self.tree.depth
 
     def _backup(self) -> None:
         from . import kernels

@@ -23,7 +23,7 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
            counts, key, simulation_at, timesteps, pages, parents, taken, window, window_counts, positions, explored,
            spread, rules, rows, nodes, slots, action_size, least_rotary, SLOTS: tl.constexpr, ACTION: tl.constexpr,
            PAGES: tl.constexpr, PADDED: tl.constexpr, TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr,
-           INDEX_FOR_DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
+           DRAWS_TIES: tl.constexpr, INDEX_FOR_DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
     """Walk to where the simulation adds its node, and lay out what the model's step needs there: the nodes that it
     begins at ``[B]``, the actions taken there ``[B]`` or ``[B, A]``, the window of pages ``[PAGES + 1, B]``, counts
     ``[B]`` and positions ``[2, B]``."""
@@ -70,11 +70,13 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
         scores = tl.where(valid, scores, -FAR)
         best = tl.max(scores, 0)
         first = tl.min(tl.where(valid & (scores == best), index, SLOTS), 0)
-        tied = valid & (index >= first) & (scores >= best - TIE)
-        ties = tl.sum(tied.to(tl.int32), 0)
-        word, _b, _c, _d = tl.philox(tl.load(key), row, simulation, depth, 0)
-        left = tl.umulhi(word, ties.to(tl.uint32)).to(tl.int32)
-        chosen = tied & (tl.cumsum(tied.to(tl.int32), 0) - 1 == left)
+        chosen = valid & (index == first)
+        if DRAWS_TIES:
+            tied = valid & (index >= first) & (scores >= best - TIE)
+            ties = tl.sum(tied.to(tl.int32), 0)
+            word, _b, _c, _d = tl.philox(tl.load(key), row, simulation, depth, 0)
+            left = tl.umulhi(word, ties.to(tl.uint32)).to(tl.int32)
+            chosen = tied & (tl.cumsum(tied.to(tl.int32), 0) - 1 == left)
         step = tl.sum(tl.where(chosen, slot, 0), 0)
         action = tl.sum(tl.where(chosen, index, 0), 0) if SAMPLED else step
         node = tl.load(child + begin + step)

@@ -74,8 +74,9 @@ LEAST = (
     (WM + 'env_num', 'env.collector_env_num'),
     (WM + 'env_num', 'env.evaluator_env_num'),
 )
-# What models of vectors and of images are called.
+# What models of vectors and of images are called, and all that LightZero's world models can learn from.
 VECTORS, IMAGES = ('mlp', 'vector'), ('conv', 'image', 'image_memory')
+OBSERVATIONS = ('vector', 'image', 'image_memory', 'text')
 # What each entry collects at once: all its processes together.
 COLLECTED = {'train_unizero': 'policy.n_episode', 'train_unizero_segment': 'policy.num_segments'}
 
@@ -138,6 +139,9 @@ def check(values: Mapping[str, Any], entry: str, policy: str) -> None:
         amount, least = values.get(target), values.get(source)
         if isinstance(amount, (int, float)) and isinstance(least, (int, float)) and amount < least:
             raise ConfigError(f'{target}={amount!r} contradicts {source}={least!r}: it must be at least that')
+    observed = values.get(WM + 'obs_type', 'vector')
+    if observed not in OBSERVATIONS:
+        raise ConfigError(f'{WM}obs_type={observed!r} must be one of {", ".join(OBSERVATIONS)}')
     shape = values.get('policy.model.observation_shape')
     for path in ('policy.model.model_type', WM + 'obs_type'):
         kind = values.get(path)
