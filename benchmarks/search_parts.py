@@ -105,22 +105,18 @@ def parts_of_a_step(policy: Any, envs: int, steps: int) -> Tuple[Dict[str, float
         given.append((problem, space, *rest))
         return search(self, problem, space, *rest)
 
-    def copied(function: Any, **names: Any) -> Any:
-        copy = with_globals(function, **names)
-        return timed(copy, 'action selection') if 'entropy' in names else copy
-
-    search, with_globals = timed(CompiledSearch._search, 'compiled'), policies.with_globals
+    search = timed(CompiledSearch._search, 'compiled')
     places = [
         (Inference, 'root', 'root inference'), (NodeSearch, 'search', 'search'),
         (type(policy._collect_model), 'eval', 'eval()'), (np.random, 'dirichlet', 'noise'),
+        (policies, 'select_action', 'action selection'),
     ]
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(CompiledSearch, '_search', noted))
-        patches.enter_context(mock.patch.object(policies, 'with_globals', copied))
         for owner, name, part in places:
             times[part] = []
             patches.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), part)))
-        times.update({'action selection': [], 'compiled': [], 'collect step': []})
+        times.update({'compiled': [], 'collect step': []})
         for step in range(steps):
             for part in times:
                 times[part].append(0.)

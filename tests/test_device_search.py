@@ -160,8 +160,8 @@ def assert_equals_are_drawn_or_the_first(root: Root) -> None:  # noqa: F811
 def test_interpreted_equal_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, 'ROWS', 6)
     case = Case(num_layers=1)
-    for root in compiled.roots_of(cached_model(case, 6, 5), case, {}):
-        assert_equals_are_drawn_or_the_first(root)
+    for asked in compiled.roots_of(cached_model(case, 6, 5), case, {}):
+        assert_equals_are_drawn_or_the_first(asked)
 
 
 def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,28 +149,36 @@ class TestEnvironments:
         assert counts(policy)['init'][0] >= 2
 
 
-class TestEntropy:
+class TestSelection:
 
-    @given(st.lists(st.floats(0, 1), min_size=1, max_size=20).filter(any), st.sampled_from([2, 10]))
-    def test_the_same_number_as_scipys(self, pk, base):
-        expected = scipy.stats.entropy(pk, base=base)
-        assert policies.entropy(pk, base=base) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    @given(
+        st.lists(st.integers(0, 100), min_size=1, max_size=20).filter(any), st.sampled_from([1., 0.5, 0.25, 3]),
+        st.booleans(), st.integers(0, 2 ** 32 - 1)
+    )
+    def test_the_action_of_lightzeros_function_by_the_same_draws(self, visits, temperature, deterministic, seed):
+        found = []
+        for function in (lightzero_utils.select_action, policies.select_action):
+            np.random.seed(seed)
+            found.append((*function(visits, temperature, deterministic), np.random.random_sample()))
+        (right, entropy, following), (position, own_entropy, own_following) = found
+        assert (position, own_following) == (right, following)
+        assert own_entropy == pytest.approx(entropy, rel=1e-12, abs=1e-15)
 
     @BOTH_FLAGS
     @pytest.mark.parametrize('whose', ['ours', 'somebody else\'s'])
     def test_it_serves_searches_of_new_mode_alone(self, new, whose, monkeypatch):
         """Unless somebody has put a function of their own in the place of scipy's."""
-        owner, asked = (policies if whose == 'ours' else lightzero_utils), []
-        function = owner.entropy
+        owner, name = (policies, 'select_action') if whose == 'ours' else (lightzero_utils, 'entropy')
+        function, asked = getattr(owner, name), []
 
         def counted(*args, **kwargs):
             asked.append(args)
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(owner, 'entropy', counted)
+        monkeypatch.setattr(owner, name, counted)
         output = Worker(make_policy(new)).step([0, 1, 2])
         assert len(asked) == (0 if whose == 'ours' and not new else 3)
-        assert owner.entropy is counted
+        assert getattr(owner, name) is counted
         for row in output.values():
             visits = np.asarray(row['visit_count_distributions'], dtype=float)
             expected = scipy.stats.entropy(visits / visits.sum(), base=2)

@@ -116,10 +116,9 @@ TABLE: Dict[str, Patch] = {
         (*_of_policies('MCTSCtree'), 'copy of lzero.mcts.buffer.game_buffer_unizero:'
          'UniZeroGameBuffer._compute_target_policy_reanalyzed:MCTSCtree'),
         'roots that are searched in arrays', 'a search is one compiled call', CALL),
-    'select_action': Patch(_of_policies('select_action'), 'a copy of it', 'it finds another entropy', CALL),
-    'entropy': Patch(
-        ('copy of lzero.policy.utils:select_action:entropy', ), "the sum alone, without scipy's checks",
-        'these take a third of a collect step', CALL),
+    'select_action': Patch(
+        _of_policies('select_action'), 'policies.select_action', "numpy's and scipy's checks take a third of a collect "
+        'step', CALL),
     # ---- the process
     'interrupts': Patch(
         ('signal:SIGINT', 'signal:SIGTERM'), 'notes that an end was asked for',

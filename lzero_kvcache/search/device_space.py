@@ -225,7 +225,7 @@ class Reanalysis(Space):
     def _run_begin(self) -> None:
         super()._run_begin()
         if self._engine.geometry.rotary:
-            self._places.copy_(2 * self._sent.timesteps % self._engine.geometry.rotary_positions)
+            self._places.copy_(2 * self._sent.timesteps.long() % self._engine.geometry.rotary_positions)
 
     def _step(self) -> StepOutput:
         engine, state = self._engine, self.latents[self.parents, self._rows]
