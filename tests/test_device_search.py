@@ -144,7 +144,7 @@ def visits_of_equals(root: Root, draws_ties: bool) -> List[List[int]]:  # noqa: 
     [served] = root.world_model.inference.open.steps
     problem = root.problem._replace(
         rules={**root.problem.rules, 'draws_ties': draws_ties}, simulations=1, noises=None,
-        legal=[[]] * compiled.ROWS, logits=[[0.] * root.problem.slots] * compiled.ROWS
+        legal=[[]] * compiled.ROWS, logits=np.zeros_like(root.problem.logits).tolist()
     )
     return root.world_model.inference._device.run(served, problem)[0]  # type: ignore[no-any-return]
 
@@ -253,6 +253,32 @@ def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool) -> 
     kept = list(question.world_model.inference._device._spaces.kept.values())
     question.world_model.inference.reanalyze(*question[1:])
     assert list(question.world_model.inference._device._spaces.kept.values()) == kept
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize('wide', [48, 3072])
+def test_norms_among_products(device: str, wide: int) -> None:
+    """As in the heads of LightZero's main branch."""
+    from lzero_kvcache.engine import products
+
+    if device == 'cpu' and torch.cuda.is_available():
+        pytest.skip('where there is a GPU, kernels are compiled')
+    torch.manual_seed(0)
+    rows, narrow = 3, 40
+
+    def linear(outputs: int, inputs: int) -> Linear:
+        weight = torch.randn(outputs, inputs, device=device) / inputs ** 0.5
+        return Linear(weight, torch.randn(outputs, device=device), rows)
+
+    def norm(size: int, affine: bool = True) -> Norm:
+        weight, bias = torch.randn(2, size, device=device) if affine else (None, None)
+        return Norm((size, ), weight, bias, 1e-5)
+
+    x = torch.randn(rows, narrow, device=device)
+    for parts in ((norm(narrow), linear(wide, narrow), norm(wide), gelu, linear(narrow, wide), norm(narrow)),
+                  (norm(narrow), gelu), (linear(wide, narrow), gelu, norm(wide)),
+                  (linear(wide, narrow), norm(wide, affine=False), gelu)):
+        torch.testing.assert_close(products.apply(Chain(parts), x), Chain(parts)(x), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.gpu

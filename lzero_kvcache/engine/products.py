@@ -1,4 +1,4 @@
-"""Products with a model's weights on a GPU, and what follows on them: the bias, GELU, or a residual and a norm.
+"""Products with a model's weights on a GPU, and what follows on them: the bias, a residual, a norm and GELU.
 
 A product of few rows is as long as the reading of its weights: its inner dimension is split over programs, and the
 kernel that follows adds their parts. ``B`` rows, ``K`` inputs, ``N`` outputs, ``S`` parts. Importing it imports Triton.
@@ -62,10 +62,10 @@ def _multiply(x, weight, parts, rows, outputs, inputs,
 
 @triton.jit
 def _finish(parts, bias, residual, chosen, norm_weight, norm_bias, out, normed, rows, outputs, eps,
-            PARTS: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, CHOSEN: tl.constexpr, NORM: tl.constexpr,
-            LANES: tl.constexpr, OVERLAP: tl.constexpr):
-    """Add the parts of a row, its bias and what follows. With a norm, a program has the whole row, and adds a row of
-    ``residual``: its own, or the one that is ``chosen [B]``."""
+            PARTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, CHOSEN: tl.constexpr, NORM: tl.constexpr,
+            GELU: tl.constexpr, LANES: tl.constexpr, OVERLAP: tl.constexpr):
+    """Add the parts of a row, its bias and a row of ``residual``, its own or the one that is ``chosen [B]``, which is
+    ``out``; then its norm, for which a program has the whole row, and GELU."""
     wait(OVERLAP)
     row = tl.program_id(0)
     lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -75,19 +75,20 @@ def _finish(parts, bias, residual, chosen, norm_weight, norm_bias, out, normed, 
         total += tl.load(parts + (part * rows + row) * outputs + lane, mask=there, other=0.0)
     if BIAS:
         total += tl.load(bias + lane, mask=there, other=0.0)
-    if GELU:  # the approximation by tanh, as in PyTorch
-        twice = 1.5957691216057308 * (total + 0.044715 * total * total * total)
-        total = total / (1 + tl.exp(-twice))
-    if NORM:
+    if RESIDUAL:
         other = tl.load(chosen + row) if CHOSEN else row
         total += tl.load(residual + other * outputs + lane, mask=there, other=0.0)
+        tl.store(out + row * outputs + lane, total, mask=there)
+    if NORM:
         mean = tl.sum(tl.where(there, total, 0.0), 0) / outputs
         from_mean = tl.where(there, total - mean, 0.0)
         scale = tl.rsqrt(tl.sum(from_mean * from_mean, 0) / outputs + eps)
         weight = tl.load(norm_weight + lane, mask=there, other=0.0)
-        shift = tl.load(norm_bias + lane, mask=there, other=0.0)
-        tl.store(normed + row * outputs + lane, from_mean * scale * weight + shift, mask=there)
-    tl.store(out + row * outputs + lane, total, mask=there)
+        total = from_mean * scale * weight + tl.load(norm_bias + lane, mask=there, other=0.0)
+    if GELU:  # the approximation by tanh, as in PyTorch
+        twice = 1.5957691216057308 * (total + 0.044715 * total * total * total)
+        total = total / (1 + tl.exp(-twice))
+    tl.store(normed + row * outputs + lane, total, mask=there)
 
 
 def computed_in(weights: Weights, matmul: str) -> Weights:
@@ -115,12 +116,16 @@ def apply(function: Function, x: torch.Tensor) -> torch.Tensor:
     """A function of the model's weights of ``x [B, K]``."""
     functions = list(function.functions if isinstance(function, Chain) else (function, ))
     while functions:
-        first = functions.pop(0)
-        if not isinstance(first, Linear):
-            x = first(x)
-            continue
+        first, norm = functions.pop(0), None
+        if isinstance(first, Linear) and functions and _is_plain(functions[0]):
+            norm = functions.pop(0)
         then_gelu = functions[:1] == [gelu]
-        x, _ = _product(x, first, then_gelu, None, None)
+        if isinstance(first, Linear):
+            x = _product(x, first, None, norm, then_gelu)[1]
+        elif _is_plain(first):
+            x = _finished(x[None].contiguous(), None, None, None, first, then_gelu)[1]
+        else:
+            x, then_gelu = first(x), False
         del functions[:then_gelu]
     return x
 
@@ -131,7 +136,7 @@ def residual_norm(function: Function, x: torch.Tensor, residual: torch.Tensor,
     *before, last = function.functions if isinstance(function, Chain) else (function, )
     x = apply(Chain(tuple(before)), x)
     if isinstance(last, Linear) and _is_plain(norm):
-        return _product(x, last, False, residual, norm)
+        return _product(x, last, residual, norm)
     total = residual + apply(last, x)
     return total, norm(total)
 
@@ -140,7 +145,7 @@ def place_norm(x: torch.Tensor, places: torch.Tensor, positions: torch.Tensor,
                norm: Function) -> Tuple[torch.Tensor, torch.Tensor]:
     """``x [B, N]`` plus the rows of ``places`` at positions ``[B]``, and the norm of that."""
     if _is_plain(norm):
-        return _finished(x[None].contiguous(), None, False, places, positions, norm)
+        return _finished(x[None].contiguous(), None, places, positions, norm)
     total = x + places[positions]
     return total, norm(total)
 
@@ -149,8 +154,8 @@ def _is_plain(norm: Function) -> bool:
     return isinstance(norm, Norm) and norm.weight is not None and norm.bias is not None
 
 
-def _product(x: torch.Tensor, layer: Linear, then_gelu: bool, residual: Optional[torch.Tensor],
-             norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+def _product(x: torch.Tensor, layer: Linear, residual: Optional[torch.Tensor], norm: Any,
+             then_gelu: bool = False) -> Tuple[torch.Tensor, torch.Tensor]:
     (rows, inputs), outputs = x.shape, len(layer.weight)
     tiling = tiling_of(rows, outputs)
     parts = x.new_empty(tiling.parts, rows, outputs)
@@ -160,20 +165,22 @@ def _product(x: torch.Tensor, layer: Linear, then_gelu: bool, residual: Optional
         INPUTS=tiling.inputs, PARTS=tiling.parts, PRECISION=PRECISIONS[layer.matmul], num_warps=tiling.warps,
         num_stages=tiling.stages
     )
-    return _finished(parts, layer.bias, then_gelu, residual, None, norm)
+    return _finished(parts, layer.bias, residual, None, norm, then_gelu)
 
 
-def _finished(parts: torch.Tensor, bias: Optional[torch.Tensor], then_gelu: bool, residual: Optional[torch.Tensor],
-              chosen: Optional[torch.Tensor], norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+def _finished(parts: torch.Tensor, bias: Optional[torch.Tensor], residual: Optional[torch.Tensor],
+              chosen: Optional[torch.Tensor], norm: Any, then_gelu: bool = False) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The sum with the residual, if there is one, and what follows on it."""
     count, rows, outputs = parts.shape
-    out = parts.new_empty(rows, outputs)
-    normed = out if norm is None else torch.empty_like(out)
+    normed = parts.new_empty(rows, outputs)
+    out = normed if residual is None else torch.empty_like(normed)
     lanes = triton.next_power_of_2(outputs) if norm is not None else min(1024, triton.next_power_of_2(outputs))
     weight, shift, eps = (out, out, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     launch(
         _finish, (rows, triton.cdiv(outputs, lanes)), parts, out if bias is None else bias,
         out if residual is None else residual, out if chosen is None else chosen, weight, shift, out, normed, rows,
-        outputs, eps, PARTS=count, BIAS=bias is not None, GELU=then_gelu,
-        CHOSEN=chosen is not None, NORM=norm is not None, LANES=lanes, num_warps=4
+        outputs, eps, PARTS=count, BIAS=bias is not None, RESIDUAL=residual is not None,
+        CHOSEN=chosen is not None, NORM=norm is not None, GELU=then_gelu, LANES=lanes,
+        num_warps=4 if lanes <= 1024 else 8
     )
     return out, normed
