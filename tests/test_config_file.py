@@ -6,10 +6,12 @@ import sys
 import textwrap
 import traceback
 from unittest import mock
+from unittest.mock import Mock
 
 import lzero.entry
 import pytest
 import zoo
+from ding.utils import ENV_REGISTRY
 from small_models import ON_MAIN
 from trainings import PROJECT_ROOT
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as lightzeros_cartpole
@@ -145,6 +147,57 @@ def test_what_is_wrong_is_said_in_one_line(kwargs, message, write):
 
 def test_loading_runs_nothing_under_main(write):
     load_config(write(rest="if __name__ == '__main__':\n    raise AssertionError('a training would start')"))
+
+
+REGISTERS = '''
+from ding.utils import ENV_REGISTRY
+from lzero.entry import train_unizero
+{rest}
+
+@ENV_REGISTRY.register('surely_mine')
+class Mine:
+    pass
+'''
+
+
+@pytest.fixture()
+def registered():
+    yield ENV_REGISTRY
+    ENV_REGISTRY.pop('surely_mine', None)
+
+
+@pytest.mark.parametrize('as_a_program', [False, True])
+def test_a_config_that_registers_its_environment_can_be_loaded_again(as_a_program, write, registered):
+    config = BODY.format(policy='', type='unizero', rest='')
+    if as_a_program:
+        config = 'def main():\n' + textwrap.indent(config, '    ') + '    train_unizero([main_config, create_config])\n'
+    path = write(body=REGISTERS + PROGRAM * as_a_program, rest=config)
+    for _ in range(2):
+        before = registered.get('surely_mine') if 'surely_mine' in registered else None
+        assert load_config(path).entry == 'train_unizero'
+        assert registered.get('surely_mine') is not before
+    with pytest.raises(AssertionError, match='surely_mine'):  # out of a load, DI-engine's own rule holds
+        registered.register('surely_mine', object)
+
+
+def test_what_another_has_registered_is_not_replaced(write, registered):
+    registered.register('surely_mine', Mock)
+    with pytest.raises(ConfigError, match='AssertionError: surely_mine'):
+        load_config(write(body=REGISTERS, rest=''))
+    assert registered.get('surely_mine') is Mock
+
+
+@pytest.mark.parametrize('guarded', [False, True])
+def test_another_training_is_refused_and_does_not_start(guarded, write):
+    config = textwrap.indent(BODY.format(policy='cuda=False, device="cpu",', type='muzero', rest=''), '    ')
+    rest = (
+        'from easydict import EasyDict\nfrom lzero.entry import train_muzero\ndef main():\n{rest}\n'
+        '    train_muzero([EasyDict(main_config), EasyDict(create_config)], seed=0)\n'
+    )
+    path = write(body=rest + (PROGRAM if guarded else 'main()'), rest=config)
+    with pytest.raises(ConfigError, match="entry = 'train_muzero'; it can be 'train_unizero'"):
+        load_config(path)
+    assert os.listdir(os.path.dirname(path)) == ['mine.py']
 
 
 def test_a_neighbour_is_imported_afresh(write):

@@ -525,6 +525,7 @@ def test_a_training_in_place_replaces_only_what_it_betters_and_is_evaluated_at_i
     running.checkpoint, running.best_reward = Checkpoint({}, 5, 50), best
     running.restore()
     assert running.evaluator._max_episode_return == (float('-inf') if best is None else best)
+    assert running.checkpoint is None  # as large as the model and its optimizer, for as long as the training lasts
     running.evaluate_last()
     assert evaluations == ([] if best is None else [(None, 5, 50)])
 

@@ -58,6 +58,12 @@ TABLE: Dict[str, Patch] = {
     'entries': Patch(
         tuple(f'lzero.entry.{entry}:{entry}.__code__' for entry in ENTRIES), "code that raises the call's arguments",
         "configs may call an entry by any reference to it, when imported or run as a program", LOAD),
+    'trainings': Patch(
+        ('ding.config.config:compile_config.__code__', ), "code that raises the caller's name",
+        'all other trainings begin with it', LOAD),
+    'registered': Patch(
+        ('ding.utils.registry:Registry._register_generic.__code__', ),
+        'the same, but for what a module has registered that is gone', 'a config may be loaded again', LOAD),
     'ddp_config': Patch(
         ('lzero.config.utils:lz_to_ddp_config.__code__', ), 'code that returns its argument',
         'the share of each process is worked out when it runs', LOAD),

@@ -1,4 +1,4 @@
-"""Calls of LightZero's training entries that are recorded instead of run."""
+"""Calls of training entries that are recorded instead of run."""
 import functools
 import inspect
 import sys
@@ -29,13 +29,17 @@ class _Silenced:
 
 
 def recorded_call(run: Callable[[], Any]) -> Optional[Dict[str, Any]]:
-    """What the first call of an entry in ``run`` would have trained; None if there is none. Nothing is trained."""
+    """What the first call of an entry in ``run`` would have trained; None if there is none. Nothing is trained. Of an
+    entry that is none of ``ENTRIES`` there is the name alone."""
     signatures = _signatures()
-    with applied(entries=lambda code: _raise_call.__code__, ddp_config=lambda code: (lambda config: config).__code__,
+    with applied(entries=lambda code: _raise_call.__code__, trainings=lambda code: _raise_training.__code__,
+                 registered=lambda code: _register.__code__, ddp_config=lambda code: (lambda config: config).__code__,
                  ddp_context=lambda method: lambda self, *args: None, stdout=_Silenced, stderr=_Silenced):
         try:
             run()
         except _EntryCalled as call:
+            if call.entry not in signatures:
+                return dict(entry=call.entry)
             args, kwargs = call.arguments
             arguments = signatures[call.entry].bind(*args, **kwargs).arguments
             main_config, create_config = arguments['input_cfg']
@@ -55,3 +59,20 @@ def _raise_call(*args, **kwargs):  # type: ignore[no-untyped-def]
     # As the code of an entry this runs with the names of the entry's module.
     from lzero_kvcache.host.recorded import _EntryCalled
     raise _EntryCalled(__name__.rpartition('.')[2], args, kwargs)
+
+
+def _raise_training(*args, **kwargs):  # type: ignore[no-untyped-def]
+    import sys
+
+    from lzero_kvcache.host.recorded import _EntryCalled
+    raise _EntryCalled(sys._getframe(1).f_code.co_name, args, kwargs)
+
+
+def _register(module_dict, module_name, module, force_overwrite=False):  # type: ignore[no-untyped-def]
+    # What a file registers that runs again takes the place of what it has registered before.
+    import sys
+
+    before = getattr(dict.get(module_dict, module_name), '__module__', None)
+    is_gone = before is not None and before not in sys.modules
+    assert force_overwrite or is_gone or module_name not in module_dict, module_name
+    module_dict[module_name] = module

@@ -3,6 +3,7 @@ Loads what a LightZero config file declares. Loading runs the file, which is Pyt
 training. Changing what was loaded is the business of ``plan.py``.
 """
 import argparse
+import ast
 import atexit
 import contextlib
 import copy
@@ -12,7 +13,7 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 from easydict import EasyDict
 
@@ -74,11 +75,11 @@ def load_config(name: str) -> Plan:
     """
     path = find_config(name)
     declared = _run_file(path)
-    missing = [needed for needed in ('main_config', 'create_config') if needed not in declared]
+    entry = declared.get('entry')
+    if entry is not None:
+        entry = _checked_entry(entry, path)
+    missing = _missing(declared)
     if missing:
-        with tempfile.TemporaryDirectory() as folder:
-            declared = _run_file(path, '__main__', directory=lambda _: folder, command_line=lambda _: [path])
-    if any(needed not in declared for needed in missing):
         raise ConfigError(
             f"--config {path}: it declares no {' and no '.join(missing)}; a LightZero config file has 'main_config' "
             f"and 'create_config', or calls {' or '.join(ENTRIES)}"
@@ -87,7 +88,7 @@ def load_config(name: str) -> Plan:
     main_config, create_config = (EasyDict(copy.deepcopy(declared[name])) for name in ('main_config', 'create_config'))
     counts: Dict[str, Any] = {key: _whole_number(declared[key], key, path, minimum)
                               for key, minimum in COUNTS.items() if declared.get(key) is not None}
-    return Plan(path, main_config, create_config, _entry_of(declared.get('entry'), main_config, path), **counts)
+    return Plan(path, main_config, create_config, entry or _guessed_entry(main_config, path), **counts)
 
 
 def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[str, Any]:
@@ -103,14 +104,32 @@ def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[st
     return declared
 
 
-def _run_file(path: str, name: str = 'lzero_kvcache_config', **replaced: Any) -> Dict[str, Any]:
-    """What a file declares as a module of this name, and what it would have trained."""
-    declared: Dict[str, Any] = dict(__name__=name, __file__=path)
+def _run_file(path: str) -> Dict[str, Any]:
+    """What a file declares, and what it would have trained. It runs as a module; if that declares no configs, what it
+    does as a program follows, in an empty folder and without arguments."""
+    declared: Dict[str, Any] = dict(__name__='lzero_kvcache_config', __file__=path)
     _look_beside(os.path.dirname(path))
-    with _errors_of(path), applied(**replaced):
-        code = compile(Path(path).read_bytes(), path, 'exec')
-        called = recorded_call(lambda: exec(code, declared))
-    return {**declared, **(called or {})}
+    with _errors_of(path):
+        module = ast.parse(Path(path).read_bytes(), path)
+        called = recorded_call(lambda: exec(compile(module, path, 'exec'), declared)) or {}
+        if not called and _missing(declared):
+            declared['__name__'] = '__main__'
+            program = ast.Module([node for node in module.body if _is_program(node)], [])
+            with tempfile.TemporaryDirectory() as folder:
+                with applied(directory=lambda _: folder, command_line=lambda _: [path]):
+                    called = recorded_call(lambda: exec(compile(program, path, 'exec'), declared)) or {}
+    return {**declared, **called}
+
+
+def _is_program(node: ast.stmt) -> bool:
+    """Whether a statement is ``if __name__ == '__main__'``."""
+    return isinstance(node, ast.If) and any(
+        isinstance(part, ast.Name) and part.id == '__name__' for part in ast.walk(node.test)
+    )
+
+
+def _missing(declared: Dict[str, Any]) -> List[str]:
+    return [name for name in ('main_config', 'create_config') if name not in declared]
 
 
 @contextlib.contextmanager
@@ -145,20 +164,21 @@ def _look_beside(folder: str) -> None:
         atexit.register(_beside[folder].close)
 
 
-def _entry_of(declared: Any, main_config: EasyDict, path: str) -> str:
-    if callable(declared):
-        declared = getattr(declared, '__name__', declared)
-    if declared is None:
-        with open(path, encoding='utf-8') as file:
-            called = set(re.findall(r'\b(train_unizero(?:_segment)?)\(', file.read()))
-        if len(called) == 1:
-            return called.pop()
-        # The segment entry is the only one that reads these two, and reads them without a default.
-        by_segments = 'num_segments' in main_config.policy or 'buffer_reanalyze_freq' in main_config.policy
-        return 'train_unizero_segment' if by_segments else 'train_unizero'
-    if declared not in ENTRIES:
-        raise ConfigError("{}: entry = {!r}; it can be {}".format(path, declared, ' or '.join(map(repr, ENTRIES))))
-    return declared
+def _checked_entry(declared: Any, path: str) -> str:
+    entry = getattr(declared, '__name__', declared) if callable(declared) else declared
+    if entry not in ENTRIES:
+        raise ConfigError("{}: entry = {!r}; it can be {}".format(path, entry, ' or '.join(map(repr, ENTRIES))))
+    return str(entry)
+
+
+def _guessed_entry(main_config: EasyDict, path: str) -> str:
+    with open(path, encoding='utf-8') as file:
+        called = set(re.findall(r'\b(train_unizero(?:_segment)?)\(', file.read()))
+    if len(called) == 1:
+        return called.pop()
+    # The segment entry is the only one that reads these two, and reads them without a default.
+    by_segments = 'num_segments' in main_config.policy or 'buffer_reanalyze_freq' in main_config.policy
+    return 'train_unizero_segment' if by_segments else 'train_unizero'
 
 
 def _check_shape(declared: Dict[str, Any], path: str) -> None:

@@ -77,6 +77,7 @@ class Watch:
         self.collector._total_envstep_count = checkpoint.env_step
         if self.best_reward is not None:  # else the next evaluation, whatever it is, would replace ckpt_best
             self.evaluator._max_episode_return = self.best_reward
+        self.checkpoint = None  # it is as large as the model and its optimizer
 
     def evaluate_last(self) -> None:
         """
