@@ -150,10 +150,18 @@ def count(minimum: int) -> Callable[[Any], int]:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = float(text)
             if number >= minimum and number.is_integer():
-                return int(number)
+                return int(text) if str(text).isdigit() else int(number)
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least {minimum}')
 
     return read
+
+
+def threads(text: Any) -> int:
+    """Reads a number of threads that this machine can run."""
+    number, most = count(1)(text), 8 * (os.cpu_count() or 1)
+    if number > most:
+        raise argparse.ArgumentTypeError(f'{text!r} is more than {most}, eight for each processor of this machine')
+    return number
 
 
 def group(text: str) -> Tuple[str, str]:
@@ -220,7 +228,7 @@ def _add_of_trainings(parser: argparse.ArgumentParser) -> None:
         'updates under way are completed (default: max_env_step of the config)')
     add('--device', choices=('auto', 'cpu', 'cuda'), help='auto: the GPU if there is one (default: what the config '
         'says, and the CPU where there is no GPU)')
-    add('--threads', type=count(1), metavar='N', help='CPU threads of torch (default: threads of the config, or '
+    add('--threads', type=threads, metavar='N', help='CPU threads of torch (default: threads of the config, or '
         "torch's own choice)")
 
 

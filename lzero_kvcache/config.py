@@ -193,7 +193,7 @@ class CacheConfig:
                 f"{PREFIX}.{OPTIONS}.type='old' contradicts {FLAG}=True: set {FLAG}=False for the old system"
             )
         if use_new and system_of(values['type']) == 'new':
-            check_context_length(world_model_cfg)
+            _check_context_length(world_model_cfg)
             _check_matmul(values, lookup(world_model_cfg, 'device'))
         else:
             values['validation'] = 'off'  # so that a user who switches back need not change it
@@ -264,15 +264,16 @@ def _refuse_misspelt_keys(world_model_cfg: Any) -> None:
             raise ConfigError(f'{PREFIX}.{key}={value!r} is unknown: did you mean {close[0]!r}?')
 
 
-def check_context_length(world_model_cfg: Any) -> None:
-    """Refuse contexts that neither system can slide, or that have no place in the model."""
+def _check_context_length(world_model_cfg: Any) -> None:
+    """Refuse contexts that cannot slide, or that have no place in the model."""
     length = lookup(world_model_cfg, 'context_length')
     if length is None:  # a manager used by hand has no transformer
         return
     length = _checked(int, length, 'context_length')
     if length < 4 or length % 2:
         raise ConfigError(
-            f'{PREFIX}.context_length={length} must be even and at least 4: try {max(4, length + length % 2)}'
+            f'{PREFIX}.context_length={length} must be even and at least 4 with {FLAG}=True: '
+            f'try {max(4, length + length % 2)}, or {FLAG}=False for the old system'
         )
     max_tokens = lookup(world_model_cfg, 'max_tokens')
     if isinstance(max_tokens, numbers.Integral) and length > max_tokens:

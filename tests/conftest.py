@@ -5,6 +5,8 @@ import logging
 import os
 import random
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # read as torch is imported; threads that a test starts have it too
+
 import numpy as np
 import pytest
 import torch

@@ -53,7 +53,7 @@ def train(options: argparse.Namespace) -> int:
         return INTERRUPTED
     except Exception:
         traceback.print_exc()
-        if output.path:
+        if output.path and os.path.exists(output.path):
             print(f'what led to it is in {output.path}', file=sys.stderr)
         return FAILED
 

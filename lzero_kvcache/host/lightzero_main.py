@@ -28,6 +28,12 @@ COMPUTES_TARGETS = False
 HAS_MANAGER = True
 """Whether LightZero has a new manager of its own."""
 
+DIVIDE_EMBEDDING = ('num_heads', )
+"""Sizes of a world model that must divide its embedding."""
+
+UNROLLS_WITHIN_BLOCKS = False
+"""Whether a world model must have as many blocks as a training batch has steps."""
+
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
 """What a policy must be built for to collect."""
 

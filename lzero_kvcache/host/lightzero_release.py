@@ -26,6 +26,12 @@ COMPUTES_TARGETS = True
 HAS_MANAGER = False
 """Whether LightZero has a new manager of its own."""
 
+DIVIDE_EMBEDDING = ('num_heads', 'group_size')
+"""Sizes of a world model that must divide its embedding."""
+
+UNROLLS_WITHIN_BLOCKS = True
+"""Whether a world model must have as many blocks as a training batch has steps."""
+
 POLICY_FIELDS = ('collect',)
 """What a policy must be built for to collect."""
 

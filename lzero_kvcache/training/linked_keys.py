@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Mapping, NamedTuple, Tuple
 
 from ..config import PREFIX, ConfigError
 from ..host.building import atari_actions
+from ..host.lightzero import lightzero
 
 WM = PREFIX + '.'
 
@@ -70,13 +71,12 @@ RULES = [
 # What is at least as large as something else in every training that runs.
 LEAST = (
     ('env.n_evaluator_episode', 'env.evaluator_env_num'),
-    (WM + 'max_blocks', 'policy.num_unroll_steps'),
+    *(((WM + 'max_blocks', 'policy.num_unroll_steps'), ) if lightzero.UNROLLS_WITHIN_BLOCKS else ()),
     (WM + 'env_num', 'env.collector_env_num'),
     (WM + 'env_num', 'env.evaluator_env_num'),
 )
-# What models of vectors and of images are called, and all that LightZero's world models can learn from.
+# What models of vectors and of images are called.
 VECTORS, IMAGES = ('mlp', 'vector'), ('conv', 'image', 'image_memory')
-OBSERVATIONS = ('vector', 'image', 'image_memory', 'text')
 # What each entry collects at once: all its processes together.
 COLLECTED = {'train_unizero': 'policy.n_episode', 'train_unizero_segment': 'policy.num_segments'}
 
@@ -132,16 +132,13 @@ def check(values: Mapping[str, Any], entry: str, policy: str) -> None:
     """Refuse the values of a complete config with which no training of an entry can run, in either system."""
     for rule in RULES:
         target, right = values.get(rule.target), _right(rule, values)
-        if rule.needed and None not in (target, right) and right != target:
+        if rule.needed and rule.target in values and right is not None and right != target:
             said = ' and '.join(f'{source}={values[source]!r}' for source in rule.sources)
             raise ConfigError(f'{rule.target}={target!r} contradicts {said}: it must be {right!r}')
     for target, source in (*LEAST, (COLLECTED[entry], 'env.collector_env_num')):
         amount, least = values.get(target), values.get(source)
         if isinstance(amount, (int, float)) and isinstance(least, (int, float)) and amount < least:
             raise ConfigError(f'{target}={amount!r} contradicts {source}={least!r}: it must be at least that')
-    observed = values.get(WM + 'obs_type', 'vector')
-    if observed not in OBSERVATIONS:
-        raise ConfigError(f'{WM}obs_type={observed!r} must be one of {", ".join(OBSERVATIONS)}')
     shape = values.get('policy.model.observation_shape')
     for path in ('policy.model.model_type', WM + 'obs_type'):
         kind = values.get(path)
@@ -153,10 +150,14 @@ def check(values: Mapping[str, Any], entry: str, policy: str) -> None:
         raise ConfigError(f"{continuous}=True contradicts create_config.policy.type='unizero': it must be "
                           "'sampled_unizero'")
     width = values[WM + 'embed_dim']
-    for part in ('num_heads', 'group_size'):
+    for part in lightzero.DIVIDE_EMBEDDING:
         parts = values.get(WM + part, 1)
-        if width % parts:
+        if not isinstance(parts, int) or parts < 1 or width % parts:
             raise ConfigError(f'{WM}{part}={parts!r} contradicts {WM}embed_dim={width!r}: it must divide that')
+    length, tokens = values.get(WM + 'context_length', 0), values[WM + 'max_tokens']
+    if not values.get(WM + 'rotary_emb') and length > tokens:
+        raise ConfigError(f'{WM}context_length={length} contradicts {WM}max_tokens={tokens}, by {WM}max_blocks: with '
+                          'learned positions it must not exceed that')
     size, batch = values['policy.replay_buffer_size'], values['policy.batch_size']
     if size <= batch:
         raise ConfigError(f'policy.replay_buffer_size={size!r} contradicts policy.batch_size={batch!r}: it must be '

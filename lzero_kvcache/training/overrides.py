@@ -10,6 +10,11 @@ from .linked_keys import follow
 
 CREATE = 'create_config'
 ADD = '+'
+# What is no key of LightZero's configs, and the option for it.
+OPTIONS_OF = {
+    'device': '--device', 'policy.device': '--device', 'threads': '--threads', 'max_env_step': '--max-env-step',
+    'max_train_iter': '--max-train-iter',
+}
 # The paths about caching, which no default of LightZero's names, each with the value that stands for not given.
 CACHE_PATHS: Dict[str, Any] = {
     f'{PREFIX}.{FLAG}': False,
@@ -76,6 +81,8 @@ def _checked(path: str, text: str, known: Mapping[str, Any]) -> Any:
     parents = [path.rsplit('.', depth)[0] for depth in range(1, path.count('.') + 1)]
     if any(known.get(parent) == {} for parent in parents):
         return _literal(text)
+    if path in OPTIONS_OF:
+        raise ConfigError(f'give {OPTIONS_OF[path]} {text} in its place')
     nearest = nearest_key(path, known)
     hint = f"; did you mean '{nearest}'?" if nearest else ''
     raise ConfigError(f"there is no key '{path}'{hint} ('+{path}=...' adds a new one)")

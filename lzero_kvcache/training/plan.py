@@ -1,5 +1,4 @@
 """What a run needs to know, from a config file and what a user changes of it; checked before anything is started."""
-import numbers
 import os
 import re
 from dataclasses import replace
@@ -8,33 +7,15 @@ from typing import Optional, Sequence
 import torch
 from easydict import EasyDict
 
-from ..config import LIGHTZERO, PREFIX, ConfigError, check_context_length, picked_system
+from ..config import LIGHTZERO, PREFIX, ConfigError, picked_system
 from ..host import building
 from ..loading import check_config, disable, enable, load_plugin, policy_type
 from ..summary import EVALUATE, TRAIN
 from .checkpoints import CHECKPOINTS
 from .config_file import Plan, load_config
+from .limits import check_limits
 from .linked_keys import check, replace_token
 from .overrides import apply_overrides, leaves
-
-# Keys that must be whole numbers, and keys that must be numbers above 0, for any training to run.
-OR_NONE = ('policy.update_per_collect', )
-WHOLE = OR_NONE + (
-    'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
-    'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.n_episode', 'policy.num_simulations',
-    'policy.num_unroll_steps', 'policy.td_steps',
-    *(f'{PREFIX}.{size}' for size in ('context_length', 'embed_dim', 'group_size', 'max_blocks', 'max_tokens',
-                                      'num_heads', 'num_layers')),
-)
-POSITIVE = WHOLE + (
-    'policy.eval_freq', 'policy.fixed_temperature_value', 'policy.game_segment_length', 'policy.grad_clip_value',
-    'policy.learning_rate', 'policy.model.support_scale', 'policy.num_segments', 'policy.replay_buffer_size',
-    'policy.replay_ratio', 'policy.root_dirichlet_alpha',
-)
-SHARES = (
-    'policy.discount_factor', 'policy.reanalyze_ratio', 'policy.root_noise_weight',
-    *(f'{PREFIX}.{part}_pdrop' for part in ('attn', 'embed', 'resid')),
-)
 
 
 def make_plan(
@@ -68,6 +49,9 @@ def make_plan(
         if 'seed' in changed:  # LightZero's entries take it as an argument
             raise ConfigError(f'--set seed={changed["seed"]}: give --seed {changed["seed"]} in its place')
         policy_type(create_config)
+    picked = picked_system(main_config.policy.model.world_model_cfg)
+    if cache and picked != cache:
+        raise ConfigError(f'--cache {cache} contradicts --set, which picks {picked!r}: give one of them')
     set_device(device, main_config)
     seed = plan.seed if seed is None else seed
     if seed >= 2 ** 32:
@@ -82,7 +66,9 @@ def make_plan(
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', plan.seed, seed)
     if not main_config.exp_name:
         raise ConfigError("exp_name='' names no folder for the experiment")
-    check_values(building.completed(main_config, create_config), plan.entry, create_config.policy.type)
+    values = leaves(building.completed(main_config, create_config))
+    check_limits(values, plan.entry)
+    check(values, plan.entry, create_config.policy.type)
     check_config(main_config, create_config)
     return replace(
         plan, seed=seed, max_env_step=max_env_step or plan.max_env_step,
@@ -122,24 +108,6 @@ def set_device(device: Optional[str], main_config: EasyDict) -> None:
         device = 'cuda' if has_gpu else 'cpu'
     world_model.device = main_config.policy.device = device
     main_config.policy.cuda = device.startswith('cuda')
-
-
-def check_values(tree: EasyDict, entry: str, policy: str) -> None:
-    """Refuse numbers of a complete config with which no training can begin."""
-    values = leaves(tree)
-    for path in POSITIVE:
-        value = values.get(path)
-        if path not in values or value is None and path in OR_NONE:
-            continue
-        said = 'whole number' if path in WHOLE else 'number'
-        if not isinstance(value, numbers.Integral if path in WHOLE else numbers.Real) or not float(value) > 0:
-            raise ConfigError(f'{path}={value!r} must be a {said} above 0')
-    for path in SHARES:
-        value = values.get(path)
-        if path in values and not (isinstance(value, (int, float)) and 0 <= value <= 1):
-            raise ConfigError(f'{path}={value!r} must be a number from 0 to 1')
-    check_context_length(tree.policy.model.world_model_cfg)
-    check(values, entry, policy)
 
 
 def _folder_of(resume: Optional[str], exp_name: Optional[str]) -> str:

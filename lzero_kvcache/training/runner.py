@@ -103,8 +103,8 @@ class _Training:
                 self._make_folder()
                 self._announce()
                 return self._train()
-        except ConfigError:
-            # A run that is refused before it begins leaves nothing behind.
+        except Exception:
+            # A run that ends before it begins leaves nothing behind.
             if self._made is not None and self.watch.phase == 'start':
                 shutil.rmtree(self.result.exp_name, ignore_errors=True)
                 remove_empty(self._made)

@@ -1,0 +1,75 @@
+"""
+What single values of a complete config must be for any training to run. A value with which either system of LightZero
+runs, whatever it learns, is not refused.
+"""
+from numbers import Integral, Real
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Set, Tuple
+
+from ..config import PREFIX, ConfigError
+from .linked_keys import COLLECTED
+
+
+class Limit(NamedTuple):
+    """What a value must be, and whether it is."""
+    said: str
+    holds: Callable[[Any], bool]
+
+
+def one_of(*choices: str) -> Limit:
+    return Limit('one of ' + ', '.join(choices), lambda value: value in choices)
+
+
+SIZE = Limit('a whole number above 0', lambda value: isinstance(value, Integral) and int(value) > 0)
+WHOLE = Limit('a whole number', lambda value: isinstance(value, Integral))
+POSITIVE = Limit('a number above 0', lambda value: isinstance(value, Real) and float(value) > 0)
+NOT_NEGATIVE = Limit('a number that is not below 0', lambda value: isinstance(value, Real) and float(value) >= 0)
+NUMBER = Limit('a number', lambda value: isinstance(value, Real))
+SHARE = Limit('a number from 0 to 1', lambda value: isinstance(value, Real) and 0 <= float(value) <= 1)
+
+_LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
+    (SIZE, (
+        'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
+        'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.game_segment_length',
+        'policy.model.support_scale', 'policy.num_simulations', 'policy.num_unroll_steps', *COLLECTED.values(),
+        *(f'{PREFIX}.{size}' for size in ('context_length', 'embed_dim', 'max_blocks', 'max_tokens', 'num_heads',
+                                          'num_layers')),
+    )),
+    (WHOLE, ('policy.td_steps', 'policy.update_per_collect')),
+    (POSITIVE, ('policy.fixed_temperature_value', 'policy.root_dirichlet_alpha', f'{PREFIX}.rope_theta')),
+    (NOT_NEGATIVE, ('policy.learning_rate', )),
+    (NUMBER, (
+        'env.stop_value', 'policy.discount_factor', 'policy.grad_clip_value', 'policy.replay_buffer_size',
+        'policy.replay_ratio', 'policy.root_noise_weight', 'policy.target_update_theta',
+        'policy.train_start_after_envsteps', 'policy.weight_decay', f'{PREFIX}.gamma',
+    )),
+    (SHARE, ('policy.reanalyze_ratio', *(f'{PREFIX}.{part}_pdrop' for part in ('attn', 'embed', 'resid')))),
+    (one_of('vector', 'image', 'image_memory', 'text'), (f'{PREFIX}.obs_type', )),
+    (one_of('mse', 'group_kl', 'cos_sim'), (f'{PREFIX}.predict_latent_loss_type', )),
+    (one_of('transition', 'episode'), ('policy.sample_type', )),
+)
+LIMITS: Dict[str, Limit] = {path: limit for limit, paths in _LIMITS for path in paths}
+# For these, None says something too.
+OR_NONE = 'policy.update_per_collect', 'policy.root_dirichlet_alpha'
+
+
+def check_limits(values: Mapping[str, Any], entry: str) -> None:
+    """Refuse the first value of a complete config, by path, with which no training of an entry can run."""
+    unread = _unread(values, entry)
+    for path, limit in LIMITS.items():
+        value = values.get(path)
+        if path not in values or path in unread or value is None and path in OR_NONE:
+            continue
+        if not limit.holds(value):
+            raise ConfigError(f'{path}={value!r} must be {limit.said}')
+
+
+def _unread(values: Mapping[str, Any], entry: str) -> Set[str]:
+    """Paths that LightZero does not read in this config."""
+    unread = set(COLLECTED.values()) - {COLLECTED[entry]}
+    if values.get('policy.update_per_collect') is not None:
+        unread.add('policy.replay_ratio')
+    if values.get('policy.manual_temperature_decay'):
+        unread.add('policy.fixed_temperature_value')
+    if not values.get(f'{PREFIX}.rotary_emb'):
+        unread.add(f'{PREFIX}.rope_theta')
+    return unread
