@@ -3,8 +3,9 @@ CartPole with UniZero and the OLD KV cache: LightZero's own config, sized for a 
 
     python train.py --config config_old.py
 
-Learns to balance the pole (a reward of 150 to 200 out of 200) in some 5,000 environment steps, in less than five
-minutes on two CPU cores. Needs nothing but this package. config_new.py is the same training with the flag on.
+Learns to balance the pole: within 8,000 environment steps three seeds of three reached 200, the best there is
+(docs/experiment); the 5,000 of this config take some five minutes on two CPU cores. Needs nothing but this package.
+config_new.py is the same training with the flag on.
 """
 import copy
 

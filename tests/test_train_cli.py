@@ -31,6 +31,7 @@ from trainings import train as main
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.cli import commands
+from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.summary import Evaluation, Result, read_result, read_summary, versions
 from lzero_kvcache.training import Plan, make_plan
 from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
@@ -110,6 +111,15 @@ def test_an_error_of_the_environment_is_a_traceback_and_exit_code_1(capfd, tmp_p
     captured = capfd.readouterr()
     assert 'Traceback' in captured.err
     assert "KeyError: 'the pole'" in captured.err
+
+
+def test_a_run_that_fails_before_it_begins_leaves_no_folder(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(UniZeroPolicy, '_init_learn', lambda self: {}['the optimizer'])
+    assert main(['--config', 'config_old', '--exp-name', 'a/b']) == 1
+    error = capfd.readouterr().err
+    assert "KeyError: 'the optimizer'" in error and 'what led to it' not in error
+    assert os.listdir(tmp_path) == []
 
 
 # ---------------------------------------------------------------------------------------------------- plans

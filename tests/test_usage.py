@@ -88,6 +88,7 @@ TRAIN = [
             'env.stop_value', 'policy.weight_decay', 'policy.target_update_theta', f'{WM}.gamma', f'{WM}.rope_theta')),
         ([f'{WM}.support_size=None'], f'{WM}.support_size=None contradicts policy.model.'),
         ([f'{WM}.predict_latent_loss_type=kl'], "type='kl' must be one of mse, group_kl, cos_sim"),
+        (['policy.model.model_type=foo'], "policy.model.model_type='foo' must be one of conv, mlp"),
         (['policy.sample_type=segment'], "policy.sample_type='segment' must be one of transition, episode"),
         (['policy.device=tpu'], '--set policy.device=tpu: give --device tpu in its place'),
         ([f'{WM}.context_length=22', f'{WM}.rotary_emb=False'], 'context_length=22 contradicts'),

@@ -44,6 +44,7 @@ _LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
     )),
     (SHARE, ('policy.reanalyze_ratio', *(f'{PREFIX}.{part}_pdrop' for part in ('attn', 'embed', 'resid')))),
     (one_of('vector', 'image', 'image_memory', 'text'), (f'{PREFIX}.obs_type', )),
+    (one_of('conv', 'mlp'), ('policy.model.model_type', )),
     (one_of('mse', 'group_kl', 'cos_sim'), (f'{PREFIX}.predict_latent_loss_type', )),
     (one_of('transition', 'episode'), ('policy.sample_type', )),
 )
