@@ -11,7 +11,7 @@ import test_compiled_search as compiled
 import test_reanalysis as reanalysis
 import torch
 from ding.utils import MODEL_REGISTRY
-from small_models import Case, cached_model, construct, original_model
+from small_models import ON_MAIN, Case, cached_model, construct, original_model
 from test_compiled_search import Root, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
 from test_whole_search import SIMULATIONS, make
 
@@ -142,9 +142,12 @@ def searched(root: Root, **changes: Any) -> List[Any]:  # noqa: F811
 def visits_of_equals(root: Root, draws_ties: bool) -> List[List[int]]:  # noqa: F811
     """Visits of the roots after one simulation, where all actions have one prior."""
     [served] = root.world_model.inference.open.steps
+    logits = root.problem.logits
+    if 'continuous' not in root.problem.rules:  # actions that are drawn have one prior in any case
+        logits = np.zeros_like(logits).tolist()
     problem = root.problem._replace(
         rules={**root.problem.rules, 'draws_ties': draws_ties}, simulations=1, noises=None,
-        legal=[[]] * compiled.ROWS, logits=np.zeros_like(root.problem.logits).tolist()
+        legal=[[]] * compiled.ROWS, logits=logits
     )
     return root.world_model.inference._device.run(served, problem)[0]  # type: ignore[no-any-return]
 
@@ -243,6 +246,7 @@ class TestOnGPU:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.skipif(ON_MAIN, reason="reanalyses of LightZero's main branch are its own")
 @reanalysis.CASES
 def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool) -> None:
     question = reanalysis.asked(case, two_players, 'cuda')

@@ -31,7 +31,8 @@ DOCS = sorted(f'docs/{path.name}' for path in (ROOT / 'docs').glob('*.md'))
 PAGES = READMES + DOCS
 # What a run, an experiment and a comparison leave behind, and a user's own config.
 OF_A_RUN = {
-    'log/serial', 'log/train.log', 'ckpt', 'progress.json', 'summary.json', 'total_config.py', 'data_unizero',
+    'log/serial', 'log/train.log', 'ckpt', 'progress.json', 'summary.json', 'total_config.py',
+    'formatted_total_config.py', 'data_unizero',
     'data_unizero/cartpole_new_seed0', 'data_unizero/first_look', 'experiment.json', 'data_experiment/NAME', *PICTURES,
     PAGE, DATA
 }
