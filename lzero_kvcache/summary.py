@@ -127,8 +127,10 @@ class Result:
 
 def begun(seed: int = 0, task: str = TRAIN, **known: Any) -> Result:
     """A run of this process that begins now."""
-    return Result(0, task, '', seed, versions=versions(), started=moment(),
-                  command=[os.path.basename(sys.argv[0]), *sys.argv[1:]], **known)
+    program = os.path.basename(sys.argv[0])
+    if program in ('__main__.py', 'lzero_kvcache_options.py'):  # python -m
+        program = 'lzero-kvcache'
+    return Result(0, task, '', seed, versions=versions(), started=moment(), command=[program, *sys.argv[1:]], **known)
 
 
 def peak_host_memory_mb() -> float:

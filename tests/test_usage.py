@@ -20,6 +20,8 @@ TRAIN = [
     (['--config', 'config_new', '--max-env-step', '0'], "'0' is not a whole number of at least 1"),
     (['--config', 'config_new', '--seed', '4294967296'], 'seed=4294967296 must be below 2**32'),
     (['--config', 'config_new', '--set', 'exp_name='], "exp_name='' names no folder"),
+    (['--config', 'config_new', '--set', 'exp_name=None'], 'exp_name=None names no folder'),
+    (['--config', 'config_new', '--exp-name', ''], "exp_name='' names no folder"),
     (['--config', 'config_new', '--set', 'seed=5'], '--set seed=5: give --seed 5 in its place'),
     (['--config', 'config_new', '--exp-name', '.'], '.: this folder is there'),
     (['--config', 'config_new', '--resume', '.'], '.: no such checkpoint'),

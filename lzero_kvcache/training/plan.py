@@ -49,6 +49,9 @@ def make_plan(
         if 'seed' in changed:  # LightZero's entries take it as an argument
             raise ConfigError(f'--set seed={changed["seed"]}: give --seed {changed["seed"]} in its place')
         policy_type(create_config)
+    name = main_config.exp_name if exp_name is None else exp_name
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f'exp_name={name!r} names no folder for the experiment')
     picked = picked_system(main_config.policy.model.world_model_cfg)
     if cache and picked != cache:
         raise ConfigError(f'--cache {cache} contradicts --set, which picks {picked!r}: give one of them')
@@ -64,8 +67,6 @@ def make_plan(
         main_config.exp_name += '_eval'
     else:
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', plan.seed, seed)
-    if not main_config.exp_name:
-        raise ConfigError("exp_name='' names no folder for the experiment")
     values = leaves(building.completed(main_config, create_config))
     check_limits(values, plan.entry)
     check(values, plan.entry, create_config.policy.type)
