@@ -168,8 +168,9 @@ def mctx_beside(policy: Any, envs: int, steps: int, search_ms: float) -> Dict[st
     if world_model.continuous_action_space:
         return {}
     mctx_ms = mctx_search_ms(
-        cfg.device, envs, cfg.num_simulations, world_model.config.embed_dim, world_model.config.num_layers,
-        cfg.model.action_space_size, world_model.support_size, steps
+        cfg.device, cfg.model.world_model_cfg.kv_cache_cfg.matmul, envs, cfg.num_simulations,
+        world_model.config.embed_dim, world_model.config.num_layers, cfg.model.action_space_size,
+        world_model.support_size, steps
     )
     if mctx_ms is None:
         return {}

@@ -17,13 +17,16 @@ from typing import Any, Callable, Optional
 import numpy as np
 
 
-def mctx_search_ms(device: str, *numbers: int) -> Optional[float]:
-    """What this file prints for its arguments; None where mctx is not installed."""
+def mctx_search_ms(device: str, matmul: str, *numbers: int) -> Optional[float]:
+    """What this file prints for its arguments, with products as exact as ours; None where mctx is not installed."""
     if importlib.util.find_spec('jax') is None or importlib.util.find_spec('mctx') is None:
         return None
     command = [sys.executable, __file__, device, *map(str, numbers)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+    precision = {'float32': 'highest', 'tf32': 'tensorfloat32'}.get(matmul, matmul)
+    # By itself jax takes most of a GPU's memory, beside torch's.
+    environment = dict(JAX_DEFAULT_MATMUL_PRECISION=precision, XLA_PYTHON_CLIENT_PREALLOCATE='false')
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**environment, **os.environ}, check=True)
+    return float(done.stdout.split()[-1])
 
 
 def mctx_search(device: str, envs: int, simulations: int, embed: int, layers: int, actions: int,

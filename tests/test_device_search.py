@@ -16,6 +16,7 @@ from test_compiled_search import Root, root, roots_of, search_by_steps  # noqa: 
 from test_whole_search import SIMULATIONS, make
 
 from lzero_kvcache.cache.pages import NULL_PAGE
+from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.step import Engine
 from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
@@ -23,8 +24,9 @@ from lzero_kvcache.host.tree_search import NodeSearch, Roots
 from lzero_kvcache.host.weights import source_of
 from lzero_kvcache.search import device, whole
 from lzero_kvcache.search.device import MAX_SPACES, DeviceSearch
+from lzero_kvcache.search.device_space import explorations
 from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
-from lzero_kvcache.search.tree import root_actions, root_values, root_visits
+from lzero_kvcache.search.tree import exploration, make_rules, root_actions, root_values, root_visits
 from lzero_kvcache.validation.trace import Trace
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
@@ -45,6 +47,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter takes a millisecond for each operation on a row."""
     monkeypatch.setattr(compiled, 'ROWS', 2)
     monkeypatch.setattr(compiled, 'SIMULATIONS', 4)
+    monkeypatch.setattr(device, 'ROWS_APART', 1)
     for name, number in dict(SAMPLES=1, ROWS=4, SIMULATIONS=3).items():
         monkeypatch.setattr(reanalysis, name, number)
 
@@ -165,6 +168,16 @@ def test_interpreted_equal_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(num_layers=1)
     for asked in compiled.roots_of(cached_model(case, 6, 5), case, {}):
         assert_equals_are_drawn_or_the_first(asked)
+
+
+@pytest.mark.parametrize('base, init', [(10, 0.3), (10, 1.25), (19652, 0.3), (19652, 1.25)])
+def test_exploration_is_that_of_the_compiled_trees(base: float, init: float) -> None:
+    rules = make_rules(base, init, 0.997, 0.01, False)
+    others = np.arange(2000, dtype=np.float32)
+    compiled_one = entry(exploration)
+    np.testing.assert_array_equal(
+        explorations(others, base, init), np.float32([compiled_one(rules, number) for number in others])
+    )
 
 
 def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ TRAIN = [
         (['policy.update_per_collect=2.5'], 'policy.update_per_collect=2.5 must be a whole number'),
         *([] if ON_MAIN else [(['policy.model.support_scale=0'], 'support_scale=0 must be a whole number')]),
         (['policy.root_dirichlet_alpha=-1'], 'policy.root_dirichlet_alpha=-1 must be a number above 0'),
-        (['policy.fixed_temperature_value=0'], 'policy.fixed_temperature_value=0 must be a number above 0'),
+        (['policy.fixed_temperature_value=0'], 'policy.fixed_temperature_value=0 must be a number other than 0'),
         (['policy.grad_clip_value=None'], 'policy.grad_clip_value=None must be a number'),
         (['env.n_evaluator_episode=None'], 'env.n_evaluator_episode=None must be a whole number above 0'),
         (['policy.replay_ratio=None'], 'policy.replay_ratio=None must be a number'),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lzero
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +36,7 @@ def test_a_wheel_trains_from_an_empty_folder(tmp_path):
     subprocess.run([sys.executable, '-m', 'pip', 'install', '--no-deps', '--ignore-installed', '--prefix',
                     str(tmp_path / 'environment'), str(wheel)], check=True, timeout=300)
     assert metadata.version('lzero_kvcache')
-    (site / 'others.pth').write_text(str(Path(lzero.__file__).parent.parent))
+    (site / 'others.pth').write_text('\n'.join(str(Path(other.__file__).parent.parent) for other in (lzero, torch)))
     empty = tmp_path / 'empty'
     empty.mkdir()
     environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}

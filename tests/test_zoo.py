@@ -11,7 +11,7 @@ from pathlib import Path
 import ale_py.roms
 import pytest
 import zoo
-from ding.utils import POLICY_REGISTRY, deep_merge_dicts
+from ding.utils import ENV_REGISTRY, POLICY_REGISTRY, deep_merge_dicts
 from lzero.policy import sampled_unizero
 from small_models import ON_MAIN, adapter
 from trainings import (
@@ -172,6 +172,9 @@ def without(module, *users):
         for name in list(sys.modules):
             if name.split('.')[0] == module or name.startswith(users):
                 del sys.modules[name]
+        for name, kind in list(ENV_REGISTRY.items()):
+            if kind.__module__.startswith(users):
+                del ENV_REGISTRY[name]
         sys.modules[module] = None
 
     return prepare

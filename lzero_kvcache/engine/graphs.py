@@ -26,7 +26,7 @@ class Captured(NamedTuple):
 
 def capture(device: torch.device, *functions: Callable[[], Any]) -> Captured:
     """Capture functions that run one after another; what they return is overwritten by each replay."""
-    with _capturing:
+    with _capturing, torch.cuda.device(device):  # Triton launches on the current device
         return _capture(device, functions)
 
 

@@ -3,8 +3,9 @@ simulation to its last. Roots come to the device in one copy, and visits and val
 """
 import logging
 import threading
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Callable, ContextManager, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import numpy as np
 import torch
@@ -25,7 +26,10 @@ from .whole import Found, Problem, WholeSearch, replayed
 logger = logging.getLogger(__name__)
 
 MAX_SPACES = 8
-"""Searches of so many sizes are captured; then the oldest goes."""
+"""Searches of so many sizes are captured; then the one that was not used for longest goes."""
+
+ROWS_APART = 8
+"""Searches are captured for multiples of so many rows, since a product of fewer is no quicker."""
 
 MOST_ROWS = 256
 """Rows of a reanalysis that are searched at a time."""
@@ -61,8 +65,11 @@ class DeviceSearch(WholeSearch):
         self._spaces = _Spaces()
         storage.beside.append(self._spaces)
 
-    def _alone(self) -> ContextManager[Any]:
-        return self._spaces.lock
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        device = self._source.device()
+        with self._spaces.lock, torch.cuda.device(device) if device.type == 'cuda' else nullcontext():
+            yield  # Triton launches on the current device
 
     def _rows_at_a_time(self, rows: int) -> int:
         count = -(-rows // MOST_ROWS)
@@ -102,12 +109,15 @@ class DeviceSearch(WholeSearch):
             if key[2:] == kind and rows <= key[0] <= 2 * rows + 8 and key[1] >= problem.simulations
         ]
         if fitting:
-            return spaces.kept[min(fitting)]
+            spaces.kept[min(fitting)] = space = spaces.kept.pop(min(fitting))
+            return space
         if len(spaces.kept) >= MAX_SPACES:
             del spaces.kept[next(iter(spaces.kept))]
-        space = spaces.kept[(rows, problem.simulations) + kind] = make(problem, rows)
+        rows = -(-rows // ROWS_APART) * ROWS_APART
+        space = make(problem, rows)
         if self._source.device().type == 'cuda' and spaces.captures:
             self._capture(space)
+        spaces.kept[(rows, problem.simulations) + kind] = space
         return space
 
     def _capture(self, space: Space) -> None:
@@ -118,7 +128,7 @@ class DeviceSearch(WholeSearch):
                 logger.info(
                     f'Captured a simulation for {space.rows} rows ({space.memory_mb:.1f} MiB with the trees)'
                 )
-        except RuntimeError as error:
+        except Exception as error:  # Triton's, and its compiler's, have types of their own
             reason = str(error).split('\n', maxsplit=1)[0]
         if reason is not None:
             self._spaces.captures = False

@@ -3,6 +3,7 @@
 A simulation is one CUDA graph, which is replayed for each: so any number of them needs no other capture. Shapes are
 those of :mod:`.arrays`; ``E`` embedding.
 """
+import ctypes
 from typing import Any, Callable, List, NamedTuple, Tuple
 
 import numpy as np
@@ -68,8 +69,7 @@ class Space:
         self.broken, self._simulation = (torch.zeros(size, dtype=whole, device=device) for size in (rows, 1))
         self.predicted = torch.zeros(rows, 2 + self._policy, device=device)
         rules, others = self._rules, np.arange(nodes + 1, dtype=np.float32)
-        explored = np.log((others + np.float32(rules['pb_c_base']) + 1) / np.float32(rules['pb_c_base']))
-        self._explored = torch.from_numpy(explored + np.float32(rules['pb_c_init'])).to(device)
+        self._explored = torch.from_numpy(explorations(others, rules['pb_c_base'], rules['pb_c_init'])).to(device)
         self._spread = torch.from_numpy(np.sqrt(others)).to(device)
         self._numbers = torch.tensor([rules['discount_factor'], rules['value_delta_max']], device=device)
         return [*self.tree, self._on_device, self._window, self._counts, self._positions, self.actions, self.predicted]
@@ -237,6 +237,15 @@ class Reanalysis(Space):
         )
         self.latents.index_copy_(0, self._simulation.long() + 1, output.latent_state.squeeze(1)[None])
         return output
+
+
+def explorations(others: np.ndarray, base: float, init: float) -> np.ndarray:
+    """Those of the compiled trees for numbers of visits in float32, by the C library's logarithm, which theirs is:
+    numpy's is off by a last bit here and there."""
+    logarithm = ctypes.CDLL('libm.so.6').logf
+    logarithm.restype, logarithm.argtypes = ctypes.c_float, [ctypes.c_float]
+    shares = (others + np.float32(base) + 1) / np.float32(base)
+    return np.array([logarithm(share) for share in shares], np.float32) + np.float32(init)
 
 
 def _padded(size: int) -> int:

@@ -103,11 +103,17 @@ def normalise(value: np.float32, low: np.float32, high: np.float32, least: np.fl
 
 
 @inlined
+def exploration(rules: Rules, others: np.float32) -> np.float32:
+    """How much a prior weighs after so many visits of a node's children."""
+    return np.float32(math.log((others + rules.base + _ONE) / rules.base)) + rules.init
+
+
+@inlined
 def score_children(tree: Tree, rules: Rules, row: int, node: int, mean: np.float32) -> int:
     """Upper confidence bounds of a node's children, in its ``order``, into ``scores``; how many there are."""
     sign = -_ONE if rules.two_players else _ONE
     others = np.float32(tree.visits[row, node] - 1)
-    explored = np.float32(math.log((others + rules.base + _ONE) / rules.base)) + rules.init
+    explored = exploration(rules, others)
     spread = np.float32(math.sqrt(others))
     count = filled(tree, row, node)
     for index in range(count):

@@ -9,6 +9,10 @@ from ..config import PREFIX, ConfigError
 from .linked_keys import COLLECTED
 
 
+def _is_round(value: Any) -> bool:
+    return isinstance(value, Real) and float(value).is_integer()
+
+
 class Limit(NamedTuple):
     """What a value must be, and whether it is."""
     said: str
@@ -20,22 +24,26 @@ def one_of(*choices: str) -> Limit:
 
 
 SIZE = Limit('a whole number above 0', lambda value: isinstance(value, Integral) and int(value) > 0)
+ROUND = Limit('a whole number above 0', lambda value: _is_round(value) and value > 0)
 WHOLE = Limit('a whole number', lambda value: isinstance(value, Integral))
 POSITIVE = Limit('a number above 0', lambda value: isinstance(value, Real) and float(value) > 0)
 NOT_NEGATIVE = Limit('a number that is not below 0', lambda value: isinstance(value, Real) and float(value) >= 0)
+NOT_ZERO = Limit('a number other than 0', lambda value: isinstance(value, Real) and value != 0)
 NUMBER = Limit('a number', lambda value: isinstance(value, Real))
 SHARE = Limit('a number from 0 to 1', lambda value: isinstance(value, Real) and 0 <= float(value) <= 1)
 
 _LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
     (SIZE, (
         'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
-        'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.game_segment_length',
-        'policy.model.support_scale', 'policy.num_simulations', 'policy.num_unroll_steps', *COLLECTED.values(),
+        'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.num_simulations', 'policy.num_unroll_steps',
+        *COLLECTED.values(),
         *(f'{PREFIX}.{size}' for size in ('context_length', 'embed_dim', 'max_blocks', 'max_tokens', 'num_heads',
                                           'num_layers')),
     )),
+    (ROUND, ('policy.game_segment_length', 'policy.model.support_scale')),
     (WHOLE, ('policy.td_steps', 'policy.update_per_collect')),
-    (POSITIVE, ('policy.fixed_temperature_value', 'policy.root_dirichlet_alpha', f'{PREFIX}.rope_theta')),
+    (POSITIVE, ('policy.root_dirichlet_alpha', f'{PREFIX}.rope_theta')),
+    (NOT_ZERO, ('policy.fixed_temperature_value', )),
     (NOT_NEGATIVE, ('policy.learning_rate', )),
     (NUMBER, (
         'env.stop_value', 'policy.discount_factor', 'policy.grad_clip_value', 'policy.replay_buffer_size',

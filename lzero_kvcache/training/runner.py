@@ -89,6 +89,7 @@ class _Training:
             self.result, self.terminal, ranks, self._refresh, self._note, keep_checkpoints=plan.keep_checkpoints)
         self._pid = os.getpid()
         self._finishing = False
+        self._absolute = False  # whether the user gave the experiment's folder as an absolute path
         self._made: Optional[List[str]] = None  # parent folders that were made for the run's folder
         self._started = time.monotonic()
         self._next_refresh = 0.0
@@ -146,6 +147,8 @@ class _Training:
         plan, result, watch = self.plan, self.result, self.watch
         if plan.threads:
             torch.set_num_threads(plan.threads)
+        given = plan.checkpoint if plan.in_place else plan.main_config.exp_name
+        self._absolute = os.path.isabs(os.path.expanduser(str(given)))
         policy = plan.main_config.policy
         hooks = policy.get('learn', {}).get('learner', {}).get('hook', {})
         for path in (policy.get('model_path'), hooks.get('load_ckpt_before_run')):
@@ -178,7 +181,7 @@ class _Training:
         was = read_progress(folder).get('cache') if ended_there is None else ended_there.cache
         if was and was != now:
             raise ConfigError(
-                f"--in-place: {os.path.relpath(folder)} was trained with cache system '{was}', not '{now}'; give "
+                f"--in-place: {self._shown(folder)} was trained with cache system '{was}', not '{now}'; give "
                 '--exp-name in its place, and the training goes on in a folder of its own'
             )
         # What came after the checkpoint is abandoned, and counts for nothing.
@@ -207,18 +210,23 @@ class _Training:
             exp_name, made = ranks.from_main(lambda: claim_folder(asked))
             self._made = made if ranks.main else None
             if exp_name != os.path.relpath(os.path.expanduser(asked)):
-                self.terminal.line(f'{asked} is there already, so this run has another folder: {exp_name}')
-        plan.main_config.exp_name = self.result.exp_name = exp_name
-        self.result.event_files = os.path.join(exp_name, EVENT_FILES)
-        self.result.log_file = os.path.join(exp_name, LOG_FILE if ranks.main else LOG_FILE_OF_RANK.format(ranks.rank))
+                self.terminal.line(f'{asked} is there already, so this run has another folder: {self._shown(exp_name)}')
+        plan.main_config.exp_name = exp_name
+        self.result.exp_name = shown = self._shown(exp_name)
+        self.result.event_files = os.path.join(shown, EVENT_FILES)
+        self.result.log_file = os.path.join(shown, LOG_FILE if ranks.main else LOG_FILE_OF_RANK.format(ranks.rank))
         self.output.attach(self.result.log_file)
+
+    def _shown(self, path: str) -> str:
+        """A path as the user would give it; DI-engine's are relative."""
+        return os.path.abspath(path) if self._absolute else os.path.relpath(path)
 
     def _announce(self) -> None:
         plan, result, line = self.plan, self.result, self.terminal.line
         if plan.task == EVALUATE:
-            line(f'Evaluating {plan.checkpoint} into {plan.main_config.exp_name}')
+            line(f'Evaluating {plan.checkpoint} into {result.exp_name}')
             return
-        line(f'Training {plan.config} with {plan.entry} into {plan.main_config.exp_name}')
+        line(f'Training {plan.config} with {plan.entry} into {result.exp_name}')
         if plan.checkpoint is not None:
             result.resumed_at = [result.env_step]
             line(
@@ -280,7 +288,7 @@ class _Training:
 
     def _note(self, checkpoint: str) -> None:
         """Write the result so far beside a checkpoint; after a kill, the training goes on from these two alone."""
-        self.result.checkpoint = checkpoint
+        self.result.checkpoint = self._shown(checkpoint)
         self._refresh(now=True)
         self._completed(self.result.counters).write(beside(checkpoint))
 
