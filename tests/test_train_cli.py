@@ -485,7 +485,8 @@ def test_train_resume_in_either_system_and_evaluate(config, tmp_path):
     third, said = run('b', 'old', '--resume', second['checkpoint'], '--max-train-iter', str(second['train_iter'] + 2))
     assert_gone_on(tmp_path, second, third, 'old')
     assert 'b is there already, so this run has another folder: b_' in said
-    evaluated, _ = run('e', 'new', '--eval', third['checkpoint'])
+    evaluated, said = run(str(tmp_path / 'e'), 'new', '--eval', third['checkpoint'])
+    assert f"into {tmp_path / 'e'}" in said and evaluated['exp_name'] == str(tmp_path / 'e')  # as it was given
     assert evaluated['train_iter'] == third['train_iter']
     assert [evaluation['env_step'] for evaluation in evaluated['evaluations']] == [third['env_step']]
     assert evaluated['hit_rates']['init'] == 1
