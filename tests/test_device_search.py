@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import types
 from typing import Any, Dict, Iterator, List
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -160,6 +161,19 @@ def assert_equals_are_drawn_or_the_first(root: Root) -> None:  # noqa: F811
     assert visits_of_equals(root, draws_ties=False) == [first] * compiled.ROWS
     drawn = visits_of_equals(root, draws_ties=True)
     assert all(sum(row) == 1 for row in drawn) and len(set(map(tuple, drawn))) > 1
+
+
+@interpreted
+@pytest.mark.parametrize('case, rules', [(Case(num_layers=1), {})])
+def test_interpreted_what_is_no_number_is_counted_with_its_depth(_small: None, root: Root) -> None:  # noqa: F811
+    weights = root.world_model.weights_source.read(False)
+    broken = weights._replace(value=lambda x: weights.value(x) + float('nan'))
+    [served] = root.world_model.inference.open.steps
+    search = root.world_model.inference._device
+    search._source = search._source._replace(read=lambda captured: broken)
+    with mock.patch.object(search._guard, 'report') as reported:
+        search.run(served, root.problem)
+    np.testing.assert_array_equal(reported.call_args.args[0], [[compiled.SIMULATIONS] * 2, [1] * 2])
 
 
 @interpreted

@@ -217,12 +217,12 @@ def test_searches_in_lightzeros_tree(lines):
     ('broken numba', 'numba cannot be imported: '),
 ], ids=['gates', 'bfloat16', 'no numba', 'broken numba'])
 def test_what_cannot_be_compiled_is_searched_by_node(options, reason, search, lines, monkeypatch):
-    if options == 'no numba':
-        find_spec = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'numba' else find_spec(name))
-    elif options == 'broken numba':
+    if isinstance(options, str):
+        find_spec, spec = importlib.util.find_spec, object() if options == 'broken numba' else None
+        monkeypatch.setattr(
+            importlib.util, 'find_spec', lambda name, *more: spec if name == 'numba' else find_spec(name, *more))
+    if options == 'broken numba':
         monkeypatch.setitem(sys.modules, 'numba', None)
-        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
     policy = make(search=search, **options if isinstance(options, dict) else {})
     [(level, said)] = told(lines)
     ignored = search == 'device'
@@ -564,11 +564,20 @@ def test_what_is_no_number_names_environment_and_step():
     player.step([1, 2])
     player.done(2)
     spoil(policy, 2)
-    message = 'A reward, value or policy with nan or inf in collect, environment 2, step 0'
+    message = 'A reward, value or policy at depth 1 with nan or inf in collect, environment 2, step 0'
     with mock.patch.object(policy._mcts_collect._cfg, 'num_simulations', 1), \
             pytest.raises(FloatingPointError, match=message):
         player.step([1, 2])
     audit(cache_of(policy))
+
+
+def test_what_is_no_number_names_the_depth():
+    policy = make()
+    player = Player(policy, one_legal=True)
+    spoil(policy, ACTIONS - 1)  # which is legal below the root alone
+    with pytest.raises(FloatingPointError, match='at depth [2-9] with nan or inf in collect, environment 1, '):
+        for _ in range(20):
+            player.step([1])
 
 
 def test_what_is_no_number_is_skipped_and_counted_as_with_lightzeros_tree():

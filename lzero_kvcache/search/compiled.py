@@ -34,7 +34,8 @@ class Batch(NamedTuple):
     reward: np.ndarray  # [B]
     value: np.ndarray  # [B]
     policy: np.ndarray  # [B, P]
-    broken: np.ndarray  # [B], how many predictions were no numbers; the search went on with zeros
+    broken: np.ndarray  # [2, B], how many predictions were no numbers, for which the search went on with zeros; and the
+    # depth of the first
 
 
 class RootBatch(NamedTuple):
@@ -67,7 +68,7 @@ def make_batch(tree: Tree, policy: int) -> Batch:
         np.zeros((rows, pages), np.int64), np.zeros(rows, np.int64),
         np.zeros((rows, max(tree.draws.shape[3], 1)), np.float32), np.zeros((2, rows), np.int64),
         np.zeros(rows, np.float32), np.zeros(rows, np.float32), np.zeros((rows, policy), np.float32),
-        np.zeros(rows, np.int64)
+        np.zeros((2, rows), np.int64)
     )
 
 
@@ -112,7 +113,7 @@ def begin_rows(tree: Tree, network: Any, shift: np.ndarray, slab: np.ndarray, ba
 
 
 @inner
-def mend_rows(batch: Batch, lo: int, hi: int) -> None:
+def mend_rows(tree: Tree, batch: Batch, lo: int, hi: int) -> None:
     """Zeros for what is no number."""
     for row in range(lo, hi):
         broken = False
@@ -127,7 +128,9 @@ def mend_rows(batch: Batch, lo: int, hi: int) -> None:
             batch.value[row] = 0
             broken = True
         if broken:
-            batch.broken[row] += 1
+            if batch.broken[0, row] == 0:
+                batch.broken[1, row] = tree.depth[row]
+            batch.broken[0, row] += 1
 
 
 @entry
@@ -144,7 +147,7 @@ def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, 
                 tree, rules, key, roots.reward, roots.logits, roots.legal, roots.noise, roots.weight, low, high
             )
             for row in range(low, high):
-                tree.tables[row, 0], tree.counts[row, 0], batch.broken[row] = roots.tables[row], roots.counts[row], 0
+                tree.tables[row, 0], tree.counts[row, 0], batch.broken[:, row] = roots.tables[row], roots.counts[row], 0
         for simulation in range(begin, end):
             select_rows(tree, rules, key, simulation, low, high)
             gather_rows(tree, rules, roots.timesteps, batch, low, high)
@@ -154,7 +157,7 @@ def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, 
                 network, shift, slab, batch.tables, batch.counts, pages[simulation], batch.actions, batch.places,
                 scratch, low, high - low, batch.reward, batch.value, batch.policy, states.latent
             )
-            mend_rows(batch, low, high)
+            mend_rows(tree, batch, low, high)
             if reanalyzes:
                 for row in range(low, high):
                     states.latents[row, simulation + 1] = states.latent[row]

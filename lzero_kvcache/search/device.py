@@ -143,7 +143,7 @@ def _read(source: Source, matmul: str, captured: bool) -> Weights:
 
 def _search(space: Space, problem: Problem, rows: int, trace: Any) -> Tuple[Found, np.ndarray]:
     """Run what was given to a space, and note each simulation if there is a trace; returns what was found, and how many
-    predictions of each row ``[B]`` were no numbers."""
+    predictions were no numbers, with the depth of the first ``[2, B]``."""
     space.begin()
     for _ in range(problem.simulations):
         space.simulate()

@@ -66,7 +66,8 @@ class Space:
         self.actions = torch.zeros(rows, dtype=indices, device=device)
         if self._engine.geometry.continuous:
             self.actions = torch.zeros(rows, self._action_size, device=device)
-        self.broken, self._simulation = (torch.zeros(size, dtype=whole, device=device) for size in (rows, 1))
+        self.broken = torch.zeros(2, rows, dtype=whole, device=device)
+        self._simulation = torch.zeros(1, dtype=whole, device=device)
         self.predicted = torch.zeros(rows, 2 + self._policy, device=device)
         rules, others = self._rules, np.arange(nodes + 1, dtype=np.float32)
         self._explored = torch.from_numpy(explorations(others, rules['pb_c_base'], rules['pb_c_init'])).to(device)
@@ -167,7 +168,7 @@ class Space:
         self._launch(
             kernels.backup, tree.visits, tree.value_sum, tree.reward, tree.prior, tree.child, tree.order, tree.low,
             tree.high, tree.path, tree.depth, self.broken, self.predicted, self._simulation, self._numbers,
-            self.simulations + 1, self._slots, self._policy, _padded(self._slots), _padded(self._policy),
+            self.rows, self.simulations + 1, self._slots, self._policy, _padded(self._slots), _padded(self._policy),
             self._rules['two_players'], self.sampled
         )
 
@@ -191,16 +192,16 @@ class Space:
 
     def found(self, rows: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Of the roots: visits in their order ``[B, S]``, values ``[B]``, drawn actions ``[B, S, A]``, and how many
-        predictions were no numbers."""
+        predictions were no numbers, with the depth of the first ``[2, B]``."""
         tree = self.tree
         children = tree.child[:, 0].gather(1, tree.order[:, 0].clamp(min=0).long())
         visits = tree.visits.gather(1, children.clamp(min=0).long()).masked_fill_(children < 0, 0)
         values = (tree.value_sum[:, 0] / tree.visits[:, 0]).view(torch.int32)
         draws = tree.draws[:, 0].flatten(1).view(torch.int32)
-        parts = visits, draws, values[:, None], self.broken[:, None]
+        parts = visits, draws, values[:, None], self.broken.T
         numbers = to_cpu(torch.cat(parts, dim=1)[:rows])
-        floats, slots = np.ascontiguousarray(numbers[:, self._slots:-1]).view(np.float32), self._slots
-        return numbers[:, :slots], floats[:, -1], floats[:, :-1].reshape(rows, slots, -1), numbers[:, -1]
+        floats, slots = np.ascontiguousarray(numbers[:, self._slots:-2]).view(np.float32), self._slots
+        return numbers[:, :slots], floats[:, -1], floats[:, :-1].reshape(rows, slots, -1), numbers[:, -2:].T
 
 
 class Reanalysis(Space):

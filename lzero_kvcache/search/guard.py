@@ -44,8 +44,11 @@ class NanGuard:
         return np.flatnonzero(finite)
 
     def report(self, broken: np.ndarray, mode: str, env_ids: Sequence[int], timesteps: np.ndarray) -> None:
-        """:meth:`finite` for a whole search, which went on with zeros where ``broken [B]`` predictions were not."""
-        if broken.any():
-            values = np.where(broken > 0, np.nan, 0.0)[:, None]
-            self.finite(values, 'A reward, value or policy', mode, env_ids, timesteps)
-            self._count(int(broken.sum() - np.count_nonzero(broken)))  # each prediction counts
+        """:meth:`finite` for a whole search, which went on with zeros where predictions were not. ``broken [2, B]`` are
+        how many of each row, and the depth of the first."""
+        counts, depths = broken
+        if counts.any():
+            depth = depths[np.argmax(counts > 0)]
+            values = np.where(counts > 0, np.nan, 0.0)[:, None]
+            self.finite(values, f'A reward, value or policy at depth {depth}', mode, env_ids, timesteps)
+            self._count(int(counts.sum() - np.count_nonzero(counts)))  # each prediction counts

@@ -126,7 +126,7 @@ def mended(number):
 
 @triton.jit
 def backup(visits, value_sum, reward, prior, child, order, low, high, path, depths, broken, predicted,
-           simulation_at, rules, nodes, slots, policy, SLOTS: tl.constexpr, POLICY: tl.constexpr,
+           simulation_at, rules, rows, nodes, slots, policy, SLOTS: tl.constexpr, POLICY: tl.constexpr,
            TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr, OVERLAP: tl.constexpr):
     """Expand the new node by predictions ``[B, 2 + P]``, zeros for what is no number, and back its value up. Where
     trees are sampled, the node's actions are still to be drawn."""
@@ -141,7 +141,10 @@ def backup(visits, value_sum, reward, prior, child, order, low, high, path, dept
     logits = tl.load(numbers + 2 + column, mask=there, other=0.)
     odd = tl.sum((mended(logits) != logits).to(tl.int32), 0)
     odd += (mended(new_reward) != new_reward).to(tl.int32) + (mended(value) != value).to(tl.int32)
-    tl.store(broken + row, tl.load(broken + row) + (odd > 0).to(tl.int32))
+    before, last = tl.load(broken + row), tl.load(depths + row)
+    tl.store(broken + row, before + (odd > 0).to(tl.int32))
+    if (odd > 0) & (before == 0):
+        tl.store(broken + rows + row, last)
     new_reward, value = mended(new_reward), mended(value)
     first_node = row * nodes
     new = first_node + simulation + 1
@@ -153,7 +156,6 @@ def backup(visits, value_sum, reward, prior, child, order, low, high, path, dept
         tl.store(order + new * slots + column, column, mask=there)
     tl.store(reward + new, new_reward)
     lowest, highest = tl.load(low + row), tl.load(high + row)
-    last = tl.load(depths + row)
     sign = -1.0 if TWO_PLAYERS and not SAMPLED else 1.0
     depth = last
     while depth >= 0:

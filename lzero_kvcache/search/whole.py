@@ -111,7 +111,8 @@ class WholeSearch(ABC):
     def _from_roots(self, served: Any, problem: Problem, slab: Slab,
                     pages: np.ndarray) -> Tuple[Found, np.ndarray, float]:
         """Search from roots, with the pages that its simulations write ``[N - 1, B]``. Returns what is found, how many
-        predictions of each row ``[B]`` were no numbers, and the seconds that it waited for what is compiled."""
+        predictions were no numbers and the depth of the first ``[2, B]``, and the seconds that it waited for what is
+        compiled."""
 
     @abstractmethod
     def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
