@@ -23,7 +23,7 @@ def enable(main_config: EasyDict, create_config: EasyDict, **kv_cache_cfg: Any) 
         - create_config (:obj:`EasyDict`): LightZero's ``create_config``.
         - kv_cache_cfg (:obj:`Any`): Options of ``world_model_cfg.kv_cache_cfg``; those not named stay as they are.
     Raises:
-        - ConfigError: An option is wrong; the configs are then as they were.
+        - ConfigError: An option is wrong, or a config has no policy; the configs are then as they were.
     """
     trial_main, trial_create = copy.deepcopy(main_config), copy.deepcopy(create_config)
     _switch(trial_main, trial_create, True, kv_cache_cfg)
@@ -39,6 +39,8 @@ def disable(main_config: EasyDict, create_config: EasyDict) -> None:
     Arguments:
         - main_config (:obj:`EasyDict`): LightZero's ``main_config``.
         - create_config (:obj:`EasyDict`): LightZero's ``create_config``.
+    Raises:
+        - ConfigError: A config has no policy.
     """
     _switch(main_config, create_config, False, {})
 
@@ -98,6 +100,9 @@ def load_plugin(create_config: EasyDict) -> None:
 
 
 def _switch(main_config: EasyDict, create_config: EasyDict, flag: bool, options: Any) -> None:
+    for name, config in (('main_config', main_config), ('create_config', create_config)):
+        if not isinstance(config.get('policy'), dict):
+            raise ConfigError(f"{name}.policy={config.get('policy')!r} must be a dict, as LightZero's configs have it")
     load_plugin(create_config)
     model = main_config['policy'].setdefault('model', EasyDict())
     world_model_cfg = model.setdefault('world_model_cfg', EasyDict())

@@ -223,6 +223,18 @@ class TestEnable:
             enable(*configs)
 
 
+@pytest.mark.parametrize('switch', [enable, disable])
+@pytest.mark.parametrize('place', [0, 1])
+@pytest.mark.parametrize('policy', [{}, dict(policy=None)])
+def test_a_config_without_a_policy(switch, place, policy):
+    configs = [dict(policy={}), dict(policy={})]
+    configs[place] = policy
+    before = copy.deepcopy(configs)
+    with pytest.raises(ConfigError, match=('main_config', 'create_config')[place] + '.policy=None must be a dict'):
+        switch(*configs)
+    assert configs == before
+
+
 class TestDisable:
 
     def test_turns_the_flag_off_and_keeps_the_plugin(self, configs):
