@@ -53,6 +53,23 @@ def _capture(device: torch.device, functions: Sequence[Callable[[], Any]]) -> Ca
     return Captured([graph.replay for graph in graphs], results, max(0, held) / MIB)
 
 
+def smallest_fitting(kept: Dict[Tuple[Any, ...], Any], rows: int, suits: Callable[[Tuple[Any, ...]], bool]) -> Any:
+    """Of what is kept by its rows and more, the smallest that suits and has room for some rows without many to spare;
+    it is the newest from now on. None if there is none."""
+    fitting = [key for key in kept if rows <= key[0] <= 2 * rows + 8 and suits(key[1:])]
+    if not fitting:
+        return None
+    key = min(fitting)
+    kept[key] = found = kept.pop(key)
+    return found
+
+
+def make_room(kept: Dict[Tuple[Any, ...], Any], most: int) -> None:
+    """Let the one go that was not used for longest, if there are as many as may be."""
+    if len(kept) >= most:
+        del kept[next(iter(kept))]
+
+
 class Graphs:
     """What is captured for one model, by the number of rows and by ``kind``, which is whatever else tells captures
     apart. Each has a field ``captured``. Each thread has its own, since a replay overwrites inputs and results."""
@@ -84,14 +101,13 @@ class Graphs:
                 self.moves += bool(self.kept)
                 self.kept.clear()
                 self._addresses = addresses
-            fitting = [key for key in self.kept if rows <= key[0] <= 2 * rows + 8 and key[1:] == kind]
-            if fitting:
-                return self.kept[min(fitting)]
+            found = smallest_fitting(self.kept, rows, lambda others: others == kind)
+            if found is not None:
+                return found
             if self.moves >= MAX_MOVES:
                 self.give_up('its storage keeps moving')
                 return None
-            if len(self.kept) >= self._most:
-                del self.kept[next(iter(self.kept))]
+            make_room(self.kept, self._most)
             try:
                 made = make()
             except Exception as error:  # Triton's, and its compiler's, have types of their own

@@ -12,7 +12,7 @@ import torch
 
 from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
-from ..engine.graphs import MAX_MOVES
+from ..engine.graphs import MAX_MOVES, make_room, smallest_fitting
 from ..engine.slab import Slab
 from ..engine.step import Engine
 from ..engine.store import PageStore
@@ -104,15 +104,11 @@ class DeviceSearch(WholeSearch):
             spaces.kept.clear()
             spaces.addresses = addresses
         kind += (problem.slots, problem.action_size, *sorted(problem.rules.items()))
-        fitting = [
-            key for key in spaces.kept
-            if key[2:] == kind and rows <= key[0] <= 2 * rows + 8 and key[1] >= problem.simulations
-        ]
-        if fitting:
-            spaces.kept[min(fitting)] = space = spaces.kept.pop(min(fitting))
-            return space
-        if len(spaces.kept) >= MAX_SPACES:
-            del spaces.kept[next(iter(spaces.kept))]
+        found = smallest_fitting(
+            spaces.kept, rows, lambda others: others[0] >= problem.simulations and others[1:] == kind)
+        if found is not None:
+            return found
+        make_room(spaces.kept, MAX_SPACES)
         rows = -(-rows // ROWS_APART) * ROWS_APART
         space = make(problem, rows)
         if self._source.device().type == 'cuda' and spaces.captures:
