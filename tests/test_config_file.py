@@ -12,6 +12,7 @@ import lzero.entry
 import pytest
 import zoo
 from ding.utils import ENV_REGISTRY
+from easydict import EasyDict
 from small_models import ON_MAIN
 from trainings import PROJECT_ROOT
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as lightzeros_cartpole
@@ -368,6 +369,16 @@ def test_loading_trains_nothing_where_a_decorated_main_or_the_file_itself_calls_
 def test_what_goes_wrong_in_main_is_said_in_one_line(does, said, write):
     with pytest.raises(ConfigError, match=said):
         load_config(write(body=f'import os\ndef main():\n    {does}' + PROGRAM))
+
+
+def test_capturing_from_a_function_that_trains_something_else():
+    config = dict(policy=dict(cuda=False, device='cpu'))
+
+    def main():
+        lzero.entry.train_muzero([EasyDict(config), EasyDict(policy=dict(type='muzero'))])
+
+    with pytest.raises(ConfigError, match=r"main\(\): entry = 'train_muzero'; it can be 'train_unizero'"):
+        capture_entry_call(main)
 
 
 def test_capturing_from_a_function_that_trains_nothing():

@@ -104,6 +104,7 @@ def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[st
         declared = recorded_call(lambda: function(*args, **kwargs))
     if declared is None:
         raise ConfigError("{}() calls none of {}".format(function.__name__, ', '.join(ENTRIES)))
+    _checked_entry(declared['entry'], f'{function.__name__}()')
     return declared
 
 
@@ -167,10 +168,10 @@ def _look_beside(folder: str) -> None:
         atexit.register(_beside[folder].close)
 
 
-def _checked_entry(declared: Any, path: str) -> str:
+def _checked_entry(declared: Any, where: str) -> str:
     entry = getattr(declared, '__name__', declared) if callable(declared) else declared
     if entry not in ENTRIES:
-        raise ConfigError("{}: entry = {!r}; it can be {}".format(path, entry, ' or '.join(map(repr, ENTRIES))))
+        raise ConfigError("{}: entry = {!r}; it can be {}".format(where, entry, ' or '.join(map(repr, ENTRIES))))
     return str(entry)
 
 
