@@ -39,8 +39,9 @@ CASES = pytest.mark.parametrize('case, rules', [
     (Case(context_length=6, num_layers=1, num_heads=4), dict(two_players=True)),
     (Case(), {}),
     (Case(rotary=True, continuous=True), dict(sampled=True, continuous=True)),
+    (Case(sampled=True), dict(sampled=True)),
     (Case(rotary=True, sampled=True), dict(sampled=True, index_for_depth=True)),
-], ids=['rotary', 'learned, two players', 'learned', 'continuous', 'sampled discrete, by index'])
+], ids=['rotary', 'learned, two players', 'learned', 'continuous', 'sampled discrete', 'by index'])
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@ What single values of a complete config must be for any training to run. A value
 runs, whatever it learns, is not refused.
 """
 from numbers import Integral, Real
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Set, Tuple
+from typing import Any, Callable, Mapping, NamedTuple, Set, Tuple
 
 from ..config import PREFIX, ConfigError
+from ..host.lightzero import lightzero
 from .linked_keys import COLLECTED
 
 
@@ -32,13 +33,13 @@ NOT_ZERO = Limit('a number other than 0', lambda value: isinstance(value, Real) 
 NUMBER = Limit('a number', lambda value: isinstance(value, Real))
 SHARE = Limit('a number from 0 to 1', lambda value: isinstance(value, Real) and 0 <= float(value) <= 1)
 
-_LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
+LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
     (SIZE, (
         'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
         'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.num_simulations', 'policy.num_unroll_steps',
         *COLLECTED.values(),
-        *(f'{PREFIX}.{size}' for size in ('context_length', 'embed_dim', 'max_blocks', 'max_tokens', 'num_heads',
-                                          'num_layers')),
+        *(f'{PREFIX}.{size}' for size in ('context_length', 'embed_dim', 'max_blocks', 'max_tokens', 'num_layers',
+                                          *lightzero.DIVIDE_EMBEDDING)),
     )),
     (ROUND, ('policy.game_segment_length', 'policy.model.support_scale')),
     (WHOLE, ('policy.td_steps', 'policy.update_per_collect')),
@@ -56,7 +57,6 @@ _LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
     (one_of('mse', 'group_kl', 'cos_sim'), (f'{PREFIX}.predict_latent_loss_type', )),
     (one_of('transition', 'episode'), ('policy.sample_type', )),
 )
-LIMITS: Dict[str, Limit] = {path: limit for limit, paths in _LIMITS for path in paths}
 # For these, None says something too.
 OR_NONE = 'policy.update_per_collect', 'policy.root_dirichlet_alpha'
 
@@ -64,12 +64,13 @@ OR_NONE = 'policy.update_per_collect', 'policy.root_dirichlet_alpha'
 def check_limits(values: Mapping[str, Any], entry: str) -> None:
     """Refuse the first value of a complete config, by path, with which no training of an entry can run."""
     unread = _unread(values, entry)
-    for path, limit in LIMITS.items():
-        value = values.get(path)
-        if path not in values or path in unread or value is None and path in OR_NONE:
-            continue
-        if not limit.holds(value):
-            raise ConfigError(f'{path}={value!r} must be {limit.said}')
+    for limit, paths in LIMITS:
+        for path in paths:
+            if path not in values or path in unread:
+                continue
+            value = values[path]
+            if not (limit.holds(value) or value is None and path in OR_NONE):
+                raise ConfigError(f'{path}={value!r} must be {limit.said}')
 
 
 def _unread(values: Mapping[str, Any], entry: str) -> Set[str]:

@@ -152,7 +152,7 @@ def check(values: Mapping[str, Any], entry: str, policy: str) -> None:
     width = values[WM + 'embed_dim']
     for part in lightzero.DIVIDE_EMBEDDING:
         parts = values.get(WM + part, 1)
-        if not isinstance(parts, int) or parts < 1 or width % parts:
+        if width % parts:
             raise ConfigError(f'{WM}{part}={parts!r} contradicts {WM}embed_dim={width!r}: it must divide that')
     length, tokens = values.get(WM + 'context_length', 0), values[WM + 'max_tokens']
     if not values.get(WM + 'rotary_emb') and length > tokens:
