@@ -172,8 +172,8 @@ class TestContextLength:
     @pytest.mark.parametrize(('length', 'better'), [(5, 6), (2, 4), (1, 4)])
     def test_others_are_refused_in_new_mode(self, length, better):
         with pytest.raises(ConfigError, match=(
-                f'context_length={length} must be even and at least 4 with use_new_cache_manager=True: try {better}, or '
-                'use_new_cache_manager=False for the old system')):
+                f'context_length={length} must be even and at least 4 with use_new_cache_manager=True: try {better}, '
+                'or use_new_cache_manager=False for the old system')):
             read(True, context_length=length)
         read(False, context_length=length)
 
