@@ -24,7 +24,7 @@ from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
 from lzero_kvcache.host.tree_search import NodeSearch, Roots
 from lzero_kvcache.host.weights import source_of
 from lzero_kvcache.search import device, whole
-from lzero_kvcache.search.device import MAX_SPACES, DeviceSearch
+from lzero_kvcache.search.device import MAX_SPACES, ROWS_APART, DeviceSearch
 from lzero_kvcache.search.device_space import explorations
 from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
 from lzero_kvcache.search.tree import exploration, make_rules, root_actions, root_values, root_visits
@@ -313,6 +313,45 @@ def test_norms_among_products(device: str, wide: int) -> None:
         torch.testing.assert_close(products.apply(Chain(parts), x), Chain(parts)(x), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize('other, launches', [
+    ('alike', 4), ('with a norm at the end', 5), ('without a bias', 6), ('of another width', 6), ('longer', 8)
+])
+def test_two_heads_are_computed_together(device: str, other: str, launches: int,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as they are alike; and each is what it is alone."""
+    from lzero_kvcache.engine import products
+
+    if device == 'cpu' and torch.cuda.is_available():
+        pytest.skip('where there is a GPU, kernels are compiled')
+    torch.manual_seed(0)
+    rows, embed = 5, 24
+
+    def linear(outputs: int, inputs: int = embed, biased: bool = True) -> Linear:
+        weight = torch.randn(outputs, inputs, device=device) / inputs ** 0.5
+        return Linear(weight, torch.randn(outputs, device=device) if biased else None, rows)
+
+    first = Chain((linear(embed), gelu, linear(37)))
+    second = {
+        'alike': (linear(embed), gelu, linear(70)),
+        'with a norm at the end': (linear(embed), gelu, linear(70), torch.tanh, Norm((70, ), *torch.randn(
+            2, 70, device=device), 1e-5)),
+        'without a bias': (linear(embed), gelu, linear(70, biased=False)),
+        'of another width': (linear(40), gelu, linear(70, 40)),
+        'longer': (linear(embed), gelu, linear(33), gelu, linear(70, 33)),
+    }[other]
+    x = torch.randn(rows, embed, device=device)
+    expected = products.apply(first, x), products.apply(Chain(second), x)
+    launched = []
+    launch = products.launch
+    monkeypatch.setattr(products, 'launch', lambda *args, **options: launched.append(launch(*args, **options)))
+    both = products.apply_both(first, Chain(second), x)
+    assert len(launched) == launches
+    for one, right in zip(both, expected):
+        torch.testing.assert_close(one, right, atol=1e-6, rtol=1e-6)
+        assert one.is_contiguous()
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize('rows', [1, 8, 17, 64, 200, 300])
@@ -334,6 +373,9 @@ def test_products_are_exact(rows: int, outputs: int, inputs: int) -> None:
     torch.testing.assert_close(
         products.apply(Chain((layer, gelu)), x), gelu(products.apply(layer, x)), atol=2e-5, rtol=1e-5
     )
+    narrow = Linear(weight[:100].contiguous(), bias[:100], rows)
+    for together, alone in zip(products.apply_both(narrow, layer, x), (narrow, layer)):
+        torch.testing.assert_close(together, products.apply(alone, x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu
@@ -362,6 +404,6 @@ def test_policies_search_on_a_gpu(kind: str, lines: Any) -> None:
             ready_env_id=[0, 1, 2], timestep=[np.array(step)] * 3, temperature=1., epsilon=0.
         )
     assert [sum(row['visit_count_distributions']) for row in output.values()] == [SIMULATIONS] * 3
-    assert [space.rows for space in spaces.kept.values()] == [3] and spaces.captures
+    assert [space.rows for space in spaces.kept.values()] == [ROWS_APART] and spaces.captures
     told = 'Searching in arrays: a search is a graph that is replayed for each simulation'
     assert lines().count(('INFO', told)) == 1

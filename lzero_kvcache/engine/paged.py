@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .overlap import launch, wait
+from .products import multiply
 from .slab import Slab
 from .weights import Geometry, Weights
 
@@ -34,15 +35,18 @@ def splitting(tokens: int, programs: int) -> Splitting:
 
 
 @triton.jit
-def _rotated(at, d, there, cosine, sine):
-    pair = tl.load(at + (d ^ 1), mask=there, other=0.)
-    return tl.load(at + d, mask=there, other=0.) * cosine + tl.where(d % 2 == 0, -pair, pair) * sine
+def _added(parts, bias, part_step, column, there, PARTS: tl.constexpr):
+    total = tl.load(bias + column, mask=there, other=0.)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * part_step + column, mask=there, other=0.)
+    return total
 
 
 @triton.jit
-def _attend(qkv, slab, tables, counts, positions, moved, out, sums, layer, scale, rows, row_step, page_step, width,
-            LAYERS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
-            ROTARY: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, OVERLAP: tl.constexpr):
+def _attend(parts, bias, part_step, row_of_parts, slab, tables, counts, positions, moved, out, sums, layer, scale, rows,
+            row_step, page_step, width, PARTS: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr,
+            SIZE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, ROTARY: tl.constexpr, SPLITS: tl.constexpr,
+            TOKENS: tl.constexpr, OVERLAP: tl.constexpr):
     """Keys and values of a token into its page, and its attention: a row, a head and a part of its context for each
     program. ``moved`` is what learned positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``.
     Parts go to ``out [S, B, E]``, not divided yet, with maxima and totals in ``sums [S, B, H, 2]``."""
@@ -52,20 +56,22 @@ def _attend(qkv, slab, tables, counts, positions, moved, out, sums, layer, scale
     d = tl.arange(0, PADDED)
     there = d < SIZE
     embed = HEADS * SIZE
-    at = qkv + row * 3 * embed + head * SIZE
+    parts += row * row_of_parts
+    column = head * SIZE + d
     count = tl.load(counts + row)
     position = tl.load(positions + PART * rows + row)
-    value = tl.load(at + 2 * embed + d, mask=there, other=0.)
+    query = _added(parts, bias, part_step, column, there, PARTS)
+    key = _added(parts, bias, part_step, embed + column, there, PARTS)
+    value = _added(parts, bias, part_step, 2 * embed + column, there, PARTS)
     if ROTARY:
         factors = moved + position * SIZE + d // 2 * 2
         cosine = tl.load(factors, mask=there, other=0.)
         sine = tl.load(factors + 1, mask=there, other=0.)
-        query = _rotated(at, d, there, cosine, sine)
-        key = _rotated(at + embed, d, there, cosine, sine)
+        pair, turned = head * SIZE + (d ^ 1), tl.where(d % 2 == 0, -sine, sine)
+        query = query * cosine + _added(parts, bias, part_step, pair, there, PARTS) * turned
+        key = key * cosine + _added(parts, bias, part_step, embed + pair, there, PARTS) * turned
         kept, kept_value = key, value
     else:
-        query = tl.load(at + d, mask=there, other=0.)
-        key = tl.load(at + embed + d, mask=there, other=0.)
         shift = moved + (position * LAYERS + layer) * 2 * embed + head * SIZE + d
         kept = key - tl.load(shift, mask=there, other=0.)
         kept_value = value - tl.load(shift + embed, mask=there, other=0.)
@@ -136,24 +142,25 @@ def _join(parts, sums, out, rows, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDE
     tl.store(out + (row * HEADS + head) * SIZE + d, joined, mask=d < SIZE)
 
 
-def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, part: int, qkv: torch.Tensor,
+def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, part: int, x: torch.Tensor,
            tables: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Attention ``[B, E]`` of a page's action (``part`` 0) or observation (1) with ``qkv [B, 3E]``, whose key and value
-    are written into the page. Without a context, an observation has no action before it."""
-    rows, embed = len(qkv), geometry.embed_dim
+    """Attention ``[B, E]`` of a page's action (``part`` 0) or observation (1) ``x [B, E]``, whose key and value are
+    written into the page. Without a context, an observation has no action before it."""
+    rows, embed = len(x), geometry.embed_dim
+    qkv, bias = multiply(weights.layers[layer].qkv, x), weights.layers[layer].qkv.bias
     moved = torch.view_as_real(weights.places) if geometry.rotary else weights.shift
     assert moved is not None and slab.data is not None and moved.is_contiguous() and positions.is_contiguous()
     heads, size, padded = geometry.heads, geometry.head_dim, triton.next_power_of_2(geometry.head_dim)
     splits, tokens, warps = splitting(2 * tables.shape[1], rows * heads)
-    out = qkv.new_empty(splits, rows, embed)
-    sums = out if splits == 1 else qkv.new_empty(splits, rows, heads, 2)
+    out = x.new_empty(splits, rows, embed)
+    sums = out if splits == 1 else x.new_empty(splits, rows, heads, 2)
     launch(
-        _attend, (rows, heads, splits), qkv, slab.data, tables, counts, positions, moved, out, sums, layer,
-        size ** -0.5, rows, *tables.stride(), tables.shape[1], geometry.layers, heads, size, padded, part,
-        geometry.rotary, splits, tokens, num_warps=warps
+        _attend, (rows, heads, splits), qkv, bias, *qkv.stride()[:2], slab.data, tables, counts, positions, moved, out,
+        sums, layer, size ** -0.5, rows, *tables.stride(), tables.shape[1], len(qkv), geometry.layers, heads, size,
+        padded, part, geometry.rotary, splits, tokens, num_warps=warps
     )
     if splits == 1:
         return out[0]
-    joined = qkv.new_empty(rows, embed)
+    joined = x.new_empty(rows, embed)
     launch(_join, (rows, heads), out, sums, joined, rows, heads, size, padded, splits, num_warps=2)
     return joined

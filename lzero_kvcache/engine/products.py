@@ -4,7 +4,7 @@ A product of few rows is as long as the reading of its weights: its inner dimens
 kernel that follows adds their parts. ``B`` rows, ``K`` inputs, ``N`` outputs, ``S`` parts. Importing it imports Triton.
 """
 import dataclasses
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import triton
@@ -39,14 +39,23 @@ bfloat16 it makes no difference."""
 
 
 @triton.jit
-def _multiply(x, weight, parts, rows, outputs, inputs,
+def _multiply(x, x2, weight, weight2, outputs, outputs2, parts, start2, step, rows, inputs,
               ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr,
-              PRECISION: tl.constexpr, OVERLAP: tl.constexpr):
-    """``x [B, K]`` times ``weight [N, K]``, transposed: a part of the sum for each program of the last axis."""
+              PRECISION: tl.constexpr, BOTH: tl.constexpr, OVERLAP: tl.constexpr):
+    """``x [B, K]`` times ``weight [N, K]``, transposed: a part of the sum for each program of the last axis, in rows of
+    ``step`` numbers. If there are two such products, the second's begin at ``start2``."""
     wait(OVERLAP)
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    block, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(2)
+    place = (part * rows + row) * step
+    if BOTH:
+        blocks = tl.cdiv(outputs, OUTPUTS)
+        second = block >= blocks
+        x, weight = tl.where(second, x2, x), tl.where(second, weight2, weight)
+        place += tl.where(second, start2, 0)
+        block -= tl.where(second, blocks, 0)
+        outputs = tl.where(second, outputs2, outputs)
+    output = block * OUTPUTS + tl.arange(0, OUTPUTS)
     share = tl.cdiv(inputs, PARTS * INPUTS) * INPUTS
     total = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for begin in range(part * share, min((part + 1) * share, inputs), INPUTS):
@@ -56,23 +65,33 @@ def _multiply(x, weight, parts, rows, outputs, inputs,
         left = tl.load(x + row[:, None] * inputs + index[None, :], mask=left_mask, other=0.0)
         right = tl.load(weight + output[None, :] * inputs + index[:, None], mask=right_mask, other=0.0)
         total = tl.dot(left.to(right.dtype), right, total, input_precision=PRECISION)
-    place = (part * rows + row)[:, None] * outputs + output[None, :]
-    tl.store(parts + place, total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
+    tl.store(parts + place[:, None] + output[None, :], total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
 
 
 @triton.jit
-def _finish(parts, bias, residual, chosen, norm_weight, norm_bias, out, normed, rows, outputs, eps,
-            PARTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, CHOSEN: tl.constexpr, NORM: tl.constexpr,
-            GELU: tl.constexpr, LANES: tl.constexpr, OVERLAP: tl.constexpr):
+def _finish(parts, bias, bias2, residual, chosen, norm_weight, norm_weight2, norm_bias, norm_bias2, out, normed,
+            normed2, outputs, outputs2, start2, step, rows, eps, PARTS: tl.constexpr, BIAS: tl.constexpr,
+            RESIDUAL: tl.constexpr, CHOSEN: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr, LANES: tl.constexpr,
+            BOTH: tl.constexpr, OVERLAP: tl.constexpr):
     """Add the parts of a row, its bias and a row of ``residual``, its own or the one that is ``chosen [B]``, which is
     ``out``; then its norm, for which a program has the whole row, and GELU."""
     wait(OVERLAP)
-    row = tl.program_id(0)
-    lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    row, block = tl.program_id(0), tl.program_id(1)
+    place = parts + row * step
+    if BOTH:
+        blocks = tl.cdiv(outputs, LANES)
+        second = block >= blocks
+        bias, normed = tl.where(second, bias2, bias), tl.where(second, normed2, normed)
+        norm_weight = tl.where(second, norm_weight2, norm_weight)
+        norm_bias = tl.where(second, norm_bias2, norm_bias)
+        place += tl.where(second, start2, 0)
+        block -= tl.where(second, blocks, 0)
+        outputs = tl.where(second, outputs2, outputs)
+    lane = block * LANES + tl.arange(0, LANES)
     there = lane < outputs
     total = tl.zeros((LANES, ), tl.float32)
     for part in tl.static_range(PARTS):
-        total += tl.load(parts + (part * rows + row) * outputs + lane, mask=there, other=0.0)
+        total += tl.load(place + part * rows * step + lane, mask=there, other=0.0)
     if BIAS:
         total += tl.load(bias + lane, mask=there, other=0.0)
     if RESIDUAL:
@@ -94,7 +113,7 @@ def _finish(parts, bias, residual, chosen, norm_weight, norm_bias, out, normed, 
 def computed_in(weights: Weights, matmul: str) -> Weights:
     """The same weights, whose products are computed in 'tf32' or in 'bfloat16'; for the latter matrices are copied."""
 
-    def changed(function: Function) -> Function:
+    def changed(function: Any) -> Any:
         if isinstance(function, Chain):
             return Chain(tuple(map(changed, function.functions)))
         if not isinstance(function, Linear):
@@ -112,40 +131,49 @@ def computed_in(weights: Weights, matmul: str) -> Weights:
     )
 
 
+class _Stage(NamedTuple):
+    """A product and what follows on it, which is two launches; or a norm without a product."""
+    linear: Optional[Linear]
+    norm: Any
+    then_gelu: bool
+
+
 def apply(function: Function, x: torch.Tensor) -> torch.Tensor:
     """A function of the model's weights of ``x [B, K]``."""
-    functions = list(function.functions if isinstance(function, Chain) else (function, ))
-    while functions:
-        first, norm = functions.pop(0), None
-        if isinstance(first, Linear) and functions and _is_plain(functions[0]):
-            norm = functions.pop(0)
-        then_gelu = functions[:1] == [gelu]
-        if isinstance(first, Linear):
-            x = _product(x, first, None, norm, then_gelu)[1]
-        elif _is_plain(first):
-            x = _finished(x[None].contiguous(), None, None, None, first, then_gelu)[1]
-        else:
-            x, then_gelu = first(x), False
-        del functions[:then_gelu]
-    return x
+    return _run(_stages(function), x)
+
+
+def apply_both(first: Function, second: Function, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Two functions of ``x [B, K]``; as long as their stages are alike, one launch computes both."""
+    left, right = _stages(first), _stages(second)
+    both = x, x
+    while left and right and _are_alike(left[0], right[0]):
+        stages = left.pop(0), right.pop(0)
+        both = _finished(_multiplied(both, stages), stages)  # type: ignore[assignment]
+    return _run(left, both[0]), _run(right, both[1])
+
+
+def multiply(layer: Linear, x: torch.Tensor) -> torch.Tensor:
+    """``x [B, K]`` times the weights, in parts ``[S, B, N]`` that are still to be added, as the bias is."""
+    return _multiplied((x, ), (_Stage(layer, None, False), ))
 
 
 def residual_norm(function: Function, x: torch.Tensor, residual: torch.Tensor,
-                  norm: Function) -> Tuple[torch.Tensor, torch.Tensor]:
+                  norm: Function) -> Tuple[torch.Tensor, ...]:
     """``residual [B, N]`` plus a function of ``x [B, K]``, and the norm of that."""
     *before, last = function.functions if isinstance(function, Chain) else (function, )
     x = apply(Chain(tuple(before)), x)
     if isinstance(last, Linear) and _is_plain(norm):
-        return _product(x, last, residual, norm)
+        return _finished(multiply(last, x), (_Stage(last, norm, False), ), residual)
     total = residual + apply(last, x)
     return total, norm(total)
 
 
 def place_norm(x: torch.Tensor, places: torch.Tensor, positions: torch.Tensor,
-               norm: Function) -> Tuple[torch.Tensor, torch.Tensor]:
+               norm: Function) -> Tuple[torch.Tensor, ...]:
     """``x [B, N]`` plus the rows of ``places`` at positions ``[B]``, and the norm of that."""
     if _is_plain(norm):
-        return _finished(x[None].contiguous(), None, places, positions, norm)
+        return _finished(x[None].contiguous(), (_Stage(None, norm, False), ), places, positions)
     total = x + places[positions]
     return total, norm(total)
 
@@ -154,33 +182,90 @@ def _is_plain(norm: Function) -> bool:
     return isinstance(norm, Norm) and norm.weight is not None and norm.bias is not None
 
 
-def _product(x: torch.Tensor, layer: Linear, residual: Optional[torch.Tensor], norm: Any,
-             then_gelu: bool = False) -> Tuple[torch.Tensor, torch.Tensor]:
-    (rows, inputs), outputs = x.shape, len(layer.weight)
-    tiling = tiling_of(rows, outputs)
-    parts = x.new_empty(tiling.parts, rows, outputs)
-    grid = triton.cdiv(outputs, tiling.outputs), triton.cdiv(rows, tiling.rows), tiling.parts
+def _stages(function: Function) -> List[Any]:
+    """The functions of a chain, those together that are a stage."""
+    functions = list(function.functions if isinstance(function, Chain) else (function, ))
+    stages: List[Any] = []
+    while functions:
+        first, linear, norm = functions.pop(0), None, None
+        if isinstance(first, Linear):
+            linear = first
+            norm = functions.pop(0) if functions and _is_plain(functions[0]) else None
+        elif _is_plain(first):
+            norm = first
+        else:
+            stages.append(first)
+            continue
+        then_gelu = functions[:1] == [gelu]
+        del functions[:then_gelu]
+        stages.append(_Stage(linear, norm, then_gelu))
+    return stages
+
+
+def _are_alike(*stages: Any) -> bool:
+    """Whether one launch can compute both products, and another one what follows on them."""
+    if not all(isinstance(stage, _Stage) and stage.linear for stage in stages):
+        return False
+    one, other = [
+        (linear.weight.shape[1], linear.weight.dtype, linear.matmul, linear.bias is None, norm and norm.eps, then_gelu)
+        for linear, norm, then_gelu in stages
+    ]
+    return one == other
+
+
+def _run(stages: List[Any], x: torch.Tensor) -> torch.Tensor:
+    for stage in stages:
+        if not isinstance(stage, _Stage):
+            x = stage(x)
+        else:
+            parts = x[None].contiguous() if stage.linear is None else _multiplied((x, ), (stage, ))
+            x = _finished(parts, (stage, ))[0]
+    return x
+
+
+def _multiplied(xs: Sequence[torch.Tensor], stages: Sequence[_Stage]) -> torch.Tensor:
+    """The products of a stage, or of two side by side, in parts ``[S, B, N]``."""
+    layers = [stage.linear for stage in stages if stage.linear is not None]
+    sizes = [len(layer.weight) for layer in layers]
+    (rows, inputs), layer = xs[0].shape, layers[0]
+    tiling = tiling_of(rows, sum(sizes))
+    start2 = _aligned(sizes[0])
+    end = sizes[0] if len(sizes) == 1 else start2 + sizes[1]
+    parts = xs[0].new_empty(tiling.parts, rows, _aligned(end))
+    blocks = sum(triton.cdiv(size, tiling.outputs) for size in sizes)
     launch(
-        _multiply, grid, x, layer.weight, parts, rows, outputs, inputs, ROWS=tiling.rows, OUTPUTS=tiling.outputs,
-        INPUTS=tiling.inputs, PARTS=tiling.parts, PRECISION=PRECISIONS[layer.matmul], num_warps=tiling.warps,
-        num_stages=tiling.stages
+        _multiply, (blocks, triton.cdiv(rows, tiling.rows), tiling.parts), xs[0], xs[-1], layer.weight,
+        layers[-1].weight, sizes[0], sizes[-1], parts, start2, parts.stride(1), rows, inputs, ROWS=tiling.rows,
+        OUTPUTS=tiling.outputs, INPUTS=tiling.inputs, PARTS=tiling.parts, PRECISION=PRECISIONS[layer.matmul],
+        BOTH=len(stages) == 2, num_warps=tiling.warps, num_stages=tiling.stages
     )
-    return _finished(parts, layer.bias, residual, None, norm, then_gelu)
+    return parts[:, :, :end]
 
 
-def _finished(parts: torch.Tensor, bias: Optional[torch.Tensor], residual: Optional[torch.Tensor],
-              chosen: Optional[torch.Tensor], norm: Any, then_gelu: bool = False) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The sum with the residual, if there is one, and what follows on it."""
-    count, rows, outputs = parts.shape
-    normed = parts.new_empty(rows, outputs)
-    out = normed if residual is None else torch.empty_like(normed)
-    lanes = triton.next_power_of_2(outputs) if norm is not None else min(1024, triton.next_power_of_2(outputs))
-    weight, shift, eps = (out, out, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+def _finished(parts: torch.Tensor, stages: Sequence[_Stage], residual: Optional[torch.Tensor] = None,
+              chosen: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, ...]:
+    """What stages make of their products in ``parts [S, B, N]``; before it the sum with a residual, if there is one."""
+    count, rows, end = parts.shape
+    sizes = [end if stage.linear is None else len(stage.linear.weight) for stage in stages]
+    results = [parts.new_empty(rows, size) for size in sizes]
+    out = results[0] if residual is None else torch.empty_like(results[0])
+    biases = [None if stage.linear is None else stage.linear.bias for stage in stages]
+    norm, norm2 = stages[0].norm, stages[-1].norm
+    lanes = triton.next_power_of_2(max(sizes))
+    lanes = lanes if norm is not None else min(1024, lanes)
+    weights = (out, out, out, out) if norm is None else (norm.weight, norm2.weight, norm.bias, norm2.bias)
     launch(
-        _finish, (rows, triton.cdiv(outputs, lanes)), parts, out if bias is None else bias,
-        out if residual is None else residual, out if chosen is None else chosen, weight, shift, out, normed, rows,
-        outputs, eps, PARTS=count, BIAS=bias is not None, RESIDUAL=residual is not None,
-        CHOSEN=chosen is not None, NORM=norm is not None, GELU=then_gelu, LANES=lanes,
+        _finish, (rows, sum(triton.cdiv(size, lanes) for size in sizes)), parts,
+        out if biases[0] is None else biases[0], out if biases[-1] is None else biases[-1],
+        out if residual is None else residual, out if chosen is None else chosen, *weights, out, results[0],
+        results[-1], sizes[0], sizes[-1], _aligned(sizes[0]), parts.stride(1), rows,
+        0.0 if norm is None else norm.eps, PARTS=count, BIAS=biases[0] is not None, RESIDUAL=residual is not None,
+        CHOSEN=chosen is not None, NORM=norm is not None, GELU=stages[0].then_gelu, LANES=lanes, BOTH=len(stages) == 2,
         num_warps=4 if lanes <= 1024 else 8
     )
-    return out, normed
+    return tuple(results) if residual is None else (out, results[0])
+
+
+def _aligned(size: int) -> int:
+    """Numbers up to the next place that several can be read from at once."""
+    return -(-size // 16) * 16

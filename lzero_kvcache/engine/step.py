@@ -126,14 +126,15 @@ class Engine:
     def simulate(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
                  positions: torch.Tensor, latent: Optional[torch.Tensor] = None) -> StepOutput:
         """:meth:`step` without a window: Triton reads pages where they are."""
-        from .products import apply
+        from .products import apply_both
 
         token, rewards = weights.embed_action(action), None
         x = self._over_pages(weights, slab, tables, counts, positions, 0, token)
         if latent is None:
-            rewards, latent = apply(weights.rewards, x).unsqueeze(1), apply(weights.observations, x)
+            rewards, latent = apply_both(weights.rewards, weights.observations, x)
+            rewards = rewards.unsqueeze(1)
         x = self._over_pages(weights, slab, tables, counts, positions, 1, latent)
-        policy, value = apply(weights.policy, x), apply(weights.value, x)
+        policy, value = apply_both(weights.policy, weights.value, x)
         return StepOutput(x.unsqueeze(1), latent.unsqueeze(1), rewards, policy.unsqueeze(1), value.unsqueeze(1))
 
     def begin_in_place(self, weights: Weights, slab: Slab, pages: torch.Tensor, positions: torch.Tensor,
@@ -155,9 +156,7 @@ class Engine:
         else:
             x, normed = place_norm(x, weights.places, positions[part], norm)
         for index, (layer, next_norm) in enumerate(zip(weights.layers, norms)):
-            y = attend(
-                self.geometry, weights, slab, index, part, apply(layer.qkv, normed), tables, counts, positions
-            )
+            y = attend(self.geometry, weights, slab, index, part, normed, tables, counts, positions)
             if layer is weights.layers[-1] and not predicts:
                 break
             if layer.gates is None:

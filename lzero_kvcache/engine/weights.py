@@ -91,7 +91,7 @@ class Geometry(NamedTuple):
 class Layer(NamedTuple):
     """One block of the transformer."""
     norm1: Function
-    qkv: Function  # [B, E] -> [B, 3E]: query, key, value
+    qkv: Linear  # [B, E] -> [B, 3E]: query, key, value
     proj: Function
     norm2: Function
     mlp: Function

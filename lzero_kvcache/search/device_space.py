@@ -67,7 +67,7 @@ class Space:
         if self._engine.geometry.continuous:
             self.actions = torch.zeros(rows, self._action_size, device=device)
         self.broken = torch.zeros(2, rows, dtype=whole, device=device)
-        self._simulation = torch.zeros(1, dtype=whole, device=device)
+        self._simulation = torch.zeros(rows, dtype=whole, device=device)
         self.predicted = torch.zeros(rows, 2 + self._policy, device=device)
         rules, others = self._rules, np.arange(nodes + 1, dtype=np.float32)
         self._explored = torch.from_numpy(explorations(others, rules['pb_c_base'], rules['pb_c_init'])).to(device)
@@ -123,7 +123,7 @@ class Space:
         self.broken.fill_(0)
         self._simulation.fill_(0)
         if self.sampled:
-            self._draw(sent.logits, 0)
+            self._draw(sent.logits)
         else:
             tree.order[:, 0], tree.prior[:, 0] = sent.order, sent.prior
 
@@ -134,8 +134,7 @@ class Space:
         for_search(self._step(), self.predicted)
         self._backup()
         if self.sampled:
-            self._draw(self.predicted[:, 2:], 1)
-        self._simulation.add_(1)
+            self._draw(self.predicted[:, 2:])
 
     def _step(self) -> StepOutput:
         """The model's step at the nodes that were selected."""
@@ -172,14 +171,14 @@ class Space:
             self._rules['two_players'], self.sampled
         )
 
-    def _draw(self, policy: torch.Tensor, after: int) -> None:
-        """Draw the actions of the root (``after`` 0) or of the new node (1)."""
+    def _draw(self, policy: torch.Tensor) -> None:
+        """Draw the actions of the newest node."""
         from . import sampling
 
         tree, continuous = self.tree, self._engine.geometry.continuous
         draw = sampling.draw_continuous if continuous else sampling.draw_discrete
         self._launch(
-            draw, tree.draws, tree.order, tree.prior, self._sent.key.view(torch.int64), self._simulation, after,
+            draw, tree.draws, tree.order, tree.prior, self._sent.key.view(torch.int64), self._simulation,
             policy, policy.stride(0), self.simulations + 1, self._slots, self._engine.geometry.action_size,
             _padded(self._slots), _padded(self._policy), num_warps=8
         )
@@ -236,7 +235,7 @@ class Reanalysis(Space):
         output = engine.simulate(
             self._weights, self._slab, self._pages.T, self._counts, self.actions, self._positions
         )
-        self.latents.index_copy_(0, self._simulation.long() + 1, output.latent_state.squeeze(1)[None])
+        self.latents.index_copy_(0, self._simulation[:1].long() + 1, output.latent_state.squeeze(1)[None])
         return output
 
 

@@ -29,7 +29,7 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
     ``[B]`` and positions ``[2, B]``."""
     wait(OVERLAP)
     row = tl.program_id(0)
-    simulation = tl.load(simulation_at)
+    simulation = tl.load(simulation_at + row)
     discount, delta = tl.load(rules), tl.load(rules + 1)
     sign = -1.0 if TWO_PLAYERS else 1.0
     index = tl.arange(0, SLOTS)
@@ -128,11 +128,11 @@ def mended(number):
 def backup(visits, value_sum, reward, prior, child, order, low, high, path, depths, broken, predicted,
            simulation_at, rules, rows, nodes, slots, policy, SLOTS: tl.constexpr, POLICY: tl.constexpr,
            TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr, OVERLAP: tl.constexpr):
-    """Expand the new node by predictions ``[B, 2 + P]``, zeros for what is no number, and back its value up. Where
-    trees are sampled, the node's actions are still to be drawn."""
+    """Expand the new node by predictions ``[B, 2 + P]``, zeros for what is no number, back its value up, and
+    count the simulation. Where trees are sampled, the node's actions are still to be drawn."""
     wait(OVERLAP)
     row = tl.program_id(0)
-    simulation = tl.load(simulation_at)
+    simulation = tl.load(simulation_at + row)
     discount = tl.load(rules)
     index, column = tl.arange(0, SLOTS), tl.arange(0, POLICY)
     there = column < policy
@@ -179,3 +179,4 @@ def backup(visits, value_sum, reward, prior, child, order, low, high, path, dept
         depth -= 1
     tl.store(low + row, lowest)
     tl.store(high + row, highest)
+    tl.store(simulation_at + row, simulation + 1)

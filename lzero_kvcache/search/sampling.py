@@ -40,13 +40,13 @@ def _decimals(number):
 
 
 @triton.jit
-def draw_continuous(draws, order, prior, key_at, simulation_at, after, policy, policy_step, nodes, slots, action_size,
+def draw_continuous(draws, order, prior, key_at, simulation_at, policy, policy_step, nodes, slots, action_size,
                     SLOTS: tl.constexpr, POLICY: tl.constexpr, OVERLAP: tl.constexpr):
-    """Of node ``after`` a simulation's number: tanh of normal draws, by means and then deviations ``[B, 2A]``. One slot
-    for all draws that are the same action, and the same prior for each slot."""
+    """Of the newest node: tanh of normal draws, by means and then deviations ``[B, 2A]``. One slot for all draws that
+    are the same action, and the same prior for each slot."""
     wait(OVERLAP)
     row = tl.program_id(0)
-    node, key = tl.load(simulation_at) + after, tl.load(key_at)
+    node, key = tl.load(simulation_at + row), tl.load(key_at)
     index = tl.arange(0, SLOTS)
     there = index < slots
     at = (row * nodes + node) * slots + index
@@ -69,13 +69,12 @@ def draw_continuous(draws, order, prior, key_at, simulation_at, after, policy, p
 
 
 @triton.jit
-def draw_discrete(draws, order, prior, key_at, simulation_at, after, policy, policy_step, nodes, slots, actions,
+def draw_discrete(draws, order, prior, key_at, simulation_at, policy, policy_step, nodes, slots, actions,
                   SLOTS: tl.constexpr, POLICY: tl.constexpr, OVERLAP: tl.constexpr):
-    """Of node ``after`` a simulation's number, without replacement, by logits ``[B, P]``: the largest of u ** (1 / p).
-    """
+    """Of the newest node, without replacement, by logits ``[B, P]``: the largest of u ** (1 / p)."""
     wait(OVERLAP)
     row = tl.program_id(0)
-    node, key = tl.load(simulation_at) + after, tl.load(key_at)
+    node, key = tl.load(simulation_at + row), tl.load(key_at)
     index, action = tl.arange(0, SLOTS), tl.arange(0, POLICY)
     there, known = index < slots, action < actions
     logits = mended(tl.load(policy + row * policy_step + action, mask=known, other=0.))
