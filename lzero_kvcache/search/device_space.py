@@ -165,8 +165,8 @@ class Space:
 
         tree = self.tree
         self._launch(
-            kernels.backup, tree.visits, tree.value_sum, tree.reward, tree.prior, tree.child, tree.order, tree.low,
-            tree.high, tree.path, tree.depth, self.broken, self.predicted, self._simulation, self._numbers,
+            kernels.backup, tree.visits, tree.value_sum, tree.reward, tree.prior, tree.child, tree.low, tree.high,
+            tree.path, tree.depth, self.broken, self.predicted, self._simulation, self._numbers,
             self.rows, self.simulations + 1, self._slots, self._policy, _padded(self._slots), _padded(self._policy),
             self._rules['two_players'], self.sampled
         )

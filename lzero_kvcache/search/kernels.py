@@ -39,12 +39,17 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
     divisor = tl.where(width < delta, delta, width)
     node, parent, depth, action = row * 0, row * 0, row * 0, row * 0
     above = discount * 0
+    passed = tl.load(visits + first_node)
     while node <= simulation:
         parent = node
         tl.store(path + first_node + depth, node)
         begin = (first_node + node) * slots
-        slot = tl.load(order + begin + index, mask=index < slots, other=-1)
-        known = slot >= 0
+        there = index < slots
+        ordered = there
+        if not SAMPLED:  # whose nodes have all actions, but for the root
+            ordered = there & (node == 0)
+        slot = tl.where(ordered, tl.load(order + begin + index, mask=ordered, other=-1), index)
+        known = there & (slot >= 0)
         children = tl.load(child + begin + slot, mask=known, other=-1)
         seen = known & (children >= 0)
         reached = tl.load(visits + first_node + children, mask=seen, other=1)
@@ -62,7 +67,7 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
         value = tl.where(width > 0, tl.div_rn(value - lowest, divisor), value)
         value = tl.where(value < 0, 0., value)
         value = tl.where(value > 1, 1., value)
-        others = tl.load(visits + first_node + node) - 1
+        others = passed - 1
         priors = tl.load(prior + begin + slot, mask=known, other=0.)
         more = tl.div_rn(tl.load(spread + others), tl.where(seen, reached, 0).to(tl.float32) + 1.0)
         scores = tl.load(explored + others) * more * priors + value
@@ -79,7 +84,8 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
             chosen = tied & (tl.cumsum(tied.to(tl.int32), 0) - 1 == left)
         step = tl.sum(tl.where(chosen, slot, 0), 0)
         action = tl.sum(tl.where(chosen, index, 0), 0) if SAMPLED else step
-        node = tl.load(child + begin + step)
+        node = tl.max(tl.where(chosen, children, -1), 0)
+        passed = tl.sum(tl.where(chosen, reached, 0), 0)
         if node < 0:
             node = simulation + 1
             tl.store(child + begin + step, node)
@@ -125,7 +131,7 @@ def mended(number):
 
 
 @triton.jit
-def backup(visits, value_sum, reward, prior, child, order, low, high, path, depths, broken, predicted,
+def backup(visits, value_sum, reward, prior, child, low, high, path, depths, broken, predicted,
            simulation_at, rules, rows, nodes, slots, policy, SLOTS: tl.constexpr, POLICY: tl.constexpr,
            TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr, OVERLAP: tl.constexpr):
     """Expand the new node by predictions ``[B, 2 + P]``, zeros for what is no number, back its value up, and
@@ -153,7 +159,6 @@ def backup(visits, value_sum, reward, prior, child, order, low, high, path, dept
         logits = tl.where(there, mended(logits), -float('inf'))
         powers = tl.exp(logits - tl.max(logits, 0))
         tl.store(prior + new * slots + column, tl.div_rn(powers, tl.sum(powers, 0)), mask=there)
-        tl.store(order + new * slots + column, column, mask=there)
     tl.store(reward + new, new_reward)
     lowest, highest = tl.load(low + row), tl.load(high + row)
     sign = -1.0 if TWO_PLAYERS and not SAMPLED else 1.0
