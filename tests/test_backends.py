@@ -40,7 +40,7 @@ class StandIn:
 
     def __init__(self, backend, slab, sent, action):
         self._backend, self._slab, self._inputs = backend, slab, (sent, action)
-        world_model, _ = backend.source.read.args  # whose weights it reads
+        world_model, *_ = backend.source.read.args  # whose weights it reads
         self._parameters = [(parameter, parameter.data) for parameter in world_model.parameters()]
         self._pages = slab.data
         self.result = self._run()

@@ -1,4 +1,6 @@
 """Steps of a model that is on a GPU, launched eagerly and as replayed graphs; what is right is computed on the CPU."""
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from small_models import ORIGINAL_MODELS, Case, cached_model, construct, origina
 from test_backends import BOTH_ACTIONS, BOTH_POSITIONS, BOTH_WAYS, SEED, cfg
 
 from lzero_kvcache.engine import packing
+from lzero_kvcache.engine.graphs import capture
 from lzero_kvcache.engine.step import SHORT_WINDOW, _attend_elementwise
 from lzero_kvcache.host import weights as layouts
 
@@ -152,3 +155,26 @@ def test_attention_over_a_few_tokens(rows, length):
     query = query.transpose(1, 2)
     expected = F.scaled_dot_product_attention(query, keys, values)
     torch.testing.assert_close(_attend_elementwise(query, keys, values, None), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_captures_hold_is_counted():
+    """All memory that only graphs can use, and no library's besides."""
+    def held():
+        torch.cuda.synchronize()
+        return sum(
+            part['total_size'] for part in torch.cuda.memory_snapshot() if tuple(part['segment_pool_id']) != (0, 0)
+        ) / 2 ** 20
+
+    kept = torch.randn(1024, 1024, device='cuda')
+    state = {}
+
+    def first():
+        state['copy'] = kept + 1  # the next run's takes the place of this one
+        return state['copy']
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = held()
+    captured = [capture(kept.device, first, lambda: state['copy'] @ kept) for _ in range(3)]
+    assert all(part.memory_mb > 0 for part in captured)
+    assert sum(part.memory_mb for part in captured) == pytest.approx(held() - before)

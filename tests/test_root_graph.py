@@ -1,4 +1,5 @@
 """Root inferences that a GPU replays: by stand-ins for captures and Triton's interpreter on the CPU, and on a GPU."""
+import copy
 import importlib.util
 
 import numpy as np
@@ -166,3 +167,23 @@ def test_on_a_gpu(rotary, continuous):
         model.world_model.forget()
     graph, = model.world_model.inference._root_graphs.graphs.kept.values()
     assert graph.captured.memory_mb > 0
+
+
+def test_captures_join_projections_in_one_room():
+    model = cached_model(Case(), 2, SEED)
+    read, manager = model.world_model.weights_source.read, model.world_model.kv_cache_manager
+    before, plain = manager.memory_mb, read(False)
+    first, second = read(True), read(True)
+    for one, other, right in zip(first.layers, second.layers, plain.layers):
+        assert one.qkv.weight.data_ptr() == other.qkv.weight.data_ptr()
+        assert torch.equal(one.qkv.weight, right.qkv.weight) and torch.equal(one.qkv.bias, right.qkv.bias)
+    parts = [part for layer in first.layers for part in (layer.qkv.weight, layer.qkv.bias)]
+    taken = sum(part.numel() * part.element_size() for part in parts) / 2 ** 20
+    assert manager.memory_mb - before == pytest.approx(taken)
+    query = model.world_model.transformer.blocks[0].attn.query
+    with torch.no_grad():
+        query.weight.add_(1.)
+    read(True)
+    assert torch.equal(first.layers[0].qkv.weight[:len(query.weight)], query.weight)
+    copied = copy.deepcopy(model).world_model.weights_source.read(True)
+    assert copied.layers[0].qkv.weight.data_ptr() != first.layers[0].qkv.weight.data_ptr()

@@ -1,4 +1,5 @@
 """CUDA graphs of one model: captured once for each size, and anew when storage moves."""
+import functools
 import gc
 import logging
 import threading
@@ -27,30 +28,36 @@ class Captured(NamedTuple):
 def capture(device: torch.device, *functions: Callable[[], Any]) -> Captured:
     """Capture functions that run one after another; what they return is overwritten by each replay."""
     with _capturing, torch.cuda.device(device):  # Triton launches on the current device
-        return _capture(device, functions)
+        return _capture(functions)
 
 
-def _capture(device: torch.device, functions: Sequence[Callable[[], Any]]) -> Captured:
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+def _capture(functions: Sequence[Callable[[], Any]]) -> Captured:
+    stream = _stream_of(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries allocate their workspaces before the capture
         for _ in range(3):
             for function in functions:
                 function()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(stream)
     gc.collect()  # another model's graphs, if they were collected during a capture, would break it
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved(device)
     graphs: List[Any] = []
-    results = []
+    results, held = [], 0
     for function in functions:
         graph = torch.cuda.CUDAGraph()
         pool = graphs[0].pool() if graphs else None
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'):  # other threads may use the GPU
+        # Other threads may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'):
+            before = torch.cuda.memory_reserved()  # with nothing in it that is free: PyTorch empties its cache here
             results.append(function())
+            held += torch.cuda.memory_reserved() - before  # with what a replay needs only in between
         graphs.append(graph)
-    held = torch.cuda.memory_reserved(device) - before  # with what a replay needs only in between
-    return Captured([graph.replay for graph in graphs], results, max(0, held) / MIB)
+    return Captured([graph.replay for graph in graphs], results, held / MIB)
+
+
+@functools.lru_cache(maxsize=None)
+def _stream_of(device: int) -> Any:
+    """One stream for all captures on a device, since libraries keep memory for each that they ran on: cuBLAS 32 MiB."""
+    return torch.cuda.Stream(device)
 
 
 def smallest_fitting(kept: Dict[Tuple[Any, ...], Any], rows: int, suits: Callable[[Tuple[Any, ...]], bool]) -> Any:

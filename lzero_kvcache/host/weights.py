@@ -1,12 +1,13 @@
 """LightZero's transformer and heads, laid out for the engine; read anew for each search."""
 import functools
-from typing import Any, Callable, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from lzero.model.common import SimNorm
 from torch import nn
 
+from ..config import MIB
 from ..engine.weights import Chain, Function, Geometry, Layer, Linear, Norm, Source, Weights, gelu
 from .lightzero import lightzero
 from .refused import has_own_encoding, heads_of
@@ -19,7 +20,28 @@ MANY_CAPTURED_ROWS = 32
 """The same in a CUDA graph, where launches cost little."""
 
 
-def source_of(world_model: Any) -> Source:
+class Room:
+    """Where captures join projections: one copy for all captures of a model, each of which would have its own."""
+
+    def __init__(self) -> None:
+        self._kept: Dict[Any, torch.Tensor] = {}
+
+    def __reduce__(self) -> Any:
+        return type(self), ()  # a copy begins without
+
+    @property
+    def memory_mb(self) -> float:
+        return sum(part.numel() * part.element_size() for part in list(self._kept.values())) / MIB
+
+    def join(self, layer: int, kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Weights or biases of a layer in one tensor, which the next call for these overwrites."""
+        kept, detached = self._kept.get((layer, kind)), [part.detach() for part in parts]
+        if kept is None or (kept.device, kept.dtype) != (detached[0].device, detached[0].dtype):
+            self._kept[layer, kind] = kept = torch.cat(detached)
+        return torch.cat(detached, out=kept)
+
+
+def source_of(world_model: Any, room: Room) -> Source:
     """The weights of a LightZero world model that :func:`check_served` lets pass."""
     config = world_model.config
     geometry = Geometry(
@@ -29,14 +51,14 @@ def source_of(world_model: Any) -> Source:
         rotary_positions=lightzero.angles_of(config) if config.rotary_emb else 0,
     )
     return Source(
-        geometry, functools.partial(read_weights, world_model, geometry),
+        geometry, functools.partial(read_weights, world_model, geometry, room),
         functools.partial(_shift, world_model, geometry), functools.partial(_addresses, world_model),
         functools.partial(_device, world_model), functools.partial(_is_training, world_model),
         functools.partial(_has_own_encoding, world_model),
     )
 
 
-def read_weights(world_model: Any, geometry: Geometry, captured: bool = False) -> Weights:
+def read_weights(world_model: Any, geometry: Geometry, room: Room, captured: bool = False) -> Weights:
     """The model as it is now: fused copies of the projections, everything else in place."""
     device, training = _device(world_model), world_model.training
     many_rows = MANY_CAPTURED_ROWS if captured else MANY_ROWS.get(device.type, MANY_ROWS['cpu'])
@@ -47,7 +69,11 @@ def read_weights(world_model: Any, geometry: Geometry, captured: bool = False) -
     transformer, heads = world_model.transformer, heads_of(world_model)
     rewards, observations, policy, value = [_without_dicts(read(head.head_module)) for head in heads]
     return Weights(
-        layers=[_layer(block, read, many_rows) for block in transformer.blocks], norm=read(transformer.ln_f),
+        layers=[
+            _layer(block, read, many_rows, functools.partial(room.join, index) if captured else _joined)
+            for index, block in enumerate(transformer.blocks)
+        ],
+        norm=read(transformer.ln_f),
         embed_action=functools.partial(_embed_action, world_model),
         embed_dropout=transformer.drop.forward if training else None,
         attention_dropout=world_model.config.attn_pdrop if training else 0.0,
@@ -58,13 +84,19 @@ def read_weights(world_model: Any, geometry: Geometry, captured: bool = False) -
     )
 
 
-def _layer(block: Any, read: Callable[[nn.Module], Function], many_rows: int) -> Layer:
+def _joined(_kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(parts))
+
+
+def _layer(block: Any, read: Callable[[nn.Module], Function], many_rows: int,
+           join: Callable[[str, Sequence[torch.Tensor]], torch.Tensor]) -> Layer:
     attn = block.attn
+    projections = attn.query, attn.key, attn.value
     return Layer(
         norm1=read(block.ln1),
         qkv=Linear(
-            torch.cat([attn.query.weight, attn.key.weight, attn.value.weight]),
-            torch.cat([attn.query.bias, attn.key.bias, attn.value.bias]), many_rows
+            join('weight', [layer.weight for layer in projections]),
+            join('bias', [layer.bias for layer in projections]), many_rows
         ),
         proj=read(nn.Sequential(attn.proj, attn.resid_drop) if attn.training else attn.proj),
         norm2=read(block.ln2),
