@@ -151,8 +151,11 @@ class Path:
         """Turn the pairs of every head by the tokens' angles; t is [T, E]."""
         turned = torch.view_as_complex(t.view(len(t), self.world_model.num_heads, -1, 2))
         transformer = self.world_model.transformer
-        longer = adapter().longer_table(transformer, int(angles.min()), int(angles.max()))
-        turned = turned * (transformer.freqs_cis if longer is None else longer)[angles][:, None]
+        table = transformer.freqs_cis
+        if adapter().ANGLES_GROW:
+            longer = adapter().longer_table(transformer, int(angles.min()), int(angles.max()))
+            table = table if longer is None else longer
+        turned = turned * table[angles][:, None]
         return torch.view_as_real(turned).reshape(t.shape)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor

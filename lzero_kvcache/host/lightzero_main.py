@@ -16,6 +16,9 @@ POLICIES = ('unizero', 'sampled_unizero', 'unizero_ppo')
 RECURRENT_SLOTS = 'shared_pool_size_recur'
 """Attribute of a world model that says how many contexts its recurrent pool has."""
 
+ANGLES_GROW = True
+"""Whether its table of rotary angles grows, or else they repeat."""
+
 KEEPS_REANALYSES = True
 """Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
 

@@ -14,6 +14,9 @@ POLICIES = ('unizero', 'sampled_unizero')
 RECURRENT_SLOTS = 'shared_pool_size'
 """Attribute of a world model that says how many contexts its recurrent pool has."""
 
+ANGLES_GROW = False
+"""Whether its table of rotary angles grows, or else they repeat."""
+
 KEEPS_REANALYSES = False
 """Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
 
@@ -43,11 +46,6 @@ def mlp_of(block: Any) -> nn.Module:
 def angles_of(config: Any) -> int:
     """Rotary angles that there are before they repeat."""
     return config.max_seq_len
-
-
-def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tensor]:
-    """A table of rotary angles that has a first and a last one, where the transformer's has not."""
-    return None
 
 
 def unserved_of(world_model: Any) -> Iterator[str]:

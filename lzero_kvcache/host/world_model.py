@@ -75,6 +75,7 @@ class NewWorldModel(LightZeroWorldModel):
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
+        self._angles_grow = bool(config.rotary_emb) and lightzero.ANGLES_GROW
         self._why_not_in_arrays: Dict[str, Optional[str]] = {}  # for each kind of search
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
@@ -159,7 +160,7 @@ class NewWorldModel(LightZeroWorldModel):
     def reserve_angles(self, start_pos: Any, depth: int, going: Any = 0) -> None:
         """Have rotary angles for roots at some timesteps, or at one, to which an action led or not, and for nodes down
         to a depth below them; a ``ValueError`` where LightZero has no angles below 0."""
-        if not self.config.rotary_emb:
+        if not self._angles_grow:
             return
         first = int(np.min(2 * np.asarray(start_pos, dtype=np.int64) - going))
         last = 2 * (int(np.max(start_pos)) + depth) + 3
@@ -245,7 +246,7 @@ class NewWorldModel(LightZeroWorldModel):
                 return super().forward_initial_inference(obs_act_dict, start_pos)
             return self._forward_sequences(obs_act_dict['obs'], obs_act_dict['action'], start_pos)
         actions, current_obs = obs_act_dict['action'], obs_act_dict['current_obs']
-        if self.config.rotary_emb:
+        if self._angles_grow:
             _, going = self.inference.actions_of(actions, len(current_obs))
             self.reserve_angles(timesteps_of(start_pos, len(going)), self._options.num_simulations, going)
         output = self.inference.root(obs_act_dict['obs'], actions, current_obs, start_pos)
