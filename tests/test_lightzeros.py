@@ -147,7 +147,6 @@ class TestMain:
         for wrong, message in (
             (dict(policy_type='unizero_multitask'), 'is not a UniZero policy'),
             (dict(obs_type='text'), "obs_type='text'"),
-            (dict(kv_cache_cfg=EasyDict(validation='legacy')), "validation='legacy'"),
             (dict(policy=dict(contextual_reanalysis=True, reanalyze_ratio=0.5)), 'contextual_reanalysis=True'),
         ):
             with pytest.raises(ConfigError, match=message):
@@ -178,12 +177,13 @@ class TestMain:
         assert fails in said if AS_SHIPPED else said == 'no extra: installed'
         assert listed['lightzero:cartpole_unizero_ppo_config'] == said
 
-    @pytest.mark.parametrize('system', SYSTEMS)
+    @pytest.mark.parametrize(('system', 'validation'), [
+        ('old', 'off'), ('lightzero', 'off'), ('new', 'exact'), ('new', 'legacy')])
     @pytest.mark.parametrize('improvement', ['ppo', 'mcts'])
-    def test_ppo_is_served_in_all_three(self, system, improvement):
+    def test_ppo_is_served_in_all_three(self, system, validation, improvement):
         flag, manager = SYSTEMS[system]
         config = small_cartpole(flag, kv_cache_cfg=EasyDict(
-            type=manager, search='tree', validation='exact' if system == 'new' else 'off'))
+            type=manager, search='tree', validation=validation, validation_freq=1, validation_action='raise'))
         config.policy.update(policy_improvement=improvement, collect_with_pure_policy=improvement == 'ppo')
         policy = create_policy(
             compiled(config, 'unizero_ppo').policy, enable_field=['learn', 'collect', 'eval'])

@@ -4,7 +4,11 @@ from typing import Any, Iterator, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from lzero.model.unizero_world_models.transformer import precompute_freqs_cis
+from lzero.policy.unizero import UniZeroPolicy
 from torch import nn
+
+from ..validation.trace import Trace
+from .kept_rows import Kept, KeptRows
 
 NAME = 'main branch'
 SIGN = 'a block of its transformer has a feed_forward'
@@ -36,6 +40,9 @@ UNROLLS_WITHIN_BLOCKS = False
 
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
 """What a policy must be built for to collect."""
+
+NEVER_CAUSES = ('stale_slot', 'padding')
+"""What does not make its own caching answer wrongly."""
 
 _CHANGES_CONTEXTS = (
     ('exact_kv_window_reset', False, 'a full window would begin anew at its newest observation'),
@@ -82,8 +89,6 @@ def unserved_policy(cfg: Any) -> Optional[str]:
     """Why a policy cannot have the new cache."""
     if cfg['model']['world_model_cfg'].get('obs_type') == 'text':
         return "policy.model.world_model_cfg.obs_type='text': its searches must return latent states to be decoded"
-    if (cfg['model']['world_model_cfg'].get('kv_cache_cfg') or {}).get('validation') == 'legacy':
-        return "policy.model.world_model_cfg.kv_cache_cfg.validation='legacy': this LightZero has 'exact' alone"
     for name in ('value_support_range', 'reward_support_range'):
         low, high, step = cfg['model'][name]
         if (low, step) != (1 - high, 1):
@@ -127,6 +132,41 @@ def hand_rows(policy: Any, mode: str, env_ids: Sequence[int], observations: torc
         observations, actions = observations[order], [actions[row] for row in order]
     setattr(policy, f'last_batch_obs_{mode}', observations)
     setattr(policy, f'last_batch_action_{mode}', actions)
+
+
+class KeptOfBatch(KeptRows):
+    """Sampled UniZero's: its reset methods are UniZero's, which do not touch them."""
+
+    def reset(self, reset: Any, world_model: Any, *args: Any, **kwargs: Any) -> None:
+        self.policy.pad_token_id = reset.__self__.pad_token_id
+        if not hasattr(self.policy, reset.__name__.replace('_reset', 'last_batch_obs')):
+            super().reset(reset, world_model)  # an environment's row can be put back where there are rows
+        super().reset(reset, world_model, *args, **kwargs)
+
+
+class KeptByEnvironment(KeptOfBatch):
+    """UniZero's: of each environment, of collection and evaluation apart; roots are in the environments' pools."""
+
+    def before(self, trace: Trace, env_num: int) -> Kept:
+        observations, actions = f'last_batch_obs_{trace.mode}', f'last_batch_action_{trace.mode}'
+        kept = vars(self.policy)
+        if observations not in kept:
+            assert trace.obs is not None
+            kept[observations] = torch.zeros_like(trace.obs[:1]).repeat(env_num, *[1] * (trace.obs.dim() - 1))
+            kept[actions] = [-1] * env_num
+        last, taken = UniZeroPolicy._select_last_infer_inputs(
+            self.policy, kept[observations], kept[actions], trace.env_ids, len(kept[actions]))
+        return Kept(last, taken, trace.places, trace.env_ids)
+
+    def after(self, trace: Trace, actions: Sequence[Any]) -> None:
+        names = f'last_batch_obs_{trace.mode}', f'last_batch_action_{trace.mode}'
+        UniZeroPolicy._update_last_infer_inputs(
+            self.policy, *names, trace.obs, list(actions), trace.env_ids, len(getattr(self.policy, names[1])))
+
+
+def kept_rows(policy: Any) -> KeptRows:
+    """What a policy keeps between steps; nothing yet."""
+    return KeptOfBatch() if hasattr(policy, 'last_batch_obs') else KeptByEnvironment()
 
 
 def traverse_options(cfg: Any) -> Tuple[Any, ...]:

@@ -4,6 +4,8 @@ from typing import Any, Iterator, List, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
+from .kept_rows import KeptRows
+
 NAME = 'released 0.2.0'
 SIGN = 'a block of its transformer has an mlp'
 SERVED = 'all of UniZero and Sampled UniZero'
@@ -34,6 +36,9 @@ UNROLLS_WITHIN_BLOCKS = True
 
 POLICY_FIELDS = ('collect',)
 """What a policy must be built for to collect."""
+
+NEVER_CAUSES = ('last_obs', )
+"""What does not make its own caching answer wrongly."""
 
 
 def mlp_of(block: Any) -> nn.Module:
@@ -81,6 +86,11 @@ def environments_of(ready: Any) -> List[int]:
 def hand_rows(policy: Any, mode: str, env_ids: Sequence[int], observations: torch.Tensor, actions: List[Any]) -> None:
     """Give a policy the last observations and actions of the rows of its next batch."""
     policy.last_batch_obs, policy.last_batch_action = observations, actions
+
+
+def kept_rows(policy: Any) -> KeptRows:
+    """What a policy keeps between steps; nothing yet."""
+    return KeptRows()
 
 
 def traverse_options(cfg: Any) -> Tuple[Any, ...]:
