@@ -8,7 +8,6 @@ from typing import Any, Callable, List, Sequence, Tuple
 import numpy as np
 import torch
 from lzero.mcts.utils import prepare_observation
-from lzero.policy import inverse_scalar_transform
 
 from ..engine.transfer import to_cpu
 from .lightzero import lightzero
@@ -20,8 +19,7 @@ from .world_model import NewWorldModel
 
 def _is_served(model: Any, kind: str) -> bool:
     """Whether the engine may answer in place of a model's 'initial' or 'recurrent' inference."""
-    is_new = lightzero.COMPUTES_TARGETS and isinstance(model.world_model, NewWorldModel)
-    return is_new and not has_own_inference(model, kind)
+    return isinstance(model.world_model, NewWorldModel) and not has_own_inference(model, kind)
 
 
 # ---- searches anew ---------------------------------------------------------------------------------------------------
@@ -66,7 +64,7 @@ def targets_of_engine(compute: Callable[..., Targets]) -> Callable[..., Targets]
     def run(buffer: Any, context: Sequence[Any], model: Any, actions: np.ndarray, timesteps: np.ndarray) -> Targets:
         cfg, world_model = buffer._cfg, model.world_model
         if (not _is_served(model, 'initial') or world_model.training or cfg.env_type != 'not_board_games'
-                or cfg.use_root_value):
+                or any(cfg.get(name) for name in lightzero.OWN_TARGETS)):
             return compute(buffer, context, model, actions, timesteps)
         return target_values(cfg, context, world_model, actions, timesteps)
 
@@ -97,7 +95,7 @@ def _values(cfg: Any, world_model: NewWorldModel, observations: List[Any], actio
     """Values ``[B L, 1]`` of observations, on the model's device; it may still be computing them."""
     latents = _encoded(world_model, observations, cfg.model.model_type)
     weights, outputs = world_model.observed(latents.view(*actions.shape[:2], -1), actions, timesteps)
-    return inverse_scalar_transform(weights.value(outputs).flatten(0, 1), cfg.model.support_scale)
+    return lightzero.values_of(weights.value(outputs).flatten(0, 1), cfg)
 
 
 def _encoded(world_model: NewWorldModel, observations: List[Any], model_type: str) -> torch.Tensor:

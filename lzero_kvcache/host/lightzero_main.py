@@ -4,6 +4,7 @@ from typing import Any, Iterator, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from lzero.model.unizero_world_models.transformer import precompute_freqs_cis
+from lzero.policy import DiscreteSupport, inverse_scalar_transform
 from lzero.policy.unizero import UniZeroPolicy
 from torch import nn
 
@@ -26,8 +27,8 @@ KEEPS_REANALYSES = True
 INDEX_FOR_DEPTH = False
 """Whether the sampled search has a node's index in the search path for its depth."""
 
-COMPUTES_TARGETS = False
-"""Whether the engine computes what a replay buffer asks of the target model."""
+OWN_TARGETS = ('use_root_value', 'bootstrap_value_context')
+"""Options of a policy with which LightZero's own code computes target values."""
 
 HAS_MANAGER = True
 """Whether LightZero has a new manager of its own."""
@@ -75,6 +76,11 @@ def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tens
         return None
     end = max(last + 1, 2 * len(table))
     return precompute_freqs_cis(transformer.rotary_head_dim, end, transformer.rope_theta).to(table.device)
+
+
+def values_of(logits: torch.Tensor, cfg: Any) -> torch.Tensor:
+    """Target values ``[B, 1]`` from logits ``[B, S]``, as a policy's config has it."""
+    return inverse_scalar_transform(logits, DiscreteSupport(*cfg.model.value_support_range))
 
 
 def unserved_of(world_model: Any) -> Iterator[str]:

@@ -2,6 +2,7 @@
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import torch
+from lzero.policy import inverse_scalar_transform
 from torch import nn
 
 from .kept_rows import KeptRows
@@ -22,8 +23,8 @@ KEEPS_REANALYSES = False
 INDEX_FOR_DEPTH = True
 """Whether the sampled search has a node's index in the search path for its depth."""
 
-COMPUTES_TARGETS = True
-"""Whether the engine computes what a replay buffer asks of the target model."""
+OWN_TARGETS = ('use_root_value', )
+"""Options of a policy with which LightZero's own code computes target values."""
 
 HAS_MANAGER = False
 """Whether LightZero has a new manager of its own."""
@@ -53,6 +54,11 @@ def angles_of(config: Any) -> int:
 def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tensor]:
     """A table of rotary angles that has a first and a last one, where the transformer's has not."""
     return None
+
+
+def values_of(logits: torch.Tensor, cfg: Any) -> torch.Tensor:
+    """Target values ``[B, 1]`` from logits ``[B, S]``, as a policy's config has it."""
+    return inverse_scalar_transform(logits, cfg.model.support_scale)
 
 
 def unserved_of(world_model: Any) -> Iterator[str]:
