@@ -33,7 +33,9 @@ class Reanalysis(NodeSearch):
     def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any = None,
                task_id: Any = None) -> Any:
         latents = np.asarray(latent_state_roots, dtype=np.float32).reshape(roots.num, -1)
-        roots.found = model.world_model.inference.reanalyze(self.problem(roots), latents, timestep)
+        model.world_model.reserve_angles(timestep, self._cfg.num_simulations)
+        roots.found = model.world_model.inference.reanalyze(
+            self.problem(roots), latents, timestep, lightzero.KEEPS_REANALYSES)
 
 
 def reanalyzed_in_arrays(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,12 +43,13 @@ def reanalyzed_in_arrays(compute: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compute)
     def run(buffer: Any, policy_re_context: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        found = compute
+        searching = None
         if (policy_re_context is not None and _is_served(model, 'recurrent')
-                and buffer._cfg.model.categorical_distribution
-                and model.world_model.searches_in_arrays('Reanalyzing')):
-            found = with_globals(compute, MCTSCtree=Reanalysis)
-        return found(buffer, policy_re_context, model, *args, **kwargs)
+                and buffer._cfg.model.categorical_distribution):
+            searching = lightzero.searching_at_once(buffer, Reanalysis)
+        if searching is None or not model.world_model.searches_in_arrays('Reanalyzing'):
+            return compute(buffer, policy_re_context, model, *args, **kwargs)
+        return with_globals(compute, MCTSCtree=Reanalysis)(searching, policy_re_context, model, *args, **kwargs)
 
     return run
 

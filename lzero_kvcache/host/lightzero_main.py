@@ -1,8 +1,10 @@
 """What is of LightZero's main branch alone."""
+import copy
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from lzero.mcts import UniZeroGameBuffer
 from lzero.model.unizero_world_models.transformer import precompute_freqs_cis
 from lzero.policy import DiscreteSupport, inverse_scalar_transform
 from lzero.policy.unizero import UniZeroPolicy
@@ -81,6 +83,24 @@ def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tens
 def values_of(logits: torch.Tensor, cfg: Any) -> torch.Tensor:
     """Target values ``[B, 1]`` from logits ``[B, S]``, as a policy's config has it."""
     return inverse_scalar_transform(logits, DiscreteSupport(*cfg.model.value_support_range))
+
+
+def searching_at_once(buffer: Any, mcts: Any) -> Any:
+    """A copy of a replay buffer that searches all roots of a reanalysis at once, each with contexts of its own, and not
+    as many as there are environments; None where how it searches is somebody's own."""
+    if type(buffer)._search_reanalyzed_roots_in_chunks is not UniZeroGameBuffer._search_reanalyzed_roots_in_chunks:
+        return None
+
+    def search(model: Any, latent_state_roots: Any, legal_actions: Any, noises: Any, reward_pool: Any,
+               policy_logits_pool: Any, to_play: Any, root_timesteps: Any, root_token_contexts: Any = None) -> Any:
+        roots = mcts.roots(len(legal_actions), legal_actions)
+        roots.prepare(buffer._cfg.root_noise_weight, noises, reward_pool, policy_logits_pool, to_play)
+        mcts(buffer._cfg).search(roots, model, latent_state_roots, to_play, root_timesteps)
+        return roots.get_distributions()
+
+    searching = copy.copy(buffer)
+    searching._search_reanalyzed_roots_in_chunks = search
+    return searching
 
 
 def unserved_of(world_model: Any) -> Iterator[str]:
