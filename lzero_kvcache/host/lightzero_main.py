@@ -44,6 +44,9 @@ UNROLLS_WITHIN_BLOCKS = False
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
 """What a policy must be built for to collect."""
 
+CLEARS_EVERY = 2000
+"""Steps after which its own caches are cleared, if a policy does not say it."""
+
 NEVER_CAUSES = ('stale_slot', 'padding')
 """What does not make its own caching answer wrongly."""
 
@@ -119,6 +122,9 @@ def unserved_policy(cfg: Any) -> Optional[str]:
         low, high, step = cfg['model'][name]
         if (low, step) != (1 - high, 1):
             return f'policy.model.{name}={cfg["model"][name]}: it must be (-n, n + 1, 1)'
+    interval = cfg.get('kv_cache_clear_interval', CLEARS_EVERY)
+    if interval != CLEARS_EVERY and interval > 0:
+        return f'policy.kv_cache_clear_interval={interval}: no context is dropped after so many steps; 0 says the same'
     if cfg.get('contextual_reanalysis') and (cfg['reanalyze_ratio'] or cfg.get('buffer_reanalyze_freq')):
         return 'policy.contextual_reanalysis=True: roots of reanalyses would have contexts'
     return None
