@@ -12,7 +12,7 @@ import test_compiled_search as compiled
 import test_reanalysis as reanalysis
 import torch
 from ding.utils import MODEL_REGISTRY
-from small_models import ON_MAIN, Case, cached_model, construct, original_model
+from small_models import Case, cached_model, construct, original_model
 from test_compiled_search import Root, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
 from test_whole_search import SIMULATIONS, make
 
@@ -82,16 +82,16 @@ def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None
 
 @interpreted
 @reanalysis.CASES
-def test_interpreted_it_is_the_compiled_reanalysis(_small: None, case: Case, two_players: bool,
+def test_interpreted_it_is_the_compiled_reanalysis(_small: None, case: Case, two_players: bool, grows: bool,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """Some rows at a time, each with draws of their own."""
     monkeypatch.setattr(whole, 'CHUNK', 2)
     monkeypatch.setattr(device, 'MOST_ROWS', 2)
-    world_model, problem, latents, timesteps = reanalysis.asked(case, two_players)
+    world_model, problem, latents, timesteps, _ = reanalysis.asked(case, two_players)
     search, steps = world_model.inference._device, reanalysis_timesteps_of(timesteps, reanalysis.ROWS)
     with torch.no_grad():
-        visits, values, _ = search.reanalyze(problem, latents, steps, world_model.weights_source.addresses())
-    expected = world_model.inference.reanalyze(problem, latents, timesteps)
+        visits, values, _ = search.reanalyze(problem, latents, steps, world_model.weights_source.addresses(), grows)
+    expected = world_model.inference.reanalyze(problem, latents, timesteps, grows)
     assert visits == expected[0]
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
     [space] = search._spaces.kept.values()
@@ -276,10 +276,9 @@ class TestOnGPU:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.skipif(ON_MAIN, reason="reanalyses of LightZero's main branch are its own")
 @reanalysis.CASES
-def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool) -> None:
-    question = reanalysis.asked(case, two_players, 'cuda')
+def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool, grows: bool) -> None:
+    question = reanalysis.asked(case, two_players, grows, 'cuda')
     visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
     expected = reanalysis.by_steps(question)
     assert visits == expected[0]

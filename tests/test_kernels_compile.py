@@ -50,8 +50,9 @@ def main() -> None:
             )
             search.run(inference.open.steps[-1], root.problem)
             if not rules.get('sampled'):
-                latents = torch.zeros(2, case.embed_dim).numpy()
-                search.reanalyze(root.problem, latents, torch.arange(2).numpy(), model.weights_source.addresses())
+                latents, steps = torch.zeros(2, case.embed_dim).numpy(), torch.arange(2).numpy()
+                for grows in (False, True):
+                    search.reanalyze(root.problem, latents, steps, model.weights_source.addresses(), grows)
     print('compiled:', *sorted(names))
 
 

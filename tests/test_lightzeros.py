@@ -3,6 +3,7 @@
 Tests of one of them are skipped with the other.
 """
 import copy
+import functools
 import inspect
 import json
 import re
@@ -22,6 +23,7 @@ from lzero.model.unizero_model import UniZeroModel
 from lzero.policy import sampled_unizero
 from oracle import Batch, play, random_trace
 from small_models import ON_MAIN, ORIGINAL_MODELS, Case, cached_model, construct, randomise
+from test_validation import Checked
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 from lzero_kvcache import CacheConfig, ConfigError, check_config
@@ -45,6 +47,30 @@ SAVES_SAMPLED = 'use_adaptive_entropy_weight = ' in inspect.getsource(sampled_un
 FAULTS = {title: (program, last_line) for title, program, last_line in re.findall(
     r'^## (.*?)\n.*?```python\n(.*?)```\n\n```text\n(.*?)\n```', (PROJECT / 'docs' / 'upstream.md').read_text(),
     re.MULTILINE | re.DOTALL)}
+ASYNCHRONOUS = '''
+import copy
+import sys
+from lzero.entry import train_unizero_segment_async
+from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
+
+if __name__ == '__main__':
+    main, create = copy.deepcopy(cartpole.main_config), copy.deepcopy(cartpole.create_config)
+    main.exp_name = 'run'
+    main.env.update(collector_env_num=2, evaluator_env_num=1, n_evaluator_episode=1)
+    main.policy.update(
+        cuda=False, device='cpu', num_simulations=3, collect_num_simulations=3, eval_num_simulations=3, batch_size=4,
+        collector_env_num=2, evaluator_env_num=1, num_segments=2, update_per_collect=2, game_segment_length=10,
+        buffer_reanalyze_freq=1/2, reanalyze_batch_size=4, reanalyze_partition=0.75,
+        async_pipeline=dict(enabled=True, num_collector_actors=1))
+    main.policy.model.world_model_cfg.update(
+        device='cpu', embed_dim=32, env_num=2, use_new_cache_manager=True, game_segment_length=10)
+    create.env_manager.type = 'base'
+    create.policy.import_names = ['lzero.policy.unizero', 'lzero_kvcache']
+    create.collector = dict(type='segment_muzero', import_names=['lzero.worker.muzero_segment_collector'])
+    policy = train_unizero_segment_async([main, create], seed=0, max_train_iter=4, max_env_step=200)
+    sys.stderr.flush()
+    print('trained:', policy._model.world_model.hyperparameters['cache_system'], flush=True)
+'''
 SYSTEMS = {'old': (False, 'new'), 'lightzero': (True, 'lightzero'), 'new': (True, 'new')}
 
 
@@ -142,13 +168,55 @@ class TestMain:
         with pytest.raises(ConfigError, match=f'{key}={value!r}'):
             cached_model(Case(), 2, 3, **changes)
 
+    @pytest.mark.parametrize('rotary', [False, True])
+    def test_low_rank_changes_of_mlps_are_served_and_of_attention_refused(self, rotary):
+        case = Case(rotary=rotary)
+        options = dict(use_new_cache_manager=True, lora_r=4, lora_alpha=1, lora_dropout=0., lora_scale_init=1.,
+                       curriculum_stage_num=3,
+                       kv_cache_cfg=EasyDict(validation='exact', validation_freq=1, validation_tol=1e-4))
+        make = functools.partial(construct, MODEL_REGISTRY.get('UniZeroModel'), case, 2, **options)
+        model = randomise(make(lora_target_modules=['feed_forward']), case, 3)
+        mlps = [block.feed_forward[0] for block in model.world_model.transformer.blocks]
+        for mlp in mlps:
+            mlp.set_curriculum_stage(1)
+            for adapter in mlp.adapters:
+                for part in adapter.values():
+                    torch.nn.init.normal_(part, 0, 0.3)
+        assert not torch.equal(mlps[0](torch.ones(1, 32)), torch.nn.functional.linear(
+            torch.ones(1, 32), mlps[0].weight, mlps[0].bias))
+        player = Checked(model)
+        play(player, random_trace(np.random.default_rng(3), case, 2, root_steps=4, simulations=6))
+        player.close()
+        tally = model.world_model.validator.tally
+        assert (tally.rows, tally.over) == (4 * 7 * 2, 0)
+        with pytest.raises(ConfigError, match='SelfAttention.query is a CurriculumLoRALinear and no Linear'):
+            make(lora_target_modules=['attn'])
+
+    @pytest.mark.slow
+    def test_the_asynchronous_entry_is_served(self, tmp_path):
+        """Each of its collectors has a policy of its own, in a process of its own."""
+        pytest.importorskip('ray')
+        done = subprocess.run(
+            [sys.executable, '-W', 'ignore', '-c', ASYNCHRONOUS], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=600, check=False, cwd=tmp_path)
+        assert 'trained: new' in done.stdout.splitlines(), done.stdout[-2000:]
+        assert re.search(r'CollectorActor.*Searching in arrays', done.stdout)
+
+    def test_a_command_does_not_train_asynchronously(self):
+        key = '+policy.async_pipeline.enabled'
+        assert not make_plan('config_new', overrides=[f'{key}=False']).main_config.policy.async_pipeline.enabled
+        with pytest.raises(ConfigError, match='enabled=True, but train_unizero collects in this process'):
+            make_plan('config_new', overrides=[f'{key}=True'])
+
     def test_policies_that_are_not_served_are_refused(self):
         assert checked().system == 'new'
+        for interval in (0, 2000):
+            assert checked(policy=dict(kv_cache_clear_interval=interval)).system == 'new'
         for wrong, message in (
             (dict(policy_type='unizero_multitask'), 'is not a UniZero policy'),
             (dict(obs_type='text'), "obs_type='text'"),
-            (dict(kv_cache_cfg=EasyDict(validation='legacy')), "validation='legacy'"),
             (dict(policy=dict(contextual_reanalysis=True, reanalyze_ratio=0.5)), 'contextual_reanalysis=True'),
+            (dict(policy=dict(kv_cache_clear_interval=20)), 'kv_cache_clear_interval=20'),
         ):
             with pytest.raises(ConfigError, match=message):
                 checked(**wrong)
@@ -178,12 +246,13 @@ class TestMain:
         assert fails in said if AS_SHIPPED else said == 'no extra: installed'
         assert listed['lightzero:cartpole_unizero_ppo_config'] == said
 
-    @pytest.mark.parametrize('system', SYSTEMS)
+    @pytest.mark.parametrize(('system', 'validation'), [
+        ('old', 'off'), ('lightzero', 'off'), ('new', 'exact'), ('new', 'legacy')])
     @pytest.mark.parametrize('improvement', ['ppo', 'mcts'])
-    def test_ppo_is_served_in_all_three(self, system, improvement):
+    def test_ppo_is_served_in_all_three(self, system, validation, improvement):
         flag, manager = SYSTEMS[system]
         config = small_cartpole(flag, kv_cache_cfg=EasyDict(
-            type=manager, search='tree', validation='exact' if system == 'new' else 'off'))
+            type=manager, search='tree', validation=validation, validation_freq=1, validation_action='raise'))
         config.policy.update(policy_improvement=improvement, collect_with_pure_policy=improvement == 'ppo')
         policy = create_policy(
             compiled(config, 'unizero_ppo').policy, enable_field=['learn', 'collect', 'eval'])

@@ -20,14 +20,13 @@ from test_tree import alike
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.host import entries
 from lzero_kvcache.host.buffers import Reanalysis, reanalyzed_in_arrays
+from lzero_kvcache.host.lightzero import lightzero
 from lzero_kvcache.host.patches import applied
 from lzero_kvcache.search import tree, whole
 from lzero_kvcache.search.tree import make_key, make_rules, make_tree, root_values, root_visits
 from lzero_kvcache.search.whole import Problem
 
 pytest.importorskip('numba')
-pytestmark = pytest.mark.skipif(ON_MAIN, reason="LightZero's main branch: its reanalyses are searched in its tree")
-
 prepare_rows, select_rows, backup_rows = map(entry, (tree.prepare_rows, tree.select_rows, tree.backup_rows))
 
 SAMPLES, UNROLL, SIMULATIONS = 5, 3, 10
@@ -37,21 +36,23 @@ FIRST = 2 ** 31  # number of a model's first reanalysis
 #: Values are means over a support from -50 to 50, and rounding in its logits weighs accordingly.
 TOLERANCE = 3e-4
 
-CASES = pytest.mark.parametrize('case, two_players', [
-    (Case(rotary=True), False), (Case(), True), (Case(num_layers=1, num_heads=4), False),
-], ids=['rotary', 'learned, two players', 'one layer'])
+CASES = pytest.mark.parametrize('case, two_players, grows', [
+    (Case(rotary=True), False, False), (Case(), True, False), (Case(num_layers=1, num_heads=4), False, False),
+    (Case(rotary=True), True, True), (Case(context_length=4), False, True), (Case(num_layers=1), False, True),
+], ids=['rotary', 'learned, two players', 'one layer', 'grown, two players', 'grown, short', 'grown, one layer'])
 
 
 class Asked(NamedTuple):
-    """What a replay buffer asks."""
+    """What a replay buffer asks, and whether contexts grow along the paths, as the main branch's do."""
     world_model: Any
     problem: Problem
     latents: np.ndarray
     timesteps: np.ndarray
+    grows: bool
 
 
-def asked(case: Case, two_players: bool, device: str = 'cpu', **kv_cache_cfg: Any) -> Asked:
-    model, rng = cached_model(case, 2, 5, device=device, kv_cache_cfg=kv_cache_cfg), np.random.default_rng(0)
+def asked(case: Case, two_players: bool, grows: bool = False, device: str = 'cpu', **kv_cache_cfg: Any) -> Asked:
+    model, rng = cached_model(case, ROWS, 5, device=device, kv_cache_cfg=kv_cache_cfg), np.random.default_rng(1)
     world_model = model.to(device).world_model
     slots = case.action_space_size
     rules = dict(
@@ -62,12 +63,15 @@ def asked(case: Case, two_players: bool, device: str = 'cpu', **kv_cache_cfg: An
         [LEGAL[row % 3] for row in range(ROWS)], rng.dirichlet([0.3] * slots, ROWS).tolist(), 0.25
     )
     latents = rng.dirichlet([1.] * 8, (ROWS, case.embed_dim // 8)).reshape(ROWS, -1).astype(np.float32)
-    return Asked(world_model, problem, latents, 40 + np.arange(UNROLL) + np.zeros((SAMPLES, 1), np.int64))
+    timesteps = 40 + np.arange(UNROLL) + np.zeros((SAMPLES, 1), np.int64)
+    world_model.reserve_angles(timesteps, SIMULATIONS)
+    return Asked(world_model, problem, latents, timesteps, grows)
 
 
 def by_steps(question: Asked, number: int = FIRST) -> Tuple[List[List[int]], List[float]]:
     """The same search with one reanalysis of LightZero's for each simulation."""
-    world_model, problem, roots, timesteps = question
+    world_model, problem, roots, timesteps, grows = question
+    world_model.clear_caches()
     rules, key, rows = make_rules(**problem.rules), make_key(problem.seed, number), np.arange(len(roots))
     found = make_tree(len(roots), SIMULATIONS, problem.slots, 1)
     prepare_rows(
@@ -76,7 +80,8 @@ def by_steps(question: Asked, number: int = FIRST) -> Tuple[List[List[int]], Lis
         len(roots)
     )
     latents, scalar = [roots], world_model.weights_source.read(False).scalar
-    with mock.patch.object(world_model, 'reanalyze_phase', True), torch.no_grad():
+    with mock.patch.object(world_model, 'reanalyze_phase', True), torch.no_grad(), \
+            mock.patch.object(lightzero, 'KEEPS_REANALYSES', grows):
         for simulation in range(SIMULATIONS):
             select_rows(found, rules, key, simulation, 0, len(roots))
             parents = found.path[rows, found.depth - 1]
@@ -93,16 +98,16 @@ def by_steps(question: Asked, number: int = FIRST) -> Tuple[List[List[int]], Lis
 
 def part_of(question: Asked, begin: int, end: int) -> Asked:
     """Some of the rows, as one sequence; its last timestep is one that the buffer appends."""
-    world_model, problem, latents, timesteps = question
+    world_model, problem, latents, timesteps, grows = question
     rows = slice(begin, end)
     padded = np.pad(timesteps, ((0, 0), (0, 1))).reshape(-1)[rows]
     assert padded[-1] == 0
-    return Asked(world_model, problem.part(rows, 0), latents[rows], padded[None, :-1])
+    return Asked(world_model, problem.part(rows, 0), latents[rows], padded[None, :-1], grows)
 
 
 @CASES
-def test_it_is_the_search_by_steps(case: Case, two_players: bool) -> None:
-    question = asked(case, two_players)
+def test_it_is_the_search_by_steps(case: Case, two_players: bool, grows: bool) -> None:
+    question = asked(case, two_players, grows)
     visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
     expected, expected_values = by_steps(question)
     assert visits == expected
@@ -112,21 +117,21 @@ def test_it_is_the_search_by_steps(case: Case, two_players: bool) -> None:
 
 
 @CASES
-def test_some_rows_at_a_time(case: Case, two_players: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_rows_at_a_time(case: Case, two_players: bool, grows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with draws of its own; the last are fewer. Memory is that of some rows, and is counted."""
-    question = asked(case, two_players)
+    question = asked(case, two_players, grows)
     manager, search = question.world_model.kv_cache_manager, question.world_model.inference._whole
     before = manager.memory_mb
     monkeypatch.setattr(whole, 'CHUNK', 2 * (UNROLL + 1))
     visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
+    small = search._spaces.memory_mb
+    assert manager.memory_mb - before == pytest.approx(small + search._model.memory_mb)
     parts = [by_steps(part_of(question, begin, min(begin + 8, ROWS)), FIRST + number)
              for number, begin in enumerate((0, 8, 16))]
     assert visits == [row for part, _ in parts for row in part]
     np.testing.assert_allclose(values, [value for _, part in parts for value in part], atol=TOLERANCE)
-    small = search._spaces.memory_mb
-    assert manager.memory_mb - before == pytest.approx(small + search._model.memory_mb)
-    latents_and_pages = 8 * (SIMULATIONS + 1) * case.embed_dim + 17 * 4 * case.num_layers * case.embed_dim
-    assert small > 4 * latents_and_pages / 2 ** 20
+    latents, pages = (0, 1 + 8 * (1 + SIMULATIONS)) if grows else (8 * (1 + SIMULATIONS), 1 + 8 * 2)
+    assert small > 4 * (latents + pages * 4 * case.num_layers) * case.embed_dim / 2 ** 20
     monkeypatch.setattr(whole, 'CHUNK', 64)
     question.world_model.inference.reanalyze(*question[1:])
     assert small < search._spaces.memory_mb < 2.5 * small
@@ -237,8 +242,26 @@ def test_what_is_reanalyzed_in_lightzeros_tree(search: str, prepare: Any, told: 
     with applied(reanalysis=reanalyzed_in_arrays), ways() as taken, seeded_search(), \
             mock.patch.object(target, 'eval', target.train if told and 'arrays' in told[1] else target.eval):
         _, (_, _, policies) = buffer.sample(3, policy)
-    assert taken == ['ctree'] and policies.sum() > 0
+    assert set(taken) == {'ctree'} and policies.sum() > 0
     assert lines_of(lines) == [told] * (told is not None)
+
+
+@pytest.mark.skipif(not ON_MAIN, reason="LightZero's main branch searches some roots at a time")
+@pytest.mark.parametrize('own', [False, True])
+def test_all_roots_at_once_unless_somebody_searches(own: bool, life: Any) -> None:
+    buffer, policy = life()
+    asked_for: List[int] = []
+
+    class Own(UniZeroGameBuffer):
+
+        def _search_reanalyzed_roots_in_chunks(self, **roots: Any) -> Any:
+            asked_for.append(len(roots['legal_actions']))
+            return super()._search_reanalyzed_roots_in_chunks(**roots)
+
+    buffer.__class__ = Own if own else UniZeroGameBuffer
+    with applied(reanalysis=reanalyzed_in_arrays), ways() as taken:
+        buffer.sample(3, policy)
+    assert (taken, asked_for) == ((['ctree'] * 4, [12]) if own else (['arrays'], []))
 
 
 def test_old_mode_reanalyzes_as_it_does() -> None:
@@ -268,12 +291,13 @@ def test_means_over_many_reanalyses_are_those_of_lightzeros_tree(life: Any) -> N
     """Of the same positions; 1e-7 for each mean, Welch's test."""
     buffer, policy = life()
     _, context, _, batch = buffer._make_batch(2, 1.)
+    timesteps = [] if ON_MAIN else [batch[-1]]
     compute, model = UniZeroGameBuffer._compute_target_policy_reanalyzed, policy._target_model.eval()
 
     def targets(compute: Any) -> np.ndarray:
         with quiet():
             return np.array([
-                compute(buffer, context, model, batch[1], batch[-1])[..., 0].ravel() for _ in range(150)
+                compute(buffer, context, model, batch[1], *timesteps)[..., 0].ravel() for _ in range(150)
             ])
 
     arrays, ctree = targets(reanalyzed_in_arrays(compute)), targets(compute)

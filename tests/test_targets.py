@@ -12,12 +12,11 @@ from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
 from lzero.mcts.buffer.game_segment import GameSegment
 from lzero.policy.unizero import UniZeroPolicy
 from oracle import TOLERANCE
-from small_models import ON_MAIN, Case, cached_model, original_model
+from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, cached_model, original_model
 
 from lzero_kvcache.host import buffers
 from lzero_kvcache.host.patches import applied
 
-pytestmark = pytest.mark.skipif(ON_MAIN, reason="LightZero's main branch: its own code computes what is trained on")
 SEED, UNROLL, TD, SEGMENT, BATCH = 3, 3, 2, 8, 16
 CASES = {
     'learned': Case(),
@@ -31,7 +30,9 @@ CASES = {
     'image, rotary': Case(obs_type='image', rotary=True),
     'image_memory': Case(obs_type='image_memory'),
 }
-OF_EACH_CASE = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
+OF_EACH_CASE = pytest.mark.parametrize('case', [
+    pytest.param(case, id=name, marks=[ON_RELEASE_ALONE] * case.gru_gating) for name, case in CASES.items()
+])
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,7 @@ def config(case, stacked=1, **changes):
             observation_shape=shape, image_channel=3 // stacked, frame_stack_num=stacked,
             action_space_size=case.action_space_size, continuous_action_space=case.continuous,
             model_type='mlp' if case.obs_type == 'vector' else 'conv', support_scale=5, num_of_sampled_actions=3,
+            value_support_range=(-5., 6., 1.), reward_support_range=(-5., 6., 1.),
             world_model_cfg=dict(continuous_action_space=case.continuous),
         ), device='cpu', sampled_algo=case.model_name.startswith('Sampled'), num_unroll_steps=UNROLL, td_steps=TD,
         game_segment_length=SEGMENT, batch_size=BATCH, replay_buffer_size=1000, reanalyze_outdated=False,
@@ -161,10 +163,13 @@ def test_reanalysed_policies_begin_with_the_same_roots(rotary, monkeypatch):
     monkeypatch.setattr(game_buffer_unizero, 'MCTSCtree', Search)
     buffer = filled(case, config(case, reanalyze_ratio=1.))
     _, reanalysis, _, actions, timesteps = batch_of(buffer)
+    answers = []
     for model in both(case):
-        buffer._compute_target_policy_reanalyzed(reanalysis, model, actions, timesteps)
-    assert len(given) == 4
-    assert_same(map(np.asarray, given[2:]), map(np.asarray, given[:2]))
+        given.clear()
+        buffer._compute_target_policy_reanalyzed(reanalysis, model, actions, *([] if ON_MAIN else [timesteps]))
+        answers.append([np.concatenate(of_searches) for of_searches in (given[::2], given[1::2])])
+    assert [len(part) for part in answers[0]] == [BATCH * (UNROLL + 1)] * 2
+    assert_same(*answers)
 
 
 @pytest.mark.parametrize('kind', [np.uint8, np.float32])
@@ -258,7 +263,8 @@ def overridden(new):
 @pytest.mark.parametrize('changes, change', [
     (dict(use_root_value=True), None), (dict(env_type='board_games'), None), ({}, torch.nn.Module.train),
     ({}, overridden),
-], ids=['root values', 'board games', 'training', 'own inference'])
+    pytest.param(dict(bootstrap_value_context=True), None, marks=pytest.mark.skipif(not ON_MAIN, reason='of main')),
+], ids=['root values', 'board games', 'training', 'own inference', 'context of values'])
 def test_what_is_not_served_is_lightzeros_own(changes, change, monkeypatch):
     case, calls = Case(), []
     _, new = both(case)

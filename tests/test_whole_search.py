@@ -34,7 +34,6 @@ from lzero_kvcache.search.whole import WholeSearch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
 
-ON_RELEASE = pytest.mark.skipif(ON_MAIN, reason="LightZero's main branch has no validation='legacy'")
 SIMULATIONS, ACTIONS, ALL = 6, 5, [0, 1, 2]
 #: Values are means over a support from -50 to 50, and rounding in its logits weighs accordingly.
 TOLERANCE = 2e-3
@@ -762,15 +761,18 @@ def validated(kind='unizero', validation='exact', **options):
 
 @KINDS
 @POSITIONS
-@pytest.mark.parametrize('validation', ['exact', pytest.param('legacy', marks=ON_RELEASE)])
+@pytest.mark.parametrize('validation', ['exact', 'legacy'])
 def test_searches_are_replayed(kind, rotary, validation):
     policy = validated(kind, validation, rotary=rotary)
     player = Player(policy)
     player.goes_its_own_way = False  # replays go on with what was found
     player.play()
     tally = world_model_of(policy).validator.tally
-    assert (tally.searches, tally.unexplained, tally.failures) == (8, 0, 0)
-    assert tally.rows == 21 * (1 + SIMULATIONS) and tally.inferences == 8 * (1 + SIMULATIONS)
+    # The main branch's Sampled UniZero raises where a batch has more rows than the one before it.
+    fails = ON_MAIN and kind != 'unizero' and validation == 'legacy'
+    assert (tally.searches, tally.unexplained, tally.failures > 0) == (8, 0, fails)
+    assert tally.inferences == (8 - tally.failures) * (1 + SIMULATIONS)
+    assert fails or tally.rows == 21 * (1 + SIMULATIONS)
     assert validation == 'legacy' or tally.over == 0
 
 

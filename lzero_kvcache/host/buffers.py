@@ -8,7 +8,6 @@ from typing import Any, Callable, List, Sequence, Tuple
 import numpy as np
 import torch
 from lzero.mcts.utils import prepare_observation
-from lzero.policy import inverse_scalar_transform
 
 from ..engine.transfer import to_cpu
 from .lightzero import lightzero
@@ -20,8 +19,7 @@ from .world_model import NewWorldModel
 
 def _is_served(model: Any, kind: str) -> bool:
     """Whether the engine may answer in place of a model's 'initial' or 'recurrent' inference."""
-    is_new = lightzero.COMPUTES_TARGETS and isinstance(model.world_model, NewWorldModel)
-    return is_new and not has_own_inference(model, kind)
+    return isinstance(model.world_model, NewWorldModel) and not has_own_inference(model, kind)
 
 
 # ---- searches anew ---------------------------------------------------------------------------------------------------
@@ -35,7 +33,9 @@ class Reanalysis(NodeSearch):
     def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any = None,
                task_id: Any = None) -> Any:
         latents = np.asarray(latent_state_roots, dtype=np.float32).reshape(roots.num, -1)
-        roots.found = model.world_model.inference.reanalyze(self.problem(roots), latents, timestep)
+        model.world_model.reserve_angles(timestep, self._cfg.num_simulations)
+        roots.found = model.world_model.inference.reanalyze(
+            self.problem(roots), latents, timestep, lightzero.KEEPS_REANALYSES)
 
 
 def reanalyzed_in_arrays(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,12 +43,13 @@ def reanalyzed_in_arrays(compute: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compute)
     def run(buffer: Any, policy_re_context: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        found = compute
+        searching = None
         if (policy_re_context is not None and _is_served(model, 'recurrent')
-                and buffer._cfg.model.categorical_distribution
-                and model.world_model.searches_in_arrays('Reanalyzing')):
-            found = with_globals(compute, MCTSCtree=Reanalysis)
-        return found(buffer, policy_re_context, model, *args, **kwargs)
+                and buffer._cfg.model.categorical_distribution):
+            searching = lightzero.searching_at_once(buffer, Reanalysis)
+        if searching is None or not model.world_model.searches_in_arrays('Reanalyzing'):
+            return compute(buffer, policy_re_context, model, *args, **kwargs)
+        return with_globals(compute, MCTSCtree=Reanalysis)(searching, policy_re_context, model, *args, **kwargs)
 
     return run
 
@@ -66,7 +67,7 @@ def targets_of_engine(compute: Callable[..., Targets]) -> Callable[..., Targets]
     def run(buffer: Any, context: Sequence[Any], model: Any, actions: np.ndarray, timesteps: np.ndarray) -> Targets:
         cfg, world_model = buffer._cfg, model.world_model
         if (not _is_served(model, 'initial') or world_model.training or cfg.env_type != 'not_board_games'
-                or cfg.use_root_value):
+                or any(cfg.get(name) for name in lightzero.OWN_TARGETS)):
             return compute(buffer, context, model, actions, timesteps)
         return target_values(cfg, context, world_model, actions, timesteps)
 
@@ -97,7 +98,7 @@ def _values(cfg: Any, world_model: NewWorldModel, observations: List[Any], actio
     """Values ``[B L, 1]`` of observations, on the model's device; it may still be computing them."""
     latents = _encoded(world_model, observations, cfg.model.model_type)
     weights, outputs = world_model.observed(latents.view(*actions.shape[:2], -1), actions, timesteps)
-    return inverse_scalar_transform(weights.value(outputs).flatten(0, 1), cfg.model.support_scale)
+    return lightzero.values_of(weights.value(outputs).flatten(0, 1), cfg)
 
 
 def _encoded(world_model: NewWorldModel, observations: List[Any], model_type: str) -> torch.Tensor:

@@ -1,8 +1,5 @@
 """What LightZero's own caching answers: a shadow for the whole batch, and notes of why an answer may be wrong."""
-import contextlib
-import io
 import logging
-import types
 from functools import cached_property
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -11,20 +8,22 @@ import torch
 
 from ..validation.trace import Node, Trace, answer_of
 from ..validation.validator import NO_CAUSE, Causes, Reply
+from .kept_rows import Kept
+from .lightzero import lightzero
 from .shadow import Shadow, ShadowReference, position_tables
 
 logger = logging.getLogger(__name__)
 
 STALE_SLOT, MISS, PADDING = 'stale_slot', 'miss', 'padding'
-EQUAL_LATENTS, POSITIONS, ROWS = 'equal_latents', 'positions', 'rows'
-CAUSES = (STALE_SLOT, MISS, PADDING, EQUAL_LATENTS, POSITIONS, ROWS)
+EQUAL_LATENTS, POSITIONS, ROWS, LAST_OBS = 'equal_latents', 'positions', 'rows', 'last_obs'
+CAUSES = (STALE_SLOT, MISS, PADDING, EQUAL_LATENTS, POSITIONS, ROWS, LAST_OBS)
 
 
 class _Context:
-    """What LightZero stored under a key, and why it may be wrong."""
+    """What LightZero stored under a key, of how many tokens, and why it may be wrong."""
 
     def __init__(self, key: str) -> None:
-        self.key, self.causes = key, NO_CAUSE
+        self.key, self.size, self.causes = key, 1, NO_CAUSE
 
 
 class _NotedSlots(dict):
@@ -52,21 +51,20 @@ class _NotedSlots(dict):
 
 
 class LegacyReference(ShadowReference):
-    """What LightZero's own caching does with the same batches: its pools, its clearing, and its ``last_batch_*``, which
-    collection and evaluation share.
+    """What LightZero's own caching does with the same batches: its pools, its clearing, and its last observations and
+    actions.
 
     Why an answer may be wrong is seen from whose context LightZero found, which sizes it padded, and which rows it took
     for an environment. A context hands its causes on to all that is computed from it.
     """
 
-    causes = CAUSES
+    causes = tuple(cause for cause in CAUSES if cause not in lightzero.NEVER_CAUSES)
 
     def __init__(self, world_model: Any) -> None:
         super().__init__(world_model)
         self._tables: Dict[str, Any] = {}
-        # The attributes of LightZero's policy that its reset methods use; they run on this.
-        self._policy = types.SimpleNamespace(last_batch_obs=None, last_batch_action=[])
-        self._rows: List[Any] = []  # whose steps ``last_batch_*`` are, (mode, environment), or None after a reset
+        self._policy: Any = None  # what LightZero's policy keeps between steps
+        self._kept: Kept
         self._current: Dict[Tuple[str, int], Optional[_Context]] = {}  # of each environment inside an episode
         self._nodes: List[Tuple[np.ndarray, List[_Context]]] = []  # latent states and contexts of the search, by node
         self._told = False
@@ -80,23 +78,22 @@ class LegacyReference(ShadowReference):
 
     @property
     def _noted(self) -> List[_NotedSlots]:
-        """Of each row's roots, and of the nodes."""
+        """Of each pool of roots, and of the nodes."""
         return [*self._shadow.past_kv_cache_init_infer_envs, self._shadow.past_kv_cache_recurrent_infer]
+
+    @property
+    def _roots(self) -> List[_NotedSlots]:
+        """Of each row's pool of roots."""
+        return [self._noted[pool] for pool in self._kept.pools]
 
     def precompute(self) -> None:
         """Make LightZero's tables of positions when it makes them; it does so first inside its constructor."""
         self._tables = position_tables(self._wm)
 
     def reset(self, reset: Any, *args: Any, **kwargs: Any) -> None:
-        """LightZero's own method, bound to its policy, which resets its rows, and clears caches now and then."""
-        policy = self._policy
-        policy._cfg = reset.__self__._cfg
-        policy._collect_model = policy._eval_model = types.SimpleNamespace(world_model=self._shadow)
-        before = policy.last_batch_obs
-        with contextlib.redirect_stdout(io.StringIO()):
-            reset.__func__(policy, *args, **kwargs)
-        if policy.last_batch_obs is not before:
-            self._rows = [None] * len(policy.last_batch_action)
+        """LightZero's own method, bound to its policy, which resets what it keeps, and clears caches now and then."""
+        self._policy = self._policy or lightzero.kept_rows(reset.__self__)
+        self._policy.reset(reset, self._shadow, *args, **kwargs)
 
     def forget(self, mode: Optional[str], env_id: Optional[int]) -> None:
         """Forget all contexts. Those of one environment or mode LightZero cannot tell from others."""
@@ -106,26 +103,31 @@ class LegacyReference(ShadowReference):
             self._current = dict.fromkeys(self._current)
 
     def root(self, trace: Trace) -> Reply:
-        shadow, policy, (*noted, _) = self._shadow, self._policy, self._noted
+        shadow = self._shadow
         self._prepare(trace)
+        kept = self._kept
         try:
             outputs = shadow.forward_initial_inference(
-                {'obs': policy.last_batch_obs, 'action': policy.last_batch_action, 'current_obs': trace.obs},
-                trace.timesteps
+                {'obs': kept.observations, 'action': kept.actions, 'current_obs': trace.obs,
+                 'ready_env_id': kept.pools}, trace.timesteps
             )
         except Exception as error:  # whatever it is, it does not reach the training
             self._current.update({place: _Context('') for place in trace.places})  # there should be contexts now
             return self._failed(trace, error)
-        causes = self._of_roots(trace)
-        contexts = [slots.stored[-1] for slots, _ in zip(noted, trace.places)]
-        for context, of_row in zip(contexts, causes):
-            context.causes = of_row | self._of_sliding(shadow.keys_values_wm.size)  # one size for all rows
+        found = [slots.asked[0][1] if slots.asked else None for slots in self._roots]
+        sizes = [1 if context is None else context.size for context in found]
+        longest = max(sizes)
+        causes = self._of_roots(trace, [size < longest for size in sizes])
+        contexts = [slots.stored[-1] for slots in self._roots]
+        for context, slots, size, of_row in zip(contexts, self._roots, sizes, causes):
+            before = longest if PADDING in self.causes else size  # zeros that were padded are kept
+            self._keep(context, of_row, before + 2 if slots.asked else 1)
         self._current.update(zip(trace.places, contexts))
         self._nodes = [(shadow.latent_state.cpu().numpy(), contexts)]
         return Reply(answer_of((None, outputs[1], None, *outputs[3:])), causes)
 
     def expand(self, trace: Trace, node: Node) -> Reply:
-        shadow, (*roots, nodes) = self._shadow, self._noted
+        shadow, roots, nodes = self._shadow, self._roots, self._noted[-1]
         parents = [self._nodes[index] for index in node.path]
         history = [(np.asarray([latents[row] for row, (latents, _) in enumerate(parents)]), self._actions(node))]
         self._begin_inference()
@@ -133,34 +135,36 @@ class LegacyReference(ShadowReference):
             outputs = shadow.forward_recurrent_inference(history, 0, list(node.depths), trace.timesteps)
         except Exception as error:
             return self._failed(trace, error)
-        causes, asked = [], iter(nodes.asked)
-        for row, (_, contexts) in enumerate(parents):
-            key, found = roots[row].asked[-1]
-            if found is None:
-                key, found = next(asked)
-            causes.append(_of_lookup(key, found, contexts[row]) | self._of_padding(row, is_root=False))
-        for context, of_row, size in zip(nodes.stored, causes, shadow.keys_values_wm_size_list):
-            context.causes = of_row | self._of_sliding(size + 2)
+        found, asked = [], iter(nodes.asked)
+        for row in range(len(parents)):
+            key, context = roots[row].asked[-1]
+            found.append((key, context) if context is not None else next(asked))
+        sizes = [1 if context is None else context.size for _, context in found]
+        longest = max(sizes)
+        causes = [
+            (_of_lookup(key, context, contexts[row]) if context is not None else frozenset([MISS]))
+            | self._of_padding(size < longest, is_root=False)
+            for row, ((_, contexts), (key, context), size) in enumerate(zip(parents, found, sizes))
+        ]
+        for context, of_row, size in zip(nodes.stored, causes, sizes):
+            self._keep(context, of_row, size + 2)
         self._nodes.append((outputs[1].cpu().numpy(), nodes.stored))
         return Reply(answer_of(outputs), causes)
 
     def finish(self, trace: Trace, actions: Sequence[Any]) -> None:
-        self._policy.last_batch_obs, self._policy.last_batch_action = trace.obs, list(actions)
-        self._rows = list(trace.places)
+        self._policy.after(trace, actions)
 
     def _prepare(self, trace: Trace) -> None:
         self._shadow.prepare(self._tables)
         self._stale_tables = not _same(position_tables(self._wm), self._tables)
         self._begin_inference()
+        self._policy = self._policy or lightzero.kept_rows(None)
+        self._kept = self._policy.before(trace, self._shadow.env_num)
         for row in trace.lost:
             place = trace.places[row]
-            self._noted[row].clear()
+            self._roots[row].clear()
             self.lost += self._current.get(place) is not None
             self._current[place] = None
-        if self._policy.last_batch_obs is None:
-            self._policy.last_batch_obs = torch.zeros_like(trace.obs)  # type: ignore[arg-type]
-            self._policy.last_batch_action = [-1] * len(trace.env_ids)
-            self._rows = [None] * len(trace.env_ids)
 
     def _begin_inference(self) -> None:
         for slots in self._noted:
@@ -179,34 +183,38 @@ class LegacyReference(ShadowReference):
             )
         return Reply(None, causes)
 
-    def _of_roots(self, trace: Trace) -> List[Causes]:
-        all_first = not self._noted[0].asked  # LightZero takes the batch for first steps
-        causes = []
+    def _of_roots(self, trace: Trace, are_shorter: Sequence[bool]) -> List[Causes]:
+        causes, kept = [], self._kept
         for row, place in enumerate(trace.places):
+            asked = self._roots[row].asked
             if trace.is_first(row):
-                causes.append(NO_CAUSE if all_first else frozenset([ROWS]))
-            elif all_first or self._rows[row] != place:
+                causes.append(frozenset([ROWS]) if asked else NO_CAUSE)
+            elif not asked or kept.owners[row] != place:  # LightZero takes it for a first step, or for another's
                 causes.append(frozenset([ROWS]))
             else:
-                key, found = self._noted[row].asked[0]
-                expected = self._current.get(place)
-                # What LightZero does not find, it cleared at somebody's 200th step.
-                of_lookup = frozenset([ROWS]) if found is None and expected else _of_lookup(key, found, expected)
-                causes.append(of_lookup | self._of_padding(row, is_root=True))
+                (key, found), expected = asked[0], self._current.get(place)
+                of_lookup = _of_lookup(key, found, expected)
+                assert trace.last_obs is not None
+                seen = trace.last_obs[row]
+                if LAST_OBS in self.causes and not torch.equal(kept.observations[row].to(seen), seen):
+                    of_lookup |= {LAST_OBS}
+                elif found is None and expected:  # it was cleared, or its key has other last bits
+                    of_lookup |= {ROWS}
+                causes.append(of_lookup | self._of_padding(are_shorter[row], is_root=True))
         return causes
 
-    def _of_padding(self, row: int, is_root: bool) -> Causes:
+    def _of_padding(self, is_shorter: bool, is_root: bool) -> Causes:
         """A row that is shorter than the longest attends to zeros; as a root it also has the longest's position."""
-        sizes = self._shadow.keys_values_wm_size_list
-        if sizes[row] == max(sizes):
+        if PADDING not in self.causes or not is_shorter:
             return NO_CAUSE
         learned = not self._shadow.config.rotary_emb
         return frozenset([PADDING, POSITIONS] if is_root and learned else [PADDING])
 
-    def _of_sliding(self, size: int) -> Causes:
-        """A context that is full loses its oldest tokens, and the others move by the tables."""
+    def _keep(self, context: _Context, causes: Causes, size: int) -> None:
+        """Note a context of so many tokens. One that is full loses its oldest, and the others move by the tables."""
         slides = size >= self._shadow.context_length - 1
-        return frozenset([POSITIONS]) if slides and self._stale_tables else NO_CAUSE
+        context.size = self._shadow.context_length - 3 if slides else size
+        context.causes = causes | ({POSITIONS} if slides and self._stale_tables else NO_CAUSE)
 
 
 def _of_lookup(key: str, found: Optional[_Context], expected: Optional[_Context]) -> Causes:

@@ -1,10 +1,17 @@
 """What is of LightZero's main branch alone."""
+import copy
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from lzero.mcts import UniZeroGameBuffer
 from lzero.model.unizero_world_models.transformer import precompute_freqs_cis
+from lzero.policy import DiscreteSupport, inverse_scalar_transform
+from lzero.policy.unizero import UniZeroPolicy
 from torch import nn
+
+from ..validation.trace import Trace
+from .kept_rows import Kept, KeptRows
 
 NAME = 'main branch'
 SIGN = 'a block of its transformer has a feed_forward'
@@ -25,8 +32,8 @@ KEEPS_REANALYSES = True
 INDEX_FOR_DEPTH = False
 """Whether the sampled search has a node's index in the search path for its depth."""
 
-COMPUTES_TARGETS = False
-"""Whether the engine computes what a replay buffer asks of the target model."""
+OWN_TARGETS = ('use_root_value', 'bootstrap_value_context')
+"""Options of a policy with which LightZero's own code computes target values."""
 
 HAS_MANAGER = True
 """Whether LightZero has a new manager of its own."""
@@ -39,6 +46,12 @@ UNROLLS_WITHIN_BLOCKS = False
 
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
 """What a policy must be built for to collect."""
+
+CLEARS_EVERY = 2000
+"""Steps after which its own caches are cleared, if a policy does not say it."""
+
+NEVER_CAUSES = ('stale_slot', 'padding')
+"""What does not make its own caching answer wrongly."""
 
 _CHANGES_CONTEXTS = (
     ('exact_kv_window_reset', False, 'a full window would begin anew at its newest observation'),
@@ -73,6 +86,29 @@ def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tens
     return precompute_freqs_cis(transformer.rotary_head_dim, end, transformer.rope_theta).to(table.device)
 
 
+def values_of(logits: torch.Tensor, cfg: Any) -> torch.Tensor:
+    """Target values ``[B, 1]`` from logits ``[B, S]``, as a policy's config has it."""
+    return inverse_scalar_transform(logits, DiscreteSupport(*cfg.model.value_support_range))
+
+
+def searching_at_once(buffer: Any, mcts: Any) -> Any:
+    """A copy of a replay buffer that searches all roots of a reanalysis at once, each with contexts of its own, and not
+    as many as there are environments; None where how it searches is somebody's own."""
+    if type(buffer)._search_reanalyzed_roots_in_chunks is not UniZeroGameBuffer._search_reanalyzed_roots_in_chunks:
+        return None
+
+    def search(model: Any, latent_state_roots: Any, legal_actions: Any, noises: Any, reward_pool: Any,
+               policy_logits_pool: Any, to_play: Any, root_timesteps: Any, root_token_contexts: Any = None) -> Any:
+        roots = mcts.roots(len(legal_actions), legal_actions)
+        roots.prepare(buffer._cfg.root_noise_weight, noises, reward_pool, policy_logits_pool, to_play)
+        mcts(buffer._cfg).search(roots, model, latent_state_roots, to_play, root_timesteps)
+        return roots.get_distributions()
+
+    searching = copy.copy(buffer)
+    searching._search_reanalyzed_roots_in_chunks = search
+    return searching
+
+
 def unserved_of(world_model: Any) -> Iterator[str]:
     """Options of a world model that change what a context is, and that the new cache does not know."""
     for name, harmless, meaning in _CHANGES_CONTEXTS:
@@ -85,12 +121,13 @@ def unserved_policy(cfg: Any) -> Optional[str]:
     """Why a policy cannot have the new cache."""
     if cfg['model']['world_model_cfg'].get('obs_type') == 'text':
         return "policy.model.world_model_cfg.obs_type='text': its searches must return latent states to be decoded"
-    if (cfg['model']['world_model_cfg'].get('kv_cache_cfg') or {}).get('validation') == 'legacy':
-        return "policy.model.world_model_cfg.kv_cache_cfg.validation='legacy': this LightZero has 'exact' alone"
     for name in ('value_support_range', 'reward_support_range'):
         low, high, step = cfg['model'][name]
         if (low, step) != (1 - high, 1):
             return f'policy.model.{name}={cfg["model"][name]}: it must be (-n, n + 1, 1)'
+    interval = cfg.get('kv_cache_clear_interval', CLEARS_EVERY)
+    if interval != CLEARS_EVERY and interval > 0:
+        return f'policy.kv_cache_clear_interval={interval}: no context is dropped after so many steps; 0 says the same'
     if cfg.get('contextual_reanalysis') and (cfg['reanalyze_ratio'] or cfg.get('buffer_reanalyze_freq')):
         return 'policy.contextual_reanalysis=True: roots of reanalyses would have contexts'
     return None
@@ -130,6 +167,41 @@ def hand_rows(policy: Any, mode: str, env_ids: Sequence[int], observations: torc
         observations, actions = observations[order], [actions[row] for row in order]
     setattr(policy, f'last_batch_obs_{mode}', observations)
     setattr(policy, f'last_batch_action_{mode}', actions)
+
+
+class KeptOfBatch(KeptRows):
+    """Sampled UniZero's: its reset methods are UniZero's, which do not touch them."""
+
+    def reset(self, reset: Any, world_model: Any, *args: Any, **kwargs: Any) -> None:
+        self.policy.pad_token_id = reset.__self__.pad_token_id
+        if not hasattr(self.policy, reset.__name__.replace('_reset', 'last_batch_obs')):
+            super().reset(reset, world_model)  # an environment's row can be put back where there are rows
+        super().reset(reset, world_model, *args, **kwargs)
+
+
+class KeptByEnvironment(KeptOfBatch):
+    """UniZero's: of each environment, of collection and evaluation apart; roots are in the environments' pools."""
+
+    def before(self, trace: Trace, env_num: int) -> Kept:
+        observations, actions = f'last_batch_obs_{trace.mode}', f'last_batch_action_{trace.mode}'
+        kept = vars(self.policy)
+        if observations not in kept:
+            assert trace.obs is not None
+            kept[observations] = torch.zeros_like(trace.obs[:1]).repeat(env_num, *[1] * (trace.obs.dim() - 1))
+            kept[actions] = [-1] * env_num
+        last, taken = UniZeroPolicy._select_last_infer_inputs(
+            self.policy, kept[observations], kept[actions], trace.env_ids, len(kept[actions]))
+        return Kept(last, taken, trace.places, trace.env_ids)
+
+    def after(self, trace: Trace, actions: Sequence[Any]) -> None:
+        names = f'last_batch_obs_{trace.mode}', f'last_batch_action_{trace.mode}'
+        UniZeroPolicy._update_last_infer_inputs(
+            self.policy, *names, trace.obs, list(actions), trace.env_ids, len(getattr(self.policy, names[1])))
+
+
+def kept_rows(policy: Any) -> KeptRows:
+    """What a policy keeps between steps; nothing yet."""
+    return KeptOfBatch() if hasattr(policy, 'last_batch_obs') else KeptByEnvironment()
 
 
 def traverse_options(cfg: Any) -> Tuple[Any, ...]:

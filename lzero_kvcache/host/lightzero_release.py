@@ -2,7 +2,10 @@
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import torch
+from lzero.policy import inverse_scalar_transform
 from torch import nn
+
+from .kept_rows import KeptRows
 
 NAME = 'released 0.2.0'
 SIGN = 'a block of its transformer has an mlp'
@@ -23,8 +26,8 @@ KEEPS_REANALYSES = False
 INDEX_FOR_DEPTH = True
 """Whether the sampled search has a node's index in the search path for its depth."""
 
-COMPUTES_TARGETS = True
-"""Whether the engine computes what a replay buffer asks of the target model."""
+OWN_TARGETS = ('use_root_value', )
+"""Options of a policy with which LightZero's own code computes target values."""
 
 HAS_MANAGER = False
 """Whether LightZero has a new manager of its own."""
@@ -38,6 +41,9 @@ UNROLLS_WITHIN_BLOCKS = True
 POLICY_FIELDS = ('collect',)
 """What a policy must be built for to collect."""
 
+NEVER_CAUSES = ('last_obs', )
+"""What does not make its own caching answer wrongly."""
+
 
 def mlp_of(block: Any) -> nn.Module:
     return block.mlp
@@ -46,6 +52,16 @@ def mlp_of(block: Any) -> nn.Module:
 def angles_of(config: Any) -> int:
     """Rotary angles that there are before they repeat."""
     return config.max_seq_len
+
+
+def values_of(logits: torch.Tensor, cfg: Any) -> torch.Tensor:
+    """Target values ``[B, 1]`` from logits ``[B, S]``, as a policy's config has it."""
+    return inverse_scalar_transform(logits, cfg.model.support_scale)
+
+
+def searching_at_once(buffer: Any, mcts: Any) -> Any:
+    """A replay buffer that searches all roots of a reanalysis at once, as it does."""
+    return buffer
 
 
 def unserved_of(world_model: Any) -> Iterator[str]:
@@ -79,6 +95,11 @@ def environments_of(ready: Any) -> List[int]:
 def hand_rows(policy: Any, mode: str, env_ids: Sequence[int], observations: torch.Tensor, actions: List[Any]) -> None:
     """Give a policy the last observations and actions of the rows of its next batch."""
     policy.last_batch_obs, policy.last_batch_action = observations, actions
+
+
+def kept_rows(policy: Any) -> KeptRows:
+    """What a policy keeps between steps; nothing yet."""
+    return KeptRows()
 
 
 def traverse_options(cfg: Any) -> Tuple[Any, ...]:

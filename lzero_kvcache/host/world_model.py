@@ -242,7 +242,7 @@ class NewWorldModel(LightZeroWorldModel):
             - ValueError: More rows than environments; the message names the key to raise.
         """
         if obs_act_dict['current_obs'] is None:
-            if self.training or np.ndim(start_pos) < 2 or not lightzero.COMPUTES_TARGETS:
+            if self.training or np.ndim(start_pos) < 2:
                 return super().forward_initial_inference(obs_act_dict, start_pos)
             return self._forward_sequences(obs_act_dict['obs'], obs_act_dict['action'], start_pos)
         actions, current_obs = obs_act_dict['action'], obs_act_dict['current_obs']
@@ -270,6 +270,7 @@ class NewWorldModel(LightZeroWorldModel):
         """The transformer over whole sequences, each without a context: ``latents [B, L, E]`` of observations, actions
         ``[B, L]`` or ``[B, L, A]``, of which the last is not looked at, and timesteps ``[B, L]``. Returns the model's
         weights as they are now, and the outputs ``[B, L, E]`` that heads predict from."""
+        self.reserve_angles(timesteps[:, 0], latents.shape[1])
         source = self.weights_source
         weights, geometry = source.read(False), source.geometry
         angles = 2 * np.asarray(timesteps)[:, 0].astype(np.int64) % max(1, geometry.rotary_positions)

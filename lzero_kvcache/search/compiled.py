@@ -23,6 +23,7 @@ class Roots(NamedTuple):
     tables: np.ndarray  # [B, R] int64
     counts: np.ndarray  # [B] int64
     timesteps: np.ndarray  # [B] int64
+    angles: np.ndarray  # [2] int64, rotary positions of an action and of what follows, from twice their timestep on
 
 
 class Batch(NamedTuple):
@@ -53,7 +54,7 @@ class RootBatch(NamedTuple):
 
 
 class States(NamedTuple):
-    """Of a reanalysis, whose nodes have no context but the state before them; empty in any other search."""
+    """Of a reanalysis whose nodes have no context but the state before them; empty in any other search."""
     latents: np.ndarray  # [B, N, E], of all nodes
     latent: np.ndarray  # [B, E], of those that are stepped from, and then of those that are added
     pages: np.ndarray  # [B], where the contexts are that begin with them
@@ -73,8 +74,8 @@ def make_batch(tree: Tree, policy: int) -> Batch:
 
 
 def make_states(latents: np.ndarray, timesteps: np.ndarray) -> States:
-    """For a reanalysis of roots at timesteps ``[B]`` with room for ``latents [B, N, E]``; or for any other search, if
-    there are none."""
+    """For such a reanalysis of roots at timesteps ``[B]`` with room for ``latents [B, N, E]``; or for any other search,
+    if there are none."""
     rows, _, embed = latents.shape
     return States(
         latents, np.zeros((rows, embed), np.float32), np.arange(1, rows + 1), 2 * timesteps[:rows],
@@ -83,7 +84,7 @@ def make_states(latents: np.ndarray, timesteps: np.ndarray) -> States:
 
 
 @inner
-def gather_rows(tree: Tree, rules: Rules, timesteps: np.ndarray, batch: Batch, lo: int, hi: int) -> None:
+def gather_rows(tree: Tree, rules: Rules, roots: Roots, batch: Batch, lo: int, hi: int) -> None:
     """What the step needs of the nodes that were selected."""
     for row in range(lo, hi):
         node = parent(tree, row)
@@ -93,8 +94,8 @@ def gather_rows(tree: Tree, rules: Rules, timesteps: np.ndarray, batch: Batch, l
             batch.actions[row] = tree.draws[row, node, tree.action[row]]
         else:
             batch.actions[row, 0] = tree.action[row]
-        after = timesteps[row] + (node if rules.index_for_depth else tree.depth[row])
-        batch.places[0, row], batch.places[1, row] = 2 * after + 1, 2 * after + 2
+        after = roots.timesteps[row] + (node if rules.index_for_depth else tree.depth[row])
+        batch.places[0, row], batch.places[1, row] = 2 * after + roots.angles[0], 2 * after + roots.angles[1]
 
 
 @inner
@@ -104,8 +105,6 @@ def begin_rows(tree: Tree, network: Any, shift: np.ndarray, slab: np.ndarray, ba
     for row in range(lo, hi):
         states.latent[row] = states.latents[row, parent(tree, row)]
         batch.tables[row, 0], batch.counts[row] = states.pages[row], 1
-        # Both tokens have the same place, as in LightZero's reanalysis.
-        batch.places[0, row] = batch.places[1, row] = batch.places[1, row] + 1
     begin_contexts(
         network, shift, slab, batch.tables, states.counts, states.pages, states.places, scratch, lo, hi - lo,
         states.latent
@@ -150,7 +149,7 @@ def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, 
                 tree.tables[row, 0], tree.counts[row, 0], batch.broken[:, row] = roots.tables[row], roots.counts[row], 0
         for simulation in range(begin, end):
             select_rows(tree, rules, key, simulation, low, high)
-            gather_rows(tree, rules, roots.timesteps, batch, low, high)
+            gather_rows(tree, rules, roots, batch, low, high)
             if reanalyzes:
                 begin_rows(tree, network, shift, slab, batch, states, scratch, low, high)
             simulate(

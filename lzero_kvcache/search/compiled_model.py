@@ -49,6 +49,19 @@ class CompiledModel:
             return np.zeros((1, geometry.layers, 2, geometry.embed_dim), np.float32)
         return shift.detach().numpy()
 
+    def begin(self, network: Any, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, pages: np.ndarray,
+              angles: np.ndarray, latent: np.ndarray) -> None:
+        """Begin contexts with the states ``latent [B, E]``, in ``pages [B]``, at rotary positions ``[B]``; ``tables``
+        are as wide as theirs will be."""
+        from . import compiled
+
+        nothing = np.zeros((0, 0), np.float32)
+        batch = compiled.RootBatch(
+            tables, np.zeros(len(pages), np.int64), pages, nothing, np.stack([angles, angles]), nothing, nothing,
+            latent, nothing, nothing
+        )
+        self.run(compiled.step_roots, (network, shift, slab, batch, True), network, tables.shape[1], len(pages))
+
     def run(self, function: Callable[..., Any], given: Sequence[Any], network: Any, width: int, rows: int,
             *numbers: int) -> float:
         """Run a compiled function over tables of ``width`` pages, with some rows in each thread, or in one that others

@@ -19,7 +19,7 @@ from ..engine.store import PageStore
 from ..engine.transfer import to_cpu
 from ..engine.weights import Source, Weights
 from .arrays import padded
-from .device_space import Reanalysis, Space
+from .device_space import GrownReanalysis, Reanalysis, Space
 from .guard import NanGuard
 from .whole import Found, Problem, WholeSearch, replayed
 
@@ -86,10 +86,12 @@ class DeviceSearch(WholeSearch):
         space.given.pages[:problem.simulations, :rows] = pages
         return (*_search(space, problem, rows, replayed(served)), 0.)
 
-    def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
-                     addresses: Tuple[int, ...]) -> Tuple[Found, np.ndarray]:
-        rows = len(latents)
-        space = self._space(problem, rows, addresses, (), partial(Reanalysis, self._engine, self._source))
+    def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray, addresses: Tuple[int, ...],
+                     grows: bool) -> Tuple[Found, np.ndarray]:
+        rows, width = len(latents), self._manager.width if grows else 1
+        kind = GrownReanalysis if grows else Reanalysis
+        space = self._space(
+            problem, rows, addresses, (kind, width), partial(kind, self._engine, self._source, width))
         _give(space, problem, timesteps)
         space.latents[0, :rows] = torch.from_numpy(latents)
         return _search(space, problem, rows, None)

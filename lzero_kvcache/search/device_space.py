@@ -203,36 +203,66 @@ class Space:
         return numbers[:, :slots], floats[:, -1], floats[:, :-1].reshape(rows, slots, -1), numbers[:, -2:].T
 
 
-class Reanalysis(Space):
-    """Of a reanalysis, whose nodes have no context but the state before them: each row has a page for that state, and
-    one that its simulations write."""
+class _OfStates(Space):
+    """What reanalyses share: they begin at states, and have pages of their own."""
 
-    def __init__(self, engine: Engine, source: Source, problem: Problem, rows: int) -> None:
+    def __init__(self, engine: Engine, source: Source, width: int, problem: Problem, rows: int) -> None:
         geometry = engine.geometry
         slab = Slab(geometry.layers, geometry.heads, geometry.head_dim)
-        super().__init__(engine, source, slab, 1, problem, rows)
+        super().__init__(engine, source, slab, width, problem, rows)
 
-    def _make(self) -> List[torch.Tensor]:
-        taken, rows, device = super()._make(), self.rows, self._device
-        self._slab.ensure(2 * rows + 1, device)
-        self._pages = torch.arange(1, 2 * rows + 1, device=device).view(2, rows)
-        self._rows = torch.arange(rows, device=device)
+    def _make_states(self, nodes: int, pages: int) -> List[torch.Tensor]:
+        """Room for the states of so many nodes of each row, and pages ``[P, B]``; returns what takes memory."""
+        rows, device = self.rows, self._device
+        self._slab.ensure(pages * rows + 1, device)
+        self._pages = torch.arange(1, pages * rows + 1, device=device).view(pages, rows)
         self._places = torch.zeros(2, rows, dtype=torch.int64, device=device)  # of the states
-        self.latents = torch.zeros(self.simulations + 1, rows, self._engine.geometry.embed_dim, device=device)
+        self.latents = torch.zeros(nodes, rows, self._engine.geometry.embed_dim, device=device)
         assert self._slab.data is not None
-        return [*taken, self.latents, self._slab.data]
+        return [self.latents, self._slab.data]
 
     def _run_begin(self) -> None:
         super()._run_begin()
         if self._engine.geometry.rotary:
             self._places.copy_(2 * self._sent.timesteps.long() % self._engine.geometry.rotary_positions)
 
+    def _begin_with(self, states: torch.Tensor) -> None:
+        """Begin the rows' contexts with states ``[B, E]``."""
+        self._engine.begin_in_place(self._weights, self._slab, self._pages[0], self._places, states)
+
+    def _select(self) -> None:
+        super()._select()
+        if self._engine.geometry.rotary:  # both tokens have the same place, as in LightZero's reanalysis
+            self._positions.copy_((self._positions[1:] + 1) % self._engine.geometry.rotary_positions)
+
+
+class GrownReanalysis(_OfStates):
+    """Of a reanalysis whose contexts grow along its paths: each row has a page for each of its nodes."""
+
+    def _make(self) -> List[torch.Tensor]:
+        return [*super()._make(), *self._make_states(1, self.simulations + 1)]
+
+    def empty_rows(self, used: int) -> None:
+        super().empty_rows(used)
+        pages, given = self._pages.cpu().numpy(), self.given
+        given.tables[:, 0], given.counts[:], given.pages[:] = pages[0], 1, pages[1:]
+
+    def _run_begin(self) -> None:
+        super()._run_begin()
+        self._begin_with(self.latents[0])
+
+
+class Reanalysis(_OfStates):
+    """Of a reanalysis whose nodes have no context but the state before them: each row has a page for that state, and
+    one that its simulations write."""
+
+    def _make(self) -> List[torch.Tensor]:
+        self._rows = torch.arange(self.rows, device=self._device)
+        return [*super()._make(), *self._make_states(self.simulations + 1, 2)]
+
     def _step(self) -> StepOutput:
-        engine, state = self._engine, self.latents[self.parents, self._rows]
-        engine.begin_in_place(self._weights, self._slab, self._pages[0], self._places, state)
-        if engine.geometry.rotary:  # both tokens have the same place, as in LightZero's reanalysis
-            self._positions.copy_((self._positions[1:] + 1) % engine.geometry.rotary_positions)
-        output = engine.simulate(
+        self._begin_with(self.latents[self.parents, self._rows])
+        output = self._engine.simulate(
             self._weights, self._slab, self._pages.T, self._counts, self.actions, self._positions
         )
         self.latents.index_copy_(0, self._simulation[:1].long() + 1, output.latent_state.squeeze(1)[None])

@@ -34,11 +34,12 @@ class Inference(RootInference):
         return self._in_arrays().run(self.open.searched(), problem)
 
     @torch.no_grad()
-    def reanalyze(self, problem: Problem, latent: np.ndarray, start_pos: Any) -> Found:
+    def reanalyze(self, problem: Problem, latent: np.ndarray, start_pos: Any, grows: bool = False) -> Found:
         """Search in arrays from states ``[B, E]`` without contexts, some rows at a time; ``start_pos`` are timesteps
-        ``[batch, unroll]``, as a replay buffer passes them."""
+        ``[batch, unroll]`` or ``[B]``, as a replay buffer passes them. Contexts grow along the paths; or else a node's
+        is the state before it."""
         timesteps = reanalysis_timesteps_of(start_pos, len(latent))
-        return self._in_arrays().reanalyze(problem, latent, timesteps, self._source.addresses())
+        return self._in_arrays().reanalyze(problem, latent, timesteps, self._source.addresses(), grows)
 
     def _in_arrays(self) -> WholeSearch:
         return self._whole if self._source.device().type == 'cpu' else self._device

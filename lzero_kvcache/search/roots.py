@@ -146,7 +146,10 @@ class RootInference(Steps):
         else:
             latent[:] = self._latents(given.observations).numpy()
         slab = self._slab().data.numpy()
-        self._begin_compiled(network, shift, slab, given)
+        begun, started, lost = given.anew
+        if len(begun):
+            assert given.last is not None
+            self._model.begin(network, shift, slab, tables[lost], begun, started, given.last[lost].numpy())
         angles = 2 * given.timesteps - (counts > 0), 2 * given.timesteps
         batch = compiled.RootBatch(
             tables, counts, given.pages, given.actions.reshape(rows, -1).astype(np.float32), np.stack(angles),
@@ -157,21 +160,6 @@ class RootInference(Steps):
         output = StepOutput(parts[0], parts[1], None, parts[2], parts[3])
         sums = np.stack([latent.sum(1), value.sum(1) + policy.sum(1)], axis=1)
         return Stepped(torch.from_numpy(latent), output, sums)
-
-    def _begin_compiled(self, network: Any, shift: np.ndarray, slab: np.ndarray, given: RootStep) -> None:
-        from . import compiled
-
-        pages, angles, lost = given.anew
-        if not len(pages):
-            return
-        assert given.last is not None
-        tables = given.contexts[0][lost]
-        latent, nothing = given.last[lost].numpy(), np.zeros((0, 0), np.float32)
-        batch = compiled.RootBatch(
-            tables, np.zeros(len(lost), np.int64), pages, nothing, np.stack([angles, angles]), nothing, nothing, latent,
-            nothing, nothing
-        )
-        self._model.run(compiled.step_roots, (network, shift, slab, batch, True), network, tables.shape[1], len(lost))
 
     def _launch_roots(self, step: Served, by_key: bool, given: RootStep) -> Stepped:
         engine, weights, slab, counts = self.engine, self._weights_of(step), self._slab(), given.contexts[1]

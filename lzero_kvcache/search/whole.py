@@ -83,8 +83,9 @@ class WholeSearch(ABC):
         return found
 
     def reanalyze(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
-                  addresses: Tuple[int, ...]) -> Found:
-        """Search from states ``[B, E]`` without contexts, some rows at a time."""
+                  addresses: Tuple[int, ...], grows: bool) -> Found:
+        """Search from states ``[B, E]`` without contexts, some rows at a time. Contexts grow along the paths; or else a
+        node's is the state before it."""
         visits: List[List[int]] = []
         values: List[float] = []
         rows = len(latents)
@@ -93,7 +94,7 @@ class WholeSearch(ABC):
             chosen = slice(begin, min(begin + most, rows))
             part = problem.part(chosen, next(self._reanalyses))
             with self._alone():
-                found, broken = self._from_states(part, latents[chosen], timesteps[chosen], addresses)
+                found, broken = self._from_states(part, latents[chosen], timesteps[chosen], addresses, grows)
             self._guard.report(broken, 'reanalysis', range(begin, chosen.stop), timesteps[chosen])
             visits += found[0]
             values += found[1]
@@ -115,8 +116,8 @@ class WholeSearch(ABC):
         compiled."""
 
     @abstractmethod
-    def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
-                     addresses: Tuple[int, ...]) -> Tuple[Found, np.ndarray]:
+    def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray, addresses: Tuple[int, ...],
+                     grows: bool) -> Tuple[Found, np.ndarray]:
         """The same from states ``[B, E]``, without the seconds."""
 
 
@@ -141,26 +142,32 @@ class CompiledSearch(WholeSearch):
         assert slab.data is not None
         with self._space(network, problem, *tables.shape) as space:
             broken, waited = self._search(
-                problem, space, network, shift, tables, counts, served.timesteps, slab.data.numpy(), pages,
+                problem, space, network, shift, tables, counts, served.timesteps, slab.data.numpy(), pages, (1, 2),
                 replayed(served)
             )
             return found_in(space.tree, problem), broken, waited
 
-    def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
-                     addresses: Tuple[int, ...]) -> Tuple[Found, np.ndarray]:
-        (network, _held), rows = self._model.network_at(addresses), len(latents)
-        with self._space(network, problem, rows, 1, reanalyzes=True) as space:
-            space.latents[:, 0] = latents
-            pages = np.tile(np.arange(rows + 1, 2 * rows + 1), (problem.simulations, 1))
-            none = np.zeros((rows, 1), np.int64)
+    def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray, addresses: Tuple[int, ...],
+                     grows: bool) -> Tuple[Found, np.ndarray]:
+        (network, _held), rows, shift = self._model.network_at(addresses), len(latents), self._model.shift()
+        width, steps = (self._manager.width, problem.simulations) if grows else (1, 1)
+        with self._space(network, problem, rows, width, 1 + steps, not grows) as space:
+            tables, counts = np.zeros((rows, width), np.int64), np.full(rows, int(grows), np.int64)
+            pages = np.arange(1, 1 + rows * (1 + steps)).reshape(-1, rows)
+            if grows:
+                tables[:, 0] = pages[0]
+                self._model.begin(network, shift, space.slab, tables, pages[0], 2 * timesteps, latents)
+            else:
+                space.latents[:, 0], pages = latents, pages[[0] + [1] * problem.simulations]
+            # Both tokens have the same place, as in LightZero's reanalysis.
             broken, _ = self._search(
-                problem, space, network, self._model.shift(), none, none[:, 0], timesteps, space.slab, pages, None
+                problem, space, network, shift, tables, counts, timesteps, space.slab, pages[1:], (3, 3), None
             )
             return found_in(space.tree, problem), broken
 
     def _search(self, problem: Problem, space: SearchMemory, network: Any, shift: np.ndarray, tables: np.ndarray,
                 counts: np.ndarray, timesteps: np.ndarray, slab: np.ndarray, pages: np.ndarray,
-                trace: Any) -> Tuple[np.ndarray, float]:
+                angles: Tuple[int, int], trace: Any) -> Tuple[np.ndarray, float]:
         """Search, and note each simulation if there is a trace; returns how many predictions of each row ``[B]`` were
         no numbers, and the seconds that it waited for what is compiled."""
         from . import compiled
@@ -170,7 +177,7 @@ class CompiledSearch(WholeSearch):
         roots = compiled.Roots(
             np.asarray(problem.rewards, dtype=np.float32), np.asarray(problem.logits, dtype=np.float32),
             problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight),
-            np.ascontiguousarray(tables), counts, timesteps  # tables may be some columns of wider ones
+            np.ascontiguousarray(tables), counts, timesteps, np.array(angles)  # tables may be part of wider ones
         )
         rules, batch = make_rules(**problem.rules), compiled.make_batch(space.tree, network.policy)
         states = compiled.make_states(space.latents, timesteps)
@@ -187,22 +194,22 @@ class CompiledSearch(WholeSearch):
         return batch.broken, waited
 
     @contextmanager
-    def _space(self, network: Any, problem: Problem, rows: int, width: int,
-               reanalyzes: bool = False) -> Iterator[SearchMemory]:
-        """Memory for a search of so many rows, each with contexts of ``width`` pages."""
+    def _space(self, network: Any, problem: Problem, rows: int, width: int, pages: int = 0,
+               has_states: bool = False) -> Iterator[SearchMemory]:
+        """Memory for a search of so many rows, each with contexts of ``width`` pages; with so many pages for each, and
+        states of nodes, where it has its own."""
         from .tree import make_tree
 
         geometry = self._source.geometry
 
         def make() -> SearchMemory:
             tree = make_tree(rows, problem.simulations, problem.slots, width, problem.action_size)
-            states = rows if reanalyzes else 0
-            latents = np.zeros((states, problem.simulations + 1, geometry.embed_dim), np.float32)
-            pages = (2 * states + 1, 2, geometry.layers, 2, geometry.heads, geometry.head_dim)
-            return SearchMemory(tree, latents, np.zeros(pages, np.float32))
+            latents = np.zeros((rows * has_states, problem.simulations + 1, geometry.embed_dim), np.float32)
+            slab = (pages * rows + 1, 2, geometry.layers, 2, geometry.heads, geometry.head_dim)
+            return SearchMemory(tree, latents, np.zeros(slab, np.float32))
 
         sizes = (network.embed, network.inner, network.widest, network.policy, len(network.blocks))
-        size = (problem.simulations, problem.slots, problem.action_size, width, int(reanalyzes), *sizes)
+        size = (problem.simulations, problem.slots, problem.action_size, width, pages, int(has_states), *sizes)
         with self._spaces.lease(size, 1, make, lambda space: len(space.tree.depth) >= rows) as [space]:
             tree = type(space.tree)(*(array[:rows] for array in space.tree))
             yield space._replace(tree=tree, latents=space.latents[:rows])

@@ -171,7 +171,9 @@ def _look_beside(folder: str) -> None:
 def _checked_entry(declared: Any, where: str) -> str:
     entry = getattr(declared, '__name__', declared) if callable(declared) else declared
     if entry not in ENTRIES:
-        raise ConfigError("{}: entry = {!r}; it can be {}".format(where, entry, ' or '.join(map(repr, ENTRIES))))
+        raise ConfigError(
+            f'{where}: entry = {entry!r}; it can be {" or ".join(map(repr, ENTRIES))}, others your own scripts call'
+        )
     return str(entry)
 
 

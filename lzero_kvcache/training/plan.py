@@ -68,6 +68,11 @@ def make_plan(
     else:
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', plan.seed, seed)
     values = leaves(building.completed(main_config, create_config))
+    if values.get('policy.async_pipeline.enabled'):
+        raise ConfigError(
+            f'policy.async_pipeline.enabled=True, but {plan.entry} collects in this process: call '
+            'train_unizero_segment_async, which needs ray, in a script of your own, or set it to False'
+        )
     check_limits(values, plan.entry)
     check(values, plan.entry, create_config.policy.type)
     check_config(main_config, create_config)
