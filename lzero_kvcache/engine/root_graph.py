@@ -66,7 +66,7 @@ class RootGraphs:
         pinned = torch.from_numpy(np.repeat(column, rows, axis=1))
         pinned = pinned.pin_memory() if device.type == 'cuda' else pinned
         sent, seen = pinned.to(device, copy=True), torch.zeros_like(observations)
-        captured = capture(device, lambda: self._run(slab, sent, seen))
+        captured = capture(device, lambda: self._run(slab, sent, seen), inputs=[pinned, sent, seen])
         logger.info(f'Captured a root inference for {rows} rows ({captured.memory_mb:.1f} MiB)')
         return _Graph(pinned, sent, seen, captured)
 

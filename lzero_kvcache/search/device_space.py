@@ -4,14 +4,13 @@ A simulation is one CUDA graph, which is replayed for each: so any number of the
 those of :mod:`.arrays`; ``E`` embedding.
 """
 import ctypes
-from typing import Any, Callable, List, NamedTuple, Tuple
+from typing import Any, Callable, NamedTuple, Tuple
 
 import numpy as np
 import torch
 
 from ..cache.pages import SCRATCH_PAGE
-from ..config import MIB
-from ..engine.graphs import capture
+from ..engine.graphs import capture, megabytes
 from ..engine.slab import Slab
 from ..engine.step import Engine, StepOutput
 from ..engine.transfer import to_cpu
@@ -33,10 +32,12 @@ class _Sent(NamedTuple):
     prior: Any  # [B, S] float32
     reward: Any  # [B] float32
     logits: Any  # [B, P] float32, to draw actions by; nothing unless trees are sampled
+    latents: Any  # [B, E] float32, the states of roots without contexts; nothing unless it is a reanalysis
 
 
 class Space:
     """What searches of one size work in, for ``rows`` and ``simulations`` at the most."""
+    begins_with_states = False
 
     def __init__(self, engine: Engine, source: Source, slab: Slab, width: int, problem: Problem, rows: int) -> None:
         self._engine, self._source, self._slab = engine, source, slab
@@ -45,13 +46,14 @@ class Space:
         self.sampled = bool(problem.rules.get('sampled'))
         self._policy = engine.geometry.action_size * (1 + engine.geometry.continuous)
         self._device = source.device()
-        self.memory_mb = sum(part.numel() * part.element_size() for part in self._make()) / MIB
+        self._make()
+        self.memory_mb = megabytes(*self.tree, *(part for part in vars(self).values() if torch.is_tensor(part)))
         self.empty_rows(0)
         self._begin: Callable[[], None] = self._run_begin
         self.simulate: Callable[[], None] = self._run_simulation
 
-    def _make(self) -> List[torch.Tensor]:
-        """Allocate everything; returns what takes memory."""
+    def _make(self) -> None:
+        """Allocate everything."""
         rows, nodes, slots, device = self.rows, self.simulations + 1, self._slots, self._device
         floats, whole, indices = torch.float32, torch.int32, torch.int64
         shapes = tree_shapes(rows, self.simulations, slots, self._width, self._action_size)._asdict()
@@ -73,12 +75,12 @@ class Space:
         self._explored = torch.from_numpy(explorations(others, rules['pb_c_base'], rules['pb_c_init'])).to(device)
         self._spread = torch.from_numpy(np.sqrt(others)).to(device)
         self._numbers = torch.tensor([rules['discount_factor'], rules['value_delta_max']], device=device)
-        return [*self.tree, self._on_device, self._window, self._counts, self._positions, self.actions, self.predicted]
 
     def _make_sent(self) -> None:
         rows, slots, device = self.rows, self._slots, self._device
+        states = self._engine.geometry.embed_dim * self.begins_with_states
         sizes = _Sent((2, ), (rows, slots), (rows, self._width), (rows, ), (rows, ), (self.simulations, rows),
-                      (rows, slots), (rows, ), (rows, self._policy if self.sampled else 0))
+                      (rows, slots), (rows, ), (rows, self._policy * self.sampled), (rows, states))
         numbers = [int(np.prod(size)) for size in sizes]
         self._pinned = torch.zeros(sum(numbers), dtype=torch.int32, pin_memory=device.type == 'cuda')
         self._on_device = self._pinned.to(device, copy=True)
@@ -86,7 +88,7 @@ class Space:
             _Sent(*(part.view(size) for part, size in zip(memory.split(numbers), sizes)))
             for memory in (self._pinned, self._on_device)
         ]
-        floats = [{name: getattr(view, name).view(torch.float32) for name in ('prior', 'reward', 'logits')}
+        floats = [{name: getattr(view, name).view(torch.float32) for name in ('prior', 'reward', 'logits', 'latents')}
                   for view in views]
         views = [view._replace(**others) for view, others in zip(views, floats)]
         self.given, self._sent = _Sent(*(part.numpy() for part in views[0])), views[1]
@@ -207,24 +209,26 @@ class Space:
 class Reanalysis(Space):
     """Of a reanalysis, whose nodes have no context but the state before them: each row has a page for that state, and
     one that its simulations write."""
+    begins_with_states = True
 
     def __init__(self, engine: Engine, source: Source, problem: Problem, rows: int) -> None:
         geometry = engine.geometry
         slab = Slab(geometry.layers, geometry.heads, geometry.head_dim)
         super().__init__(engine, source, slab, 1, problem, rows)
+        self.memory_mb += slab.memory_mb
 
-    def _make(self) -> List[torch.Tensor]:
-        taken, rows, device = super()._make(), self.rows, self._device
+    def _make(self) -> None:
+        super()._make()
+        rows, device = self.rows, self._device
         self._slab.ensure(2 * rows + 1, device)
         self._pages = torch.arange(1, 2 * rows + 1, device=device).view(2, rows)
         self._rows = torch.arange(rows, device=device)
         self._places = torch.zeros(2, rows, dtype=torch.int64, device=device)  # of the states
         self.latents = torch.zeros(self.simulations + 1, rows, self._engine.geometry.embed_dim, device=device)
-        assert self._slab.data is not None
-        return [*taken, self.latents, self._slab.data]
 
     def _run_begin(self) -> None:
         super()._run_begin()
+        self.latents[0] = self._sent.latents
         if self._engine.geometry.rotary:
             self._places.copy_(2 * self._sent.timesteps.long() % self._engine.geometry.rotary_positions)
 
