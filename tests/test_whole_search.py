@@ -261,8 +261,8 @@ def test_on_a_gpu_whose_kernels_do_not_run_searches_are_in_lightzeros_tree(lines
         for _ in range(2):
             Player(policy).step(ALL)
     assert taken == ['ctree'] * 2 and tried == [torch.device('cuda', 0)]
-    said = ("Searching in LightZero's tree, node by node: triton runs no kernel on cuda:0 (RuntimeError: Failed to find C "
-            'compiler. Please specify via CC environment variable.)')
+    why = 'RuntimeError: Failed to find C compiler. Please specify via CC environment variable.'
+    said = f"Searching in LightZero's tree, node by node: triton runs no kernel on cuda:0 ({why})"
     assert told(lines)[1:] == [('INFO', said)]
     assert not world_model.searches_in_arrays('Reanalyzing') and len(tried) == 1
 
