@@ -104,7 +104,9 @@ class KVCacheStatsHook(LearnerHook):
     def values(self, counters: Dict[str, Any], timings: Dict[str, Dict[str, Any]]) -> Dict[str, float]:
         """The values of a manager's ``counters()`` and a world model's times by tag; means are left out before the
         first query, search or step."""
-        values: Dict[str, float] = {name: counters[name] for name in ('memory_mb', 'skipped') if name in counters}
+        values: Dict[str, float] = {
+            name: counters[name] for name in ('memory_mb', 'captures', 'skipped') if name in counters
+        }
         for pool in POOLS:
             counts = counters.get(pool)
             if counts is not None:

@@ -1,9 +1,12 @@
 """A search on a GPU: by Triton's interpreter against the compiled search on the CPU, and on a GPU against the same
 trees with the model's step by node."""
+import contextlib
+import gc
 import importlib.util
+import re
 import sys
 import types
-from typing import Any, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 from unittest import mock
 
 import numpy as np
@@ -13,21 +16,25 @@ import test_reanalysis as reanalysis
 import torch
 from ding.utils import MODEL_REGISTRY
 from small_models import Case, cached_model, construct, original_model
-from test_compiled_search import Root, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
-from test_whole_search import SIMULATIONS, make
+from test_compiled_search import Root, problem_of, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
+from test_whole_search import SIMULATIONS, Player, make, validated
+from torch.autograd import DeviceType
 
 from lzero_kvcache.cache.pages import NULL_PAGE
+from lzero_kvcache.config import MIB
+from lzero_kvcache.engine import transfer
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.step import Engine
 from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
 from lzero_kvcache.host.tree_search import NodeSearch, Roots
 from lzero_kvcache.host.weights import Room, source_of
-from lzero_kvcache.search import device, whole
+from lzero_kvcache.search import device, device_space, whole
 from lzero_kvcache.search.device import MAX_SPACES, ROWS_APART, DeviceSearch
-from lzero_kvcache.search.device_space import explorations
+from lzero_kvcache.search.device_space import Reanalysis, Space, explorations
 from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
 from lzero_kvcache.search.tree import exploration, make_rules, root_actions, root_values, root_visits
+from lzero_kvcache.search.whole import WholeSearch
 from lzero_kvcache.validation.trace import Trace
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
@@ -96,6 +103,29 @@ def test_interpreted_it_is_the_compiled_reanalysis(_small: None, case: Case, two
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
     [space] = search._spaces.kept.values()
     assert space.rows == 2 and world_model.kv_cache_manager.memory_mb >= space.memory_mb > 0
+
+
+@pytest.mark.parametrize('reanalyzes', [False, True])
+@pytest.mark.parametrize('case', [Case(rotary=True), Case(), Case(continuous=True)],
+                         ids=['rotary', 'learned', 'continuous'])
+def test_all_that_a_space_holds_is_counted(case: Case, reanalyzes: bool) -> None:
+    world_model = cached_model(case, 2, 5).world_model
+    slots, draws = (4, case.action_space_size) if case.continuous else (case.action_space_size, 0)
+    rules = dict(pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=False)
+    problem: Any = types.SimpleNamespace(
+        rules=dict(rules, sampled=draws > 0), simulations=5, slots=slots, action_size=draws)
+    gc.collect()
+    before = storages()
+    given = world_model.inference.engine, world_model.weights_source
+    space = Reanalysis(*given, problem, 8) if reanalyzes else Space(*given, Slab(1, 1, 2), 3, problem, 8)
+    made = [size for address, size in storages().items() if address not in before]
+    assert space.memory_mb * MIB == sum(made) > 8 * 6 * slots
+
+
+def storages() -> Dict[int, int]:
+    """Bytes of all memory that tensors have now, by address."""
+    found = [part.untyped_storage() for part in gc.get_objects() if issubclass(type(part), torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=[pytest.mark.gpu, needs_gpu])])
@@ -207,6 +237,46 @@ def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert roots.found == ('a problem', [1.], None)
 
 
+@contextlib.contextmanager
+def waiting_refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[List[torch.Size]]:
+    """Inside, waiting for the device is an error, but for what a search takes at its end; gives the shapes of that."""
+    taken: List[torch.Size] = []
+
+    def to_cpu(tensor: torch.Tensor) -> np.ndarray:
+        taken.append(tensor.shape)
+        torch.cuda.set_sync_debug_mode('default')
+        try:
+            return transfer.to_cpu(tensor)
+        finally:
+            torch.cuda.set_sync_debug_mode('error')
+
+    monkeypatch.setattr(device_space, 'to_cpu', to_cpu)
+    number = torch.ones(1, device='cuda')
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        with pytest.raises(RuntimeError):
+            number.item()
+        yield taken
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+def copies_of(run: Callable[[], Any]) -> Tuple[List[str], List[str]]:
+    """The kinds of memory on the CPU's side of all copies there and back, those inside of graphs among them."""
+    torch.cuda.synchronize()
+    activities = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activities.CPU, activities.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    if not names:
+        pytest.skip('the profiler sees nothing of this GPU')
+    assert sum('select' in name for name in names) > 1
+    there = re.findall(r'Memcpy HtoD \((\w+) -> ', '\n'.join(names))
+    back = re.findall(r'Memcpy DtoH \(\w+ -> (\w+)\)', '\n'.join(names))
+    return there, back
+
+
 @pytest.mark.gpu
 @needs_gpu
 @CASES
@@ -240,6 +310,20 @@ class TestOnGPU:
             counted.append(manager.counters()['memory_mb'])
         assert len(on_gpu.world_model.inference._device._spaces.kept) == MAX_SPACES
         assert counted[0] < counted[1] < counted[2]
+        assert manager.counters()['captures'] >= on_gpu.world_model.inference._device._spaces.captures == MAX_SPACES + 2
+        before = manager.counters()['captures']
+        searched(on_gpu, simulations=MAX_SPACES + 2)
+        assert manager.counters()['captures'] == before
+
+    def test_nothing_waits_for_the_device_but_the_end(self, on_gpu: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = searched(on_gpu)
+        with waiting_refused(monkeypatch) as ended:
+            again = searched(on_gpu)
+        assert again == first and len(ended) == 1
+
+    def test_one_copy_goes_there_and_one_comes_back(self, on_gpu: Root) -> None:
+        searched(on_gpu)
+        assert copies_of(lambda: searched(on_gpu)) == (['Pinned'], ['Pinned'])
 
     def test_weights_that_change_in_place_are_seen(self, on_gpu: Root) -> None:
         first = searched(on_gpu)
@@ -277,15 +361,19 @@ class TestOnGPU:
 @pytest.mark.gpu
 @needs_gpu
 @reanalysis.CASES
-def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool, grows: bool) -> None:
+def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool, grows: bool,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     question = reanalysis.asked(case, two_players, grows, 'cuda')
     visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
     expected = reanalysis.by_steps(question)
     assert visits == expected[0]
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
     kept = list(question.world_model.inference._device._spaces.kept.values())
-    question.world_model.inference.reanalyze(*question[1:])
-    assert list(question.world_model.inference._device._spaces.kept.values()) == kept
+    with waiting_refused(monkeypatch) as ended:
+        question.world_model.inference.reanalyze(*question[1:])
+    assert len(ended) == 1 and list(question.world_model.inference._device._spaces.kept.values()) == kept
+    copies = copies_of(lambda: question.world_model.inference.reanalyze(*question[1:]))
+    assert copies == (['Pinned'], ['Pinned'])
 
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=[pytest.mark.gpu, needs_gpu])])
@@ -405,6 +493,79 @@ def test_policies_search_on_a_gpu(kind: str, lines: Any) -> None:
             ready_env_id=[0, 1, 2], timestep=[np.array(step)] * 3, temperature=1., epsilon=0.
         )
     assert [sum(row['visit_count_distributions']) for row in output.values()] == [SIMULATIONS] * 3
-    assert [space.rows for space in spaces.kept.values()] == [ROWS_APART] and spaces.captures
-    told = 'Searching in arrays: a search is a graph that is replayed for each simulation'
+    assert [space.rows for space in spaces.kept.values()] == [ROWS_APART] and spaces.usable and spaces.captures == 1
+    why = 'since the model is on cuda:0, where triton runs'
+    told = f'Searching in arrays, {why}: a search is a graph that is replayed for each simulation'
     assert lines().count(('INFO', told)) == 1
+
+
+# ---- validation='exact' ----------------------------------------------------------------------------------------------
+
+
+class OnGPU(Player):
+    """Observations come to the GPU first, as LightZero's collectors send them."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__(policy)
+        self.goes_its_own_way = False  # replays go on with what was found
+        forward = self.policy.forward
+        self.policy = self.policy._replace(
+            forward=lambda observations, *args, **kwargs: forward(observations.to('cuda'), *args, **kwargs))
+
+
+def assert_all_are_replayed(policy: Any, outputs: List[Any]) -> None:
+    tally, rows = policy._model.world_model.validator.tally, sum(map(len, outputs))
+    assert (tally.searches, tally.over, tally.unexplained, tally.failures) == (len(outputs), 0, 0, 0)
+    assert tally.rows == rows * (1 + SIMULATIONS) and tally.inferences == len(outputs) * (1 + SIMULATIONS)
+
+
+@interpreted
+@pytest.mark.parametrize('case, rules', [
+    (Case(num_layers=1), {}), (Case(num_layers=1, rotary=True, continuous=True), dict(sampled=True, continuous=True)),
+], ids=['learned', 'continuous'])
+def test_interpreted_searches_are_replayed(_small: None, case: Case, rules: Dict[str, bool]) -> None:
+    """The last with a page of one environment that is not what it was when its root was served."""
+    options = dict(validation='exact', validation_freq=1, validation_tol=1e-3, validation_action='raise')
+    model, rng = cached_model(case, compiled.ROWS, 5, kv_cache_cfg=options), np.random.default_rng(0)
+    world_model, actions = model.world_model, [-1] * compiled.ROWS  # type: Any, List[Any]
+    seen = torch.from_numpy(rng.normal(size=(4, compiled.ROWS, *case.obs_shape)).astype(np.float32))
+    for step in range(3):
+        with world_model.serving('collect', range(compiled.ROWS)) as served, torch.no_grad():
+            output = model.initial_inference(seen[step], actions, seen[step + 1], [step] * compiled.ROWS)
+            if step == 2:
+                world_model.kv_cache_manager.storage.slab.data[served.roots[0][1, 0]] += 0.5
+            world_model.inference._device.run(served, problem_of(case, rules, output.policy_logits.tolist()))
+            actions = [1] * compiled.ROWS
+            if case.continuous:
+                actions = list(rng.uniform(-1, 1, (compiled.ROWS, case.action_space_size)).astype(np.float32))
+            refused = pytest.raises(RuntimeError, match='environment 1, step 2')
+            with refused if step == 2 else contextlib.nullcontext():
+                world_model.validator.check(served.trace, actions)
+    tally = world_model.validator.tally
+    assert tally.inferences == 3 * (1 + compiled.SIMULATIONS) and 0 < tally.over == tally.unexplained
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize('kind', ['unizero', 'discrete', 'continuous'])
+@pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+def test_on_a_gpu_searches_are_replayed(kind: str, rotary: bool) -> None:
+    policy = validated(kind, rotary=rotary, changes=dict(cuda=True, device='cuda'), device='cuda')
+    assert_all_are_replayed(policy, OnGPU(policy).play())
+    assert policy._model.world_model.inference._device._spaces.captures
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_a_replay_sees_a_spoiled_page() -> None:
+    """Of one environment, between its root and its search."""
+    policy = validated(changes=dict(cuda=True, device='cuda'), device='cuda')
+    run, manager, player = WholeSearch.run, policy._model.world_model.kv_cache_manager, OnGPU(policy)
+    player.step([0, 1, 2])
+
+    def spoiled(search: Any, served: Any, problem: Any) -> Any:
+        manager.storage.slab.data[served.roots[0][1, 0]] += 0.5
+        return run(search, served, problem)
+
+    with mock.patch.object(WholeSearch, 'run', spoiled), pytest.raises(RuntimeError, match='environment 1, step'):
+        player.step([0, 1, 2])

@@ -33,6 +33,9 @@ SAMPLES, UNROLL, SIMULATIONS = 5, 3, 10
 ROWS = SAMPLES * (UNROLL + 1)
 LEGAL = [[], [2, 0], [1]]
 FIRST = 2 ** 31  # number of a model's first reanalysis
+IN_ARRAYS = (
+    'INFO', 'Reanalyzing in arrays, since the model can be compiled for the CPU: a search is one compiled call'
+)
 #: Values are means over a support from -50 to 50, and rounding in its logits weighs accordingly.
 TOLERANCE = 3e-4
 
@@ -220,7 +223,7 @@ def test_a_buffer_reanalyzes_in_arrays(life: Any, lines: Any) -> None:
     assert UniZeroGameBuffer._compute_target_policy_reanalyzed is method
     sums = policies.sum(-1)
     assert policies.shape == (3, UNROLL + 1, 2) and set(np.round(sums, 6).ravel()) <= {0., 1.} and sums.any()
-    assert lines_of(lines) == [('INFO', 'Reanalyzing in arrays: a search is one compiled call')]
+    assert lines_of(lines) == [IN_ARRAYS]
     assert policy._target_model.world_model.inference._whole._spaces.memory_mb > 0
 
 
@@ -233,7 +236,7 @@ def test_a_buffer_reanalyzes_in_arrays(life: Any, lines: Any) -> None:
                  "are gated")),
     ('device', lambda buffer, model: setattr(model, 'recurrent_inference', model.recurrent_inference), None),
     ('device', lambda buffer, model: setattr(model, 'eval', model.train),
-     ('INFO', 'Reanalyzing in arrays: a search is one compiled call')),
+     IN_ARRAYS),
 ], ids=['tree', 'auto', 'device', 'inference of its own', 'training'])
 def test_what_is_reanalyzed_in_lightzeros_tree(search: str, prepare: Any, told: Any, life: Any, lines: Any) -> None:
     buffer, policy = life(search=search)

@@ -12,6 +12,7 @@ from test_backends import BOTH_ACTIONS, BOTH_POSITIONS, TOLERANCE, Device, large
 
 from lzero_kvcache.cache.pages import RESERVED_PAGES
 from lzero_kvcache.engine import graphs, root_graph
+from lzero_kvcache.engine.probing import KernelCheck
 
 SEED = 5
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
@@ -22,7 +23,7 @@ def captured(monkeypatch):
     """How often each capture was replayed, in turn; a replay computes anew into what the capture returned."""
     replays = []
 
-    def capture(device, function):
+    def capture(device, function, inputs):
         result, number = function(), len(replays)
         replays.append(0)
 
@@ -32,7 +33,7 @@ def captured(monkeypatch):
                 if old is not None:
                     old.copy_(new)
 
-        return graphs.Captured([replay], [result], 1.0)
+        return graphs.Captured([replay], [result], 1 + graphs.megabytes(*inputs))
 
     monkeypatch.setattr(root_graph, 'capture', capture)
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
@@ -44,6 +45,7 @@ def model_on_gpu(case, rows, backend='cudagraph'):
     model = cached_model(case, rows, SEED, kv_cache_cfg=dict(backend=backend))
     roots = model.world_model.inference._root_graphs
     roots._source = roots._source._replace(device=lambda: Device('cpu'))
+    roots._engine.kernels = KernelCheck(lambda device: None)
     return model
 
 
@@ -56,7 +58,10 @@ def test_a_trace_with_episodes_that_begin_and_contexts_that_are_lost(rotary, con
     for _ in range(2):
         assert largest_error(answers_of(model, trace, True), answers_of(plain, trace, True)) <= TOLERANCE
     assert captured == [12]
-    assert model.world_model.inference._root_graphs.graphs.memory_mb == 1
+    [graph], manager = model.world_model.inference._root_graphs.graphs.kept.values(), model.world_model.kv_cache_manager
+    read = graphs.megabytes(graph.pinned, graph.sent, graph.observations)
+    assert read > 0 and model.world_model.inference._root_graphs.graphs.memory_mb == pytest.approx(1 + read)
+    assert manager.counters()['captures'] == manager.get_stats_summary()['captures'] == 1
 
 
 def test_fewer_rows_need_no_capture_of_their_own_and_write_nobody_elses_page(captured):
@@ -89,6 +94,7 @@ def test_an_encoder_that_moves_is_captured_anew(captured):
         parameter.data = parameter.data.clone()
     answers_of(model, trace, True)
     assert captured == [2, 2]
+    assert model.world_model.kv_cache_manager.counters()['captures'] == 2
 
 
 @pytest.mark.parametrize('backend, by_node, training', [
@@ -99,6 +105,22 @@ def test_who_is_launched_from_python(backend, by_node, training, captured):
     trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=2)
     answers_of(model_on_gpu(case, 2, backend).train(training), trace, by_node)
     assert not captured
+
+
+def test_where_kernels_do_not_run_nothing_is_captured(captured):
+    case = Case()
+    trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=2, simulations=2)
+    model, engine = model_on_gpu(case, 2), cached_model(case, 2, SEED).world_model.inference.engine
+    model.world_model.inference.engine.kernels = KernelCheck(fail)
+    answers = answers_of(model, trace, True)
+    assert not captured and largest_error(answers, answers_of(cached_model(case, 2, SEED), trace, True)) <= TOLERANCE
+    assert not model.world_model.inference.engine.has_kernels(torch.device('cuda'))
+    engine.kernels = KernelCheck(lambda device: None)
+    assert engine.has_kernels(torch.device('cuda')) and not engine.has_kernels(torch.device('cpu'))
+
+
+def fail(*args, **options):
+    raise RuntimeError('Failed to find C compiler')
 
 
 def test_what_a_user_added_to_the_encoder_runs_at_each_step(captured):
@@ -112,7 +134,7 @@ def test_what_a_user_added_to_the_encoder_runs_at_each_step(captured):
 
 @pytest.mark.parametrize('kind', [RuntimeError, OSError], ids=['CUDA', 'a compiler that is missing'])
 def test_a_capture_that_fails_is_told_once(kind, captured, monkeypatch, lines):
-    def fail(*args):
+    def fail(*args, **options):
         raise kind('operation not permitted when stream is capturing\nand a long trace')
 
     monkeypatch.setattr(root_graph, 'capture', fail)

@@ -19,6 +19,7 @@ from trainings import (
     ITERATIONS,
     PROJECT_ROOT,
     SMALL,
+    WM,
     import_what_trainings_import,
     scalars,
     short_episodes,
@@ -272,6 +273,50 @@ def test_two_processes_end_with_equal_weights(entry, tmp_path, monkeypatch):
     for name in ALL:
         pool, name = name.split('_')
         assert summary['counters'][pool][name] == first['counters'][pool][name] + second['counters'][pool][name]
+
+
+# What a fork cannot do once its parent has used a GPU.
+OF_ONE_RANK = """
+import os, sys
+from test_several_processes import keep_what_it_ends_with
+from trainings import short_episodes, train
+short_episodes()
+keep_what_it_ends_with(int(os.environ['RANK']))
+sys.exit(train(sys.argv[1:]))
+"""
+
+
+def searched_by_two_ranks(folder, device):
+    """What two ranks end with whose searches are in arrays, each on a device of its own; and what their logs say."""
+    (folder / 'rank.py').write_text(OF_ONE_RANK)
+    arguments = [*SMALL, *FOR_TWO, f'{WM}.kv_cache_cfg.search=device']
+    arguments[arguments.index('--device') + 1] = device
+    ended = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'rank.py', '--config',
+         'config_new', *arguments],
+        cwd=str(folder), encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500,
+        env=environment(PROJECT_ROOT, os.path.join(PROJECT_ROOT, 'tests'), OMP_NUM_THREADS='1'))
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    logs = [(folder / 'run' / 'log' / name).read_text(encoding='utf-8') for name in ('train.log', 'train_rank1.log')]
+    ends = [torch.load(str(folder / f'rank{rank}.pt'), map_location='cpu') for rank in range(2)]
+    for one, other in zip(ends[0]['state'], ends[1]['state']):
+        for name, value in one.items():
+            if 'running_' not in name:
+                torch.testing.assert_close(value, other[name], rtol=0, atol=0, msg=name)
+    return ends, logs
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='there are no two GPUs')
+def test_two_gpus_search_in_arrays_and_end_with_equal_weights(tmp_path):
+    ends, logs = searched_by_two_ranks(tmp_path, 'cuda')
+    for rank, (end, log) in enumerate(zip(ends, logs)):
+        assert f'Searching in arrays, since the model is on cuda:{rank}, where triton runs' in log
+        assert end['counters']['captures'] > 0 and end['counters']['recur']['queries'] > 0
+    summary = summary_of(tmp_path / 'run')['counters']
+    for count in (lambda counters: counters['captures'], lambda counters: counters['recur']['queries']):
+        assert count(summary) == sum(count(end['counters']) for end in ends)
 
 
 def assert_ended_together(folder, signum):

@@ -124,7 +124,7 @@ class TestEventFile:
     def test_a_point_at_every_iteration_under_every_tag(self, new, tmp_path):
         run(new, tmp_path)
         points = read(tmp_path)
-        tags = (NEW_TAGS | {'skipped'} if new else OLD_TAGS) | {'memory_mb'} | TIMES
+        tags = (NEW_TAGS | {'skipped', 'captures'} if new else OLD_TAGS) | {'memory_mb'} | TIMES
         assert set(points) == {f'kv_cache_{axis}/{tag}' for axis in ('iter', 'step') for tag in tags}
         for tag, series in points.items():
             steps = list(range(6)) if tag.startswith('kv_cache_iter/') else [6] * 3 + [12] * 3
@@ -149,7 +149,8 @@ class TestEventFile:
     @BOTH_FLAGS
     def test_without_counting_only_memory_and_times(self, new, tmp_path):
         run(new, tmp_path, kv_cache_cfg=dict(enable_stats=False))
-        assert {tag.split('/')[1] for tag in read(tmp_path)} == {'memory_mb'} | TIMES
+        written = {'memory_mb', 'captures'} if new else {'memory_mb'}
+        assert {tag.split('/')[1] for tag in read(tmp_path)} == written | TIMES
 
     @BOTH_FLAGS
     def test_the_layout_is_written_once_and_groups_the_tags(self, new, tmp_path):

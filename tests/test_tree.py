@@ -109,11 +109,13 @@ class Reference:
         self.ranges.set_delta(float(rules.delta))
 
     def traverse(self, simulation: int) -> Tuple[np.ndarray, np.ndarray]:
-        rules = self.case.rules
+        rules, options = self.case.rules, ()
+        if rules.sampled or not rules.draws_ties:  # the first of equals: LightZero's main branch alone
+            options = (rules.continuous, ) if rules.sampled else (True, )
         self.results = self.lib.ResultsWrapper(num=self.case.rows)
         parents, _, actions, self.players = self.lib.batch_traverse(
             self.roots, int(rules.base), float(rules.init), float(rules.discount), self.ranges, self.results,
-            list(self.case.to_play), *((rules.continuous, ) if rules.sampled else ())
+            list(self.case.to_play), *options
         )
         return np.asarray(parents), np.asarray(actions, np.float32 if rules.sampled else np.int64)
 

@@ -24,7 +24,8 @@ from lzero.policy.utils import select_action
 from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, randomise
 from test_tree import alike
 
-from lzero_kvcache import KVCacheManager
+from lzero_kvcache import ConfigError, KVCacheManager
+from lzero_kvcache.engine.probing import KernelCheck
 from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.host.tree_search import _NodeSearch
 from lzero_kvcache.search import compiled as compiled_search
@@ -176,7 +177,8 @@ def told(lines):
 @pytest.mark.parametrize('kind', ['unizero', 'continuous'])
 def test_searches_in_arrays(kind, search, lines):
     policy = make(kind, search)
-    assert told(lines) == [('INFO', 'Searching in arrays: a search is one compiled call')]
+    why = 'since the model can be compiled for the CPU'
+    assert told(lines) == [('INFO', f'Searching in arrays, {why}: a search is one compiled call')]
     with ways() as taken:
         Player(policy).step(ALL)
         Player(policy, 'eval').step(ALL)
@@ -231,6 +233,62 @@ def test_what_cannot_be_compiled_is_searched_by_node(options, reason, search, li
     with ways() as taken:
         output = Player(policy).step(ALL)
     assert taken == ['ctree'] and {sum(row['visit_count_distributions']) for row in output.values()} == {SIMULATIONS}
+
+
+def on_a_gpu_whose_kernels(policy, run):
+    """A policy whose model is said to be on a GPU, where a probe does what it is told."""
+    world_model = world_model_of(policy)
+    world_model.weights_source = world_model.weights_source._replace(device=lambda: torch.device('cuda', 0))
+    world_model.inference.engine.kernels = KernelCheck(run)
+    return world_model
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='needs triton')
+
+
+@needs_triton
+def test_on_a_gpu_whose_kernels_do_not_run_searches_are_in_lightzeros_tree(lines):
+    tried = []
+
+    def probe(device):
+        tried.append(device)
+        raise RuntimeError('Failed to find C compiler. Please specify via CC environment variable.\nand a long trace')
+
+    policy = make(search='auto')
+    world_model = on_a_gpu_whose_kernels(policy, probe)
+    with ways() as taken:
+        for _ in range(2):
+            Player(policy).step(ALL)
+    assert taken == ['ctree'] * 2 and tried == [torch.device('cuda', 0)]
+    why = 'RuntimeError: Failed to find C compiler. Please specify via CC environment variable.'
+    said = f"Searching in LightZero's tree, node by node: triton runs no kernel on cuda:0 ({why})"
+    assert told(lines)[1:] == [('INFO', said)]
+    assert not world_model.searches_in_arrays('Reanalyzing') and len(tried) == 1
+
+
+@pytest.mark.parametrize('asked', ["search='device'", "matmul='tf32'"])
+def test_what_a_gpu_is_asked_for_and_cannot_do_is_refused(asked, lines):
+    def probe(device):
+        raise OSError('ptxas is missing')
+
+    name, value = asked.replace("'", '').split('=')
+    world_model = on_a_gpu_whose_kernels(make(search='auto'), probe)
+    world_model._options = dataclasses.replace(world_model._options, **{name: value})
+    for _ in range(2):
+        with pytest.raises(ConfigError) as refused:
+            world_model.searches_in_arrays('Searching')
+    [line] = str(refused.value).split('\n')
+    assert line.startswith(f'policy.model.world_model_cfg.kv_cache_cfg.{asked} is not served here: triton')
+    assert "search='auto'" in line and len(told(lines)) == 1
+
+
+@needs_triton
+def test_on_a_gpu_whose_kernels_run_searches_are_in_arrays(lines):
+    world_model = on_a_gpu_whose_kernels(make(search='auto'), lambda device: None)
+    assert world_model.eval().searches_in_arrays('Searching')
+    why = 'since the model is on cuda:0, where triton runs'
+    said = f'Searching in arrays, {why}: a search is a graph that is replayed for each simulation'
+    assert told(lines)[1:] == [('INFO', said)]
 
 
 def test_a_managers_own_look_ups_are_asked(registered, lines):

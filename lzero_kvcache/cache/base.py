@@ -68,7 +68,7 @@ class BaseCacheManager(ABC):
             - counters (:obj:`Dict[str, Any]`): ``init``, ``recur`` and ``total``, each a dict with ``queries``, \
                 ``hits``, ``misses`` and, where known, ``evictions`` and ``occupancy`` (all cumulative but the last); \
                 and ``memory_mb``. A manager that does not count leaves the first three out. Where rows with nan or \
-                inf can be skipped, ``skipped``, cumulative.
+                inf can be skipped, ``skipped``, and where CUDA graphs are captured, ``captures``, both cumulative.
         """
 
     @abstractmethod
@@ -115,7 +115,7 @@ class PagedCacheManager(BaseCacheManager):
             Take the store that holds the pages' keys and values, before the first step.
         Arguments:
             - store (:obj:`PageStore`): ``grow(pages)`` makes room and says whether it could, ``memory_mb`` is what it \
-                holds, ``page_bytes`` what a page takes.
+                holds, ``page_bytes`` what a page takes, ``captures`` how many CUDA graphs were captured over it.
         """
 
     @abstractmethod

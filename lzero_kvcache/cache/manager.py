@@ -242,7 +242,8 @@ class KVCacheManager(PagedCacheManager):
         Returns:
             - summary (:obj:`Dict[str, Any]`): ``stats_enabled``; ``init_pools`` with ``env_0`` and so on, \
                 ``recur_pool`` and ``wm_pool``, each with ``hits``, ``misses``, ``evictions``, ``total_queries``, \
-                ``hit_rate``, ``size`` and ``capacity``; ``eval_pools`` once there was an evaluation; ``memory_mb``.
+                ``hit_rate``, ``size`` and ``capacity``; ``eval_pools`` once there was an evaluation; ``memory_mb``, \
+                ``captures``.
         """
         if not self.enable_stats:
             return {'stats_enabled': False}
@@ -251,18 +252,21 @@ class KVCacheManager(PagedCacheManager):
             'init_pools': self._summaries(COLLECT, self.init_pools),
             'recur_pool': _summary(self.recur_pool),
             'wm_pool': _summary(self.wm_pool),
-            'memory_mb': self.memory_mb,
+            **self._of_storage(),
         }
         if self.eval_pools:
             summary['eval_pools'] = self._summaries(EVAL, self.eval_pools)
         return summary
 
     def counters(self) -> Dict[str, Any]:
-        counters: Dict[str, Any] = {'memory_mb': self.memory_mb}
+        counters = self._of_storage()
         if self.enable_stats:
             counters.update(counters_of(self._asked), skipped=self._skipped)
             add_pools(counters, {'init': self.init_pools + self.eval_pools, 'recur': [self.recur_pool]}, self._held)
         return counters
+
+    def _of_storage(self) -> Dict[str, Any]:
+        return {'memory_mb': self.memory_mb, 'captures': 0 if self.storage is None else self.storage.captures}
 
     def _summaries(self, mode: str, pools: List[PagedPool]) -> Dict[str, Any]:
         held = self._current[mode].counts > 0

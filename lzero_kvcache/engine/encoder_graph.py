@@ -48,4 +48,4 @@ class EncoderGraph:
 
     def _capture(self, observations: torch.Tensor) -> _Graph:
         seen = observations.new_zeros((ROWS,) + observations.shape[1:], device=self._source.device())
-        return _Graph(seen, capture(seen.device, lambda: self._launch(seen)))
+        return _Graph(seen, capture(seen.device, lambda: self._launch(seen), inputs=[seen]))

@@ -22,13 +22,20 @@ class Captured(NamedTuple):
     """Functions whose launches a GPU replays, in memory that they share."""
     replays: List[Callable[[], None]]
     results: List[Any]
-    memory_mb: float
+    memory_mb: float  # of their pool, and of what they read
 
 
-def capture(device: torch.device, *functions: Callable[[], Any]) -> Captured:
-    """Capture functions that run one after another; what they return is overwritten by each replay."""
+def megabytes(*tensors: torch.Tensor) -> float:
+    """MiB that tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
+
+
+def capture(device: torch.device, *functions: Callable[[], Any], inputs: Sequence[torch.Tensor] = ()) -> Captured:
+    """Capture functions that run one after another; what they return is overwritten by each replay. ``inputs`` were
+    made for them, and count as their memory."""
     with _capturing, torch.cuda.device(device):  # Triton launches on the current device
-        return _capture(functions)
+        captured = _capture(functions)
+    return captured._replace(memory_mb=captured.memory_mb + megabytes(*inputs))
 
 
 def _capture(functions: Sequence[Callable[[], Any]]) -> Captured:
@@ -84,6 +91,7 @@ class Graphs:
     def __init__(self, told: str, most: int = 8) -> None:
         self.kept: Dict[Tuple[Any, ...], Any] = {}
         self.moves = 0
+        self.captures = 0  # so far, those that went among them
         self.usable = True
         self._told, self._most = told, most  # what the log says of giving up, and how many are kept
         self._addresses: Tuple[int, ...] = ()
@@ -121,6 +129,7 @@ class Graphs:
                 self.give_up(error)
                 return None
             self.kept[(rows,) + kind] = made
+            self.captures += 1
             return made
 
     def give_up(self, reason: Any) -> None:

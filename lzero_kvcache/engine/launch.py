@@ -26,6 +26,7 @@ class EagerBackend:
     name = 'eager'
     reuses_output = False  # whether the next step overwrites what this one returned
     memory_mb = 0.0  # held beside the slab
+    captures = 0
 
     def __init__(self, engine: Engine, source: Source) -> None:
         self.engine, self.source = engine, source
@@ -69,6 +70,10 @@ class CudaGraphBackend(EagerBackend):
         return self.graphs.memory_mb
 
     @property
+    def captures(self) -> int:  # type: ignore[override]
+        return self.graphs.captures
+
+    @property
     def reuses_output(self) -> bool:  # type: ignore[override]
         return bool(self.graphs.kept)
 
@@ -109,7 +114,8 @@ class CudaGraphBackend(EagerBackend):
         pinned.numpy()[:] = filler(self.engine.geometry, count)
         sent = pinned.to(device)
         held = None if action is None else torch.zeros_like(action)
-        captured = capture(device, lambda: self._run_fresh(slab, sent, held))
+        inputs = [pinned, sent] if held is None else [pinned, sent, held]
+        captured = capture(device, lambda: self._run_fresh(slab, sent, held), inputs=inputs)
         logger.info(f'Captured a CUDA graph of a recurrent step for {rows} rows ({captured.memory_mb:.1f} MiB)')
         return _Graph(captured, pinned, torch.cuda.Event(), sent, held)
 

@@ -1,7 +1,8 @@
 """Kernels of which one begins while the one before it ends, on GPUs that can (Hopper's and later): its programs are
-there early, and wait. Between launches that last some microseconds each, that saves one of them. Importing it imports
-Triton.
+there early, and wait. Between launches that last some microseconds each, that saves one of them. And a probe that tells
+whether kernels run. Importing it imports Triton.
 """
+from contextlib import nullcontext
 from typing import Any, Tuple
 
 import torch
@@ -28,3 +29,25 @@ def can_overlap(kernel: Any) -> bool:
     """Whether GPU, Triton and the way in which a kernel is run allow it."""
     compiled = isinstance(kernel, triton.runtime.JITFunction) and hasattr(tl.extra.cuda, 'gdc_wait')
     return compiled and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@triton.jit
+def _probe(ones, out, seed, OVERLAP: tl.constexpr):
+    """A third, sixteen times, by operations that not every Triton and card has."""
+    wait(OVERLAP)
+    index = tl.arange(0, 16)
+    square = tl.load(ones + index[:, None] * 16 + index[None, :])
+    total = tl.sum(tl.dot(square, square, input_precision='tf32x3'), 0)  # 256 each
+    word, _b, _c, _d = tl.philox(tl.load(seed), index, index, index, 0)
+    number = tl.umulhi(word, index.to(tl.uint32) * 0 + 3).to(tl.int32)
+    tl.store(out + index, tl.where(number < 3, tl.div_rn(total, total * 3), 0.))
+
+
+def probe(device: torch.device) -> None:
+    """Compile and launch a kernel, and look at what it has written; an error where any of that fails."""
+    with torch.cuda.device(device) if device.type == 'cuda' else nullcontext():
+        ones, out = torch.ones(16, 16, device=device), torch.zeros(16, device=device)
+        seed = torch.ones(1, dtype=torch.int64, device=device)
+        launch(_probe, (1, ), ones, out, seed, num_warps=1, enable_fp_fusion=False)
+    if out.tolist() != torch.full((16, ), 1 / 3).tolist():
+        raise RuntimeError(f'a kernel wrote {out.tolist()} in place of thirds')

@@ -8,7 +8,7 @@ import torch
 from .graphs import Captured, Graphs, capture
 from .packing import filler, unpack
 from .slab import Slab
-from .step import Engine, StepOutput, checksum, has_triton
+from .step import Engine, StepOutput, checksum
 from .transfer import to_cpu
 from .weights import Source
 
@@ -37,7 +37,7 @@ class RootGraphs:
         """Whether root inferences can be replayed, as far as is known."""
         source = self._source
         is_plain = not source.is_training() and not source.has_own_encoding()
-        return source.device().type == 'cuda' and has_triton() and self.graphs.usable and is_plain
+        return self.graphs.usable and is_plain and self._engine.has_kernels(source.device())
 
     def run(self, slab: Slab, numbers: np.ndarray, observations: torch.Tensor,
             addresses: Tuple[int, ...]) -> Optional[Root]:
@@ -66,7 +66,7 @@ class RootGraphs:
         pinned = torch.from_numpy(np.repeat(column, rows, axis=1))
         pinned = pinned.pin_memory() if device.type == 'cuda' else pinned
         sent, seen = pinned.to(device, copy=True), torch.zeros_like(observations)
-        captured = capture(device, lambda: self._run(slab, sent, seen))
+        captured = capture(device, lambda: self._run(slab, sent, seen), inputs=[pinned, sent, seen])
         logger.info(f'Captured a root inference for {rows} rows ({captured.memory_mb:.1f} MiB)')
         return _Graph(pinned, sent, seen, captured)
 

@@ -6,7 +6,6 @@ step writes. A window has ``2W`` slots ``[-, o0, a0, o1, ..., action, observatio
 does not exist, and is never read, so that the token at position ``p`` of a context stands in slot ``p + 1``. Tables of
 pages are int64 ``[B, W]``, counts of pages ``[B]``, positions of tokens ``[K, B]``.
 """
-import importlib.util
 import threading
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config import MIB
+from .probing import KernelCheck
 from .slab import Slab
 from .weights import Geometry, Layer, Weights
 
@@ -64,18 +64,23 @@ class Engine:
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
         self.window = Window()
+        self.kernels = KernelCheck()
         self._masks: Dict[Tuple[int, torch.device], Tuple[torch.Tensor, torch.Tensor]] = {}
 
     def for_search(self, weights: Weights, output: StepOutput) -> torch.Tensor:
         """What a search takes to the host: reward and value as numbers, and policy logits ``[B, 2 + P]``."""
         assert output.logits_rewards is not None
         rows = output.logits_value.shape[0]
-        if weights.captured and output.logits_value.is_cuda and has_triton():
+        if weights.captured and self.has_kernels(output.logits_value.device):
             from .numbers import for_search
 
             return for_search(output, output.logits_value.new_empty(rows, 2 + output.logits_policy.shape[-1]))
         scalars = weights.scalar(torch.cat([output.logits_rewards.squeeze(1), output.logits_value.squeeze(1)]))
         return torch.cat([scalars.view(2, rows).T, output.logits_policy.squeeze(1)], dim=1)
+
+    def has_kernels(self, device: torch.device) -> bool:
+        """Whether a GPU can read pages where they are."""
+        return device.type == 'cuda' and self.kernels.why_not(device) is None
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -110,7 +115,7 @@ class Engine:
         A count of 0 starts a context, and its action is not looked at. ``positions [2, B]`` are those of both tokens.
         The observation is ``latent [B, E]``, and no reward is predicted; or without it the predicted observation.
         """
-        if weights.captured and slab.data is not None and slab.data.is_cuda and has_triton():
+        if weights.captured and slab.data is not None and self.has_kernels(slab.data.device):
             return self.simulate(weights, slab, tables, counts, action, positions, latent)
         window = slab.read(tables, self.window.room(slab, tables.numel()))
         last = window.shape[1] - 1
@@ -291,11 +296,6 @@ def checksum(output: StepOutput) -> torch.Tensor:
     values that they were computed with."""
     parts = output.logits_rewards, output.logits_value, output.logits_policy
     return torch.cat([part for part in parts if part is not None], dim=-1).sum(-1)
-
-
-def has_triton() -> bool:
-    """Whether a GPU can read pages where they are."""
-    return importlib.util.find_spec('triton') is not None
 
 
 def with_residuals(layer: Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ class PageStore:
     def __init__(self, slab: Slab, advice: str) -> None:
         self.slab = slab
         self._advice = advice  # what to do where memory runs out
-        self.beside: List[Any] = []  # parts with a memory_mb of their own: windows, graphs, trees
+        self.beside: List[Any] = []  # windows, graphs, trees: with a memory_mb, and captures if they are captured
 
     @property
     def page_bytes(self) -> int:
@@ -23,6 +23,11 @@ class PageStore:
     @property
     def memory_mb(self) -> float:
         return self.slab.memory_mb + sum(part.memory_mb for part in self.beside)
+
+    @property
+    def captures(self) -> int:
+        """How often something was captured as CUDA graphs."""
+        return sum(getattr(part, 'captures', 0) for part in self.beside)
 
     def ready(self, pages: int, device: torch.device) -> Slab:
         """The slab on a device, with room for so many pages, or ``OutOfPages``."""

@@ -8,13 +8,12 @@ import torch
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
 from ..cache.base import PagedCacheManager
-from ..config import KV_CACHE_REGISTRY, CacheConfig, handed_down
+from ..config import KV_CACHE_REGISTRY, PREFIX, CacheConfig, ConfigError, handed_down
 from ..engine.compiling import why_not_compiled
 from ..engine.encoder_graph import EncoderGraph
 from ..engine.launch import picked
 from ..engine.sequence import observe
 from ..engine.slab import Slab
-from ..engine.step import has_triton
 from ..engine.store import PageStore
 from ..engine.transfer import send
 from ..engine.weights import Weights
@@ -76,7 +75,7 @@ class NewWorldModel(LightZeroWorldModel):
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
         self._angles_grow = bool(config.rotary_emb) and lightzero.ANGLES_GROW
-        self._why_not_in_arrays: Dict[str, Optional[str]] = {}  # for each kind of search
+        self._why_not_in_arrays: Dict[Tuple[str, str], Optional[str]] = {}  # by kind of search and of device
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
@@ -177,34 +176,43 @@ class NewWorldModel(LightZeroWorldModel):
         """Why a search cannot run as one call on the model's device, as the model is now; None where it can."""
         device = self.weights_source.device()
         if device.type == 'cuda':
-            return None if has_triton() else 'triton is not installed (pip install triton)'
+            return self.inference.engine.kernels.why_not(device)
         if device.type != 'cpu':
             return f'the model is on {device}'
         return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
 
     def searches_in_arrays(self, doing: str) -> bool:
         """Whether to search in arrays, or else in LightZero's tree: by what ``kv_cache_cfg.search`` asks for, by what
-        can be, and by where and in which mode the model is now. The first time the log says so; ``doing`` is its word
-        for what the search is for."""
+        can be, and by where and in which mode the model is now. The first time on a kind of device the log says so;
+        ``doing`` is its word for what the search is for."""
         if self._options.search == 'tree':
             return False
-        if doing not in self._why_not_in_arrays:
-            self._why_not_in_arrays[doing] = reason = self.why_not_whole()
+        kind = doing, self.weights_source.device().type
+        if kind not in self._why_not_in_arrays:
+            reason = self.why_not_whole()
             self._tell_search(doing, reason)
-        can_now = not self.training and self.weights_source.device().type in ('cpu', 'cuda')
-        return can_now and self._why_not_in_arrays[doing] is None
+            self._why_not_in_arrays[kind] = reason
+        return not self.training and self._why_not_in_arrays[kind] is None
 
     def _tell_search(self, doing: str, reason: Optional[str]) -> None:
-        """Log where trees are, and why they are not in arrays."""
-        options, on_cpu = self._options, self.weights_source.device().type == 'cpu'
+        """Log where trees are, and why there. Refuse what a GPU was asked for and cannot do: its tree takes many times
+        as long."""
+        options, device = self._options, self.weights_source.device()
         told = f"{doing} in LightZero's tree, node by node"
-        asked = ["kv_cache_cfg.search='device' asks"] * (options.search == 'device')
-        asked += [f'kv_cache_cfg.matmul={options.matmul!r} asks'] * (options.matmul != 'float32')
+        asked = ["kv_cache_cfg.search='device'"] * (options.search == 'device')
+        asked += [f'kv_cache_cfg.matmul={options.matmul!r}'] * (options.matmul != 'float32')
+        why, call = 'can be compiled for the CPU', 'one compiled call'
+        if device.type == 'cuda':
+            why, call = f'is on {device}, where triton runs', 'a graph that is replayed for each simulation'
         if reason is None:
-            call = 'one compiled call' if on_cpu else 'a graph that is replayed for each simulation'
-            logger.info(f'{doing} in arrays: a search is {call}')
+            logger.info(f'{doing} in arrays, since the model {why}: a search is {call}')
+        elif asked and device.type == 'cuda':
+            raise ConfigError(
+                f"{PREFIX}.{asked[0]} is not served here: {reason}; search='auto' with matmul='float32' searches in "
+                "LightZero's tree"
+            )
         elif asked:
-            logger.warning(f'{told}, not as {asked[0]}: {reason}')
+            logger.warning(f'{told}, not as {asked[0]} asks: {reason}')
         else:
             logger.info(f'{told}: {reason}')
 

@@ -43,7 +43,8 @@ class _Spaces:
         self.kept: Dict[Tuple[Any, ...], Space] = {}
         self.addresses: Tuple[int, ...] = ()
         self.moves = 0
-        self.captures = True
+        self.captures = 0  # so far, those that went among them
+        self.usable = True
 
     def __reduce__(self) -> Any:
         return type(self), ()  # a copy begins without
@@ -93,7 +94,7 @@ class DeviceSearch(WholeSearch):
         space = self._space(
             problem, rows, addresses, (kind, width), partial(kind, self._engine, self._source, width))
         _give(space, problem, timesteps)
-        space.latents[0, :rows] = torch.from_numpy(latents)
+        space.given.latents[:rows] = latents
         return _search(space, problem, rows, None)
 
     def _space(self, problem: Problem, rows: int, addresses: Tuple[int, ...], kind: Tuple[Any, ...],
@@ -113,7 +114,7 @@ class DeviceSearch(WholeSearch):
         make_room(spaces.kept, MAX_SPACES)
         rows = -(-rows // ROWS_APART) * ROWS_APART
         space = make(problem, rows)
-        if self._source.device().type == 'cuda' and spaces.captures:
+        if self._source.device().type == 'cuda' and spaces.usable:
             self._capture(space)
         spaces.kept[(rows, problem.simulations) + kind] = space
         return space
@@ -123,13 +124,14 @@ class DeviceSearch(WholeSearch):
         try:
             if reason is None:
                 space.capture()
+                self._spaces.captures += 1
                 logger.info(
                     f'Captured a simulation for {space.rows} rows ({space.memory_mb:.1f} MiB with the trees)'
                 )
         except Exception as error:  # Triton's, and its compiler's, have types of their own
             reason = str(error).split('\n', maxsplit=1)[0]
         if reason is not None:
-            self._spaces.captures = False
+            self._spaces.usable = False
             logger.warning(f'A search cannot be captured here ({reason}): it is launched from Python from now on')
 
 

@@ -4,14 +4,13 @@ A simulation is one CUDA graph, which is replayed for each: so any number of the
 those of :mod:`.arrays`; ``E`` embedding.
 """
 import ctypes
-from typing import Any, Callable, List, NamedTuple, Tuple
+from typing import Any, Callable, NamedTuple, Tuple
 
 import numpy as np
 import torch
 
 from ..cache.pages import SCRATCH_PAGE
-from ..config import MIB
-from ..engine.graphs import capture
+from ..engine.graphs import capture, megabytes
 from ..engine.slab import Slab
 from ..engine.step import Engine, StepOutput
 from ..engine.transfer import to_cpu
@@ -33,10 +32,12 @@ class _Sent(NamedTuple):
     prior: Any  # [B, S] float32
     reward: Any  # [B] float32
     logits: Any  # [B, P] float32, to draw actions by; nothing unless trees are sampled
+    latents: Any  # [B, E] float32, the states of roots without contexts; nothing unless it is a reanalysis
 
 
 class Space:
     """What searches of one size work in, for ``rows`` and ``simulations`` at the most."""
+    begins_with_states = False
 
     def __init__(self, engine: Engine, source: Source, slab: Slab, width: int, problem: Problem, rows: int) -> None:
         self._engine, self._source, self._slab = engine, source, slab
@@ -45,13 +46,14 @@ class Space:
         self.sampled = bool(problem.rules.get('sampled'))
         self._policy = engine.geometry.action_size * (1 + engine.geometry.continuous)
         self._device = source.device()
-        self.memory_mb = sum(part.numel() * part.element_size() for part in self._make()) / MIB
+        self._make()
+        self.memory_mb = megabytes(*self.tree, *(part for part in vars(self).values() if torch.is_tensor(part)))
         self.empty_rows(0)
         self._begin: Callable[[], None] = self._run_begin
         self.simulate: Callable[[], None] = self._run_simulation
 
-    def _make(self) -> List[torch.Tensor]:
-        """Allocate everything; returns what takes memory."""
+    def _make(self) -> None:
+        """Allocate everything."""
         rows, nodes, slots, device = self.rows, self.simulations + 1, self._slots, self._device
         floats, whole, indices = torch.float32, torch.int32, torch.int64
         shapes = tree_shapes(rows, self.simulations, slots, self._width, self._action_size)._asdict()
@@ -73,12 +75,12 @@ class Space:
         self._explored = torch.from_numpy(explorations(others, rules['pb_c_base'], rules['pb_c_init'])).to(device)
         self._spread = torch.from_numpy(np.sqrt(others)).to(device)
         self._numbers = torch.tensor([rules['discount_factor'], rules['value_delta_max']], device=device)
-        return [*self.tree, self._on_device, self._window, self._counts, self._positions, self.actions, self.predicted]
 
     def _make_sent(self) -> None:
         rows, slots, device = self.rows, self._slots, self._device
+        states = self._engine.geometry.embed_dim * self.begins_with_states
         sizes = _Sent((2, ), (rows, slots), (rows, self._width), (rows, ), (rows, ), (self.simulations, rows),
-                      (rows, slots), (rows, ), (rows, self._policy if self.sampled else 0))
+                      (rows, slots), (rows, ), (rows, self._policy * self.sampled), (rows, states))
         numbers = [int(np.prod(size)) for size in sizes]
         self._pinned = torch.zeros(sum(numbers), dtype=torch.int32, pin_memory=device.type == 'cuda')
         self._on_device = self._pinned.to(device, copy=True)
@@ -86,7 +88,7 @@ class Space:
             _Sent(*(part.view(size) for part, size in zip(memory.split(numbers), sizes)))
             for memory in (self._pinned, self._on_device)
         ]
-        floats = [{name: getattr(view, name).view(torch.float32) for name in ('prior', 'reward', 'logits')}
+        floats = [{name: getattr(view, name).view(torch.float32) for name in ('prior', 'reward', 'logits', 'latents')}
                   for view in views]
         views = [view._replace(**others) for view, others in zip(views, floats)]
         self.given, self._sent = _Sent(*(part.numpy() for part in views[0])), views[1]
@@ -205,21 +207,19 @@ class Space:
 
 class _OfStates(Space):
     """What reanalyses share: they begin at states, and have pages of their own."""
+    begins_with_states = True
 
     def __init__(self, engine: Engine, source: Source, width: int, problem: Problem, rows: int) -> None:
         geometry = engine.geometry
         slab = Slab(geometry.layers, geometry.heads, geometry.head_dim)
         super().__init__(engine, source, slab, width, problem, rows)
+        self.memory_mb += slab.memory_mb
 
-    def _make_states(self, nodes: int, pages: int) -> List[torch.Tensor]:
-        """Room for the states of so many nodes of each row, and pages ``[P, B]``; returns what takes memory."""
-        rows, device = self.rows, self._device
-        self._slab.ensure(pages * rows + 1, device)
-        self._pages = torch.arange(1, pages * rows + 1, device=device).view(pages, rows)
-        self._places = torch.zeros(2, rows, dtype=torch.int64, device=device)  # of the states
-        self.latents = torch.zeros(nodes, rows, self._engine.geometry.embed_dim, device=device)
-        assert self._slab.data is not None
-        return [self.latents, self._slab.data]
+    def _make_pages(self, pages: int) -> None:
+        """Pages ``[P, B]`` of the rows' own."""
+        self._slab.ensure(pages * self.rows + 1, self._device)
+        self._pages = torch.arange(1, pages * self.rows + 1, device=self._device).view(pages, self.rows)
+        self._places = torch.zeros(2, self.rows, dtype=torch.int64, device=self._device)  # of the states
 
     def _run_begin(self) -> None:
         super()._run_begin()
@@ -239,8 +239,9 @@ class _OfStates(Space):
 class GrownReanalysis(_OfStates):
     """Of a reanalysis whose contexts grow along its paths: each row has a page for each of its nodes."""
 
-    def _make(self) -> List[torch.Tensor]:
-        return [*super()._make(), *self._make_states(1, self.simulations + 1)]
+    def _make(self) -> None:
+        super()._make()
+        self._make_pages(self.simulations + 1)
 
     def empty_rows(self, used: int) -> None:
         super().empty_rows(used)
@@ -249,16 +250,23 @@ class GrownReanalysis(_OfStates):
 
     def _run_begin(self) -> None:
         super()._run_begin()
-        self._begin_with(self.latents[0])
+        self._begin_with(self._sent.latents)
 
 
 class Reanalysis(_OfStates):
     """Of a reanalysis whose nodes have no context but the state before them: each row has a page for that state, and
     one that its simulations write."""
 
-    def _make(self) -> List[torch.Tensor]:
-        self._rows = torch.arange(self.rows, device=self._device)
-        return [*super()._make(), *self._make_states(self.simulations + 1, 2)]
+    def _make(self) -> None:
+        super()._make()
+        self._make_pages(2)
+        nodes, rows, device = self.simulations + 1, self.rows, self._device
+        self._rows = torch.arange(rows, device=device)
+        self.latents = torch.zeros(nodes, rows, self._engine.geometry.embed_dim, device=device)
+
+    def _run_begin(self) -> None:
+        super()._run_begin()
+        self.latents[0] = self._sent.latents
 
     def _step(self) -> StepOutput:
         self._begin_with(self.latents[self.parents, self._rows])

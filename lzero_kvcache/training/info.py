@@ -96,7 +96,7 @@ def _search(name: str, missing: Optional[str], device: str) -> str:
     if name == 'tree':
         return "in LightZero's tree, as asked for"
     if device != 'cpu':  # where this model is not
-        return f'in arrays on {device} where Triton is installed, of {name!r}'
+        return f'in arrays on {device} where Triton runs, of {name!r}'
     return f'in arrays, one compiled call, of {name!r}' if missing is None else f"in LightZero's tree: {missing}"
 
 
