@@ -117,7 +117,7 @@ def test_all_that_a_space_holds_is_counted(case: Case, reanalyzes: bool) -> None
     gc.collect()
     before = storages()
     given = world_model.inference.engine, world_model.weights_source
-    space = Reanalysis(*given, problem, 8) if reanalyzes else Space(*given, Slab(1, 1, 2), 3, problem, 8)
+    space = Reanalysis(*given, 1, problem, 8) if reanalyzes else Space(*given, Slab(1, 1, 2), 3, problem, 8)
     made = [size for address, size in storages().items() if address not in before]
     assert space.memory_mb * MIB == sum(made) > 8 * 6 * slots
 
