@@ -155,7 +155,7 @@ class TestOptions:
 
     @pytest.mark.parametrize('sizes', SIZES, ids=str)
     def test_defaults(self, sizes):
-        options = config.CacheConfig.read(sizes)
+        options = config.CacheConfig.read(dict(sizes, use_new_cache_manager=True))
         known = dict(
             num_simulations=options.num_simulations, env_num=options.env_num,
             game_segment_length=sizes.get('game_segment_length')

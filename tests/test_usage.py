@@ -76,6 +76,9 @@ TRAIN = [
         (['policy.n_episode=7'], 'policy.n_episode=7 contradicts env.collector_env_num=8: it must be at least that'),
         (['env.n_evaluator_episode=2'], 'env.n_evaluator_episode=2 contradicts env.evaluator_env_num=3: it must be'),
         ([f'{WM}.env_num=7'], f'{WM}.env_num=7 contradicts env.collector_env_num=8: it must be at least'),
+        *(([f'{WM}.num_simulations={wrong}', 'policy.num_simulations=25'], f'{WM}.num_simulations={wrong} must be a')
+          for wrong in (0, -1)),
+        ([f"+{WM}.env_num='8'"], "env_num='8' must be a whole number above 0"),
         (['policy.reanalyze_ratio=3'], 'policy.reanalyze_ratio=3 must be a number from 0 to 1'),
         ([f'{WM}.embed_pdrop=2'], f'{WM}.embed_pdrop=2 must be a number from 0 to 1'),
         (['policy.discount_factor=None'], 'policy.discount_factor=None must be a number'),
@@ -163,6 +166,10 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
         'update_per_collect=4 policy.replay_ratio=None',
         'manual_temperature_decay=True policy.fixed_temperature_value=None')),
     [f'{WM}.context_length=7'], [f'{WM}.context_length=22'],
+    *([f'{WM}.kv_cache_cfg.{change}'] for change in ('eviction=3', 'init_pool_size=0', 'max_memory_mb=-1', 'type=old')),
+    [f'+{WM}.kv_cache_cfg.no_such=3'],
+    *([f'+{WM}.{change}', 'policy.num_simulations=25', 'policy.game_segment_length=50'] for change in (
+        'game_segment_length=0', 'num_simulations=2.5', "num_simulations='4'")),
     *([[f'{WM}.group_size=7'], [f'{WM}.max_blocks=4', f'{WM}.max_tokens=8']] if ON_MAIN else []),
 ])
 def test_what_lightzero_trains_with_is_not_refused(changes):
