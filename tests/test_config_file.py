@@ -115,6 +115,10 @@ def test_without_module_variables(write):
     ('buffer_reanalyze_freq=1/50,', '', 'train_unizero_segment'),
     ('num_segments=8,', 'train_unizero([main_config, create_config], seed=0)', 'train_unizero'),
     ('', 'train_unizero_segment([main_config, create_config])', 'train_unizero_segment'),
+    ('', 'lzero.entry.train_unizero_segment([main_config, create_config])  # train_unizero()', 'train_unizero_segment'),
+    ('', 'from lzero.entry import train_unizero_segment as go; go([])', 'train_unizero_segment'),
+    ('num_segments=8,', '(train_muzero if 0 else train_unizero)([])', 'train_unizero'),
+    ('', 'train_mine([])', 'train_unizero'),
 ])
 def test_the_entry_is_told_from_the_config(policy, run_as_a_script, entry, write):
     rest = run_as_a_script and f"if __name__ == '__main__':\n    {run_as_a_script}"
@@ -186,6 +190,17 @@ def test_what_another_has_registered_is_not_replaced(write, registered):
     with pytest.raises(ConfigError, match='AssertionError: surely_mine'):
         load_config(write(body=REGISTERS, rest=''))
     assert registered.get('surely_mine') is Mock
+
+
+@pytest.mark.parametrize(('trains', 'entry'), [
+    ('train_muzero([main_config, create_config])', 'train_muzero'),
+    ('from lzero.entry import train_rezero as train; train([main_config, create_config])', 'train_rezero'),
+    ('go = functools.partial(lzero.entry.train_muzero, seed=0); go([main_config, create_config])', 'train_muzero'),
+])
+def test_a_file_that_trains_another_as_a_program_is_refused(trains, entry, write):
+    """It is not run as a program, since it declares its configs."""
+    with pytest.raises(ConfigError, match=f"entry = '{entry}'; it can be 'train_unizero' or 'train_unizero_segment'$"):
+        load_config(write(rest=f"if __name__ == '__main__':\n    {trains}"))
 
 
 @pytest.mark.parametrize('guarded', [False, True])
