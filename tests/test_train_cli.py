@@ -33,7 +33,7 @@ from trainings import train as main
 from lzero_kvcache import ConfigError
 from lzero_kvcache.cli import commands
 from lzero_kvcache.host.policies import UniZeroPolicy
-from lzero_kvcache.summary import Evaluation, Result, read_result, read_summary, versions
+from lzero_kvcache.summary import Evaluation, Result, Segment, read_result, read_summary, versions
 from lzero_kvcache.training import Plan, make_plan
 from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
 from lzero_kvcache.training.error_hints import hint
@@ -609,6 +609,15 @@ def test_a_summary_of_its_past_is_not_that_of_a_run_that_goes_on(tmp_path, monke
     run._make_folder()
     assert read_summary('runs/a') is None
     assert read_result('runs/a/ckpt/c.json').seconds == 30
+
+
+def test_a_run_that_goes_on_keeps_what_each_part_was_started_with(tmp_path, monkeypatch):
+    """Through the files that it leaves."""
+    run = a_run_in_place(tmp_path, monkeypatch, noted=noted(
+        9., command=['b'], overrides=['b=2'], earlier=[Segment(['a'], ['a=1'])]))
+    run.result.exp_name = 'runs/a'
+    run._completed({}).write()
+    assert read_summary('runs/a').earlier == [Segment(['a'], ['a=1']), Segment(['b'], ['b=2'])]
 
 
 @pytest.mark.slow
