@@ -21,6 +21,7 @@ from torch import nn
 from trainings import (
     ITERATIONS,
     PROJECT_ROOT,
+    WM,
     import_what_trainings_import,
     scalars,
     short_episodes,
@@ -490,6 +491,20 @@ def test_train_resume_in_either_system_and_evaluate(config, tmp_path):
     assert evaluated['train_iter'] == third['train_iter']
     assert [evaluation['env_step'] for evaluation in evaluated['evaluations']] == [third['env_step']]
     assert evaluated['hit_rates']['init'] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cache', ['old', 'new'])
+def test_a_training_with_other_numbers_of_environments_than_the_policys(cache, tmp_path):
+    """More of them, but for the main branch, which then fails in either system."""
+    policy = 3 if ON_MAIN else 1
+    code, said = in_a_fork(
+        tmp_path, '--config', 'config_new', '--cache', cache, '--set', 'env.evaluator_env_num=2',
+        f'policy.collector_env_num={policy}', f'policy.evaluator_env_num={policy}', f'{WM}.env_num=3')
+    assert code == 0, said
+    summary = summary_of(tmp_path / 'run')
+    assert (summary['train_iter'], summary['evaluations'][0]['episodes']) == (ITERATIONS, 2)
+    assert cache == 'old' or summary['hit_rates'] == dict(total=1., init=1., recur=1.)
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from typing import Any, Iterator, List, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
+from ..config import PREFIX
+
 NAME = 'released 0.2.0'
 SIGN = 'a block of its transformer has an mlp'
 SERVED = 'all of UniZero and Sampled UniZero'
@@ -68,6 +70,12 @@ def unserved_models() -> Iterator[Tuple[type, str, str]]:
 def simulations_of(cfg: Any) -> int:
     """Simulations of a policy's longest search."""
     return cfg['num_simulations']
+
+
+def least_environments(policy: str) -> Tuple[Tuple[str, str], ...]:
+    """Numbers of environments of which the first is at least the second in every training of a policy. The world model
+    is given a row for each environment that the policy has."""
+    return tuple((f'{PREFIX}.env_num', f'policy.{kind}_env_num') for kind in ('collector', 'evaluator'))
 
 
 # ---- a step of a policy ----------------------------------------------------------------------------------------------

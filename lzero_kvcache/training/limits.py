@@ -5,7 +5,7 @@ runs, whatever it learns, is not refused.
 from numbers import Integral, Real
 from typing import Any, Callable, Mapping, NamedTuple, Set, Tuple
 
-from ..config import PREFIX, ConfigError
+from ..config import FLAG, PREFIX, ConfigError
 from ..host.lightzero import lightzero
 from .linked_keys import COLLECTED
 
@@ -85,4 +85,6 @@ def _unread(values: Mapping[str, Any], entry: str) -> Set[str]:
         unread.add('policy.fixed_temperature_value')
     if not values.get(f'{PREFIX}.rotary_emb'):
         unread.add(f'{PREFIX}.rope_theta')
+    if values.get(f'{PREFIX}.{FLAG}'):  # then they are options of the cache, which are checked with the others
+        unread |= {f'{PREFIX}.env_num', f'{PREFIX}.num_simulations'}
     return unread
