@@ -33,6 +33,7 @@ from trainings import train as main
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.cli import commands
+from lzero_kvcache.host import building
 from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.summary import Evaluation, Result, Segment, read_result, read_summary, versions
 from lzero_kvcache.training import Plan, make_plan
@@ -61,7 +62,7 @@ def test_a_run_that_is_refused_before_it_begins_leaves_nothing_behind(tmp_path):
     (code, said), = trained(tmp_path, [*arguments, '--exp-name', 'new/run'], short_episodes)
     assert code == 2
     assert 'max_memory_mb=0.001' in said.splitlines()[-1]
-    assert not [line for line in said.splitlines() if line.startswith('end ')]  # it has not begun
+    assert [line.partition(':')[0] for line in said.splitlines()] == ['Config', 'lzero-kvcache']
     assert os.listdir(tmp_path) == ['printed0']
 
 
@@ -583,6 +584,7 @@ def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=No
         noted.write(str(path.with_name('c.json')))
     plan = make_plan('config_new', resume=str(path), in_place=True)
     run = _Training(plan, SimpleNamespace(terminal=None, attach=lambda path: None), DataParallel())
+    monkeypatch.setattr(building, 'try_policy', lambda *args: None)  # it is the checkpoint of no model
     run._check()
     return run
 
@@ -591,6 +593,18 @@ def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=No
 def test_a_folder_of_the_other_system_is_not_gone_on_in(ended, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="runs/a was trained with cache system 'old', not 'new'"):
         a_run_in_place(tmp_path, monkeypatch, **ended)
+
+
+def test_a_folder_that_a_refused_run_would_go_on_in_stays_as_it_is(capfd, tmp_path, monkeypatch):
+    a_run_in_place(tmp_path, monkeypatch, ended=noted(30.))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    assert main(['--config', 'config_new', '--resume', 'runs/a/ckpt/c.pth.tar', '--in-place']) == 2
+    captured = capfd.readouterr()
+    assert re.fullmatch(r'Config: .*\n', captured.out) and 'the checkpoint is of another model' in captured.err
+    assert captured.err.count('\n') == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
 
 
 def noted(seconds, **more):

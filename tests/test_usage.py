@@ -111,6 +111,9 @@ TRAIN = [
     ]),
     (['--config', 'atari_unizero_segment_config', '--set', 'policy.num_segments=7'],
      'policy.num_segments=7 contradicts env.collector_env_num=8: it must be at least that'),
+    (['--config', 'config_new', '--set', f'{WM}.kv_cache_cfg.max_memory_mb=0.001'], 'max_memory_mb=0.001 is too small'),
+    (['--config', 'config_new', '--set', f'{WM}.tokens_per_block=3'], 'tokens_per_block=3: the new cache serves 2'),
+    (['--config', 'config_old', '--set', 'policy.multi_gpu=True'], 'policy.multi_gpu=True needs several processes'),
     (['--config', 'config_new', '--set', f'{WM}.context_length=7'],
      'context_length=7 must be even and at least 4 with use_new_cache_manager=True: try 8, or '),
     (['--config', 'config_new', '--set', f'{WM}.context_length=22'],
@@ -128,6 +131,7 @@ TRAIN = [
 EXPERIMENT = WITH_A_CONFIG + [
     (['--config', 'config_new', '--seeds', '0', '4294967296'], 'seed=4294967296 must be below 2**32'),
     (['--config', 'config_new', '--set', 'policy.model.action_space_size=3'], 'contradicts the environment of'),
+    (['--config', 'config_old', '--set', f'{WM}.kv_cache_cfg.max_memory_mb=0.001'], 'max_memory_mb=0.001 is too small'),
 ]
 COMPARE = [
     ([], 'RUN'),

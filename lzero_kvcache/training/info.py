@@ -18,7 +18,7 @@ from ..loading import check_config, enable
 from ..summary import version_of
 from .config_file import Plan
 from .error_hints import hinted
-from .plan import make_plan, set_cache, set_device
+from .plan import make_plan, set_cache
 
 Rows = List[Tuple[str, str]]
 
@@ -46,7 +46,6 @@ def of_plan(plan: Plan) -> Rows:
     device = str(plan.main_config.policy.model.world_model_cfg.device)
     options = check_config(*configs)
     refused = _refused_with_the_flag_on(*configs)
-    set_device('cpu', plan.main_config)
     policy = building.build_policy(*configs)
     model = policy._model.world_model
     manager = old = model.kv_cache_manager
@@ -139,7 +138,6 @@ def of_zoo() -> Rows:
 
 
 def _fault_of_model(plan: Plan) -> Optional[ConfigError]:
-    set_device('cpu', plan.main_config)
     try:
         building.build_policy(plan.main_config, plan.create_config)
     except ConfigError as error:
