@@ -156,33 +156,38 @@ class CacheConfig:
         return system_of(self.type if self.use_new else 'old')
 
     @classmethod
-    def of(cls, world_model_cfg: Any, env_num: Optional[int] = None) -> 'CacheConfig':
+    def of(cls, world_model_cfg: Any, env_num: Optional[int] = None, by_hand: bool = False) -> 'CacheConfig':
         """
         Overview:
             The options that a policy or a world model handed down with a ``world_model_cfg``; else what :meth:`read`
             finds in it. The attribute is removed, so that it never outlives a change of the config.
         """
         found = getattr(world_model_cfg, '__dict__', {}).pop(HANDED_DOWN, None)
-        return cls.read(world_model_cfg, env_num=env_num) if found is None else found
+        return cls.read(world_model_cfg, env_num=env_num, by_hand=by_hand) if found is None else found
 
     @classmethod
-    def read(cls, world_model_cfg: Any, *, env_num: Optional[int] = None) -> 'CacheConfig':
+    def read(cls, world_model_cfg: Any, *, env_num: Optional[int] = None, by_hand: bool = False) -> 'CacheConfig':
         """
         Overview:
-            Read and validate everything about caching in a ``world_model_cfg``, whichever way the flag stands.
+            Read and validate everything about caching in a ``world_model_cfg``. With the flag off LightZero alone
+            reads it: then misspelt keys are refused, and of the rest ``enable_stats=False`` counts alone.
         Arguments:
             - world_model_cfg (:obj:`Any`): The config, dict-like or with attributes.
             - env_num (:obj:`Optional[int]`): Environments where the config does not say; default 8.
+            - by_hand (:obj:`bool`): Whether a manager by hand reads it, for which the flag need not be on.
         Returns:
             - config (:obj:`CacheConfig`): The options with their defaults filled in.
         Raises:
-            - ConfigError: An unknown key or strategy, a wrong type, a size below 1 or a contradiction.
+            - ConfigError: A misspelt key; with the flag on an unknown key or strategy, a wrong type, a size below 1 or
+              a contradiction.
         """
         _refuse_misspelt_keys(world_model_cfg)
         use_new = _checked(bool, lookup(world_model_cfg, FLAG, False), FLAG)
+        if not use_new and not by_hand:
+            world_model_cfg = {OPTIONS: _counting(lookup(world_model_cfg, OPTIONS))}
         num_simulations = _size(world_model_cfg, 'num_simulations', DEFAULT_NUM_SIMULATIONS)
         env_num = _size(world_model_cfg, 'env_num', DEFAULT_ENV_NUM if env_num is None else env_num)
-        values = _read_options(lookup(world_model_cfg, OPTIONS, None))
+        values = _read_options(lookup(world_model_cfg, OPTIONS))
         if values['init_pool_size'] is None:
             roots = max(256, 2 * num_simulations)
             values['init_pool_size'] = _size(world_model_cfg, 'game_segment_length', roots)
@@ -238,10 +243,22 @@ def _read_options(options: Any) -> Dict[str, Any]:
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise ConfigError(f'{PREFIX}.{OPTIONS}={options!r} must be a dict of {", ".join(KV_CACHE_CFG)}')
+    _refuse_unknown_options(options)
+    return {key: option.read(options.get(key), key) for key, option in KV_CACHE_CFG.items()}
+
+
+def _counting(options: Any) -> Dict[str, Any]:
+    """What is left of ``kv_cache_cfg`` with the flag off: whether there are counts."""
+    options = options if isinstance(options, dict) else {}
+    near = {key: value for key, value in options.items() if difflib.get_close_matches(str(key), KV_CACHE_CFG, 1)}
+    _refuse_unknown_options(near)
+    return {} if options.get('enable_stats') is not False else {'enable_stats': False}
+
+
+def _refuse_unknown_options(options: Dict[str, Any]) -> None:
     for key, value in options.items():
         if key not in KV_CACHE_CFG:
             raise ConfigError(f'{PREFIX}.{OPTIONS}.{key}={value!r} is unknown: {nearest(key, KV_CACHE_CFG)}')
-    return {key: option.read(options.get(key), key) for key, option in KV_CACHE_CFG.items()}
 
 
 def _size(world_model_cfg: Any, key: str, default: int) -> int:

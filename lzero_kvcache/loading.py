@@ -108,4 +108,7 @@ def _switch(main_config: EasyDict, create_config: EasyDict, flag: bool, options:
     world_model_cfg = model.setdefault('world_model_cfg', EasyDict())
     world_model_cfg[FLAG] = flag
     if options:
-        world_model_cfg[OPTIONS] = EasyDict({**world_model_cfg.get(OPTIONS, {}), **options})
+        held = world_model_cfg.get(OPTIONS) or {}
+        if not isinstance(held, dict):
+            raise ConfigError(f'{PREFIX}.{OPTIONS}={held!r} must be a dict')
+        world_model_cfg[OPTIONS] = EasyDict({**held, **options})

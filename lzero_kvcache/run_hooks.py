@@ -4,8 +4,10 @@ end. ``train.py`` removes them, and shows more itself.
 """
 import logging
 import os
+import sys
 import time
 import traceback
+from dataclasses import replace
 from typing import Any, Dict, List, Optional
 
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
@@ -57,7 +59,7 @@ class ProgressHook(RunHook):
         result = self.look(engine)
         if result is not None:
             result.loss = engine.log_buffer['scalar'].get(LOSS)
-            logger.info(result.line('train'))
+            logger.info(replace(result, **rewards_of_entry()).line('train'))
 
 
 class SummaryHook(RunHook):
@@ -87,15 +89,27 @@ class SummaryHook(RunHook):
 
 
 def limits_of_entry() -> Dict[str, Any]:
-    """
-    The limits of the entry that is making a learner. It hands them to nobody, so they are read from its local variables
-    on the stack.
-    """
-    names = ('max_env_step', 'max_train_iter')
-    for frame, _ in traceback.walk_stack(None):
+    """The limits of the entry that is making a learner."""
+    limits = _of_entry('max_env_step', 'max_train_iter')
+    return {name: limit if limit and limit < UNBOUNDED else None for name, limit in limits.items()}
+
+
+def rewards_of_entry() -> Dict[str, Any]:
+    """The last and the best reward of the entry that trains; nothing before its first evaluation."""
+    known = _of_entry('evaluator', 'reward')
+    episodes = known['reward'].get('eval_episode_return') if isinstance(known.get('reward'), dict) else None
+    if episodes is None:
+        return {}
+    last = float(sum(episodes)) / len(episodes)
+    return dict(last_reward=last, best_reward=max(last, getattr(known['evaluator'], '_max_episode_return', last)))
+
+
+def _of_entry(*names: str) -> Dict[str, Any]:
+    """Local variables of the entry that is running, by their names. It hands them to nobody, so they are read on the
+    stack."""
+    for frame, _ in traceback.walk_stack(sys._getframe()):
         if set(names) <= set(frame.f_code.co_varnames):
-            limits = {name: frame.f_locals.get(name) for name in names}
-            return {name: limit if limit and limit < UNBOUNDED else None for name, limit in limits.items()}
+            return {name: frame.f_locals.get(name) for name in names}
     return {}
 
 

@@ -32,6 +32,13 @@ class Evaluation:
 
 
 @dataclass
+class Segment:
+    """What a part of a training that went on in place was started with."""
+    command: List[str] = field(default_factory=list)
+    overrides: List[str] = field(default_factory=list)
+
+
+@dataclass
 class Result:
     """
     A run as far as it is, and ``summary.json`` in its folder when it has ended. ``env_step`` steps are trained on, of
@@ -71,6 +78,7 @@ class Result:
     versions: Dict[str, str] = field(default_factory=dict)
     command: List[str] = field(default_factory=list)
     overrides: List[str] = field(default_factory=list)
+    earlier: List[Segment] = field(default_factory=list)  # parts before the last, which command and overrides are of
     started: str = ''
     ended: str = ''
     resumed_at: List[int] = field(default_factory=list)  # env steps where it went on with an empty replay buffer
@@ -208,7 +216,8 @@ def read_result(path: str) -> Optional[Result]:
     """The same of a file."""
     try:
         held = read_json(path)
-        held['evaluations'] = [_known(Evaluation, evaluation) for evaluation in held.get('evaluations', [])]
+        for name, kind in (('evaluations', Evaluation), ('earlier', Segment)):
+            held[name] = [_known(kind, part) for part in held.get(name, [])]
         return _known(Result, held)
     except (OSError, ValueError, TypeError):
         return None
@@ -233,6 +242,7 @@ def add_up(before: Result, after: Result) -> Result:
         host_memory_mb=most('host_memory_mb'), device_memory_mb=most('device_memory_mb'),
         last_reward=before.last_reward if after.last_reward is None else after.last_reward,
         best_reward=most('best_reward'), evaluations=before.evaluations + after.evaluations,
+        earlier=[*before.earlier, Segment(before.command, before.overrides), *after.earlier],
         started=before.started or after.started, resumed_at=before.resumed_at + after.resumed_at,
     )
     counters = dict(after.counters)

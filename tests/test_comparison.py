@@ -407,6 +407,12 @@ class TestOrigin:
             "old_s0: train.py --set 'a=b c'",
         ]
 
+    def test_a_run_that_went_on_in_place_has_a_command_for_each_part(self, tmp_path):
+        path = write_run(tmp_path / 'old_s0', summary=dict(
+            command=['train.py', '--in-place'], earlier=[dict(command=['train.py', '--seed', '0'], overrides=[])]))
+        assert origin(compared(path))[-2:] == [
+            'old_s0, part 1: train.py --seed 0', 'old_s0, part 2: train.py --in-place']
+
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 

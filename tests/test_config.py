@@ -12,7 +12,7 @@ from ding.utils import POLICY_REGISTRY
 from easydict import EasyDict
 from small_models import Case, construct
 
-from lzero_kvcache import CacheConfig, ConfigError, KVCacheManager
+from lzero_kvcache import CacheConfig, ConfigError, KVCacheManager, enable
 from lzero_kvcache import config as config_module
 from lzero_kvcache.config import FLAG, HANDED_DOWN, KV_CACHE_CFG, settle
 from lzero_kvcache.host import models
@@ -40,7 +40,7 @@ class TestDefaults:
         (dict(game_segment_length=None, num_simulations=400), 800),
     ])
     def test_init_pool_size(self, sizes, expected):
-        assert read(**sizes).init_pool_size == expected
+        assert read(True, **sizes).init_pool_size == expected
 
     @pytest.mark.parametrize(('sizes', 'expected'), [
         (dict(num_simulations=25), 200),
@@ -48,7 +48,7 @@ class TestDefaults:
         (dict(num_simulations=7, env_num=5), 35),
     ])
     def test_recurrent_pool_size(self, sizes, expected):
-        assert read(**sizes).recurrent_pool_size == expected
+        assert read(True, **sizes).recurrent_pool_size == expected
 
 
 class TestAccepted:
@@ -76,7 +76,8 @@ class TestAccepted:
 
 
 class TestRefused:
-    """One line that names the key, its value and what would be right, whichever way the flag stands."""
+    """One line that names the key, its value and what would be right. With the flag off only a misspelt key is refused:
+    LightZero trains with any value of a key that it does not read."""
 
     @staticmethod
     def message(flag, kv_cache_cfg=None, **world_model_cfg):
@@ -95,13 +96,12 @@ class TestRefused:
         assert f'kv_cache_cfg.{key}=1' in message
         assert f'did you mean {nearest!r}?' in message
 
-    @BOTH_FLAGS
-    def test_unknown_key_that_is_near_to_nothing(self, flag):
-        message = self.message(flag, dict(xyz=1))
+    def test_unknown_key_that_is_near_to_nothing(self):
+        message = self.message(True, dict(xyz=1))
+        assert read(False, dict(xyz=1)) == read(False)
         assert 'kv_cache_cfg.xyz=1' in message
         assert all(repr(key) in message for key in KV_CACHE_CFG)
 
-    @BOTH_FLAGS
     @pytest.mark.parametrize(('key', 'value', 'right'), [
         ('eviction', 'LRU', "'lru'"), ('eviction', 3, "'priority'"), ('eviction', ['lru'], "'lru'"),
         ('dtype', 'float64', "'float"), ('on_nan', True, "'skip'"), ('backend', 'cuda', "'cudagraph'"),
@@ -115,8 +115,9 @@ class TestRefused:
         ('enable_stats', 1, 'True or False'), ('max_memory_mb', -1.5, 'above 0'), ('max_memory_mb', '100', 'above 0'),
         ('max_memory_mb', True, 'above 0'), ('max_memory_mb', float('nan'), 'above 0'),
     ])
-    def test_wrong_value_of_an_option(self, flag, key, value, right):
-        message = self.message(flag, {key: value})
+    def test_wrong_value_of_an_option(self, key, value, right):
+        message = self.message(True, {key: value})
+        assert read(False, {key: value}) == read(None, {key: value}) == read(False)
         assert f'kv_cache_cfg.{key}={value!r}' in message
         assert right in message
 
@@ -127,16 +128,16 @@ class TestRefused:
     def test_products_that_no_search_has(self, kv_cache_cfg, device, why):
         message = self.message(True, kv_cache_cfg, device=device)
         assert f"kv_cache_cfg.matmul={kv_cache_cfg['matmul']!r}" in message and why in message
-        assert read(False, kv_cache_cfg, device=device).matmul == kv_cache_cfg['matmul']
+        assert read(False, kv_cache_cfg, device=device) == read(False)
         assert read(True, dict(kv_cache_cfg, search='auto'), device='cuda').matmul == kv_cache_cfg['matmul']
 
-    @BOTH_FLAGS
     @pytest.mark.parametrize('key', ['num_simulations', 'env_num', 'game_segment_length'])
     @pytest.mark.parametrize(('value', 'right'), [
         (True, 'whole number'), ('50', 'whole number'), (2.5, 'whole number'), (0, 'at least 1'), (-1, 'at least 1'),
     ])
-    def test_wrong_size(self, flag, key, value, right):
-        message = self.message(flag, **{key: value})
+    def test_wrong_size(self, key, value, right):
+        message = self.message(True, **{key: value})
+        assert read(False, **{key: value}) == read(False)
         assert f'world_model_cfg.{key}={value!r}' in message
         assert right in message
 
@@ -158,10 +159,21 @@ class TestRefused:
         assert f'world_model_cfg.{key}=True' in message
         assert f'did you mean {right!r}?' in message
 
-    @BOTH_FLAGS
     @pytest.mark.parametrize('value', ['lru', 5, ['eviction'], True, [('eviction', 'lru')]])
-    def test_options_that_are_no_dict(self, flag, value):
-        assert f'kv_cache_cfg={value!r}' in self.message(flag, value)
+    def test_options_that_are_no_dict(self, value):
+        assert f'kv_cache_cfg={value!r}' in self.message(True, value)
+        assert read(False, value) == read(False)
+        main, create = EasyDict(policy=dict(model=dict(world_model_cfg=dict(kv_cache_cfg=value)))), EasyDict(policy={})
+        with pytest.raises(ConfigError, match='kv_cache_cfg='):
+            enable(main, create, eviction='lru')
+
+    def test_counts_can_be_turned_off_with_the_flag_off(self):
+        assert read(False, dict(enable_stats=False, eviction=3)).enable_stats is False
+
+    @pytest.mark.parametrize('options', [dict(evicton='lru'), dict(eviction='LRU'), dict(init_pool_size=0)])
+    def test_a_manager_by_hand_needs_no_flag(self, options):
+        with pytest.raises(ConfigError, match='kv_cache_cfg'):
+            KVCacheManager(EasyDict(kv_cache_cfg=options))
 
     def test_old_with_the_flag_on(self):
         assert 'use_new_cache_manager=False' in self.message(True, dict(type='old'))
@@ -239,8 +251,10 @@ class TestSettle:
         with pytest.raises(ConfigError, match=f'{key}={value}'):
             settle(policy_cfg(flag, policy={key: value}))
 
-    @BOTH_FLAGS
-    @pytest.mark.parametrize('wrong', [dict(kv_cache_cfg=dict(evicton='lru')), dict(num_simulations='4')])
+    @pytest.mark.parametrize(('flag', 'wrong'), [
+        (False, dict(kv_cache_cfg=dict(evicton='lru'))), (True, dict(kv_cache_cfg=dict(evicton='lru'))),
+        (True, dict(num_simulations='4')),
+    ])
     def test_a_policy_refuses_before_it_builds_a_model(self, flag, wrong, monkeypatch):
         monkeypatch.setattr(models.UniZeroModel, '__init__', None)
         with pytest.raises(ConfigError):
@@ -268,9 +282,8 @@ class TestSettle:
         again = create_policy(cfg, enable_field=fields)
         assert again._model.world_model.kv_cache_manager.config.eviction == 'lru'
 
-    @BOTH_FLAGS
-    def test_a_models_config_can_be_changed_and_read_anew(self, flag):
-        config = copy.deepcopy(make_policy(flag)._model.world_model.config)
+    def test_a_models_config_can_be_changed_and_read_anew(self):
+        config = copy.deepcopy(make_policy(True)._model.world_model.config)
         config.kv_cache_cfg.eviction = 'lru'
         assert CacheConfig.of(config).eviction == 'lru'
 

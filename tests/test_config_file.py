@@ -3,47 +3,25 @@ import copy
 import importlib
 import os
 import sys
-import textwrap
-import traceback
-from unittest import mock
 from unittest.mock import Mock
 
-import lzero.entry
 import pytest
 import zoo
+from config_files import BODY, PROGRAM, in_main, writer
 from ding.utils import ENV_REGISTRY
-from easydict import EasyDict
 from small_models import ON_MAIN
 from trainings import PROJECT_ROOT
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as lightzeros_cartpole
 
 import lzero_kvcache_options
 from lzero_kvcache import ConfigError
-from lzero_kvcache.host.patches import ENTRIES
-from lzero_kvcache.training import capture_entry_call, find_config, load_config, make_plan
-
-PROGRAM = "\nif __name__ == '__main__':\n    main()\n"
-BODY = """
-main_config = dict(
-    exp_name='data/x_seed0', env=dict(),
-    policy=dict({policy} model=dict(world_model_cfg=dict(device='cpu'))),
-)
-create_config = dict(env=dict(type='e'), env_manager=dict(type='base'), policy=dict(type={type!r}))
-{rest}
-"""
+from lzero_kvcache.training import find_config, load_config, make_plan
 
 
 @pytest.fixture()
 def write(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def write_config(name='mine.py', policy='', type='unizero', rest='', body=BODY):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(body.format(policy=policy, type=type, rest=rest))
-        return str(path)
-
-    return write_config
+    return writer(tmp_path)
 
 
 @pytest.mark.parametrize('name', ['config_new.py', 'config_new', 'atari_unizero_segment_config.py'])
@@ -115,6 +93,10 @@ def test_without_module_variables(write):
     ('buffer_reanalyze_freq=1/50,', '', 'train_unizero_segment'),
     ('num_segments=8,', 'train_unizero([main_config, create_config], seed=0)', 'train_unizero'),
     ('', 'train_unizero_segment([main_config, create_config])', 'train_unizero_segment'),
+    ('', 'lzero.entry.train_unizero_segment([main_config, create_config])  # train_unizero()', 'train_unizero_segment'),
+    ('', 'from lzero.entry import train_unizero_segment as go; go([])', 'train_unizero_segment'),
+    ('num_segments=8,', '(train_muzero if 0 else train_unizero)([])', 'train_unizero'),
+    ('', 'train_mine([])', 'train_unizero'),
 ])
 def test_the_entry_is_told_from_the_config(policy, run_as_a_script, entry, write):
     rest = run_as_a_script and f"if __name__ == '__main__':\n    {run_as_a_script}"
@@ -171,7 +153,7 @@ def registered():
 def test_a_config_that_registers_its_environment_can_be_loaded_again(as_a_program, write, registered):
     config = BODY.format(policy='', type='unizero', rest='')
     if as_a_program:
-        config = 'def main():\n' + textwrap.indent(config, '    ') + '    train_unizero([main_config, create_config])\n'
+        config = 'def main():\n' + in_main() + '    train_unizero([main_config, create_config])\n'
     path = write(body=REGISTERS + PROGRAM * as_a_program, rest=config)
     for _ in range(2):
         before = registered.get('surely_mine') if 'surely_mine' in registered else None
@@ -188,17 +170,15 @@ def test_what_another_has_registered_is_not_replaced(write, registered):
     assert registered.get('surely_mine') is Mock
 
 
-@pytest.mark.parametrize('guarded', [False, True])
-def test_another_training_is_refused_and_does_not_start(guarded, write):
-    config = textwrap.indent(BODY.format(policy='cuda=False, device="cpu",', type='muzero', rest=''), '    ')
-    rest = (
-        'from easydict import EasyDict\nfrom lzero.entry import train_muzero\ndef main():\n{rest}\n'
-        '    train_muzero([EasyDict(main_config), EasyDict(create_config)], seed=0)\n'
-    )
-    path = write(body=rest + (PROGRAM if guarded else 'main()'), rest=config)
-    with pytest.raises(ConfigError, match="entry = 'train_muzero'; it can be 'train_unizero'"):
-        load_config(path)
-    assert os.listdir(os.path.dirname(path)) == ['mine.py']
+@pytest.mark.parametrize(('trains', 'entry'), [
+    ('train_muzero([main_config, create_config])', 'train_muzero'),
+    ('from lzero.entry import train_rezero as train; train([main_config, create_config])', 'train_rezero'),
+    ('go = functools.partial(lzero.entry.train_muzero, seed=0); go([main_config, create_config])', 'train_muzero'),
+])
+def test_a_file_that_trains_another_as_a_program_is_refused(trains, entry, write):
+    """It is not run as a program, since it declares its configs."""
+    with pytest.raises(ConfigError, match=f"entry = '{entry}'; it can be 'train_unizero' or 'train_unizero_segment'$"):
+        load_config(write(rest=f"if __name__ == '__main__':\n    {trains}"))
 
 
 def test_a_neighbour_is_imported_afresh(write):
@@ -228,17 +208,6 @@ def test_what_lies_beside_it_can_be_imported_until_another_is_loaded(write):
     load_config(write('b/mine.py'))
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module('my_env')
-
-
-def test_what_lies_beside_it_can_be_imported_inside_main(write):
-    write('a/my_env.py', body='seed = 5')
-    main = (
-        'def main(seed):\n    from lzero.entry import train_unizero\n    import my_env\n{rest}\n'
-        '    train_unizero([main_config, create_config], seed=my_env.seed)'
-    )
-    config = textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    ')
-    path = write('a/mine.py', body=main + PROGRAM.replace('main()', 'main(0)'), rest=config)
-    assert load_config(path).seed == 5
 
 
 @pytest.mark.parametrize('imported_before', [False, True])
@@ -278,112 +247,6 @@ def test_lightzeros_own_files_load_as_they_are():
     loaded = load_config(atari.__file__)
     assert (loaded.entry, loaded.max_env_step, loaded.main_config.env.env_id) == (
         'train_unizero_segment', *((1000000, 'ALE/Pong-v5') if ON_MAIN else (500000, 'PongNoFrameskip-v4')))
-
-
-def test_a_program_has_the_defaults_of_its_own_command_line(write):
-    config = textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    ')
-    path = write('a/mine.py', body=f"""
-import argparse
-import lzero.entry
-def main(env_id, seed):
-{config}
-    main_config['env']['env_id'] = env_id
-    lzero.entry.train_unizero([main_config, create_config], seed=seed)
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--env', default='cartpole-swingup')
-    parser.add_argument('--seed', type=int, default=7)
-    arguments = parser.parse_args()
-    main(arguments.env, arguments.seed)
-""")
-    loaded = load_config(path)
-    assert (loaded.main_config.env.env_id, loaded.seed) == ('cartpole-swingup', 7)
-
-
-def test_a_program_that_needs_more_than_is_known(write):
-    body = 'import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument("colour")\nparser.parse_args()'
-    with pytest.raises(ConfigError, match='it ends the program .2. before it trains'):
-        load_config(write(body=body + PROGRAM))
-
-
-def test_capturing_a_call_puts_the_entries_back():
-    before = [getattr(lzero.entry, name) for name in ENTRIES]
-
-    def main():
-        lzero.entry.train_unizero([dict(a=1), dict(b=2)], seed=5)
-        raise AssertionError('the call must not return')
-
-    call = capture_entry_call(main)
-    assert call == dict(main_config=dict(a=1), create_config=dict(b=2), entry='train_unizero', seed=5)
-    assert [getattr(lzero.entry, name) for name in ENTRIES] == before
-
-
-def test_a_main_prints_no_traceback_of_the_call_that_is_captured(capsys):
-
-    def main():
-        print('begins')
-        try:
-            lzero.entry.train_unizero([dict(a=1), dict(b=2)])
-        except BaseException:
-            traceback.print_exc()
-            raise
-
-    assert capture_entry_call(main)['entry'] == 'train_unizero'
-    assert capsys.readouterr() == ('begins\n', '')
-
-
-@pytest.mark.parametrize(('top', 'inside'), [
-    ('from lzero.entry import train_unizero as train', 'train'),
-    ('import launcher', 'launcher.go'),
-    ('', 'from lzero.entry.train_unizero import train_unizero; train_unizero'),
-    ('', 'import late_launcher; late_launcher.go'),
-    ('import functools, lzero.entry as e; go = functools.partial(e.train_unizero)', 'go'),
-    ('import lzero.entry as e; go = dict(go=e.train_unizero)', 'go["go"]'),
-])
-def test_loading_trains_nothing_by_whatever_way_main_reaches_an_entry(top, inside, write):
-    for name in ('launcher', 'late_launcher'):
-        write(f'a/{name}.py', body='from lzero.entry import train_unizero as go')
-    config = textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    ')
-    trains = f'{inside}([main_config, create_config], seed=4)'
-    path = write('a/mine.py', body=f'{top}\ndef main():\n{config}\n    {trains}' + PROGRAM)
-    with mock.patch('ding.config.compile_config', side_effect=AssertionError('a training begins')):
-        assert load_config(path).seed == 4
-    assert importlib.import_module('launcher').go is lzero.entry.train_unizero
-    assert importlib.import_module('late_launcher').go is lzero.entry.train_unizero
-
-
-def test_loading_trains_nothing_where_a_decorated_main_or_the_file_itself_calls_an_entry(write):
-    config = textwrap.indent(BODY.format(policy='', type='unizero', rest=''), '    ')
-    main = f'@torch.enable_grad()\ndef main():\n{config}\n    train_unizero([main_config, create_config], seed=4)'
-    decorated = write('a/mine.py', body='import torch\nfrom lzero.entry import train_unizero\n' + main + PROGRAM)
-    call = 'import lzero.entry\nlzero.entry.train_unizero((main_config, create_config), 4)'
-    unguarded = write('b/mine.py', rest=call)
-    with mock.patch('ding.config.compile_config', side_effect=AssertionError('a training begins')):
-        assert [load_config(path).seed for path in (decorated, unguarded)] == [4, 4]
-
-
-@pytest.mark.parametrize(('does', 'said'), [
-    ("raise ValueError('no such thing')", 'mine.py:3: ValueError: no such thing'),
-    ('raise SystemExit(2)', 'it ends the program .2. before it trains'),
-])
-def test_what_goes_wrong_in_main_is_said_in_one_line(does, said, write):
-    with pytest.raises(ConfigError, match=said):
-        load_config(write(body=f'import os\ndef main():\n    {does}' + PROGRAM))
-
-
-def test_capturing_from_a_function_that_trains_something_else():
-    config = dict(policy=dict(cuda=False, device='cpu'))
-
-    def main():
-        lzero.entry.train_muzero([EasyDict(config), EasyDict(policy=dict(type='muzero'))])
-
-    with pytest.raises(ConfigError, match=r"main\(\): entry = 'train_muzero'; it can be 'train_unizero'"):
-        capture_entry_call(main)
-
-
-def test_capturing_from_a_function_that_trains_nothing():
-    with pytest.raises(ConfigError, match='calls none of train_unizero'):
-        capture_entry_call(lambda: None)
 
 
 def test_a_folder_zoo_of_the_users_own(write, tmp_path):

@@ -155,7 +155,7 @@ class TestOptions:
 
     @pytest.mark.parametrize('sizes', SIZES, ids=str)
     def test_defaults(self, sizes):
-        options = config.CacheConfig.read(sizes)
+        options = config.CacheConfig.read(dict(sizes, use_new_cache_manager=True))
         known = dict(
             num_simulations=options.num_simulations, env_num=options.env_num,
             game_segment_length=sizes.get('game_segment_length')
@@ -193,16 +193,16 @@ class TestOptions:
             assert all(part in source for part in re.split(', not as | asks$|(?<=since the model )', told))
 
 
-# ---- docs/numbers.md ------------------------------------------------------------------------------------------------
+# ---- docs/statistics.md, docs/tensorboard.md, docs/log_lines.md ------------------------------------------------------
 
 class TestNumbers:
-    NAME = 'docs/numbers.md'
+    STATISTICS, TAGS = 'docs/statistics.md', 'docs/tensorboard.md'
 
     def test_pools(self):
-        assert [spans(row[0]) for row in table_with(self.NAME, 'init')] == [[pool] for pool in telemetry.POOLS]
+        assert [spans(row[0]) for row in table_with(self.STATISTICS, 'init')] == [[pool] for pool in telemetry.POOLS]
 
     def test_metrics_and_who_writes_them(self):
-        rows = {spans(row[0])[0]: row[2] == 'yes' for row in table_with(self.NAME, 'hit_rate')}
+        rows = {spans(row[0])[0]: row[2] == 'yes' for row in table_with(self.TAGS, 'hit_rate')}
         assert list(rows) == [*telemetry.METRICS, 'skipped', 'memory_mb', 'captures', 'search_ms', 'step_ms']
         for flag in (False, True):
             world_model = construct(
@@ -213,7 +213,7 @@ class TestNumbers:
             assert written == {metric for metric, old in rows.items() if old or flag}
 
     def test_statistics(self):
-        documented = {key: spans(cell) for row in table_with(self.NAME, 'stats_enabled') for key in spans(row[0])
+        documented = {key: spans(cell) for row in table_with(self.STATISTICS, 'stats_enabled') for key in spans(row[0])
                       for cell in [row[1]]}
         manager = KVCacheManager(dict(env_num=2))
         manager.find_init('eval', [0], ['a key'])
@@ -222,7 +222,7 @@ class TestNumbers:
         assert set(documented['recur_pool']) == set(summary['recur_pool']) == set(summary['init_pools']['env_0'])
 
     def test_validation(self):
-        rows = table_with(self.NAME, f'{VALIDATION}/value_max')
+        rows = table_with(self.TAGS, f'{VALIDATION}/value_max')
         first, *others = rows
         documented = {span.split('/')[1] for row in rows for span in spans(row[0])}
         documented |= {f'{span}_{kind}' for span in spans(first[1]) for kind in ('max', 'mean')}
@@ -243,7 +243,7 @@ class TestNumbers:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         KVCacheManager(module.main_config.policy.model.world_model_cfg)
-        old, new = ([line for line in block.split('\n') if line] for block in blocks(self.NAME, ''))
+        old, new = ([line for line in block.split('\n') if line] for block in blocks('docs/log_lines.md', ''))
         logged = [f'{level}: {message}' for level, message in lines()]
         assert set(new[1:-1]) <= set(logged)
         assert len(logged) - len(new[1:-1]) == 7  # the other environments
@@ -255,7 +255,7 @@ class TestNumbers:
     def test_the_snippet_runs(self, capsys):
         for flag in (False, True):
             model = construct(MODEL_REGISTRY.get('UniZeroModel'), Case(), 2, use_new_cache_manager=flag)
-            exec(blocks(self.NAME, 'python')[0], {'world_model': model.world_model})
+            exec(blocks('README.md', 'python')[2], {'world_model': model.world_model})
             assert f'Using new cache manager: {flag}' in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ from trainings import PROJECT_ROOT, said_by, when
 
 from lzero_kvcache import ConfigError, comparison
 from lzero_kvcache.run_files import purge
-from lzero_kvcache.summary import Evaluation, Result, add_up, read_progress, read_summary
+from lzero_kvcache.summary import Evaluation, Result, Segment, add_up, read_progress, read_summary
 from lzero_kvcache.training import experiment, processes
 from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
 from lzero_kvcache.training.processes import Children
@@ -279,7 +279,12 @@ def test_two_parts_add_up():
     after = result(seconds=30., env_steps_per_second=2., host_memory_mb=7., best_reward=12., last_reward=12.,
                    counters=dict(total=dict(counts, hits=10, misses=0), memory_mb=2.),
                    evaluations=[Evaluation(60, 6, 12.)])
+    before.command, before.overrides = ['train.py', '--set', 'a=1'], ['a=1']
+    after.command = ['train.py', '--in-place']
     both = add_up(before, after)
+    assert (both.command, both.overrides) == (['train.py', '--in-place'], [])
+    assert both.earlier == [Segment(['train.py', '--set', 'a=1'], ['a=1'])]
+    assert [part.command[-1] for part in add_up(both, after).earlier] == ['a=1', '--in-place']
     assert (both.seconds, both.env_steps_per_second, both.host_memory_mb) == (40., 2.5, 9.)
     assert (both.best_reward, both.last_reward, both.exit_code, both.outcome) == (20., 12., 0, 'done')
     assert both.counters == dict(total=dict(queries=20, hits=15, misses=5, occupancy=0.5), memory_mb=2.)

@@ -100,6 +100,14 @@ def test_the_old_system_fills_its_slots():
     assert rows['recurrent pool'] == f'{len(world_model.shared_pool_recur_infer)} contexts'
 
 
+def test_what_the_new_system_would_refuse_is_told_of_the_old_one():
+    old = WM + 'use_new_cache_manager=False'
+    rows = cache_rows(old, WM + 'kv_cache_cfg.eviction=lur', WM + 'kv_cache_cfg.init_pool_size=0')
+    assert rows['cache system'] == 'old'
+    assert rows['with the flag on'] == f"refused: {WM}kv_cache_cfg.eviction='lur' is unknown: did you mean 'lru'?"
+    assert 'with the flag on' not in cache_rows(old)
+
+
 def test_what_is_installed():
     rows = dict(info.installed())
     assert rows['lzero_kvcache'] == __version__

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from forks import in_forks
@@ -34,16 +35,17 @@ def test_it_says_how_far_it_is_and_leaves_a_summary(new, tmp_path):
     progress = [line for line in lines if line.startswith('train ')]
     steps = summary['env_step']
     assert len(progress) == ITERATIONS
+    [reward] = scalars(tmp_path / 'run', 'evaluator_iter/reward_mean')
     ends = [None, *(round(steps * ITERATIONS / iteration) for iteration in range(1, ITERATIONS))]
     for line, end in zip(progress, ends):
         how_far = rf'{steps}\+0' + (rf'/{end} \({steps / end:.0%}\), [\d:]+ left' if end else '')
         assert re.fullmatch(
-            rf'train    {how_far}  reward -, best -  loss \S+  hit rate \d+\.\d%  [\d.]+ steps/s on cpu', line), line
+            rf'train    {how_far}  reward {reward.value:.1f}, best {reward.value:.1f}  loss \S+  hit rate \d+\.\d%  '
+            r'[\d.]+ steps/s on cpu', line), line
     assert (summary['max_env_step'], summary['max_train_iter']) == (None, ITERATIONS)
     assert [(summary[name]) for name in ('cache', 'seed', 'task', 'exit_code', 'device', 'train_iter')] == [
         'new' if new else 'old', 4, 'train', 0, 'cpu', ITERATIONS]
     assert summary['counters']['total']['queries'] == scalars(tmp_path / 'run', 'kv_cache_iter/total_queries')[-1].value
-    [reward] = scalars(tmp_path / 'run', 'evaluator_iter/reward_mean')
     assert [list(evaluation.values())[:3] for evaluation in summary['evaluations']] == [[0, 0, reward.value]]
     assert summary['last_reward'] == summary['best_reward'] == reward.value
     assert summary['versions']['LightZero'] and summary['machine']['cpu'] and summary['started'] <= summary['ended']
@@ -52,3 +54,17 @@ def test_it_says_how_far_it_is_and_leaves_a_summary(new, tmp_path):
         f'Hit rates of the cache: {rates}; its memory: {summary["cache_memory_mb"]:.1f} MiB; best reward '
         f'{reward.value:.1f}. run/summary.json has all numbers')
     assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['event_files'] == 'run/log/serial'
+
+
+def test_rewards_are_those_of_the_entrys_last_evaluation_and_of_its_best_one():
+    returned = iter([[30., 50.], [10., 20.]])
+
+    def entry():
+        evaluator, said = SimpleNamespace(_max_episode_return=float('-inf')), [run_hooks.rewards_of_entry()]
+        for best in (40., 40.):
+            evaluator._max_episode_return, reward = best, {'eval_episode_return': next(returned)}
+            said.append(run_hooks.rewards_of_entry())
+        return said, reward
+
+    assert entry()[0] == [{}, dict(last_reward=40., best_reward=40.), dict(last_reward=15., best_reward=40.)]
+    assert run_hooks.rewards_of_entry() == {}

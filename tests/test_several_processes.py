@@ -1,4 +1,6 @@
 """Data-parallel training: what ranks agree on, who writes, and two-process runs on the CPU with equal weights."""
+import contextlib
+import copy
 import importlib
 import math
 import os
@@ -110,6 +112,21 @@ def test_a_config_for_several_processes_is_refused_in_one():
     plan = make_plan('config_new', overrides=['policy.multi_gpu=True'])
     with pytest.raises(ConfigError, match='torchrun --nproc_per_node'):
         DataParallel().share_out(plan.main_config, plan.main_config, plan.entry)
+
+
+@pytest.mark.parametrize(('processes', 'segments', 'right'), [
+    (1, 8, True), (1, 9, False), (2, 16, True), (2, 18, False)])
+def test_each_process_collects_a_segment_of_each_of_its_environments(processes, segments, right, monkeypatch):
+    """LightZero's collector asserts it."""
+    monkeypatch.setattr('lzero.config.utils.get_world_size', lambda: processes)
+    plan = make_plan('config_new', overrides=[f'+policy.num_segments={segments}'])
+    tree = building.completed(plan.main_config, plan.create_config)
+    ranks = DataParallel(0, processes, processes)
+    ranks.share_out(copy.deepcopy(plan.main_config), tree, 'train_unizero')
+    refused = contextlib.nullcontext() if right else pytest.raises(
+        ConfigError, match='policy.num_segments=9 contradicts env.collector_env_num=8, each of one process')
+    with refused:
+        ranks.share_out(plan.main_config, tree, 'train_unizero_segment')
 
 
 def test_no_two_environments_have_one_seed():

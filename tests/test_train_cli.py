@@ -21,6 +21,7 @@ from torch import nn
 from trainings import (
     ITERATIONS,
     PROJECT_ROOT,
+    WM,
     import_what_trainings_import,
     scalars,
     short_episodes,
@@ -32,8 +33,9 @@ from trainings import train as main
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.cli import commands
+from lzero_kvcache.host import building
 from lzero_kvcache.host.policies import UniZeroPolicy
-from lzero_kvcache.summary import Evaluation, Result, read_result, read_summary, versions
+from lzero_kvcache.summary import Evaluation, Result, Segment, read_result, read_summary, versions
 from lzero_kvcache.training import Plan, make_plan
 from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
 from lzero_kvcache.training.error_hints import hint
@@ -60,7 +62,7 @@ def test_a_run_that_is_refused_before_it_begins_leaves_nothing_behind(tmp_path):
     (code, said), = trained(tmp_path, [*arguments, '--exp-name', 'new/run'], short_episodes)
     assert code == 2
     assert 'max_memory_mb=0.001' in said.splitlines()[-1]
-    assert not [line for line in said.splitlines() if line.startswith('end ')]  # it has not begun
+    assert [line.partition(':')[0] for line in said.splitlines()] == ['Config', 'lzero-kvcache']
     assert os.listdir(tmp_path) == ['printed0']
 
 
@@ -493,6 +495,20 @@ def test_train_resume_in_either_system_and_evaluate(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('cache', ['old', 'new'])
+def test_a_training_with_other_numbers_of_environments_than_the_policys(cache, tmp_path):
+    """More of them, but for the main branch, which then fails in either system."""
+    policy = 3 if ON_MAIN else 1
+    code, said = in_a_fork(
+        tmp_path, '--config', 'config_new', '--cache', cache, '--set', 'env.evaluator_env_num=2',
+        f'policy.collector_env_num={policy}', f'policy.evaluator_env_num={policy}', f'{WM}.env_num=3')
+    assert code == 0, said
+    summary = summary_of(tmp_path / 'run')
+    assert (summary['train_iter'], summary['evaluations'][0]['episodes']) == (ITERATIONS, 2)
+    assert cache == 'old' or summary['hit_rates'] == dict(total=1., init=1., recur=1.)
+
+
+@pytest.mark.slow
 def test_ctrl_c_on_a_terminal_leaves_a_whole_checkpoint(tmp_path):
     """It goes to the environments' processes as well."""
     terminal, slave = pty.openpty()
@@ -568,6 +584,7 @@ def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=No
         noted.write(str(path.with_name('c.json')))
     plan = make_plan('config_new', resume=str(path), in_place=True)
     run = _Training(plan, SimpleNamespace(terminal=None, attach=lambda path: None), DataParallel())
+    monkeypatch.setattr(building, 'try_policy', lambda *args: None)  # it is the checkpoint of no model
     run._check()
     return run
 
@@ -576,6 +593,18 @@ def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=No
 def test_a_folder_of_the_other_system_is_not_gone_on_in(ended, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="runs/a was trained with cache system 'old', not 'new'"):
         a_run_in_place(tmp_path, monkeypatch, **ended)
+
+
+def test_a_folder_that_a_refused_run_would_go_on_in_stays_as_it_is(capfd, tmp_path, monkeypatch):
+    a_run_in_place(tmp_path, monkeypatch, ended=noted(30.))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    assert main(['--config', 'config_new', '--resume', 'runs/a/ckpt/c.pth.tar', '--in-place']) == 2
+    captured = capfd.readouterr()
+    assert re.fullmatch(r'Config: .*\n', captured.out) and 'the checkpoint is of another model' in captured.err
+    assert captured.err.count('\n') == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
 
 
 def noted(seconds, **more):
@@ -609,6 +638,15 @@ def test_a_summary_of_its_past_is_not_that_of_a_run_that_goes_on(tmp_path, monke
     run._make_folder()
     assert read_summary('runs/a') is None
     assert read_result('runs/a/ckpt/c.json').seconds == 30
+
+
+def test_a_run_that_goes_on_keeps_what_each_part_was_started_with(tmp_path, monkeypatch):
+    """Through the files that it leaves."""
+    run = a_run_in_place(tmp_path, monkeypatch, noted=noted(
+        9., command=['b'], overrides=['b=2'], earlier=[Segment(['a'], ['a=1'])]))
+    run.result.exp_name = 'runs/a'
+    run._completed({}).write()
+    assert read_summary('runs/a').earlier == [Segment(['a'], ['a=1']), Segment(['b'], ['b=2'])]
 
 
 @pytest.mark.slow

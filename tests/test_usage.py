@@ -7,6 +7,7 @@ import pytest
 from small_models import ON_MAIN
 from trainings import WM
 
+from lzero_kvcache import ConfigError
 from lzero_kvcache.training import make_plan
 from lzero_kvcache_options import main, version
 
@@ -63,10 +64,11 @@ TRAIN = [
         (['policy.model.action_space_size=3'],  # its copy follows, the environment does not
          "policy.model.action_space_size=3 contradicts the environment of env.env_id='CartPole-v0': its action masks"),
         (['policy.model.observation_shape=5'], 'policy.model.observation_shape=5 contradicts the environment of'),
-        (['env.collector_env_num=5', 'policy.collector_env_num=3'],
-         'env.collector_env_num=5 contradicts policy.collector_env_num=3'),
-        (['env.evaluator_env_num=2', 'policy.evaluator_env_num=3'],
-         'env.evaluator_env_num=2 contradicts policy.evaluator_env_num=3'),
+        *((['env.collector_env_num=8', 'env.evaluator_env_num=3', f'policy.{kind}_env_num={number}'], message)
+          for kind, of_env in (('collector', 8), ('evaluator', 3)) for number, message in ([
+              (2, f'policy.{kind}_env_num=2 contradicts env.{kind}_env_num={of_env}: it must be at least that'),
+          ] if ON_MAIN else [
+              (9, f'{WM}.env_num=8 contradicts policy.{kind}_env_num=9: it must be at least that')])),
         ([f'{WM}.support_size=51'], f'{WM}.support_size=51 contradicts policy.model.'),
         *(([f'{WM}.{part}=5'], f'{WM}.{part}=5 contradicts {WM}.embed_dim=64')
           for part in ('num_heads', *([] if ON_MAIN else ['group_size']))),
@@ -76,6 +78,9 @@ TRAIN = [
         (['policy.n_episode=7'], 'policy.n_episode=7 contradicts env.collector_env_num=8: it must be at least that'),
         (['env.n_evaluator_episode=2'], 'env.n_evaluator_episode=2 contradicts env.evaluator_env_num=3: it must be'),
         ([f'{WM}.env_num=7'], f'{WM}.env_num=7 contradicts env.collector_env_num=8: it must be at least'),
+        *(([f'{WM}.num_simulations={wrong}', 'policy.num_simulations=25'], f'{WM}.num_simulations={wrong} must be a')
+          for wrong in (0, -1)),
+        ([f"+{WM}.env_num='8'"], "env_num='8' must be a whole number"),
         (['policy.reanalyze_ratio=3'], 'policy.reanalyze_ratio=3 must be a number from 0 to 1'),
         ([f'{WM}.embed_pdrop=2'], f'{WM}.embed_pdrop=2 must be a number from 0 to 1'),
         (['policy.discount_factor=None'], 'policy.discount_factor=None must be a number'),
@@ -106,6 +111,9 @@ TRAIN = [
     ]),
     (['--config', 'atari_unizero_segment_config', '--set', 'policy.num_segments=7'],
      'policy.num_segments=7 contradicts env.collector_env_num=8: it must be at least that'),
+    (['--config', 'config_new', '--set', f'{WM}.kv_cache_cfg.max_memory_mb=0.001'], 'max_memory_mb=0.001 is too small'),
+    (['--config', 'config_new', '--set', f'{WM}.tokens_per_block=3'], 'tokens_per_block=3: the new cache serves 2'),
+    (['--config', 'config_old', '--set', 'policy.multi_gpu=True'], 'policy.multi_gpu=True needs several processes'),
     (['--config', 'config_new', '--set', f'{WM}.context_length=7'],
      'context_length=7 must be even and at least 4 with use_new_cache_manager=True: try 8, or '),
     (['--config', 'config_new', '--set', f'{WM}.context_length=22'],
@@ -123,6 +131,7 @@ TRAIN = [
 EXPERIMENT = WITH_A_CONFIG + [
     (['--config', 'config_new', '--seeds', '0', '4294967296'], 'seed=4294967296 must be below 2**32'),
     (['--config', 'config_new', '--set', 'policy.model.action_space_size=3'], 'contradicts the environment of'),
+    (['--config', 'config_old', '--set', f'{WM}.kv_cache_cfg.max_memory_mb=0.001'], 'max_memory_mb=0.001 is too small'),
 ]
 COMPARE = [
     ([], 'RUN'),
@@ -163,11 +172,38 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
         'update_per_collect=4 policy.replay_ratio=None',
         'manual_temperature_decay=True policy.fixed_temperature_value=None')),
     [f'{WM}.context_length=7'], [f'{WM}.context_length=22'],
+    ['env.collector_env_num=4', 'policy.collector_env_num=5', f'{WM}.env_num=5'],
+    ['env.evaluator_env_num=2', 'policy.evaluator_env_num=3'],
+    *([['env.collector_env_num=4', 'policy.collector_env_num=9']] if ON_MAIN else [
+        ['env.collector_env_num=8', 'policy.collector_env_num=1'],
+        ['env.evaluator_env_num=3', 'policy.evaluator_env_num=1']]),
+    *([f'{WM}.kv_cache_cfg.{change}'] for change in ('eviction=3', 'init_pool_size=0', 'max_memory_mb=-1', 'type=old')),
+    [f'+{WM}.kv_cache_cfg.no_such=3'],
+    *([f'+{WM}.{change}', 'policy.num_simulations=25', 'policy.game_segment_length=50'] for change in (
+        'game_segment_length=0', 'num_simulations=2.5', "num_simulations='4'")),
     *([[f'{WM}.group_size=7'], [f'{WM}.max_blocks=4', f'{WM}.max_tokens=8']] if ON_MAIN else []),
 ])
 def test_what_lightzero_trains_with_is_not_refused(changes):
     """Each was trained by LightZero alone, whatever it learned."""
     make_plan('config_old', overrides=[change if '=' in change else f'+{change}' for change in changes])
+
+
+@pytest.mark.parametrize(('new', 'least'), [(False, 8), (True, 2)], ids=['old', 'new'])
+def test_environments_are_held_to_what_stands_for_a_missing_env_num(new, least, tmp_path):
+    """LightZero's default, and in the new system as many as the policy says."""
+    (tmp_path / 'mine.py').write_text(
+        'import copy\nfrom zoo.classic_control.cartpole.config import cartpole_unizero_config as theirs\n'
+        'main_config, create_config = copy.deepcopy(theirs.main_config), copy.deepcopy(theirs.create_config)\n'
+        f'world_model_cfg = main_config.policy.model.world_model_cfg\nworld_model_cfg.use_new_cache_manager = {new}\n'
+        "world_model_cfg.pop('env_num')\n")
+    policy = 9 if ON_MAIN else 2
+    changes = ['env.collector_env_num=9', f'policy.collector_env_num={policy}', 'policy.evaluator_env_num=2',
+               'env.evaluator_env_num=2']
+    if ON_MAIN and new:
+        assert make_plan(str(tmp_path / 'mine.py'), overrides=changes)
+        return
+    with pytest.raises(ConfigError, match=f'env_num={least} contradicts env.collector_env_num=9: it must be at least'):
+        make_plan(str(tmp_path / 'mine.py'), overrides=changes)
 
 
 @pytest.mark.parametrize('arguments', [

@@ -134,7 +134,7 @@ class TestOptions:
         for old in (cfg, dict(cfg, use_new_cache_manager=False)):
             assert CacheConfig.read(old).validation == 'off'
         with pytest.raises(ConfigError, match='validation_freq'):
-            CacheConfig.read(dict(kv_cache_cfg=dict(validation=validated, validation_freq=0)))
+            CacheConfig.read(dict(cfg, kv_cache_cfg=dict(validation_freq=0), use_new_cache_manager=True))
 
     def test_off_constructs_nothing(self, monkeypatch):
         for owner in (Validator, Shadow):

@@ -33,7 +33,7 @@ class KVCacheManager(PagedCacheManager):
     """
 
     def __init__(self, config: Any, env_num: Optional[int] = None, enable_stats: Optional[bool] = None) -> None:
-        self.config = CacheConfig.of(config, env_num)
+        self.config = CacheConfig.of(config, env_num, by_hand=True)
         self.env_num = self.config.env_num if env_num is None else env_num
         self.enable_stats = self.config.enable_stats if enable_stats is None else enable_stats
         self.width = self.config.context_length // 2 - 1

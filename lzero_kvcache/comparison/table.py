@@ -76,9 +76,11 @@ def origin(comparison: Comparison) -> List[str]:
                  for known in said if isinstance(known, dict)]
         lines += [f'{title.capitalize()}: {text}' for text in dict.fromkeys(texts)]
     for run in runs:
-        command = run.from_summary('command')
-        if command:
-            lines.append(f'{run.name}: {shlex.join(map(str, command)) if isinstance(command, list) else command}')
+        parts = [*(run.summary.get('earlier') or []), run.summary]
+        commands = [part['command'] for part in parts if part.get('command')]
+        for number, command in enumerate(commands, 1):
+            name = f'{run.name}, part {number}' if len(commands) > 1 else run.name
+            lines.append(f'{name}: {shlex.join(map(str, command)) if isinstance(command, list) else command}')
     return lines
 
 

@@ -1,13 +1,14 @@
 """What LightZero builds of a config: its defaults, an environment, a policy; and what its zoo has."""
 import contextlib
+import copy
 import os
 import traceback
-from typing import Any, Iterator, Optional
+from typing import Any, Iterable, Iterator, Optional, Sequence
 
 import numpy as np
 from easydict import EasyDict
 
-from ..config import ConfigError, nearest
+from ..config import OPTIONS, ConfigError, nearest
 from .lightzero import lightzero
 
 
@@ -55,13 +56,29 @@ def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
         )
 
 
-def build_policy(main_config: EasyDict, create_config: EasyDict) -> Any:
-    """The policy of a config as its collector has it: without environments, optimizer and target model."""
+def build_policy(main_config: EasyDict, create_config: EasyDict,
+                 fields: Sequence[str] = lightzero.POLICY_FIELDS) -> Any:
+    """The policy of a config on the CPU; as its collector has it, without optimizer and target model, or with more of
+    its fields. The config is not changed."""
     from ding.policy import create_policy
+    main_config = copy.deepcopy(main_config)
+    world_model_cfg = main_config.policy.model.world_model_cfg
+    world_model_cfg.device = main_config.policy.device = 'cpu'
+    main_config.policy.cuda = False
+    if isinstance(world_model_cfg.get(OPTIONS), dict):
+        world_model_cfg[OPTIONS].pop('matmul', None)  # of a GPU
     cfg = completed(main_config, create_config).policy
-    cfg.multi_gpu = False  # one process alone
+    cfg.multi_gpu = cfg.use_wandb = False  # one process alone, which has no run
     with _fault_named():
-        return create_policy(cfg, enable_field=list(lightzero.POLICY_FIELDS))
+        return create_policy(cfg, enable_field=list(fields))
+
+
+def try_policy(main_config: EasyDict, create_config: EasyDict, states: Iterable[Any] = ()) -> None:
+    """Build the policy of a training, and load states of checkpoints into it, so that what is refused of them is found
+    before anything of the run is there."""
+    policy = build_policy(main_config, create_config, ('learn', 'collect', 'eval'))
+    for state in states:
+        policy.learn_mode.load_state_dict(state)
 
 
 @contextlib.contextmanager

@@ -147,6 +147,13 @@ def simulations_of(cfg: Any) -> int:
     return max(cfg.get(key, 0) for key in ('num_simulations', 'collect_num_simulations', 'eval_num_simulations'))
 
 
+def least_environments(policy: str) -> Tuple[Tuple[str, str], ...]:
+    """Numbers of environments of which the first is at least the second in every training of a policy. It picks rows by
+    environment, but for Sampled UniZero."""
+    kinds = () if policy == 'sampled_unizero' else ('collector', 'evaluator')
+    return tuple((f'policy.{kind}_env_num', f'env.{kind}_env_num') for kind in kinds)
+
+
 # ---- a step of a policy ----------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import torch
 from lzero.policy import inverse_scalar_transform
 from torch import nn
 
+from ..config import PREFIX
 from .kept_rows import KeptRows
 
 NAME = 'released 0.2.0'
@@ -82,6 +83,12 @@ def unserved_models() -> Iterator[Tuple[type, str, str]]:
 def simulations_of(cfg: Any) -> int:
     """Simulations of a policy's longest search."""
     return cfg['num_simulations']
+
+
+def least_environments(policy: str) -> Tuple[Tuple[str, str], ...]:
+    """Numbers of environments of which the first is at least the second in every training of a policy. The world model
+    is given a row for each environment that the policy has."""
+    return tuple((f'{PREFIX}.env_num', f'policy.{kind}_env_num') for kind in ('collector', 'evaluator'))
 
 
 # ---- a step of a policy ----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 import functools
 import inspect
 import sys
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Set, Tuple
 
 from .patches import ENTRIES, applied
 
@@ -46,6 +46,12 @@ def recorded_call(run: Callable[[], Any]) -> Optional[Dict[str, Any]]:
             given: Dict[str, Any] = {key: arguments[key] for key in ('seed', 'max_env_step') if key in arguments}
             return dict(given, main_config=main_config, create_config=create_config, entry=call.entry)
     return None
+
+
+def trainings() -> Set[str]:
+    """The names of all of LightZero's trainings."""
+    import lzero.entry
+    return {name for name in dir(lzero.entry) if name.startswith('train_')}
 
 
 @functools.lru_cache(maxsize=None)

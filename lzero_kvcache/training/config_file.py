@@ -8,12 +8,11 @@ import atexit
 import contextlib
 import copy
 import os
-import re
 import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
 
 from easydict import EasyDict
 
@@ -21,7 +20,7 @@ import lzero_kvcache_options
 
 from ..config import ConfigError
 from ..host.patches import ENTRIES, applied, forget_configs
-from ..host.recorded import recorded_call
+from ..host.recorded import recorded_call, trainings
 from ..summary import TRAIN
 from .error_hints import hint
 
@@ -178,13 +177,25 @@ def _checked_entry(declared: Any, where: str) -> str:
 
 
 def _guessed_entry(main_config: EasyDict, path: str) -> str:
-    with open(path, encoding='utf-8') as file:
-        called = set(re.findall(r'\b(train_unizero(?:_segment)?)\(', file.read()))
-    if len(called) == 1:
-        return called.pop()
+    """The entry that a file names, which is not run as a program; else the one that reads its config."""
+    named = _named_in(path) & trainings()
+    of_ours = sorted(named & set(ENTRIES))
+    if named and not of_ours:
+        return _checked_entry(min(named), path)
+    if len(of_ours) == 1:
+        return of_ours[0]
     # The segment entry is the only one that reads these two, and reads them without a default.
     by_segments = 'num_segments' in main_config.policy or 'buffer_reanalyze_freq' in main_config.policy
     return 'train_unizero_segment' if by_segments else 'train_unizero'
+
+
+def _named_in(path: str) -> Set[str]:
+    """The names and attributes that a file's code uses, those that it imports by the names that they have there."""
+    nodes = list(ast.walk(ast.parse(Path(path).read_bytes(), path)))
+    imported = {alias.asname or alias.name: alias.name
+                for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    names = {imported.get(node.id, node.id) for node in nodes if isinstance(node, ast.Name)}
+    return names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
 def _check_shape(declared: Dict[str, Any], path: str) -> None:

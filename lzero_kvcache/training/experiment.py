@@ -76,11 +76,14 @@ class Experiment:
         self.folder = folder
         self.caches, self.seeds = list(dict.fromkeys(caches)), list(dict.fromkeys(seeds))
         self._config, self._changes = config, changes
-        plan, *_ = [make_plan(config, cache=cache, seed=max(self.seeds), exp_name=EXPERIMENT, **changes)
-                    for cache in dict.fromkeys(('old', *self.caches))]
+        plans = {cache: make_plan(config, cache=cache, seed=max(self.seeds), exp_name=EXPERIMENT, **changes)
+                 for cache in dict.fromkeys(('old', *self.caches))}
+        plan = plans['old']
         if plan.max_env_step is None:
             raise ConfigError(f'{plan.config} has no max_env_step, and every run must end; give --max-env-step')
         building.try_environment(plan.main_config, plan.create_config)
+        for cache in self.caches:
+            building.try_policy(plans[cache].main_config, plans[cache].create_config)
         self._plan = plan  # of the old system, whichever are asked for
         self.max_env_step: int = plan.max_env_step
         # Seeds in the outer loop: if the machine is busy for a while, that slows both systems.

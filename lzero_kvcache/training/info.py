@@ -1,10 +1,12 @@
 """What is installed, which configs there are, and what the cache of one will take. Allocates nothing."""
+import copy
 import os
 import platform
 import re
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+from easydict import EasyDict
 
 from lzero_kvcache_options import lightzero_configs, our_configs
 
@@ -12,11 +14,11 @@ from ..config import LIGHTZERO, MIB, ConfigError
 from ..engine.launch import picked
 from ..host import building
 from ..host.lightzero import lightzero
-from ..loading import check_config
+from ..loading import check_config, enable
 from ..summary import version_of
 from .config_file import Plan
 from .error_hints import hinted
-from .plan import make_plan, set_cache, set_device
+from .plan import make_plan, set_cache
 
 Rows = List[Tuple[str, str]]
 
@@ -43,7 +45,7 @@ def of_plan(plan: Plan) -> Rows:
     configs = plan.main_config, plan.create_config
     device = str(plan.main_config.policy.model.world_model_cfg.device)
     options = check_config(*configs)
-    set_device('cpu', plan.main_config)
+    refused = _refused_with_the_flag_on(*configs)
     policy = building.build_policy(*configs)
     model = policy._model.world_model
     manager = old = model.kv_cache_manager
@@ -64,6 +66,7 @@ def of_plan(plan: Plan) -> Rows:
             ('context', f'{model.context_length} tokens'),
             memory_now,
             ('memory at the most', _at_most(manager)),
+            *([('with the flag on', f'refused: {refused}')] if refused else []),
         ]
     slab, pages, evaluated = manager.storage.slab, manager.page_capacity, policy._cfg.evaluator_env_num
     bound = 'none' if options.max_memory_mb is None else f'{options.max_memory_mb:,.2f} MiB'
@@ -85,6 +88,14 @@ def of_plan(plan: Plan) -> Rows:
         ('bound of memory', bound),
         ('memory of the old system', _at_most(old)),
     ]
+
+
+def _refused_with_the_flag_on(main_config: EasyDict, create_config: EasyDict) -> Optional[ConfigError]:
+    try:
+        enable(copy.deepcopy(main_config), copy.deepcopy(create_config))
+    except ConfigError as error:
+        return error
+    return None
 
 
 def _at_most(old: Any) -> str:
@@ -127,7 +138,6 @@ def of_zoo() -> Rows:
 
 
 def _fault_of_model(plan: Plan) -> Optional[ConfigError]:
-    set_device('cpu', plan.main_config)
     try:
         building.build_policy(plan.main_config, plan.create_config)
     except ConfigError as error:

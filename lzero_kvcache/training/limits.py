@@ -5,7 +5,7 @@ runs, whatever it learns, is not refused.
 from numbers import Integral, Real
 from typing import Any, Callable, Mapping, NamedTuple, Set, Tuple
 
-from ..config import PREFIX, ConfigError
+from ..config import FLAG, PREFIX, ConfigError
 from ..host.lightzero import lightzero
 from .linked_keys import COLLECTED
 
@@ -28,6 +28,8 @@ SIZE = Limit('a whole number above 0', lambda value: isinstance(value, Integral)
 ROUND = Limit('a whole number above 0', lambda value: _is_round(value) and value > 0)
 WHOLE = Limit('a whole number', lambda value: isinstance(value, Integral))
 POSITIVE = Limit('a number above 0', lambda value: isinstance(value, Real) and float(value) > 0)
+# Of a string LightZero makes one that is env_num times as long, and takes that for a number.
+POOL = Limit(POSITIVE.said, lambda value: isinstance(value, str) or POSITIVE.holds(value))
 NOT_NEGATIVE = Limit('a number that is not below 0', lambda value: isinstance(value, Real) and float(value) >= 0)
 NOT_ZERO = Limit('a number other than 0', lambda value: isinstance(value, Real) and value != 0)
 NUMBER = Limit('a number', lambda value: isinstance(value, Real))
@@ -38,12 +40,13 @@ LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
         'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
         'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.num_simulations', 'policy.num_unroll_steps',
         *COLLECTED.values(),
-        *(f'{PREFIX}.{size}' for size in ('context_length', 'embed_dim', 'max_blocks', 'max_tokens', 'num_layers',
-                                          *lightzero.DIVIDE_EMBEDDING)),
+        *(f'{PREFIX}.{size}' for size in ('context_length', 'embed_dim', 'env_num', 'max_blocks', 'max_tokens',
+                                          'num_layers', *lightzero.DIVIDE_EMBEDDING)),
     )),
     (ROUND, ('policy.game_segment_length', 'policy.model.support_scale')),
     (WHOLE, ('policy.td_steps', 'policy.update_per_collect')),
     (POSITIVE, ('policy.root_dirichlet_alpha', f'{PREFIX}.rope_theta')),
+    (POOL, (f'{PREFIX}.num_simulations', )),
     (NOT_ZERO, ('policy.fixed_temperature_value', )),
     (NOT_NEGATIVE, ('policy.learning_rate', )),
     (NUMBER, (
@@ -82,4 +85,6 @@ def _unread(values: Mapping[str, Any], entry: str) -> Set[str]:
         unread.add('policy.fixed_temperature_value')
     if not values.get(f'{PREFIX}.rotary_emb'):
         unread.add(f'{PREFIX}.rope_theta')
+    if values.get(f'{PREFIX}.{FLAG}'):  # then they are options of the cache, which are checked with the others
+        unread |= {f'{PREFIX}.env_num', f'{PREFIX}.num_simulations'}
     return unread

@@ -14,14 +14,12 @@ WM = PREFIX + '.'
 
 # Paths that hold the same value in every training that runs.
 NEEDED_COPIES: Tuple[Tuple[str, ...], ...] = (
-    ('env.collector_env_num', 'policy.collector_env_num'),
-    ('env.evaluator_env_num', 'policy.evaluator_env_num'),
     ('policy.model.action_space_size', WM + 'action_space_size'),
 )
 # Paths that hold the same value in most configs; any of them may be the one that is set.
 COPIES: Tuple[Tuple[str, ...], ...] = (
-    ('policy.collector_env_num', WM + 'collector_env_num'),
-    ('policy.evaluator_env_num', WM + 'evaluator_env_num'),
+    ('env.collector_env_num', 'policy.collector_env_num', WM + 'collector_env_num'),
+    ('env.evaluator_env_num', 'policy.evaluator_env_num', WM + 'evaluator_env_num'),
     ('policy.num_simulations', WM + 'num_simulations', 'policy.collect_num_simulations',
      'policy.eval_num_simulations'),
     ('policy.model.continuous_action_space', WM + 'continuous_action_space', 'env.continuous'),
@@ -135,7 +133,7 @@ def check(values: Mapping[str, Any], entry: str, policy: str) -> None:
         if rule.needed and rule.target in values and right is not None and right != target:
             said = ' and '.join(f'{source}={values[source]!r}' for source in rule.sources)
             raise ConfigError(f'{rule.target}={target!r} contradicts {said}: it must be {right!r}')
-    for target, source in (*LEAST, (COLLECTED[entry], 'env.collector_env_num')):
+    for target, source in (*LEAST, *lightzero.least_environments(policy), (COLLECTED[entry], 'env.collector_env_num')):
         amount, least = values.get(target), values.get(source)
         if isinstance(amount, (int, float)) and isinstance(least, (int, float)) and amount < least:
             raise ConfigError(f'{target}={amount!r} contradicts {source}={least!r}: it must be at least that')

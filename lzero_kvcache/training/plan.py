@@ -7,7 +7,7 @@ from typing import Optional, Sequence
 import torch
 from easydict import EasyDict
 
-from ..config import LIGHTZERO, PREFIX, ConfigError, picked_system
+from ..config import DEFAULT_ENV_NUM, LIGHTZERO, PREFIX, ConfigError, picked_system
 from ..host import building
 from ..loading import check_config, disable, enable, load_plugin, policy_type
 from ..summary import EVALUATE, TRAIN
@@ -74,6 +74,9 @@ def make_plan(
             'train_unizero_segment_async, which needs ray, in a script of your own, or set it to False'
         )
     check_limits(values, plan.entry)
+    if f'{PREFIX}.env_num' not in values:
+        of_policy = max(values['policy.collector_env_num'], values['policy.evaluator_env_num'])
+        values[f'{PREFIX}.env_num'] = of_policy if picked == 'new' else DEFAULT_ENV_NUM
     check(values, plan.entry, create_config.policy.type)
     check_config(main_config, create_config)
     return replace(

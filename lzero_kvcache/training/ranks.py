@@ -150,6 +150,7 @@ class DataParallel:
         if not self.several:
             if policy.get('multi_gpu', False):
                 raise ConfigError('policy.multi_gpu=True needs several processes: torchrun --nproc_per_node=N train.py')
+            _check_segments(entry, defaults.policy.get('num_segments'), defaults.env.collector_env_num)
             return
         policy.multi_gpu = True
         for key in SHARED_OUT:
@@ -158,6 +159,7 @@ class DataParallel:
         entries.divide_among_ranks(main_config)
         collected = policy['num_segments' if 'segment' in entry else 'n_episode']
         environments = min(defaults.env.collector_env_num, collected)
+        _check_segments(entry, collected, environments)
         main_config.env.collector_env_num = policy.collector_env_num = environments
         if 'collector_env_num' in policy.model.world_model_cfg:
             policy.model.world_model_cfg.collector_env_num = environments
@@ -199,6 +201,14 @@ class DataParallel:
 
     def _build_logger(self, path: str, name: Optional[str] = None, *args: Any, **kwargs: Any) -> Tuple[Any, None]:
         return logging.getLogger(f'rank{self.rank}.{name}'), None
+
+
+def _check_segments(entry: str, segments: int, environments: int) -> None:
+    """The collector of segments has one for each environment of its process, or stops by an assertion."""
+    if entry == 'train_unizero_segment' and segments != environments:
+        raise ConfigError(
+            f'policy.num_segments={segments} contradicts env.collector_env_num={environments}, each of one process: '
+            'they must be the same')
 
 
 def _synchronize_given(original: Callable[..., None]) -> Callable[..., None]:

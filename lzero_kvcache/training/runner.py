@@ -26,7 +26,7 @@ from .checkpoints import beside, read_checkpoint
 from .config_file import Plan
 from .error_hints import hinted
 from .ranks import DataParallel, Interrupted
-from .terminal import Bar, Output, summary_rows
+from .terminal import Bar, Output, summary_rows, unlogged
 from .watch import Watch
 
 LOG_FILE = os.path.join('log', 'train.log')
@@ -151,11 +151,12 @@ class _Training:
         self._absolute = os.path.isabs(os.path.expanduser(str(given)))
         policy = plan.main_config.policy
         hooks = policy.get('learn', {}).get('learner', {}).get('hook', {})
-        for path in (policy.get('model_path'), hooks.get('load_ckpt_before_run')):
-            if path:
-                read_checkpoint(path)  # LightZero and DI-engine load it without looking at what it holds
+        # LightZero and DI-engine load these without looking at what they hold.
+        loaded = [read_checkpoint(path) for path in (policy.get('model_path'), hooks.get('load_ckpt_before_run'))
+                  if path]
         if plan.checkpoint is not None:
             watch.checkpoint = read_checkpoint(plan.checkpoint)
+            loaded.append(watch.checkpoint)
             result.env_step, result.train_iter = watch.checkpoint.env_step, watch.checkpoint.train_iter
             result.collected_env_step = result.env_step
         result.cache = picked_manager(policy.model.world_model_cfg)
@@ -173,6 +174,8 @@ class _Training:
         if self.ranks.several and plan.task == EVALUATE:
             raise ConfigError('--eval evaluates in one process; run it without torchrun')
         building.try_environment(plan.main_config, plan.create_config)
+        with unlogged():
+            building.try_policy(plan.main_config, plan.create_config, [checkpoint.state for checkpoint in loaded])
 
     def _check_place(self) -> None:
         """The folder that a training goes on in must be of one cache system, and its counts must not go back."""

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from types import SimpleNamespace
-from typing import List, Optional, TextIO, Tuple
+from typing import Iterator, List, Optional, TextIO, Tuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -207,6 +207,18 @@ class Output:
     def write_log(self, text: str) -> None:
         """Write to the log file alone."""
         os.write(self._log.fileno(), text.encode('utf-8', 'replace'))
+
+
+@contextlib.contextmanager
+def unlogged() -> Iterator[None]:
+    """A context in which this package logs nothing: what is tried before a run logs what the run will."""
+    logger = logging.getLogger(PACKAGE_LOGGER)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _text(descriptor: int, encoding: str) -> TextIO:
