@@ -250,7 +250,7 @@ def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def waiting_refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[List[torch.Size]]:
+def waiting_refused() -> Iterator[List[torch.Size]]:
     """Inside, waiting for the device is an error, but for what a search takes at its end; gives the shapes of that."""
     taken: List[torch.Size] = []
 
@@ -262,15 +262,15 @@ def waiting_refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[List[torch.Size
         finally:
             torch.cuda.set_sync_debug_mode('error')
 
-    monkeypatch.setattr(device_space, 'to_cpu', to_cpu)
     number = torch.ones(1, device='cuda')
-    torch.cuda.set_sync_debug_mode('error')
-    try:
-        with pytest.raises(RuntimeError):
-            number.item()
-        yield taken
-    finally:
-        torch.cuda.set_sync_debug_mode('default')
+    with mock.patch.object(device_space, 'to_cpu', to_cpu):
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            with pytest.raises(RuntimeError):
+                number.item()
+            yield taken
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
 
 
 def copies_of(run: Callable[[], Any]) -> Tuple[List[str], List[str]]:
@@ -327,9 +327,9 @@ class TestOnGPU:
         searched(on_gpu, simulations=MAX_SPACES + 2)
         assert manager.counters()['captures'] == before
 
-    def test_nothing_waits_for_the_device_but_the_end(self, on_gpu: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_waits_for_the_device_but_the_end(self, on_gpu: Root) -> None:
         first = searched(on_gpu)
-        with waiting_refused(monkeypatch) as ended:
+        with waiting_refused() as ended:
             again = searched(on_gpu)
         assert again == first and len(ended) == 1
 
@@ -373,15 +373,14 @@ class TestOnGPU:
 @pytest.mark.gpu
 @needs_gpu
 @reanalysis.CASES
-def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool, grows: bool,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool, grows: bool) -> None:
     question = reanalysis.asked(case, two_players, grows, 'cuda')
     visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
     expected = reanalysis.by_steps(question)
     assert visits == expected[0]
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
     kept = list(question.world_model.inference._device._spaces.kept.values())
-    with waiting_refused(monkeypatch) as ended:
+    with waiting_refused() as ended:
         question.world_model.inference.reanalyze(*question[1:])
     assert len(ended) == 1 and list(question.world_model.inference._device._spaces.kept.values()) == kept
     copies = copies_of(lambda: question.world_model.inference.reanalyze(*question[1:]))

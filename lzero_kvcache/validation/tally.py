@@ -25,11 +25,14 @@ def relative_differences(actual: torch.Tensor, expected: torch.Tensor) -> torch.
 
 
 def differences_of(actual: Sequence[Answer], expected: Sequence[Answer]) -> np.ndarray:
-    """The differences ``[Q, I, B]`` of a search, brought to the host at once; nan where there is nothing to compare."""
+    """The differences ``[Q, I, B]`` of a search, brought to the host at once; nan where there is nothing to compare.
+    Of a search that ran on a GPU, nodes were noted on the CPU, and roots where they were."""
+    device = actual[0]['value'].device
     nothing = torch.full_like(actual[0]['value'][:, 0], float('nan'))
     found = [
         torch.stack([
-            relative_differences(ours[name], theirs[name]) if name in ours and name in theirs else nothing
+            relative_differences(ours[name].to(device), theirs[name].to(device))
+            if name in ours and name in theirs else nothing
             for ours, theirs in zip(actual, expected)
         ]) for name in QUANTITIES
     ]
