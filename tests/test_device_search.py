@@ -375,8 +375,8 @@ class TestOnGPU:
 @reanalysis.CASES
 def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool, grows: bool) -> None:
     question = reanalysis.asked(case, two_players, grows, 'cuda')
-    visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
     expected = reanalysis.by_steps(question)
+    visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
     assert visits == expected[0]
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
     kept = list(question.world_model.inference._device._spaces.kept.values())
