@@ -177,7 +177,7 @@ def test_what_another_has_registered_is_not_replaced(write, registered):
 ])
 def test_a_file_that_trains_another_as_a_program_is_refused(trains, entry, write):
     """It is not run as a program, since it declares its configs."""
-    with pytest.raises(ConfigError, match=f"entry = '{entry}'; it can be 'train_unizero' or 'train_unizero_segment'$"):
+    with pytest.raises(ConfigError, match=f"entry = '{entry}'; it can be 'train_unizero' or 'train_unizero_segment',"):
         load_config(write(rest=f"if __name__ == '__main__':\n    {trains}"))
 
 

@@ -107,7 +107,7 @@ def figures(name):
 
 def test_the_figures_of_the_readme_are_those_of_the_results():
     results = read('docs/results.md')
-    assert len(figures('README.md')) == 17
+    assert len(figures('README.md')) == 22
     for figure in figures('README.md'):
         assert re.search(rf'(?<![\d.,:]){re.escape(figure)}(?![\d.,:]*\d)', results), figure
 

@@ -171,7 +171,7 @@ def _checked_entry(declared: Any, where: str) -> str:
     entry = getattr(declared, '__name__', declared) if callable(declared) else declared
     if entry not in ENTRIES:
         raise ConfigError(
-            f'{where}: entry = {entry!r}; it can be {" or ".join(map(repr, ENTRIES))}, others your own scripts call'
+            f'{where}: entry = {entry!r}; it can be {" or ".join(map(repr, ENTRIES))}, scripts of your own call others'
         )
     return str(entry)
 
