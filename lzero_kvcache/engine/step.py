@@ -259,7 +259,7 @@ class Engine:
         """Attention of queries ``[B, K, H, D]`` over keys and values ``[2, B, H, T, D]``: ``[B, K, H, D]``."""
         keys, values = context.unbind(0)
         query = query.transpose(1, 2)
-        many = len(query) >= weights.many_rows and keys.shape[2] < SHORT_WINDOW
+        many = query.shape[0] >= weights.many_rows and keys.shape[2] < SHORT_WINDOW
         if many and not weights.training:
             return _attend_elementwise(query, keys, values, bias).transpose(1, 2)
         return F.scaled_dot_product_attention(
