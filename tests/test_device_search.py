@@ -211,6 +211,23 @@ def test_interpreted_what_is_no_number_is_counted_with_its_depth(_small: None, r
 
 
 @interpreted
+@pytest.mark.parametrize('draws_ties', [False, True])
+def test_interpreted_scores_that_are_no_numbers(_small: None, draws_ties: bool) -> None:
+    """Of roots whose priors are none, as of a model of one's own: the first slot is taken, every time."""
+    case = Case(num_layers=1)
+    for asked in compiled.roots_of(cached_model(case, compiled.ROWS, 5), case, {}):
+        inference, problem = asked.world_model.inference, asked.problem
+        problem = problem._replace(
+            rules=dict(problem.rules, draws_ties=draws_ties),
+            logits=[[float('nan')] * problem.slots, *problem.logits[1:]]
+        )
+        [served] = inference.open.steps
+        visits, _, _ = inference._device.run(served, problem)
+        assert visits == root_visits(compiled.trees_of(inference._whole, served, problem))
+        assert max(visits[0]) == sum(visits[0]) == compiled.SIMULATIONS
+
+
+@interpreted
 def test_interpreted_equal_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, 'ROWS', 6)
     case = Case(num_layers=1)

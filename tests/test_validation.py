@@ -374,6 +374,14 @@ class TestCauses:
         live_through(policy)
         assert tally_of(policy).causes['last_obs'] == found(policy)[1] > 20
 
+    @pytest.mark.skipif(not ON_MAIN, reason="of LightZero's main branch")
+    def test_last_observations_before_any_reset(self):
+        """They are those that the policy begins with, whole numbers too."""
+        policy = legacy(8)
+        policy.pad_token_id = 0
+        stepped(policy, ALL, ALL, ALL)
+        assert tally_of(policy).causes['last_obs'] > 0
+
     @pytest.mark.parametrize('kind', ['discrete', 'continuous'])
     @BOTH_POSITIONS
     def test_sampled(self, kind, rotary):

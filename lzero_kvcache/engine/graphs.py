@@ -56,7 +56,7 @@ def _capture(functions: Sequence[Callable[[], Any]]) -> Captured:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'):
             before = torch.cuda.memory_reserved()  # with nothing in it that is free: PyTorch empties its cache here
             results.append(function())
-            held += torch.cuda.memory_reserved() - before  # with what a replay needs only in between
+            held += max(0, torch.cuda.memory_reserved() - before)  # with what a replay needs only in between
         graphs.append(graph)
     return Captured([graph.replay for graph in graphs], results, held / MIB)
 

@@ -25,6 +25,10 @@ class KeptRows:
         self.policy = types.SimpleNamespace(last_batch_obs=None, last_batch_action=[])
         self._owners: List[Optional[Tuple[str, int]]] = []
 
+    def has_begun(self, mode: str) -> bool:
+        """Whether there are rows of a mode, or none are needed before the first batch."""
+        return True
+
     def before(self, trace: Trace, env_num: int) -> Kept:
         policy, rows = self.policy, len(trace.env_ids)
         if policy.last_batch_obs is None:
@@ -46,4 +50,3 @@ class KeptRows:
             reset.__func__(policy, *args, **kwargs)
         if policy.last_batch_obs is not before:
             self._owners = [None] * len(policy.last_batch_action)
-

@@ -158,7 +158,11 @@ class LegacyReference(ShadowReference):
         self._shadow.prepare(self._tables)
         self._stale_tables = not _same(position_tables(self._wm), self._tables)
         self._begin_inference()
-        self._policy = self._policy or lightzero.kept_rows(None)
+        reset = trace.first_reset
+        if self._policy is None:
+            self._policy = lightzero.kept_rows(None if reset is None else reset.__self__)  # type: ignore[attr-defined]
+        if reset is not None and not self._policy.has_begun(trace.mode):
+            self.reset(reset)
         self._kept = self._policy.before(trace, self._shadow.env_num)
         for row in trace.lost:
             place = trace.places[row]

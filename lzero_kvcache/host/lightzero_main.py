@@ -127,7 +127,8 @@ def unserved_policy(cfg: Any) -> Optional[str]:
             return f'policy.model.{name}={cfg["model"][name]}: it must be (-n, n + 1, 1)'
     interval = cfg.get('kv_cache_clear_interval', CLEARS_EVERY)
     if interval != CLEARS_EVERY and interval > 0:
-        return f'policy.kv_cache_clear_interval={interval}: no context is dropped after so many steps; 0 says the same'
+        return (f'policy.kv_cache_clear_interval={interval}: the new cache clears nothing after so many steps; leave '
+                'it out, or set it to 0')
     if cfg.get('contextual_reanalysis') and (cfg['reanalyze_ratio'] or cfg.get('buffer_reanalyze_freq')):
         return 'policy.contextual_reanalysis=True: roots of reanalyses would have contexts'
     return None
@@ -188,6 +189,9 @@ class KeptOfBatch(KeptRows):
 
 class KeptByEnvironment(KeptOfBatch):
     """UniZero's: of each environment, of collection and evaluation apart; roots are in the environments' pools."""
+
+    def has_begun(self, mode: str) -> bool:
+        return f'last_batch_obs_{mode}' in vars(self.policy)
 
     def before(self, trace: Trace, env_num: int) -> Kept:
         observations, actions = f'last_batch_obs_{trace.mode}', f'last_batch_action_{trace.mode}'

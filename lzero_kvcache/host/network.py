@@ -110,7 +110,7 @@ class _Reader:
         attention, mlp = block.attn, lightzero.mlp_of(block)
         kinds = [type(part) for part in mlp]
         if kinds != [nn.Linear, nn.GELU, nn.Linear, nn.Dropout] or mlp[1].approximate != 'tanh':
-            raise NotServed(f'its MLPs are {mlp}')
+            raise NotServed(f'its MLPs are {", ".join(type(part).__name__ for part in mlp)}')
         return [
             *self._norm(block.ln1), *self._linear(attention.query), *self._linear(attention.key),
             *self._linear(attention.value), *self._linear(attention.proj), *self._norm(block.ln2),

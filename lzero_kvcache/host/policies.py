@@ -170,6 +170,9 @@ class KVCachePolicy:
             own = _with_quick_selection(forward.func)
             if in_arrays:
                 own = mcts.in_arrays(own)
+            if served.trace is not None:
+                served.trace.first_reset = (
+                    super()._reset_collect if mode == COLLECT else super()._reset_eval)  # type: ignore[misc]
             output = own(*forward.args, **forward.keywords)
             if served.trace is not None:
                 world_model.validator.check(served.trace, [output[env_id]['action'] for env_id in env_ids])

@@ -37,7 +37,8 @@ class Room:
         """Weights or biases of a layer in one tensor, which the next call for these overwrites."""
         kept, detached = self._kept.get((layer, kind)), [part.detach() for part in parts]
         if kept is None or (kept.device, kept.dtype) != (detached[0].device, detached[0].dtype):
-            self._kept[layer, kind] = kept = torch.cat(detached)
+            with torch.inference_mode(False):  # or none but inference could overwrite it
+                self._kept[layer, kind] = kept = torch.cat(detached)
         return torch.cat(detached, out=kept)
 
 

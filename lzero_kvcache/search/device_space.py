@@ -245,7 +245,7 @@ class GrownReanalysis(_OfStates):
 
     def empty_rows(self, used: int) -> None:
         super().empty_rows(used)
-        pages, given = self._pages.cpu().numpy(), self.given
+        pages, given = np.arange(1, self._pages.numel() + 1).reshape(self._pages.shape), self.given
         given.tables[:, 0], given.counts[:], given.pages[:] = pages[0], 1, pages[1:]
 
     def _run_begin(self) -> None:

@@ -86,6 +86,9 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
         action = tl.sum(tl.where(chosen, index, 0), 0) if SAMPLED else step
         node = tl.max(tl.where(chosen, children, -1), 0)
         passed = tl.sum(tl.where(chosen, reached, 0), 0)
+        if best <= -FAR:  # no score is a number
+            node = tl.load(child + begin)
+            passed = tl.load(visits + first_node + tl.maximum(node, 0))
         if node < 0:
             node = simulation + 1
             tl.store(child + begin + step, node)

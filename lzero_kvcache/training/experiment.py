@@ -20,6 +20,7 @@ from . import overrides
 from .checkpoints import CHECKPOINTS, read_checkpoint
 from .config_file import Plan
 from .plan import make_plan
+from .terminal import unlogged
 
 PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
 EXPERIMENT = 'experiment.json'
@@ -82,8 +83,9 @@ class Experiment:
         if plan.max_env_step is None:
             raise ConfigError(f'{plan.config} has no max_env_step, and every run must end; give --max-env-step')
         building.try_environment(plan.main_config, plan.create_config)
-        for cache in self.caches:
-            building.try_policy(plans[cache].main_config, plans[cache].create_config)
+        with unlogged():
+            for cache in self.caches:
+                building.try_policy(plans[cache].main_config, plans[cache].create_config)
         self._plan = plan  # of the old system, whichever are asked for
         self.max_env_step: int = plan.max_env_step
         # Seeds in the outer loop: if the machine is busy for a while, that slows both systems.

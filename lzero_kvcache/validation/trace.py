@@ -41,6 +41,7 @@ class Trace:
     root: Optional[Answer] = None
     nodes: List[Node] = field(default_factory=list)
     resets: List[Callable[[], None]] = field(default_factory=list)  # what the policy reset while it searched
+    first_reset: Optional[Callable[..., None]] = None  # the policy's own: after it, it keeps what it begins with
 
     @property
     def places(self) -> List[Tuple[str, int]]:
