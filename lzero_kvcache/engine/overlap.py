@@ -1,6 +1,6 @@
 """Kernels of which one begins while the one before it ends, on GPUs that can (Hopper's and later): its programs are
-there early, and wait. Between launches that last some microseconds each, that saves one of them. And a probe that tells
-whether kernels run. Importing it imports Triton.
+there early, and wait. Between launches that last some microseconds each, that saves one of them. A probe tells whether
+kernels run. Importing it imports Triton.
 """
 from contextlib import nullcontext
 from typing import Any, Tuple

@@ -36,6 +36,7 @@ def splitting(tokens: int, programs: int) -> Splitting:
 
 @triton.jit
 def _added(parts, bias, part_step, column, there, PARTS: tl.constexpr):
+    """Numbers of a product that came in parts, with its bias."""
     total = tl.load(bias + column, mask=there, other=0.)
     for part in tl.static_range(PARTS):
         total += tl.load(parts + part * part_step + column, mask=there, other=0.)
@@ -47,9 +48,10 @@ def _attend(parts, bias, part_step, row_of_parts, slab, tables, counts, position
             row_step, page_step, width, PARTS: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr,
             SIZE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, ROTARY: tl.constexpr, SPLITS: tl.constexpr,
             TOKENS: tl.constexpr, OVERLAP: tl.constexpr):
-    """Keys and values of a token into its page, and its attention: a row, a head and a part of its context for each
-    program. ``moved`` is what learned positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``.
-    Parts go to ``out [S, B, E]``, not divided yet, with maxima and totals in ``sums [S, B, H, 2]``."""
+    """Keys and values of a token into its page, and its attention: a row, a head and a share of its context for each
+    program. Query, key and value come in ``parts`` that are still to be added, as ``bias`` is. ``moved`` is what learned
+    positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``. Shares go to ``out [S, B, E]``, not
+    divided yet, with maxima and totals in ``sums [S, B, H, 2]``."""
     wait(OVERLAP)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     is_first = split == 0  # which has the token itself and, before an observation, its action

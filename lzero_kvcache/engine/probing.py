@@ -11,7 +11,7 @@ Probe = Callable[[torch.device], None]
 
 
 def launch_one(device: torch.device) -> None:
-    """A small kernel with what not every Triton and card has."""
+    """A small kernel of operations that some versions of Triton, and some cards, lack."""
     from .overlap import probe
 
     probe(device)
