@@ -49,9 +49,9 @@ def _attend(parts, bias, part_step, row_of_parts, slab, tables, counts, position
             SIZE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, ROTARY: tl.constexpr, SPLITS: tl.constexpr,
             TOKENS: tl.constexpr, OVERLAP: tl.constexpr):
     """Keys and values of a token into its page, and its attention: a row, a head and a share of its context for each
-    program. Query, key and value come in ``parts`` that are still to be added, as ``bias`` is. ``moved`` is what learned
-    positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``. Shares go to ``out [S, B, E]``, not
-    divided yet, with maxima and totals in ``sums [S, B, H, 2]``."""
+    program. Query, key and value come in ``parts`` that are still to be added, as ``bias`` is. ``moved`` is what
+    learned positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``. Shares go to ``out``
+    ``[S, B, E]``, not divided yet, with maxima and totals in ``sums [S, B, H, 2]``."""
     wait(OVERLAP)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     is_first = split == 0  # which has the token itself and, before an observation, its action
