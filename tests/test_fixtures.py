@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from small_models import ON_MAIN
-from trainings import PROJECT_ROOT, import_what_trainings_import, short_episodes, train, trained
+from trainings import BATCH, PROJECT_ROOT, import_what_trainings_import, short_episodes, train, trained
 
 from lzero_kvcache import comparison, config, summary
 from lzero_kvcache.config import KV_CACHE_CFG
@@ -225,7 +225,8 @@ def test_its_checkpoint_is_gone_on_with(name, cache, copied):
     (code, said), = trained(copied, [
         '--config', before.config, '--cache', cache, '--seed', str(before.seed), '--resume', before.checkpoint,
         *(['--in-place'] if in_place else ['--exp-name', 'gone_on']),
-        '--max-env-step', str(before.env_step + 20), *loaded('experiment', 'experiment.json')['options'][2:]
+        '--max-env-step', str(before.env_step + 20), *loaded('experiment', 'experiment.json')['options'][2:],
+        BATCH
     ], short_episodes)
     assert code == 0, said
     assert f'Going on from {before.checkpoint}' in said

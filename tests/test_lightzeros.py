@@ -24,6 +24,7 @@ from lzero.policy import sampled_unizero
 from oracle import Batch, play, random_trace
 from small_models import ON_MAIN, ORIGINAL_MODELS, Case, cached_model, construct, randomise
 from test_validation import Checked
+from trainings import BATCH
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 from lzero_kvcache import CacheConfig, ConfigError, check_config
@@ -36,7 +37,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 on_main = pytest.mark.skipif(not ON_MAIN, reason="of LightZero's main branch")
 on_release = pytest.mark.skipif(ON_MAIN, reason='of the released LightZero')
 SMALL = (
-    'env.collector_env_num=2', 'env.evaluator_env_num=1', 'policy.num_simulations=2', 'policy.batch_size=2',
+    'env.collector_env_num=2', 'env.evaluator_env_num=1', 'policy.num_simulations=2', BATCH,
     'policy.update_per_collect=3', 'policy.model.world_model_cfg.embed_dim=32',
 )
 #: Its models for vectors pass a word that their encoder does not take, unless somebody has mended it.

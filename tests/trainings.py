@@ -19,10 +19,12 @@ from lzero_kvcache_options import main
 PROJECT_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WM = 'policy.model.world_model_cfg'
 ITERATIONS = 3
+# LightZero's loss is no number where each sample of a batch is the last step of its episode: 4 of 2 episodes cannot be.
+BATCH = 'policy.batch_size=4'
 SMALL = [
     '--threads', '1', '--device', 'cpu', '--exp-name', 'run', '--max-train-iter', str(ITERATIONS), '--set',
     'create_config.env_manager.type=base', 'env.collector_env_num=2', 'env.evaluator_env_num=1',
-    'policy.num_simulations=2', 'policy.batch_size=2', f'policy.update_per_collect={ITERATIONS}',
+    'policy.num_simulations=2', BATCH, f'policy.update_per_collect={ITERATIONS}',
     f'{WM}.embed_dim=32', f'{WM}.num_layers=1', f'{WM}.num_heads=2',
 ]
 EPISODE = 40  # steps; the time limit of gymnasium's environments
