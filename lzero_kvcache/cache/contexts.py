@@ -23,10 +23,10 @@ class Contexts:
     def store(self, indices: Sequence[int], rows: Rows) -> None:
         """Replace some contexts, each index once, and give the pages of those before back."""
         index = np.asarray(indices, dtype=np.int64)
-        replaced, were_there = self.tables[index], self.counts[index].any()
+        replaced = self.tables[index] if self.counts[index].any() else None
         self._pages.retain(rows[0])
         self.tables[index], self.counts[index] = rows
-        if were_there:
+        if replaced is not None:
             self._pages.release(replaced)
 
     def clear(self, index: Optional[int] = None) -> None:

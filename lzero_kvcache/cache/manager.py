@@ -8,7 +8,7 @@ import numpy as np
 from ..config import KV_CACHE_REGISTRY, MIB, PREFIX, CacheConfig, ConfigError
 from .base import CURRENT, PagedCacheManager
 from .contexts import Contexts
-from .pages import NULL_PAGE, RESERVED_PAGES, Lease, OutOfPages, PageAllocator, Rows
+from .pages import RESERVED_PAGES, Lease, OutOfPages, PageAllocator, Rows
 from .pool import KVCachePool, PagedPool
 from .stats import CacheStats, add_pools, counters_of
 
@@ -96,10 +96,7 @@ class KVCacheManager(PagedCacheManager):
             return rows
         rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
-            pool = pools[env_id]
-            [slot] = pool.slots([key])
-            if slot >= 0:
-                rows[0][row], rows[1][row] = pool.contexts.tables[slot], pool.contexts.counts[slot]
+            rows[0][row:row + 1], rows[1][row:row + 1] = pools[env_id].find([key])
         return rows
 
     def store_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
@@ -123,18 +120,14 @@ class KVCacheManager(PagedCacheManager):
         # The init pool is asked only for keys that it has: a node that is no root must not count as a miss there.
         pairs, pools = list(zip(env_ids, keys)), self._pools_to(mode, env_ids)
         roots = [row for row, (env_id, key) in enumerate(pairs) if key in pools[env_id]]
-        others = np.ones(len(pairs), dtype=bool)
-        others[roots] = False
-        nodes = np.flatnonzero(others)
-        slots = np.array(self.recur_pool.slots([pairs[row] for row in nodes] if roots else pairs), dtype=np.int64)
+        if not roots:
+            return self.recur_pool.find(pairs)
+        nodes = [row for row in range(len(pairs)) if row not in roots]
         rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
-        found = self.recur_pool.contexts.find(slots)
-        rows[0][nodes], rows[1][nodes] = found[0], found[1] * (slots >= 0)
-        rows[0][rows[1] == 0] = NULL_PAGE
-        if roots:
-            rows[0][roots], rows[1][roots] = self.find_init(
-                mode, [env_ids[row] for row in roots], [keys[row] for row in roots]
-            )
+        rows[0][nodes], rows[1][nodes] = self.recur_pool.find([pairs[row] for row in nodes])
+        rows[0][roots], rows[1][roots] = self.find_init(
+            mode, [env_ids[row] for row in roots], [keys[row] for row in roots]
+        )
         return rows
 
     def store_recur(self, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:

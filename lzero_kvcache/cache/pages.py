@@ -97,6 +97,8 @@ class PageAllocator:
 
     def collect(self) -> None:
         """Release the tables that leases have returned, all in one call."""
+        if not self.returned:
+            return
         with self.lock:
             tables = list(self.returned)
             if tables:

@@ -3,10 +3,12 @@ import copy
 import logging
 from typing import Any, Dict, Hashable, List, Optional, Sequence, Union
 
+import numpy as np
+
 from ..config import nearest
 from .contexts import Contexts
 from .eviction import SLOTS, EvictionStrategy
-from .pages import PageAllocator, Rows
+from .pages import NULL_PAGE, PageAllocator, Rows
 from .stats import CacheStats
 
 logger = logging.getLogger(__name__)
@@ -194,6 +196,14 @@ class PagedPool(KVCachePool):
         super().__init__(*args, **kwargs)
         self._pages = pages
         self.contexts = Contexts(pages, self.pool_size, width)
+
+    def find(self, keys: Sequence[Hashable]) -> Rows:
+        """The context of each key, an empty one where there is none."""
+        slots = np.array(self.slots(keys), dtype=np.int64)
+        tables, counts = self.contexts.find(slots)
+        missing = slots < 0
+        tables[missing], counts[missing] = NULL_PAGE, 0
+        return tables, counts
 
     def store(self, keys: Sequence[Hashable], rows: Rows) -> None:
         """Store an entry for each key, the last ones where not all fit; each takes a reference to each of its pages."""

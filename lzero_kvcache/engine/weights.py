@@ -27,7 +27,7 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # With the bias fused in, cuBLAS picks float32 kernels that take up to twice as long for many rows.
-        if self.bias is None or x.shape[0] < self.many_rows or not x.is_cuda:
+        if not x.is_cuda or self.bias is None or x.shape[0] < self.many_rows:
             return F.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight).add_(self.bias)
 

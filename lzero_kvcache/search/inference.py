@@ -134,9 +134,10 @@ class Inference(RootInference):
         on_cpu = to_cpu(torch.cat([output.latent_state.reshape(rows, -1), checksum(output)], dim=1))
         kept = self._guard.finite(on_cpu[:, -1:], 'A reward, value or policy', mode, env_ids, timesteps)
         keys, nodes = hash_rows(on_cpu[:, :-1]), extend(contexts, pages)
-        manager.store_recur(
-            [env_ids[row] for row in kept], [keys[row] for row in kept], (nodes[0][kept], nodes[1][kept])
-        )
+        if len(kept) < rows:
+            env_ids, keys = [env_ids[row] for row in kept], [keys[row] for row in kept]
+            nodes = nodes[0][kept], nodes[1][kept]
+        manager.store_recur(env_ids, keys, nodes)
         return output, kept
 
     def _give_roots_keys(self, served: Served) -> None:
