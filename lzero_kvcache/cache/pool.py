@@ -199,10 +199,11 @@ class PagedPool(KVCachePool):
 
     def find(self, keys: Sequence[Hashable]) -> Rows:
         """The context of each key, an empty one where there is none."""
-        slots = np.array(self.slots(keys), dtype=np.int64)
+        slots = self.slots(keys)
         tables, counts = self.contexts.find(slots)
-        missing = slots < 0
-        tables[missing], counts[missing] = NULL_PAGE, 0
+        if -1 in slots:
+            missing = np.less(slots, 0)
+            tables[missing], counts[missing] = NULL_PAGE, 0
         return tables, counts
 
     def store(self, keys: Sequence[Hashable], rows: Rows) -> None:
