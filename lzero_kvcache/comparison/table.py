@@ -76,8 +76,7 @@ def origin(comparison: Comparison) -> List[str]:
                  for known in said if isinstance(known, dict)]
         lines += [f'{title.capitalize()}: {text}' for text in dict.fromkeys(texts)]
     for run in runs:
-        parts = [*(run.summary.get('earlier') or []), run.summary]
-        commands = [part['command'] for part in parts if part.get('command')]
+        commands = [part['command'] for part in run.parts if part.get('command')]
         for number, command in enumerate(commands, 1):
             name = f'{run.name}, part {number}' if len(commands) > 1 else run.name
             lines.append(f'{name}: {shlex.join(map(str, command)) if isinstance(command, list) else command}')
