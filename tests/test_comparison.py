@@ -300,7 +300,7 @@ class TestWarnings:
     def test_budgets_of_runs_without_a_summary(self, tmp_path):
         paths = [write_run(tmp_path / 'old_s0'),
                  write_run(tmp_path / 'new_s0', new=True, env_steps=740, began=BEGAN + 500)]
-        assert self.warnings(*paths) == ['Other budgets: new_s0 has 740 environment steps, old_s0 1,000: times '
+        assert self.warnings(*paths) == ['Other lengths: new_s0 has 740 environment steps, old_s0 1,000: times '
                                          'and rewards are not comparable']
 
     def test_hosts(self, tmp_path):
@@ -412,6 +412,16 @@ class TestOrigin:
             command=['train.py', '--in-place'], earlier=[dict(command=['train.py', '--seed', '0'], overrides=[])]))
         assert origin(compared(path))[-2:] == [
             'old_s0, part 1: train.py --seed 0', 'old_s0, part 2: train.py --in-place']
+
+    @pytest.mark.parametrize(('before', 'now', 'said'), [
+        ([], [], None), (['a=1'], ['a=1'], None), (['a=1'], [], '(part 1: a=1; part 2: none)'),
+        ([], ['a=1', 'b=2'], '(part 1: none; part 2: a=1 b=2)'),
+    ])
+    def test_a_run_that_went_on_with_other_overrides_is_told_of(self, before, now, said, tmp_path):
+        path = write_run(tmp_path / 'old_s0', summary=dict(overrides=now, earlier=[dict(command=[], overrides=before)]))
+        told = [warning.text for warning in compared(path).warnings if 'overrides' in warning.text]
+        assert told == ([] if said is None else [
+            f'old_s0 went on with other overrides {said}, and its config is that of its last part'])
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
