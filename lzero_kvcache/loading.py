@@ -113,8 +113,6 @@ def _switch(main_config: EasyDict, create_config: EasyDict, flag: bool, options:
     model = main_config['policy'].setdefault('model', EasyDict())
     world_model_cfg = model.setdefault('world_model_cfg', EasyDict())
     world_model_cfg[FLAG] = flag
-    if options:
-        held = world_model_cfg.get(OPTIONS) or {}
-        if not isinstance(held, dict):
-            raise ConfigError(f'{PREFIX}.{OPTIONS}={held!r} must be a dict')
-        world_model_cfg[OPTIONS] = EasyDict({**held, **options})
+    held = world_model_cfg.get(OPTIONS)
+    if options and (held is None or isinstance(held, dict)):  # anything else is refused when it is read
+        world_model_cfg[OPTIONS] = EasyDict({**(held or {}), **options})

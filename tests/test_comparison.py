@@ -100,6 +100,15 @@ class TestWhole:
         assert ['last reward', '160.0 [150.0, 170.0]', '150.0 [100.0, 200.0]', '10.0 lower'] in lines
         assert ['search, ms', '80.0', '60.0', '-'] in lines  # of another environment
 
+    @pytest.mark.parametrize(('old', 'new', 'said'), [
+        (10.75, 9.5, ['10.8', '9.50', '1.3 lower']), (-10.75, -9.5, ['-10.8', '-9.50', '1.3 higher']),
+        (1000.5, 9.5, ['1,000', '9.50', '990 lower']), (9.503, 9.5, ['9.50', '9.50', 'the same']),
+    ])
+    def test_a_difference_is_that_of_the_numbers_shown(self, old, new, said, tmp_path):
+        paths = pair(tmp_path, old=dict(rewards=(old, )), new=dict(rewards=(new, )))
+        rows = {cells[0]: cells[1:] for cells in measures_table(compared(*paths)).rows}
+        assert rows['last reward'] == said
+
     def test_config_differences(self, whole, data):
         assert data['config_differences'] == [
             dict(key='env.env_id', values={'old': "'CartPole-v0'", 'cartpole_new': "'CartPole-v0'",

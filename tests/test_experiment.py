@@ -126,10 +126,10 @@ def test_seeds_and_systems_can_be_added(tmp_path):
 
 def test_a_folder_that_is_something_else_is_refused(tmp_path):
     (tmp_path / 'work').write_text('')
-    with pytest.raises(ConfigError, match='not empty, and no experiment'):
+    with pytest.raises(ConfigError, match='is not empty, and is no experiment'):
         opened(make(tmp_path))
     (tmp_path / 'experiment.json').write_text('{"caches": [')
-    with pytest.raises(ConfigError, match='experiment.json: cannot be read'):
+    with pytest.raises(ConfigError, match='experiment.json cannot be read'):
         opened(make(tmp_path))
     with pytest.raises(ConfigError, match='cannot be written'):
         opened(make(tmp_path / 'work' / 'below'))

@@ -34,11 +34,11 @@ def read_checkpoint(path: str) -> Checkpoint:
         raise ConfigError(f'{path}: no such checkpoint; an experiment has them in its folder ckpt/') from None
     except Exception as error:
         raise ConfigError(
-            f'{path}: is torn, or holds more than weights and counts ({type(error).__name__}); take another checkpoint'
+            f'{path} is torn, or holds more than weights and counts ({type(error).__name__}); take another checkpoint'
         ) from error
     missing = [key for key in STATE if not isinstance(content, dict) or key not in content]
     if missing:
-        raise ConfigError('{}: is no checkpoint of a UniZero training; it lacks {}'.format(path, ', '.join(missing)))
+        raise ConfigError('{} is no checkpoint of a UniZero training; it lacks {}'.format(path, ', '.join(missing)))
     return Checkpoint(content, int(content.pop('last_iter', 0)), int(content.pop('last_step', 0)))
 
 

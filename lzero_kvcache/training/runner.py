@@ -235,7 +235,7 @@ class _Training:
         if plan.task == EVALUATE:
             line(f'Evaluating {plan.checkpoint} into {result.exp_name}')
             return
-        line(f'Training {plan.config} with {plan.entry} into {result.exp_name}')
+        line(f'Training with {plan.entry} into {result.exp_name}')
         if plan.checkpoint is not None:
             result.resumed_at = [result.env_step]
             line(
