@@ -425,6 +425,7 @@ class TestOrigin:
     @pytest.mark.parametrize(('before', 'now', 'said'), [
         ([], [], None), (['a=1'], ['a=1'], None), (['a=1'], [], '(part 1: a=1; part 2: none)'),
         ([], ['a=1', 'b=2'], '(part 1: none; part 2: a=1 b=2)'),
+        (['a=1', 'b=2'], ['b=3', 'a=1'], '(part 1: b=2; part 2: b=3)'),
     ])
     def test_a_run_that_went_on_with_other_overrides_is_told_of(self, before, now, said, tmp_path):
         path = write_run(tmp_path / 'old_s0', summary=dict(overrides=now, earlier=[dict(command=[], overrides=before)]))

@@ -285,9 +285,11 @@ def _notes(runs: Sequence[TrainedRun]) -> List[Caution]:
 
 
 def _other_overrides(runs: Sequence[TrainedRun]) -> Iterator[str]:
-    """A line for each run that went on in place with other overrides."""
+    """A line for each run that went on in place with other overrides, with those that not all parts have."""
     for run in runs:
-        parts = [' '.join(part.get('overrides') or []) or 'none' for part in run.parts]
+        held = [part.get('overrides') or [] for part in run.parts]
+        common = set.intersection(*map(set, held))
+        parts = [' '.join(override for override in each if override not in common) or 'none' for each in held]
         if len(set(parts)) > 1:
             said = '; '.join(f'part {number}: {overrides}' for number, overrides in enumerate(parts, 1))
             yield f'{run.name} went on with other overrides ({said}), and its config is that of its last part'
