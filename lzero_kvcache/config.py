@@ -252,7 +252,7 @@ def _counting(options: Any) -> Dict[str, Any]:
     options = options if isinstance(options, dict) else {}
     near = {key: value for key, value in options.items() if difflib.get_close_matches(str(key), KV_CACHE_CFG, 1)}
     _refuse_unknown_options(near)
-    return {} if options.get('enable_stats') is not False else {'enable_stats': False}
+    return {'enable_stats': False} if options.get('enable_stats') is False else {}
 
 
 def _refuse_unknown_options(options: Dict[str, Any]) -> None:

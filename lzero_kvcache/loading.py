@@ -58,7 +58,7 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
         - ConfigError: The message is one line that says which key to change to what.
     """
     main_config, create_config = EasyDict(copy.deepcopy(main_config)), EasyDict(copy.deepcopy(create_config))
-    name = policy_type(create_config)
+    name = policy_type(main_config, create_config)
     with contextlib.suppress(ImportError):  # a module that is missing is reported where it is needed
         import_module(import_names(create_config))  # these register a policy of one's own
     policy = POLICY_REGISTRY.get(name)
@@ -77,12 +77,18 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     return config
 
 
-def policy_type(create_config: EasyDict) -> str:
-    """The name of a config's policy; one that is not served is refused."""
+def policy_type(main_config: EasyDict, create_config: EasyDict) -> str:
+    """The name of a config's policy; one that is not served is refused. DI-engine takes the one of ``main_config``, if
+    it has one, and LightZero's entries the other."""
     name = create_config.policy.get('type')
     if name not in lightzero.POLICIES:
         raise ConfigError(
             f'create_config.policy.type={name!r} is not a UniZero policy: {nearest(str(name), lightzero.POLICIES)}'
+        )
+    of_main = main_config.policy.get('type', name)
+    if of_main != name:
+        raise ConfigError(
+            f'policy.type={of_main!r} contradicts create_config.policy.type={name!r}: leave it out, and set the latter'
         )
     return name
 
@@ -107,8 +113,6 @@ def _switch(main_config: EasyDict, create_config: EasyDict, flag: bool, options:
     model = main_config['policy'].setdefault('model', EasyDict())
     world_model_cfg = model.setdefault('world_model_cfg', EasyDict())
     world_model_cfg[FLAG] = flag
-    if options:
-        held = world_model_cfg.get(OPTIONS) or {}
-        if not isinstance(held, dict):
-            raise ConfigError(f'{PREFIX}.{OPTIONS}={held!r} must be a dict')
-        world_model_cfg[OPTIONS] = EasyDict({**held, **options})
+    held = world_model_cfg.get(OPTIONS)
+    if options and (held is None or isinstance(held, dict)):  # anything else is refused when it is read
+        world_model_cfg[OPTIONS] = EasyDict({**(held or {}), **options})

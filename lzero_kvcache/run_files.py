@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: tensorboard's event files, the config that DI-engine saves, and a summary."""
+"""What a run leaves in its folder: tensorboard's event files, DI-engine's config, its progress and its summary."""
 import ast
 import json
 import os
@@ -12,6 +12,9 @@ from tensorboard.compat.proto.event_pb2 import Event
 EVENT_FILES = os.path.join('log', 'serial')
 CONFIG_FILE = 'total_config.py'
 SUMMARY = 'summary.json'
+PROGRESS = 'progress.json'
+# An evaluation of iteration N comes before update N and so belongs to a checkpoint of N; all else of N comes after it.
+EVALUATIONS = 'evaluator_iter/'
 # A record is its length, a checksum of it, the event, and a checksum of that.
 RECORD_FRAME = 8 + 4 + 4
 
@@ -32,14 +35,16 @@ def event_files(folder: str) -> List[str]:
 def purge(folder: str, train_iter: int) -> int:
     """
     Cut off event files what was written after the checkpoint of iteration ``train_iter``: a training that goes on from
-    there writes it again. Returns the number of points that were cut off. Tensorboard's own purge expects one kind of
-    step for all tags; here some count iterations and some environment steps.
+    there writes it again, but for the evaluation of this iteration. Returns the number of points that were cut off.
+    Tensorboard's own purge expects one kind of step for all tags; here some count iterations and some environment
+    steps.
     """
     points = 0
     for path in event_files(folder):
         whole, cut = 0, False
         for end, event in events(path):
-            cut = cut or any('_iter/' in value.tag and event.step >= train_iter for value in event.summary.value)
+            cut = cut or any('_iter/' in value.tag and event.step >= train_iter + value.tag.startswith(EVALUATIONS)
+                             for value in event.summary.value)
             if cut:
                 points += len(event.summary.value)
             else:

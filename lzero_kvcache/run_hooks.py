@@ -8,19 +8,25 @@ import sys
 import time
 import traceback
 from dataclasses import replace
-from typing import Any, Dict, List, Optional
+from itertools import repeat
+from types import FrameType
+from typing import Any, Dict, List, Optional, Tuple
 
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
 from .config import picked_manager
-from .run_files import EVENT_FILES, config_of, event_files, events
-from .summary import POOLS, SUMMARY, Evaluation, Result, begun, number_text, rate_text
+from .run_files import EVALUATIONS, EVENT_FILES, config_of, event_files, events
+from .summary import POOLS, SUMMARY, Evaluation, Result, begun, number_text, rate_text, reward_text
 from .telemetry import HOOK_CONFIG, HOOK_KEY, summed_over_ranks
 
 logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 30.
 LOSS = 'weighted_total_loss'
+LOSS_TAG = f'learner_iter/{LOSS}_avg'
+# Mean, standard deviation and number of episodes of each evaluation.
+EVALUATED = tuple(EVALUATIONS + name for name in ('reward_mean', 'reward_std', 'episode_count'))
+EVALUATED_STEPS = 'evaluator_step/reward_mean'
 UNBOUNDED = int(1e10)  # what LightZero's entries are given for no limit
 
 
@@ -29,7 +35,7 @@ class RunHook(LearnerHook):
 
     def __init__(self, *args: Any, ext_args: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._result, self._began = begun(**limits_of_entry()), time.monotonic()
+        self._result, self._began = begun(**limits_of_entry(), **origin_of_entry()), time.monotonic()
         self._next = self._began  # moment for a line
 
     def look(self, engine: Any) -> Optional[Result]:
@@ -75,17 +81,18 @@ class SummaryHook(RunHook):
             return
         engine.tb_logger.flush()
         folder = os.path.join(engine.exp_name, EVENT_FILES)
-        evaluations = read_evaluations(folder)
+        evaluations, loss = read_events(folder)
         rewards = [evaluation.reward for evaluation in evaluations]
         result = result.at_its_end(
             counters, outcome='done', exp_name=engine.exp_name, seed=config_of(engine.exp_name).get('seed', 0),
             event_files=folder, evaluations=evaluations, last_reward=rewards[-1] if rewards else None,
-            best_reward=max(rewards, default=None))
+            best_reward=max(rewards, default=None), loss=loss, processes=engine.world_size)
         result.write()
         rates = ', '.join(f'{pool} {rate_text(result.hit_rates[pool])}' for pool in POOLS)
+        last = reward_text(evaluations[-1]) if evaluations else number_text(None)
         logger.info(
-            f'Hit rates of the cache: {rates}; its memory: {number_text(result.cache_memory_mb)} MiB; best reward '
-            f'{number_text(result.best_reward)}. {os.path.join(engine.exp_name, SUMMARY)} has all numbers')
+            f'Hit rates of the cache: {rates}; its memory: {number_text(result.cache_memory_mb)} MiB; last reward '
+            f'{last}, best {number_text(result.best_reward)}. {os.path.join(engine.exp_name, SUMMARY)} has all numbers')
 
 
 def limits_of_entry() -> Dict[str, Any]:
@@ -104,26 +111,44 @@ def rewards_of_entry() -> Dict[str, Any]:
     return dict(last_reward=last, best_reward=max(last, getattr(known['evaluator'], '_max_episode_return', last)))
 
 
+def origin_of_entry() -> Dict[str, Any]:
+    """The name of the entry that is making a learner, and the file that has called it, if it is one."""
+    frame = _frame_of_entry('max_env_step', 'max_train_iter')
+    if frame is None:
+        return {}
+    caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ''
+    return dict(entry=frame.f_code.co_name, config=os.path.abspath(caller) if os.path.isfile(caller) else '')
+
+
 def _of_entry(*names: str) -> Dict[str, Any]:
-    """Local variables of the entry that is running, by their names. It hands them to nobody, so they are read on the
-    stack."""
-    for frame, _ in traceback.walk_stack(sys._getframe()):
-        if set(names) <= set(frame.f_code.co_varnames):
-            return {name: frame.f_locals.get(name) for name in names}
-    return {}
+    """Local variables of the entry that is running, by their names. LightZero hands them to no hook, so they are read
+    from the stack."""
+    frame = _frame_of_entry(*names)
+    return {} if frame is None else {name: frame.f_locals.get(name) for name in names}
 
 
-def read_evaluations(folder: str) -> List[Evaluation]:
-    """All evaluations in a run's event files; LightZero's evaluator writes each against iterations and steps."""
-    rewards, steps = [], []
+def _frame_of_entry(*names: str) -> Optional[FrameType]:
+    """The innermost frame whose function has these local variables."""
+    frames = (frame for frame, _ in traceback.walk_stack(sys._getframe()))
+    return next((frame for frame in frames if set(names) <= set(frame.f_code.co_varnames)), None)
+
+
+def read_events(folder: str) -> Tuple[List[Evaluation], Optional[float]]:
+    """All evaluations in a run's event files, and the last loss. LightZero's evaluator writes each number twice,
+    against iterations and against steps."""
+    found: Dict[str, List[Tuple[int, float]]] = {tag: [] for tag in (*EVALUATED, EVALUATED_STEPS, LOSS_TAG)}
     for path in event_files(folder):  # a script may log elsewhere
         for _, event in events(path):
             for value in event.summary.value:
-                if value.tag == 'evaluator_iter/reward_mean':
-                    rewards.append((event.step, value.simple_value))
-                elif value.tag == 'evaluator_step/reward_mean':
-                    steps.append(event.step)
-    return [Evaluation(step, iteration, reward) for step, (iteration, reward) in zip(steps, rewards)]
+                if value.tag in found:
+                    found[value.tag].append((event.step, value.simple_value))
+    means, deviations, counts = (found[tag] for tag in EVALUATED)
+    evaluations = [
+        Evaluation(step, iteration, reward, deviation, None if episodes is None else int(episodes))
+        for (step, _), (iteration, reward), (_, deviation), (_, episodes)
+        in zip(found[EVALUATED_STEPS], means, deviations or repeat((0, None)), counts or repeat((0, None)))
+    ]
+    return evaluations, found[LOSS_TAG][-1][1] if found[LOSS_TAG] else None
 
 
 PROGRESS, END = 'kv_cache_progress', 'kv_cache_summary'

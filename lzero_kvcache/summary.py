@@ -14,10 +14,9 @@ import ding
 import torch
 
 from . import telemetry
-from .run_files import SUMMARY, read_json, write_json
+from .run_files import PROGRESS, SUMMARY, read_json, write_json
 
 TRAIN, EVALUATE = 'train', 'evaluate'
-PROGRESS = 'progress.json'
 POOLS = ('total', *(pool for pool in telemetry.POOLS if pool != 'total'))
 
 
@@ -125,12 +124,12 @@ class Result:
         write_json(path or os.path.join(self.exp_name, SUMMARY), asdict(self))
 
     def write_progress(self, phase: str) -> None:
-        """Say in the run's folder how far it is; if the disk is full, the training's own files will tell."""
+        """
+        Leave in the run's folder what is known of it so far, which is all there is if it is killed. Its evaluations are
+        in its event files; if the disk is full, those will tell.
+        """
         with contextlib.suppress(OSError):
-            write_json(os.path.join(self.exp_name, PROGRESS), dict(
-                cache=self.cache, phase=phase, env_step=self.env_step, collected=self.collected_env_step,
-                train_iter=self.train_iter, seconds=self.seconds,
-            ))
+            write_json(os.path.join(self.exp_name, PROGRESS), dict(asdict(replace(self, evaluations=[])), phase=phase))
 
 
 def begun(seed: int = 0, task: str = TRAIN, **known: Any) -> Result:
@@ -253,6 +252,14 @@ def add_up(before: Result, after: Result) -> Result:
         }
     result.count(counters)
     return result
+
+
+def reward_text(evaluation: Evaluation) -> str:
+    """As ``57.3 ± 4.1 over 8 episodes``: mean and standard deviation, where there are both."""
+    if evaluation.deviation is None or evaluation.episodes == 1:
+        return number_text(evaluation.reward)
+    return (f'{number_text(evaluation.reward)} ± {number_text(evaluation.deviation)} over {evaluation.episodes} '
+            'episodes')
 
 
 def rate_text(rate: Optional[float]) -> str:

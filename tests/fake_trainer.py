@@ -23,7 +23,7 @@ def main() -> int:
     summary = dict(script['summary'], cache=given['--cache'], seed=int(given['--seed']), exp_name=folder)
     if what == 'wait':
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-        write(folder, 'progress.json', dict(cache=given['--cache'], env_step=30, collected=30))
+        write(folder, 'progress.json', dict(cache=given['--cache'], env_step=30, collected_env_step=30))
         try:
             while True:
                 time.sleep(0.05)

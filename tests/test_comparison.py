@@ -100,6 +100,15 @@ class TestWhole:
         assert ['last reward', '160.0 [150.0, 170.0]', '150.0 [100.0, 200.0]', '10.0 lower'] in lines
         assert ['search, ms', '80.0', '60.0', '-'] in lines  # of another environment
 
+    @pytest.mark.parametrize(('old', 'new', 'said'), [
+        (10.75, 9.5, ['10.8', '9.50', '1.3 lower']), (-10.75, -9.5, ['-10.8', '-9.50', '1.3 higher']),
+        (1000.5, 9.5, ['1,000', '9.50', '990 lower']), (9.503, 9.5, ['9.50', '9.50', 'the same']),
+    ])
+    def test_a_difference_is_that_of_the_numbers_shown(self, old, new, said, tmp_path):
+        paths = pair(tmp_path, old=dict(rewards=(old, )), new=dict(rewards=(new, )))
+        rows = {cells[0]: cells[1:] for cells in measures_table(compared(*paths)).rows}
+        assert rows['last reward'] == said
+
     def test_config_differences(self, whole, data):
         assert data['config_differences'] == [
             dict(key='env.env_id', values={'old': "'CartPole-v0'", 'cartpole_new': "'CartPole-v0'",
@@ -300,7 +309,7 @@ class TestWarnings:
     def test_budgets_of_runs_without_a_summary(self, tmp_path):
         paths = [write_run(tmp_path / 'old_s0'),
                  write_run(tmp_path / 'new_s0', new=True, env_steps=740, began=BEGAN + 500)]
-        assert self.warnings(*paths) == ['Other budgets: new_s0 has 740 environment steps, old_s0 1,000: times '
+        assert self.warnings(*paths) == ['Other lengths: new_s0 has 740 environment steps, old_s0 1,000: times '
                                          'and rewards are not comparable']
 
     def test_hosts(self, tmp_path):
@@ -412,6 +421,17 @@ class TestOrigin:
             command=['train.py', '--in-place'], earlier=[dict(command=['train.py', '--seed', '0'], overrides=[])]))
         assert origin(compared(path))[-2:] == [
             'old_s0, part 1: train.py --seed 0', 'old_s0, part 2: train.py --in-place']
+
+    @pytest.mark.parametrize(('before', 'now', 'said'), [
+        ([], [], None), (['a=1'], ['a=1'], None), (['a=1'], [], '(part 1: a=1; part 2: none)'),
+        ([], ['a=1', 'b=2'], '(part 1: none; part 2: a=1 b=2)'),
+        (['a=1', 'b=2'], ['b=3', 'a=1'], '(part 1: b=2; part 2: b=3)'),
+    ])
+    def test_a_run_that_went_on_with_other_overrides_is_told_of(self, before, now, said, tmp_path):
+        path = write_run(tmp_path / 'old_s0', summary=dict(overrides=now, earlier=[dict(command=[], overrides=before)]))
+        told = [warning.text for warning in compared(path).warnings if 'overrides' in warning.text]
+        assert told == ([] if said is None else [
+            f'old_s0 went on with other overrides {said}, and its config is that of its last part'])
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

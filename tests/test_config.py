@@ -163,7 +163,8 @@ class TestRefused:
     def test_options_that_are_no_dict(self, value):
         assert f'kv_cache_cfg={value!r}' in self.message(True, value)
         assert read(False, value) == read(False)
-        main, create = EasyDict(policy=dict(model=dict(world_model_cfg=dict(kv_cache_cfg=value)))), EasyDict(policy={})
+        main = EasyDict(policy=dict(model=dict(world_model_cfg=dict(kv_cache_cfg=value))))
+        create = EasyDict(policy=dict(type='unizero'))
         with pytest.raises(ConfigError, match='kv_cache_cfg='):
             enable(main, create, eviction='lru')
 

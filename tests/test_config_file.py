@@ -97,6 +97,9 @@ def test_without_module_variables(write):
     ('', 'from lzero.entry import train_unizero_segment as go; go([])', 'train_unizero_segment'),
     ('num_segments=8,', '(train_muzero if 0 else train_unizero)([])', 'train_unizero'),
     ('', 'train_mine([])', 'train_unizero'),
+    ('num_segments=8,', 'import mine; mine.train_muzero([])', 'train_unizero_segment'),
+    ('', 'from mine import train_muzero; train_muzero([])', 'train_unizero'),
+    ('', 'def train_muzero(): pass\n    train_muzero()', 'train_unizero'),
 ])
 def test_the_entry_is_told_from_the_config(policy, run_as_a_script, entry, write):
     rest = run_as_a_script and f"if __name__ == '__main__':\n    {run_as_a_script}"
@@ -109,7 +112,10 @@ def test_the_entry_may_be_the_function_itself(write):
 
 
 @pytest.mark.parametrize(('kwargs', 'message'), [
-    (dict(rest="entry = 'train_muzero'"), "'train_muzero'.*'train_unizero'"),
+    (dict(rest="entry = 'train_muzero'"), "entry is 'train_muzero', which is not run here: 'train_unizero' and "),
+    (dict(rest='from lzero.entry import train_muzero as entry'), "entry is 'train_muzero', which is not run here"),
+    (dict(rest='from lzero.entry import train_muzero\ntrain_muzero([main_config, create_config])'),
+     'mine.py: it calls train_muzero, which is not run here'),
     (dict(rest='max_env_step = 0'), 'max_env_step = 0.*at least 1'),
     (dict(rest="max_env_step = 'all'"), "max_env_step = 'all' is not a whole number of at least 1"),
     (dict(rest='max_env_step = float("inf")'), 'inf is not a whole number'),
@@ -174,10 +180,14 @@ def test_what_another_has_registered_is_not_replaced(write, registered):
     ('train_muzero([main_config, create_config])', 'train_muzero'),
     ('from lzero.entry import train_rezero as train; train([main_config, create_config])', 'train_rezero'),
     ('go = functools.partial(lzero.entry.train_muzero, seed=0); go([main_config, create_config])', 'train_muzero'),
+    ('from lzero import entry as e; e.train_muzero([main_config, create_config])', 'train_muzero'),
+    # of another LightZero
+    ('from lzero.entry import train_unizero_in_future as train; train([main_config])', 'train_unizero_in_future'),
+    ('lzero.entry.train_unizero_in_future([main_config])', 'train_unizero_in_future'),
 ])
 def test_a_file_that_trains_another_as_a_program_is_refused(trains, entry, write):
     """It is not run as a program, since it declares its configs."""
-    with pytest.raises(ConfigError, match=f"entry = '{entry}'; it can be 'train_unizero' or 'train_unizero_segment',"):
+    with pytest.raises(ConfigError, match=f"mine.py: it calls {entry}, which is not run here: 'train_unizero' and "):
         load_config(write(rest=f"if __name__ == '__main__':\n    {trains}"))
 
 

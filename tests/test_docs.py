@@ -85,6 +85,13 @@ def test_both_readmes_have_the_same_tables():
             assert sorted(spans(' '.join(row))) == sorted(spans(' '.join(translated)))
 
 
+@pytest.mark.parametrize('name', READMES)
+def test_no_table_of_a_readme_has_two_rows_of_one_name(name):
+    for _, *rows in tables(name):
+        names = [row[0] for row in rows]
+        assert len(names) == len(set(names))
+
+
 def test_both_readmes_have_the_same_sections_code_and_figures():
     assert len({tuple(re.findall(r'^#+', read(name), re.MULTILINE)) for name in READMES}) == 1
     for language in ('python', 'bash', ''):
@@ -99,8 +106,8 @@ def test_both_readmes_link_every_page_of_the_documentation():
 
 
 def figures(name):
-    """What was measured: in the first table, and with a unit of time in the text below it."""
-    cells = [cell for row in tables(name)[0][1:] for cell in row[1:]]
+    """What was measured: in the first two tables, and with a unit of time in the text below them."""
+    cells = [cell for table in tables(name)[:2] for row in table[1:] for cell in row[1:]]
     text = read(name).split('![')[0].rpartition('|')[2]
     return sorted(re.findall(r'[\d.:]*\d', ' '.join([*cells, *re.findall(r'[\d.]+ m?s\b', text)])))
 

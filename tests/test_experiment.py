@@ -126,10 +126,10 @@ def test_seeds_and_systems_can_be_added(tmp_path):
 
 def test_a_folder_that_is_something_else_is_refused(tmp_path):
     (tmp_path / 'work').write_text('')
-    with pytest.raises(ConfigError, match='not empty, and no experiment'):
+    with pytest.raises(ConfigError, match='is not empty, and is no experiment'):
         opened(make(tmp_path))
     (tmp_path / 'experiment.json').write_text('{"caches": [')
-    with pytest.raises(ConfigError, match='experiment.json: cannot be read'):
+    with pytest.raises(ConfigError, match='experiment.json cannot be read'):
         opened(make(tmp_path))
     with pytest.raises(ConfigError, match='cannot be written'):
         opened(make(tmp_path / 'work' / 'below'))
@@ -219,8 +219,8 @@ def interruptible():
 
 def test_an_interrupt_ends_all_and_the_same_command_goes_on(fake, capfd, interruptible):
     fake.do(old_seed0='wait', new_seed0='wait')
-    thread = when(lambda: all(
-        read_progress(os.path.join(fake.folder, f'{cache}_seed0')).get('collected') == 30 for cache in ('old', 'new')),
+    folders = [os.path.join(fake.folder, f'{cache}_seed0') for cache in ('old', 'new')]
+    thread = when(lambda: all(read_progress(folder).get('collected_env_step') == 30 for folder in folders),
                   lambda: os.kill(os.getpid(), signal.SIGINT))
     assert run_experiment(fake, '--seeds', '0', '1', '--jobs', '2') == 130
     thread.join()
@@ -357,3 +357,19 @@ def test_points_after_the_checkpoint_are_cut_off(tmp_path):
     assert [point.step for point in events.Scalars('learner_iter/loss')] == list(range(7))
     assert [point.step for point in events.Scalars('kv_cache_step/hits')] == [30 * step for step in range(7)]
     assert purge(str(tmp_path / 'none'), 5) == 0
+
+
+def test_the_evaluation_of_the_checkpoint_is_not_cut_off(tmp_path):
+    """It is not made again; all else of its iteration came after it."""
+    writer = SummaryWriter(str(tmp_path))
+    for step in range(4, 7):
+        for name in ('evaluator', 'collector', 'learner'):
+            writer.add_scalar(f'{name}_iter/of', step, step)
+            writer.add_scalar(f'{name}_step/of', step, 10 * step)
+    writer.close()
+    assert purge(str(tmp_path), 5) == 2 * (2 + 3)
+    events = EventAccumulator(str(tmp_path), size_guidance={'scalars': 0})
+    events.Reload()
+    for name, steps in (('evaluator', [4, 5]), ('collector', [4]), ('learner', [4])):
+        assert [point.step for point in events.Scalars(f'{name}_iter/of')] == steps
+        assert [point.step for point in events.Scalars(f'{name}_step/of')] == [10 * step for step in steps]

@@ -106,6 +106,14 @@ def test_what_the_new_system_would_refuse_is_told_of_the_old_one():
     assert rows['cache system'] == 'old'
     assert rows['with the flag on'] == f"refused: {WM}kv_cache_cfg.eviction='lur' is unknown: did you mean 'lru'?"
     assert 'with the flag on' not in cache_rows(old)
+    for wrong in ('kv_cache_cfg.max_memory_mb=0.0001', 'tokens_per_block=3'):  # which the model finds
+        assert cache_rows(old, WM + wrong)['with the flag on'].startswith(f'refused: {WM}{wrong}')
+
+
+@pytest.mark.parametrize('key', ['env_num', 'num_simulations'])
+def test_what_the_old_system_would_refuse_is_told_of_the_new_one(key):
+    rows = cache_rows(f'{WM}use_new_cache_manager=True', f'+{WM}{key}=None')
+    assert rows['memory of the old system'].startswith(f'refused: {WM}{key}=None must be a')
 
 
 def test_what_is_installed():

@@ -235,6 +235,15 @@ def test_a_config_without_a_policy(switch, place, policy):
     assert configs == before
 
 
+def test_options_that_are_no_dict_are_refused_as_in_a_file(configs):
+    configs[0].policy.model.world_model_cfg.kv_cache_cfg = 3
+    before = copy.deepcopy(configs)
+    for options in ({}, dict(eviction='lru')):
+        with pytest.raises(ConfigError, match='kv_cache_cfg=3 must be a dict of type, eviction, '):
+            enable(*configs, **options)
+        assert configs == before
+
+
 class TestDisable:
 
     def test_turns_the_flag_off_and_keeps_the_plugin(self, configs):

@@ -7,10 +7,12 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from event_runs import write_events
 from forks import in_forks
 from trainings import ITERATIONS, SMALL, import_what_trainings_import, scalars, short_episodes, summary_of
 
 from lzero_kvcache import run_hooks
+from lzero_kvcache.summary import Evaluation
 from lzero_kvcache.training import make_plan
 
 
@@ -46,14 +48,32 @@ def test_it_says_how_far_it_is_and_leaves_a_summary(new, tmp_path):
     assert [(summary[name]) for name in ('cache', 'seed', 'task', 'exit_code', 'device', 'train_iter')] == [
         'new' if new else 'old', 4, 'train', 0, 'cpu', ITERATIONS]
     assert summary['counters']['total']['queries'] == scalars(tmp_path / 'run', 'kv_cache_iter/total_queries')[-1].value
-    assert [list(evaluation.values())[:3] for evaluation in summary['evaluations']] == [[0, 0, reward.value]]
+    assert [list(evaluation.values()) for evaluation in summary['evaluations']] == [[0, 0, reward.value, 0., 1]]
+    origin = [summary[name] for name in ('entry', 'config', 'processes')]
+    assert origin == ['train_unizero', os.path.abspath(__file__), 1]
+    assert summary['loss'] == scalars(tmp_path / 'run', 'learner_iter/weighted_total_loss_avg')[-1].value
     assert summary['last_reward'] == summary['best_reward'] == reward.value
     assert summary['versions']['LightZero'] and summary['machine']['cpu'] and summary['started'] <= summary['ended']
     rates = ', '.join(f'{pool} {summary["hit_rates"][pool]:.1%}' for pool in ('total', 'init', 'recur'))
     assert lines[-1] == (
-        f'Hit rates of the cache: {rates}; its memory: {summary["cache_memory_mb"]:.1f} MiB; best reward '
-        f'{reward.value:.1f}. run/summary.json has all numbers')
+        f'Hit rates of the cache: {rates}; its memory: {summary["cache_memory_mb"]:.1f} MiB; last reward '
+        f'{reward.value:.1f}, best {reward.value:.1f}. run/summary.json has all numbers')
     assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['event_files'] == 'run/log/serial'
+
+
+def test_an_evaluation_is_read_with_its_deviation_if_it_is_there(tmp_path):
+    points = []
+    for iteration, reward in ((0, 20.), (7, 57.25)):
+        for name, value in (('episode_count', 8.), ('reward_mean', reward), ('reward_std', 4.)):
+            points += [(iteration, at, f'evaluator_{axis}/{name}', value)
+                       for axis, at in (('iter', iteration), ('step', 10 * iteration))]
+    write_events(tmp_path / 'a', points)
+    assert run_hooks.read_events(str(tmp_path / 'a')) == (
+        [Evaluation(0, 0, 20., 4., 8), Evaluation(70, 7, 57.25, 4., 8)], None)
+    loss = [(9, 9, 'learner_iter/weighted_total_loss_avg', 0.5)]
+    write_events(tmp_path / 'b', [point for point in points if 'reward_mean' in point[2]] + loss)
+    assert run_hooks.read_events(str(tmp_path / 'b')) == ([Evaluation(0, 0, 20.), Evaluation(70, 7, 57.25)], 0.5)
+    assert run_hooks.read_events(str(tmp_path / 'none')) == ([], None)
 
 
 def test_rewards_are_those_of_the_entrys_last_evaluation_and_of_its_best_one():

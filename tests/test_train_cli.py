@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import event_runs
 import gymnasium
 import pytest
 import torch
@@ -35,13 +36,13 @@ from lzero_kvcache import ConfigError
 from lzero_kvcache.cli import commands
 from lzero_kvcache.host import building
 from lzero_kvcache.host.policies import UniZeroPolicy
-from lzero_kvcache.summary import Evaluation, Result, Segment, read_result, read_summary, versions
+from lzero_kvcache.summary import Evaluation, Result, Segment, read_result, read_summary, reward_text, versions
 from lzero_kvcache.training import Plan, make_plan
 from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
 from lzero_kvcache.training.error_hints import hint
 from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_empty
-from lzero_kvcache.training.terminal import Output, reward_text
+from lzero_kvcache.training.terminal import Output
 from lzero_kvcache.training.watch import Watch
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
@@ -179,11 +180,15 @@ def test_only_what_is_empty_is_removed(tmp_path, monkeypatch):
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
-    save = a_watch(keep_checkpoints=2)._saved(None)
+    running, flushed = a_watch(keep_checkpoints=2), []
+    writer = SimpleNamespace(flush=lambda: flushed.append(len(os.listdir(tmp_path))))
+    running.learner = SimpleNamespace(tb_logger=writer)
+    save = running._saved(None)
     for name in ('iteration_0', 'ckpt_best', 'iteration_9', 'iteration_10', 'iteration_100'):
         save(str(tmp_path / f'{name}.pth.tar'), {})
         os.utime(tmp_path / f'{name}.pth.tar', (len(os.listdir(tmp_path)) if 'best' in name else int(name[10:]), ) * 2)
     assert sorted(os.listdir(tmp_path)) == ['ckpt_best.pth.tar', 'iteration_10.pth.tar', 'iteration_100.pth.tar']
+    assert flushed == [1, 2, 3, 4, 4]  # a training that is killed goes on from a checkpoint and the points before it
 
 
 def test_a_failing_save_leaves_the_old_checkpoint(tmp_path):
@@ -571,7 +576,7 @@ def test_what_was_collected_never_goes_back():
 
 
 def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=None):
-    """One that is about to go on from iteration 5, with what is there of its past."""
+    """One that is about to go on from iteration 5, with what is there of its past, and the lines that it shows."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / 'runs' / 'a' / 'ckpt' / 'c.pth.tar'
     path.parent.mkdir(parents=True)
@@ -583,7 +588,8 @@ def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=No
     if noted is not None:
         noted.write(str(path.with_name('c.json')))
     plan = make_plan('config_new', resume=str(path), in_place=True)
-    run = _Training(plan, SimpleNamespace(terminal=None, attach=lambda path: None), DataParallel())
+    run = _Training(plan, SimpleNamespace(terminal=SimpleNamespace(shown=[]), attach=lambda path: None), DataParallel())
+    run.terminal.line = run.terminal.shown.append
     monkeypatch.setattr(building, 'try_policy', lambda *args: None)  # it is the checkpoint of no model
     run._check()
     return run
@@ -640,6 +646,34 @@ def test_a_summary_of_its_past_is_not_that_of_a_run_that_goes_on(tmp_path, monke
     assert read_result('runs/a/ckpt/c.json').seconds == 30
 
 
+def test_checkpoints_that_it_abandons_are_told_of(tmp_path, monkeypatch):
+    run = a_run_in_place(tmp_path, monkeypatch, noted=noted(9.))
+    for name, train_iter in (('before', 4), ('iteration_9', 9), ('ckpt_best', 7)):
+        path = tmp_path / 'runs' / 'a' / 'ckpt' / f'{name}.pth.tar'
+        path.write_text('')
+        os.utime(path, (train_iter, train_iter))
+        replace(noted(20.), train_iter=train_iter).write(str(path.with_name(f'{name}.json')))
+    run._make_folder()
+    assert run.terminal.shown == [
+        'ckpt_best.pth.tar, iteration_9.pth.tar: of the part after the checkpoint, abandoned, not removed']
+
+
+def test_a_run_that_is_killed_as_it_goes_on_leaves_a_record(tmp_path, monkeypatch):
+    """With what each part was started with; its summary would only come at its end."""
+    before = noted(9., command=['a'], overrides=['a=1'], resumed_at=[20], env_steps_per_second=2.)
+    run = a_run_in_place(tmp_path, monkeypatch, ended=before)
+    run._make_folder()
+    run._announce()
+    run._bar = SimpleNamespace(update=lambda *shown: None)
+    run._refresh(now=True)
+    event_runs.write_events(tmp_path / 'runs' / 'a' / 'log' / 'serial', [(1, 0, 'learner_iter/loss', 1.)])
+    read, = event_runs.read('runs/a')
+    assert [part['command'] for part in read.parts] == [['a'], run.result.command]
+    assert read.summary['resumed_at'] == [20, 50] and read.summary['seconds'] > 9
+    told = ' '.join(warning.text for warning in event_runs.compared('runs/a').warnings)
+    assert 'a ended early: it was killed, or failed, or is not done yet' in told
+
+
 def test_a_run_that_goes_on_keeps_what_each_part_was_started_with(tmp_path, monkeypatch):
     """Through the files that it leaves."""
     run = a_run_in_place(tmp_path, monkeypatch, noted=noted(
@@ -647,6 +681,34 @@ def test_a_run_that_goes_on_keeps_what_each_part_was_started_with(tmp_path, monk
     run.result.exp_name = 'runs/a'
     run._completed({}).write()
     assert read_summary('runs/a').earlier == [Segment(['a'], ['a=1']), Segment(['b'], ['b=2'])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('frequency', [0, 1, 100])
+def test_each_evaluation_of_a_run_in_place_is_in_its_files_and_its_summary_once(frequency, tmp_path):
+    def assert_agreed():
+        evaluations = summary_of(tmp_path / 'run')['evaluations']
+        points = scalars(tmp_path / 'run', 'evaluator_iter/reward_mean')
+        assert [(held['train_iter'], held['reward']) for held in evaluations] == [
+            (point.step, pytest.approx(point.value)) for point in points]
+        steps = [held['train_iter'] for held in evaluations]
+        assert steps == sorted(set(steps))
+        curve = event_runs.read(str(tmp_path / 'run'))[0].curves['evaluator_step/reward_mean']
+        assert curve.steps.tolist() == [held['env_step'] for held in evaluations]
+        return steps
+
+    arguments = ['--config', 'config_new', '--set', f'policy.eval_freq={frequency}']
+    code, said = in_a_fork(tmp_path, *arguments)
+    assert code == 0, said
+    assert assert_agreed() == [0, ITERATIONS]
+    for iteration in (ITERATIONS, 0):
+        options = IN_A_FORK[:IN_A_FORK.index('--exp-name')] + IN_A_FORK[IN_A_FORK.index('--set'):]
+        (code, said), = trained(tmp_path, [
+            *options, *arguments[2:], *arguments[:2], '--max-train-iter',
+            str(iteration + ITERATIONS), '--resume', f'run/ckpt/iteration_{iteration}.pth.tar', '--in-place'],
+            short_episodes)
+        assert code == 0, said
+        assert iteration in assert_agreed()
 
 
 @pytest.mark.slow

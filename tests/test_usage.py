@@ -42,6 +42,11 @@ TRAIN = [
      "env_manager.type='subproces' is registered by none of its import_names=[]; did you mean 'subprocess'"),
     (['--config', 'config_new', '--set', 'create_config.policy.type=unizro'],
      "create_config.policy.type='unizro' is not a UniZero policy: did you mean 'unizero'"),
+    *((['--config', 'config_new', '--set', f'policy.type={kind}'],
+       f"policy.type='{kind}' contradicts create_config.policy.type='unizero': leave it out, and set the latter")
+      for kind in ('muzero', 'sampled_unizero', 'unizero_x')),
+    *((['--config', 'config_new', '--set', f'+env.{key}=nosuch'], f"env.{key}='nosuch' is registered by none")
+      for key in ('type', 'manager.type')),
     (['--config', 'config_new', '--set', 'policy.learning_rate=-1'],
      'learning_rate=-1 must be a number that is not below 0'),
     (['--config', 'config_old', '--set', 'policy.batch_size=0'],
@@ -80,6 +85,8 @@ TRAIN = [
         ([f'{WM}.env_num=7'], f'{WM}.env_num=7 contradicts env.collector_env_num=8: it must be at least'),
         *(([f'{WM}.num_simulations={wrong}', 'policy.num_simulations=25'], f'{WM}.num_simulations={wrong} must be a')
           for wrong in (0, -1)),
+        ([f'+{WM}.num_simulations=0'], f'{WM}.num_simulations=0 must be a'),  # the key that was set, of two copies
+        (['policy.collector_env_num=0'], 'policy.collector_env_num=0 must be a whole number above 0'),
         ([f"+{WM}.env_num='8'"], "env_num='8' must be a whole number"),
         (['policy.reanalyze_ratio=3'], 'policy.reanalyze_ratio=3 must be a number from 0 to 1'),
         ([f'{WM}.embed_pdrop=2'], f'{WM}.embed_pdrop=2 must be a number from 0 to 1'),
@@ -110,7 +117,7 @@ TRAIN = [
         (['policy.model.continuous_action_space=True'], "contradicts create_config.policy.type='unizero': it must be"),
     ]),
     (['--config', 'atari_unizero_segment_config', '--set', 'policy.num_segments=7'],
-     'policy.num_segments=7 contradicts env.collector_env_num=8: it must be at least that'),
+     'policy.num_segments=7 contradicts env.collector_env_num=8: it must be the same'),
     (['--config', 'config_new', '--set', f'{WM}.kv_cache_cfg.max_memory_mb=0.001'], 'max_memory_mb=0.001 is too small'),
     (['--config', 'config_new', '--set', f'{WM}.tokens_per_block=3'], 'tokens_per_block=3: the new cache serves 2'),
     (['--config', 'config_old', '--set', 'policy.multi_gpu=True'], 'policy.multi_gpu=True needs several processes'),

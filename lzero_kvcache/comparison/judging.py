@@ -280,7 +280,19 @@ def _config_differences(sides: Sequence[Side]) -> Dict[str, Dict[str, str]]:
 def _notes(runs: Sequence[TrainedRun]) -> List[Caution]:
     resumed = [f'{run.name} went on with an empty replay buffer at {step:,} environment steps, which bends its curves'
                for run in runs for step in run.summary.get('resumed_at') or []]
-    return list(map(Caution, resumed + [f'{run.name}: {note}' for run in runs for note in run.notes]))
+    noted = [f'{run.name}: {note}' for run in runs for note in run.notes]
+    return list(map(Caution, [*resumed, *_other_overrides(runs), *noted]))
+
+
+def _other_overrides(runs: Sequence[TrainedRun]) -> Iterator[str]:
+    """A line for each run that went on in place with other overrides, with those that not all parts have."""
+    for run in runs:
+        held = [part.get('overrides') or [] for part in run.parts]
+        common = set.intersection(*map(set, held))
+        parts = [' '.join(override for override in each if override not in common) or 'none' for each in held]
+        if len(set(parts)) > 1:
+            said = '; '.join(f'part {number}: {overrides}' for number, overrides in enumerate(parts, 1))
+            yield f'{run.name} went on with other overrides ({said}), and its config is that of its last part'
 
 
 def _environment(run: TrainedRun) -> Any:
@@ -352,7 +364,7 @@ def _other_steps(runs: Sequence[TrainedRun]) -> Iterator[Caution]:
     steps = {run.name: run.env_step for run in runs if run.env_step is not None}
     least, most = min(steps, key=steps.__getitem__, default=''), max(steps, key=steps.__getitem__, default='')
     if steps and steps[least] < BUDGET_TOLERANCE * steps[most]:
-        yield Caution(f'Other budgets: {least} has {steps[least]:,} environment steps, {most} {steps[most]:,}: times '
+        yield Caution(f'Other lengths: {least} has {steps[least]:,} environment steps, {most} {steps[most]:,}: times '
                       'and rewards are not comparable', TIMES_AND_REWARDS)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from ..config import FLAG, OPTIONS, ConfigError, picked_manager
-from ..run_files import CONFIG_FILE, EVENT_FILES, SUMMARY, events, read_config, read_json
+from ..run_files import CONFIG_FILE, EVALUATIONS, EVENT_FILES, PROGRESS, SUMMARY, events, read_config, read_json
 
 EVENT_FILE = 'tfevents'
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
@@ -37,6 +37,8 @@ AXES = ENV_STEPS, ITERATIONS = '_step/', '_iter/'
 
 WORLD_MODEL = 'policy.model.world_model_cfg.'
 OLD = 'old'
+# The outcome of a run that has left its progress and no summary.
+NO_END = 'it was killed, or failed, or is not done yet'
 # The time that train.py and DI-engine append to a name that exists, and what looks like a seed in a name.
 STAMP = re.compile(r'_\d{6}_\d{6}(_\d+)?$')
 SEED = re.compile(r'(?i)(?:(?<=[_\-.])|^)(?:seed|s)[_\-]?(\d+)(?=[_\-.]|$)|(?<=[_\-.])(\d+)$')
@@ -61,8 +63,8 @@ class TrainedRun:
     """
     A run: where its files are, event files oldest first, a name that tells it apart from the others, and, when it was
     read, what is in them. It has several spans if it was cut off and resumed; ``points`` counts the scalars of all
-    tags. ``config`` has dotted keys; it and ``summary`` are empty where nothing was saved. ``notes`` say what is
-    missing.
+    tags. ``config`` has dotted keys; ``summary`` is what its progress says, if it has no summary. Both are empty where
+    nothing was saved. ``notes`` say what is missing.
     """
     folder: str
     event_files: List[str]
@@ -107,6 +109,11 @@ class TrainedRun:
     def name_without_seed(self) -> str:
         name = os.path.basename(self.name)
         return SEED.sub('', STAMP.sub('', name)).strip('_-.') or name
+
+    @property
+    def parts(self) -> List[Dict[str, Any]]:
+        """What each part of a run that went on in place was started with; of any other run there is one."""
+        return [*(self.summary.get('earlier') or []), self.summary]
 
     def from_summary(self, *keys: str) -> Any:
         """What the summary says under nested keys, None if nothing."""
@@ -195,12 +202,14 @@ def read_run(run: TrainedRun) -> None:
         run.config = read_config(os.path.join(run.folder, CONFIG_FILE))
     except ValueError as error:
         run.notes.append(str(error))
-    try:
-        run.summary = read_json(os.path.join(run.folder, SUMMARY))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        run.notes.append(f'{SUMMARY} cannot be parsed ({error})')
+    for name, known in ((SUMMARY, {}), (PROGRESS, {'outcome': NO_END})):
+        try:
+            run.summary = {**read_json(os.path.join(run.folder, name)), **known}
+            break
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            run.notes.append(f'{name} cannot be parsed ({error})')
     if run.from_summary('task') == 'evaluate':
         raise Unreadable('it evaluated a checkpoint and trained nothing')
 
@@ -208,7 +217,8 @@ def read_run(run: TrainedRun) -> None:
 class _EventFile:
     """
     One event file as far as it is whole; ``fault`` says what is missing. ``points`` has step, number of the event and
-    value in turn for each tag, ``steps`` step and number of the event of each scalar of an axis.
+    value in turn for each tag. ``steps`` has, for each scalar of an axis, the step, the number of the event and whether
+    a checkpoint of this step comes after it.
     """
 
     def __init__(self, path: str) -> None:
@@ -225,13 +235,14 @@ class _EventFile:
                         self.points[tag].extend((event.step, len(times), number))
                     for axis in AXES:
                         if axis in tag:
-                            steps[axis].extend((event.step, len(times)))
+                            before = axis == ENV_STEPS or tag.startswith(EVALUATIONS)
+                            steps[axis].extend((event.step, len(times), before))
                 times.append(event.wall_time)
                 scalars.append(len(numbers))
         except Unreadable as error:
             self.fault = str(error)
         self.end = len(times)
-        self.steps = {axis: np.array(held).reshape(-1, 2) for axis, held in steps.items()}
+        self.steps = {axis: np.array(held).reshape(-1, 3) for axis, held in steps.items()}
         self.scalars = np.array(scalars)  # of each event
         # Where the clock was set back, all later times are moved forward by as much.
         passed = np.diff(times, prepend=times[:1])
@@ -244,7 +255,7 @@ class _EventFile:
         for axis, own in self.steps.items():
             of_later = later.steps[axis]
             if len(own) and len(of_later) and own[0, 0] < of_later[0, 0]:
-                beyond = own[own[:, 0] >= of_later[0, 0] + (axis == ENV_STEPS), 1]
+                beyond = own[own[:, 0] >= of_later[0, 0] + own[:, 2], 1]
                 self.end = min([self.end, *beyond[:1]])
 
     @property
@@ -255,7 +266,7 @@ class _EventFile:
     @property
     def env_steps(self) -> np.ndarray:
         """Those of all scalars that are not cut off."""
-        steps, numbers = self.steps[ENV_STEPS].T
+        steps, numbers, _ = self.steps[ENV_STEPS].T
         return steps[numbers < self.end]
 
     @property

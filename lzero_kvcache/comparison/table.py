@@ -76,8 +76,7 @@ def origin(comparison: Comparison) -> List[str]:
                  for known in said if isinstance(known, dict)]
         lines += [f'{title.capitalize()}: {text}' for text in dict.fromkeys(texts)]
     for run in runs:
-        parts = [*(run.summary.get('earlier') or []), run.summary]
-        commands = [part['command'] for part in parts if part.get('command')]
+        commands = [part['command'] for part in run.parts if part.get('command')]
         for number, command in enumerate(commands, 1):
             name = f'{run.name}, part {number}' if len(commands) > 1 else run.name
             lines.append(f'{name}: {shlex.join(map(str, command)) if isinstance(command, list) else command}')
@@ -115,10 +114,13 @@ def _verdict(row: Row, baseline: Side, side: Side) -> str:
     if base is None or own is None or side.name in row.not_comparable:
         return NONE
     if row.measure.about in (HITS, REWARDS):
-        difference = own.centre - base.centre
-        text = _value_text(abs(difference), row.measure.kind, max(base.centre, own.centre, key=abs))
-        if row.measure.about == HITS:
-            text = f'{abs(difference) * 100:.1f} points'
+        # Of the numbers as they are shown, from which a reader will work it out.
+        shown = [float(_value_text(spread.centre, row.measure.kind).strip('%').replace(',', ''))
+                 for spread in (base, own)]
+        difference = shown[1] - shown[0]
+        text = f'{abs(difference):.1f} points'
+        if row.measure.about == REWARDS:
+            text = _value_text(abs(difference), row.measure.kind, max(shown, key=abs))
         return f'{text} {greater if difference > 0 else less}' if any(map('123456789'.count, text)) else SAME
     ratio = row.ratios[side.name]
     if not ratio:

@@ -18,6 +18,8 @@ def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
     from ding.utils import ENV_MANAGER_REGISTRY, ENV_REGISTRY, MODEL_REGISTRY, import_module
     for key, registry, asked in (('create_config.env.type', ENV_REGISTRY, create_config.env),
                                  ('create_config.env_manager.type', ENV_MANAGER_REGISTRY, create_config.env_manager),
+                                 ('env.type', ENV_REGISTRY, main_config.env),  # these two would take their place
+                                 ('env.manager.type', ENV_MANAGER_REGISTRY, main_config.env.get('manager', {})),
                                  ('policy.model.type', MODEL_REGISTRY, main_config.policy.model)):
         modules = asked.get('import_names', [])
         import_module(modules)

@@ -2,6 +2,7 @@
 import functools
 import inspect
 import sys
+import traceback
 from typing import Any, Callable, Dict, Optional, Set, Tuple
 
 from .patches import ENTRIES, applied
@@ -30,7 +31,7 @@ class _Silenced:
 
 def recorded_call(run: Callable[[], Any]) -> Optional[Dict[str, Any]]:
     """What the first call of an entry in ``run`` would have trained; None if there is none. Nothing is trained. Of an
-    entry that is none of ``ENTRIES`` there is the name alone."""
+    entry that is none of ``ENTRIES`` there is the name alone, also if it fails."""
     signatures = _signatures()
     with applied(entries=lambda code: _raise_call.__code__, trainings=lambda code: _raise_training.__code__,
                  registered=lambda code: _register.__code__, ddp_config=lambda code: (lambda config: config).__code__,
@@ -45,6 +46,12 @@ def recorded_call(run: Callable[[], Any]) -> Optional[Dict[str, Any]]:
             main_config, create_config = arguments['input_cfg']
             given: Dict[str, Any] = {key: arguments[key] for key in ('seed', 'max_env_step') if key in arguments}
             return dict(given, main_config=main_config, create_config=create_config, entry=call.entry)
+        except Exception as error:
+            failed = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)
+                      if frame.f_globals.get('__name__', '').startswith('lzero.entry.')]
+            if trainings() & set(failed[:1]):
+                return dict(entry=failed[0])
+            raise
     return None
 
 

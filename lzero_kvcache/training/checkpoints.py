@@ -7,11 +7,12 @@ import glob
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, List, Mapping
 
 import torch
 
 from ..config import ConfigError
+from ..summary import read_result
 
 CHECKPOINTS = 'ckpt'
 STATE = ('model', 'target_model', 'optimizer_world_model')
@@ -33,11 +34,11 @@ def read_checkpoint(path: str) -> Checkpoint:
         raise ConfigError(f'{path}: no such checkpoint; an experiment has them in its folder ckpt/') from None
     except Exception as error:
         raise ConfigError(
-            f'{path}: is torn, or holds more than weights and counts ({type(error).__name__}); take another checkpoint'
+            f'{path} is torn, or holds more than weights and counts ({type(error).__name__}); take another checkpoint'
         ) from error
     missing = [key for key in STATE if not isinstance(content, dict) or key not in content]
     if missing:
-        raise ConfigError('{}: is no checkpoint of a UniZero training; it lacks {}'.format(path, ', '.join(missing)))
+        raise ConfigError('{} is no checkpoint of a UniZero training; it lacks {}'.format(path, ', '.join(missing)))
     return Checkpoint(content, int(content.pop('last_iter', 0)), int(content.pop('last_step', 0)))
 
 
@@ -59,6 +60,13 @@ def save_atomically(data: Mapping[str, Any], path: str) -> None:
 def beside(path: str) -> str:
     """The file beside a checkpoint that has the run's result as it was when the checkpoint was saved."""
     return re.sub(r'(\.pth\.tar)?$', '.json', path, count=1)
+
+
+def later_checkpoints(path: str, train_iter: int) -> List[str]:
+    """The names of the checkpoints beside one that were saved after its iteration, by what was noted beside them."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*.pth.tar')), key=os.path.getmtime)
+    noted = {os.path.basename(other): read_result(beside(other)) for other in paths}
+    return [name for name, result in noted.items() if result is not None and result.train_iter > train_iter]
 
 
 def prune(folder: str, keep: int) -> None:

@@ -30,6 +30,7 @@ COUNTS = {
     'max_train_iter': lzero_kvcache_options.count(1), 'threads': lzero_kvcache_options.threads,
 }
 
+MODULE = 'lzero.entry'  # of LightZero's trainings
 # The dicts that every config has, parents first.
 NEEDED = ('main_config', 'main_config.env', 'main_config.policy', 'main_config.policy.model',
           'main_config.policy.model.world_model_cfg', 'create_config', 'create_config.env',
@@ -79,7 +80,8 @@ def load_config(name: str) -> Plan:
     declared = _run_file(path)
     entry = declared.get('entry')
     if entry is not None:
-        entry = _checked_entry(entry, path)
+        entry = getattr(entry, '__name__', entry) if callable(entry) else entry
+        _check_entry(entry, f'{path}: entry is {entry!r}')
     missing = _missing(declared)
     if missing:
         raise ConfigError(
@@ -103,7 +105,7 @@ def capture_entry_call(function: Callable, *args: Any, **kwargs: Any) -> Dict[st
         declared = recorded_call(lambda: function(*args, **kwargs))
     if declared is None:
         raise ConfigError("{}() calls none of {}".format(function.__name__, ', '.join(ENTRIES)))
-    _checked_entry(declared['entry'], f'{function.__name__}()')
+    _check_entry(declared['entry'], f'{function.__name__}() calls {declared["entry"]}')
     return declared
 
 
@@ -121,6 +123,8 @@ def _run_file(path: str) -> Dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 with applied(directory=lambda _: folder, command_line=lambda _: [path]):
                     called = recorded_call(lambda: exec(compile(program, path, 'exec'), declared)) or {}
+    if called:
+        _check_entry(called['entry'], f'{path}: it calls {called["entry"]}')
     return {**declared, **called}
 
 
@@ -167,35 +171,51 @@ def _look_beside(folder: str) -> None:
         atexit.register(_beside[folder].close)
 
 
-def _checked_entry(declared: Any, where: str) -> str:
-    entry = getattr(declared, '__name__', declared) if callable(declared) else declared
+def _check_entry(entry: Any, said: str) -> None:
     if entry not in ENTRIES:
-        raise ConfigError(
-            f'{where}: entry = {entry!r}; it can be {" or ".join(map(repr, ENTRIES))}, scripts of your own call others'
-        )
-    return str(entry)
+        raise ConfigError(f'{said}, which is not run here: {" and ".join(map(repr, ENTRIES))} are; call another in a '
+                          'script of your own')
 
 
 def _guessed_entry(main_config: EasyDict, path: str) -> str:
     """The entry that a file names, which is not run as a program; else the one that reads its config."""
-    named = _named_in(path) & trainings()
-    of_ours = sorted(named & set(ENTRIES))
-    if named and not of_ours:
-        return _checked_entry(min(named), path)
-    if len(of_ours) == 1:
-        return of_ours[0]
+    named = _trainings_in(path)
+    served = sorted(named & set(ENTRIES))
+    if named and not served:
+        _check_entry(min(named), f'{path}: it calls {min(named)}')
+    if len(served) == 1:
+        return served[0]
     # The segment entry is the only one that reads these two, and reads them without a default.
     by_segments = 'num_segments' in main_config.policy or 'buffer_reanalyze_freq' in main_config.policy
     return 'train_unizero_segment' if by_segments else 'train_unizero'
 
 
-def _named_in(path: str) -> Set[str]:
-    """The names and attributes that a file's code uses, those that it imports by the names that they have there."""
+def _trainings_in(path: str) -> Set[str]:
+    """The trainings of LightZero that a file's code uses, by their names there. One that it imports from there counts
+    even if this LightZero lacks it; functions of its own do not, whatever their names."""
     nodes = list(ast.walk(ast.parse(Path(path).read_bytes(), path)))
-    imported = {alias.asname or alias.name: alias.name
-                for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
-    names = {imported.get(node.id, node.id) for node in nodes if isinstance(node, ast.Name)}
-    return names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    imported: Dict[str, str] = {}
+    own: Set[str] = set()
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = f'{node.module or ""}.' if isinstance(node, ast.ImportFrom) and not node.level else ''
+            imported.update({alias.asname or alias.name: module + alias.name for alias in node.names})
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            own.add(node.name)
+    theirs = {name: origin for name, origin in imported.items() if origin.split('.')[0] == 'lzero'}
+    named = trainings() - own - imported.keys()
+    found = {node.id for node in nodes if isinstance(node, ast.Name)}
+    found = (found & named) | {origin.rpartition('.')[2] for name, origin in theirs.items()
+                               if name in found and origin.startswith(MODULE)}
+    found |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and _dotted(node.value, theirs) == MODULE}
+    return {name for name in found if name.startswith('train_')}
+
+
+def _dotted(node: ast.expr, imported: Dict[str, str]) -> str:
+    """A name with its attributes as ``lzero.entry``, of an imported one by where it is from; or nothing."""
+    if isinstance(node, ast.Attribute):
+        return f'{_dotted(node.value, imported)}.{node.attr}'
+    return imported.get(node.id, node.id) if isinstance(node, ast.Name) else ''
 
 
 def _check_shape(declared: Dict[str, Any], path: str) -> None:

@@ -126,7 +126,7 @@ class Experiment:
             os.makedirs(self.folder, exist_ok=True)
             lock = open(os.path.join(self.folder, LOCK), 'w')
         except OSError as error:
-            raise ConfigError(f'--out {self.folder}: cannot be written ({error.strerror}); give another') from error
+            raise ConfigError(f'--out {self.folder} cannot be written ({error.strerror}); give another') from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,16 +155,16 @@ class Experiment:
         if not os.path.exists(path):
             there = os.listdir(self.folder) if os.path.isdir(self.folder) else []
             if set(there) - {LOCK}:
-                raise ConfigError(f'--out {self.folder}: is not empty, and no experiment; give another')
+                raise ConfigError(f'--out {self.folder} is not empty, and is no experiment; give another')
             return settings
         try:
             held = read_json(path)
         except (OSError, ValueError) as error:
-            raise ConfigError(f'{path}: cannot be read ({error}); give another --out') from error
+            raise ConfigError(f'{path} cannot be read ({error}); give another --out') from error
         version = held.get('values_version', 1)
         if version not in (1, VALUES_VERSION):
             raise ConfigError(
-                f'--out {self.folder}: is an experiment of a later version of this program (values_version={version!r} '
+                f'--out {self.folder} is an experiment of a later version of this program (values_version={version!r} '
                 f'in {EXPERIMENT}, not {VALUES_VERSION}); give another --out'
             )
         asked = settings if version == VALUES_VERSION else {**settings, 'values': _hash(self._plan, version)}
@@ -174,7 +174,7 @@ class Experiment:
                 said = f'{name} {was}, not {now}'
                 if name == 'values':
                     said = f"{held.get('config')} as it was then, with the options {held.get('options')}"
-                raise ConfigError(f'--out {self.folder}: is an experiment with {said}; give another --out')
+                raise ConfigError(f'--out {self.folder} is an experiment with {said}; give another --out')
         for name in GROWING:
             settings[name] = list(dict.fromkeys([*held.get(name, []), *settings[name]]))
         return settings

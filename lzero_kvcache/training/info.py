@@ -18,6 +18,8 @@ from ..loading import check_config, enable
 from ..summary import version_of
 from .config_file import Plan
 from .error_hints import hinted
+from .limits import check_limits
+from .overrides import leaves
 from .plan import make_plan, set_cache
 
 Rows = List[Tuple[str, str]]
@@ -45,18 +47,15 @@ def of_plan(plan: Plan) -> Rows:
     configs = plan.main_config, plan.create_config
     device = str(plan.main_config.policy.model.world_model_cfg.device)
     options = check_config(*configs)
-    refused = _refused_with_the_flag_on(*configs)
     policy = building.build_policy(*configs)
     model = policy._model.world_model
-    manager = old = model.kv_cache_manager
-    if options.system == 'new':
-        set_cache('old', *configs)
-        old = building.build_policy(*configs)._model.world_model.kv_cache_manager
+    manager = model.kv_cache_manager
     rows: Rows = [('policy', str(plan.create_config.policy.type)), ('device', device)]
     memory_now = ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB')
     if options.system == LIGHTZERO:
         return [*rows, ('cache system', "LightZero's own new manager"), memory_now]
     if options.system == 'old':
+        refused = _refused_with_the_flag_on(*configs)
         return [
             *rows,
             ('cache system', 'old'),
@@ -86,16 +85,27 @@ def of_plan(plan: Plan) -> Rows:
         memory_now,
         ('memory of pages', f'{pages * slab.page_bytes / MIB:,.2f} MiB'),
         ('bound of memory', bound),
-        ('memory of the old system', _at_most(old)),
+        ('memory of the old system', _of_the_old_system(plan)),
     ]
 
 
 def _refused_with_the_flag_on(main_config: EasyDict, create_config: EasyDict) -> Optional[ConfigError]:
+    configs = copy.deepcopy(main_config), copy.deepcopy(create_config)
     try:
-        enable(copy.deepcopy(main_config), copy.deepcopy(create_config))
+        enable(*configs)
     except ConfigError as error:
         return error
-    return None
+    return _fault_of_model(*configs)
+
+
+def _of_the_old_system(plan: Plan) -> str:
+    configs = plan.main_config, plan.create_config
+    set_cache('old', *configs)
+    try:
+        check_limits(leaves(building.completed(*configs)), plan.entry)
+        return _at_most(building.build_policy(*configs)._model.world_model.kv_cache_manager)
+    except ConfigError as error:
+        return f'refused: {error}'
 
 
 def _at_most(old: Any) -> str:
@@ -130,16 +140,16 @@ def of_zoo() -> Rows:
                 model = plan.main_config.policy.model.world_model_cfg
                 kind = plan.create_config.policy.type, model.get('obs_type'), model.get('continuous_action_space')
                 if kind not in tried:
-                    tried[kind] = _fault_of_model(plan)
+                    tried[kind] = _fault_of_model(plan.main_config, plan.create_config)
             rows.append((name, f'{extra or "unknown"}: {tried[kind] or "installed"}'))
         except ConfigError as error:
             rows.append((name, f'{extra or "unknown"}: {error}'))
     return rows
 
 
-def _fault_of_model(plan: Plan) -> Optional[ConfigError]:
+def _fault_of_model(main_config: EasyDict, create_config: EasyDict) -> Optional[ConfigError]:
     try:
-        building.build_policy(plan.main_config, plan.create_config)
+        building.build_policy(main_config, create_config)
     except ConfigError as error:
         return error
     return None

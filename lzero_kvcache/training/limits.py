@@ -3,11 +3,11 @@ What single values of a complete config must be for any training to run. A value
 runs, whatever it learns, is not refused.
 """
 from numbers import Integral, Real
-from typing import Any, Callable, Mapping, NamedTuple, Set, Tuple
+from typing import Any, Callable, Collection, Mapping, NamedTuple, Set, Tuple
 
 from ..config import FLAG, PREFIX, ConfigError
 from ..host.lightzero import lightzero
-from .linked_keys import COLLECTED
+from .linked_keys import COLLECTED, source_of
 
 
 def _is_round(value: Any) -> bool:
@@ -28,8 +28,8 @@ SIZE = Limit('a whole number above 0', lambda value: isinstance(value, Integral)
 ROUND = Limit('a whole number above 0', lambda value: _is_round(value) and value > 0)
 WHOLE = Limit('a whole number', lambda value: isinstance(value, Integral))
 POSITIVE = Limit('a number above 0', lambda value: isinstance(value, Real) and float(value) > 0)
-# Of a string LightZero makes one that is env_num times as long, and takes that for a number.
-POOL = Limit(POSITIVE.said, lambda value: isinstance(value, str) or POSITIVE.holds(value))
+# LightZero computes int(value * env_num): '4' becomes int('4444'), with which it trains.
+DIGITS = Limit(POSITIVE.said, lambda value: isinstance(value, str) or POSITIVE.holds(value))
 NOT_NEGATIVE = Limit('a number that is not below 0', lambda value: isinstance(value, Real) and float(value) >= 0)
 NOT_ZERO = Limit('a number other than 0', lambda value: isinstance(value, Real) and value != 0)
 NUMBER = Limit('a number', lambda value: isinstance(value, Real))
@@ -46,7 +46,7 @@ LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
     (ROUND, ('policy.game_segment_length', 'policy.model.support_scale')),
     (WHOLE, ('policy.td_steps', 'policy.update_per_collect')),
     (POSITIVE, ('policy.root_dirichlet_alpha', f'{PREFIX}.rope_theta')),
-    (POOL, (f'{PREFIX}.num_simulations', )),
+    (DIGITS, (f'{PREFIX}.num_simulations', )),
     (NOT_ZERO, ('policy.fixed_temperature_value', )),
     (NOT_NEGATIVE, ('policy.learning_rate', )),
     (NUMBER, (
@@ -64,8 +64,9 @@ LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
 OR_NONE = 'policy.update_per_collect', 'policy.root_dirichlet_alpha'
 
 
-def check_limits(values: Mapping[str, Any], entry: str) -> None:
-    """Refuse the first value of a complete config, by path, with which no training of an entry can run."""
+def check_limits(values: Mapping[str, Any], entry: str, given: Collection[str] = ()) -> None:
+    """Refuse the first value of a complete config, by path, with which no training of an entry can run. Of copies, the
+    path is told that the user has given."""
     unread = _unread(values, entry)
     for limit, paths in LIMITS:
         for path in paths:
@@ -73,7 +74,7 @@ def check_limits(values: Mapping[str, Any], entry: str) -> None:
                 continue
             value = values[path]
             if not (limit.holds(value) or value is None and path in OR_NONE):
-                raise ConfigError(f'{path}={value!r} must be {limit.said}')
+                raise ConfigError(f'{source_of(path, given, values)}={value!r} must be {limit.said}')
 
 
 def _unread(values: Mapping[str, Any], entry: str) -> Set[str]:

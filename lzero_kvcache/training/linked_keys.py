@@ -4,7 +4,7 @@ of it, the other side is changed so that it still holds, unless the user set tha
 training can run is refused where it does not hold.
 """
 import re
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Tuple
+from typing import Any, Callable, Collection, Dict, Mapping, NamedTuple, Tuple
 
 from ..config import PREFIX, ConfigError
 from ..host.building import atari_actions
@@ -76,7 +76,8 @@ LEAST = (
 # What models of vectors and of images are called.
 VECTORS, IMAGES = ('mlp', 'vector'), ('conv', 'image', 'image_memory')
 # What each entry collects at once: all its processes together.
-COLLECTED = {'train_unizero': 'policy.n_episode', 'train_unizero_segment': 'policy.num_segments'}
+SEGMENTS = 'policy.num_segments'
+COLLECTED = {'train_unizero': 'policy.n_episode', 'train_unizero_segment': SEGMENTS}
 
 # How LightZero's experiment names spell a value: 'ns25', 'bs256'.
 NAME_TOKENS = (
@@ -136,7 +137,8 @@ def check(values: Mapping[str, Any], entry: str, policy: str) -> None:
     for target, source in (*LEAST, *lightzero.least_environments(policy), (COLLECTED[entry], 'env.collector_env_num')):
         amount, least = values.get(target), values.get(source)
         if isinstance(amount, (int, float)) and isinstance(least, (int, float)) and amount < least:
-            raise ConfigError(f'{target}={amount!r} contradicts {source}={least!r}: it must be at least that')
+            right = 'the same' if target == SEGMENTS else 'at least that'
+            raise ConfigError(f'{target}={amount!r} contradicts {source}={least!r}: it must be {right}')
     shape = values.get('policy.model.observation_shape')
     for path in ('policy.model.model_type', WM + 'obs_type'):
         kind = values.get(path)
@@ -160,6 +162,14 @@ def check(values: Mapping[str, Any], entry: str, policy: str) -> None:
     if size <= batch:
         raise ConfigError(f'policy.replay_buffer_size={size!r} contradicts policy.batch_size={batch!r}: it must be '
                           'larger than that')
+
+
+def source_of(path: str, given: Collection[str], values: Mapping[str, Any]) -> str:
+    """The key that was given, of which a path is a copy; or the path itself."""
+    if path in given:
+        return path
+    return next((source for rule in RULES if rule.target == path and rule.compute is _same for source in rule.sources
+                 if source in given and values[source] == values[path]), path)
 
 
 def rename(name: str, before: Mapping[str, Any], changed: Mapping[str, Any]) -> str:

@@ -46,6 +46,11 @@ def apply_overrides(
     return followed
 
 
+def given_keys(assignments: Iterable[str]) -> List[str]:
+    """The keys that ``--set`` names."""
+    return [assignment.partition('=')[0].strip().lstrip(ADD) for assignment in assignments]
+
+
 def leaves(tree: Mapping[str, Any], prefix: str = '') -> Dict[str, Any]:
     """Every dotted path of a tree with its value; an empty dict is a value."""
     found: Dict[str, Any] = {}

@@ -15,7 +15,7 @@ from .checkpoints import CHECKPOINTS
 from .config_file import Plan, load_config
 from .limits import check_limits
 from .linked_keys import check, replace_token
-from .overrides import apply_overrides, leaves
+from .overrides import apply_overrides, given_keys, leaves
 
 
 def make_plan(
@@ -37,7 +37,7 @@ def make_plan(
     """Load a config file and change it as asked; the arguments are the options of ``train.py``."""
     plan = load_config(config)
     main_config, create_config = plan.main_config, plan.create_config
-    policy_type(create_config)
+    policy_type(main_config, create_config)
     load_plugin(create_config)
     if cache:
         set_cache(cache, main_config, create_config)
@@ -48,7 +48,7 @@ def make_plan(
             main_config, create_config, overrides, building.completed(main_config, create_config))
         if 'seed' in changed:  # LightZero's entries take it as an argument
             raise ConfigError(f'--set seed={changed["seed"]}: give --seed {changed["seed"]} in its place')
-        policy_type(create_config)
+        policy_type(main_config, create_config)
     name = main_config.exp_name if exp_name is None else exp_name
     if not isinstance(name, str) or not name:
         raise ConfigError(f'exp_name={name!r} names no folder for the experiment')
@@ -73,7 +73,7 @@ def make_plan(
             f'policy.async_pipeline.enabled=True, but {plan.entry} collects in this process: call '
             'train_unizero_segment_async, which needs ray, in a script of your own, or set it to False'
         )
-    check_limits(values, plan.entry)
+    check_limits(values, plan.entry, given_keys(overrides))
     if f'{PREFIX}.env_num' not in values:
         of_policy = max(values['policy.collector_env_num'], values['policy.evaluator_env_num'])
         values[f'{PREFIX}.env_num'] = of_policy if picked == 'new' else DEFAULT_ENV_NUM

@@ -69,7 +69,8 @@ class Children:
     def _show(self, bar: Bar) -> None:
         """Show how far each running trial is, and all together."""
         each = self._experiment.max_env_step
-        steps = {trial.name: min(read_progress(trial.folder).get('collected', 0), each) for trial in self.running}
+        steps = {trial.name: min(read_progress(trial.folder).get('collected_env_step', 0), each)
+                 for trial in self.running}
         running = [f'{name} {step:,}/{each:,}' for name, step in steps.items()]
         bar.update(self._done * each + sum(steps.values()),
                    '; '.join([f'{self._done} of {len(self._experiment.trials)} runs done', *running]))

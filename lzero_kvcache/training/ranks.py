@@ -159,7 +159,7 @@ class DataParallel:
         entries.divide_among_ranks(main_config)
         collected = policy['num_segments' if 'segment' in entry else 'n_episode']
         environments = min(defaults.env.collector_env_num, collected)
-        _check_segments(entry, collected, environments)
+        _check_segments(entry, collected, environments, ' in each process')
         main_config.env.collector_env_num = policy.collector_env_num = environments
         if 'collector_env_num' in policy.model.world_model_cfg:
             policy.model.world_model_cfg.collector_env_num = environments
@@ -203,12 +203,12 @@ class DataParallel:
         return logging.getLogger(f'rank{self.rank}.{name}'), None
 
 
-def _check_segments(entry: str, segments: int, environments: int) -> None:
+def _check_segments(entry: str, segments: int, environments: int, of_each: str = '') -> None:
     """The collector of segments has one for each environment of its process, or stops by an assertion."""
     if entry == 'train_unizero_segment' and segments != environments:
         raise ConfigError(
-            f'policy.num_segments={segments} contradicts env.collector_env_num={environments}, each of one process: '
-            'they must be the same')
+            f'policy.num_segments={segments} contradicts env.collector_env_num={environments}{of_each}: it must be the '
+            'same')
 
 
 def _synchronize_given(original: Callable[..., None]) -> Callable[..., None]:

@@ -22,7 +22,7 @@ from ..run_files import EVENT_FILES, purge
 from ..run_hooks import UNBOUNDED
 from ..summary import EVALUATE, SUMMARY, TRAIN, Result, add_up, begun, read_progress, read_result, read_summary
 from ..telemetry import summed_over_ranks
-from .checkpoints import beside, read_checkpoint
+from .checkpoints import beside, later_checkpoints, read_checkpoint
 from .config_file import Plan
 from .error_hints import hinted
 from .ranks import DataParallel, Interrupted
@@ -190,7 +190,10 @@ class _Training:
         # What came after the checkpoint is abandoned, and counts for nothing.
         noted = read_result(beside(str(self.plan.checkpoint)))
         self._before = ended_there if ended_there and ended_there.train_iter == self.result.train_iter else noted
-        self.result.best_reward = None if self._before is None else self._before.best_reward
+        if self._before is not None:
+            self.result.best_reward = self._before.best_reward
+            self.watch.evaluated_at = next((evaluation.train_iter for evaluation in self._before.evaluations
+                                            if evaluation.train_iter == self.result.train_iter), None)
         rewards = [part.best_reward for part in (ended_there, noted) if part and part.best_reward is not None]
         self.watch.best_reward = max(rewards, default=None)
 
@@ -209,6 +212,9 @@ class _Training:
                 cut = purge(os.path.join(exp_name, EVENT_FILES), self.result.train_iter)
                 if cut:
                     self.terminal.line(f'Removed {cut:,} points of event files that came after the checkpoint')
+                later = later_checkpoints(str(plan.checkpoint), self.result.train_iter)
+                if later:
+                    self.terminal.line(f'{", ".join(later)}: of the part after the checkpoint, abandoned, not removed')
         else:
             exp_name, made = ranks.from_main(lambda: claim_folder(asked))
             self._made = made if ranks.main else None
@@ -229,7 +235,7 @@ class _Training:
         if plan.task == EVALUATE:
             line(f'Evaluating {plan.checkpoint} into {result.exp_name}')
             return
-        line(f'Training {plan.config} with {plan.entry} into {result.exp_name}')
+        line(f'Training with {plan.entry} into {result.exp_name}')
         if plan.checkpoint is not None:
             result.resumed_at = [result.env_step]
             line(
@@ -287,15 +293,20 @@ class _Training:
             self.terminal.line(f'{result.env_step:,} env steps are collected: finishing the updates that go with them')
         self._bar.update(result.collected_env_step, result.line(self.watch.phase), result.steps_at_the_end)
         if self.ranks.main:
-            result.write_progress(self.watch.phase)
+            self._whole(result).write_progress(self.watch.phase)
 
     def _note(self, checkpoint: str) -> None:
         """Write the result so far beside a checkpoint; after a kill, the training goes on from these two alone."""
         self.result.checkpoint = self._shown(checkpoint)
         self._refresh(now=True)
-        self._completed(self.result.counters).write(beside(checkpoint))
+        completed = self._completed(self.result.counters)
+        self.result.machine = completed.machine
+        completed.write(beside(checkpoint))
 
     def _completed(self, counters: Dict[str, Any]) -> Result:
-        """The result of a run that has ended; of all of the training, where it went on in place."""
-        result = self.result.at_its_end(counters)
+        """The result of a run that has ended."""
+        return self._whole(self.result.at_its_end(counters))
+
+    def _whole(self, result: Result) -> Result:
+        """That of all of the training, where this run went on in place."""
         return result if self._before is None else add_up(self._before, result)

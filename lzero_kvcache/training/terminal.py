@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..host.patches import applied
-from ..summary import POOLS, Evaluation, Result, number_text, rate_text
+from ..summary import POOLS, Result, number_text, rate_text, reward_text
 
 PLAIN_WIDTH = 240
 # Below this, only the text has room, on two lines if need be.
@@ -106,14 +106,6 @@ class Bar:
         if text != self._shown:
             self._shown = text
             self._terminal.line(text)
-
-
-def reward_text(evaluation: Evaluation) -> str:
-    """As ``57.3 ± 4.1 over 8 episodes``: mean and standard deviation, where there are both."""
-    if evaluation.deviation is None or evaluation.episodes == 1:
-        return number_text(evaluation.reward)
-    return (f'{number_text(evaluation.reward)} ± {number_text(evaluation.deviation)} over {evaluation.episodes} '
-            'episodes')
 
 
 def megabytes_text(number: Optional[float]) -> str:

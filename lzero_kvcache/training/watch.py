@@ -10,10 +10,10 @@ import torch
 from ..host import entries
 from ..host.patches import applied
 from ..run_hooks import LOSS, RunHook
-from ..summary import Evaluation, Result
+from ..summary import Evaluation, Result, reward_text
 from .checkpoints import Checkpoint, prune, save_atomically
 from .ranks import DataParallel
-from .terminal import Terminal, reward_text
+from .terminal import Terminal
 
 
 class Watch:
@@ -34,6 +34,7 @@ class Watch:
         self.under_way = 0  # env steps of the collection under way
         self.checkpoint: Optional[Checkpoint] = None  # to go on from, or to evaluate
         self.best_reward: Optional[float] = None  # before a training goes on in place
+        self.evaluated_at: Optional[int] = None  # the iteration where it goes on, if it was evaluated there
 
     def look(self) -> None:
         """Bring the result up to date."""
@@ -101,6 +102,7 @@ class Watch:
 
         def save(path: str, data: Any, *args: Any, **kwargs: Any) -> None:
             save_atomically(data, path)
+            self.learner.tb_logger.flush()  # a training that is killed goes on from these points
             self.on_saved(os.path.normpath(path))
             if self.keep_checkpoints is not None:
                 prune(os.path.dirname(path), self.keep_checkpoints)
@@ -224,6 +226,8 @@ def _watched_evaluator(watch: Watch, base: type) -> type:
 
         def eval(self, save_ckpt_fn: Optional[Callable] = None, train_iter: int = -1, envstep: int = -1,
                  *args: Any, **kwargs: Any) -> Tuple[Any, Any]:
+            if train_iter == watch.evaluated_at:
+                return False, None
             watch.enter('evaluate')
             best: List[str] = []  # what is to be saved, which is noted together with this evaluation
             stop, info = super().eval(save_ckpt_fn and best.append, train_iter, envstep, *args, **kwargs)
