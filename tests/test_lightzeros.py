@@ -20,6 +20,7 @@ from ding.utils import MODEL_REGISTRY
 from easydict import EasyDict
 from lzero.model.common import RepresentationNetworkMLP
 from lzero.model.unizero_model import UniZeroModel
+from lzero.model.unizero_world_models import transformer
 from lzero.policy import sampled_unizero
 from oracle import Batch, play, random_trace
 from small_models import ON_MAIN, ORIGINAL_MODELS, Case, cached_model, construct, randomise
@@ -167,6 +168,25 @@ class TestMain:
         }
         with pytest.raises(ConfigError, match=f'{key}={value!r}'):
             cached_model(Case(), 2, 3, **changes)
+        with pytest.raises(ConfigError, match=f'{key}={value!r}'):
+            checked(rotary_emb=False, **changes)
+
+    @pytest.mark.parametrize('system', SYSTEMS)
+    def test_options_with_which_it_builds_no_model_are_refused_in_all_systems(self, system):
+        flag, manager = SYSTEMS[system]
+        of_system = dict(use_new_cache_manager=flag, kv_cache_cfg=EasyDict(type=manager))
+        for said, options in (
+                ("gru_gating=True cannot work: LightZero's gated block fails with", dict(gru_gating=True)),
+                ('rebuild_kv_window_from_tokens=True contradicts rotary_emb=True',
+                 dict(rebuild_kv_window_from_tokens=True, rotary_emb=True))):
+            for refusing in (checked, lambda **cfg: make_policy(flag, **cfg)):
+                with pytest.raises(ConfigError, match=f'policy.model.world_model_cfg.{said}'):
+                    refusing(**of_system, **options)
+
+    def test_gated_layers_are_let_pass_where_they_are_built(self, monkeypatch):
+        gate = transformer.GRUGatingUnit
+        monkeypatch.setattr(transformer, 'GRUGatingUnit', lambda width, bias_init: gate(width, bias_init))
+        assert checked(gru_gating=True).system == 'new'
 
     @pytest.mark.parametrize('rotary', [False, True])
     def test_low_rank_changes_of_mlps_are_served_and_of_attention_refused(self, rotary):
@@ -189,8 +209,17 @@ class TestMain:
         player.close()
         tally = model.world_model.validator.tally
         assert (tally.rows, tally.over) == (4 * 7 * 2, 0)
-        with pytest.raises(ConfigError, match='SelfAttention.query is a CurriculumLoRALinear and no Linear'):
+        with pytest.raises(ConfigError, match=r"world_model_cfg.lora_target_modules=\['attn'\]: projections of"):
             make(lora_target_modules=['attn'])
+        assert model.world_model.why_not_whole().startswith('its MLPs are CurriculumLoRALinear')
+
+    def test_low_rank_changes_of_attention_are_refused_only_where_there_are_some(self):
+        lora = dict(lora_r=4, lora_target_modules=['attn', 'feed_forward'])
+        for none in (dict(lora, curriculum_stage_num=1), dict(lora, curriculum_stage_num=3, lora_r=0),
+                     dict(lora, curriculum_stage_num=3, lora_target_modules=['feed_forward'])):
+            assert checked(**none).system == 'new'
+        with pytest.raises(ConfigError, match=r"lora_target_modules=\['attn', 'feed_forward'\]: projections of"):
+            checked(**lora, curriculum_stage_num=3)
 
     @pytest.mark.slow
     def test_the_asynchronous_entry_is_served(self, tmp_path):

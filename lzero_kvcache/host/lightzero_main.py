@@ -5,7 +5,7 @@ from typing import Any, Iterator, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from lzero.mcts import UniZeroGameBuffer
-from lzero.model.unizero_world_models.transformer import precompute_freqs_cis
+from lzero.model.unizero_world_models.transformer import Block, TransformerConfig, precompute_freqs_cis
 from lzero.policy import DiscreteSupport, inverse_scalar_transform
 from lzero.policy.unizero import UniZeroPolicy
 from torch import nn
@@ -109,12 +109,30 @@ def searching_at_once(buffer: Any, mcts: Any) -> Any:
     return searching
 
 
-def unserved_of(world_model: Any) -> Iterator[str]:
-    """Options of a world model that change what a context is, and that the new cache does not know."""
+def unserved_of(config: Any) -> Iterator[str]:
+    """Options of a ``world_model_cfg`` that change what a context is, and that the new cache does not know."""
     for name, harmless, meaning in _CHANGES_CONTEXTS:
-        value = world_model.config.get(name, harmless)
+        value = config.get(name, harmless)
         if value != harmless and value != 'none':
             yield f'{name}={value!r}: {meaning}'
+    changed = config.get('lora_target_modules')
+    if config.get('lora_r', 0) > 0 and config.get('curriculum_stage_num', 1) > 1 and 'attn' in (changed or ()):
+        yield f'lora_target_modules={changed!r}: projections of attention would have low-rank changes'
+
+
+def unbuilt_of(config: Any) -> Optional[str]:
+    """An option of a ``world_model_cfg`` with which LightZero builds no world model, in any system."""
+    if config.get('gru_gating'):
+        sizes = dict(tokens_per_block=2, max_blocks=1, num_layers=1, num_heads=1, embed_dim=8)
+        drops = dict(embed_pdrop=0., resid_pdrop=0., attn_pdrop=0.)
+        try:  # somebody may have mended it
+            Block(TransformerConfig(attention='causal', gru_gating=True, **sizes, **drops))
+        except TypeError as error:
+            return f"gru_gating=True cannot work: LightZero's gated block fails with {error}; set it to False"
+    if config.get('rebuild_kv_window_from_tokens') and config.get('rotary_emb'):
+        return ('rebuild_kv_window_from_tokens=True contradicts rotary_emb=True: LightZero rebuilds windows of learned '
+                'positions alone; set one of them to False')
+    return None
 
 
 def unserved_policy(cfg: Any) -> Optional[str]:

@@ -65,9 +65,14 @@ def searching_at_once(buffer: Any, mcts: Any) -> Any:
     return buffer
 
 
-def unserved_of(world_model: Any) -> Iterator[str]:
-    """Options of a world model that change what a context is, and that the new cache does not know."""
+def unserved_of(config: Any) -> Iterator[str]:
+    """Options of a ``world_model_cfg`` that change what a context is, and that the new cache does not know."""
     return iter(())
+
+
+def unbuilt_of(config: Any) -> Optional[str]:
+    """An option of a ``world_model_cfg`` with which LightZero builds no world model, in any system."""
+    return None
 
 
 def unserved_policy(cfg: Any) -> Optional[str]:
