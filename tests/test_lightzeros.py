@@ -29,7 +29,7 @@ from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartp
 
 from lzero_kvcache import CacheConfig, ConfigError, check_config
 from lzero_kvcache.training import make_plan
-from lzero_kvcache.training.info import of_zoo
+from lzero_kvcache.training.info import of_plan, of_zoo
 from lzero_kvcache.training.plan import set_cache
 from lzero_kvcache_options import main
 
@@ -138,6 +138,22 @@ class TestMain:
         # LightZero keeps the last observations of vectors as whole numbers, and so finds no root.
         assert counters['init']['hits'] == (6 if system == 'new' else 0)
         assert {'stats_enabled', 'init_pools', 'recur_pool', 'memory_mb'} <= summary.keys()
+
+    def test_options_that_its_manager_does_not_read_are_told_of(self, caplog):
+        read = dict(type='lightzero', enable_stats=False, eviction='fifo', init_pool_size=None)
+        unread = dict(eviction='lru', search='tree', validation='exact')
+        make_policy(True, kv_cache_cfg=EasyDict(read, search='auto'))
+        assert 'does not read' not in caplog.text
+        make_policy(True, kv_cache_cfg=EasyDict({**read, **unread}))
+        said, = {record.message for record in caplog.records if 'does not read' in record.message}
+        listed = ', '.join(f'kv_cache_cfg.{key}={value!r}' for key, value in unread.items())
+        assert said == f"LightZero's own manager does not read {listed}: only kv_cache_cfg.type='new' does"
+        options = [f'+policy.model.world_model_cfg.kv_cache_cfg.{key}={value}' for key, value in unread.items()]
+        for cache, told in (('lightzero', True), ('old', False), ('new', False)):
+            rows = dict(of_plan(make_plan('config_new', cache=cache, overrides=options)))
+            assert ('not read' in rows) is told
+            assert told is False or set(rows['not read'].split(', ')) == set(listed.split(', '))
+            assert {'init pools', 'recurrent pool', 'context'} <= rows.keys()
 
     @pytest.mark.parametrize('system', ['old', 'lightzero'])
     @pytest.mark.parametrize('rotary', [False, True])

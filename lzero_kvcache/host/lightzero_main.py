@@ -15,7 +15,7 @@ from .kept_rows import Kept, KeptRows
 
 NAME = 'main branch'
 SIGN = 'a block of its transformer has a feed_forward'
-SERVED = 'UniZero, Sampled UniZero and UniZero with PPO; its own new manager with the old searches'
+SERVED = "UniZero, Sampled UniZero, UniZero with PPO, of one task; its own manager by kv_cache_cfg.type='lightzero'"
 
 POLICIES = ('unizero', 'sampled_unizero', 'unizero_ppo')
 """Policies that are served."""
