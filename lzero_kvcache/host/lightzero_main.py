@@ -1,6 +1,7 @@
 """What is of LightZero's main branch alone."""
 import copy
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from collections import defaultdict
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -46,6 +47,12 @@ UNROLLS_WITHIN_BLOCKS = False
 
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
 """What a policy must be built for to collect."""
+
+SUPPORT = 'policy.model.value_support_range'
+"""What a world model's ``support_size`` follows from."""
+
+SCALES: Tuple[str, ...] = ()
+"""Options that are whole numbers, of any type."""
 
 CLEARS_EVERY = 2000
 """Steps after which its own caches are cleared, if a policy does not say it."""
@@ -166,11 +173,39 @@ def simulations_of(cfg: Any) -> int:
     return max(cfg.get(key, 0) for key in ('num_simulations', 'collect_num_simulations', 'eval_num_simulations'))
 
 
+def support_size(support: Any) -> Any:
+    """How many numbers a support has."""
+    return len(range(*map(int, support)))
+
+
 def least_environments(policy: str) -> Tuple[Tuple[str, str], ...]:
     """Numbers of environments of which the first is at least the second in every training of a policy. It picks rows by
     environment, but for Sampled UniZero."""
     kinds = () if policy == 'sampled_unizero' else ('collector', 'evaluator')
     return tuple((f'policy.{kind}_env_num', f'env.{kind}_env_num') for kind in kinds)
+
+
+# ---- a model ---------------------------------------------------------------------------------------------------------
+
+
+def world_model_of(model: Any, module: Any) -> type:
+    """The class of the world model that a model, which is of a module, makes."""
+    return getattr(model, 'world_model_cls', module.WorldModel)
+
+
+def with_world_model(model: Any, kind: type) -> Dict[str, type]:
+    """Globals with which a model's constructor makes a world model of another class. Some name it by an attribute."""
+    if hasattr(model, 'world_model_cls'):
+        model.world_model_cls = kind
+        return {}
+    return {'WorldModel': kind}
+
+
+def grow_recurrent_pool(world_model: Any) -> None:
+    """Let a world model's recurrent pool never begin anew. It notes the key of each slot: here that is nobody's."""
+    world_model.shared_pool_size_recur = 2 ** 62
+    world_model.pool_idx_to_key_map_recur_infer = defaultdict(lambda: None)
+    world_model.pool_idx_to_key_map_init_envs = [defaultdict(lambda: None)]
 
 
 # ---- a step of a policy ----------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """What is of the released LightZero 0.2.0 alone."""
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from lzero.policy import inverse_scalar_transform
@@ -41,6 +41,12 @@ UNROLLS_WITHIN_BLOCKS = True
 
 POLICY_FIELDS = ('collect',)
 """What a policy must be built for to collect."""
+
+SUPPORT = 'policy.model.support_scale'
+"""What a world model's ``support_size`` follows from."""
+
+SCALES: Tuple[str, ...] = (SUPPORT, )
+"""Options that are whole numbers, of any type."""
 
 NEVER_CAUSES = ('last_obs', )
 """What does not make its own caching answer wrongly."""
@@ -90,10 +96,33 @@ def simulations_of(cfg: Any) -> int:
     return cfg['num_simulations']
 
 
+def support_size(scale: Any) -> Any:
+    """How many numbers a support has."""
+    return 2 * scale + 1
+
+
 def least_environments(policy: str) -> Tuple[Tuple[str, str], ...]:
     """Numbers of environments of which the first is at least the second in every training of a policy. The world model
     is given a row for each environment that the policy has."""
     return tuple((f'{PREFIX}.env_num', f'policy.{kind}_env_num') for kind in ('collector', 'evaluator'))
+
+
+# ---- a model ---------------------------------------------------------------------------------------------------------
+
+
+def world_model_of(model: Any, module: Any) -> type:
+    """The class of the world model that a model, which is of a module, makes."""
+    return module.WorldModel
+
+
+def with_world_model(model: Any, kind: type) -> Dict[str, type]:
+    """Globals with which a model's constructor makes a world model of another class."""
+    return {'WorldModel': kind}
+
+
+def grow_recurrent_pool(world_model: Any) -> None:
+    """Let a world model's recurrent pool never begin anew."""
+    world_model.shared_pool_size = 2 ** 62
 
 
 # ---- a step of a policy ----------------------------------------------------------------------------------------------
