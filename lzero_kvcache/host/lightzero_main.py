@@ -25,7 +25,7 @@ RECURRENT_SLOTS = 'shared_pool_size_recur'
 """Attribute of a world model that says how many contexts its recurrent pool has."""
 
 ANGLES_GROW = True
-"""Whether its table of rotary angles grows, or else they repeat."""
+"""Whether the table of rotary angles grows, or else angles repeat."""
 
 KEEPS_REANALYSES = True
 """Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
@@ -58,7 +58,7 @@ CLEARS_EVERY = 2000
 """Steps after which its own caches are cleared, if a policy does not say it."""
 
 NEVER_CAUSES = ('stale_slot', 'padding')
-"""What does not make its own caching answer wrongly."""
+"""Causes that validation knows of wrong answers of LightZero's own caching, which this one does not have."""
 
 _CHANGES_CONTEXTS = (
     ('exact_kv_window_reset', False, 'a full window would begin anew at its newest observation'),
@@ -80,7 +80,7 @@ def angles_of(config: Any) -> int:
 
 
 def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tensor]:
-    """A table of rotary angles that has a first and a last one, where the transformer's has not."""
+    """A longer table of rotary angles, where the transformer's ends before the last one; there are none below 0."""
     table = transformer.freqs_cis
     if first < 0:
         raise ValueError(
@@ -99,8 +99,8 @@ def values_of(logits: torch.Tensor, cfg: Any) -> torch.Tensor:
 
 
 def searching_at_once(buffer: Any, mcts: Any) -> Any:
-    """A copy of a replay buffer that searches all roots of a reanalysis at once, each with contexts of its own, and not
-    as many as there are environments; None where how it searches is somebody's own."""
+    """A copy of a replay buffer that gives ``mcts`` all roots of a reanalysis at once. LightZero's own gives it as many
+    at a time as there are environments. None where that is done by a method of somebody's own."""
     if type(buffer)._search_reanalyzed_roots_in_chunks is not UniZeroGameBuffer._search_reanalyzed_roots_in_chunks:
         return None
 
@@ -217,31 +217,33 @@ def environments_of(ready: Any) -> List[int]:
 
 
 def hand_rows(policy: Any, mode: str, env_ids: Sequence[int], observations: torch.Tensor, actions: List[Any]) -> None:
-    """Give a policy the last observations and actions of the rows of its next batch. Those of a batch that is as large
-    as all environments it picks by environment, others it takes as they are."""
-    if hasattr(policy, 'last_batch_obs'):  # Sampled UniZero's are rows of a batch
+    """Give a policy the last observations and actions of the rows of its next batch."""
+    if hasattr(policy, 'last_batch_obs'):  # Sampled UniZero
         policy.last_batch_obs, policy.last_batch_action = observations, actions
         return
-    everybody = policy.collector_env_num if mode == 'collect' else policy.evaluator_env_num
-    if len(env_ids) == everybody:
+    environments = policy.collector_env_num if mode == 'collect' else policy.evaluator_env_num
+    if len(env_ids) == environments:  # then UniZero finds a row by its environment, and else takes rows as they are
         order = np.argsort(env_ids).tolist()
         observations, actions = observations[order], [actions[row] for row in order]
     setattr(policy, f'last_batch_obs_{mode}', observations)
     setattr(policy, f'last_batch_action_{mode}', actions)
 
 
-class KeptOfBatch(KeptRows):
-    """Sampled UniZero's: its reset methods are UniZero's, which do not touch them."""
+class KeptWithUniZerosResets(KeptRows):
+    """Rows of the last batch, as Sampled UniZero keeps them. It inherits UniZero's reset methods, which put back single
+    environments, and not these rows."""
 
     def reset(self, reset: Any, world_model: Any, *args: Any, **kwargs: Any) -> None:
         self.policy.pad_token_id = reset.__self__.pad_token_id
-        if not hasattr(self.policy, reset.__name__.replace('_reset', 'last_batch_obs')):
-            super().reset(reset, world_model)  # an environment's row can be put back where there are rows
+        observations = reset.__name__.replace('_reset', 'last_batch_obs')  # 'last_batch_obs_collect', or of 'eval'
+        if observations not in vars(self.policy):
+            super().reset(reset, world_model)  # of all environments, which makes what can be put back
         super().reset(reset, world_model, *args, **kwargs)
 
 
-class KeptByEnvironment(KeptOfBatch):
-    """UniZero's: of each environment, of collection and evaluation apart; roots are in the environments' pools."""
+class KeptByEnvironment(KeptWithUniZerosResets):
+    """The last observation and action of each environment, of collection and evaluation apart, as UniZero keeps them.
+    Its roots are in the pools of their environments."""
 
     def has_begun(self, mode: str) -> bool:
         return f'last_batch_obs_{mode}' in vars(self.policy)
@@ -264,15 +266,15 @@ class KeptByEnvironment(KeptOfBatch):
 
 
 def kept_rows(policy: Any) -> KeptRows:
-    """What a policy keeps between steps; nothing yet."""
-    return KeptOfBatch() if hasattr(policy, 'last_batch_obs') else KeptByEnvironment()
+    """For what a policy keeps between steps; nothing yet."""
+    return KeptWithUniZerosResets() if hasattr(policy, 'last_batch_obs') else KeptByEnvironment()
 
 
 def traverse_options(cfg: Any) -> Tuple[Any, ...]:
-    """What UniZero's tree takes last."""
+    """Arguments that UniZero's tree takes after all others."""
     return (cfg.deterministic,)
 
 
 def draws_ties(cfg: Any) -> bool:
-    """Whether a search draws among equal scores; or takes the first."""
+    """Whether a search draws one of the actions with equal scores, or else takes the first."""
     return not cfg.get('deterministic', False)

@@ -19,7 +19,7 @@ RECURRENT_SLOTS = 'shared_pool_size'
 """Attribute of a world model that says how many contexts its recurrent pool has."""
 
 ANGLES_GROW = False
-"""Whether its table of rotary angles grows, or else they repeat."""
+"""Whether the table of rotary angles grows, or else angles repeat."""
 
 KEEPS_REANALYSES = False
 """Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
@@ -49,7 +49,7 @@ SCALES: Tuple[str, ...] = (SUPPORT, )
 """Options that are whole numbers, of any type."""
 
 NEVER_CAUSES = ('last_obs', )
-"""What does not make its own caching answer wrongly."""
+"""Causes that validation knows of wrong answers of LightZero's own caching, which this one does not have."""
 
 
 def mlp_of(block: Any) -> nn.Module:
@@ -139,15 +139,15 @@ def hand_rows(policy: Any, mode: str, env_ids: Sequence[int], observations: torc
 
 
 def kept_rows(policy: Any) -> KeptRows:
-    """What a policy keeps between steps; nothing yet."""
+    """For what a policy keeps between steps; nothing yet."""
     return KeptRows()
 
 
 def traverse_options(cfg: Any) -> Tuple[Any, ...]:
-    """What UniZero's tree takes last."""
+    """Arguments that UniZero's tree takes after all others."""
     return ()
 
 
 def draws_ties(cfg: Any) -> bool:
-    """Whether a search draws among equal scores; or takes the first."""
+    """Whether a search draws one of the actions with equal scores, or else takes the first."""
     return True
