@@ -75,10 +75,11 @@ if __name__ == '__main__':
 SYSTEMS = {'old': (False, 'new'), 'lightzero': (True, 'lightzero'), 'new': (True, 'new')}
 
 
-def checked(policy_type='unizero', policy=(), **world_model_cfg):
-    """Check CartPole's config in new mode, with some keys of its policy and of its world model."""
+def checked(policy_type='unizero', policy=(), model=(), **world_model_cfg):
+    """Check CartPole's config in new mode, with some keys of its policy, of its model and of its world model."""
     main, create = small_cartpole(True, **world_model_cfg), copy.deepcopy(cartpole.create_config)
     main.policy.update(dict(policy))
+    main.policy.model.update(dict(model))
     create.policy.update(type=policy_type, import_names=[f'lzero.policy.{policy_type}', 'lzero_kvcache'])
     return check_config(main, create)
 
@@ -262,6 +263,8 @@ class TestMain:
             (dict(obs_type='text'), "obs_type='text'"),
             (dict(policy=dict(contextual_reanalysis=True, reanalyze_ratio=0.5)), 'contextual_reanalysis=True'),
             (dict(policy=dict(kv_cache_clear_interval=20)), 'kv_cache_clear_interval=20'),
+            *((dict(model={f'{name}_support_range': support}), f'policy.model.{name}_support_range=')
+              for name in ('value', 'reward') for support in ((-50., 52., 1.), (-50., 51., 2.))),
         ):
             with pytest.raises(ConfigError, match=message):
                 checked(**wrong)
