@@ -13,7 +13,7 @@ from common import PRESETS, allocated_mb, build_models, median, parser, report, 
 from easydict import EasyDict
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 
-from lzero_kvcache.host.buffers import Reanalysis
+from lzero_kvcache.host.buffers import ReanalysisSearch
 
 UNROLL = 10  # rows are sequences x (unroll steps + 1), as in LightZero's buffer
 
@@ -30,7 +30,7 @@ def main() -> None:
         models = build_models(args, 8, 50)
         new = models['new'].world_model
         actions, width = PRESETS[args.model]['model']['action_space_size'], new.embed_dim
-        in_arrays = Reanalysis if new.searches_in_arrays('Reanalyzing') else UniZeroMCTSCtree
+        in_arrays = ReanalysisSearch if new.searches_in_arrays('Reanalyzing') else UniZeroMCTSCtree
         searches = {'old': [('old', UniZeroMCTSCtree)], 'new': [('tree', UniZeroMCTSCtree), ('new', in_arrays)]}
         latent = np.random.default_rng(0).random((rows, 1, width), dtype=np.float32)
         action = torch.randint(actions, (rows,), device=args.device)

@@ -239,6 +239,14 @@ def picked_system(world_model_cfg: Any) -> str:
     return system_of(picked_manager(world_model_cfg))
 
 
+def unread_options(world_model_cfg: Any) -> str:
+    """What a ``kv_cache_cfg`` says that LightZero's own new manager does not read."""
+    given = lookup(world_model_cfg, OPTIONS) or {}
+    unread = [key for key, value in given.items()
+              if key not in ('type', 'enable_stats') and value not in (None, KV_CACHE_CFG[key].default)]
+    return ', '.join(f'{OPTIONS}.{key}={given[key]!r}' for key in unread)
+
+
 def _read_options(options: Any) -> Dict[str, Any]:
     options = {} if options is None else options
     if not isinstance(options, dict):

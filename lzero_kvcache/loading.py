@@ -64,8 +64,8 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     policy = POLICY_REGISTRY.get(name)
     merged = deep_merge_dicts(policy.default_config(), main_config.policy)
     config = settle(merged, lightzero.simulations_of(merged))
+    check_policy(merged, config.system)
     if config.system == 'new':
-        check_policy(merged)
         if name == 'sampled_unizero':
             check_draws(merged)
         if not issubclass(policy, KVCachePolicy):

@@ -9,7 +9,6 @@ policies and tree searches pass. ``B`` is the number of environments (rows), ``E
 the size of the action space, ``T`` a number of tokens.
 """
 import math
-from collections import defaultdict
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
@@ -312,9 +311,7 @@ class LightZeroAlone(Batch):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         assert self.world_model.env_num == 1
-        setattr(self.world_model, adapter().RECURRENT_SLOTS, 2 ** 62)
-        self.world_model.pool_idx_to_key_map_recur_infer = defaultdict(lambda: None)  # which the main branch reads
-        self.world_model.pool_idx_to_key_map_init_envs = [defaultdict(lambda: None)]
+        adapter().grow_recurrent_pool(self.world_model)
         self.world_model.shared_pool_size_init = 2 ** 62
         self.world_model.shared_pool_recur_infer = _EndlessSlots()
         self.world_model.shared_pool_init_infer = [_EndlessSlots()]

@@ -32,7 +32,7 @@ from lzero_kvcache.host.tree_search import NodeSearch, Roots
 from lzero_kvcache.host.weights import Room, source_of
 from lzero_kvcache.search import device, device_space, whole
 from lzero_kvcache.search.device import MAX_SPACES, ROWS_APART, DeviceSearch
-from lzero_kvcache.search.device_space import Reanalysis, Space, explorations
+from lzero_kvcache.search.device_space import GrownReanalysis, Reanalysis, Space, explorations
 from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
 from lzero_kvcache.search.tree import exploration, make_rules, root_actions, root_values, root_visits
 from lzero_kvcache.search.whole import WholeSearch
@@ -106,10 +106,32 @@ def test_interpreted_it_is_the_compiled_reanalysis(_small: None, case: Case, two
     assert space.rows == 2 and world_model.kv_cache_manager.memory_mb >= space.memory_mb > 0
 
 
-@pytest.mark.parametrize('reanalyzes', [False, True])
+@pytest.mark.parametrize(('rows', 'within_limit', 'at_once'), [
+    (20, sys.maxsize, 20), (600, sys.maxsize, 200), (20, 13, 7), (600, 130, 120), (20, 3, 7)])
+def test_no_more_rows_of_a_reanalysis_than_memory_is_allowed_for(rows: int, within_limit: int, at_once: int) -> None:
+    """A search is captured for multiples of eight rows, and for eight at least."""
+    search = cached_model(Case(), 2, 5).world_model.inference._device
+    assert search._rows_at_a_time(rows, within_limit) == at_once
+
+
+@interpreted
+def test_rows_that_only_fill_up_a_reanalysis_have_pages_of_their_own() -> None:
+    world_model = cached_model(Case(), 2, 5).world_model
+    rules = dict(pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=False)
+    problem: Any = types.SimpleNamespace(rules=rules, simulations=5, slots=3, action_size=0)
+    space = GrownReanalysis(world_model.inference.engine, world_model.weights_source, 3, problem, 8)
+    before = space.given.pages.copy(), space.given.tables.copy()
+    assert len({*before[0].ravel(), *before[1][:, 0]}) == 6 * 8
+    space.given.pages[:, :6] = 0  # as if the rows in use had others
+    space.empty_rows(6)
+    assert (space.given.pages[:, :6] == 0).all() and (space.given.pages[:, 6:] == before[0][:, 6:]).all()
+    assert (space.given.tables == before[1]).all() and (space.given.counts == 1).all()
+
+
+@pytest.mark.parametrize('kind', [Space, Reanalysis, GrownReanalysis])
 @pytest.mark.parametrize('case', [Case(rotary=True), Case(), Case(continuous=True)],
                          ids=['rotary', 'learned', 'continuous'])
-def test_all_that_a_space_holds_is_counted(case: Case, reanalyzes: bool) -> None:
+def test_all_that_a_space_holds_is_counted(case: Case, kind: Any) -> None:
     world_model = cached_model(case, 2, 5).world_model
     slots, draws = (4, case.action_space_size) if case.continuous else (case.action_space_size, 0)
     rules = dict(pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=False)
@@ -118,7 +140,8 @@ def test_all_that_a_space_holds_is_counted(case: Case, reanalyzes: bool) -> None
     gc.collect()
     before = storages()
     given = world_model.inference.engine, world_model.weights_source
-    space = Reanalysis(*given, 1, problem, 8) if reanalyzes else Space(*given, Slab(1, 1, 2), 3, problem, 8)
+    own = [Slab(1, 1, 2)] if kind is Space else []
+    space = kind(*given, *own, 1 if kind is Reanalysis else 3, problem, 8)
     made = [size for address, size in storages().items() if address not in before]
     assert space.memory_mb * MIB == sum(made) > 8 * 6 * slots
 

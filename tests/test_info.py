@@ -190,11 +190,13 @@ def test_a_data_parallel_config_is_told_of_in_one_process():
     assert dict(info.of_plan(plan))['cache system'] == "new, with manager 'new'"
 
 
-def test_an_environment_of_the_zoo_that_fails_is_named(monkeypatch):
+@pytest.mark.parametrize(('body', 'error'), [
+    ('return self.no_such_range', 'AttributeError'), ('raise ValueError("two\\nlines")', 'ValueError: two lines')])
+def test_an_environment_of_the_zoo_that_fails_is_named(monkeypatch, body, error):
     monkeypatch.setattr(info, 'our_configs', lambda: {'config_new': our_configs()['config_new']})
     monkeypatch.setattr(info, 'lightzero_configs', dict)
     place, fails = os.path.join(building.zoo_folder(), 'some_env.py'), {}
-    exec(compile('def reset(self):\n    return self.no_such_range', place, 'exec'), fails)
+    exec(compile(f'def reset(self):\n    {body}', place, 'exec'), fails)
     monkeypatch.setattr('zoo.classic_control.cartpole.envs.cartpole_lightzero_env.CartPoleEnv.reset', fails['reset'])
     said = dict(info.of_zoo())['config_new']
-    assert said.startswith(f"no extra: LightZero's own {place}:2 fails: AttributeError: ")
+    assert said.startswith(f"no extra: LightZero's own {place}:2 fails: {error}")

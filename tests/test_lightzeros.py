@@ -20,6 +20,7 @@ from ding.utils import MODEL_REGISTRY
 from easydict import EasyDict
 from lzero.model.common import RepresentationNetworkMLP
 from lzero.model.unizero_model import UniZeroModel
+from lzero.model.unizero_world_models import transformer
 from lzero.policy import sampled_unizero
 from oracle import Batch, play, random_trace
 from small_models import ON_MAIN, ORIGINAL_MODELS, Case, cached_model, construct, randomise
@@ -29,7 +30,7 @@ from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartp
 
 from lzero_kvcache import CacheConfig, ConfigError, check_config
 from lzero_kvcache.training import make_plan
-from lzero_kvcache.training.info import of_zoo
+from lzero_kvcache.training.info import of_plan, of_zoo
 from lzero_kvcache.training.plan import set_cache
 from lzero_kvcache_options import main
 
@@ -75,10 +76,11 @@ if __name__ == '__main__':
 SYSTEMS = {'old': (False, 'new'), 'lightzero': (True, 'lightzero'), 'new': (True, 'new')}
 
 
-def checked(policy_type='unizero', policy=(), **world_model_cfg):
-    """Check CartPole's config in new mode, with some keys of its policy and of its world model."""
+def checked(policy_type='unizero', policy=(), model=(), **world_model_cfg):
+    """Check CartPole's config in new mode, with some keys of its policy, of its model and of its world model."""
     main, create = small_cartpole(True, **world_model_cfg), copy.deepcopy(cartpole.create_config)
     main.policy.update(dict(policy))
+    main.policy.model.update(dict(model))
     create.policy.update(type=policy_type, import_names=[f'lzero.policy.{policy_type}', 'lzero_kvcache'])
     return check_config(main, create)
 
@@ -139,6 +141,22 @@ class TestMain:
         assert counters['init']['hits'] == (6 if system == 'new' else 0)
         assert {'stats_enabled', 'init_pools', 'recur_pool', 'memory_mb'} <= summary.keys()
 
+    def test_options_that_its_manager_does_not_read_are_told_of(self, caplog):
+        read = dict(type='lightzero', enable_stats=False, eviction='fifo', init_pool_size=None)
+        unread = dict(eviction='lru', search='tree', validation='exact')
+        make_policy(True, kv_cache_cfg=EasyDict(read, search='auto'))
+        assert 'does not read' not in caplog.text
+        make_policy(True, kv_cache_cfg=EasyDict({**read, **unread}))
+        said, = {record.message for record in caplog.records if 'does not read' in record.message}
+        listed = ', '.join(f'kv_cache_cfg.{key}={value!r}' for key, value in unread.items())
+        assert said == f"LightZero's own manager does not read {listed}: only kv_cache_cfg.type='new' does"
+        options = [f'+policy.model.world_model_cfg.kv_cache_cfg.{key}={value}' for key, value in unread.items()]
+        for cache, told in (('lightzero', True), ('old', False), ('new', False)):
+            rows = dict(of_plan(make_plan('config_new', cache=cache, overrides=options)))
+            assert ('not read' in rows) is told
+            assert told is False or set(rows['not read'].split(', ')) == set(listed.split(', '))
+            assert {'init pools', 'recurrent pool', 'context'} <= rows.keys()
+
     @pytest.mark.parametrize('system', ['old', 'lightzero'])
     @pytest.mark.parametrize('rotary', [False, True])
     def test_lightzeros_own_answer_as_without_the_plugin(self, system, rotary):
@@ -168,6 +186,25 @@ class TestMain:
         }
         with pytest.raises(ConfigError, match=f'{key}={value!r}'):
             cached_model(Case(), 2, 3, **changes)
+        with pytest.raises(ConfigError, match=f'{key}={value!r}'):
+            checked(rotary_emb=False, **changes)
+
+    @pytest.mark.parametrize('system', SYSTEMS)
+    def test_options_with_which_it_builds_no_model_are_refused_in_all_systems(self, system):
+        flag, manager = SYSTEMS[system]
+        of_system = dict(use_new_cache_manager=flag, kv_cache_cfg=EasyDict(type=manager))
+        for said, options in (
+                ("gru_gating=True cannot work: LightZero's gated block fails with", dict(gru_gating=True)),
+                ('rebuild_kv_window_from_tokens=True contradicts rotary_emb=True',
+                 dict(rebuild_kv_window_from_tokens=True, rotary_emb=True))):
+            for refusing in (checked, lambda **cfg: make_policy(flag, **cfg)):
+                with pytest.raises(ConfigError, match=f'policy.model.world_model_cfg.{said}'):
+                    refusing(**of_system, **options)
+
+    def test_gated_layers_are_let_pass_where_they_are_built(self, monkeypatch):
+        gate = transformer.GRUGatingUnit
+        monkeypatch.setattr(transformer, 'GRUGatingUnit', lambda width, bias_init: gate(width, bias_init))
+        assert checked(gru_gating=True).system == 'new'
 
     @pytest.mark.parametrize('rotary', [False, True])
     def test_low_rank_changes_of_mlps_are_served_and_of_attention_refused(self, rotary):
@@ -190,8 +227,17 @@ class TestMain:
         player.close()
         tally = model.world_model.validator.tally
         assert (tally.rows, tally.over) == (4 * 7 * 2, 0)
-        with pytest.raises(ConfigError, match='SelfAttention.query is a CurriculumLoRALinear and no Linear'):
+        with pytest.raises(ConfigError, match=r"world_model_cfg.lora_target_modules=\['attn'\]: projections of"):
             make(lora_target_modules=['attn'])
+        assert model.world_model.why_not_whole().startswith('its MLPs are CurriculumLoRALinear')
+
+    def test_low_rank_changes_of_attention_are_refused_only_where_there_are_some(self):
+        lora = dict(lora_r=4, lora_target_modules=['attn', 'feed_forward'])
+        for none in (dict(lora, curriculum_stage_num=1), dict(lora, curriculum_stage_num=3, lora_r=0),
+                     dict(lora, curriculum_stage_num=3, lora_target_modules=['feed_forward'])):
+            assert checked(**none).system == 'new'
+        with pytest.raises(ConfigError, match=r"lora_target_modules=\['attn', 'feed_forward'\]: projections of"):
+            checked(**lora, curriculum_stage_num=3)
 
     @pytest.mark.slow
     def test_the_asynchronous_entry_is_served(self, tmp_path):
@@ -218,6 +264,8 @@ class TestMain:
             (dict(obs_type='text'), "obs_type='text'"),
             (dict(policy=dict(contextual_reanalysis=True, reanalyze_ratio=0.5)), 'contextual_reanalysis=True'),
             (dict(policy=dict(kv_cache_clear_interval=20)), 'kv_cache_clear_interval=20'),
+            *((dict(model={f'{name}_support_range': support}), f'policy.model.{name}_support_range=')
+              for name in ('value', 'reward') for support in ((-50., 52., 1.), (-50., 51., 2.))),
         ):
             with pytest.raises(ConfigError, match=message):
                 checked(**wrong)

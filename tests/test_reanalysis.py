@@ -19,7 +19,7 @@ from test_tree import alike
 
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.host import entries
-from lzero_kvcache.host.buffers import Reanalysis, reanalyzed_in_arrays
+from lzero_kvcache.host.buffers import ReanalysisSearch, reanalyzed_in_arrays
 from lzero_kvcache.host.lightzero import lightzero
 from lzero_kvcache.host.patches import applied
 from lzero_kvcache.search import tree, whole
@@ -117,6 +117,23 @@ def test_it_is_the_search_by_steps(case: Case, two_players: bool, grows: bool) -
     np.testing.assert_allclose(values, expected_values, atol=TOLERANCE)
     assert np.std(values) > 0.01 and all(sum(row) == SIMULATIONS for row in visits)
     assert [len(row) for row in visits[:3]] == [case.action_space_size, 2, 1]
+
+
+@pytest.mark.parametrize(('grows', 'allowed', 'at_once'), [(True, 0.15, [13, 7]), (False, 0.15, [20]), (True, 9, [20])])
+def test_its_pages_take_no_more_memory_than_is_allowed(grows: bool, allowed: float, at_once: List[int]) -> None:
+    question = asked(Case(), False, grows, max_memory_mb=allowed, recurrent_pool_size=1)
+    search, sizes = question.world_model.inference._whole, []
+    find = search._from_states
+
+    def noted(problem: Problem, latents: np.ndarray, *args: Any) -> Any:
+        sizes.append(len(latents))
+        return find(problem, latents, *args)
+
+    with mock.patch.object(search, '_from_states', noted):
+        visits, _, _ = question.world_model.inference.reanalyze(*question[1:])
+    assert sizes == at_once and [sum(row) for row in visits] == ROWS * [SIMULATIONS]
+    [[space]] = search._spaces._free.values()
+    assert space.slab.nbytes <= allowed * 2 ** 20
 
 
 @CASES
@@ -304,7 +321,7 @@ def test_means_over_many_reanalyses_are_those_of_lightzeros_tree(life: Any) -> N
             ])
 
     arrays, ctree = targets(reanalyzed_in_arrays(compute)), targets(compute)
-    with mock.patch.object(Reanalysis, '_rules', lambda self, rules=Reanalysis._rules: dict(
+    with mock.patch.object(ReanalysisSearch, '_rules', lambda self, rules=ReanalysisSearch._rules: dict(
             rules(self), pb_c_init=12.)):
         other = targets(reanalyzed_in_arrays(compute))
     assert (arrays.std(axis=0) > 0).any()

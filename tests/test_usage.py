@@ -188,7 +188,9 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
     [f'+{WM}.kv_cache_cfg.no_such=3'],
     *([f'+{WM}.{change}', 'policy.num_simulations=25', 'policy.game_segment_length=50'] for change in (
         'game_segment_length=0', 'num_simulations=2.5', "num_simulations='4'")),
-    *([[f'{WM}.group_size=7'], [f'{WM}.max_blocks=4', f'{WM}.max_tokens=8']] if ON_MAIN else []),
+    *([[f'{WM}.group_size=7'], [f'{WM}.max_blocks=4', f'{WM}.max_tokens=8'],
+       ['+policy.model.support_scale=0'], ['+policy.model.support_scale=300']] if ON_MAIN else [  # the other one's
+           ['+policy.model.value_support_range=[-300.,301.,1.]']]),
 ])
 def test_what_lightzero_trains_with_is_not_refused(changes):
     """Each was trained by LightZero alone, whatever it learned."""

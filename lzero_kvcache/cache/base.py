@@ -1,5 +1,6 @@
 """What a cache manager must offer. ``B`` rows of a batch; tables of pages ``[B, R]``, left-aligned, padded with 0."""
 import enum
+import sys
 from abc import ABC, abstractmethod
 from typing import Any, Dict, Hashable, Optional, Sequence
 
@@ -100,6 +101,7 @@ class PagedCacheManager(BaseCacheManager):
     Properties:
         - width (:obj:`int`): ``R``, pages that a stored context has at the most: ``context_length / 2 - 1``.
         - page_capacity (:obj:`int`): Page ids are below this; it may grow whenever a lease allocates.
+        - page_limit (:obj:`int`): What it may grow to, and as many pages has a reanalysis to itself; no bound here.
     """
     width: int
 
@@ -107,6 +109,11 @@ class PagedCacheManager(BaseCacheManager):
     @abstractmethod
     def page_capacity(self) -> int:
         """Page ids are below this."""
+
+    @property
+    def page_limit(self) -> int:
+        """What the page capacity may grow to."""
+        return sys.maxsize
 
     @abstractmethod
     def use_store(self, store: Any) -> None:

@@ -68,16 +68,18 @@ class KVCacheManager(PagedCacheManager):
         roots = sum(environments) * (self.width + 1)
         return RESERVED_PAGES + roots + self.config.recurrent_pool_size + 2 * max(environments)
 
-    def _page_limit(self) -> int:
+    @property
+    def page_limit(self) -> int:
+        """Pages that ``max_memory_mb`` allows."""
         if self.config.max_memory_mb is None or self.storage is None:
-            return np.iinfo(np.int64).max
+            return super().page_limit
         return max(2, int(self.config.max_memory_mb * MIB / self.storage.page_bytes))
 
     # ---- what the world model calls -------------------------------------------------------------------------------
 
     def use_store(self, store: Any) -> None:
         self.storage = store
-        if self._pages.capacity > self._page_limit():
+        if self._pages.capacity > self.page_limit:
             least = self._pages.capacity * store.page_bytes / MIB
             raise ConfigError(
                 f'{PREFIX}.kv_cache_cfg.max_memory_mb={self.config.max_memory_mb} is too small for one search: '
@@ -332,7 +334,7 @@ class KVCacheManager(PagedCacheManager):
     def _make_room(self, count: int) -> None:
         """Grow in one step if the limit allows it, else evict what no search and no current step needs."""
         before = self._pages.capacity
-        wanted = min(before + max(count, before // 2), self._page_limit())
+        wanted = min(before + max(count, before // 2), self.page_limit)
         if not self._out_of_memory and wanted - before >= count - self._pages.free:
             if self.storage is None or self.storage.grow(wanted):
                 logger.info(f'Grew the page storage from {before} to {wanted} pages ({self.memory_mb:.1f} MiB)')

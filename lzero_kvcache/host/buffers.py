@@ -25,7 +25,7 @@ def _is_served(model: Any, kind: str) -> bool:
 # ---- searches anew ---------------------------------------------------------------------------------------------------
 
 
-class Reanalysis(NodeSearch):
+class ReanalysisSearch(NodeSearch):
     """What the buffer's method finds as ``MCTSCtree``."""
 
     roots = Roots
@@ -46,10 +46,10 @@ def reanalyzed_in_arrays(compute: Callable[..., Any]) -> Callable[..., Any]:
         searching = None
         if (policy_re_context is not None and _is_served(model, 'recurrent')
                 and buffer._cfg.model.categorical_distribution):
-            searching = lightzero.searching_at_once(buffer, Reanalysis)
+            searching = lightzero.searching_at_once(buffer, ReanalysisSearch)
         if searching is None or not model.world_model.searches_in_arrays('Reanalyzing'):
             return compute(buffer, policy_re_context, model, *args, **kwargs)
-        return with_globals(compute, MCTSCtree=Reanalysis)(searching, policy_re_context, model, *args, **kwargs)
+        return with_globals(compute, MCTSCtree=ReanalysisSearch)(searching, policy_re_context, model, *args, **kwargs)
 
     return run
 

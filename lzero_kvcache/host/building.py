@@ -89,7 +89,7 @@ def _fault_named() -> Iterator[None]:
     import lzero
     try:
         yield
-    except (TypeError, AttributeError, NotImplementedError, ImportError) as error:
+    except (TypeError, ValueError, AttributeError, NotImplementedError, ImportError) as error:
         missing = isinstance(error, ModuleNotFoundError) or isinstance(error.__context__, ModuleNotFoundError)
         last = traceback.extract_tb(error.__traceback__)[-1]
         if missing or not last.filename.startswith((lzero.__path__[0] + os.sep, zoo_folder() + os.sep)):

@@ -34,10 +34,7 @@ class _OneEnvironment(Shadow):
 
     def __init__(self, world_model: Any) -> None:
         super().__init__(world_model, 1)
-        setattr(self, lightzero.RECURRENT_SLOTS, 2 ** 62)  # its pool grows by a slot for each node
-        # The main branch also notes the key of each slot.
-        self.pool_idx_to_key_map_recur_infer: Any = defaultdict(lambda: None)
-        self.pool_idx_to_key_map_init_envs: Any = [defaultdict(lambda: None)]
+        lightzero.grow_recurrent_pool(self)  # by a slot for each node
         self.last_root: Optional[int] = None  # slot of the context that the next root continues
         self.roots, self.nodes = _MeantSlot(), _MeantSlot()
         self.past_kv_cache_init_infer_envs = [self.roots]

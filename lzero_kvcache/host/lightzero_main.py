@@ -1,11 +1,12 @@
 """What is of LightZero's main branch alone."""
 import copy
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from collections import defaultdict
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from lzero.mcts import UniZeroGameBuffer
-from lzero.model.unizero_world_models.transformer import precompute_freqs_cis
+from lzero.model.unizero_world_models.transformer import Block, TransformerConfig, precompute_freqs_cis
 from lzero.policy import DiscreteSupport, inverse_scalar_transform
 from lzero.policy.unizero import UniZeroPolicy
 from torch import nn
@@ -15,7 +16,7 @@ from .kept_rows import Kept, KeptRows
 
 NAME = 'main branch'
 SIGN = 'a block of its transformer has a feed_forward'
-SERVED = 'UniZero, Sampled UniZero and UniZero with PPO; its own new manager with the old searches'
+SERVED = "UniZero, Sampled UniZero, UniZero with PPO, of one task; its own manager by kv_cache_cfg.type='lightzero'"
 
 POLICIES = ('unizero', 'sampled_unizero', 'unizero_ppo')
 """Policies that are served."""
@@ -24,7 +25,7 @@ RECURRENT_SLOTS = 'shared_pool_size_recur'
 """Attribute of a world model that says how many contexts its recurrent pool has."""
 
 ANGLES_GROW = True
-"""Whether its table of rotary angles grows, or else they repeat."""
+"""Whether the table of rotary angles grows, or else angles repeat."""
 
 KEEPS_REANALYSES = True
 """Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
@@ -47,11 +48,17 @@ UNROLLS_WITHIN_BLOCKS = False
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
 """What a policy must be built for to collect."""
 
+SUPPORT = 'policy.model.value_support_range'
+"""What a world model's ``support_size`` follows from."""
+
+SCALES: Tuple[str, ...] = ()
+"""Options that are whole numbers, of any type."""
+
 CLEARS_EVERY = 2000
 """Steps after which its own caches are cleared, if a policy does not say it."""
 
 NEVER_CAUSES = ('stale_slot', 'padding')
-"""What does not make its own caching answer wrongly."""
+"""Causes that validation knows of wrong answers of LightZero's own caching, which this one does not have."""
 
 _CHANGES_CONTEXTS = (
     ('exact_kv_window_reset', False, 'a full window would begin anew at its newest observation'),
@@ -73,7 +80,7 @@ def angles_of(config: Any) -> int:
 
 
 def longer_table(transformer: Any, first: int, last: int) -> Optional[torch.Tensor]:
-    """A table of rotary angles that has a first and a last one, where the transformer's has not."""
+    """A longer table of rotary angles, where the transformer's ends before the last one; there are none below 0."""
     table = transformer.freqs_cis
     if first < 0:
         raise ValueError(
@@ -92,8 +99,8 @@ def values_of(logits: torch.Tensor, cfg: Any) -> torch.Tensor:
 
 
 def searching_at_once(buffer: Any, mcts: Any) -> Any:
-    """A copy of a replay buffer that searches all roots of a reanalysis at once, each with contexts of its own, and not
-    as many as there are environments; None where how it searches is somebody's own."""
+    """A copy of a replay buffer that gives ``mcts`` all roots of a reanalysis at once. LightZero's own gives it as many
+    at a time as there are environments. None where that is done by a method of somebody's own."""
     if type(buffer)._search_reanalyzed_roots_in_chunks is not UniZeroGameBuffer._search_reanalyzed_roots_in_chunks:
         return None
 
@@ -109,12 +116,30 @@ def searching_at_once(buffer: Any, mcts: Any) -> Any:
     return searching
 
 
-def unserved_of(world_model: Any) -> Iterator[str]:
-    """Options of a world model that change what a context is, and that the new cache does not know."""
+def unserved_of(config: Any) -> Iterator[str]:
+    """Options of a ``world_model_cfg`` that change what a context is, and that the new cache does not know."""
     for name, harmless, meaning in _CHANGES_CONTEXTS:
-        value = world_model.config.get(name, harmless)
+        value = config.get(name, harmless)
         if value != harmless and value != 'none':
             yield f'{name}={value!r}: {meaning}'
+    changed = config.get('lora_target_modules')
+    if config.get('lora_r', 0) > 0 and config.get('curriculum_stage_num', 1) > 1 and 'attn' in (changed or ()):
+        yield f'lora_target_modules={changed!r}: projections of attention would have low-rank changes'
+
+
+def unbuilt_of(config: Any) -> Optional[str]:
+    """An option of a ``world_model_cfg`` with which LightZero builds no world model, in any system."""
+    if config.get('gru_gating'):
+        sizes = dict(tokens_per_block=2, max_blocks=1, num_layers=1, num_heads=1, embed_dim=8)
+        drops = dict(embed_pdrop=0., resid_pdrop=0., attn_pdrop=0.)
+        try:  # somebody may have mended it
+            Block(TransformerConfig(attention='causal', gru_gating=True, **sizes, **drops))
+        except TypeError as error:
+            return f"gru_gating=True cannot work: LightZero's gated block fails with {error}; set it to False"
+    if config.get('rebuild_kv_window_from_tokens') and config.get('rotary_emb'):
+        return ('rebuild_kv_window_from_tokens=True contradicts rotary_emb=True: LightZero rebuilds windows of learned '
+                'positions alone; set one of them to False')
+    return None
 
 
 def unserved_policy(cfg: Any) -> Optional[str]:
@@ -148,11 +173,39 @@ def simulations_of(cfg: Any) -> int:
     return max(cfg.get(key, 0) for key in ('num_simulations', 'collect_num_simulations', 'eval_num_simulations'))
 
 
+def support_size(support: Any) -> Any:
+    """How many numbers a support has."""
+    return len(range(*map(int, support)))
+
+
 def least_environments(policy: str) -> Tuple[Tuple[str, str], ...]:
     """Numbers of environments of which the first is at least the second in every training of a policy. It picks rows by
     environment, but for Sampled UniZero."""
     kinds = () if policy == 'sampled_unizero' else ('collector', 'evaluator')
     return tuple((f'policy.{kind}_env_num', f'env.{kind}_env_num') for kind in kinds)
+
+
+# ---- a model ---------------------------------------------------------------------------------------------------------
+
+
+def world_model_of(model: Any, module: Any) -> type:
+    """The class of the world model that a model, which is of a module, makes."""
+    return getattr(model, 'world_model_cls', module.WorldModel)
+
+
+def with_world_model(model: Any, kind: type) -> Dict[str, type]:
+    """Globals with which a model's constructor makes a world model of another class. Some name it by an attribute."""
+    if hasattr(model, 'world_model_cls'):
+        model.world_model_cls = kind
+        return {}
+    return {'WorldModel': kind}
+
+
+def grow_recurrent_pool(world_model: Any) -> None:
+    """Let a world model's recurrent pool never begin anew. It notes the key of each slot: here that is nobody's."""
+    world_model.shared_pool_size_recur = 2 ** 62
+    world_model.pool_idx_to_key_map_recur_infer = defaultdict(lambda: None)
+    world_model.pool_idx_to_key_map_init_envs = [defaultdict(lambda: None)]
 
 
 # ---- a step of a policy ----------------------------------------------------------------------------------------------
@@ -164,31 +217,33 @@ def environments_of(ready: Any) -> List[int]:
 
 
 def hand_rows(policy: Any, mode: str, env_ids: Sequence[int], observations: torch.Tensor, actions: List[Any]) -> None:
-    """Give a policy the last observations and actions of the rows of its next batch. Those of a batch that is as large
-    as all environments it picks by environment, others it takes as they are."""
-    if hasattr(policy, 'last_batch_obs'):  # Sampled UniZero's are rows of a batch
+    """Give a policy the last observations and actions of the rows of its next batch."""
+    if hasattr(policy, 'last_batch_obs'):  # Sampled UniZero
         policy.last_batch_obs, policy.last_batch_action = observations, actions
         return
-    everybody = policy.collector_env_num if mode == 'collect' else policy.evaluator_env_num
-    if len(env_ids) == everybody:
+    environments = policy.collector_env_num if mode == 'collect' else policy.evaluator_env_num
+    if len(env_ids) == environments:  # then UniZero finds a row by its environment, and else takes rows as they are
         order = np.argsort(env_ids).tolist()
         observations, actions = observations[order], [actions[row] for row in order]
     setattr(policy, f'last_batch_obs_{mode}', observations)
     setattr(policy, f'last_batch_action_{mode}', actions)
 
 
-class KeptOfBatch(KeptRows):
-    """Sampled UniZero's: its reset methods are UniZero's, which do not touch them."""
+class KeptWithUniZerosResets(KeptRows):
+    """Rows of the last batch, as Sampled UniZero keeps them. It inherits UniZero's reset methods, which put back single
+    environments, and not these rows."""
 
     def reset(self, reset: Any, world_model: Any, *args: Any, **kwargs: Any) -> None:
         self.policy.pad_token_id = reset.__self__.pad_token_id
-        if not hasattr(self.policy, reset.__name__.replace('_reset', 'last_batch_obs')):
-            super().reset(reset, world_model)  # an environment's row can be put back where there are rows
+        observations = reset.__name__.replace('_reset', 'last_batch_obs')  # 'last_batch_obs_collect', or of 'eval'
+        if observations not in vars(self.policy):
+            super().reset(reset, world_model)  # of all environments, which makes what can be put back
         super().reset(reset, world_model, *args, **kwargs)
 
 
-class KeptByEnvironment(KeptOfBatch):
-    """UniZero's: of each environment, of collection and evaluation apart; roots are in the environments' pools."""
+class KeptByEnvironment(KeptWithUniZerosResets):
+    """The last observation and action of each environment, of collection and evaluation apart, as UniZero keeps them.
+    Its roots are in the pools of their environments."""
 
     def has_begun(self, mode: str) -> bool:
         return f'last_batch_obs_{mode}' in vars(self.policy)
@@ -211,15 +266,15 @@ class KeptByEnvironment(KeptOfBatch):
 
 
 def kept_rows(policy: Any) -> KeptRows:
-    """What a policy keeps between steps; nothing yet."""
-    return KeptOfBatch() if hasattr(policy, 'last_batch_obs') else KeptByEnvironment()
+    """For what a policy keeps between steps; nothing yet."""
+    return KeptWithUniZerosResets() if hasattr(policy, 'last_batch_obs') else KeptByEnvironment()
 
 
 def traverse_options(cfg: Any) -> Tuple[Any, ...]:
-    """What UniZero's tree takes last."""
+    """Arguments that UniZero's tree takes after all others."""
     return (cfg.deterministic,)
 
 
 def draws_ties(cfg: Any) -> bool:
-    """Whether a search draws among equal scores; or takes the first."""
+    """Whether a search draws one of the actions with equal scores, or else takes the first."""
     return not cfg.get('deterministic', False)

@@ -1,5 +1,5 @@
 """What is of the released LightZero 0.2.0 alone."""
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from lzero.policy import inverse_scalar_transform
@@ -19,7 +19,7 @@ RECURRENT_SLOTS = 'shared_pool_size'
 """Attribute of a world model that says how many contexts its recurrent pool has."""
 
 ANGLES_GROW = False
-"""Whether its table of rotary angles grows, or else they repeat."""
+"""Whether the table of rotary angles grows, or else angles repeat."""
 
 KEEPS_REANALYSES = False
 """Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
@@ -42,8 +42,14 @@ UNROLLS_WITHIN_BLOCKS = True
 POLICY_FIELDS = ('collect',)
 """What a policy must be built for to collect."""
 
+SUPPORT = 'policy.model.support_scale'
+"""What a world model's ``support_size`` follows from."""
+
+SCALES: Tuple[str, ...] = (SUPPORT, )
+"""Options that are whole numbers, of any type."""
+
 NEVER_CAUSES = ('last_obs', )
-"""What does not make its own caching answer wrongly."""
+"""Causes that validation knows of wrong answers of LightZero's own caching, which this one does not have."""
 
 
 def mlp_of(block: Any) -> nn.Module:
@@ -65,9 +71,14 @@ def searching_at_once(buffer: Any, mcts: Any) -> Any:
     return buffer
 
 
-def unserved_of(world_model: Any) -> Iterator[str]:
-    """Options of a world model that change what a context is, and that the new cache does not know."""
+def unserved_of(config: Any) -> Iterator[str]:
+    """Options of a ``world_model_cfg`` that change what a context is, and that the new cache does not know."""
     return iter(())
+
+
+def unbuilt_of(config: Any) -> Optional[str]:
+    """An option of a ``world_model_cfg`` with which LightZero builds no world model, in any system."""
+    return None
 
 
 def unserved_policy(cfg: Any) -> Optional[str]:
@@ -85,10 +96,33 @@ def simulations_of(cfg: Any) -> int:
     return cfg['num_simulations']
 
 
+def support_size(scale: Any) -> Any:
+    """How many numbers a support has."""
+    return 2 * scale + 1
+
+
 def least_environments(policy: str) -> Tuple[Tuple[str, str], ...]:
     """Numbers of environments of which the first is at least the second in every training of a policy. The world model
     is given a row for each environment that the policy has."""
     return tuple((f'{PREFIX}.env_num', f'policy.{kind}_env_num') for kind in ('collector', 'evaluator'))
+
+
+# ---- a model ---------------------------------------------------------------------------------------------------------
+
+
+def world_model_of(model: Any, module: Any) -> type:
+    """The class of the world model that a model, which is of a module, makes."""
+    return module.WorldModel
+
+
+def with_world_model(model: Any, kind: type) -> Dict[str, type]:
+    """Globals with which a model's constructor makes a world model of another class."""
+    return {'WorldModel': kind}
+
+
+def grow_recurrent_pool(world_model: Any) -> None:
+    """Let a world model's recurrent pool never begin anew."""
+    world_model.shared_pool_size = 2 ** 62
 
 
 # ---- a step of a policy ----------------------------------------------------------------------------------------------
@@ -105,15 +139,15 @@ def hand_rows(policy: Any, mode: str, env_ids: Sequence[int], observations: torc
 
 
 def kept_rows(policy: Any) -> KeptRows:
-    """What a policy keeps between steps; nothing yet."""
+    """For what a policy keeps between steps; nothing yet."""
     return KeptRows()
 
 
 def traverse_options(cfg: Any) -> Tuple[Any, ...]:
-    """What UniZero's tree takes last."""
+    """Arguments that UniZero's tree takes after all others."""
     return ()
 
 
 def draws_ties(cfg: Any) -> bool:
-    """Whether a search draws among equal scores; or takes the first."""
+    """Whether a search draws one of the actions with equal scores, or else takes the first."""
     return True

@@ -1,6 +1,6 @@
 """LightZero's models with a world model of either system, picked by ``world_model_cfg``."""
 import inspect
-from typing import Any, Optional, Set, Type
+from typing import Any, Dict, Optional, Set, Type
 
 from ding.utils import MODEL_REGISTRY
 from lzero.model import sampled_unizero_model, unizero_model
@@ -38,13 +38,11 @@ class KVCacheModel(nn.Module):
         init, module = super().__init__.__func__, self.module  # type: ignore[attr-defined]
         config = _world_model_cfg(self, init, args, kwargs)
         system = picked_system(config)
-        names, named = {}, getattr(self, 'world_model_cls', module.WorldModel)
+        names: Dict[str, type] = {}
+        named = lightzero.world_model_of(self, module)
         if named is self.replaced:
             picked = {'old': self.old_world_model, 'new': self.new_world_model, LIGHTZERO: self.manager_world_model}
-            if hasattr(self, 'world_model_cls'):  # where some of the main branch's models name it
-                self.world_model_cls = picked[system]
-            else:
-                names['WorldModel'] = picked[system]
+            names = lightzero.with_world_model(self, picked[system])
         elif system == 'new':  # somebody's own, which has LightZero's own caching
             raise ConfigError(
                 f'{PREFIX}.{FLAG}=True, but {module.__name__}.WorldModel is {named.__module__}.'

@@ -69,8 +69,7 @@ class KVCachePolicy:
         self._cfg = cfg  # LightZero's destructor looks at it, also where the next line refuses it
         self._options = settle(cfg, lightzero.simulations_of(cfg))
         use_new = self._options.system == 'new'
-        if use_new:
-            check_policy(cfg)
+        check_policy(cfg, self._options.system)
         self._environments = Environments()
         self._running = StepsOfThread()  # the steps that this policy is in the middle of; None for one in old mode
         super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]

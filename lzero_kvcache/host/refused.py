@@ -6,6 +6,7 @@ from torch import nn
 from ..config import FLAG, PREFIX, ConfigError
 from .lightzero import lightzero
 
+MEND = f'set {PREFIX}.{FLAG}=False for the old system'
 KNOWN = ('lzero', 'lzero_kvcache', 'torch')
 
 FORWARD = ('forward', '_add_position_embeddings', '_process_obs_act_combined', '_process_obs_act_combined_cont',
@@ -21,16 +22,19 @@ def check_served(world_model: Any) -> None:
     """Refuse a world model with several observation tokens a step, or with a user's own caching, attention, blocks,
     ``forward`` or hooks. Inference over pages would not call them: it reads the model's weights, and calls only the
     tokenizer and the modules of heads, norms, gates and MLPs."""
-    mend = f'set {PREFIX}.{FLAG}=False for the old system'
     tokens = world_model.config.tokens_per_block
     if tokens != 2:
         raise ConfigError(
-            f'{PREFIX}.tokens_per_block={tokens}: the new cache serves 2, one observation token per step; {mend}'
+            f'{PREFIX}.tokens_per_block={tokens}: the new cache serves 2, one observation token per step; {MEND}'
         )
-    for option in lightzero.unserved_of(world_model):
-        raise ConfigError(f'{PREFIX}.{option}, which the new cache does not know; {mend}')
+    _check_options(world_model.config)
     for what in _passed_over(world_model):
-        raise ConfigError(f"{what}, and the new cache's inference, which reads the weights, would pass over it; {mend}")
+        raise ConfigError(f"{what}, and the new cache's inference, which reads the weights, would pass over it; {MEND}")
+
+
+def _check_options(world_model_cfg: Any) -> None:
+    for option in lightzero.unserved_of(world_model_cfg):
+        raise ConfigError(f'{PREFIX}.{option}, which the new cache does not know; {MEND}')
 
 
 def is_own(owner: Any, name: str) -> bool:
@@ -99,8 +103,16 @@ def _is_known(module: str) -> bool:
     return module.split('.')[0] in KNOWN
 
 
-def check_policy(policy_cfg: Any) -> None:
-    """Refuse a policy that the new cache does not serve with this LightZero, or would serve in part."""
+def check_policy(policy_cfg: Any, system: str) -> None:
+    """Refuse a policy whose world model this LightZero does not build, and one that the new cache does not serve, or
+    would serve in part."""
+    world_model_cfg = policy_cfg['model']['world_model_cfg']
+    reason = lightzero.unbuilt_of(world_model_cfg)
+    if reason is not None:
+        raise ConfigError(f'{PREFIX}.{reason}')
+    if system != 'new':
+        return
     reason = lightzero.unserved_policy(policy_cfg)
     if reason is not None:
-        raise ConfigError(f'{reason}; set {PREFIX}.{FLAG}=False for the old system')
+        raise ConfigError(f'{reason}; {MEND}')
+    _check_options(world_model_cfg)

@@ -72,8 +72,9 @@ class DeviceSearch(WholeSearch):
         with self._spaces.lock, torch.cuda.device(device) if device.type == 'cuda' else nullcontext():
             yield  # Triton launches on the current device
 
-    def _rows_at_a_time(self, rows: int) -> int:
-        count = -(-rows // MOST_ROWS)
+    def _rows_at_a_time(self, rows: int, within_limit: int) -> int:
+        most = min(MOST_ROWS, max(ROWS_APART, within_limit - within_limit % ROWS_APART))
+        count = -(-rows // most)
         return -(-rows // count)  # all need the same memory
 
     def _from_roots(self, served: Any, problem: Problem, slab: Slab,

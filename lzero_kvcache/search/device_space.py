@@ -242,11 +242,13 @@ class GrownReanalysis(_OfStates):
     def _make(self) -> None:
         super()._make()
         self._make_pages(self.simulations + 1)
+        self._given_pages = to_cpu(self._pages)
 
     def empty_rows(self, used: int) -> None:
+        """Each row has pages of its own, the empty ones too: no page is nobody's."""
         super().empty_rows(used)
-        pages, given = np.arange(1, self._pages.numel() + 1).reshape(self._pages.shape), self.given
-        given.tables[:, 0], given.counts[:], given.pages[:] = pages[0], 1, pages[1:]
+        first, *later = self._given_pages[:, used:]
+        self.given.tables[used:, 0], self.given.pages[:, used:] = first, later
 
     def _run_begin(self) -> None:
         super()._run_begin()

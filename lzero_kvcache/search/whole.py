@@ -89,7 +89,7 @@ class WholeSearch(ABC):
         visits: List[List[int]] = []
         values: List[float] = []
         rows = len(latents)
-        most = self._rows_at_a_time(rows)
+        most = self._rows_at_a_time(rows, self._rows_within_limit(problem.simulations + 1 if grows else 2))
         for begin in range(0, rows, most):
             chosen = slice(begin, min(begin + most, rows))
             part = problem.part(chosen, next(self._reanalyses))
@@ -104,8 +104,14 @@ class WholeSearch(ABC):
         """What a search holds while it runs, where two would share memory."""
         return nullcontext()
 
+    def _rows_within_limit(self, pages: int) -> int:
+        """Rows of a reanalysis whose pages, so many of each, in float32, take no more memory than the manager's may."""
+        geometry, manager = self._source.geometry, self._manager
+        page_bytes = Slab(geometry.layers, geometry.heads, geometry.head_dim).page_bytes
+        return (manager.page_limit * self._storage.page_bytes // page_bytes - 1) // pages
+
     @abstractmethod
-    def _rows_at_a_time(self, rows: int) -> int:
+    def _rows_at_a_time(self, rows: int, within_limit: int) -> int:
         """How many rows of a reanalysis to search at once."""
 
     @abstractmethod
@@ -131,8 +137,8 @@ class CompiledSearch(WholeSearch):
         self._spaces = Spaces()
         storage.beside.append(self._spaces)
 
-    def _rows_at_a_time(self, rows: int) -> int:
-        return CHUNK * torch.get_num_threads()
+    def _rows_at_a_time(self, rows: int, within_limit: int) -> int:
+        return max(1, min(CHUNK * torch.get_num_threads(), within_limit))
 
     def _from_roots(self, served: Any, problem: Problem, slab: Slab,
                     pages: np.ndarray) -> Tuple[Found, np.ndarray, float]:

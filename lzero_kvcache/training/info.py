@@ -10,7 +10,7 @@ from easydict import EasyDict
 
 from lzero_kvcache_options import lightzero_configs, our_configs
 
-from ..config import LIGHTZERO, MIB, ConfigError
+from ..config import MIB, ConfigError, unread_options
 from ..engine.launch import picked
 from ..host import building
 from ..host.lightzero import lightzero
@@ -52,20 +52,23 @@ def of_plan(plan: Plan) -> Rows:
     manager = model.kv_cache_manager
     rows: Rows = [('policy', str(plan.create_config.policy.type)), ('device', device)]
     memory_now = ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB')
-    if options.system == LIGHTZERO:
-        return [*rows, ('cache system', "LightZero's own new manager"), memory_now]
-    if options.system == 'old':
-        refused = _refused_with_the_flag_on(*configs)
+    if options.system != 'new':
+        if options.system == 'old':
+            system, refused = 'old', _refused_with_the_flag_on(*configs)
+            beside = [('with the flag on', f'refused: {refused}')] if refused else []
+        else:
+            system, unread = "LightZero's own new manager", unread_options(configs[0].policy.model.world_model_cfg)
+            beside = [('not read', unread)] if unread else []
         return [
             *rows,
-            ('cache system', 'old'),
+            ('cache system', system),
             ('init pools', f'{model.env_num} x {model.shared_pool_size_init} contexts'),
             ('recurrent pool', f'{getattr(model, lightzero.RECURRENT_SLOTS):,} contexts'),
             ('working batch', f'{model.env_num} contexts'),
             ('context', f'{model.context_length} tokens'),
             memory_now,
             ('memory at the most', _at_most(manager)),
-            *([('with the flag on', f'refused: {refused}')] if refused else []),
+            *beside,
         ]
     slab, pages, evaluated = manager.storage.slab, manager.page_capacity, policy._cfg.evaluator_env_num
     bound = 'none' if options.max_memory_mb is None else f'{options.max_memory_mb:,.2f} MiB'

@@ -43,7 +43,7 @@ LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
         *(f'{PREFIX}.{size}' for size in ('context_length', 'embed_dim', 'env_num', 'max_blocks', 'max_tokens',
                                           'num_layers', *lightzero.DIVIDE_EMBEDDING)),
     )),
-    (ROUND, ('policy.game_segment_length', 'policy.model.support_scale')),
+    (ROUND, ('policy.game_segment_length', *lightzero.SCALES)),
     (WHOLE, ('policy.td_steps', 'policy.update_per_collect')),
     (POSITIVE, ('policy.root_dirichlet_alpha', f'{PREFIX}.rope_theta')),
     (DIGITS, (f'{PREFIX}.num_simulations', )),

@@ -55,9 +55,7 @@ RULES = [
     Rule('env.n_evaluator_episode', ('env.evaluator_env_num', ), _same),
     Rule(WM + 'env_num', ('env.collector_env_num', 'env.evaluator_env_num'), max),
     Rule(WM + 'max_tokens', (WM + 'max_blocks', ), lambda blocks: 2 * blocks, needed=True),
-    Rule(WM + 'support_size', ('policy.model.support_scale', ), lambda scale: 2 * scale + 1, needed=True),
-    Rule(WM + 'support_size', ('policy.model.value_support_range', ),  # of the main branch
-         lambda support: len(range(*map(int, support))), needed=True),
+    Rule(WM + 'support_size', (lightzero.SUPPORT, ), lightzero.support_size, needed=True),
     Rule(WM + 'num_unroll_steps', ('policy.num_unroll_steps', ), _same),
     Rule(WM + 'max_blocks', ('policy.num_unroll_steps', ), _same),
     Rule(WM + 'context_length_for_recurrent', (WM + 'context_length', ), _same),
