@@ -358,6 +358,16 @@ def test_a_checkpoint_of_another_model_says_the_first_difference(saved, said):
         f'the checkpoint is of another model{said} use the config that it was trained with')
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('cache', ['old', 'new'])
+def test_segments_that_are_too_short_for_their_targets(cache, tmp_path):
+    arguments = ['policy.game_segment_length=3', '--config', 'config_new', '--cache', cache]
+    (code, said), = trained(tmp_path, [*IN_A_FORK, *arguments], short_episodes)
+    assert code == 2 and said.endswith(
+        'error: policy.game_segment_length=3 is too short for an episode that is longer: it must be at least '
+        'policy.num_unroll_steps + policy.td_steps=10\n'), said
+
+
 def test_a_compiled_model_is_told_of_by_the_names_of_its_parameters():
     with pytest.raises(RuntimeError) as caught:
         torch.compile(nn.Linear(3, 4)).load_state_dict(torch.compile(nn.Linear(2, 4)).state_dict())

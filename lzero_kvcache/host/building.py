@@ -31,6 +31,21 @@ def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
     return compile_config(main_config, env=None, auto=True, create_cfg=create_config, save_cfg=False)
 
 
+def fault_of_segments(error: BaseException) -> Optional[str]:
+    """What is wrong where LightZero's buffer cannot sample: it counts more steps of a segment than that has, if these
+    are fewer than a target value takes and the episode goes on."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == '_sample_orig_data':
+            cfg = frame.f_locals['self']._cfg
+            least = cfg.num_unroll_steps + cfg.td_steps
+            if cfg.game_segment_length < least:
+                return (
+                    f'policy.game_segment_length={cfg.game_segment_length} is too short for an episode that is longer: '
+                    f'it must be at least policy.num_unroll_steps + policy.td_steps={least}'
+                )
+    return None
+
+
 def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
     """Build and reset one environment, so that what it lacks is found before a worker process needs it, and hold what
     it returns to the model."""

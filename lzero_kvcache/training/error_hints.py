@@ -47,7 +47,7 @@ def hint(error: BaseException) -> Optional[str]:
         return f'the checkpoint is of another model{_difference(text)}; use the config that it was trained with'
     if _ROM_MESSAGE.search(text):
         return f"the game's ROM file is not installed; {ROMS}"
-    return None
+    return building.fault_of_segments(error)
 
 
 @contextlib.contextmanager
