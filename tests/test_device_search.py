@@ -24,6 +24,7 @@ from lzero_kvcache.cache.pages import NULL_PAGE
 from lzero_kvcache.config import MIB
 from lzero_kvcache.engine import transfer
 from lzero_kvcache.engine.compiling import entry
+from lzero_kvcache.engine.graphs import MOST_KEPT
 from lzero_kvcache.engine.probing import KernelCheck
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.step import Engine
@@ -31,7 +32,7 @@ from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
 from lzero_kvcache.host.tree_search import NodeSearch, Roots
 from lzero_kvcache.host.weights import Room, source_of
 from lzero_kvcache.search import device, device_space, whole
-from lzero_kvcache.search.device import MAX_SPACES, ROWS_APART, DeviceSearch
+from lzero_kvcache.search.device import ROWS_APART, DeviceSearch
 from lzero_kvcache.search.device_space import Reanalysis, Space, explorations
 from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
 from lzero_kvcache.search.tree import exploration, make_rules, root_actions, root_values, root_visits
@@ -334,14 +335,14 @@ class TestOnGPU:
 
     def test_captures_are_bounded_and_counted(self, on_gpu: Root) -> None:
         manager, counted = on_gpu.world_model.kv_cache_manager, []
-        for simulations in range(1, MAX_SPACES + 3):
+        for simulations in range(1, MOST_KEPT + 3):
             searched(on_gpu, simulations=simulations)
             counted.append(manager.counters()['memory_mb'])
-        assert len(on_gpu.world_model.inference._device._spaces.kept) == MAX_SPACES
+        assert len(on_gpu.world_model.inference._device._spaces.kept) == MOST_KEPT
         assert counted[0] < counted[1] < counted[2]
-        assert manager.counters()['captures'] >= on_gpu.world_model.inference._device._spaces.captures == MAX_SPACES + 2
+        assert manager.counters()['captures'] >= on_gpu.world_model.inference._device._spaces.captures == MOST_KEPT + 2
         before = manager.counters()['captures']
-        searched(on_gpu, simulations=MAX_SPACES + 2)
+        searched(on_gpu, simulations=MOST_KEPT + 2)
         assert manager.counters()['captures'] == before
 
     def test_nothing_waits_for_the_device_but_the_end(self, on_gpu: Root) -> None:

@@ -206,10 +206,12 @@ def _find_observations(network: Network, slab: int, counts: np.ndarray, pages: n
 
 
 @inner
-def _choose_rows(scratch: Scratch, start: int, rows: int) -> None:
-    """Have the rows themselves gathered."""
+def _side_by_side(source: np.ndarray, scratch: Scratch, start: int, rows: int) -> int:
+    """Rows ``[B, N]`` as lanes in ``scratch.y``, whose address is returned."""
     for row in range(rows):
         scratch.chosen[row] = start + row
+    gather(source.ctypes.data, source.shape[1], scratch.y, scratch, rows)
+    return scratch.y
 
 
 @inner
@@ -319,9 +321,7 @@ def begin_contexts(network: Network, shift: np.ndarray, slab: np.ndarray, tables
     """Starts contexts that hold the observations ``latent [B, E]`` alone, in ``pages [B]``, at rotary positions
     ``places [B]``; ``counts [B]`` are zeros."""
     _find_tokens(network, slab.ctypes.data, tables, counts, pages, scratch, start, rows)
-    _choose_rows(scratch, start, rows)
-    gather(latent.ctypes.data, network.embed, scratch.y, scratch, rows)
-    _enter(network, scratch.y, places, scratch, start, rows)
+    _enter(network, _side_by_side(latent, scratch, start, rows), places, scratch, start, rows)
     _token(network, shift.ctypes.data, scratch, rows, False)
 
 
@@ -332,12 +332,10 @@ def begin_contexts(network: Network, shift: np.ndarray, slab: np.ndarray, tables
 def _observe(network: Network, observations: np.ndarray, latent: np.ndarray, scratch: Scratch, start: int,
              rows: int) -> int:
     """Where the observations' tokens are."""
-    _choose_rows(scratch, start, rows)
     if not len(observations):
-        gather(latent.ctypes.data, network.embed, scratch.y, scratch, rows)
-        return scratch.y
-    gather(observations.ctypes.data, observations.shape[1], scratch.y, scratch, rows)
-    observed = run(network.encoder, scratch.y, scratch, (rows + WIDTH - 1) // WIDTH, network.eps)
+        return _side_by_side(latent, scratch, start, rows)
+    source = _side_by_side(observations, scratch, start, rows)
+    observed = run(network.encoder, source, scratch, (rows + WIDTH - 1) // WIDTH, network.eps)
     _spread_out(observed, network.embed, start, rows, latent)
     return observed
 

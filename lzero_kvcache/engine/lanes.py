@@ -4,6 +4,7 @@ LLVM vectorises a loop by guesses about its length. What is written with lanes i
 sizes, and needs no flag that allows sums to be reordered or nan to be ignored. A place in memory is an address in bytes
 and a number of float32 to go from there.
 """
+import inspect
 import itertools
 import operator
 from typing import Any, Callable, List, Sequence
@@ -47,15 +48,14 @@ def instructions(signature: Any, build: Callable[..., Any]) -> Any:
         made = build(builder, *args)
         return context.get_dummy_value() if signature.return_type is types.void else made
 
-    typed = {
-        1: lambda context, a: (signature, codegen),
-        2: lambda context, a, b: (signature, codegen),
-        3: lambda context, a, b, c: (signature, codegen),
-        4: lambda context, a, b, c, d: (signature, codegen),
-        7: lambda context, a, b, c, d, e, f, g: (signature, codegen),
-        8: lambda context, a, b, c, d, e, f, g, h: (signature, codegen),
-    }
-    return intrinsic(typed[len(signature.args)])
+    def typed(context: Any, *args: Any) -> Any:
+        return signature, codegen
+
+    names = ['context', *(f'argument_{index}' for index in range(len(signature.args)))]
+    typed.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # where numba counts arguments
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    )
+    return intrinsic(typed)
 
 
 def _at(builder: Any, address: Any, index: Any, kind: Any) -> Any:

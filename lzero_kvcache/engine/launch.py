@@ -1,7 +1,6 @@
 """How a recurrent step is launched: eagerly, or as a replayed CUDA graph. ``N`` packed numbers of ``B`` rows."""
-import copy
 import logging
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -43,8 +42,8 @@ class EagerBackend:
         output = engine.step(weights, slab, tables, counts, packed_action if action is None else action, positions)
         return Result(output, engine.for_search(weights, output) if action is None else None)
 
-    def __deepcopy__(self, memo: Dict[int, Any]) -> 'EagerBackend':
-        return type(self)(*copy.deepcopy((self.engine, self.source), memo))
+    def __reduce__(self) -> Any:
+        return type(self), (self.engine, self.source)  # a copy begins without graphs
 
 
 class _Graph(NamedTuple):

@@ -12,9 +12,8 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from ..config import MIB
 from .probing import KernelCheck
-from .slab import Slab
+from .slab import Slab, megabytes
 from .weights import Geometry, Layer, Weights
 
 SHORT_WINDOW = 64
@@ -45,7 +44,7 @@ class Window(threading.local):
 
     @property
     def memory_mb(self) -> float:
-        return 0.0 if self._kept is None else self._kept.numel() * self._kept.element_size() / MIB
+        return 0.0 if self._kept is None else megabytes(self._kept)
 
     def room(self, slab: Slab, pages: int) -> Optional[torch.Tensor]:
         """Room for some pages; None on a GPU, whose allocator keeps memory itself."""
@@ -84,29 +83,25 @@ class Engine:
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
-    def begin(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
-              angle: Optional[torch.Tensor]) -> None:
+    def begin(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor, angle: torch.Tensor,
+              predicts: bool = False) -> torch.Tensor:
         """Start contexts anew: write one page ``[B]`` for each row that holds its observation ``[B, E]`` alone, at
-        rotary positions ``[B]``."""
-        self._observe_alone(weights, slab, pages, latent, angle, predicts=False)
-
-    def first(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
-              angle: Optional[torch.Tensor]) -> StepOutput:
-        """The first observations of episodes: as :meth:`begin`, with predictions."""
-        x = self._observe_alone(weights, slab, pages, latent, angle, predicts=True)
-        return self._predict(weights, x, latent, None)
-
-    def _observe_alone(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
-                       angle: Optional[torch.Tensor], predicts: bool) -> torch.Tensor:
+        rotary positions ``[B]``. Returns the outputs ``[B, E]``, if it predicts."""
         geometry = self.geometry
         window = latent.new_zeros(latent.shape[0], 2, geometry.layers, 2, geometry.embed_dim)
-        positions = angle if geometry.rotary and angle is not None else torch.zeros_like(pages)
+        positions = angle if geometry.rotary else torch.zeros_like(pages)
         places = self._places(weights, positions.unsqueeze(0))
         x = self._tokens(weights, window, 2, latent.unsqueeze(1), places, None, predicts)
         if weights.shift is not None:
             window[:, 1] -= weights.shift[0]
         slab.write(pages, window)
         return x
+
+    def first(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
+              angle: torch.Tensor) -> StepOutput:
+        """The first observations of episodes: as :meth:`begin`, with predictions."""
+        x = self.begin(weights, slab, pages, latent, angle, predicts=True)
+        return self._predict(weights, x, latent, None)
 
     def step(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
              positions: torch.Tensor, latent: Optional[torch.Tensor] = None) -> StepOutput:
@@ -115,7 +110,7 @@ class Engine:
         A count of 0 starts a context, and its action is not looked at. ``positions [2, B]`` are those of both tokens.
         The observation is ``latent [B, E]``, and no reward is predicted; or without it the predicted observation.
         """
-        if weights.captured and slab.data is not None and self.has_kernels(slab.data.device):
+        if weights.captured and self.has_kernels(tables.device):
             return self.simulate(weights, slab, tables, counts, action, positions, latent)
         window = slab.read(tables, self.window.room(slab, tables.numel()))
         last = window.shape[1] - 1

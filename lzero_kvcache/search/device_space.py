@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ..cache.pages import SCRATCH_PAGE
-from ..engine.graphs import capture, megabytes
-from ..engine.slab import Slab
+from ..engine.graphs import capture
+from ..engine.slab import Slab, megabytes
 from ..engine.step import Engine, StepOutput
 from ..engine.transfer import to_cpu
 from ..engine.weights import Source, Weights

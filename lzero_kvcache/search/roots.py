@@ -56,17 +56,17 @@ class RootInference(Steps):
             self._manager.clear_recur_cache()  # unless a search around this one needs its nodes
         if served is not None:
             served.check_rows(rows)
-            return self._root(served, False, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
+            return self._root(served, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
         with self._manager.lease() as lease:
-            by_hand = Served(COLLECT, list(range(rows)), (), lease, None)
-            return self._root(by_hand, True, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
+            by_hand = Served(COLLECT, list(range(rows)), (), lease, None, by_key=True)
+            return self._root(by_hand, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
 
-    def _root(self, step: Served, by_key: bool, last_obs: torch.Tensor, last_actions: Sequence[Any],
-              current_obs: torch.Tensor, timesteps: np.ndarray) -> StepOutput:
+    def _root(self, step: Served, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
+              timesteps: np.ndarray) -> StepOutput:
         manager, mode, env_ids = self._manager, step.mode, step.env_ids
         rows = len(current_obs)
         actions, going = self.actions_of(last_actions, rows)
-        contexts, last, missing = self._last_contexts(step, by_key, last_obs, going)
+        contexts, last, missing = self._last_contexts(step, last_obs, going)
         manager.count_queries('init', int(going.sum()), int(going.sum()) - len(missing))
         before = contexts[0].copy(), contexts[1].copy()
         pages, lost = step.lease.allocate(rows), missing
@@ -74,11 +74,11 @@ class RootInference(Steps):
             lost = missing[to_cpu(torch.isfinite(last).all(1))[missing]]
         anew = self._begin_anew(step.lease, contexts, lost, 2 * timesteps[lost])
         given = RootStep(contexts, pages, timesteps, actions, anew, last, current_obs)
-        latent, output, on_cpu = self._step_roots(step, by_key, given)
+        latent, output, on_cpu = self._step_roots(step, given)
         kept = self._finite_roots(on_cpu, step, timesteps)
         roots = extend(contexts, pages)
         kept_ids, kept_roots = [env_ids[row] for row in kept], (roots[0][kept], roots[1][kept])
-        if by_key:
+        if step.by_key:
             keys = hash_rows(on_cpu[:, :-1])
             manager.store_init(mode, kept_ids, [keys[row] for row in kept], kept_roots)
         else:
@@ -92,14 +92,14 @@ class RootInference(Steps):
             step.trace.note_root(last_obs, last_actions, current_obs, timesteps, missing, output)
         return output if len(kept) == rows else output.map(zero_for_nan)
 
-    def _last_contexts(self, step: Served, by_key: bool, last_obs: torch.Tensor,
-                       going: np.ndarray) -> Tuple[Rows, Optional[torch.Tensor], np.ndarray]:
+    def _last_contexts(self, step: Served, last_obs: torch.Tensor, going: np.ndarray
+                       ) -> Tuple[Rows, Optional[torch.Tensor], np.ndarray]:
         """The contexts of the last roots, the last latent states where they are needed, and the rows whose context is
         missing. By environment, last observations are encoded only if a context is missing."""
         manager, rows = self._manager, len(going)
         tables, counts = np.zeros((rows, manager.width), np.int64), np.zeros(rows, np.int64)
         # All rows at once, as they were encoded when they were current: another batch size would change last bits.
-        last = self._latents(last_obs) if by_key and going.any() else None
+        last = self._latents(last_obs) if step.by_key and going.any() else None
         continued = np.flatnonzero(going)
         if len(continued):
             keys: List[Hashable] = [CURRENT] * len(continued)
@@ -114,12 +114,12 @@ class RootInference(Steps):
             last = self._latents(last_obs)
         return (tables, counts), last, missing
 
-    def _step_roots(self, step: Served, by_key: bool, given: RootStep) -> Stepped:
+    def _step_roots(self, step: Served, given: RootStep) -> Stepped:
         """Encode and step: by one compiled call where the search that follows is one on the CPU, by a graph that a GPU
         replays, or else by torch."""
         if step.in_arrays and self._source.device().type == 'cpu' and not self._source.is_training():
             return self._run_compiled(step, given)
-        if not by_key and self.backend.name == CudaGraphBackend.name and self._root_graphs.serves():
+        if not step.by_key and self.backend.name == CudaGraphBackend.name and self._root_graphs.serves():
             self._begin(step, given, send(self._source.device(), given.anew)[0])
             replayed = self._root_graphs.run(
                 self._slab(), self._packed(given, self.engine.geometry.width), given.observations, step.addresses
@@ -128,7 +128,7 @@ class RootInference(Steps):
                 output, sums = replayed
                 return Stepped(output.latent_state.squeeze(1), output, sums)
             given = given._replace(anew=given.anew[:, :0])  # they have begun
-        return self._launch_roots(step, by_key, given)
+        return self._launch_roots(step, given)
 
     def _run_compiled(self, served: Served, given: RootStep) -> Stepped:
         """One compiled call, and another before it where contexts are begun anew."""
@@ -161,7 +161,7 @@ class RootInference(Steps):
         sums = np.stack([latent.sum(1), value.sum(1) + policy.sum(1)], axis=1)
         return Stepped(torch.from_numpy(latent), output, sums)
 
-    def _launch_roots(self, step: Served, by_key: bool, given: RootStep) -> Stepped:
+    def _launch_roots(self, step: Served, given: RootStep) -> Stepped:
         engine, weights, slab, counts = self.engine, self._weights_of(step), self._slab(), given.contexts[1]
         latent = self._latents(given.observations)
         numbers, anew = send(self._source.device(), self._packed(given, int(counts.max())), given.anew)
@@ -172,7 +172,7 @@ class RootInference(Steps):
         else:
             output = engine.first(weights, slab, page_ids[:, -1], latent, positions[1])
         # Keys need whole latent states; otherwise a sum is enough to see whether they are finite.
-        states = latent if by_key else latent.sum(1, keepdim=True)
+        states = latent if step.by_key else latent.sum(1, keepdim=True)
         return Stepped(latent, output, to_cpu(torch.cat([states, checksum(output)], dim=1)))
 
     def _packed(self, given: RootStep, longest: int) -> np.ndarray:

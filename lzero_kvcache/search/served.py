@@ -16,9 +16,10 @@ class Served:
     """A step of some environments: their root inference, and the search that follows it. It owns its roots' pages."""
 
     def __init__(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...], lease: Lease, trace: Any,
-                 in_arrays: bool = False) -> None:
+                 in_arrays: bool = False, by_key: bool = False) -> None:
         self.mode, self.env_ids = mode, env_ids
         self.in_arrays = in_arrays  # whether the search that follows is
+        self.by_key = by_key  # whether its roots' contexts are found by key, and not by environment
         self.addresses = addresses  # of the weights
         self.lease = lease
         self.trace = trace  # what its validation notes; or None
