@@ -53,7 +53,9 @@ from .program import (
     QUERY_WEIGHT,
     WIDEN_BIAS,
     WIDEN_WEIGHT,
+    Batch,
     Network,
+    PagedNetwork,
 )
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -177,32 +179,36 @@ def _token(network: Network, shift: int, scratch: Scratch, rows: int, predicts: 
 
 
 @inner
-def _find_tokens(network: Network, slab: int, tables: np.ndarray, counts: np.ndarray, pages: np.ndarray,
-                 scratch: Scratch, start: int, rows: int) -> None:
+def _half_page(network: Network) -> int:
+    """Bytes of one token of a page."""
+    return len(network.blocks) * 2 * network.embed * NUMBER
+
+
+@inner
+def _find_tokens(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: int, rows: int) -> None:
     """Addresses of the rows' tokens, the first layer's key: of the contexts, and of the token that follows on each, an
     observation where there is no context. All others are the null page's, which is zeros: what a new page held before
     may be no numbers, and no mask hides that."""
-    half = len(network.blocks) * 2 * network.embed * NUMBER
+    half, slab = _half_page(paged.network), paged.slab.ctypes.data
     for row in range((rows + WIDTH - 1) // WIDTH * WIDTH):
-        count = counts[start + row] if row < rows else -1
+        count = batch.counts[start + row] if row < rows else -1
         scratch.lengths[row] = max(2 * count, 1)
         for token in range(scratch.tokens.shape[1]):
             slot = token + 1
-            page = tables[start + row, slot // 2] if slot // 2 < count else NULL_PAGE
+            page = batch.tables[start + row, slot // 2] if slot // 2 < count else NULL_PAGE
             if row < rows and token == scratch.lengths[row] - 1:
-                page = pages[start + row]
+                page = batch.pages[start + row]
             scratch.tokens[row, token] = slab + (2 * page + slot % 2) * half
 
 
 @inner
-def _find_observations(network: Network, slab: int, counts: np.ndarray, pages: np.ndarray, scratch: Scratch, start: int,
-                       rows: int) -> None:
+def _find_observations(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: int, rows: int) -> None:
     """Go on to the observations that follow on the actions."""
-    half = len(network.blocks) * 2 * network.embed * NUMBER
+    half, slab = _half_page(paged.network), paged.slab.ctypes.data
     for row in range(rows):
-        token = 2 * counts[start + row]
+        token = 2 * batch.counts[start + row]
         scratch.lengths[row] = token + 1
-        scratch.tokens[row, token] = slab + (2 * pages[start + row] + 1) * half
+        scratch.tokens[row, token] = slab + (2 * batch.pages[start + row] + 1) * half
 
 
 @inner
@@ -287,42 +293,33 @@ def _policy(network: Network, scratch: Scratch, tiles: int, start: int, rows: in
 
 
 @inner
-def simulate(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, counts: np.ndarray,
-             pages: np.ndarray, actions: np.ndarray, places: np.ndarray, scratch: Scratch, start: int, rows: int,
-             reward: np.ndarray, value: np.ndarray, policy: np.ndarray, latent: np.ndarray) -> None:
-    """Expands a node in each of some rows, at most :data:`ROWS`, from ``start`` on.
-
-    ``shift`` is that of :class:`Weights` ``[T, L, 2, E]``, or zeros ``[L, 2, E]`` with rotary positions; ``slab`` the
-    pages as one array; ``tables [B, R]``, ``counts [B]`` the contexts, ``pages [B]`` what is written; ``actions`` in
-    float32, ``[B, 1]`` indices or ``[B, A]``; ``places [2, B]`` the rotary positions of the two tokens. Predicts
-    ``reward [B]``, ``value [B]``, ``policy [B, P]`` and, unless it is empty, ``latent [B, E]``.
-    """
-    tiles = (rows + WIDTH - 1) // WIDTH
-    _find_tokens(network, slab.ctypes.data, tables, counts, pages, scratch, start, rows)
-    _enter(network, _embed(network, actions, scratch, start, rows), places[0], scratch, start, rows)
-    _token(network, shift.ctypes.data, scratch, rows, True)
+def simulate(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: int, rows: int) -> None:
+    """Expands a node in each of some rows, at most :data:`ROWS`, from ``start`` on: predicts reward, value, policy and,
+    unless it is empty, ``latent``."""
+    network, shift, tiles = paged.network, paged.shift.ctypes.data, (rows + WIDTH - 1) // WIDTH
+    _find_tokens(paged, batch, scratch, start, rows)
+    _enter(network, _embed(network, batch.actions, scratch, start, rows), batch.places[0], scratch, start, rows)
+    _token(network, shift, scratch, rows, True)
     rewards = run(network.rewards, scratch.y, scratch, tiles, network.eps)
-    _scalars(rewards, network.rewards[-1, OUTPUTS], scratch, start, rows, reward)
-    _find_observations(network, slab.ctypes.data, counts, pages, scratch, start, rows)
+    _scalars(rewards, network.rewards[-1, OUTPUTS], scratch, start, rows, batch.reward)
+    _find_observations(paged, batch, scratch, start, rows)
     observed = run(network.observations, scratch.y, scratch, tiles, network.eps)
-    if len(latent):
-        _spread_out(observed, network.embed, start, rows, latent)
-    _enter(network, observed, places[1], scratch, start, rows)
-    _token(network, shift.ctypes.data, scratch, rows, True)
+    if len(batch.latent):
+        _spread_out(observed, network.embed, start, rows, batch.latent)
+    _enter(network, observed, batch.places[1], scratch, start, rows)
+    _token(network, shift, scratch, rows, True)
     values = run(network.value, scratch.y, scratch, tiles, network.eps)
-    _scalars(values, network.value[-1, OUTPUTS], scratch, start, rows, value)
-    _policy(network, scratch, tiles, start, rows, policy)
+    _scalars(values, network.value[-1, OUTPUTS], scratch, start, rows, batch.value)
+    _policy(network, scratch, tiles, start, rows, batch.policy)
 
 
 @inner
-def begin_contexts(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray,
-                   counts: np.ndarray, pages: np.ndarray, places: np.ndarray, scratch: Scratch, start: int, rows: int,
-                   latent: np.ndarray) -> None:
-    """Starts contexts that hold the observations ``latent [B, E]`` alone, in ``pages [B]``, at rotary positions
-    ``places [B]``; ``counts [B]`` are zeros."""
-    _find_tokens(network, slab.ctypes.data, tables, counts, pages, scratch, start, rows)
-    _enter(network, _side_by_side(latent, scratch, start, rows), places, scratch, start, rows)
-    _token(network, shift.ctypes.data, scratch, rows, False)
+def begin_contexts(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: int, rows: int) -> None:
+    """Starts contexts that hold the observations ``latent`` alone; counts are zeros."""
+    _find_tokens(paged, batch, scratch, start, rows)
+    observed = _side_by_side(batch.latent, scratch, start, rows)
+    _enter(paged.network, observed, batch.places[1], scratch, start, rows)
+    _token(paged.network, paged.shift.ctypes.data, scratch, rows, False)
 
 
 # ---- roots -----------------------------------------------------------------------------------------------------------
@@ -341,25 +338,23 @@ def _observe(network: Network, observations: np.ndarray, latent: np.ndarray, scr
 
 
 @inner
-def observe_roots(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, counts: np.ndarray,
-                  pages: np.ndarray, actions: np.ndarray, places: np.ndarray, observations: np.ndarray,
-                  scratch: Scratch, start: int, rows: int, sequence: np.ndarray, latent: np.ndarray,
-                  value: np.ndarray, policy: np.ndarray) -> None:
-    """What follows on contexts, as :func:`simulate` takes them: an action, and an observation that is given. Where a
-    count is 0, an episode begins, and the action is not looked at.
+def observe_roots(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: int, rows: int) -> None:
+    """Appends an action and a given observation to the context of each row, as in :func:`simulate`. Where a count is 0,
+    an episode begins, and the action is ignored.
 
-    ``observations [B, O]`` are encoded into ``latent [B, E]``; if they are empty, it is ``latent`` that is given.
-    Predicts what heads predict from, ``sequence [B, E]``, and the logits ``value [B, S]`` and ``policy [B, P]``.
+    ``observations`` are encoded into ``latent``; if there are none, ``latent`` is given. Predicts ``sequence`` and the
+    logits of value and policy.
     """
-    tiles = (rows + WIDTH - 1) // WIDTH
-    _find_tokens(network, slab.ctypes.data, tables, counts, pages, scratch, start, rows)
-    if counts[start:start + rows].any():  # what it writes where an episode begins, the observation overwrites
-        _enter(network, _embed(network, actions, scratch, start, rows), places[0], scratch, start, rows)
-        _token(network, shift.ctypes.data, scratch, rows, False)
-    _find_observations(network, slab.ctypes.data, counts, pages, scratch, start, rows)
-    _enter(network, _observe(network, observations, latent, scratch, start, rows), places[1], scratch, start, rows)
-    _token(network, shift.ctypes.data, scratch, rows, True)
-    _spread_out(scratch.y, network.embed, start, rows, sequence)
+    network, shift, tiles = paged.network, paged.shift.ctypes.data, (rows + WIDTH - 1) // WIDTH
+    _find_tokens(paged, batch, scratch, start, rows)
+    if batch.counts[start:start + rows].any():  # what it writes where an episode begins, the observation overwrites
+        _enter(network, _embed(network, batch.actions, scratch, start, rows), batch.places[0], scratch, start, rows)
+        _token(network, shift, scratch, rows, False)
+    _find_observations(paged, batch, scratch, start, rows)
+    observed = _observe(network, batch.observations, batch.latent, scratch, start, rows)
+    _enter(network, observed, batch.places[1], scratch, start, rows)
+    _token(network, shift, scratch, rows, True)
+    _spread_out(scratch.y, network.embed, start, rows, batch.sequence)
     values = run(network.value, scratch.y, scratch, tiles, network.eps)
-    _spread_out(values, network.value[-1, OUTPUTS], start, rows, value)
-    _policy(network, scratch, tiles, start, rows, policy)
+    _spread_out(values, network.value[-1, OUTPUTS], start, rows, batch.value)
+    _policy(network, scratch, tiles, start, rows, batch.policy)

@@ -10,6 +10,7 @@ import numpy as np
 from ..engine.compiled import begin_contexts, observe_roots, simulate
 from ..engine.compiling import entry, inner
 from ..engine.layers import ROWS, help_out
+from ..engine.program import Batch, PagedNetwork
 from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
 
 
@@ -26,70 +27,38 @@ class Roots(NamedTuple):
     angles: np.ndarray  # [2] int64, rotary positions of an action and of what follows, from twice their timestep on
 
 
-class Batch(NamedTuple):
-    """What goes into the model's step and comes out of it, row by row; for the next search to write over."""
-    tables: np.ndarray  # [B, R], the contexts of the nodes that are stepped from
-    counts: np.ndarray  # [B]
-    actions: np.ndarray  # [B, 1] numbers of actions, or [B, A] continuous ones
-    places: np.ndarray  # [2, B], rotary positions of the two tokens
-    reward: np.ndarray  # [B]
-    value: np.ndarray  # [B]
-    policy: np.ndarray  # [B, P]
+class Nodes(NamedTuple):
+    """What the step works on: the nodes that are stepped from, and then those that are added."""
+    batch: Batch
     broken: np.ndarray  # [2, B], how many predictions were no numbers, for which the search went on with zeros; and the
     # depth of the first
-
-
-class RootBatch(NamedTuple):
-    """What goes into a root inference and comes out of it, row by row; see :func:`observe_roots`."""
-    tables: np.ndarray  # [B, R]
-    counts: np.ndarray  # [B]
-    pages: np.ndarray  # [B]
-    actions: np.ndarray  # [B, 1] or [B, A] float32
-    places: np.ndarray  # [2, B]
-    observations: np.ndarray  # [B, O], or [0, 0]
-    sequence: np.ndarray  # [B, E]
-    latent: np.ndarray  # [B, E]
-    value: np.ndarray  # [B, S]
-    policy: np.ndarray  # [B, P]
-
-
-class States(NamedTuple):
-    """Of a reanalysis whose nodes have no context but the state before them; empty in any other search."""
+    # Of a reanalysis whose nodes have no context but the state before them; empty in any other search.
     latents: np.ndarray  # [B, N, E], of all nodes
-    latent: np.ndarray  # [B, E], of those that are stepped from, and then of those that are added
-    pages: np.ndarray  # [B], where the contexts are that begin with them
-    places: np.ndarray  # [B], their rotary positions
-    counts: np.ndarray  # [B], zeros
+    begun: Batch  # the contexts that begin with those that are stepped from
 
 
-def make_batch(tree: Tree, policy: int) -> Batch:
-    """Arrays for searches in a tree whose model predicts ``policy`` numbers of a policy."""
-    rows, _, pages = tree.tables.shape
-    return Batch(
-        np.zeros((rows, pages), np.int64), np.zeros(rows, np.int64),
-        np.zeros((rows, max(tree.draws.shape[3], 1)), np.float32), np.zeros((2, rows), np.int64),
-        np.zeros(rows, np.float32), np.zeros(rows, np.float32), np.zeros((rows, policy), np.float32),
-        np.zeros((2, rows), np.int64)
+def make_nodes(tree: Tree, policy: int, latents: np.ndarray, timesteps: np.ndarray) -> Nodes:
+    """Memory for a search in a tree whose model predicts ``policy`` numbers of a policy; see :class:`Nodes`."""
+    rows, _, width = tree.tables.shape
+    some, _, embed = latents.shape
+    numbers, pages = np.zeros((4, rows), np.int64), np.arange(1, 1 + some)
+    batch = Batch(
+        np.zeros((rows, width), np.int64), numbers[0], numbers[1], numbers[2:],
+        np.zeros((rows, max(tree.draws.shape[3], 1)), np.float32), latent=np.zeros((some, embed), np.float32),
+        reward=np.zeros(rows, np.float32), value=np.zeros(rows, np.float32), policy=np.zeros((rows, policy), np.float32)
     )
-
-
-def make_states(latents: np.ndarray, timesteps: np.ndarray) -> States:
-    """For such a reanalysis of roots at timesteps ``[B]`` with room for ``latents [B, N, E]``; or for any other search,
-    if there are none."""
-    rows, _, embed = latents.shape
-    return States(
-        latents, np.zeros((rows, embed), np.float32), np.arange(1, rows + 1), 2 * timesteps[:rows],
-        np.zeros(rows, np.int64)
-    )
+    places = np.stack([2 * timesteps[:some]] * 2)
+    begun = Batch(batch.tables, np.zeros(some, np.int64), pages, places, latent=batch.latent)
+    return Nodes(batch, np.zeros((2, rows), np.int64), latents, begun)
 
 
 @inner
-def gather_rows(tree: Tree, rules: Rules, roots: Roots, batch: Batch, lo: int, hi: int) -> None:
-    """What the step needs of the nodes that were selected."""
+def gather_rows(tree: Tree, rules: Rules, roots: Roots, pages: np.ndarray, batch: Batch, lo: int, hi: int) -> None:
+    """What the step needs of the nodes that were selected, and the pages ``[B]`` that it writes."""
     for row in range(lo, hi):
         node = parent(tree, row)
         batch.tables[row] = tree.tables[row, node]
-        batch.counts[row] = tree.counts[row, node]
+        batch.counts[row], batch.pages[row] = tree.counts[row, node], pages[row]
         if rules.sampled:
             batch.actions[row] = tree.draws[row, node, tree.action[row]]
         else:
@@ -99,46 +68,41 @@ def gather_rows(tree: Tree, rules: Rules, roots: Roots, batch: Batch, lo: int, h
 
 
 @inner
-def begin_rows(tree: Tree, network: Any, shift: np.ndarray, slab: np.ndarray, batch: Batch, states: States,
-               scratch: Any, lo: int, hi: int) -> None:
+def begin_rows(tree: Tree, paged: PagedNetwork, nodes: Nodes, scratch: Any, lo: int, hi: int) -> None:
     """Contexts that begin with the states of the nodes that were selected."""
+    batch, begun = nodes.batch, nodes.begun
     for row in range(lo, hi):
-        states.latent[row] = states.latents[row, parent(tree, row)]
-        batch.tables[row, 0], batch.counts[row] = states.pages[row], 1
-    begin_contexts(
-        network, shift, slab, batch.tables, states.counts, states.pages, states.places, scratch, lo, hi - lo,
-        states.latent
-    )
+        begun.latent[row] = nodes.latents[row, parent(tree, row)]
+        batch.tables[row, 0], batch.counts[row] = begun.pages[row], 1
+    begin_contexts(paged, begun, scratch, lo, hi - lo)
 
 
 @inner
-def mend_rows(tree: Tree, batch: Batch, lo: int, hi: int) -> None:
-    """Zeros for what is no number."""
+def mend_rows(tree: Tree, batch: Batch, broken: np.ndarray, lo: int, hi: int) -> None:
+    """Zeros for what is no number, which is counted."""
     for row in range(lo, hi):
-        broken = False
+        found = False
         for column in range(batch.policy.shape[1]):
             if not np.isfinite(batch.policy[row, column]):
                 batch.policy[row, column] = 0
-                broken = True
+                found = True
         if not np.isfinite(batch.reward[row]):
             batch.reward[row] = 0
-            broken = True
+            found = True
         if not np.isfinite(batch.value[row]):
             batch.value[row] = 0
-            broken = True
-        if broken:
-            if batch.broken[0, row] == 0:
-                batch.broken[1, row] = tree.depth[row]
-            batch.broken[0, row] += 1
+            found = True
+        if found:
+            if broken[0, row] == 0:
+                broken[1, row] = tree.depth[row]
+            broken[0, row] += 1
 
 
 @entry
-def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, shift: np.ndarray, slab: np.ndarray,
-                pages: np.ndarray, batch: Batch, states: States, scratch: Any, begin: int, end: int, lo: int,
-                hi: int) -> None:
-    """Simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``. ``pages [N - 1, B]`` are what simulations write; the
-    rest is as :func:`simulate` takes it."""
-    reanalyzes = len(states.latent) > 0
+def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, paged: PagedNetwork, pages: np.ndarray, nodes: Nodes,
+                scratch: Any, begin: int, end: int, lo: int, hi: int) -> None:
+    """Simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``. ``pages [N - 1, B]`` are what simulations write."""
+    batch, reanalyzes = nodes.batch, len(nodes.latents) > 0
     for low in range(lo, hi, ROWS):
         high = min(low + ROWS, hi)
         if begin == 0:
@@ -146,41 +110,31 @@ def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, network: Any, 
                 tree, rules, key, roots.reward, roots.logits, roots.legal, roots.noise, roots.weight, low, high
             )
             for row in range(low, high):
-                tree.tables[row, 0], tree.counts[row, 0], batch.broken[:, row] = roots.tables[row], roots.counts[row], 0
+                tree.tables[row, 0], tree.counts[row, 0], nodes.broken[:, row] = roots.tables[row], roots.counts[row], 0
         for simulation in range(begin, end):
             select_rows(tree, rules, key, simulation, low, high)
-            gather_rows(tree, rules, roots, batch, low, high)
+            gather_rows(tree, rules, roots, pages[simulation], batch, low, high)
             if reanalyzes:
-                begin_rows(tree, network, shift, slab, batch, states, scratch, low, high)
-            simulate(
-                network, shift, slab, batch.tables, batch.counts, pages[simulation], batch.actions, batch.places,
-                scratch, low, high - low, batch.reward, batch.value, batch.policy, states.latent
-            )
-            mend_rows(tree, batch, low, high)
+                begin_rows(tree, paged, nodes, scratch, low, high)
+            simulate(paged, batch, scratch, low, high - low)
+            mend_rows(tree, batch, nodes.broken, low, high)
             if reanalyzes:
                 for row in range(low, high):
-                    states.latents[row, simulation + 1] = states.latent[row]
+                    nodes.latents[row, simulation + 1] = batch.latent[row]
             else:
-                extend_rows(tree, pages[simulation], simulation, low, high)
+                extend_rows(tree, batch.pages, simulation, low, high)
             backup_rows(tree, rules, key, simulation, batch.reward, batch.value, batch.policy, low, high)
 
 
 @entry
-def step_roots(network: Any, shift: np.ndarray, slab: np.ndarray, batch: RootBatch, begins: bool, scratch: Any, lo: int,
-               hi: int) -> None:
-    """Rows ``lo`` to ``hi`` of a root inference; or contexts that begin anew before it, with what ``latent`` gives."""
+def step_roots(paged: PagedNetwork, batch: Batch, begins: bool, scratch: Any, lo: int, hi: int) -> None:
+    """Rows ``lo`` to ``hi`` of a root inference; or of contexts that begin anew before it."""
     for low in range(lo, hi, ROWS):
         rows = min(ROWS, hi - low)
         if begins:
-            begin_contexts(
-                network, shift, slab, batch.tables, batch.counts, batch.pages, batch.places[1], scratch, low, rows,
-                batch.latent
-            )
+            begin_contexts(paged, batch, scratch, low, rows)
         else:
-            observe_roots(
-                network, shift, slab, batch.tables, batch.counts, batch.pages, batch.actions, batch.places,
-                batch.observations, scratch, low, rows, batch.sequence, batch.latent, batch.value, batch.policy
-            )
+            observe_roots(paged, batch, scratch, low, rows)
 
 
 help_search = entry(help_out)

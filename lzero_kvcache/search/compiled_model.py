@@ -7,6 +7,7 @@ from typing import Any, Callable, ContextManager, Dict, List, Sequence, Set, Tup
 import numpy as np
 import torch
 
+from ..engine.program import Batch, PagedNetwork
 from ..engine.weights import Source
 from .spaces import Spaces
 
@@ -49,18 +50,14 @@ class CompiledModel:
             return np.zeros((1, geometry.layers, 2, geometry.embed_dim), np.float32)
         return shift.detach().numpy()
 
-    def begin(self, network: Any, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, pages: np.ndarray,
-              angles: np.ndarray, latent: np.ndarray) -> None:
+    def begin(self, paged: PagedNetwork, tables: np.ndarray, pages: np.ndarray, angles: np.ndarray,
+              latent: np.ndarray) -> None:
         """Begin contexts with the states ``latent [B, E]``, in ``pages [B]``, at rotary positions ``[B]``; ``tables``
         are as wide as theirs will be."""
         from . import compiled
 
-        nothing = np.zeros((0, 0), np.float32)
-        batch = compiled.RootBatch(
-            tables, np.zeros(len(pages), np.int64), pages, nothing, np.stack([angles, angles]), nothing, nothing,
-            latent, nothing, nothing
-        )
-        self.run(compiled.step_roots, (network, shift, slab, batch, True), network, tables.shape[1], len(pages))
+        batch = Batch(tables, np.zeros(len(pages), np.int64), pages, np.stack([angles, angles]), latent=latent)
+        self.run(compiled.step_roots, (paged, batch, True), paged.network, tables.shape[1], len(pages))
 
     def run(self, function: Callable[..., Any], given: Sequence[Any], network: Any, width: int, rows: int,
             *numbers: int) -> float:

@@ -12,7 +12,7 @@ from ..cache.manager import COLLECT
 from ..cache.pages import Rows, extend
 from ..engine.launch import CudaGraphBackend
 from ..engine.packing import pack, unpack
-from ..engine.program import OUTPUTS
+from ..engine.program import OUTPUTS, Batch, PagedNetwork
 from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
 from .served import Served
@@ -138,24 +138,23 @@ class RootInference(Steps):
         (tables, counts), rows = given.contexts, len(given.pages)
         served.shift = shift = self._model.shift()
         sizes = network.embed, network.embed, network.value[-1, OUTPUTS], network.policy
-        predicted = [np.empty((rows, size), np.float32) for size in sizes]
-        sequence, latent, value, policy = predicted
+        sequence, latent, value, policy = (np.empty((rows, size), np.float32) for size in sizes)
         observations = np.zeros((0, 0), np.float32)
         if len(network.encoder) and given.observations.ndim == 2 and given.observations.dtype == torch.float32:
             observations = given.observations.contiguous().numpy()
         else:
             latent[:] = self._latents(given.observations).numpy()
-        slab = self._slab().data.numpy()
+        paged = PagedNetwork(network, shift, self._slab().data.numpy())
         begun, started, lost = given.anew
         if len(begun):
             assert given.last is not None
-            self._model.begin(network, shift, slab, tables[lost], begun, started, given.last[lost].numpy())
+            self._model.begin(paged, tables[lost], begun, started, given.last[lost].numpy())
         angles = 2 * given.timesteps - (counts > 0), 2 * given.timesteps
-        batch = compiled.RootBatch(
-            tables, counts, given.pages, given.actions.reshape(rows, -1).astype(np.float32), np.stack(angles),
-            observations, *predicted
+        batch = Batch(
+            tables, counts, given.pages, np.stack(angles), given.actions.reshape(rows, -1).astype(np.float32),
+            observations, latent=latent, sequence=sequence, value=value, policy=policy
         )
-        self._model.run(compiled.step_roots, (network, shift, slab, batch, False), network, tables.shape[1], rows)
+        self._model.run(compiled.step_roots, (paged, batch, False), network, tables.shape[1], rows)
         parts = [torch.from_numpy(part).unsqueeze(1) for part in (sequence, latent, policy, value)]
         output = StepOutput(parts[0], parts[1], None, parts[2], parts[3])
         sums = np.stack([latent.sum(1), value.sum(1) + policy.sum(1)], axis=1)

@@ -11,6 +11,7 @@ import torch
 
 from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
+from ..engine.program import PagedNetwork
 from ..engine.slab import Slab
 from ..engine.store import PageStore
 from ..engine.weights import Source
@@ -140,34 +141,33 @@ class CompiledSearch(WholeSearch):
         network, _held = self._model.network_at(served.addresses)
         shift = self._model.shift() if served.shift is None else served.shift
         assert slab.data is not None
+        paged = PagedNetwork(network, shift, slab.data.numpy())
         with self._space(network, problem, *tables.shape) as space:
             broken, waited = self._search(
-                problem, space, network, shift, tables, counts, served.timesteps, slab.data.numpy(), pages, (1, 2),
-                replayed(served)
+                problem, space, paged, tables, counts, served.timesteps, pages, (1, 2), replayed(served)
             )
             return found_in(space.tree, problem), broken, waited
 
     def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray, addresses: Tuple[int, ...],
                      grows: bool) -> Tuple[Found, np.ndarray]:
-        (network, _held), rows, shift = self._model.network_at(addresses), len(latents), self._model.shift()
+        (network, _held), rows = self._model.network_at(addresses), len(latents)
         width, steps = (self._manager.width, problem.simulations) if grows else (1, 1)
         with self._space(network, problem, rows, width, 1 + steps, not grows) as space:
             tables, counts = np.zeros((rows, width), np.int64), np.full(rows, int(grows), np.int64)
             pages = np.arange(1, 1 + rows * (1 + steps)).reshape(-1, rows)
+            paged = PagedNetwork(network, self._model.shift(), space.slab)
             if grows:
                 tables[:, 0] = pages[0]
-                self._model.begin(network, shift, space.slab, tables, pages[0], 2 * timesteps, latents)
+                self._model.begin(paged, tables, pages[0], 2 * timesteps, latents)
             else:
                 space.latents[:, 0], pages = latents, pages[[0] + [1] * problem.simulations]
             # Both tokens have the same place, as in LightZero's reanalysis.
-            broken, _ = self._search(
-                problem, space, network, shift, tables, counts, timesteps, space.slab, pages[1:], (3, 3), None
-            )
+            broken, _ = self._search(problem, space, paged, tables, counts, timesteps, pages[1:], (3, 3), None)
             return found_in(space.tree, problem), broken
 
-    def _search(self, problem: Problem, space: SearchMemory, network: Any, shift: np.ndarray, tables: np.ndarray,
-                counts: np.ndarray, timesteps: np.ndarray, slab: np.ndarray, pages: np.ndarray,
-                angles: Tuple[int, int], trace: Any) -> Tuple[np.ndarray, float]:
+    def _search(self, problem: Problem, space: SearchMemory, paged: PagedNetwork, tables: np.ndarray,
+                counts: np.ndarray, timesteps: np.ndarray, pages: np.ndarray, angles: Tuple[int, int],
+                trace: Any) -> Tuple[np.ndarray, float]:
         """Search, and note each simulation if there is a trace; returns how many predictions of each row ``[B]`` were
         no numbers, and the seconds that it waited for what is compiled."""
         from . import compiled
@@ -179,19 +179,17 @@ class CompiledSearch(WholeSearch):
             problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight),
             np.ascontiguousarray(tables), counts, timesteps, np.array(angles)  # tables may be part of wider ones
         )
-        rules, batch = make_rules(**problem.rules), compiled.make_batch(space.tree, network.policy)
-        states = compiled.make_states(space.latents, timesteps)
-        given = (
-            space.tree, rules, make_key(problem.seed, problem.number), roots, network, shift, slab, pages, batch, states
-        )
-        run = partial(self._model.run, compiled.search_rows, given, network, width, rows)
+        rules, key = make_rules(**problem.rules), make_key(problem.seed, problem.number)
+        nodes = compiled.make_nodes(space.tree, paged.network.policy, space.latents, timesteps)
+        given = space.tree, rules, key, roots, paged, pages, nodes
+        run = partial(self._model.run, compiled.search_rows, given, paged.network, width, rows)
         if trace is None:
-            return batch.broken, run(0, problem.simulations)
+            return nodes.broken, run(0, problem.simulations)
         waited = 0.
         for simulation in range(problem.simulations):
             waited += run(simulation, simulation + 1)
-            _note(trace, space.tree, batch, rules, simulation)
-        return batch.broken, waited
+            _note(trace, space.tree, nodes.batch, rules, simulation)
+        return nodes.broken, waited
 
     @contextmanager
     def _space(self, network: Any, problem: Problem, rows: int, width: int, pages: int = 0,
