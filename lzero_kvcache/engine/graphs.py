@@ -1,4 +1,4 @@
-"""CUDA graphs of one model: captured once for each size, and anew when storage moves."""
+"""CUDA graphs of one model: captured once for each size, and again when storage moves."""
 import functools
 import gc
 import logging
@@ -13,7 +13,7 @@ from .slab import megabytes
 logger = logging.getLogger(__name__)
 
 MAX_MOVES = 16
-"""How often storage may move, and graphs be captured anew, before functions are launched from Python for good."""
+"""How often storage may move, and graphs be captured again, before functions are launched from Python for good."""
 
 MOST_KEPT = 8
 """Captures of one model that are kept at a time."""
@@ -22,7 +22,7 @@ _capturing = threading.Lock()  # one for the process, since torch captures one g
 
 
 class Captured(NamedTuple):
-    """Functions whose launches a GPU replays, in memory that they share."""
+    """CUDA graphs of some functions, which share a memory pool."""
     replays: List[Callable[[], None]]
     results: List[Any]
     memory_mb: float  # of their pool, and of what they read
@@ -62,13 +62,13 @@ def _stream_of(device: int) -> Any:
 
 
 class Graphs:
-    """What is captured for one model, by the number of rows and by ``kind``, which is whatever else tells captures
-    apart; the newest last. Each has a field ``captured``."""
+    """Captures of one model by their number of rows and their ``kind``, which is whatever else tells them apart; the
+    most recently used is last. Each has a field ``captured``."""
 
     def __init__(self, told: str, then: str = 'running eagerly') -> None:
         self.kept: Dict[Tuple[Any, ...], Any] = {}
         self.moves = 0
-        self.captures = 0  # so far, those that went among them
+        self.captures = 0  # so far, dropped ones included
         self.usable = True
         self.lock = threading.RLock()
         self._told, self._then = told, then  # what the log says of giving up
@@ -83,8 +83,8 @@ class Graphs:
 
     def get(self, rows: int, kind: Tuple[Any, ...], addresses: Tuple[int, ...],
             make: Callable[[], Any]) -> Optional[Any]:
-        """The smallest that there is for so many rows or more, or else one that is made now; None where nothing can be
-        captured. Each thread has its own, since a replay overwrites inputs and results."""
+        """The smallest capture that fits, or else a new one; None where nothing can be captured. Each thread has its
+        own, since a replay overwrites inputs and results."""
         kind += (threading.get_ident(), )
         with self.lock:
             if not self.usable:
@@ -100,8 +100,8 @@ class Graphs:
             return found
 
     def find(self, rows: int, addresses: Tuple[int, ...], suits: Callable[[Tuple[Any, ...]], bool]) -> Any:
-        """The smallest whose kind suits, and that has room for some rows without many to spare; None if there is none.
-        ``addresses`` are those of all that a graph reads: if one has changed, all graphs go."""
+        """The smallest capture of a kind that suits, for ``rows`` to ``2 rows + 8`` rows; None if there is none.
+        ``addresses`` are those of all memory that a graph reads: if one has changed, all captures are dropped."""
         if addresses != self._addresses:
             self.moves += bool(self.kept)
             self.kept.clear()
@@ -110,16 +110,17 @@ class Graphs:
         if not fitting:
             return None
         key = min(fitting)
-        self.kept[key] = found = self.kept.pop(key)  # the newest from now on
+        self.kept[key] = found = self.kept.pop(key)  # to the end
         return found
 
     def make_room(self) -> None:
-        """Let the one go that was not used for longest, if there are as many as may be."""
+        """Drop the least recently used capture, if there are :data:`MOST_KEPT`."""
         if len(self.kept) >= MOST_KEPT:
             del self.kept[next(iter(self.kept))]
 
     def attempt(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` captures; None where that fails or is done too often, and nothing is captured from now on."""
+        """What ``make`` captures. Where it fails, or storage has moved too often: None, a warning, and no capture ever
+        again."""
         try:
             if self.moves >= MAX_MOVES:
                 raise RuntimeError('its storage keeps moving')

@@ -1,4 +1,4 @@
-"""How a recurrent step is launched: eagerly, or as a replayed CUDA graph. ``N`` packed numbers of ``B`` rows."""
+"""Backends of the recurrent step: launched eagerly, or replayed as a CUDA graph. ``N`` packed numbers, ``B`` rows."""
 import logging
 from typing import Any, NamedTuple, Optional, Tuple
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class Result(NamedTuple):
-    """A step's predictions, and the part of them that a search takes to the CPU."""
+    """A step's predictions, and what a search copies of them to the CPU."""
     output: StepOutput
     search: Optional[torch.Tensor]  # [B, 2 + P]: reward and value as numbers, policy logits; None out of a search
 
@@ -31,8 +31,8 @@ class EagerBackend:
         self.engine, self.source = engine, source
 
     def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
-        """One recurrent step from packed numbers ``[N, B]``. A search packs its actions too, and takes scalars; any
-        other caller has ``action`` on the device already."""
+        """One recurrent step from packed numbers ``[N, B]``. A search packs its actions with them, and gets scalars;
+        any other caller passes ``action``, which is on the device already."""
         sent = torch.from_numpy(numbers).to(self.source.device(), non_blocking=True)
         return self._run(weights, slab, sent, action)
 
@@ -119,7 +119,7 @@ class CudaGraphBackend(EagerBackend):
         return _Graph(captured, pinned, torch.cuda.Event(), sent, held)
 
     def _run_fresh(self, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
-        """With the weights read inside, so that a capture reads them anew in each replay."""
+        """Reads the weights inside, so that each replay of a capture reads them again."""
         return self._run(self.source.read(True), slab, numbers, action)
 
 

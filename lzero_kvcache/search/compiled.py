@@ -1,7 +1,6 @@
-"""What is called on the CPU: a whole search, which joins the trees in arrays and the model's step; and the step to its
-roots. Importing it imports numba.
+"""Compiled entry points on the CPU: a whole search, and the root inference before it. Importing it imports numba.
 
-Rows of a batch are independent, so that threads can have some each, with memory of their own for the step.
+Rows are independent: each thread computes some of them, in working memory of its own.
 """
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, prepare_ro
 
 
 class Roots(NamedTuple):
-    """What a search begins with; arrays are whole and in C's order, and in the types that are named."""
+    """Inputs of a search, as C-contiguous arrays."""
     reward: np.ndarray  # [B] float32
     logits: np.ndarray  # [B, P] float32
     legal: np.ndarray  # [B, S] int32, see prepare_rows
@@ -24,21 +23,20 @@ class Roots(NamedTuple):
     tables: np.ndarray  # [B, R] int64
     counts: np.ndarray  # [B] int64
     timesteps: np.ndarray  # [B] int64
-    angles: np.ndarray  # [2] int64, rotary positions of an action and of what follows, from twice their timestep on
+    angles: np.ndarray  # [2] int64, rotary positions of action and observation, less twice the node's timestep
 
 
 class Nodes(NamedTuple):
-    """What the step works on: the nodes that are stepped from, and then those that are added."""
-    batch: Batch
-    broken: np.ndarray  # [2, B], how many predictions were no numbers, for which the search went on with zeros; and the
-    # depth of the first
-    # Of a reanalysis whose nodes have no context but the state before them; empty in any other search.
-    latents: np.ndarray  # [B, N, E], of all nodes
-    begun: Batch  # the contexts that begin with those that are stepped from
+    """Memory of a search beside its trees."""
+    batch: Batch  # the step of the current simulation
+    broken: np.ndarray  # [2, B], how many predictions had nan or inf (0 was used instead), and the depth of the first
+    # Of a reanalysis in which a node's context is its parent's state alone; empty in any other search:
+    latents: np.ndarray  # [B, N, E], states of all nodes
+    begun: Batch  # contexts that begin with the parents' states
 
 
 def make_nodes(tree: Tree, policy: int, latents: np.ndarray, timesteps: np.ndarray) -> Nodes:
-    """Memory for a search in a tree whose model predicts ``policy`` numbers of a policy; see :class:`Nodes`."""
+    """Allocate :class:`Nodes`; the model predicts ``policy`` numbers of a policy."""
     rows, _, width = tree.tables.shape
     some, _, embed = latents.shape
     numbers, pages = np.zeros((4, rows), np.int64), np.arange(1, 1 + some)
@@ -54,7 +52,7 @@ def make_nodes(tree: Tree, policy: int, latents: np.ndarray, timesteps: np.ndarr
 
 @inner
 def gather_rows(tree: Tree, rules: Rules, roots: Roots, pages: np.ndarray, batch: Batch, lo: int, hi: int) -> None:
-    """What the step needs of the nodes that were selected, and the pages ``[B]`` that it writes."""
+    """Fill the batch: the contexts of the selected parents, the actions taken there, and the pages ``[B]`` to write."""
     for row in range(lo, hi):
         node = parent(tree, row)
         batch.tables[row] = tree.tables[row, node]
@@ -69,7 +67,7 @@ def gather_rows(tree: Tree, rules: Rules, roots: Roots, pages: np.ndarray, batch
 
 @inner
 def begin_rows(tree: Tree, paged: PagedNetwork, nodes: Nodes, scratch: Any, lo: int, hi: int) -> None:
-    """Contexts that begin with the states of the nodes that were selected."""
+    """Begin contexts with the states of the selected parents."""
     batch, begun = nodes.batch, nodes.begun
     for row in range(lo, hi):
         begun.latent[row] = nodes.latents[row, parent(tree, row)]
@@ -79,7 +77,7 @@ def begin_rows(tree: Tree, paged: PagedNetwork, nodes: Nodes, scratch: Any, lo: 
 
 @inner
 def mend_rows(tree: Tree, batch: Batch, broken: np.ndarray, lo: int, hi: int) -> None:
-    """Zeros for what is no number, which is counted."""
+    """Replace nan and inf by 0, and count them."""
     for row in range(lo, hi):
         found = False
         for column in range(batch.policy.shape[1]):
@@ -101,7 +99,7 @@ def mend_rows(tree: Tree, batch: Batch, broken: np.ndarray, lo: int, hi: int) ->
 @entry
 def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, paged: PagedNetwork, pages: np.ndarray, nodes: Nodes,
                 scratch: Any, begin: int, end: int, lo: int, hi: int) -> None:
-    """Simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``. ``pages [N - 1, B]`` are what simulations write."""
+    """Run simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``; they write ``pages [N - 1, B]``."""
     batch, reanalyzes = nodes.batch, len(nodes.latents) > 0
     for low in range(lo, hi, ROWS):
         high = min(low + ROWS, hi)
@@ -128,7 +126,7 @@ def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, paged: PagedNe
 
 @entry
 def step_roots(paged: PagedNetwork, batch: Batch, begins: bool, scratch: Any, lo: int, hi: int) -> None:
-    """Rows ``lo`` to ``hi`` of a root inference; or of contexts that begin anew before it."""
+    """Run rows ``lo`` to ``hi`` of a root inference; or begin contexts that are rebuilt before it."""
     for low in range(lo, hi, ROWS):
         rows = min(ROWS, hi - low)
         if begins:
@@ -138,4 +136,4 @@ def step_roots(paged: PagedNetwork, batch: Batch, begins: bool, scratch: Any, lo
 
 
 help_search = entry(help_out)
-"""What the other threads of a team run meanwhile."""
+"""What the helping threads of a team run."""

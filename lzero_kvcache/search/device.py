@@ -1,6 +1,5 @@
-"""Whole searches on a GPU: trees as tensors, and the model's steps below them, without the CPU from a search's first
-simulation to its last. Roots come to the device in one copy, and visits and values leave it in one.
-"""
+"""Whole searches on a GPU. The CPU waits for nothing between the first simulation and the last: one copy sends the
+roots, and one brings visits and values back. """
 import logging
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -25,7 +24,7 @@ from .whole import Found, Problem, WholeSearch, replayed
 logger = logging.getLogger(__name__)
 
 ROWS_APART = 8
-"""Searches are captured for multiples of so many rows, since a product of fewer is no quicker."""
+"""Searches are captured for multiples of so many rows: products of fewer rows are no faster."""
 
 MOST_ROWS = 256
 """Rows of a reanalysis that are searched at a time."""
@@ -84,7 +83,8 @@ class DeviceSearch(WholeSearch):
 
     def _space(self, problem: Problem, rows: int, addresses: Tuple[int, ...], kind: Tuple[Any, ...],
                make: Callable[[Problem, int], Any]) -> Any:
-        """A space of some kind that has room for a search; a new one is captured."""
+        """A space that has room for the search, or else a new one, which is captured. ``kind`` and the problem tell
+        which searches can share one."""
         spaces = self._spaces
         addresses += (self._storage.slab.address, )
         kind += (problem.slots, problem.action_size, *sorted(problem.rules.items()))
@@ -114,8 +114,8 @@ def _read(source: Source, matmul: str, captured: bool) -> Weights:
 
 
 def _search(space: Space, problem: Problem, rows: int, trace: Any) -> Tuple[Found, np.ndarray]:
-    """Run what was given to a space, and note each simulation if there is a trace; returns what was found, and how many
-    predictions were no numbers, with the depth of the first ``[2, B]``."""
+    """Search with the inputs in ``space.given``, and note each simulation if there is a trace. Returns what was found,
+    and ``broken [2, B]``."""
     space.begin()
     for _ in range(problem.simulations):
         space.simulate()
@@ -127,7 +127,7 @@ def _search(space: Space, problem: Problem, rows: int, trace: Any) -> Tuple[Foun
 
 
 def _give(space: Space, problem: Problem, timesteps: np.ndarray) -> None:
-    """Lay out what a search begins with, but for its pages."""
+    """Write the inputs of a search to ``space.given``, its pages apart."""
     rows, given = len(timesteps), space.given
     if space.rows > rows:
         space.empty_rows(rows)
@@ -155,7 +155,7 @@ def _give_priors(given: Any, problem: Problem, rows: int) -> None:
 
 
 def _note(trace: Any, space: Space, rows: int) -> None:
-    """What validation needs of one simulation."""
+    """Note one simulation for validation."""
     predicted = to_cpu(torch.nan_to_num(space.predicted, 0.0, 0.0, 0.0)[:rows])
     parts = space.parents, space.actions, space.depths
     taken = [to_cpu(part[:rows].clone()) for part in parts]

@@ -21,33 +21,33 @@ from .timesteps import timesteps_of
 
 
 class RootStep(NamedTuple):
-    """What leads to roots."""
-    contexts: Rows  # of the last roots, tables [B, R] and counts [B]; 0 pages where an episode begins
-    pages: np.ndarray  # [B], to be written
+    """Inputs of a root inference."""
+    contexts: Rows  # of the last roots; 0 pages where an episode begins
+    pages: np.ndarray  # [B], to write
     timesteps: np.ndarray  # [B]
     actions: np.ndarray  # [B] or [B, A]; zeros where an episode begins
-    anew: np.ndarray  # [3, K]: contexts that are begun anew before, their pages, angles and rows
-    last: Optional[torch.Tensor]  # [B, E], last latent states, where some are
+    rebuilt: np.ndarray  # [3, K], lost contexts that are rebuilt first: their pages, angles and rows
+    last: Optional[torch.Tensor]  # [B, E], last latent states, if a context is rebuilt
     observations: torch.Tensor  # [B, ...], the current ones
 
 
 class Stepped(NamedTuple):
-    """What roots are."""
+    """Outputs of a root inference."""
     latent: torch.Tensor  # [B, E]
     output: StepOutput
-    on_cpu: np.ndarray  # [B, K + 1]: latent states or their sums, and sums of predictions, to see what is finite
+    on_cpu: np.ndarray  # [B, K + 1], latent states or their sums, and sums of predictions; finite where these are
 
 
 class RootInference(Steps):
-    """Looks contexts up by environment, or by key, and stores those that the step made."""
+    """Root inference: finds contexts by environment or by key, steps, and stores the new contexts."""
 
     def root(self, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
              start_pos: Any) -> StepOutput:
         """The roots of a search, each in its environment's context; one copy to the device, one back.
 
-        ``last_actions [B]`` led from ``last_obs`` to ``current_obs [B, ...]``; -1 where an episode starts. The
-        predictions have no rewards, and are 0 for what is skipped. A served step has one root inference, which finds
-        its contexts by environment. Any other is of environments 0 to ``B - 1`` of collection, and finds them by key.
+        ``last_actions [B]`` led from ``last_obs`` to ``current_obs [B, ...]``; -1 where an episode starts. There are no
+        rewards, and predictions of skipped rows are 0. The first root inference of an open step finds contexts by
+        environment. Any other one is for environments 0 to ``B - 1`` of collection, and finds contexts by key.
         """
         self.open.end_abandoned()
         rows = len(current_obs)
@@ -72,8 +72,8 @@ class RootInference(Steps):
         pages, lost = step.lease.allocate(rows), missing
         if self._guard.skips and last is not None and len(missing):  # a state with nan begins no context
             lost = missing[to_cpu(torch.isfinite(last).all(1))[missing]]
-        anew = self._begin_anew(step.lease, contexts, lost, 2 * timesteps[lost])
-        given = RootStep(contexts, pages, timesteps, actions, anew, last, current_obs)
+        rebuilt = self._take_pages(step.lease, contexts, lost, 2 * timesteps[lost])
+        given = RootStep(contexts, pages, timesteps, actions, rebuilt, last, current_obs)
         latent, output, on_cpu = self._step_roots(step, given)
         kept = self._finite_roots(on_cpu, step, timesteps)
         roots = extend(contexts, pages)
@@ -115,23 +115,23 @@ class RootInference(Steps):
         return (tables, counts), last, missing
 
     def _step_roots(self, step: Served, given: RootStep) -> Stepped:
-        """Encode and step: by one compiled call where the search that follows is one on the CPU, by a graph that a GPU
-        replays, or else by torch."""
+        """Encode and step: by one compiled call if the search that follows is compiled, by a graph that a GPU replays,
+        or else by torch."""
         if step.in_arrays and self._source.device().type == 'cpu' and not self._source.is_training():
             return self._run_compiled(step, given)
         if not step.by_key and self.backend.name == CudaGraphBackend.name and self._root_graphs.serves():
-            self._begin(step, given, send(self._source.device(), given.anew)[0])
+            self._rebuild(step, given, send(self._source.device(), given.rebuilt)[0])
             replayed = self._root_graphs.run(
                 self._slab(), self._packed(given, self.engine.geometry.width), given.observations, step.addresses
             )
             if replayed is not None:
                 output, sums = replayed
                 return Stepped(output.latent_state.squeeze(1), output, sums)
-            given = given._replace(anew=given.anew[:, :0])  # they have begun
+            given = given._replace(rebuilt=given.rebuilt[:, :0])  # that is done
         return self._launch_roots(step, given)
 
     def _run_compiled(self, served: Served, given: RootStep) -> Stepped:
-        """One compiled call, and another before it where contexts are begun anew."""
+        """One compiled call, and another before it if contexts are rebuilt."""
         from . import compiled
 
         network, _held = self._model.network_at(served.addresses)
@@ -145,7 +145,7 @@ class RootInference(Steps):
         else:
             latent[:] = self._latents(given.observations).numpy()
         paged = PagedNetwork(network, shift, self._slab().data.numpy())
-        begun, started, lost = given.anew
+        begun, started, lost = given.rebuilt
         if len(begun):
             assert given.last is not None
             self._model.begin(paged, tables[lost], begun, started, given.last[lost].numpy())
@@ -163,8 +163,8 @@ class RootInference(Steps):
     def _launch_roots(self, step: Served, given: RootStep) -> Stepped:
         engine, weights, slab, counts = self.engine, self._weights_of(step), self._slab(), given.contexts[1]
         latent = self._latents(given.observations)
-        numbers, anew = send(self._source.device(), self._packed(given, int(counts.max())), given.anew)
-        self._begin(step, given, anew)
+        numbers, rebuilt = send(self._source.device(), self._packed(given, int(counts.max())), given.rebuilt)
+        self._rebuild(step, given, rebuilt)
         page_ids, page_counts, positions, action = unpack(engine.geometry, numbers)
         if counts.any():
             output = engine.step(weights, slab, page_ids, page_counts, action, positions, latent)
@@ -179,11 +179,11 @@ class RootInference(Steps):
         angles = 2 * given.timesteps - (given.contexts[1] > 0), 2 * given.timesteps
         return pack(self.engine.geometry, given.contexts, given.pages, angles, given.actions, longest)
 
-    def _begin(self, step: Served, given: RootStep, anew: torch.Tensor) -> None:
-        """Begin contexts anew; ``anew`` is the given one on the device."""
-        if anew.shape[1]:
+    def _rebuild(self, step: Served, given: RootStep, rebuilt: torch.Tensor) -> None:
+        """Rebuild lost contexts; ``rebuilt`` is ``given.rebuilt`` on the device."""
+        if rebuilt.shape[1]:
             assert given.last is not None
-            self.engine.begin(self._weights_of(step), self._slab(), anew[0], given.last[anew[2]], anew[1])
+            self.engine.begin(self._weights_of(step), self._slab(), rebuilt[0], given.last[rebuilt[2]], rebuilt[1])
 
     def _finite_roots(self, on_cpu: np.ndarray, step: Served, timesteps: np.ndarray) -> np.ndarray:
         """Rows ``[K]`` whose latent state, value and policy are finite."""

@@ -1,4 +1,5 @@
-"""Whole searches: trees in arrays, and the model's steps below them. On the CPU each is one compiled call."""
+"""Whole searches: trees in arrays, and the model's steps. Here is what both devices share, and the CPU's, in which a
+search is one compiled call."""
 import itertools
 import time
 from abc import ABC, abstractmethod
@@ -21,14 +22,14 @@ from .guard import NanGuard
 from .spaces import SearchMemory, Spaces
 
 CHUNK = 64
-"""Rows of a reanalysis that a thread has in work: as many as ``engine.layers.ROWS``."""
+"""Rows of a reanalysis for each thread at a time: as many as ``engine.layers.ROWS``."""
 
 Found = Tuple[List[List[int]], List[float], Any]
-"""Visits and values of the roots, and the actions ``[B][S][A]`` that were drawn at them; None where none are drawn."""
+"""Visits and values of the roots, and the actions drawn there ``[B][S][A]`` or None."""
 
 
 class Problem(NamedTuple):
-    """What a search is asked: the roots as the policy prepared them, and the rules."""
+    """What to search: the roots as the policy prepared them, and the rules."""
     rules: Dict[str, Any]  # arguments of ``tree.make_rules``
     seed: int
     number: int  # of the search, among those with this seed
@@ -85,8 +86,8 @@ class WholeSearch(ABC):
 
     def reanalyze(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
                   addresses: Tuple[int, ...], grows: bool) -> Found:
-        """Search from states ``[B, E]`` without contexts, some rows at a time. Contexts grow along the paths; or else a
-        node's is the state before it."""
+        """Search from states ``[B, E]`` without contexts, some rows at a time. Either contexts grow along the paths, or
+        a node's context is its parent's state alone."""
         visits: List[List[int]] = []
         values: List[float] = []
         rows = len(latents)
@@ -102,7 +103,7 @@ class WholeSearch(ABC):
         return visits, values, None
 
     def _alone(self) -> ContextManager[Any]:
-        """What a search holds while it runs, where two would share memory."""
+        """A context around each search; where searches share memory, it keeps others out."""
         return nullcontext()
 
     @abstractmethod
@@ -112,14 +113,13 @@ class WholeSearch(ABC):
     @abstractmethod
     def _from_roots(self, served: Any, problem: Problem, slab: Slab,
                     pages: np.ndarray) -> Tuple[Found, np.ndarray, float]:
-        """Search from roots, with the pages that its simulations write ``[N - 1, B]``. Returns what is found, how many
-        predictions were no numbers and the depth of the first ``[2, B]``, and the seconds that it waited for what is
-        compiled."""
+        """Search from roots; simulations write ``pages [N - 1, B]``. Returns what was found, ``broken [2, B]`` (how
+        many predictions had nan or inf, and the depth of the first), and the seconds spent compiling."""
 
     @abstractmethod
     def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray, addresses: Tuple[int, ...],
                      grows: bool) -> Tuple[Found, np.ndarray]:
-        """The same from states ``[B, E]``, without the seconds."""
+        """Search from states ``[B, E]``. Returns what was found, and ``broken``."""
 
 
 class CompiledSearch(WholeSearch):
@@ -168,8 +168,7 @@ class CompiledSearch(WholeSearch):
     def _search(self, problem: Problem, space: SearchMemory, paged: PagedNetwork, tables: np.ndarray,
                 counts: np.ndarray, timesteps: np.ndarray, pages: np.ndarray, angles: Tuple[int, int],
                 trace: Any) -> Tuple[np.ndarray, float]:
-        """Search, and note each simulation if there is a trace; returns how many predictions of each row ``[B]`` were
-        no numbers, and the seconds that it waited for what is compiled."""
+        """Search, and note each simulation if there is a trace. Returns ``broken``, and the seconds spent compiling."""
         from . import compiled
         from .tree import make_key, make_rules
 
@@ -194,8 +193,8 @@ class CompiledSearch(WholeSearch):
     @contextmanager
     def _space(self, network: Any, problem: Problem, rows: int, width: int, pages: int = 0,
                has_states: bool = False) -> Iterator[SearchMemory]:
-        """Memory for a search of so many rows, each with contexts of ``width`` pages; with so many pages for each, and
-        states of nodes, where it has its own."""
+        """Memory for a search of ``rows`` rows with contexts of ``width`` pages. A reanalysis also has ``pages`` for
+        each row, and may have states of nodes."""
         from .tree import make_tree
 
         geometry = self._source.geometry
@@ -214,19 +213,19 @@ class CompiledSearch(WholeSearch):
 
 
 def replayed(served: Any) -> Any:
-    """The trace of a served step, where validation will go through each simulation; or None."""
+    """The trace of a step whose simulations validation replays; else None."""
     return served.trace if served.trace is not None and served.trace.replayed else None
 
 
 def found_in(tree: Any, problem: Problem) -> Found:
-    """What a search left in its trees."""
+    """Read the results from the trees."""
     from .tree import root_actions, root_values, root_visits
 
     return root_visits(tree), root_values(tree), root_actions(tree) if problem.rules.get('sampled') else None
 
 
 def _note(trace: Any, tree: Any, batch: Any, rules: Any, simulation: int) -> None:
-    """What validation needs of one simulation."""
+    """Note one simulation for validation."""
     rows = np.arange(len(tree.depth))
     parents = tree.path[rows, tree.depth - 1]
     actions, depths = tree.action.copy(), tree.depth.copy()
