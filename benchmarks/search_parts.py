@@ -18,7 +18,7 @@ import torch
 from collect_step import build_policies, collect, fill, preset_configs
 from common import parser, report
 
-from lzero_kvcache.engine import compiled, layers, program
+from lzero_kvcache.engine import compiled_step, layers, program
 from lzero_kvcache.engine.lanes import NUMBER, WIDTH
 from lzero_kvcache.host import policies
 from lzero_kvcache.host.tree_search import NodeSearch
@@ -47,7 +47,7 @@ def layers_often(part: int, times: int, network: Any, shift: int, step: int, scr
             layers.elementwise(program.GELU, source, inputs * tiles)
         else:
             for tile in range(tiles):
-                compiled._attend(network, 0 * tile, shift, step, scratch, tile, min(WIDTH, rows - tile * WIDTH))
+                compiled_step._attend(network, 0 * tile, shift, step, scratch, tile, min(WIDTH, rows - tile * WIDTH))
 
 
 @numba.njit(nogil=True, error_model='numpy')

@@ -13,7 +13,7 @@ from players import ByKey, ByNode, Placed
 from small_models import Case, construct
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lzero_kvcache.engine import launch
+from lzero_kvcache.engine import backends
 from lzero_kvcache.search import inference, roots
 
 SEED, ROWS = 3, 4
@@ -53,7 +53,7 @@ class Counting:
             monkeypatch.setattr(world_model.inference, name, call)
         if device == ON_CPU:
             places = [(owner, name) for owner in (roots, inference) for name in ('send', 'to_cpu')]
-            for owner, name in [*places, (launch.EagerBackend, 'step')]:
+            for owner, name in [*places, (backends.EagerBackend, 'step')]:
                 way = 'back' if name == 'to_cpu' else 'there'
                 monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), way))
 

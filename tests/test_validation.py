@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.config import CacheConfig
-from lzero_kvcache.engine.launch import EagerBackend
+from lzero_kvcache.engine.backends import EagerBackend
 from lzero_kvcache.host.legacy_reference import CAUSES
 from lzero_kvcache.host.lightzero import lightzero
 from lzero_kvcache.host.shadow import Shadow

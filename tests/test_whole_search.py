@@ -25,11 +25,10 @@ from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, randomise
 from test_tree import alike
 
 from lzero_kvcache import ConfigError, KVCacheManager
-from lzero_kvcache.engine.probing import KernelCheck
+from lzero_kvcache.engine.kernel_check import KernelCheck
 from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.host.tree_search import _NodeSearch
-from lzero_kvcache.search import compiled as compiled_search
-from lzero_kvcache.search import compiled_model, tree
+from lzero_kvcache.search import compiled_model, compiled_search, tree
 from lzero_kvcache.search.roots import RootInference
 from lzero_kvcache.search.whole import WholeSearch
 

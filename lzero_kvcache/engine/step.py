@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .probing import KernelCheck
+from .kernel_check import KernelCheck
 from .slab import Slab, megabytes
 from .weights import Geometry, Layer, Weights
 
@@ -72,7 +72,7 @@ class Engine:
         assert output.logits_rewards is not None
         rows = output.logits_value.shape[0]
         if weights.captured and self.has_kernels(output.logits_value.device):
-            from .numbers import for_search
+            from .scalars import for_search
 
             return for_search(output, output.logits_value.new_empty(rows, 2 + output.logits_policy.shape[-1]))
         scalars = weights.scalar(torch.cat([output.logits_rewards.squeeze(1), output.logits_value.squeeze(1)]))
@@ -127,7 +127,7 @@ class Engine:
     def simulate(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
                  positions: torch.Tensor, latent: Optional[torch.Tensor] = None) -> StepOutput:
         """:meth:`step` without gathering a window: Triton reads pages in place."""
-        from .products import apply_both
+        from .linear_kernels import apply_both
 
         token, rewards = weights.embed_action(action), None
         x = self._over_pages(weights, slab, tables, counts, positions, 0, token)
@@ -147,8 +147,8 @@ class Engine:
     def _over_pages(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor,
                     positions: torch.Tensor, half: int, x: torch.Tensor, predicts: bool = True) -> torch.Tensor:
         """The output ``[B, E]`` of a page's action (``half`` 0) or observation (1) ``x [B, E]``, if it predicts."""
-        from .paged import attend
-        from .products import apply, place_norm, residual_norm
+        from .linear_kernels import apply, place_norm, residual_norm
+        from .paged_attention import attend
 
         norm, *norms = [layer.norm1 for layer in weights.layers] + [weights.norm]
         if self.geometry.rotary:

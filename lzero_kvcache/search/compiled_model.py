@@ -54,10 +54,10 @@ class CompiledModel:
               latent: np.ndarray) -> None:
         """Begin contexts with the states ``latent [B, E]``, in ``pages [B]``, at rotary positions ``[B]``. Of
         ``tables`` only the width matters."""
-        from . import compiled
+        from . import compiled_search
 
         batch = Batch(tables, np.zeros(len(pages), np.int64), pages, np.stack([angles, angles]), latent=latent)
-        self.run(compiled.step_roots, (paged, batch, True), paged.network, tables.shape[1], len(pages))
+        self.run(compiled_search.step_roots, (paged, batch, True), paged.network, tables.shape[1], len(pages))
 
     def run(self, function: Callable[..., Any], given: Sequence[Any], network: Any, width: int, rows: int,
             *numbers: int) -> float:
@@ -81,7 +81,7 @@ class CompiledModel:
         function(*arguments, 0, 0)
         if helped:
             from ..engine.team import dismiss, new_team
-            from .compiled import help_search
+            from .compiled_search import help_search
 
             dismissed = new_team(2)
             dismiss(dismissed)
@@ -103,7 +103,7 @@ def _in_threads(function: Callable[..., Any], given: Sequence[Any], scratches: S
     if len(scratches) == 1 and not helpers:
         return function(*given, scratches[0], *numbers, 0, rows)
     from ..engine.team import dismiss, new_team
-    from . import compiled
+    from . import compiled_search
 
     errors: List[BaseException] = []
 
@@ -119,7 +119,9 @@ def _in_threads(function: Callable[..., Any], given: Sequence[Any], scratches: S
         (scratch._replace(team=team), *numbers, *share) for scratch, *share in zip(scratches, bounds, bounds[1:])
     ]
     threads = [threading.Thread(target=run, args=share) for share in rest]
-    threads += [threading.Thread(target=compiled.help_search, args=(team, worker)) for worker in range(1, 1 + helpers)]
+    threads += [
+        threading.Thread(target=compiled_search.help_search, args=(team, worker)) for worker in range(1, 1 + helpers)
+    ]
     try:
         for thread in threads:
             thread.start()

@@ -16,9 +16,9 @@ from ..cache.pages import Lease, extend
 from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
 from ..engine.weights import Weights
+from .inference_base import hash_rows, zero_for_nan
+from .open_steps import Served
 from .roots import RootInference
-from .served import Served
-from .steps import hash_rows, zero_for_nan
 from .timesteps import reanalysis_timesteps_of, steps_after, timesteps_of
 from .whole import Found, Problem, WholeSearch
 

@@ -10,13 +10,13 @@ import torch
 from ..cache.base import CURRENT
 from ..cache.manager import COLLECT
 from ..cache.pages import Rows, extend
-from ..engine.launch import CudaGraphBackend
+from ..engine.backends import CudaGraphBackend
 from ..engine.packing import pack, unpack
 from ..engine.program import OUTPUTS, Batch, PagedNetwork
 from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
-from .served import Served
-from .steps import Steps, hash_rows, zero_for_nan
+from .inference_base import InferenceBase, hash_rows, zero_for_nan
+from .open_steps import Served
 from .timesteps import timesteps_of
 
 
@@ -38,7 +38,7 @@ class Stepped(NamedTuple):
     on_cpu: np.ndarray  # [B, K + 1], latent states or their sums, and sums of predictions; finite where these are
 
 
-class RootInference(Steps):
+class RootInference(InferenceBase):
     """Root inference: finds contexts by environment or by key, steps, and stores the new contexts."""
 
     def root(self, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
@@ -132,7 +132,7 @@ class RootInference(Steps):
 
     def _run_compiled(self, served: Served, given: RootStep) -> Stepped:
         """One compiled call, and another before it if contexts are rebuilt."""
-        from . import compiled
+        from . import compiled_search
 
         network, _held = self._model.network_at(served.addresses)
         (tables, counts), rows = given.contexts, len(given.pages)
@@ -154,7 +154,7 @@ class RootInference(Steps):
             tables, counts, given.pages, np.stack(angles), given.actions.reshape(rows, -1).astype(np.float32),
             observations, latent=latent, sequence=sequence, value=value, policy=policy
         )
-        self._model.run(compiled.step_roots, (paged, batch, False), network, tables.shape[1], rows)
+        self._model.run(compiled_search.step_roots, (paged, batch, False), network, tables.shape[1], rows)
         parts = [torch.from_numpy(part).unsqueeze(1) for part in (sequence, latent, policy, value)]
         output = StepOutput(parts[0], parts[1], None, parts[2], parts[3])
         sums = np.stack([latent.sum(1), value.sum(1) + policy.sum(1)], axis=1)

@@ -1,7 +1,7 @@
 """LightZero's tree search on trees in arrays, compiled by numba. Knows page ids; no model, no pools.
 
-Shapes are those of :mod:`.arrays`. Everything is float32, in the order of operations of LightZero's C++, so that scores
-are equal to the last bit.
+Shapes are those of :mod:`.tree_arrays`. Everything is float32, in the order of operations of LightZero's C++, so that
+scores are equal to the last bit.
 """
 import math
 from typing import Any, List, NamedTuple, Tuple
@@ -9,8 +9,8 @@ from typing import Any, List, NamedTuple, Tuple
 import numpy as np
 
 from ..engine.compiling import inlined, inner
-from .arrays import FLOATS, Tree, tree_shapes
-from .draws import ACTION, TIE, below, draw, normal, uniform
+from .random_numbers import ACTION, TIE, below, draw, normal, uniform
+from .tree_arrays import FLOATS, Tree, tree_shapes
 
 Key = Tuple[np.uint32, np.uint32]
 _ZERO, _ONE = np.float32(0), np.float32(1)

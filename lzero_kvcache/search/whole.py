@@ -16,10 +16,10 @@ from ..engine.program import PagedNetwork
 from ..engine.slab import Slab
 from ..engine.store import PageStore
 from ..engine.weights import Source
-from .arrays import padded
 from .compiled_model import CompiledModel
 from .guard import NanGuard
 from .spaces import SearchMemory, Spaces
+from .tree_arrays import padded
 
 CHUNK = 64
 """Rows of a reanalysis for each thread at a time: as many as ``engine.layers.ROWS``."""
@@ -169,19 +169,19 @@ class CompiledSearch(WholeSearch):
                 counts: np.ndarray, timesteps: np.ndarray, pages: np.ndarray, angles: Tuple[int, int],
                 trace: Any) -> Tuple[np.ndarray, float]:
         """Search, and note each simulation if there is a trace. Returns ``broken``, and the seconds spent compiling."""
-        from . import compiled
+        from . import compiled_search
         from .tree import make_key, make_rules
 
         rows, width = tables.shape
-        roots = compiled.Roots(
+        roots = compiled_search.Roots(
             np.asarray(problem.rewards, dtype=np.float32), np.asarray(problem.logits, dtype=np.float32),
             problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight),
             np.ascontiguousarray(tables), counts, timesteps, np.array(angles)  # tables may be part of wider ones
         )
         rules, key = make_rules(**problem.rules), make_key(problem.seed, problem.number)
-        nodes = compiled.make_nodes(space.tree, paged.network.policy, space.latents, timesteps)
+        nodes = compiled_search.make_nodes(space.tree, paged.network.policy, space.latents, timesteps)
         given = space.tree, rules, key, roots, paged, pages, nodes
-        run = partial(self._model.run, compiled.search_rows, given, paged.network, width, rows)
+        run = partial(self._model.run, compiled_search.search_rows, given, paged.network, width, rows)
         if trace is None:
             return nodes.broken, run(0, problem.simulations)
         waited = 0.

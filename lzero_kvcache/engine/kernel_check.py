@@ -12,7 +12,7 @@ Probe = Callable[[torch.device], None]
 
 def launch_one(device: torch.device) -> None:
     """A small kernel of operations that some versions of Triton, and some cards, lack."""
-    from .overlap import probe
+    from .kernel_launch import probe
 
     probe(device)
 

@@ -1,5 +1,6 @@
 """Whole searches on a GPU. The CPU waits for nothing between the first simulation and the last: one copy sends the
-roots, and one brings visits and values back. """
+roots, and one brings visits and values back.
+"""
 import logging
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,9 +17,9 @@ from ..engine.step import Engine
 from ..engine.store import PageStore
 from ..engine.transfer import to_cpu
 from ..engine.weights import Source, Weights
-from .arrays import padded
 from .device_space import GrownReanalysis, Reanalysis, Space
 from .guard import NanGuard
+from .tree_arrays import padded
 from .whole import Found, Problem, WholeSearch, replayed
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def _capture(space: Space) -> Space:
 
 
 def _read(source: Source, matmul: str, captured: bool) -> Weights:
-    from ..engine.products import computed_in
+    from ..engine.linear_kernels import computed_in
 
     return computed_in(source.read(captured), matmul)
 

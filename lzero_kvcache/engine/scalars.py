@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .overlap import launch, wait
+from .kernel_launch import launch, wait
 
 
 @triton.jit

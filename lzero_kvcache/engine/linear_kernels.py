@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .overlap import launch, wait
+from .kernel_launch import launch, wait
 from .weights import Chain, Function, Linear, Norm, Weights, gelu
 
 
@@ -245,7 +245,7 @@ def _multiplied(xs: Sequence[torch.Tensor], stages: Sequence[_Stage]) -> torch.T
 def _finished(parts: torch.Tensor, stages: Sequence[_Stage], residual: Optional[torch.Tensor] = None,
               chosen: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, ...]:
     """Finish stages whose products are ``parts [S, B, N]``. Returns their results; with a residual, the sum and its
-    norm. """
+    norm."""
     count, rows, end = parts.shape
     sizes = [end if stage.linear is None else len(stage.linear.weight) for stage in stages]
     results = [parts.new_empty(rows, size) for size in sizes]

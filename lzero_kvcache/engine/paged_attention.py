@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .overlap import launch, wait
-from .products import multiply
+from .kernel_launch import launch, wait
+from .linear_kernels import multiply
 from .slab import Slab
 from .weights import Geometry, Weights
 
@@ -36,7 +36,7 @@ def splitting(tokens: int, programs: int) -> Splitting:
 
 @triton.jit
 def _added(parts, bias, part_step, column, there, PARTS: tl.constexpr):
-    """Columns of a product whose parts are still to be added, plus the bias; see :func:`.products.multiply`."""
+    """Columns of a product whose parts are still to be added, plus the bias; see :func:`.linear_kernels.multiply`."""
     total = tl.load(bias + column, mask=there, other=0.)
     for part in tl.static_range(PARTS):
         total += tl.load(parts + part * part_step + column, mask=there, other=0.)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..engine.compiled import begin_contexts, observe_roots, simulate
+from ..engine.compiled_step import begin_contexts, observe_roots, simulate
 from ..engine.compiling import entry, inner
 from ..engine.layers import ROWS, help_out
 from ..engine.program import Batch, PagedNetwork

@@ -1,11 +1,11 @@
 """Kernels that draw the actions of a node in sampled trees: the same as in :mod:`.tree`, from the same random numbers.
-Importing it imports Triton. Each program has a row; shapes are those of :mod:`.arrays`.
+Importing it imports Triton. Each program has a row; shapes are those of :mod:`.tree_arrays`.
 """
 import triton
 import triton.language as tl
 
-from ..engine.overlap import wait
-from .kernels import mended
+from ..engine.kernel_launch import wait
+from .tree_kernels import mended
 
 UNIT = tl.constexpr(2.0 ** -32)
 CIRCLE = tl.constexpr(6.283185307179586)

@@ -1,13 +1,13 @@
 """The rules of :mod:`.tree` as kernels for a GPU; each program has a row. Importing it imports Triton.
 
 Scores equal those of the compiled trees to the last bit: children are summed in order, products and sums are not fused
-(``enable_fp_fusion=False``), and divisions are rounded. Shapes are those of :mod:`.arrays`; ``explored`` and ``spread``
-are tables by number of visits.
+(``enable_fp_fusion=False``), and divisions are rounded. Shapes are those of :mod:`.tree_arrays`; ``explored`` and
+``spread`` are tables by number of visits.
 """
 import triton
 import triton.language as tl
 
-from ..engine.overlap import wait
+from ..engine.kernel_launch import wait
 
 FAR = tl.constexpr(1e6)
 TIE = tl.constexpr(1e-6)

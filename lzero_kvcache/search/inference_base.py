@@ -9,20 +9,20 @@ from ..cache.base import PagedCacheManager
 from ..cache.pages import Lease, Rows
 from ..cache.stats import Timing
 from ..config import CacheConfig
-from ..engine.launch import Result, make_backend
+from ..engine.backends import Result, make_backend
 from ..engine.packing import pack
 from ..engine.root_graph import RootGraphs
 from ..engine.step import Engine
 from ..engine.store import PageStore
 from ..engine.weights import Source, Weights
 from .compiled_model import CompiledModel
-from .device import DeviceSearch
+from .device_search import DeviceSearch
 from .guard import NanGuard
-from .served import OpenSteps, Served
+from .open_steps import OpenSteps, Served
 from .whole import CompiledSearch
 
 
-class Steps:
+class InferenceBase:
     """What all inference of one model shares."""
 
     def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], manager: PagedCacheManager,
