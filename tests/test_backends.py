@@ -11,15 +11,13 @@ import pytest
 import torch
 from oracle import TOLERANCE, Batch, random_trace, relative_error
 from players import answers_of, largest_error
-from small_models import Case, cached_model
+from small_models import BOTH_ACTIONS, BOTH_POSITIONS, Case, cached_model
 
 from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
 from lzero_kvcache.engine import backends, graphs, packing
 from lzero_kvcache.engine.graphs import Captured
 
 SEED = 5
-BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
-BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
 BOTH_WAYS = pytest.mark.parametrize('by_node', [False, True], ids=['keyed', 'by node'])
 
 

@@ -14,10 +14,7 @@ from lzero_kvcache.search import compiled_search
 LINE = 'contexts made under older ones are dropped, now and from now on'
 
 
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    """DI-engine puts './' before experiment folders, absolute ones too."""
-    monkeypatch.chdir('/')
+pytestmark = pytest.mark.usefixtures('at_the_root')
 
 
 def contexts(policy):
