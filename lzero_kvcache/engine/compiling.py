@@ -39,7 +39,7 @@ def inner(function: Function) -> Function:
 
 
 def inlined(function: Function) -> Function:
-    """An inner function that is inlined at each call: passing the arrays of a tree takes longer than its work."""
+    """An inner function that is inlined at each call: passing many arrays takes longer than its work."""
     return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
 
 

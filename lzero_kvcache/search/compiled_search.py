@@ -32,21 +32,22 @@ class Nodes(NamedTuple):
     broken: np.ndarray  # [2, B], how many predictions had nan or inf (0 was used instead), and the depth of the first
     # Of a reanalysis in which a node's context is its parent's state alone; empty in any other search:
     latents: np.ndarray  # [B, N, E], states of all nodes
-    begun: Batch  # contexts that begin with the parents' states
+    begun: Batch  # the contexts that begin with the parents' states, the same otherwise
 
 
 def make_nodes(tree: Tree, policy: int, latents: np.ndarray, timesteps: np.ndarray) -> Nodes:
     """Allocate :class:`Nodes`; the model predicts ``policy`` numbers of a policy."""
     rows, _, width = tree.tables.shape
     some, _, embed = latents.shape
-    numbers, pages = np.zeros((4, rows), np.int64), np.arange(1, 1 + some)
+    numbers = np.zeros((4, rows), np.int64)
     batch = Batch(
         np.zeros((rows, width), np.int64), numbers[0], numbers[1], numbers[2:],
         np.zeros((rows, max(tree.draws.shape[3], 1)), np.float32), latent=np.zeros((some, embed), np.float32),
         reward=np.zeros(rows, np.float32), value=np.zeros(rows, np.float32), policy=np.zeros((rows, policy), np.float32)
     )
-    places = np.stack([2 * timesteps[:some]] * 2)
-    begun = Batch(batch.tables, np.zeros(some, np.int64), pages, places, latent=batch.latent)
+    begun = batch._replace(
+        counts=np.zeros(some, np.int64), pages=np.arange(1, 1 + some), places=np.stack([2 * timesteps[:some]] * 2)
+    )
     return Nodes(batch, np.zeros((2, rows), np.int64), latents, begun)
 
 
@@ -63,16 +64,6 @@ def gather_rows(tree: Tree, rules: Rules, roots: Roots, pages: np.ndarray, batch
             batch.actions[row, 0] = tree.action[row]
         after = roots.timesteps[row] + (node if rules.index_for_depth else tree.depth[row])
         batch.places[0, row], batch.places[1, row] = 2 * after + roots.angles[0], 2 * after + roots.angles[1]
-
-
-@inner
-def begin_rows(tree: Tree, paged: PagedNetwork, nodes: Nodes, scratch: Any, lo: int, hi: int) -> None:
-    """Begin contexts with the states of the selected parents."""
-    batch, begun = nodes.batch, nodes.begun
-    for row in range(lo, hi):
-        begun.latent[row] = nodes.latents[row, parent(tree, row)]
-        batch.tables[row, 0], batch.counts[row] = begun.pages[row], 1
-    begin_contexts(paged, begun, scratch, lo, hi - lo)
 
 
 @inner
@@ -100,7 +91,7 @@ def mend_rows(tree: Tree, batch: Batch, broken: np.ndarray, lo: int, hi: int) ->
 def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, paged: PagedNetwork, pages: np.ndarray, nodes: Nodes,
                 scratch: Any, begin: int, end: int, lo: int, hi: int) -> None:
     """Run simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``; they write ``pages [N - 1, B]``."""
-    batch, reanalyzes = nodes.batch, len(nodes.latents) > 0
+    batch, begun, reanalyzes = nodes.batch, nodes.begun, len(nodes.latents) > 0
     for low in range(lo, hi, ROWS):
         high = min(low + ROWS, hi)
         if begin == 0:
@@ -113,7 +104,10 @@ def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, paged: PagedNe
             select_rows(tree, rules, key, simulation, low, high)
             gather_rows(tree, rules, roots, pages[simulation], batch, low, high)
             if reanalyzes:
-                begin_rows(tree, paged, nodes, scratch, low, high)
+                for row in range(low, high):
+                    batch.latent[row] = nodes.latents[row, parent(tree, row)]
+                    batch.tables[row, 0], batch.counts[row] = begun.pages[row], 1
+                begin_contexts(paged, begun, scratch, low, high - low)
             simulate(paged, batch, scratch, low, high - low)
             mend_rows(tree, batch, nodes.broken, low, high)
             if reanalyzes:
