@@ -14,7 +14,7 @@ from collect_step import build_policies, collect, fill, preset_configs
 from common import median, parser, report, timed
 
 from lzero_kvcache.config import KV_CACHE_CFG
-from lzero_kvcache.search.device import DeviceSearch
+from lzero_kvcache.search.device_search import DeviceSearch
 
 EXACT, *OTHERS = KV_CACHE_CFG['matmul'].choices
 

@@ -18,7 +18,7 @@ import torch
 from collect_step import build_policies, collect, fill, preset_configs
 from common import parser, report
 
-from lzero_kvcache.engine import compiled, layers, program
+from lzero_kvcache.engine import compiled_step, layers, program
 from lzero_kvcache.engine.lanes import NUMBER, WIDTH
 from lzero_kvcache.host import policies
 from lzero_kvcache.host.tree_search import NodeSearch
@@ -47,7 +47,7 @@ def layers_often(part: int, times: int, network: Any, shift: int, step: int, scr
             layers.elementwise(program.GELU, source, inputs * tiles)
         else:
             for tile in range(tiles):
-                compiled._attend(network, 0 * tile, shift, step, scratch, tile, min(WIDTH, rows - tile * WIDTH))
+                compiled_step._attend(network, 0 * tile, shift, step, scratch, tile, min(WIDTH, rows - tile * WIDTH))
 
 
 @numba.njit(nogil=True, error_model='numpy')
@@ -144,7 +144,8 @@ def products(network: Any) -> List[Tuple[int, int, int, int, int]]:
 
 def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repeats: int) -> Dict[str, float]:
     """Milliseconds of parts of a simulation, each by itself."""
-    problem, space, _, shift, tables, pages = *given[:5], given[8]
+    problem, space, paged, tables, pages = *given[:4], given[6]
+    shift = paged.shift.ctypes.data
     embed, inner, depth, block = network.embed, network.inner, len(network.blocks), network.blocks[0]
     rules, key = tree.make_rules(**problem.rules), tree.make_key(problem.seed, problem.number)
     side, model = layers.ROWS, policy._model.world_model.inference._whole._model
@@ -156,7 +157,7 @@ def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repe
 
     def add(name: str, part: int, times: int, rows: int, weight: int, bias: int, inputs: int, outputs: int) -> None:
         sums[name] += times / AT_ONCE * best(partial(
-            layers_often, part, AT_ONCE, network, shift.ctypes.data, step, scratch, rows, weight, bias, inputs, outputs,
+            layers_often, part, AT_ONCE, network, shift, step, scratch, rows, weight, bias, inputs, outputs,
             source.ctypes.data, target.ctypes.data
         ), repeats)
 

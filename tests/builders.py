@@ -5,7 +5,8 @@ No test lives here. ``small_models.py`` has the models, ``oracle.py`` what is ri
 import contextlib
 import copy
 import io
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -141,6 +142,29 @@ def make_policy(new: bool, seed: int = 0, **options: Any) -> Any:
         if not new and not model.world_model.config.rotary_emb:
             model.world_model.precompute_pos_emb_diff_kv()
     return policy
+
+
+def cache_of(policy: Any) -> Any:
+    """The cache manager of a policy's model."""
+    return policy._model.world_model.kv_cache_manager
+
+
+@contextlib.contextmanager
+def calls_of(**methods: Tuple[Any, str]) -> Iterator[List[str]]:
+    """The names of methods ``(class, attribute)``, in the order in which they are called inside."""
+    called: List[str] = []
+
+    def noting(function: Any, name: str) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            called.append(name)
+            return function(*args, **options)
+        return run
+
+    with contextlib.ExitStack() as patches:
+        for name, (owner, attribute) in methods.items():
+            noted = noting(getattr(owner, attribute), name)
+            patches.enter_context(mock.patch.object(owner, attribute, noted))
+        yield called
 
 
 class Worker:

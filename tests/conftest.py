@@ -42,6 +42,12 @@ def registered():
 
 
 @pytest.fixture
+def at_the_root(monkeypatch):
+    """DI-engine puts './' before experiment folders, absolute ones too."""
+    monkeypatch.chdir('/')
+
+
+@pytest.fixture
 def lines(caplog):
     """A function that returns the plugin's log lines so far, as (level, message)."""
 

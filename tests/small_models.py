@@ -5,7 +5,7 @@ import functools
 import io
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Tuple
+from typing import Any, Callable, Iterator, Sequence, Tuple
 from unittest import mock
 
 import lzero.model.sampled_unizero_model as sampled_unizero_model
@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from ding.utils import MODEL_REGISTRY
 from easydict import EasyDict
+from hypothesis import strategies as st
 from lzero.model.common import SimNorm
 from lzero.model.unizero_world_models.tokenizer import Tokenizer
 from lzero.policy import DiscreteSupport, InverseScalarTransform
@@ -24,6 +25,9 @@ from lzero.policy.unizero import UniZeroPolicy
 #: constructed, and whose rotary angles do not wrap.
 ON_MAIN = hasattr(unizero_model.UniZeroModel, 'world_model_cls')
 ON_RELEASE_ALONE = pytest.mark.skipif(ON_MAIN, reason="LightZero's main branch cannot construct it")
+
+BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
+BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
 
 #: Shape of one observation, by ``obs_type``; a text observation is a row of token ids.
 OBS_SHAPES = {'vector': (5, ), 'image': (3, 64, 64), 'image_memory': (3, 5, 5), 'text': (7, )}
@@ -114,6 +118,15 @@ def _constructible(case: Case) -> Iterator[None]:
             from lzero_kvcache.host import models  # here, since this module is also imported where the plugin is not
             stack.enter_context(mock.patch.object(models, 'MemoryTokenizer', TokenizerWithEmptyLpips))
         yield
+
+
+def random_cases(context_lengths: Sequence[int], **others: Any) -> Any:
+    """A hypothesis strategy of cases of all kinds."""
+    return st.builds(
+        Case, rotary=st.booleans(), num_layers=st.integers(1, 3), num_heads=st.sampled_from([1, 2, 4]),
+        context_length=st.sampled_from(context_lengths), gru_gating=st.just(False) if ON_MAIN else st.booleans(),
+        continuous=st.booleans(), max_seq_len=st.sampled_from([32, 8192]), **others
+    )
 
 
 def world_model_cfg(case: Case, env_num: int, **overrides: Any) -> EasyDict:

@@ -11,15 +11,13 @@ import pytest
 import torch
 from oracle import TOLERANCE, Batch, random_trace, relative_error
 from players import answers_of, largest_error
-from small_models import Case, cached_model
+from small_models import BOTH_ACTIONS, BOTH_POSITIONS, Case, cached_model
 
 from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
-from lzero_kvcache.engine import graphs, launch, packing
+from lzero_kvcache.engine import backends, graphs, packing
 from lzero_kvcache.engine.graphs import Captured
 
 SEED = 5
-BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
-BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
 BOTH_WAYS = pytest.mark.parametrize('by_node', [False, True], ids=['keyed', 'by node'])
 
 
@@ -90,9 +88,9 @@ def captured(monkeypatch):
         host = torch.from_numpy(np.repeat(column, rows, axis=1))
         sent, held = host.clone(), None if action is None else torch.zeros_like(action)
         graphs.append(StandIn(self, slab, sent, held))
-        return launch._Graph(Captured([graphs[-1].replay], [graphs[-1].result], 1.), host, Copied(), sent, held)
+        return backends._Graph(Captured([graphs[-1].replay], [graphs[-1].result], 1.), host, Copied(), sent, held)
 
-    monkeypatch.setattr(launch.CudaGraphBackend, '_capture', capture)
+    monkeypatch.setattr(backends.CudaGraphBackend, '_capture', capture)
     return graphs
 
 
@@ -292,7 +290,7 @@ class TestReplays:
         expected = answers_of(model, trace)
         target = copy.deepcopy(model)
         backend = target.world_model.inference.backend
-        assert type(backend) is launch.CudaGraphBackend
+        assert type(backend) is backends.CudaGraphBackend
         assert backend is not model.world_model.inference.backend
         assert backend.source.addresses() == target.world_model.weights_source.addresses()
         assert backend.source.addresses() != model.world_model.weights_source.addresses()
@@ -352,7 +350,7 @@ class TestGivingUp:
             tried.append(args)
             raise RuntimeError('operation not permitted when stream is capturing\nand a long trace')
 
-        monkeypatch.setattr(launch.CudaGraphBackend, '_capture', capture)
+        monkeypatch.setattr(backends.CudaGraphBackend, '_capture', capture)
         steps = Steps(name=name)
         for _ in range(3):
             assert steps.step()

@@ -8,8 +8,17 @@ import torch.nn.functional as F
 from ding.utils import MODEL_REGISTRY
 from oracle import TOLERANCE, Batch, LightZeroAlone, play, random_reanalysis, random_trace
 from players import Placed, answers_of, largest_error
-from small_models import ORIGINAL_MODELS, Case, cached_model, construct, original_model, randomise
-from test_backends import BOTH_ACTIONS, BOTH_POSITIONS, BOTH_WAYS, SEED, cfg
+from small_models import (
+    BOTH_ACTIONS,
+    BOTH_POSITIONS,
+    ORIGINAL_MODELS,
+    Case,
+    cached_model,
+    construct,
+    original_model,
+    randomise,
+)
+from test_backends import BOTH_WAYS, SEED, cfg
 
 from lzero_kvcache.engine import packing
 from lzero_kvcache.engine.graphs import capture

@@ -12,7 +12,7 @@ from torch import nn
 
 from lzero_kvcache.engine.program import GELU, KIND, LAYER_NORM, LINEAR, SCALE, SIM_NORM, STANDARDIZE
 from lzero_kvcache.host.network import read_network
-from lzero_kvcache.search import compiled
+from lzero_kvcache.search import compiled_search
 from lzero_kvcache.search.roots import RootInference
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
@@ -182,8 +182,8 @@ def test_predictions_that_are_no_numbers_are_an_error() -> None:
 def test_threads_have_rows_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """They change no bit."""
     case, models, shares = CASES['deep'], [make_model(CASES['deep']) for _ in range(2)], []
-    step_roots = compiled.step_roots
-    monkeypatch.setattr(compiled, 'step_roots', lambda *args: shares.append(args[-2:]) or step_roots(*args))
+    step_roots = compiled_search.step_roots
+    monkeypatch.setattr(compiled_search, 'step_roots', lambda *args: shares.append(args[-2:]) or step_roots(*args))
     for step in steps_of(case, 3):
         alone = infer(models[0], step, True)
         torch.set_num_threads(2)

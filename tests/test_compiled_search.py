@@ -12,7 +12,7 @@ from small_models import Case, cached_model
 
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.team import FINISHED
-from lzero_kvcache.search import compiled, compiled_model, tree, whole
+from lzero_kvcache.search import compiled_model, compiled_search, tree, whole
 from lzero_kvcache.search.tree import Tree, make_key, make_rules, make_tree, root_values, root_visits
 from lzero_kvcache.search.whole import Problem
 
@@ -128,14 +128,14 @@ def test_a_compiled_search_is_the_search_by_steps(root: Root) -> None:
 @CASES
 def test_threads_share_the_rows_of_a_search(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     alone, shares = found(root), []
-    search_rows = compiled.search_rows
+    search_rows = compiled_search.search_rows
 
     def noted(*args: Any) -> None:
         if args[-1] > 0:  # else it is only compiled
             shares.append((threading.current_thread(), *args[-2:]))
         search_rows(*args)
 
-    monkeypatch.setattr(compiled, 'search_rows', noted)
+    monkeypatch.setattr(compiled_search, 'search_rows', noted)
     torch.set_num_threads(3)
     assert found(root) == alone
     torch.set_num_threads(1)
@@ -146,14 +146,14 @@ def test_threads_share_the_rows_of_a_search(root: Root, monkeypatch: pytest.Monk
 @CASES
 def test_threads_share_the_products_of_a_wide_model(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     alone, helped = found(root), []
-    help_search = compiled.help_search
+    help_search = compiled_search.help_search
 
     def noted(team: np.ndarray, worker: int) -> None:
         help_search(team, worker)
         if threading.current_thread() is not threading.main_thread():  # which only has it compiled
             helped.append((threading.current_thread(), worker, int(team[FINISHED])))
 
-    monkeypatch.setattr(compiled, 'help_search', noted)
+    monkeypatch.setattr(compiled_search, 'help_search', noted)
     monkeypatch.setattr(compiled_model, 'LEAST_ROWS', ROWS)
     torch.set_num_threads(3)
     assert found(root) == alone and helped == []
@@ -178,7 +178,7 @@ def test_who_helps_out_leaves_a_search_that_fails(root: Root, monkeypatch: pytes
     monkeypatch.setattr(compiled_model, 'LEAST_COLUMNS', 10)
     torch.set_num_threads(2)
     with monkeypatch.context() as meanwhile, pytest.raises(Broken):
-        meanwhile.setattr(compiled, 'search_rows', broken)
+        meanwhile.setattr(compiled_search, 'search_rows', broken)
         found(root)
     assert threading.active_count() == 1
     assert found(root) == before
@@ -190,7 +190,7 @@ def test_two_threads_search_one_model(root: Root, monkeypatch: pytest.MonkeyPatc
     """Each is in the middle of its search when the other goes on."""
     alone = [found(root, number=number) for number in (3, 4)]
     [served], search = root.world_model.inference.open.steps, root.world_model.inference._whole
-    search_rows, middle, begun = compiled.search_rows, threading.Barrier(2, timeout=60), threading.Event()
+    search_rows, middle, begun = compiled_search.search_rows, threading.Barrier(2, timeout=60), threading.Event()
 
     def in_halves(*args: Any) -> None:
         if args[-1] == 0:  # it is only compiled
@@ -203,7 +203,7 @@ def test_two_threads_search_one_model(root: Root, monkeypatch: pytest.MonkeyPatc
     def run(number: int) -> List[Any]:
         return left(search.run(served, root.problem._replace(number=number)))
 
-    monkeypatch.setattr(compiled, 'search_rows', in_halves)
+    monkeypatch.setattr(compiled_search, 'search_rows', in_halves)
     monkeypatch.setattr(whole, 'found_in', lambda tree, problem: tree)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(run, 3)

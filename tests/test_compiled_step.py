@@ -20,7 +20,7 @@ from small_models import ON_MAIN, Case, cached_model
 
 from lzero_kvcache.engine.compiling import why_not_compiled
 from lzero_kvcache.engine.packing import pack, unpack
-from lzero_kvcache.engine.program import Network
+from lzero_kvcache.engine.program import Batch, Network, PagedNetwork
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.host.network import read_network, what_is_missing
 
@@ -70,9 +70,9 @@ class Predicted(NamedTuple):
 @functools.lru_cache(maxsize=None)
 def simulate() -> Any:
     """The simulation, compiled by itself."""
-    from lzero_kvcache.engine import compiled, compiling
+    from lzero_kvcache.engine import compiled_step, compiling
 
-    return compiling.entry(compiled.simulate)
+    return compiling.entry(compiled_step.simulate)
 
 
 def make_model(case: Case) -> Any:
@@ -132,12 +132,13 @@ def compiled_by(world_model: Any, contexts: Contexts, network: Optional[Network]
     shift = nothing if shift is None else shift.detach().numpy()
     reward, value = np.full((2, rows), np.nan, dtype=np.float32)
     policy = np.full((rows, network.policy), np.nan, dtype=np.float32)
+    batch = Batch(
+        tables, counts, pages, places, actions.reshape(rows, -1).astype(np.float32), reward=reward, value=value,
+        policy=policy
+    )
+    paged = PagedNetwork(network, shift, slab.data.numpy())
     for low, high in chunks or [(low, min(low + ROWS, rows)) for low in range(0, rows, ROWS)]:
-        simulate()(
-            network, shift, slab.data.numpy(), tables, counts, pages, actions.reshape(rows, -1).astype(np.float32),
-            places, new_scratch(network, tables.shape[1]), low, high - low, reward, value, policy,
-            np.zeros((0, 0), np.float32)
-        )
+        simulate()(paged, batch, new_scratch(network, tables.shape[1]), low, high - low)
     after = slab.data.clone()
     slab.data.copy_(before)
     return Predicted(reward, value, policy, after)
@@ -425,6 +426,6 @@ def test_numba_is_not_imported_with_the_package() -> None:
         import sys
         from lzero_kvcache.engine import compiling, program, step
         print('answer 42 of 1', [name for name in sys.modules if name.startswith('lzero_kvcache.engine')])
-        assert 'lzero_kvcache.engine.compiled' not in sys.modules
+        assert 'lzero_kvcache.engine.compiled_step' not in sys.modules
     '''
     assert 'lzero_kvcache.engine.program' in run(Path('unused'), code)

@@ -24,14 +24,15 @@ from lzero_kvcache.cache.pages import NULL_PAGE
 from lzero_kvcache.config import MIB
 from lzero_kvcache.engine import transfer
 from lzero_kvcache.engine.compiling import entry
-from lzero_kvcache.engine.probing import KernelCheck
+from lzero_kvcache.engine.graphs import MOST_KEPT
+from lzero_kvcache.engine.kernel_check import KernelCheck
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.step import Engine
 from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
 from lzero_kvcache.host.tree_search import NodeSearch, Roots
 from lzero_kvcache.host.weights import Room, source_of
-from lzero_kvcache.search import device, device_space, whole
-from lzero_kvcache.search.device import MAX_SPACES, ROWS_APART, DeviceSearch
+from lzero_kvcache.search import device_search, device_space, whole
+from lzero_kvcache.search.device_search import ROWS_APART, DeviceSearch
 from lzero_kvcache.search.device_space import GrownReanalysis, Reanalysis, Space, explorations
 from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
 from lzero_kvcache.search.tree import exploration, make_rules, root_actions, root_values, root_visits
@@ -57,7 +58,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter takes a millisecond for each operation on a row."""
     monkeypatch.setattr(compiled, 'ROWS', 2)
     monkeypatch.setattr(compiled, 'SIMULATIONS', 4)
-    monkeypatch.setattr(device, 'ROWS_APART', 1)
+    monkeypatch.setattr(device_search, 'ROWS_APART', 1)
     for name, number in dict(SAMPLES=1, ROWS=4, SIMULATIONS=3).items():
         monkeypatch.setattr(reanalysis, name, number)
 
@@ -94,7 +95,7 @@ def test_interpreted_it_is_the_compiled_reanalysis(_small: None, case: Case, two
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """Some rows at a time, each with draws of their own."""
     monkeypatch.setattr(whole, 'CHUNK', 2)
-    monkeypatch.setattr(device, 'MOST_ROWS', 2)
+    monkeypatch.setattr(device_search, 'MOST_ROWS', 2)
     world_model, problem, latents, timesteps, _ = reanalysis.asked(case, two_players)
     search, steps = world_model.inference._device, reanalysis_timesteps_of(timesteps, reanalysis.ROWS)
     with torch.no_grad():
@@ -156,7 +157,7 @@ def storages() -> Dict[int, int]:
 @pytest.mark.parametrize('rotary', [False, True])
 def test_long_contexts_are_split_over_programs(device: str, rotary: bool) -> None:
     """Also where those of some rows are so short that nothing is left for most programs."""
-    from lzero_kvcache.engine.paged import splitting
+    from lzero_kvcache.engine.paged_attention import splitting
 
     if device == 'cpu' and torch.cuda.is_available():
         pytest.skip('where there is a GPU, kernels are compiled')
@@ -180,7 +181,7 @@ def test_long_contexts_are_split_over_programs(device: str, rotary: bool) -> Non
 
 
 def test_short_contexts_are_not_split() -> None:
-    from lzero_kvcache.engine.paged import splitting
+    from lzero_kvcache.engine.paged_attention import splitting
 
     assert splitting(8, 64).splits == splitting(62, 64).splits == splitting(512, 512).splits == 1
     assert splitting(512, 32).splits == 16 and splitting(512, 64).splits == 8
@@ -261,10 +262,10 @@ def test_interpreted_equal_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize('place', [pytest.param('cpu', marks=interpreted),
                                    pytest.param('cuda', marks=[pytest.mark.gpu, needs_gpu])])
 def test_where_kernels_run_the_probe_says_so(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lzero_kvcache.engine import overlap
+    from lzero_kvcache.engine import kernel_launch
 
     assert KernelCheck().why_not(torch.device(place)) is None
-    monkeypatch.setattr(overlap, 'launch', lambda *args, **options: None)
+    monkeypatch.setattr(kernel_launch, 'launch', lambda *args, **options: None)
     missing = KernelCheck().why_not(torch.device(place))
     assert missing is not None and 'a kernel wrote [0.0' in missing
 
@@ -357,14 +358,14 @@ class TestOnGPU:
 
     def test_captures_are_bounded_and_counted(self, on_gpu: Root) -> None:
         manager, counted = on_gpu.world_model.kv_cache_manager, []
-        for simulations in range(1, MAX_SPACES + 3):
+        for simulations in range(1, MOST_KEPT + 3):
             searched(on_gpu, simulations=simulations)
             counted.append(manager.counters()['memory_mb'])
-        assert len(on_gpu.world_model.inference._device._spaces.kept) == MAX_SPACES
+        assert len(on_gpu.world_model.inference._device._spaces.kept) == MOST_KEPT
         assert counted[0] < counted[1] < counted[2]
-        assert manager.counters()['captures'] >= on_gpu.world_model.inference._device._spaces.captures == MAX_SPACES + 2
+        assert manager.counters()['captures'] >= on_gpu.world_model.inference._device._spaces.captures == MOST_KEPT + 2
         before = manager.counters()['captures']
-        searched(on_gpu, simulations=MAX_SPACES + 2)
+        searched(on_gpu, simulations=MOST_KEPT + 2)
         assert manager.counters()['captures'] == before
 
     def test_nothing_waits_for_the_device_but_the_end(self, on_gpu: Root) -> None:
@@ -431,7 +432,7 @@ def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool, gro
 @pytest.mark.parametrize('wide', [48, 3072])
 def test_norms_among_products(device: str, wide: int) -> None:
     """As in the heads of LightZero's main branch."""
-    from lzero_kvcache.engine import products
+    from lzero_kvcache.engine import linear_kernels
 
     if device == 'cpu' and torch.cuda.is_available():
         pytest.skip('where there is a GPU, kernels are compiled')
@@ -450,7 +451,7 @@ def test_norms_among_products(device: str, wide: int) -> None:
     for parts in ((norm(narrow), linear(wide, narrow), norm(wide), gelu, linear(narrow, wide), norm(narrow)),
                   (norm(narrow), gelu), (linear(wide, narrow), gelu, norm(wide)),
                   (linear(wide, narrow), norm(wide, affine=False), gelu)):
-        torch.testing.assert_close(products.apply(Chain(parts), x), Chain(parts)(x), atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(linear_kernels.apply(Chain(parts), x), Chain(parts)(x), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=[pytest.mark.gpu, needs_gpu])])
@@ -460,7 +461,7 @@ def test_norms_among_products(device: str, wide: int) -> None:
 def test_two_heads_are_computed_together(device: str, other: str, launches: int,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as they are alike; and each is what it is alone."""
-    from lzero_kvcache.engine import products
+    from lzero_kvcache.engine import linear_kernels
 
     if device == 'cpu' and torch.cuda.is_available():
         pytest.skip('where there is a GPU, kernels are compiled')
@@ -481,11 +482,11 @@ def test_two_heads_are_computed_together(device: str, other: str, launches: int,
         'longer': (linear(embed), gelu, linear(33), gelu, linear(70, 33)),
     }[other]
     x = torch.randn(rows, embed, device=device)
-    expected = products.apply(first, x), products.apply(Chain(second), x)
+    expected = linear_kernels.apply(first, x), linear_kernels.apply(Chain(second), x)
     launched = []
-    launch = products.launch
-    monkeypatch.setattr(products, 'launch', lambda *args, **options: launched.append(launch(*args, **options)))
-    both = products.apply_both(first, Chain(second), x)
+    launch = linear_kernels.launch
+    monkeypatch.setattr(linear_kernels, 'launch', lambda *args, **options: launched.append(launch(*args, **options)))
+    both = linear_kernels.apply_both(first, Chain(second), x)
     assert len(launched) == launches
     for one, right in zip(both, expected):
         torch.testing.assert_close(one, right, atol=1e-6, rtol=1e-6)
@@ -497,25 +498,25 @@ def test_two_heads_are_computed_together(device: str, other: str, launches: int,
 @pytest.mark.parametrize('rows', [1, 8, 17, 64, 200, 300])
 @pytest.mark.parametrize('outputs, inputs', [(2304, 768), (101, 768), (768, 3072)])
 def test_products_are_exact(rows: int, outputs: int, inputs: int) -> None:
-    from lzero_kvcache.engine import products
+    from lzero_kvcache.engine import linear_kernels
 
     x, weight, bias = (torch.randn(size, device='cuda') for size in ((rows, inputs), (outputs, inputs), (outputs, )))
     for added in (bias, None):
         right = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
-        difference = products.apply(Linear(weight, added, rows), x) - right
+        difference = linear_kernels.apply(Linear(weight, added, rows), x) - right
         assert difference.abs().max() <= 2e-6 * right.abs().max()
     layer, norm = Linear(weight, bias, rows), Norm((outputs, ), weight[:, 0].contiguous(), bias, 1e-5)
     residual = torch.randn(rows, outputs, device='cuda')
     exact = residual + torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    total, normed = products.residual_norm(layer, x, residual, norm)
+    total, normed = linear_kernels.residual_norm(layer, x, residual, norm)
     assert (total - exact).abs().max() <= 2e-6 * exact.abs().max()
     torch.testing.assert_close(normed, norm(total), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(
-        products.apply(Chain((layer, gelu)), x), gelu(products.apply(layer, x)), atol=2e-5, rtol=1e-5
+        linear_kernels.apply(Chain((layer, gelu)), x), gelu(linear_kernels.apply(layer, x)), atol=2e-5, rtol=1e-5
     )
     narrow = Linear(weight[:100].contiguous(), bias[:100], rows)
-    for together, alone in zip(products.apply_both(narrow, layer, x), (narrow, layer)):
-        torch.testing.assert_close(together, products.apply(alone, x), atol=1e-5, rtol=1e-5)
+    for together, alone in zip(linear_kernels.apply_both(narrow, layer, x), (narrow, layer)):
+        torch.testing.assert_close(together, linear_kernels.apply(alone, x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu
@@ -523,12 +524,12 @@ def test_products_are_exact(rows: int, outputs: int, inputs: int) -> None:
 @pytest.mark.parametrize('matmul, least, most', [('tf32', 1e-5, 1e-3), ('bfloat16', 1e-4, 1e-2)])
 @pytest.mark.parametrize('rows', [8, 64, 256])
 def test_other_products_are_as_exact_as_they_say(rows: int, matmul: str, least: float, most: float) -> None:
-    from lzero_kvcache.engine import products
+    from lzero_kvcache.engine import linear_kernels
 
     x, weight = torch.randn(rows, 768, device='cuda'), torch.randn(2304, 768, device='cuda')
     right = torch.nn.functional.linear(x.double(), weight.double())
     weight = weight.bfloat16() if matmul == 'bfloat16' else weight
-    difference = products.apply(Linear(weight, None, rows, matmul), x) - right
+    difference = linear_kernels.apply(Linear(weight, None, rows, matmul), x) - right
     assert least < difference.abs().max() / right.abs().max() < most
 
 

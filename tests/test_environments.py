@@ -25,10 +25,7 @@ POSITIONS = pytest.mark.parametrize('rotary', [False, pytest.param(True, marks=R
 KINDS = pytest.mark.parametrize('kind', ['episodes', pytest.param('segments', marks=ROTARY_SEGMENTS), EVALUATOR])
 
 
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    """DI-engine puts './' before experiment folders, absolute ones too."""
-    monkeypatch.chdir('/')
+pytestmark = pytest.mark.usefixtures('at_the_root')
 
 
 def lived(scripts: Sequence[int], new: bool, folder: Any, kind: str, rounds: int, **options: Any) -> Any:

@@ -23,23 +23,21 @@ from oracle import (
     random_trace,
     row_differences,
 )
-from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, cached_model, original_model
+from small_models import (
+    BOTH_ACTIONS,
+    BOTH_POSITIONS,
+    ON_RELEASE_ALONE,
+    Case,
+    cached_model,
+    original_model,
+    random_cases,
+)
 
 from lzero_kvcache.host.weights import MANY_ROWS
 
 SEED = 5
 
-CASES = st.builds(
-    Case,
-    rotary=st.booleans(),
-    num_layers=st.integers(1, 3),
-    num_heads=st.sampled_from([1, 2, 4]),
-    embed_dim=st.sampled_from([32, 48]),
-    context_length=st.sampled_from([4, 6, 8, 10, 20]),
-    gru_gating=st.just(False) if ON_MAIN else st.booleans(),
-    continuous=st.booleans(),
-    max_seq_len=st.sampled_from([32, 8192]),
-)
+CASES = random_cases([4, 6, 8, 10, 20], embed_dim=st.sampled_from([32, 48]))
 
 #: Everything that a random trace is made of. Small numbers come first, so that failures shrink to short traces.
 TRACES = st.fixed_dictionaries(
@@ -55,8 +53,6 @@ TRACES = st.fixed_dictionaries(
     )
 )
 
-BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
-BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
 
 
 def check(case: Case, trace: Trace, seed: int = SEED) -> None:

@@ -32,14 +32,14 @@ def main() -> None:
     from small_models import ON_MAIN, Case, cached_model
     from triton.runtime.jit import JITFunction
 
-    from lzero_kvcache.engine import overlap
-    from lzero_kvcache.search.device import DeviceSearch
+    from lzero_kvcache.engine import kernel_launch
+    from lzero_kvcache.search.device_search import DeviceSearch
 
     names: Set[str] = set()
     JITFunction.run = lambda kernel, *args, grid, warmup, **options: compile_launch(kernel, args, options, names)
-    overlap.can_overlap = lambda kernel: True
+    kernel_launch.can_overlap = lambda kernel: True
     with suppress(RuntimeError):  # it sees that nothing was run
-        overlap.probe(torch.device('cpu'))
+        kernel_launch.probe(torch.device('cpu'))
     compiled.ROWS, compiled.SIMULATIONS = 2, 2
     for case, rules, matmul in (
             (Case(rotary=True), {}, 'float32'), (Case(context_length=130), dict(two_players=True), 'tf32'),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import seeded_search
 import torch
-from builders import Worker, assert_same_outputs, audit, make_policy, roots
+from builders import Worker, assert_same_outputs, audit, cache_of, make_policy, roots
 from ding.utils import MODEL_REGISTRY
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 from lzero.policy import utils as lightzero_utils
@@ -334,10 +334,6 @@ def policy_of(keyed=False, seed=SEED, **options):
     return keyed_policy(policy) if keyed else policy
 
 
-def cache(policy):
-    return policy._model.world_model.kv_cache_manager
-
-
 @contextlib.contextmanager
 def in_the_middle(action, at=2):
     """Call something once, after some simulations of the search that comes."""
@@ -374,7 +370,7 @@ def test_a_whole_search_inside_another(modes, keyed, lines):
             within.append(inner.step(inner_ids))
         assert_same_outputs(output, alone_outer.step(outer_ids), outer_ids)
         assert_same_outputs(within[0], alone_inner.step(inner_ids), inner_ids)
-        audit(cache(policy))
+        audit(cache_of(policy))
     assert not [message for level, message in lines() if level == 'WARNING']
 
 
@@ -384,7 +380,7 @@ def test_a_pool_without_room_for_a_search_by_key_inside_another_says_so(lines):
         Worker(policy).step([0, 1, 2])
     [warning] = [message for level, message in lines() if level == 'WARNING']
     assert 'raise kv_cache_cfg.recurrent_pool_size' in warning
-    audit(cache(policy))
+    audit(cache_of(policy))
 
 
 class TestTwoPolicies:
@@ -422,7 +418,7 @@ class TestTwoPolicies:
             for output, wanted in zip(found, right):
                 assert_same_outputs(output, wanted, [0, 1, 2])
         for policy in policies:
-            audit(cache(policy))
+            audit(cache_of(policy))
         assert lightzeros_names() == before
 
     @BOTH_FLAGS
@@ -433,7 +429,7 @@ class TestTwoPolicies:
         with in_the_middle(lambda: in_threads(lambda: policy.collect_mode.reset([1]))):
             worker.step([2, 0])
         assert [('collect', env_id) in policy._environments for env_id in range(3)] == [True, False, True]
-        assert not new or roots(cache(policy)) == [1, 0, 1]
+        assert not new or roots(cache_of(policy)) == [1, 0, 1]
 
     def test_models_that_are_built_in_two_threads(self):
         """Each gets the world model of its own flag, under the one name that LightZero has for both."""
@@ -492,17 +488,17 @@ def in_threads(*functions):
 
 #: Where a step may fail, and the ways of searching that pass there.
 POINTS = {
-    'taking pages': (lambda policy: (cache(policy), 'take'), 'both'),
-    'the slab': (lambda policy: (cache(policy).storage, 'ready'), 'both'),
+    'taking pages': (lambda policy: (cache_of(policy), 'take'), 'both'),
+    'the slab': (lambda policy: (cache_of(policy).storage, 'ready'), 'both'),
     'contexts begun anew': (lambda policy: (policy._model.world_model.inference.engine, 'begin'), 'both'),
     'first observations': (lambda policy: (policy._model.world_model.inference.engine, 'first'), 'both'),
     'a step': (lambda policy: (policy._model.world_model.inference.engine, 'step'), 'both'),
-    'writing pages': (lambda policy: (cache(policy).storage.slab, 'write'), 'both'),
-    'finding roots': (lambda policy: (cache(policy), 'find_init'), 'both'),
-    'storing roots': (lambda policy: (cache(policy), 'store_init'), 'both'),
-    'finding nodes': (lambda policy: (cache(policy), 'find_recur'), 'by key'),
-    'storing nodes': (lambda policy: (cache(policy), 'store_recur'), 'by key'),
-    'forgetting keys': (lambda policy: (cache(policy), 'forget_init'), 'by key'),
+    'writing pages': (lambda policy: (cache_of(policy).storage.slab, 'write'), 'both'),
+    'finding roots': (lambda policy: (cache_of(policy), 'find_init'), 'both'),
+    'storing roots': (lambda policy: (cache_of(policy), 'store_init'), 'both'),
+    'finding nodes': (lambda policy: (cache_of(policy), 'find_recur'), 'by key'),
+    'storing nodes': (lambda policy: (cache_of(policy), 'store_recur'), 'by key'),
+    'forgetting keys': (lambda policy: (cache_of(policy), 'forget_init'), 'by key'),
     'a table of nodes': (lambda policy: (NodeTable, '__init__'), 'by node'),
     'expanding a node': (lambda policy: (NodeTable, 'expand'), 'by node'),
     'the copy there': (lambda policy: (root_inference, 'send'), 'both'),
@@ -555,8 +551,8 @@ def test_a_failure_at_each_point_of_a_step(point, keyed):
             output = worker.step([0, 1, 2])
         if len(calls) > at:
             failures += 1
-            audit(cache(policy))
-            counters = cache(policy).counters()
+            audit(cache_of(policy))
+            counters = cache_of(policy).counters()
             for pool in ('init', 'recur', 'total'):
                 assert counters[pool]['hits'] + counters[pool]['misses'] == counters[pool]['queries']
             output = worker.step([0, 1, 2])
@@ -564,7 +560,7 @@ def test_a_failure_at_each_point_of_a_step(point, keyed):
         assert_same_outputs(output, expected.step([0, 1, 2]), [0, 1, 2])
         step += 1
     assert failures > 0
-    audit(cache(policy))
+    audit(cache_of(policy))
     assert policy._model.world_model.inference.open.steps == []
 
 
@@ -619,6 +615,6 @@ class TestByEnvironment:
             (what, mode, env_ids, [CURRENT] * len(env_ids)) for mode in ('collect', 'eval')
             for what, env_ids in (('store', [0, 1, 2]), ('find', [2, 0]), ('store', [2, 0]))
         ]
-        counted = cache(policy).counters()['init']
+        counted = cache_of(policy).counters()['init']
         assert (counted['queries'], counted['hits']) == (4, 4 * finds)
-        audit(cache(policy))
+        audit(cache_of(policy))

@@ -14,7 +14,7 @@ from lzero.worker import MuZeroEvaluator
 from oracle import Batch, play, random_reanalysis, random_trace
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
-from small_models import ON_MAIN, Case, cached_model, construct
+from small_models import BOTH_POSITIONS, ON_MAIN, Case, cached_model, construct
 
 from lzero_kvcache.host import refused
 
@@ -32,13 +32,9 @@ OLD = {
 #: What LightZero's constructor allocates.
 POOLS = ('shared_pool_recur_infer', 'shared_pool_init_infer', 'shared_pool_wm', 'keys_values_wm_single_env',
          'keys_values_wm_single_env_tmp', 'keys_values_wm')
-BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
 
 
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    """DI-engine puts './' before experiment folders, absolute ones too."""
-    monkeypatch.chdir('/')
+pytestmark = pytest.mark.usefixtures('at_the_root')
 
 
 @pytest.fixture

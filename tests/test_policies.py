@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from builders import Worker, assert_same_outputs, audit, compiled, differs, make_policy, roots, small_cartpole
+from builders import Worker, assert_same_outputs, audit, cache_of, compiled, differs, make_policy, roots, small_cartpole
 from hypothesis import given
 from hypothesis import strategies as st
 from lzero.policy import utils as lightzero_utils
@@ -28,13 +28,9 @@ OLD_FINDS_ROOTS = pytest.mark.parametrize('new', [
 POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
 
 
-def cache(policy):
-    return policy._model.world_model.kv_cache_manager
-
-
 def counts(policy):
     """(queries, hits) of init, recur and total."""
-    counters = cache(policy).counters()
+    counters = cache_of(policy).counters()
     return {pool: (counters[pool]['queries'], counters[pool]['hits']) for pool in ('init', 'recur', 'total')}
 
 
@@ -132,7 +128,7 @@ class TestEnvironments:
         worker.step([0, 1, 2])
         policy.collect_mode.reset(env_id=1, current_steps=steps, reset_init_data=False)
         policy.eval_mode.reset(env_id=1, current_steps=steps, reset_init_data=False)
-        assert roots(cache(policy)) == [1, 1, 1]
+        assert roots(cache_of(policy)) == [1, 1, 1]
         worker.step([0, 1, 2])
         assert counts(policy)['init'] == (3, 3)
 
@@ -144,7 +140,7 @@ class TestEnvironments:
         for env_ids in ([0, 1, 2, 3], [5]):
             with pytest.raises(ValueError, match=r'world_model_cfg\.env_num=3'):
                 worker.step(env_ids)
-        audit(cache(policy))
+        audit(cache_of(policy))
         worker.step([0, 1])
         assert counts(policy)['init'][0] >= 2
 
@@ -241,7 +237,7 @@ class TestCounts:
         worker.step([0, 1, 2])
         evaluator.step([0, 1])
         evaluator.step([0, 1])
-        summary = cache(policy).get_stats_summary()
+        summary = cache_of(policy).get_stats_summary()
         assert list(summary['eval_pools']) == ['env_0', 'env_1']
         assert sum(pool['size'] for pool in summary['init_pools'].values()) == 3
         assert sum(pool['size'] for pool in summary['eval_pools'].values()) == 2
@@ -255,7 +251,7 @@ class TestCounts:
         policy = make_policy(new)
         worker = Worker(policy)
         worker.step([0, 1, 2])
-        cache(policy).reset_stats()
+        cache_of(policy).reset_stats()
         assert counts(policy) == dict(init=(0, 0), recur=(0, 0), total=(0, 0))
         worker.step([0, 1, 2])
         assert counts(policy) == dict(init=(3, 3), recur=(12, 12), total=(15, 15))

@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from builders import calls_of
 from easydict import EasyDict
 from lzero.mcts import UniZeroGameBuffer
 from scripted import COLLECTORS, Life, quiet
@@ -206,21 +207,10 @@ def life(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         life.close()
 
 
-@contextlib.contextmanager
 def ways() -> Any:
     """How each search of a reanalysis goes."""
-    taken: List[str] = []
-
-    def noted(function: Any, way: str) -> Any:
-        def run(*args: Any) -> Any:
-            taken.append(way)
-            return function(*args)
-        return run
-
     searches = importlib.import_module('lzero.mcts.tree_search.mcts_ctree').UniZeroMCTSCtree
-    with mock.patch.object(whole.WholeSearch, 'reanalyze', noted(whole.WholeSearch.reanalyze, 'arrays')), \
-            mock.patch.object(searches, 'search', noted(searches.search, 'ctree')):
-        yield taken
+    return calls_of(arrays=(whole.WholeSearch, 'reanalyze'), ctree=(searches, 'search'))
 
 
 def lines_of(lines: Any) -> List[Tuple[str, str]]:

@@ -12,7 +12,7 @@ from small_models import ON_MAIN
 
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.weights import Geometry
-from lzero_kvcache.search import device
+from lzero_kvcache.search import device_search
 from lzero_kvcache.search.device_space import Space
 from lzero_kvcache.search.whole import Problem
 
@@ -37,7 +37,7 @@ class Replayed(Space):
         source: Any = types.SimpleNamespace(device=lambda: place, read=lambda captured: None)
         super().__init__(engine, source, Slab(1, 1, 2), 1, problem, rows)
         self._answers = torch.from_numpy(choices.answers).to(place)
-        device._give(self, problem, np.zeros(rows, np.int64))
+        device_search._give(self, problem, np.zeros(rows, np.int64))
 
     def _run_simulation(self) -> None:
         self._select()

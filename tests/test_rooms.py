@@ -24,7 +24,7 @@ FROM_THE_PACKAGE = {'engine/compiling.py': {'__version__'}}
 # Imports of modules by name, by the function that makes them.
 DYNAMIC = {
     'engine/compiling.py': {'find_spec', 'loads'},  # numba, if it is installed; what numba has compiled, from its file
-    'engine/probing.py': {'find_spec'},  # Triton, if it is installed
+    'engine/kernel_check.py': {'find_spec'},  # Triton, if it is installed
     'host/building.py': {'import_module'},  # import_names of a config's environment and model
     'host/patches.py': {'import_module'},  # the modules of TABLE
     'loading.py': {'import_module'},  # import_names of a config's policy

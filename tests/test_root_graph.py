@@ -7,12 +7,12 @@ import pytest
 import torch
 from oracle import random_trace
 from players import answers_of
-from small_models import Case, cached_model
-from test_backends import BOTH_ACTIONS, BOTH_POSITIONS, TOLERANCE, Device, largest_error
+from small_models import BOTH_ACTIONS, BOTH_POSITIONS, Case, cached_model
+from test_backends import TOLERANCE, Device, largest_error
 
 from lzero_kvcache.cache.pages import RESERVED_PAGES
 from lzero_kvcache.engine import graphs, root_graph
-from lzero_kvcache.engine.probing import KernelCheck
+from lzero_kvcache.engine.kernel_check import KernelCheck
 
 SEED = 5
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')

@@ -14,7 +14,7 @@ import lzero.mcts.tree_search.mcts_ctree_sampled as mcts_ctree_sampled
 import numpy as np
 import pytest
 import torch
-from builders import Worker, audit, compiled, make_policy, small_cartpole
+from builders import Worker, audit, cache_of, compiled, make_policy, small_cartpole
 from ding.policy import create_policy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -36,7 +36,16 @@ from oracle import (
 )
 from path_reference import PathReference
 from players import ByNode, error_of, for_search
-from small_models import ON_MAIN, Case, cached_model, original_model, randomise, to_scalar
+from small_models import (
+    BOTH_ACTIONS,
+    BOTH_POSITIONS,
+    Case,
+    cached_model,
+    original_model,
+    random_cases,
+    randomise,
+    to_scalar,
+)
 from test_exactness import MANY
 
 from lzero_kvcache.engine.step import StepOutput
@@ -46,16 +55,7 @@ SEED = 7
 #: An error that no rounding explains.
 WRONG = 1e-2
 
-CASES = st.builds(
-    Case,
-    rotary=st.booleans(),
-    num_layers=st.integers(1, 3),
-    num_heads=st.sampled_from([1, 2, 4]),
-    context_length=st.sampled_from([4, 6, 8, 20]),
-    gru_gating=st.just(False) if ON_MAIN else st.booleans(),
-    continuous=st.booleans(),
-    max_seq_len=st.sampled_from([32, 8192]),
-)
+CASES = random_cases([4, 6, 8, 20])
 TRACES = st.fixed_dictionaries(
     dict(
         seed=st.integers(0, 2 ** 32 - 1),
@@ -67,8 +67,6 @@ TRACES = st.fixed_dictionaries(
         repeats=st.sampled_from([0., 0., 0.3]),
     )
 )
-BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
-BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
 BOTH_MODES = pytest.mark.parametrize('mode', ['collect', 'eval'])
 
 # ---- traces ----------------------------------------------------------------------------------------------------------
@@ -204,10 +202,6 @@ def make(kind, rotary=True, new=True, simulations=12, **options):
     return policy
 
 
-def cache(policy):
-    return policy._model.world_model.kv_cache_manager
-
-
 KEYED = {
     'unizero': (mcts_ctree.UniZeroMCTSCtree, mcts_ctree, 'tree_muzero', NodeSearch),
     'discrete': (
@@ -306,7 +300,7 @@ class TestSearches:
         worker.step([0, 1, 2])
         assert shadowed.searches == 6
         assert shadowed.differ < 2e-4
-        audit(cache(policy))
+        audit(cache_of(policy))
 
     @pytest.mark.usefixtures('lightzeros_tree')
     @BOTH_MODES
@@ -379,9 +373,9 @@ class TestPages:
         worker = Worker(policy, mode)
         for step in range(1, 7):
             worker.step([0, 1, 2])
-            audit(cache(policy))
-            assert cache(policy)._pages.used == 3 * min(step, cache(policy).width)
-        assert len(cache(policy).recur_pool) == 0
+            audit(cache_of(policy))
+            assert cache_of(policy)._pages.used == 3 * min(step, cache_of(policy).width)
+        assert len(cache_of(policy).recur_pool) == 0
 
     def test_roots_that_are_cleared_in_the_middle(self):
         """A running search holds its roots' pages, and nobody else is given them."""

@@ -10,10 +10,10 @@ import torch
 from ding.utils import MODEL_REGISTRY
 from oracle import ClearEnv, Expand, Root, random_trace
 from players import ByKey, ByNode, Placed
-from small_models import Case, construct
+from small_models import BOTH_ACTIONS, BOTH_POSITIONS, Case, construct
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lzero_kvcache.engine import launch
+from lzero_kvcache.engine import backends
 from lzero_kvcache.search import inference, roots
 
 SEED, ROWS = 3, 4
@@ -22,8 +22,6 @@ ON_GPU = pytest.param('cuda', marks=[
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 ])
 DEVICES = pytest.mark.parametrize('device', [ON_CPU, ON_GPU])
-BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
-BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
 
 
 class Copies(TorchDispatchMode):
@@ -53,7 +51,7 @@ class Counting:
             monkeypatch.setattr(world_model.inference, name, call)
         if device == ON_CPU:
             places = [(owner, name) for owner in (roots, inference) for name in ('send', 'to_cpu')]
-            for owner, name in [*places, (launch.EagerBackend, 'step')]:
+            for owner, name in [*places, (backends.EagerBackend, 'step')]:
                 way = 'back' if name == 'to_cpu' else 'there'
                 monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), way))
 

@@ -16,9 +16,8 @@ from scipy import stats
 
 from lzero_kvcache.cache.pages import extend
 from lzero_kvcache.engine.compiling import entry
-from lzero_kvcache.search import draws
+from lzero_kvcache.search import random_numbers as numbers
 from lzero_kvcache.search import tree as trees
-from lzero_kvcache.search.arrays import padded
 from lzero_kvcache.search.tree import (
     Rules,
     Tree,
@@ -31,8 +30,11 @@ from lzero_kvcache.search.tree import (
     root_visits,
     score_children,
 )
+from lzero_kvcache.search.tree_arrays import padded
 
-below, draw, normal, philox, uniform = map(entry, (draws.below, draws.draw, draws.normal, draws.philox, draws.uniform))
+below, draw, normal, philox, uniform = map(
+    entry, (numbers.below, numbers.draw, numbers.normal, numbers.philox, numbers.uniform)
+)
 prepare_rows, select_rows, extend_rows, backup_rows, share = map(
     entry, (trees.prepare_rows, trees.select_rows, trees.extend_rows, trees.backup_rows, trees.share)
 )

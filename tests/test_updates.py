@@ -9,15 +9,12 @@ from builders import Worker, assert_same_outputs, audit, differs, make_policy, r
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
 
-from lzero_kvcache.search import compiled
+from lzero_kvcache.search import compiled_search
 
 LINE = 'contexts made under older ones are dropped, now and from now on'
 
 
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    """DI-engine puts './' before experiment folders, absolute ones too."""
-    monkeypatch.chdir('/')
+pytestmark = pytest.mark.usefixtures('at_the_root')
 
 
 def contexts(policy):
@@ -140,7 +137,7 @@ def test_contexts_of_older_weights_would_show(monkeypatch):
 def test_weights_that_move_inside_of_a_search_stay_until_it_has_ended(monkeypatch):
     """A search in arrays reads them at their addresses, and another search of the model may look for them meanwhile."""
     policy, other = (make_policy(True, kv_cache_cfg=dict(search='device')) for _ in range(2))
-    worker, expected, search_rows, taken = Worker(policy), Worker(other), compiled.search_rows, []
+    worker, expected, search_rows, taken = Worker(policy), Worker(other), compiled_search.search_rows, []
 
     def disturbed(*args):
         if args[-1] == 0:  # it is only compiled
@@ -153,7 +150,7 @@ def test_weights_that_move_inside_of_a_search_stay_until_it_has_ended(monkeypatc
 
     right = expected.step([0, 1, 2])
     with monkeypatch.context() as patched:
-        patched.setattr(compiled, 'search_rows', disturbed)
+        patched.setattr(compiled_search, 'search_rows', disturbed)
         assert_same_outputs(worker.step([0, 1, 2]), right, [0, 1, 2])
     assert taken
     moved(other)

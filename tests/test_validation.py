@@ -16,14 +16,14 @@ from oracle import ClearEnv, Expand, play, random_trace
 from players import ByNode, Placed
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
-from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, cached_model, randomise
+from small_models import BOTH_POSITIONS, ON_MAIN, ON_RELEASE_ALONE, Case, cached_model, randomise
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_search_by_node import make
 from torch.utils.tensorboard import SummaryWriter
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.config import CacheConfig
-from lzero_kvcache.engine.launch import EagerBackend
+from lzero_kvcache.engine.backends import EagerBackend
 from lzero_kvcache.host.legacy_reference import CAUSES
 from lzero_kvcache.host.lightzero import lightzero
 from lzero_kvcache.host.shadow import Shadow
@@ -35,7 +35,6 @@ SEED = 11
 ALL = [0, 1, 2]
 #: What rounding may come to.
 TOLERANCE = 1e-4
-BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
 BOTH_KINDS = pytest.mark.parametrize('validated', ['legacy', 'exact'])
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from builders import Worker, audit, compiled, small_cartpole
+from builders import Worker, audit, cache_of, calls_of, compiled, small_cartpole
 from ding.utils import POLICY_REGISTRY
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 from lzero.policy.utils import select_action
@@ -25,11 +25,10 @@ from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, randomise
 from test_tree import alike
 
 from lzero_kvcache import ConfigError, KVCacheManager
-from lzero_kvcache.engine.probing import KernelCheck
+from lzero_kvcache.engine.kernel_check import KernelCheck
 from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.host.tree_search import _NodeSearch
-from lzero_kvcache.search import compiled as compiled_search
-from lzero_kvcache.search import compiled_model, tree
+from lzero_kvcache.search import compiled_model, compiled_search, tree
 from lzero_kvcache.search.roots import RootInference
 from lzero_kvcache.search.whole import WholeSearch
 
@@ -134,10 +133,6 @@ def world_model_of(policy):
     return policy._model.world_model
 
 
-def cache_of(policy):
-    return world_model_of(policy).kv_cache_manager
-
-
 def spaces_of(policy, part='_spaces'):
     return getattr(world_model_of(policy).inference._whole, part)
 
@@ -149,20 +144,9 @@ def counts(policy):
     return dict(pools, skipped=counters['skipped'])
 
 
-@contextlib.contextmanager
 def ways():
     """The ways that searches go inside."""
-    taken = []
-
-    def noting(function, way):
-        def run(*args):
-            taken.append(way)
-            return function(*args)
-        return run
-
-    with mock.patch.object(WholeSearch, 'run', noting(WholeSearch.run, 'arrays')), \
-            mock.patch.object(_NodeSearch, '_search_in_ctree', noting(_NodeSearch._search_in_ctree, 'ctree')):
-        yield taken
+    return calls_of(arrays=(WholeSearch, 'run'), ctree=(_NodeSearch, '_search_in_ctree'))
 
 
 # ---- which search --------------------------------------------------------------------------------------------------

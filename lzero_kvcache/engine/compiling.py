@@ -1,4 +1,4 @@
-"""How functions are compiled by numba, and where what was compiled is kept. Knows nothing of what they compute.
+"""Compiling functions by numba, and the folder in which compiled functions are kept.
 
 numba is imported with the first function that is compiled, not with the package.
 """
@@ -18,7 +18,7 @@ Function = TypeVar('Function')
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOMS = 'engine', 'search'
-"""Where compiled functions are written. All of it is hashed: numba itself misses changes in functions that are called.
+"""Rooms with compiled functions. All their sources are hashed, since numba misses changes in functions that are called.
 """
 
 
@@ -34,17 +34,17 @@ def why_not_compiled() -> Optional[str]:
 
 
 def inner(function: Function) -> Function:
-    """A function that compiled ones alone call."""
+    """Compile a function that only compiled functions call."""
     return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def inlined(function: Function) -> Function:
-    """An inner function that is inlined at each call: passing the arrays of a tree would take longer than its work."""
+    """An inner function that is inlined at each call: passing many arrays takes longer than its work."""
     return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
 
 
 def entry(function: Function) -> Function:
-    """A function that is called from Python, compiled once for a machine. It may be an inner one."""
+    """Compile a function that Python calls, once for a machine. It may be an inner one already."""
     plain: Any = getattr(function, 'py_func', function)
     dispatcher = _compiled(plain)
     dispatcher._cache = _kept_on_disk(f'{plain.__module__}.{plain.__qualname__}')
@@ -52,7 +52,7 @@ def entry(function: Function) -> Function:
 
 
 def _compiled(function: Any, **options: Any) -> Any:
-    """A function that is compiled without fast-math: nan stays nan, and sums keep their order."""
+    """Compile without fast-math: nan stays nan, and sums keep their order."""
     from numba import njit
 
     noisy = logging.getLogger('numba')
@@ -62,7 +62,7 @@ def _compiled(function: Any, **options: Any) -> Any:
 
 
 def folder() -> Path:
-    """Where compiled functions are kept: another one for each version of the sources."""
+    """The folder of compiled functions, one for each version of the sources."""
     chosen = os.environ.get('NUMBA_CACHE_DIR')
     if chosen:
         base = Path(chosen)
@@ -87,8 +87,8 @@ SOURCES = _hash_sources()
 
 
 def _kept_on_disk(name: str) -> Any:
-    """What numba asks for compiled functions. Its own cache keeps an index beside them, in which two processes can
-    overwrite each other's entries; here a file's name says all that its contents depend on."""
+    """A cache for numba to ask. numba's own keeps an index file, in which two processes can overwrite each other's
+    entries; here the name of a file is a hash of everything that its contents depend on."""
     import llvmlite
     import numba
     from numba.core.caching import NullCache
@@ -123,7 +123,7 @@ def _kept_on_disk(name: str) -> Any:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """The whole file or none, whoever else writes or reads it."""
+    """Write a file atomically."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:
             file.write(data)

@@ -23,11 +23,11 @@ class EncoderGraph:
         self.graphs = Graphs('An encoder cannot be captured here')
 
     def chunk(self, count: int) -> int:
-        """How many of ``count`` observations to encode at once: a GPU encodes some while the CPU packs the next."""
+        """How many of ``count`` observations to pass at once: a GPU encodes them while the CPU packs the next ones."""
         return ROWS if self._source.device().type == 'cuda' else count
 
     def latest(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function of a chunk of observations, with the weights of now."""
+        """A function that encodes a chunk of observations with the current weights."""
         source = self._source
         if source.device().type != 'cuda' or source.is_training() or source.has_own_encoding():
             return self._launch

@@ -1,4 +1,4 @@
-"""CUDA graphs of one model: captured once for each size, and anew when storage moves."""
+"""CUDA graphs of one model: captured once for each size, and again when storage moves."""
 import functools
 import gc
 import logging
@@ -8,97 +8,74 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import torch
 
 from ..config import MIB
+from .slab import megabytes
 
 logger = logging.getLogger(__name__)
 
 MAX_MOVES = 16
-"""How often storage may move, and graphs be captured anew, before functions are launched from Python for good."""
+"""How often storage may move, and graphs be captured again, before functions are launched from Python for good."""
 
+MOST_KEPT = 8
+"""Captures of one model that are kept at a time."""
 
 _capturing = threading.Lock()  # one for the process, since torch captures one graph at a time
 
 
 class Captured(NamedTuple):
-    """Functions whose launches a GPU replays, in memory that they share."""
+    """CUDA graphs of some functions, which share a memory pool."""
     replays: List[Callable[[], None]]
     results: List[Any]
     memory_mb: float  # of their pool, and of what they read
 
 
-def megabytes(*tensors: torch.Tensor) -> float:
-    """MiB that tensors take."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
-
-
 def capture(device: torch.device, *functions: Callable[[], Any], inputs: Sequence[torch.Tensor] = ()) -> Captured:
     """Capture functions that run one after another; what they return is overwritten by each replay. ``inputs`` were
     made for them, and count as their memory."""
-    with _capturing, torch.cuda.device(device):  # Triton launches on the current device
-        captured = _capture(functions)
-    return captured._replace(memory_mb=captured.memory_mb + megabytes(*inputs))
-
-
-def _capture(functions: Sequence[Callable[[], Any]]) -> Captured:
-    stream = _stream_of(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries allocate their workspaces before the capture
-        for _ in range(3):
-            for function in functions:
-                function()
-    torch.cuda.current_stream().wait_stream(stream)
-    gc.collect()  # another model's graphs, if they were collected during a capture, would break it
     graphs: List[Any] = []
     results, held = [], 0
-    for function in functions:
-        graph = torch.cuda.CUDAGraph()
-        pool = graphs[0].pool() if graphs else None
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'):
-            before = torch.cuda.memory_reserved()  # with nothing in it that is free: PyTorch empties its cache here
-            results.append(function())
-            held += max(0, torch.cuda.memory_reserved() - before)  # with what a replay needs only in between
-        graphs.append(graph)
-    return Captured([graph.replay for graph in graphs], results, held / MIB)
+    with _capturing, torch.cuda.device(device):  # Triton launches on the current device
+        stream = _stream_of(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate their workspaces before the capture
+            for _ in range(3):
+                for function in functions:
+                    function()
+        torch.cuda.current_stream().wait_stream(stream)
+        gc.collect()  # another model's graphs, if they were collected during a capture, would break it
+        for function in functions:
+            graph = torch.cuda.CUDAGraph()
+            pool = graphs[0].pool() if graphs else None
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'):
+                before = torch.cuda.memory_reserved()  # with nothing in it that is free: PyTorch empties its cache here
+                results.append(function())
+                held += max(0, torch.cuda.memory_reserved() - before)  # with what a replay needs only in between
+            graphs.append(graph)
+    return Captured([graph.replay for graph in graphs], results, held / MIB + megabytes(*inputs))
 
 
 @functools.lru_cache(maxsize=None)
 def _stream_of(device: int) -> Any:
-    """One stream for all captures on a device, since libraries keep memory for each that they ran on: cuBLAS 32 MiB."""
+    """One stream for all captures of the process on a device: libraries keep memory for each stream that they ran on,
+    cuBLAS 32 MiB."""
     return torch.cuda.Stream(device)
 
 
-def smallest_fitting(kept: Dict[Tuple[Any, ...], Any], rows: int, suits: Callable[[Tuple[Any, ...]], bool]) -> Any:
-    """Of what is kept by its rows and more, the smallest that suits and has room for some rows without many to spare;
-    it is the newest from now on. None if there is none."""
-    fitting = [key for key in kept if rows <= key[0] <= 2 * rows + 8 and suits(key[1:])]
-    if not fitting:
-        return None
-    key = min(fitting)
-    kept[key] = found = kept.pop(key)
-    return found
-
-
-def make_room(kept: Dict[Tuple[Any, ...], Any], most: int) -> None:
-    """Let the one go that was not used for longest, if there are as many as may be."""
-    if len(kept) >= most:
-        del kept[next(iter(kept))]
-
-
 class Graphs:
-    """What is captured for one model, by the number of rows and by ``kind``, which is whatever else tells captures
-    apart. Each has a field ``captured``. Each thread has its own, since a replay overwrites inputs and results."""
+    """Captures of one model by their number of rows and their ``kind``, which is whatever else tells them apart; the
+    most recently used is last. Each has a field ``captured``."""
 
-    def __init__(self, told: str, most: int = 8) -> None:
+    def __init__(self, told: str, then: str = 'running eagerly') -> None:
         self.kept: Dict[Tuple[Any, ...], Any] = {}
         self.moves = 0
-        self.captures = 0  # so far, those that went among them
+        self.captures = 0  # so far, dropped ones included
         self.usable = True
-        self._told, self._most = told, most  # what the log says of giving up, and how many are kept
+        self.lock = threading.RLock()
+        self._told, self._then = told, then  # what the log says of giving up
         self._addresses: Tuple[int, ...] = ()
-        self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
-        return type(self), (self._told, self._most)  # a copy begins without
+        return type(self), (self._told, self._then)  # a copy begins without
 
     @property
     def memory_mb(self) -> float:
@@ -106,35 +83,52 @@ class Graphs:
 
     def get(self, rows: int, kind: Tuple[Any, ...], addresses: Tuple[int, ...],
             make: Callable[[], Any]) -> Optional[Any]:
-        """The smallest that there is for so many rows or more, or else one that is made now; None where nothing can be
-        captured. ``addresses`` are those of all that a graph reads."""
-        kind += (threading.get_ident(), )
-        with self._lock:
+        """The smallest capture that fits, or else a new one; None where nothing can be captured. Each thread has its
+        own, since a replay overwrites inputs and results."""
+        kind += (threading.get_ident(),)
+        with self.lock:
             if not self.usable:
                 return None
-            if addresses != self._addresses:
-                self.moves += bool(self.kept)
-                self.kept.clear()
-                self._addresses = addresses
-            found = smallest_fitting(self.kept, rows, lambda others: others == kind)
-            if found is not None:
-                return found
-            if self.moves >= MAX_MOVES:
-                self.give_up('its storage keeps moving')
-                return None
-            make_room(self.kept, self._most)
-            try:
-                made = make()
-            except Exception as error:  # Triton's, and its compiler's, have types of their own
-                self.give_up(error)
-                return None
-            self.kept[(rows,) + kind] = made
-            self.captures += 1
-            return made
+            found = self.find(rows, addresses, lambda others: others == kind)
+            if found is None:
+                self.make_room()
+                found = self.attempt(make)
+                if found is None:
+                    self.kept.clear()
+                else:
+                    self.kept[(rows,) + kind] = found
+            return found
 
-    def give_up(self, reason: Any) -> None:
-        """Capture nothing from now on."""
-        self.usable = False
-        self.kept.clear()
-        first_line = str(reason).split('\n', maxsplit=1)[0]
-        logger.warning(f'{self._told} ({first_line}): running eagerly from now on')
+    def find(self, rows: int, addresses: Tuple[int, ...], suits: Callable[[Tuple[Any, ...]], bool]) -> Any:
+        """The smallest capture of a kind that suits, for ``rows`` to ``2 rows + 8`` rows; None if there is none.
+        ``addresses`` are those of all memory that a graph reads: if one has changed, all captures are dropped."""
+        if addresses != self._addresses:
+            self.moves += bool(self.kept)
+            self.kept.clear()
+            self._addresses = addresses
+        fitting = [key for key in self.kept if rows <= key[0] <= 2 * rows + 8 and suits(key[1:])]
+        if not fitting:
+            return None
+        key = min(fitting)
+        self.kept[key] = found = self.kept.pop(key)  # to the end
+        return found
+
+    def make_room(self) -> None:
+        """Drop the least recently used capture, if there are :data:`MOST_KEPT`."""
+        if len(self.kept) >= MOST_KEPT:
+            del self.kept[next(iter(self.kept))]
+
+    def attempt(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` captures. Where it fails, or storage has moved too often: None, a warning, and no capture ever
+        again."""
+        try:
+            if self.moves >= MAX_MOVES:
+                raise RuntimeError('its storage keeps moving')
+            made = make()
+        except Exception as error:  # Triton's, and its compiler's, have types of their own
+            self.usable = False
+            first_line = str(error).split('\n', maxsplit=1)[0]
+            logger.warning(f'{self._told} ({first_line}): {self._then} from now on')
+            return None
+        self.captures += 1
+        return made

@@ -1,9 +1,10 @@
-"""Eight float32 numbers side by side, one for each of eight rows, as a type of numba's.
+"""A numba type for a vector of eight float32 numbers, one for each of eight rows, and its instructions.
 
-LLVM vectorises a loop by guesses about its length. What is written with lanes is vectorised as it stands, whatever the
+LLVM vectorises a loop by guesses about its length. Code written with lanes is vectorised as it stands, whatever the
 sizes, and needs no flag that allows sums to be reordered or nan to be ignored. A place in memory is an address in bytes
-and a number of float32 to go from there.
+plus an offset in float32 numbers.
 """
+import inspect
 import itertools
 import operator
 from typing import Any, Callable, List, Sequence
@@ -42,20 +43,19 @@ LANES, PLACE, FLOAT = LanesType(), (types.intp, types.intp), types.float32
 
 
 def instructions(signature: Any, build: Callable[..., Any]) -> Any:
-    """A function of numba's that consists of the instructions which ``build(builder, *args)`` writes."""
+    """A numba function made of the instructions that ``build(builder, *args)`` writes."""
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         made = build(builder, *args)
         return context.get_dummy_value() if signature.return_type is types.void else made
 
-    typed = {
-        1: lambda context, a: (signature, codegen),
-        2: lambda context, a, b: (signature, codegen),
-        3: lambda context, a, b, c: (signature, codegen),
-        4: lambda context, a, b, c, d: (signature, codegen),
-        7: lambda context, a, b, c, d, e, f, g: (signature, codegen),
-        8: lambda context, a, b, c, d, e, f, g, h: (signature, codegen),
-    }
-    return intrinsic(typed[len(signature.args)])
+    def typed(context: Any, *args: Any) -> Any:
+        return signature, codegen
+
+    names = ['context', *(f'argument_{index}' for index in range(len(signature.args)))]
+    typed.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # where numba counts arguments
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    )
+    return intrinsic(typed)
 
 
 def _at(builder: Any, address: Any, index: Any, kind: Any) -> Any:
@@ -68,10 +68,10 @@ def _order(*lanes: int) -> Any:
 
 
 _PAIRED = _order(0, 8, 1, 9, 4, 12, 5, 13), _order(2, 10, 3, 11, 6, 14, 7, 15)
-"""How two numbers of eight rows come to be beside each other: of four rows, and of the others."""
+"""Shuffles that interleave two vectors: for four of the rows, and for the other four."""
 
 _EVERY_SECOND = _order(0, 2, 8, 10, 4, 6, 12, 14), _order(1, 3, 9, 11, 5, 7, 13, 15)
-"""The way back: one number of the eight rows, and the other."""
+"""The inverse shuffles: the first vector, and the second."""
 
 
 def _splat(builder: Any, value: Any) -> Any:
@@ -96,7 +96,7 @@ def _spread(builder: Any, address: Any, index: Any) -> Any:
 
 
 def _spread_pair(builder: Any, address: Any, index: Any) -> Any:
-    """Two numbers, four times."""
+    """A vector of two numbers, repeated four times."""
     both = builder.load(_at(builder, address, index, _PAIR), align=4)
     first = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), both, ir.Constant(_INT32, 0))
     return builder.bitcast(builder.shuffle_vector(first, first, _order(*[0] * _PAIRS.count)), _VECTOR)
@@ -135,7 +135,7 @@ def _times_power_of_two(builder: Any, x: Any, n: Any) -> Any:
 
 
 def _halves(half: int) -> Any:
-    """How to put the halves of two vectors' pairs of ``half`` lanes together: the first ones, and the second ones."""
+    """Shuffles of two vectors that take every first, or every second, group of ``half`` lanes from each."""
     lanes = range(WIDTH)
     return (_order(*[lane + (WIDTH - half if lane & half else 0) for lane in lanes]),
             _order(*[lane + (WIDTH if lane & half else half) for lane in lanes]))
@@ -152,7 +152,7 @@ def _turned(builder: Any, rows: List[Any]) -> List[Any]:
 
 
 def _totals(builder: Any, rows: List[Any]) -> Any:
-    """The sums of eight vectors."""
+    """The sum of each of eight vectors, as one vector."""
     for half in (4, 2, 1):
         low, high = _halves(half)
         pairs = zip(rows[:half], rows[half:])
@@ -203,8 +203,8 @@ def _score(builder: Any, queries: Any, step: Any, tokens: Any, tokens_step: Any,
 
 def _mix(builder: Any, weights: Any, tokens: Any, tokens_step: Any, count: Any, part: Any, moved: Any, moved_step: Any,
          target: Any) -> None:
-    """Eight numbers of the values of eight rows' tokens, to which ``moved`` is added, by their weights ``[count, 8]``;
-    side by side."""
+    """Eight dimensions of the weighted sum of eight rows' values, to which ``moved`` is added, by weights
+    ``[count, 8]``; written as ``[8 dimensions, 8 rows]``."""
     kind = count.type
     sums = [alloca_once(builder, _VECTOR) for _ in range(WIDTH)]
     for sum in sums:
@@ -221,10 +221,10 @@ def _mix(builder: Any, weights: Any, tokens: Any, tokens_step: Any, count: Any, 
 
 
 def _linear(outputs: int) -> Callable[..., Any]:
-    """``outputs`` numbers of a linear layer for eight rows. The sums stay in registers, and a weight is read where it
-    lies, as ``[outputs, inputs]``: two at once, since reading takes longer than multiplying; so there are two sums for
-    a number, of four rows each, in which those over inputs with even and with odd numbers lie beside each other. The
-    weights from ``following`` on are sent for meanwhile."""
+    """``outputs`` outputs of a linear layer for eight rows; the weights are ``[outputs, inputs]``. Sums stay in
+    registers. Two weights are loaded at once, since loads take longer than products: each output has two sums of four
+    rows each, in which the sum over even inputs lies beside that over odd ones. The weights from ``following`` on are
+    prefetched."""
     def build(builder: Any, weight: Any, following: Any, bias: Any, source: Any, target: Any, inputs: Any,
               added: Any) -> None:
         def number(n: int) -> Any:
@@ -309,7 +309,7 @@ def constant(value: float) -> Any:
 
 @inner
 def exponential(x: Any) -> Any:
-    """``exp``, to 6e-7 (relative) within +-10; no smaller or larger than a float32 holds, and nan of nan."""
+    """``exp``, with a relative error of 6e-7 within +-10; clamped to what a float32 holds, and nan for nan."""
     x = smaller(larger(x, constant(-87.0)), constant(88.0)) * constant(1.4426950408889634)
     whole = nearest(x)
     x = x - whole

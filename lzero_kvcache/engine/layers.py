@@ -1,7 +1,7 @@
-"""Layers of a model as compiled functions over tiles, and the memory that they work in. Importing it imports numba.
+"""Layers of a model as compiled functions, and the memory that they work in. Importing it imports numba.
 
-Rows stand side by side: numbers of ``tiles`` times eight rows are ``[tiles, numbers, 8]``, so that one row cannot touch
-another. Places in memory are addresses.
+A tile is eight rows side by side: activations are ``[tiles, numbers, 8]``, and one row cannot affect another. Arguments
+that stand for memory are addresses.
 """
 import math
 from typing import Any, NamedTuple
@@ -47,23 +47,24 @@ from .program import (
 from .team import FINISHED, JOB, POSTED, WORKERS, await_count, count_up, new_team
 
 ROWS = 64
-"""Rows that are worked on together, at most: what they need fits into a core's own cache, and weights are read once for
-all."""
+"""Rows that are computed together, at most: their activations fit into a core's own cache, and each weight is read
+once for all of them."""
 
 TILE = WIDTH * NUMBER
 
 
 class Scratch(NamedTuple):
+    """Working memory of one thread."""
     memory: np.ndarray
     tokens: np.ndarray  # [rows, tokens]: addresses of what the pages hold of a row's tokens
     lengths: np.ndarray  # [rows]: tokens, the one that is asked about included
-    chosen: np.ndarray  # [rows]: what is gathered from a table
+    chosen: np.ndarray  # [rows]: indices for :func:`gather`
     x: int  # from here on addresses: tokens on their way through the layers, [tiles, E, 8]
     between: int
     y: int
     qkv: int  # [tiles, 3E, 8]
     inner: int
-    left: int  # what operations of programs read and write in turn
+    left: int  # operations of a program read one of left and right and write the other
     right: int
     places: int
     rows: int  # [8, step]: a tile's numbers row by row
@@ -79,7 +80,7 @@ class Scratch(NamedTuple):
 
 
 def new_scratch(network: Network, width: int) -> Scratch:
-    """Memory for one thread that simulates over tables of ``width`` pages."""
+    """Memory for steps over tables of ``width`` pages."""
     embed, tokens = network.embed, 2 * width + 3
     step = _whole(max(3 * embed, network.widest))
     widest = max(network.widest, embed)
@@ -101,7 +102,7 @@ def new_scratch(network: Network, width: int) -> Scratch:
 
 
 def _whole(size: int) -> int:
-    """To the next line of memory."""
+    """Rounded up to a cache line of 16 numbers."""
     return -(-size // 16) * 16
 
 
@@ -111,7 +112,7 @@ def _whole(size: int) -> int:
 @inner
 def _columns(weight: int, bias: int, source: int, target: int, target_step: int, inputs: int, begin: int, end: int,
              tiles: int, added: int) -> None:
-    """Outputs ``begin`` to ``end - 1`` of a linear layer."""
+    """Outputs ``begin`` to ``end - 1`` of a linear layer; see :func:`linear`."""
     block = 6 if end - begin >= 6 else 1
     for n in range(begin, end, block):
         n = min(n, end - block)  # the last block overlaps the one before, and computes some columns twice
@@ -128,7 +129,7 @@ def _columns(weight: int, bias: int, source: int, target: int, target_step: int,
 
 @inner
 def _share(team: np.ndarray, worker: int) -> None:
-    """One worker's columns of the product that was posted."""
+    """Compute one worker's columns of the product that was posted."""
     job = team[JOB:]
     outputs = job[6]
     part = -(-outputs // (team[WORKERS] * 6)) * 6  # whole blocks
@@ -151,8 +152,8 @@ def help_out(team: np.ndarray, worker: int) -> None:
 @inner
 def linear(weight: int, bias: int, source: int, target: int, target_step: int, inputs: int, outputs: int, tiles: int,
            added: int, team: np.ndarray) -> None:
-    """``target = weight source + bias``, and ``+ added``; a step leads from a tile of the target to the next."""
-    first = outputs - outputs  # a literal is compiled anew
+    """``target = weight source + bias``, ``+ added`` unless that is 0; ``target_step`` numbers from tile to tile."""
+    first = outputs - outputs  # a literal 0 has a type of its own, for which all would be compiled again
     if len(team) == 0:
         _columns(weight, bias, source, target, target_step, inputs, first, outputs, tiles, added)
         return
@@ -167,6 +168,7 @@ def linear(weight: int, bias: int, source: int, target: int, target_step: int, i
 
 @inner
 def norm(weight: int, bias: int, source: int, target: int, size: int, tiles: int, eps: float) -> None:
+    """LayerNorm."""
     share = constant(1.0 / size)
     for tile in range(tiles):
         x, y = source + tile * size * TILE, target + tile * size * TILE
@@ -184,7 +186,7 @@ def norm(weight: int, bias: int, source: int, target: int, size: int, tiles: int
 
 @inner
 def _standardize(mean: int, variance: int, at: int, size: int, tiles: int, eps: float) -> None:
-    """In place, by numbers that training has gathered."""
+    """Subtract running means and divide by running deviations, in place: the first half of a BatchNorm."""
     for i in range(size):
         middle, scale = spread(mean, i), constant(1.0) / root(spread(variance, i) + constant(eps))
         for tile in range(tiles):
@@ -194,7 +196,7 @@ def _standardize(mean: int, variance: int, at: int, size: int, tiles: int, eps: 
 
 @inner
 def _scale(weight: int, bias: int, at: int, size: int, tiles: int) -> None:
-    """In place, each column by numbers of its own."""
+    """Multiply by weights and add biases, in place: the second half of a BatchNorm."""
     for i in range(size):
         factor, added = spread(weight, i), spread(bias, i)
         for tile in range(tiles):
@@ -211,7 +213,7 @@ def _gelu(x: Any) -> Any:
 
 @inner
 def softmax(at: int, size: int) -> None:
-    """Of ``size`` numbers for each of eight rows."""
+    """Over ``size`` numbers of each of eight rows, in place."""
     top, sum = constant(-np.inf), constant(0.0)
     for i in range(size):
         top = larger(top, load(at, i * WIDTH))
@@ -226,7 +228,7 @@ def softmax(at: int, size: int) -> None:
 
 @inner
 def elementwise(kind: int, at: int, size: int) -> None:
-    """In place, for ``size`` times eight numbers."""
+    """Apply an activation to ``size`` times eight numbers, in place."""
     for i in range(0, size * WIDTH, WIDTH):
         x = load(at, i)
         if kind == GELU:
@@ -244,7 +246,7 @@ def elementwise(kind: int, at: int, size: int) -> None:
 
 @inner
 def run(program: np.ndarray, source: int, scratch: Scratch, tiles: int, eps: float) -> int:
-    """Where the output of the last operation is, which the run after the next overwrites."""
+    """Run the operations of a program; returns the address of the output, which the run after the next overwrites."""
     at = source
     for operation in program:
         size = operation[OUTPUTS]
@@ -295,7 +297,7 @@ def subtract(source: int, other: int, target: int, size: int) -> None:
 
 @inner
 def gather(table: int, size: int, target: int, scratch: Scratch, rows: int) -> None:
-    """The rows of a table ``[N, size]`` that are chosen, side by side."""
+    """Rows ``scratch.chosen`` of a table ``[N, size]``, side by side."""
     for first in range(0, rows, WIDTH):
         for row in range(first, min(first + WIDTH, rows)):
             copy(

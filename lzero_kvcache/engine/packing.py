@@ -1,4 +1,4 @@
-"""Everything that a step needs from the CPU as one array, so that it travels in one copy.
+"""All inputs of a step that come from the CPU as one array, so that one copy sends them.
 
 Columns are the ``B`` rows of a batch. Rows are ``W`` page ids, the count of pages, both tokens' positions, and the
 action: its index, or two float32 in each int64.
@@ -12,7 +12,7 @@ from ..cache.pages import SCRATCH_PAGE
 from .weights import Geometry
 
 LEAST_PAGES = 16
-"""Pages of the shortest window; longer ones double, so that few CUDA graphs are captured while contexts grow."""
+"""Pages of the shortest window. Longer ones double, so that few CUDA graphs are captured while contexts grow."""
 
 Unpacked = Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -52,7 +52,7 @@ def unpack(geometry: Geometry, numbers: torch.Tensor) -> Unpacked:
 
 
 def filler(geometry: Geometry, count: int) -> np.ndarray:
-    """A column ``[N, 1]`` of packed numbers for rows that only fill up a batch, and write to the scratch page."""
+    """A column ``[N, 1]`` of packed numbers for rows that only pad a batch, and write to the scratch page."""
     column = np.zeros((count, 1), dtype=np.int64)
     width = count - 3 - geometry.action_rows
     column[width - 1], column[width] = SCRATCH_PAGE, 1
@@ -60,7 +60,7 @@ def filler(geometry: Geometry, count: int) -> np.ndarray:
 
 
 def pages_of_window(geometry: Geometry, longest: int) -> int:
-    """For a context of ``longest`` pages and the one that a step writes."""
+    """The width of a window for contexts of at most ``longest`` pages, with the page that the step writes."""
     pages = LEAST_PAGES
     while pages <= longest:
         pages *= 2

@@ -1,7 +1,7 @@
-"""A model as tables of sizes and of addresses, for compiled functions.
+"""The inputs of compiled functions: a model as tables of sizes and addresses, and the rows of a batch.
 
-Weights are read where they lie: what changes in place is seen at once. Storage that moves is not; whoever holds a
-network compares the addresses of its weights.
+Weights are read at their addresses, so a change in place is seen at once. Whoever holds a network compares addresses,
+since a tensor may move.
 """
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ LINEAR, GELU, RELU, TANH, SIM_NORM, EXPONENTIAL, CLAMPED_EXPONENTIAL, LAYER_NORM
 """Kinds of operations. The last two are a BatchNorm."""
 
 KIND, INPUTS, OUTPUTS, WEIGHT, BIAS = range(5)
-"""Columns of an operation. A SimNorm has the size of its groups in place of a weight; what standardizes, means and
-variances."""
+"""Columns of an operation. Instead of a weight, a SimNorm has the size of its groups; instead of weight and bias,
+STANDARDIZE has means and variances."""
 
 (NORM1_WEIGHT, NORM1_BIAS, QUERY_WEIGHT, QUERY_BIAS, KEY_WEIGHT, KEY_BIAS, VALUE_WEIGHT, VALUE_BIAS, PROJ_WEIGHT,
  PROJ_BIAS, NORM2_WEIGHT, NORM2_BIAS, WIDEN_WEIGHT, WIDEN_BIAS, NARROW_WEIGHT, NARROW_BIAS) = range(16)
@@ -41,3 +41,28 @@ class Network(NamedTuple):
     first: np.ndarray  # logits, or mu
     second: np.ndarray  # sigma, or nothing
     encoder: np.ndarray  # of vectors; or nothing, where observations are encoded by torch
+
+
+class PagedNetwork(NamedTuple):
+    """A model, and the pages that it steps over."""
+    network: Network
+    shift: np.ndarray  # as :class:`.weights.Weights` has it; with rotary positions zeros [1, L, 2, E]
+    slab: np.ndarray  # as :class:`.slab.Slab` has it
+
+
+_NOTHING = np.zeros((0, 0), np.float32)
+
+
+class Batch(NamedTuple):
+    """Inputs and outputs of a step, row by row: C-contiguous arrays, float32 unless stated. ``[0, 0]``: not used."""
+    tables: np.ndarray  # [B, R] int64, of the contexts
+    counts: np.ndarray  # [B] int64
+    pages: np.ndarray  # [B] int64, what is written
+    places: np.ndarray  # [2, B] int64, rotary positions of the two tokens
+    actions: np.ndarray = _NOTHING  # [B, 1] indices, or [B, A]
+    observations: np.ndarray = _NOTHING  # [B, O], to be encoded
+    latent: np.ndarray = _NOTHING  # [B, E]
+    sequence: np.ndarray = _NOTHING  # [B, E], what heads predict from
+    reward: np.ndarray = _NOTHING  # [B]
+    value: np.ndarray = _NOTHING  # [B], or logits [B, S] of a root
+    policy: np.ndarray = _NOTHING  # [B, P] logits

@@ -1,4 +1,4 @@
-"""Root inferences on a GPU as replayed graphs: the encoder, the step, and what the CPU checks of it."""
+"""Root inferences on a GPU as replayed CUDA graphs: the encoder, the step, and sums that tell what is finite."""
 import logging
 from typing import Callable, NamedTuple, Optional, Tuple
 
@@ -27,14 +27,14 @@ class _Graph(NamedTuple):
 
 
 class RootGraphs:
-    """What is captured of one model's root inferences."""
+    """Captures and replays the root inferences of one model."""
 
     def __init__(self, engine: Engine, source: Source, encode: Encoder) -> None:
         self._engine, self._source, self._encode = engine, source, encode
         self.graphs = Graphs('A root inference cannot be captured here')
 
     def serves(self) -> bool:
-        """Whether root inferences can be replayed, as far as is known."""
+        """Whether to try a replay."""
         source = self._source
         is_plain = not source.is_training() and not source.has_own_encoding()
         return self.graphs.usable and is_plain and self._engine.has_kernels(source.device())
@@ -51,7 +51,7 @@ class RootGraphs:
         )
         if graph is None:
             return None
-        # Nobody reads the pinned memory any more: the last call waited for the device.
+        # The last copy from the pinned memory is done, since the last call waited for the device.
         graph.pinned.numpy()[:, :rows] = numbers
         graph.pinned.numpy()[:, rows:] = filler(self._engine.geometry, count)
         graph.sent.copy_(graph.pinned, non_blocking=True)

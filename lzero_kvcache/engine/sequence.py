@@ -1,4 +1,4 @@
-"""Whole sequences of observations and actions at once, with no pages: the targets of a training batch.
+"""The transformer over whole sequences of observations and actions, without pages, for the targets of a training batch.
 
 Shapes: ``B`` rows, ``L`` observations of a sequence, ``E`` embedding, ``A`` numbers of a continuous action,
 ``T = 2L - 1`` tokens ``[o0, a0, o1, ..., oL-1]``.
@@ -14,8 +14,8 @@ from .weights import Geometry, Weights
 
 def observe(geometry: Geometry, weights: Weights, latents: torch.Tensor, actions: torch.Tensor,
             angles: Optional[torch.Tensor]) -> torch.Tensor:
-    """The outputs ``[B, L, E]`` for observations ``latents [B, L, E]``, between which the actions ``[B, L - 1]`` or
-    ``[B, L - 1, A]`` were taken; ``angles [B]`` are the first observations' rotary positions."""
+    """Outputs ``[B, L, E]`` of observations ``latents [B, L, E]``. The actions between them are ``[B, L - 1]`` or
+    ``[B, L - 1, A]``; ``angles [B]`` are the rotary positions of the first observations."""
     rows, steps, dim = latents.shape
     tokens = 2 * steps - 1
     x = latents.new_empty(rows, tokens, dim)

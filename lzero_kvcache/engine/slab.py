@@ -6,6 +6,11 @@ import torch
 from ..config import MIB
 
 
+def megabytes(*tensors: torch.Tensor) -> float:
+    """MiB that tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
+
+
 class Slab:
     """All pages in one tensor ``[pages, 2, layers, 2, heads, head_dim]``: for each page its two tokens (action,
     observation), for each layer key and value. It is allocated at first use, where the weights are then."""
@@ -23,7 +28,7 @@ class Slab:
     @property
     def memory_mb(self) -> float:
         """MiB that are allocated now."""
-        return 0.0 if self.data is None else self.data.numel() * self.data.element_size() / MIB
+        return 0.0 if self.data is None else megabytes(self.data)
 
     @property
     def address(self) -> int:

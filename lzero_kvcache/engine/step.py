@@ -1,4 +1,4 @@
-"""One or two tokens for every row of a batch, over pages. Takes tensors on the device and weights; asks nobody.
+"""Inference of one or two tokens for every row of a batch, over pages. Takes weights, and tensors on the device.
 
 Shapes: ``B`` rows, ``E`` embedding, ``H`` heads, ``D = E / H``, ``L`` layers, ``A`` actions, ``S`` support, ``W`` pages
 of a window, at the most ``context_length / 2``: the context's, left-aligned, and in the last column the page that the
@@ -12,13 +12,12 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from ..config import MIB
-from .probing import KernelCheck
-from .slab import Slab
+from .kernel_check import KernelCheck
+from .slab import Slab, megabytes
 from .weights import Geometry, Layer, Weights
 
 SHORT_WINDOW = 64
-"""Slots up to which attention is cheaper without a matrix product, for many rows."""
+"""Slots up to which attention of many rows is faster without a matrix product."""
 
 
 class StepOutput(NamedTuple):
@@ -35,7 +34,8 @@ class StepOutput(NamedTuple):
 
 
 class Window(threading.local):
-    """Memory for the gathered window, kept from step to step: on a CPU new memory costs several times the gather."""
+    """Memory for the gathered window, kept from step to step: on a CPU, allocating it takes several times as long as
+    the gather. Each thread has its own."""
 
     def __init__(self) -> None:
         self._kept: Optional[torch.Tensor] = None
@@ -45,7 +45,7 @@ class Window(threading.local):
 
     @property
     def memory_mb(self) -> float:
-        return 0.0 if self._kept is None else self._kept.numel() * self._kept.element_size() / MIB
+        return 0.0 if self._kept is None else megabytes(self._kept)
 
     def room(self, slab: Slab, pages: int) -> Optional[torch.Tensor]:
         """Room for some pages; None on a GPU, whose allocator keeps memory itself."""
@@ -72,35 +72,25 @@ class Engine:
         assert output.logits_rewards is not None
         rows = output.logits_value.shape[0]
         if weights.captured and self.has_kernels(output.logits_value.device):
-            from .numbers import for_search
+            from .scalars import for_search
 
             return for_search(output, output.logits_value.new_empty(rows, 2 + output.logits_policy.shape[-1]))
         scalars = weights.scalar(torch.cat([output.logits_rewards.squeeze(1), output.logits_value.squeeze(1)]))
         return torch.cat([scalars.view(2, rows).T, output.logits_policy.squeeze(1)], dim=1)
 
     def has_kernels(self, device: torch.device) -> bool:
-        """Whether a GPU can read pages where they are."""
+        """Whether the device is a GPU that runs Triton's kernels."""
         return device.type == 'cuda' and self.kernels.why_not(device) is None
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
-    def begin(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
-              angle: Optional[torch.Tensor]) -> None:
-        """Start contexts anew: write one page ``[B]`` for each row that holds its observation ``[B, E]`` alone, at
-        rotary positions ``[B]``."""
-        self._observe_alone(weights, slab, pages, latent, angle, predicts=False)
-
-    def first(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
-              angle: Optional[torch.Tensor]) -> StepOutput:
-        """The first observations of episodes: as :meth:`begin`, with predictions."""
-        x = self._observe_alone(weights, slab, pages, latent, angle, predicts=True)
-        return self._predict(weights, x, latent, None)
-
-    def _observe_alone(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
-                       angle: Optional[torch.Tensor], predicts: bool) -> torch.Tensor:
+    def begin(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor, angle: torch.Tensor,
+              predicts: bool = False) -> torch.Tensor:
+        """Begin contexts: write to one page ``[B]`` of each row its observation ``[B, E]`` alone, at rotary positions
+        ``[B]``. Returns the outputs ``[B, E]``, if it predicts."""
         geometry = self.geometry
         window = latent.new_zeros(latent.shape[0], 2, geometry.layers, 2, geometry.embed_dim)
-        positions = angle if geometry.rotary and angle is not None else torch.zeros_like(pages)
+        positions = angle if geometry.rotary else torch.zeros_like(pages)
         places = self._places(weights, positions.unsqueeze(0))
         x = self._tokens(weights, window, 2, latent.unsqueeze(1), places, None, predicts)
         if weights.shift is not None:
@@ -108,14 +98,20 @@ class Engine:
         slab.write(pages, window)
         return x
 
+    def first(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
+              angle: torch.Tensor) -> StepOutput:
+        """The first observations of episodes: as :meth:`begin`, with predictions."""
+        x = self.begin(weights, slab, pages, latent, angle, predicts=True)
+        return self._predict(weights, x, latent, None)
+
     def step(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
              positions: torch.Tensor, latent: Optional[torch.Tensor] = None) -> StepOutput:
         """An action and an observation token for each row; the new page is written to the last column's ids.
 
-        A count of 0 starts a context, and its action is not looked at. ``positions [2, B]`` are those of both tokens.
-        The observation is ``latent [B, E]``, and no reward is predicted; or without it the predicted observation.
+        A count of 0 begins a context, and its action is ignored. ``positions [2, B]`` are those of both tokens. With
+        ``latent [B, E]`` the observation is given, and no reward is predicted; without it the observation is predicted.
         """
-        if weights.captured and slab.data is not None and self.has_kernels(slab.data.device):
+        if weights.captured and self.has_kernels(tables.device):
             return self.simulate(weights, slab, tables, counts, action, positions, latent)
         window = slab.read(tables, self.window.room(slab, tables.numel()))
         last = window.shape[1] - 1
@@ -130,8 +126,8 @@ class Engine:
 
     def simulate(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
                  positions: torch.Tensor, latent: Optional[torch.Tensor] = None) -> StepOutput:
-        """:meth:`step` without a window: Triton reads pages where they are."""
-        from .products import apply_both
+        """:meth:`step` without gathering a window: Triton reads pages in place."""
+        from .linear_kernels import apply_both
 
         token, rewards = weights.embed_action(action), None
         x = self._over_pages(weights, slab, tables, counts, positions, 0, token)
@@ -144,24 +140,23 @@ class Engine:
 
     def begin_in_place(self, weights: Weights, slab: Slab, pages: torch.Tensor, positions: torch.Tensor,
                        latent: torch.Tensor) -> None:
-        """:meth:`begin` without a window; the rotary positions are the second row of ``positions [2, B]``."""
+        """:meth:`begin` by Triton; the rotary positions are the second row of ``positions [2, B]``."""
         none = torch.zeros_like(pages)
         self._over_pages(weights, slab, pages[:, None], none, positions, 1, latent, predicts=False)
 
     def _over_pages(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor,
-                    positions: torch.Tensor, part: int, x: torch.Tensor, predicts: bool = True) -> torch.Tensor:
-        """The output ``[B, E]`` for a page's action or observation ``x [B, E]``, if it predicts; see
-        :func:`.paged.attend`."""
-        from .paged import attend
-        from .products import apply, place_norm, residual_norm
+                    positions: torch.Tensor, half: int, x: torch.Tensor, predicts: bool = True) -> torch.Tensor:
+        """The output ``[B, E]`` of a page's action (``half`` 0) or observation (1) ``x [B, E]``, if it predicts."""
+        from .linear_kernels import apply, place_norm, residual_norm
+        from .paged_attention import attend
 
         norm, *norms = [layer.norm1 for layer in weights.layers] + [weights.norm]
         if self.geometry.rotary:
             normed = norm(x)
         else:
-            x, normed = place_norm(x, weights.places, positions[part], norm)
+            x, normed = place_norm(x, weights.places, positions[half], norm)
         for index, (layer, next_norm) in enumerate(zip(weights.layers, norms)):
-            y = attend(self.geometry, weights, slab, index, part, normed, tables, counts, positions)
+            y = attend(self.geometry, weights, slab, index, half, normed, tables, counts, positions)
             if layer is weights.layers[-1] and not predicts:
                 break
             if layer.gates is None:
@@ -175,8 +170,8 @@ class Engine:
 
     def step_alone(self, weights: Weights, state: torch.Tensor, action: torch.Tensor,
                    positions: Optional[torch.Tensor]) -> StepOutput:
-        """A state ``[B, E]``, an action and the predicted observation with no context and nothing stored: reanalysis.
-        ``positions [3, B]`` are the tokens' rotary ones."""
+        """A state ``[B, E]``, an action and the predicted observation, without a context and without pages, for
+        reanalyses. ``positions [3, B]`` are rotary ones."""
         rows, geometry = state.shape[0], self.geometry
         window = state.new_empty(rows, 4, geometry.layers, 2, geometry.embed_dim)
         if positions is None:
@@ -214,8 +209,9 @@ class Engine:
 
     def _tokens(self, weights: Weights, window: torch.Tensor, end: int, x: torch.Tensor, places: torch.Tensor,
                 bias: Optional[torch.Tensor], predicts: bool = True) -> torch.Tensor:
-        """``K`` tokens ``x [B, K, E]`` in slots ``end - K`` to ``end - 1``, over slots 1 to ``end - 1`` and ``bias``
-        ``[B, 1, K, end - 1]``; writes their keys and values there. The last one's output ``[B, E]``, if it predicts."""
+        """Run ``K`` tokens ``x [B, K, E]`` through all layers. Their keys and values go to slots ``end - K`` to
+        ``end - 1``; they attend to slots 1 to ``end - 1``, masked by ``bias [B, 1, K, end - 1]``. Returns the output
+        ``[B, E]`` of the last token, if it predicts."""
         rows, tokens, dim = x.shape
         if not self.geometry.rotary:
             x = x + places
@@ -267,21 +263,21 @@ class Engine:
         ).transpose(1, 2)
 
     def _places(self, weights: Weights, positions: torch.Tensor) -> torch.Tensor:
-        """What tells tokens at positions ``[K, B]`` where they are: rotary factors ``[B, K, 1, D / 2]`` for queries and
-        keys, or learned embeddings ``[B, K, E]`` to add."""
+        """Rotary factors ``[B, K, 1, D / 2]`` of positions ``[K, B]``, for queries and keys; or learned embeddings
+        ``[B, K, E]``, to add to tokens."""
         if self.geometry.rotary:
             return weights.places[positions].transpose(0, 1).unsqueeze(-2)
         return F.embedding(positions, weights.places).transpose(0, 1)
 
     def _masks_of(self, slots: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Additive masks by count of pages, padded: of one token ``[W, 1, 1, T]``, and of an action with an observation
-        that is given ``[W, 1, 2, T]``."""
+        """Additive masks by count of pages, padded: for one token ``[W, 1, 1, T]``, and for an action with a given
+        observation ``[W, 1, 2, T]``."""
         masks = self._masks.get((slots, device))
         if masks is None:
             slot = torch.arange(1, slots, device=device)
             count = torch.arange((slots + 1) // 2, device=device).unsqueeze(1)
             seen = (slot < 2 * count) | (slot >= slots - 2)
-            # An action does not see what follows it, and what starts an episode sees no action before it.
+            # An action does not see the observation after it, and a first observation sees no action before it.
             given = seen & ((slot != slots - 2) | (count > 0))
             hidden = ~torch.stack([seen, seen & (slot != slots - 1), given], dim=1)
             # CUDA's attention reads masks eight numbers at a time.
@@ -292,8 +288,8 @@ class Engine:
 
 
 def checksum(output: StepOutput) -> torch.Tensor:
-    """A sum ``[B, 1]`` that is finite where reward, value and policy are. If these are finite, so are the keys and
-    values that they were computed with."""
+    """A sum ``[B, 1]`` that is finite where reward, value and policy are; then the keys and values that they were
+    computed from are finite too."""
     parts = output.logits_rewards, output.logits_value, output.logits_policy
     return torch.cat([part for part in parts if part is not None], dim=-1).sum(-1)
 

@@ -1,4 +1,4 @@
-"""Where a manager's pages are: the slab, with room for as many as the manager counts."""
+"""The memory behind a manager: its slab, and what else counts as the cache's memory."""
 from typing import Any, List
 
 import torch
@@ -9,7 +9,7 @@ from .slab import Slab
 
 
 class PageStore:
-    """The slab of one manager, and what counts as its memory besides."""
+    """The slab of one manager, and whatever else counts as its memory."""
 
     def __init__(self, slab: Slab, advice: str) -> None:
         self.slab = slab

@@ -1,6 +1,6 @@
-"""Threads that compute one product together: one of them runs a search and posts products, the others help out.
+"""A team of threads that compute one product together: one thread runs a search and posts products, the others help.
 
-They meet at counters, some dozens of times in a simulation: too often for anything that puts a thread to sleep.
+They spin on shared counters, since they meet dozens of times in a simulation, too often to put a thread to sleep.
 """
 from typing import Any
 
@@ -12,24 +12,24 @@ from .compiling import inner
 from .lanes import instructions
 
 POSTED, FINISHED, WORKERS, JOB = 0, 8, 16, 17
-"""Places in what a team shares: how many products were posted, and how many shares of all of them are done (each has a
-line of memory of its own), how many threads there are, and the product."""
+"""Indices into the memory that a team shares: products posted so far, shares of them done so far (each counter on a
+cache line of its own), threads, and the arguments of the current product."""
 
 COUNTER_BYTES = 8
 
 PATIENCE = 100000
-"""How often a waiting thread reads the counter before it yields to others."""
+"""How often a waiting thread reads a counter before it yields the core at each further read."""
 
 
 def new_team(workers: int) -> np.ndarray:
-    """What the threads of a team share: an empty array for a thread that is alone."""
+    """The shared memory of a team; empty for a thread that is alone."""
     team = np.zeros(JOB + 9 if workers > 1 else 0, dtype=np.int64)
     team[WORKERS:JOB] = workers
     return team
 
 
 def dismiss(team: np.ndarray) -> None:
-    """Let the threads that help out return."""
+    """Let the helping threads return."""
     team[POSTED:POSTED + 1] = 2 ** 62
 
 
@@ -51,7 +51,7 @@ _let_others_run = types.ExternalFunction('sched_yield', types.int32())
 
 @inner
 def await_count(team: np.ndarray, place: int, count: int) -> int:
-    """Wait until a counter has got there; where it is then."""
+    """Wait until a counter is at least ``count``; returns its value then."""
     address, looked = team.ctypes.data + place * COUNTER_BYTES, 0
     found = _read(address)
     while found < count:
@@ -64,5 +64,5 @@ def await_count(team: np.ndarray, place: int, count: int) -> int:
 
 @inner
 def count_up(team: np.ndarray, place: int) -> None:
-    """Add one. A thread that sees the new count sees all that was written before it."""
+    """Add one to a counter. A thread that reads the new count sees everything written before."""
     _increment(team.ctypes.data + place * COUNTER_BYTES)

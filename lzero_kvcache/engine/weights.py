@@ -1,4 +1,4 @@
-"""The weights of a step as the host hands them over: complete, so that the engine asks the host for nothing.
+"""A model's weights as the host hands them to the engine, which needs nothing else of the host.
 
 ``E`` embedding, ``L`` layers, ``W`` pages of a window, ``A`` actions.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 Function = Callable[..., Any]
 
 MANY_NUMBERS = 4096
-"""For this many numbers or more, the passes of :func:`gelu` over memory are faster than PyTorch's tanh on a CPU."""
+"""From so many numbers on, :func:`gelu` by sigmoid is faster than PyTorch's tanh on a CPU."""
 
 _GELU_SLOPE = torch.tensor(2 * (2 / math.pi) ** 0.5)
 
@@ -65,7 +65,7 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 class Geometry(NamedTuple):
-    """What never changes about a model."""
+    """Sizes of a model, which never change."""
     layers: int
     heads: int
     embed_dim: int
@@ -99,7 +99,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The model as it is now: fused projections, and every module as a plain function."""
+    """The model's current weights: fused projections, and every module as a plain function."""
     layers: List[Layer]
     norm: Function
     embed_action: Function  # [B] indices or [B, A] vectors -> [B, E]
@@ -118,11 +118,11 @@ class Weights(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where an engine's caller gets weights from."""
+    """Where weights come from: functions of one model."""
     geometry: Geometry
-    read: Callable[[bool], Weights]  # given whether they are for a CUDA graph, where launches cost little
-    shift: Callable[[], Optional[torch.Tensor]]  # that of the weights as they are now
+    read: Callable[[bool], Weights]  # the argument is ``Weights.captured``
+    shift: Callable[[], Optional[torch.Tensor]]  # the current ``Weights.shift``
     addresses: Callable[[], Tuple[int, ...]]  # changes when the storage of a weight moves
     device: Callable[[], torch.device]
     is_training: Callable[[], bool]
-    has_own_encoding: Callable[[], bool]  # whether the encoder runs what a replayed graph would pass over
+    has_own_encoding: Callable[[], bool]  # whether the encoder runs Python code that a replayed graph would skip

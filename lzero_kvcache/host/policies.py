@@ -30,7 +30,7 @@ from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
 from ..registry import register_in_place_of
 from ..run_hooks import HOOKS
 from ..search.environments import Environments
-from ..search.served import Served, StepsOfThread
+from ..search.open_steps import Served, StepsOfThread
 from .lightzero import lightzero
 from .patches import with_globals
 from .refused import check_policy, check_served, has_own_inference, is_own

@@ -9,16 +9,16 @@ from lzero.model.unizero_world_models.world_model import WorldModel as LightZero
 
 from ..cache.base import PagedCacheManager
 from ..config import KV_CACHE_REGISTRY, PREFIX, CacheConfig, ConfigError, handed_down
+from ..engine.backends import picked
 from ..engine.compiling import why_not_compiled
 from ..engine.encoder_graph import EncoderGraph
-from ..engine.launch import picked
 from ..engine.sequence import observe
 from ..engine.slab import Slab
 from ..engine.store import PageStore
 from ..engine.transfer import send
 from ..engine.weights import Weights
 from ..search.inference import Inference
-from ..search.served import Served
+from ..search.open_steps import Served
 from ..search.timesteps import timesteps_of
 from ..validation import Validator
 from .exact_reference import ExactReference

@@ -1,4 +1,4 @@
-"""A model on the CPU as compiled functions take it, and the threads that run them. numba is imported with the first."""
+"""One model on the CPU for compiled functions, and the threads that run them. The first call imports numba."""
 import threading
 import time
 from functools import partial
@@ -7,24 +7,25 @@ from typing import Any, Callable, ContextManager, Dict, List, Sequence, Set, Tup
 import numpy as np
 import torch
 
+from ..engine.program import Batch, PagedNetwork
 from ..engine.weights import Source
 from .spaces import Spaces
 
 LEAST_ROWS = 8
-"""Rows for which one more thread pays: as many as the compiled step works on side by side."""
+"""Rows for each thread, at least: as many as the compiled step computes side by side."""
 
 LEAST_COLUMNS = 128
-"""Columns of a layer's products for which one more thread pays, where rows are too few to share out."""
+"""Columns of a product for each thread, at least, where rows are too few for two threads."""
 
 
 class CompiledModel:
-    """Where one model's weights are, and what memory its steps work in."""
+    """Addresses of one model's weights, and working memory for its steps."""
 
     def __init__(self, read_network: Callable[[], Tuple[Any, Any]], source: Source) -> None:
         self._read_network, self._source = read_network, source
-        self._network: Any = None  # and what holds its memory; for the addresses of weights
+        self._network: Any = None  # what ``read_network`` returned, and the addresses it was read for
         self._scratches = Spaces()
-        self._compiled: Set[Any] = set()  # functions, and whether threads help with them
+        self._compiled: Set[Any] = set()  # functions that were called, and whether threads helped
 
     def __getstate__(self) -> Dict[str, Any]:
         """Copies read their own weights' addresses."""
@@ -35,38 +36,34 @@ class CompiledModel:
         return self._scratches.memory_mb
 
     def network_at(self, addresses: Tuple[int, ...]) -> Tuple[Any, Any]:
-        """The model as addresses of its weights, read anew when one of them has moved; and what holds the memory there,
-        to be kept for as long as the first is used."""
+        """The network, read again when an address has changed; and what keeps its memory alive, which the caller holds
+        for as long as it uses the network."""
         known = self._network
         if known is None or known[1] != addresses:
             self._network = known = self._read_network(), addresses
         return known[0]
 
     def shift(self) -> np.ndarray:
-        """What learned positions add to keys and values, as :class:`Weights` has it; zeros with rotary ones."""
+        """``Weights.shift``, or zeros with rotary positions."""
         shift, geometry = self._source.shift(), self._source.geometry
         if shift is None:
             return np.zeros((1, geometry.layers, 2, geometry.embed_dim), np.float32)
         return shift.detach().numpy()
 
-    def begin(self, network: Any, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, pages: np.ndarray,
-              angles: np.ndarray, latent: np.ndarray) -> None:
-        """Begin contexts with the states ``latent [B, E]``, in ``pages [B]``, at rotary positions ``[B]``; ``tables``
-        are as wide as theirs will be."""
-        from . import compiled
+    def begin(self, paged: PagedNetwork, tables: np.ndarray, pages: np.ndarray, angles: np.ndarray,
+              latent: np.ndarray) -> None:
+        """Begin contexts with the states ``latent [B, E]``, in ``pages [B]``, at rotary positions ``[B]``. Of
+        ``tables`` only the width matters."""
+        from . import compiled_search
 
-        nothing = np.zeros((0, 0), np.float32)
-        batch = compiled.RootBatch(
-            tables, np.zeros(len(pages), np.int64), pages, nothing, np.stack([angles, angles]), nothing, nothing,
-            latent, nothing, nothing
-        )
-        self.run(compiled.step_roots, (network, shift, slab, batch, True), network, tables.shape[1], len(pages))
+        batch = Batch(tables, np.zeros(len(pages), np.int64), pages, np.stack([angles, angles]), latent=latent)
+        self.run(compiled_search.step_roots, (paged, batch, True), paged.network, tables.shape[1], len(pages))
 
     def run(self, function: Callable[..., Any], given: Sequence[Any], network: Any, width: int, rows: int,
             *numbers: int) -> float:
-        """Run a compiled function over tables of ``width`` pages, with some rows in each thread, or in one that others
-        help with its products: ``function(*given, scratch, *numbers, first row, end)``. Returns the seconds that it
-        waited for what is compiled."""
+        """Run ``function(*given, scratch, *numbers, first row, end)`` over tables of ``width`` pages: in threads that
+        have some rows each, or, for few rows, in one thread that others help with its products. Returns the seconds
+        spent compiling."""
         threads = max(1, min(torch.get_num_threads(), rows // LEAST_ROWS))
         helpers = 0
         if threads == 1:
@@ -77,14 +74,14 @@ class CompiledModel:
         return waited
 
     def _compile(self, function: Callable[..., Any], arguments: Sequence[Any], helped: bool) -> float:
-        """Have what will be called compiled, or loaded, by a call for no rows; returns the seconds that it took."""
+        """Compile or load a function by calling it for no rows; returns the seconds that it took."""
         if (function, helped) in self._compiled:
             return 0.
         begun = time.perf_counter()
         function(*arguments, 0, 0)
         if helped:
             from ..engine.team import dismiss, new_team
-            from .compiled import help_search
+            from .compiled_search import help_search
 
             dismissed = new_team(2)
             dismiss(dismissed)
@@ -93,7 +90,7 @@ class CompiledModel:
         return time.perf_counter() - begun
 
     def scratches(self, network: Any, width: int, threads: int) -> ContextManager[List[Any]]:
-        """Memory for threads that step over tables of ``width`` pages."""
+        """Working memory of some threads, for tables of ``width`` pages."""
         from ..engine.layers import new_scratch
 
         size = width, network.embed, network.inner, network.widest
@@ -102,11 +99,11 @@ class CompiledModel:
 
 def _in_threads(function: Callable[..., Any], given: Sequence[Any], scratches: Sequence[Any], helpers: int,
                 numbers: Sequence[int], rows: int) -> None:
-    """Threads live for one call, so that a fork finds none."""
+    """Run a function in threads, which live for one call, so that a fork finds none."""
     if len(scratches) == 1 and not helpers:
         return function(*given, scratches[0], *numbers, 0, rows)
     from ..engine.team import dismiss, new_team
-    from . import compiled
+    from . import compiled_search
 
     errors: List[BaseException] = []
 
@@ -122,7 +119,9 @@ def _in_threads(function: Callable[..., Any], given: Sequence[Any], scratches: S
         (scratch._replace(team=team), *numbers, *share) for scratch, *share in zip(scratches, bounds, bounds[1:])
     ]
     threads = [threading.Thread(target=run, args=share) for share in rest]
-    threads += [threading.Thread(target=compiled.help_search, args=(team, worker)) for worker in range(1, 1 + helpers)]
+    threads += [
+        threading.Thread(target=compiled_search.help_search, args=(team, worker)) for worker in range(1, 1 + helpers)
+    ]
     try:
         for thread in threads:
             thread.start()

@@ -1,7 +1,7 @@
 """What searches on a GPU work in: trees as tensors, and what is captured of a search, its begin and a simulation.
 
 A simulation is one CUDA graph, which is replayed for each: so any number of them needs no other capture. Shapes are
-those of :mod:`.arrays`; ``E`` embedding.
+those of :mod:`.tree_arrays`; ``E`` embedding.
 """
 import ctypes
 from typing import Any, Callable, NamedTuple, Tuple
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from ..cache.pages import SCRATCH_PAGE
-from ..engine.graphs import capture, megabytes
-from ..engine.slab import Slab
+from ..engine.graphs import capture
+from ..engine.slab import Slab, megabytes
 from ..engine.step import Engine, StepOutput
 from ..engine.transfer import to_cpu
 from ..engine.weights import Source, Weights
-from .arrays import FLOATS, Tree, tree_shapes
+from .tree_arrays import FLOATS, Tree, tree_shapes
 from .whole import Problem
 
 _FAR = 1e6  # what LightZero takes for infinity
@@ -130,7 +130,7 @@ class Space:
             tree.order[:, 0], tree.prior[:, 0] = sent.order, sent.prior
 
     def _run_simulation(self) -> None:
-        from ..engine.numbers import for_search
+        from ..engine.scalars import for_search
 
         self._select()
         for_search(self._step(), self.predicted)
@@ -145,11 +145,11 @@ class Space:
         )
 
     def _select(self) -> None:
-        from . import kernels
+        from . import tree_kernels
 
         sent = self._sent
         self._launch(
-            kernels.select, *self.tree, sent.key.view(torch.int64), self._simulation, sent.timesteps, sent.pages,
+            tree_kernels.select, *self.tree, sent.key.view(torch.int64), self._simulation, sent.timesteps, sent.pages,
             self.parents, self.actions, self._window, self._counts, self._positions, self._explored, self._spread,
             self._numbers, self.rows, self.simulations + 1, self._slots, self._action_size,
             self._engine.geometry.rotary_positions, _padded(self._slots), _padded(self._action_size), self._width,
@@ -163,11 +163,11 @@ class Space:
         return self.parents if self._rules.get('index_for_depth', False) else self.tree.depth
 
     def _backup(self) -> None:
-        from . import kernels
+        from . import tree_kernels
 
         tree = self.tree
         self._launch(
-            kernels.backup, tree.visits, tree.value_sum, tree.reward, tree.prior, tree.child, tree.low, tree.high,
+            tree_kernels.backup, tree.visits, tree.value_sum, tree.reward, tree.prior, tree.child, tree.low, tree.high,
             tree.path, tree.depth, self.broken, self.predicted, self._simulation, self._numbers,
             self.rows, self.simulations + 1, self._slots, self._policy, _padded(self._slots), _padded(self._policy),
             self._rules['two_players'], self.sampled
@@ -175,10 +175,10 @@ class Space:
 
     def _draw(self, policy: torch.Tensor) -> None:
         """Draw the actions of the newest node."""
-        from . import sampling
+        from . import sampling_kernels
 
         tree, continuous = self.tree, self._engine.geometry.continuous
-        draw = sampling.draw_continuous if continuous else sampling.draw_discrete
+        draw = sampling_kernels.draw_continuous if continuous else sampling_kernels.draw_discrete
         self._launch(
             draw, tree.draws, tree.order, tree.prior, self._sent.key.view(torch.int64), self._simulation,
             policy, policy.stride(0), self.simulations + 1, self._slots, self._engine.geometry.action_size,
@@ -187,7 +187,7 @@ class Space:
 
     def _launch(self, kernel: Any, *args: Any, num_warps: int = 1) -> None:
         """Launch a kernel with a program for each row, whose numbers are those of the compiled trees."""
-        from ..engine.overlap import launch
+        from ..engine.kernel_launch import launch
 
         launch(kernel, (self.rows, ), *args, num_warps=num_warps, enable_fp_fusion=False)
 

@@ -1,4 +1,4 @@
-"""What each environment is in the middle of, by mode and environment instead of by row of a batch.
+"""The last step of each environment, by mode and environment, since a batch's rows are others at each step.
 
 Its newest root is with the manager, under the key ``CURRENT``.
 """

@@ -1,4 +1,4 @@
-"""What happens when a prediction is not finite. Knows numbers on the CPU only."""
+"""What to do about predictions with nan or inf: ``kv_cache_cfg.on_nan``. Knows numbers on the CPU only."""
 import logging
 from typing import Callable, Sequence
 
@@ -8,7 +8,7 @@ logger = logging.getLogger(__name__)
 
 
 class NanGuard:
-    """Does what ``kv_cache_cfg.on_nan`` says: it raises an error, or has rows skipped, and counts them by ``count``."""
+    """Raises an error, or has rows skipped and calls ``count`` with how many."""
 
     def __init__(self, action: str, count: Callable[[int], None], dtype: str = 'float32') -> None:
         self._action, self._count = action, count
@@ -19,14 +19,14 @@ class NanGuard:
 
     @property
     def skips(self) -> bool:
-        """Whether rows that are not finite go on without a context."""
+        """Whether rows with nan or inf go on without a context."""
         return self._action == 'skip'
 
     def finite(self, values: np.ndarray, what: str, mode: str, env_ids: Sequence[int],
                timesteps: np.ndarray) -> np.ndarray:
-        """The indices of the rows of ``values [B, K]`` that are finite. The rest is for the message: what the values
-        are, and the mode, environments and steps in their episodes ``[B]`` that they belong to."""
-        # A finite sum is enough, as almost always; only a sum that overflows takes a closer look.
+        """The indices of the rows of ``values [B, K]`` that are finite. The other arguments are for the message: what
+        the values are, and the rows' mode, environments and timesteps ``[B]``."""
+        # If the sum is finite, so are all values; a sum of finite values may overflow.
         if np.isfinite(values.sum()) or np.isfinite(values).all():
             return np.arange(len(values))
         finite = np.isfinite(values).all(axis=1)
@@ -44,8 +44,8 @@ class NanGuard:
         return np.flatnonzero(finite)
 
     def report(self, broken: np.ndarray, mode: str, env_ids: Sequence[int], timesteps: np.ndarray) -> None:
-        """:meth:`finite` for a whole search, which went on with zeros where predictions were not. ``broken [2, B]`` are
-        how many of each row, and the depth of the first."""
+        """:meth:`finite` for a whole search, which used 0 for nan and inf. ``broken [2, B]`` is how many predictions of
+        each row had some, and the depth of the first."""
         counts, depths = broken
         if counts.any():
             depth = depths[np.argmax(counts > 0)]

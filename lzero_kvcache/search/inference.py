@@ -1,4 +1,4 @@
-"""All inference over pages. Of the host it knows weights and an encoder of observations.
+"""All inference over pages for one model: roots, whole searches, nodes by place or by key, reanalyses.
 
 ``B`` rows, ``E`` embedding, ``A`` numbers of a continuous action, ``P`` policy logits. A latent state is ``[B, E]``.
 """
@@ -16,21 +16,21 @@ from ..cache.pages import Lease, extend
 from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
 from ..engine.weights import Weights
+from .inference_base import hash_rows, zero_for_nan
+from .open_steps import Served
 from .roots import RootInference
-from .served import Served
-from .steps import hash_rows, zero_for_nan
 from .timesteps import reanalysis_timesteps_of, steps_after, timesteps_of
 from .whole import Found, Problem, WholeSearch
 
 
 class Inference(RootInference):
-    """Everything between a batch's latent states and its predictions."""
+    """All inference of one model."""
 
     # ---- in arrays ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def search(self, problem: Problem) -> Found:
-        """Search in arrays from the roots that were just served, where the model is."""
+        """Search in arrays from the roots of the innermost open step, on the model's device."""
         return self._in_arrays().run(self.open.searched(), problem)
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ class Inference(RootInference):
 
     @contextmanager
     def search_by_node(self, simulations: int) -> Iterator[Callable[..., np.ndarray]]:
-        """A context for a search from the roots that were just served; gives :meth:`expand` for it."""
+        """A context for a search from the roots of the innermost open step; gives :meth:`expand` for it."""
         served = self.open.searched()
         assert served.roots is not None
         start = time.perf_counter()
@@ -91,8 +91,8 @@ class Inference(RootInference):
 
     def node(self, latent: np.ndarray, action: torch.Tensor, search_depth: Sequence[int], start_pos: Any,
              reanalysis: bool = False) -> StepOutput:
-        """One simulation whose contexts are found by key; one copy to the device, one back, one more there where
-        contexts are lost. The predictions are 0 for what is skipped."""
+        """One simulation whose contexts are found by key: one copy to the device and one back, and one more to the
+        device if contexts are lost. Predictions of skipped rows are 0."""
         start = time.perf_counter()
         rows = len(latent)
         timesteps = (reanalysis_timesteps_of if reanalysis else timesteps_of)(start_pos, rows)
@@ -123,8 +123,8 @@ class Inference(RootInference):
         manager.count_queries('recur', rows, rows - len(lost))
         lease.hold(contexts[0])
         if len(lost):
-            anew = self._begin_anew(lease, contexts, lost, 2 * timesteps[lost])
-            begun, states = send(device, anew, latent[lost])
+            rebuilt = self._take_pages(lease, contexts, lost, 2 * timesteps[lost])
+            begun, states = send(device, rebuilt, latent[lost])
             self.engine.begin(weights, self._slab(), begun[0], states, begun[1])
         output = self._step(
             weights, contexts, pages, node_timesteps, None, action.to(device), int(contexts[1].max()), reanalysis
@@ -141,7 +141,7 @@ class Inference(RootInference):
         return output, kept
 
     def _give_roots_keys(self, served: Served) -> None:
-        """Store the roots under keys too, so that a search by key finds them as it finds nodes."""
+        """Store the roots under keys too, where a search by key looks."""
         if served.roots is None or served.keys is not None:
             return
         assert served.latents is not None

@@ -10,44 +10,44 @@ import torch
 from ..cache.base import CURRENT
 from ..cache.manager import COLLECT
 from ..cache.pages import Rows, extend
-from ..engine.launch import CudaGraphBackend
+from ..engine.backends import CudaGraphBackend
 from ..engine.packing import pack, unpack
-from ..engine.program import OUTPUTS
+from ..engine.program import OUTPUTS, Batch, PagedNetwork
 from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
-from .served import Served
-from .steps import Steps, hash_rows, zero_for_nan
+from .inference_base import InferenceBase, hash_rows, zero_for_nan
+from .open_steps import Served
 from .timesteps import timesteps_of
 
 
 class RootStep(NamedTuple):
-    """What leads to roots."""
-    contexts: Rows  # of the last roots, tables [B, R] and counts [B]; 0 pages where an episode begins
-    pages: np.ndarray  # [B], to be written
+    """Inputs of a root inference."""
+    contexts: Rows  # of the last roots; 0 pages where an episode begins
+    pages: np.ndarray  # [B], to write
     timesteps: np.ndarray  # [B]
     actions: np.ndarray  # [B] or [B, A]; zeros where an episode begins
-    anew: np.ndarray  # [3, K]: contexts that are begun anew before, their pages, angles and rows
-    last: Optional[torch.Tensor]  # [B, E], last latent states, where some are
+    rebuilt: np.ndarray  # [3, K], lost contexts that are rebuilt first: their pages, angles and rows
+    last: Optional[torch.Tensor]  # [B, E], last latent states, if a context is rebuilt
     observations: torch.Tensor  # [B, ...], the current ones
 
 
 class Stepped(NamedTuple):
-    """What roots are."""
+    """Outputs of a root inference."""
     latent: torch.Tensor  # [B, E]
     output: StepOutput
-    on_cpu: np.ndarray  # [B, K + 1]: latent states or their sums, and sums of predictions, to see what is finite
+    on_cpu: np.ndarray  # [B, K + 1], latent states or their sums, and sums of predictions; finite where these are
 
 
-class RootInference(Steps):
-    """Looks contexts up by environment, or by key, and stores those that the step made."""
+class RootInference(InferenceBase):
+    """Root inference: finds contexts by environment or by key, steps, and stores the new contexts."""
 
     def root(self, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
              start_pos: Any) -> StepOutput:
         """The roots of a search, each in its environment's context; one copy to the device, one back.
 
-        ``last_actions [B]`` led from ``last_obs`` to ``current_obs [B, ...]``; -1 where an episode starts. The
-        predictions have no rewards, and are 0 for what is skipped. A served step has one root inference, which finds
-        its contexts by environment. Any other is of environments 0 to ``B - 1`` of collection, and finds them by key.
+        ``last_actions [B]`` led from ``last_obs`` to ``current_obs [B, ...]``; -1 where an episode starts. There are no
+        rewards, and predictions of skipped rows are 0. The first root inference of an open step finds contexts by
+        environment. Any other one is for environments 0 to ``B - 1`` of collection, and finds contexts by key.
         """
         self.open.end_abandoned()
         rows = len(current_obs)
@@ -56,29 +56,29 @@ class RootInference(Steps):
             self._manager.clear_recur_cache()  # unless a search around this one needs its nodes
         if served is not None:
             served.check_rows(rows)
-            return self._root(served, False, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
+            return self._root(served, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
         with self._manager.lease() as lease:
-            by_hand = Served(COLLECT, list(range(rows)), (), lease, None)
-            return self._root(by_hand, True, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
+            by_hand = Served(COLLECT, list(range(rows)), (), lease, None, by_key=True)
+            return self._root(by_hand, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
 
-    def _root(self, step: Served, by_key: bool, last_obs: torch.Tensor, last_actions: Sequence[Any],
-              current_obs: torch.Tensor, timesteps: np.ndarray) -> StepOutput:
+    def _root(self, step: Served, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
+              timesteps: np.ndarray) -> StepOutput:
         manager, mode, env_ids = self._manager, step.mode, step.env_ids
         rows = len(current_obs)
         actions, going = self.actions_of(last_actions, rows)
-        contexts, last, missing = self._last_contexts(step, by_key, last_obs, going)
+        contexts, last, missing = self._last_contexts(step, last_obs, going)
         manager.count_queries('init', int(going.sum()), int(going.sum()) - len(missing))
         before = contexts[0].copy(), contexts[1].copy()
         pages, lost = step.lease.allocate(rows), missing
         if self._guard.skips and last is not None and len(missing):  # a state with nan begins no context
             lost = missing[to_cpu(torch.isfinite(last).all(1))[missing]]
-        anew = self._begin_anew(step.lease, contexts, lost, 2 * timesteps[lost])
-        given = RootStep(contexts, pages, timesteps, actions, anew, last, current_obs)
-        latent, output, on_cpu = self._step_roots(step, by_key, given)
+        rebuilt = self._take_pages(step.lease, contexts, lost, 2 * timesteps[lost])
+        given = RootStep(contexts, pages, timesteps, actions, rebuilt, last, current_obs)
+        latent, output, on_cpu = self._step_roots(step, given)
         kept = self._finite_roots(on_cpu, step, timesteps)
         roots = extend(contexts, pages)
         kept_ids, kept_roots = [env_ids[row] for row in kept], (roots[0][kept], roots[1][kept])
-        if by_key:
+        if step.by_key:
             keys = hash_rows(on_cpu[:, :-1])
             manager.store_init(mode, kept_ids, [keys[row] for row in kept], kept_roots)
         else:
@@ -92,14 +92,14 @@ class RootInference(Steps):
             step.trace.note_root(last_obs, last_actions, current_obs, timesteps, missing, output)
         return output if len(kept) == rows else output.map(zero_for_nan)
 
-    def _last_contexts(self, step: Served, by_key: bool, last_obs: torch.Tensor,
-                       going: np.ndarray) -> Tuple[Rows, Optional[torch.Tensor], np.ndarray]:
+    def _last_contexts(self, step: Served, last_obs: torch.Tensor, going: np.ndarray
+                       ) -> Tuple[Rows, Optional[torch.Tensor], np.ndarray]:
         """The contexts of the last roots, the last latent states where they are needed, and the rows whose context is
         missing. By environment, last observations are encoded only if a context is missing."""
         manager, rows = self._manager, len(going)
         tables, counts = np.zeros((rows, manager.width), np.int64), np.zeros(rows, np.int64)
         # All rows at once, as they were encoded when they were current: another batch size would change last bits.
-        last = self._latents(last_obs) if by_key and going.any() else None
+        last = self._latents(last_obs) if step.by_key and going.any() else None
         continued = np.flatnonzero(going)
         if len(continued):
             keys: List[Hashable] = [CURRENT] * len(continued)
@@ -114,65 +114,64 @@ class RootInference(Steps):
             last = self._latents(last_obs)
         return (tables, counts), last, missing
 
-    def _step_roots(self, step: Served, by_key: bool, given: RootStep) -> Stepped:
-        """Encode and step: by one compiled call where the search that follows is one on the CPU, by a graph that a GPU
-        replays, or else by torch."""
+    def _step_roots(self, step: Served, given: RootStep) -> Stepped:
+        """Encode and step: by one compiled call if the search that follows is compiled, by a graph that a GPU replays,
+        or else by torch."""
         if step.in_arrays and self._source.device().type == 'cpu' and not self._source.is_training():
             return self._run_compiled(step, given)
-        if not by_key and self.backend.name == CudaGraphBackend.name and self._root_graphs.serves():
-            self._begin(step, given, send(self._source.device(), given.anew)[0])
+        if not step.by_key and self.backend.name == CudaGraphBackend.name and self._root_graphs.serves():
+            self._rebuild(step, given, send(self._source.device(), given.rebuilt)[0])
             replayed = self._root_graphs.run(
                 self._slab(), self._packed(given, self.engine.geometry.width), given.observations, step.addresses
             )
             if replayed is not None:
                 output, sums = replayed
                 return Stepped(output.latent_state.squeeze(1), output, sums)
-            given = given._replace(anew=given.anew[:, :0])  # they have begun
-        return self._launch_roots(step, by_key, given)
+            given = given._replace(rebuilt=given.rebuilt[:, :0])  # that is done
+        return self._launch_roots(step, given)
 
     def _run_compiled(self, served: Served, given: RootStep) -> Stepped:
-        """One compiled call, and another before it where contexts are begun anew."""
-        from . import compiled
+        """One compiled call, and another before it if contexts are rebuilt."""
+        from . import compiled_search
 
         network, _held = self._model.network_at(served.addresses)
         (tables, counts), rows = given.contexts, len(given.pages)
         served.shift = shift = self._model.shift()
         sizes = network.embed, network.embed, network.value[-1, OUTPUTS], network.policy
-        predicted = [np.empty((rows, size), np.float32) for size in sizes]
-        sequence, latent, value, policy = predicted
+        sequence, latent, value, policy = (np.empty((rows, size), np.float32) for size in sizes)
         observations = np.zeros((0, 0), np.float32)
         if len(network.encoder) and given.observations.ndim == 2 and given.observations.dtype == torch.float32:
             observations = given.observations.contiguous().numpy()
         else:
             latent[:] = self._latents(given.observations).numpy()
-        slab = self._slab().data.numpy()
-        begun, started, lost = given.anew
+        paged = PagedNetwork(network, shift, self._slab().data.numpy())
+        begun, started, lost = given.rebuilt
         if len(begun):
             assert given.last is not None
-            self._model.begin(network, shift, slab, tables[lost], begun, started, given.last[lost].numpy())
+            self._model.begin(paged, tables[lost], begun, started, given.last[lost].numpy())
         angles = 2 * given.timesteps - (counts > 0), 2 * given.timesteps
-        batch = compiled.RootBatch(
-            tables, counts, given.pages, given.actions.reshape(rows, -1).astype(np.float32), np.stack(angles),
-            observations, *predicted
+        batch = Batch(
+            tables, counts, given.pages, np.stack(angles), given.actions.reshape(rows, -1).astype(np.float32),
+            observations, latent=latent, sequence=sequence, value=value, policy=policy
         )
-        self._model.run(compiled.step_roots, (network, shift, slab, batch, False), network, tables.shape[1], rows)
+        self._model.run(compiled_search.step_roots, (paged, batch, False), network, tables.shape[1], rows)
         parts = [torch.from_numpy(part).unsqueeze(1) for part in (sequence, latent, policy, value)]
         output = StepOutput(parts[0], parts[1], None, parts[2], parts[3])
         sums = np.stack([latent.sum(1), value.sum(1) + policy.sum(1)], axis=1)
         return Stepped(torch.from_numpy(latent), output, sums)
 
-    def _launch_roots(self, step: Served, by_key: bool, given: RootStep) -> Stepped:
+    def _launch_roots(self, step: Served, given: RootStep) -> Stepped:
         engine, weights, slab, counts = self.engine, self._weights_of(step), self._slab(), given.contexts[1]
         latent = self._latents(given.observations)
-        numbers, anew = send(self._source.device(), self._packed(given, int(counts.max())), given.anew)
-        self._begin(step, given, anew)
+        numbers, rebuilt = send(self._source.device(), self._packed(given, int(counts.max())), given.rebuilt)
+        self._rebuild(step, given, rebuilt)
         page_ids, page_counts, positions, action = unpack(engine.geometry, numbers)
         if counts.any():
             output = engine.step(weights, slab, page_ids, page_counts, action, positions, latent)
         else:
             output = engine.first(weights, slab, page_ids[:, -1], latent, positions[1])
         # Keys need whole latent states; otherwise a sum is enough to see whether they are finite.
-        states = latent if by_key else latent.sum(1, keepdim=True)
+        states = latent if step.by_key else latent.sum(1, keepdim=True)
         return Stepped(latent, output, to_cpu(torch.cat([states, checksum(output)], dim=1)))
 
     def _packed(self, given: RootStep, longest: int) -> np.ndarray:
@@ -180,11 +179,11 @@ class RootInference(Steps):
         angles = 2 * given.timesteps - (given.contexts[1] > 0), 2 * given.timesteps
         return pack(self.engine.geometry, given.contexts, given.pages, angles, given.actions, longest)
 
-    def _begin(self, step: Served, given: RootStep, anew: torch.Tensor) -> None:
-        """Begin contexts anew; ``anew`` is the given one on the device."""
-        if anew.shape[1]:
+    def _rebuild(self, step: Served, given: RootStep, rebuilt: torch.Tensor) -> None:
+        """Rebuild lost contexts; ``rebuilt`` is ``given.rebuilt`` on the device."""
+        if rebuilt.shape[1]:
             assert given.last is not None
-            self.engine.begin(self._weights_of(step), self._slab(), anew[0], given.last[anew[2]], anew[1])
+            self.engine.begin(self._weights_of(step), self._slab(), rebuilt[0], given.last[rebuilt[2]], rebuilt[1])
 
     def _finite_roots(self, on_cpu: np.ndarray, step: Served, timesteps: np.ndarray) -> np.ndarray:
         """Rows ``[K]`` whose latent state, value and policy are finite."""

@@ -1,4 +1,4 @@
-"""Memory of what runs on the CPU: each search or thread has some to itself, and leaves it to the next of its size."""
+"""Memory of searches on the CPU: each search or thread leases some for itself; the next of the same size reuses it."""
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
@@ -8,7 +8,7 @@ from ..config import MIB
 
 
 class SearchMemory(NamedTuple):
-    """What one search at a time works in."""
+    """Memory of one search at a time."""
     tree: Any
     latents: np.ndarray  # [B, N, E], of the nodes of a reanalysis
     slab: np.ndarray  # the pages of a reanalysis
@@ -20,7 +20,7 @@ class SearchMemory(NamedTuple):
 
 
 class Spaces:
-    """Memory of one model by size. It may run in several threads, each of which has some to itself for a while."""
+    """Memory of one model, leased by size; several threads may lease at once."""
 
     def __init__(self) -> None:
         self._free: Dict[Tuple[int, ...], List[Any]] = {}
@@ -37,7 +37,7 @@ class Spaces:
     @contextmanager
     def lease(self, size: Tuple[int, ...], count: int, make: Callable[[], Any],
               fits: Callable[[Any], bool] = lambda part: True) -> Iterator[List[Any]]:
-        """Some parts of a size; those that are free and do not fit are let go."""
+        """Lease ``count`` parts of a size: free ones, or new ones. Free ones that do not fit are dropped."""
         free = self._free.setdefault(size, [])
         leased = []
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""The timesteps of a batch's rows, ``B`` of them, from what LightZero passes as such."""
+"""Timesteps of the ``B`` rows of a batch, from the ``start_pos`` that LightZero passes."""
 from typing import Any, Sequence
 
 import numpy as np
@@ -12,8 +12,8 @@ def timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
 
 
 def reanalysis_timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
-    """Timesteps ``[batch, unroll]`` with the 0 that LightZero appends to each sequence, as one row ``[B]``; or one
-    already."""
+    """Timesteps ``[batch, unroll]``, with the 0 that LightZero appends to each sequence, flattened to ``[B]``; or
+    ``[B]`` already."""
     if np.ndim(start_pos) > 0 and np.size(start_pos) != rows:
         start_pos = np.pad(start_pos, ((0, 0), (0, 1)))
     return timesteps_of(start_pos if np.ndim(start_pos) == 0 else np.ravel(start_pos), rows)

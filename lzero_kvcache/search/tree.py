@@ -1,7 +1,7 @@
-"""Search trees in arrays and LightZero's rules of them, compiled by numba. Knows page ids; no model, no pools.
+"""LightZero's tree search on trees in arrays, compiled by numba. Knows page ids; no model, no pools.
 
-Shapes are those of :mod:`.arrays`. Everything is float32 in the order of operations of LightZero's C++, whose scores
-these are to the last bit.
+Shapes are those of :mod:`.tree_arrays`. Everything is float32, in the order of operations of LightZero's C++, so that
+scores are equal to the last bit.
 """
 import math
 from typing import Any, List, NamedTuple, Tuple
@@ -9,8 +9,8 @@ from typing import Any, List, NamedTuple, Tuple
 import numpy as np
 
 from ..engine.compiling import inlined, inner
-from .arrays import FLOATS, Tree, tree_shapes
-from .draws import ACTION, TIE, below, draw, normal, uniform
+from .random_numbers import ACTION, TIE, below, draw, normal, uniform
+from .tree_arrays import FLOATS, Tree, tree_shapes
 
 Key = Tuple[np.uint32, np.uint32]
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -20,7 +20,7 @@ _CLAMP = np.float32(4)  # of sampled actions, before tanh
 
 
 class Rules(NamedTuple):
-    """What LightZero's search objects are configured with."""
+    """The configuration of a LightZero search."""
     base: np.float32
     init: np.float32
     discount: np.float32
@@ -28,8 +28,8 @@ class Rules(NamedTuple):
     two_players: bool
     sampled: bool
     continuous: bool
-    draws_ties: bool  # or the first of equal scores is taken
-    index_for_depth: bool  # a node is as deep as its index in the search path
+    draws_ties: bool  # draw among equal scores; else take the first
+    index_for_depth: bool  # a node's index stands for its depth
 
 
 def make_rules(pb_c_base: int, pb_c_init: float, discount_factor: float, value_delta_max: float, two_players: bool,
@@ -60,7 +60,7 @@ def make_tree(rows: int, simulations: int, slots: int, pages: int, action_size: 
 
 @inlined
 def filled(tree: Tree, row: int, node: int) -> int:
-    """How many slots a node's ``order`` names."""
+    """The length of a node's ``order``."""
     count = tree.order.shape[2]
     while count > 0 and tree.order[row, node, count - 1] < 0:
         count -= 1
@@ -72,14 +72,14 @@ def filled(tree: Tree, row: int, node: int) -> int:
 
 @inlined
 def quality(tree: Tree, rules: Rules, row: int, node: int, sign: np.float32) -> np.float32:
-    """What the step to a visited node is worth; ``sign`` says to whom."""
+    """Q of the step to a visited node; ``sign`` is -1 for the other player's view of its value."""
     value = tree.value_sum[row, node] / np.float32(tree.visits[row, node])
     return tree.reward[row, node] + rules.discount * (sign * value)
 
 
 @inlined
 def mean_quality(tree: Tree, rules: Rules, row: int, node: int, above: np.float32) -> np.float32:
-    """The mean over a node's visited children, and below the root over that of its parent (``above``) as well."""
+    """The mean Q of a node's visited children; below the root, its parent's mean (``above``) counts as one more."""
     total, seen = _ZERO, 0
     for index in range(filled(tree, row, node)):
         child = tree.child[row, node, tree.order[row, node, index]]
@@ -104,13 +104,13 @@ def normalise(value: np.float32, low: np.float32, high: np.float32, least: np.fl
 
 @inlined
 def exploration(rules: Rules, others: np.float32) -> np.float32:
-    """How much a prior weighs after so many visits of a node's children."""
+    """The weight of priors after ``others`` visits of a node's children."""
     return np.float32(math.log((others + rules.base + _ONE) / rules.base)) + rules.init
 
 
 @inlined
 def score_children(tree: Tree, rules: Rules, row: int, node: int, mean: np.float32) -> int:
-    """Upper confidence bounds of a node's children, in its ``order``, into ``scores``; how many there are."""
+    """Write the upper confidence bounds of a node's children to ``scores``, in its ``order``; returns how many."""
     sign = -_ONE if rules.two_players else _ONE
     others = np.float32(tree.visits[row, node] - 1)
     explored = exploration(rules, others)
@@ -129,8 +129,8 @@ def score_children(tree: Tree, rules: Rules, row: int, node: int, mean: np.float
 
 @inlined
 def pick_best(tree: Tree, rules: Rules, count: int, key: Key, row: int, simulation: int, depth: int) -> int:
-    """One of the first best score and those after it that are within 1e-6, or that first one; -1 where no score is a
-    number."""
+    """The index of the first best score; or, if ties are drawn, of one drawn among it and the later ones within 1e-6.
+    -1 if no score is a number."""
     first, best = -1, -_FAR
     for index in range(count):
         if best < tree.scores[row, index]:
@@ -152,7 +152,7 @@ def pick_best(tree: Tree, rules: Rules, count: int, key: Key, row: int, simulati
 
 @inlined
 def select(tree: Tree, rules: Rules, key: Key, simulation: int, row: int) -> None:
-    """Walk to where simulation ``simulation`` adds its node; writes path, depth and action, and links the node."""
+    """Walk from the root to where a simulation adds its node; writes path, depth and action, and links the node."""
     node, depth, above = 0, 0, _ZERO
     while node <= simulation:
         tree.path[row, depth] = node
@@ -187,7 +187,7 @@ def parent(tree: Tree, row: int) -> int:
 
 @inlined
 def softmax(tree: Tree, row: int, node: int, logits: np.ndarray) -> None:
-    """Priors of the slots in a node's ``order``, by logits ``[B, P]``."""
+    """Write the priors of the slots in a node's ``order``, from logits ``[B, P]``."""
     count = filled(tree, row, node)
     largest, total = -_FAR, _ZERO
     for index in range(count):
@@ -204,7 +204,7 @@ def softmax(tree: Tree, row: int, node: int, logits: np.ndarray) -> None:
 
 @inner
 def draw_continuous(key: Key, row: int, node: int, logits: np.ndarray, draws: np.ndarray) -> None:
-    """Actions ``[S, A]``: tanh of normal draws. ``logits`` has their means and then their deviations."""
+    """Draw actions ``[S, A]``: tanh of normal draws, by means and then deviations in ``logits``."""
     count, size = draws.shape
     for index in range(count):
         for part in range(size):
@@ -216,7 +216,7 @@ def draw_continuous(key: Key, row: int, node: int, logits: np.ndarray, draws: np
 
 @inner
 def draw_discrete(key: Key, row: int, node: int, logits: np.ndarray, draws: np.ndarray) -> None:
-    """Actions ``[S, 1]``, without replacement: the largest of u ** (1 / p), among equal ones the first."""
+    """Draw actions ``[S, 1]`` without replacement: those with the largest u ** (1 / p), the first of equal ones."""
     total = _ZERO
     for logit in logits:
         total += np.float32(math.exp(logit))
@@ -235,7 +235,7 @@ def draw_discrete(key: Key, row: int, node: int, logits: np.ndarray, draws: np.n
 
 @inner
 def same_action(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two actions have the same six decimals, as C writes them: -0.0 is not 0.0."""
+    """Whether C prints two actions with the same six decimals; -0.0 is not 0.0."""
     for part in range(len(one)):
         a, b = np.rint(np.float64(one[part]) * 1e6), np.rint(np.float64(other[part]) * 1e6)
         if a != b or math.copysign(1.0, a) != math.copysign(1.0, b):
@@ -245,7 +245,7 @@ def same_action(one: np.ndarray, other: np.ndarray) -> bool:
 
 @inner
 def share(draws: np.ndarray, order: np.ndarray, prior: np.ndarray) -> None:
-    """One slot for all draws ``[S, A]`` that are the same action, and the same prior for each slot."""
+    """Give equal draws ``[S, A]`` one slot, and all slots the same prior."""
     children = 0
     for index in range(len(draws)):
         order[index] = index
@@ -260,8 +260,7 @@ def share(draws: np.ndarray, order: np.ndarray, prior: np.ndarray) -> None:
 
 @inlined
 def expand(tree: Tree, rules: Rules, key: Key, row: int, node: int, reward: np.float32, logits: np.ndarray) -> None:
-    """Write a node that has no visits yet, by logits ``[B, P]``; an ``order`` that is empty comes to have every slot.
-    """
+    """Initialise a node from its predictions. An ``order`` that is empty is filled with every slot."""
     tree.visits[row, node], tree.value_sum[row, node], tree.reward[row, node] = 0, _ZERO, reward
     for slot in range(tree.child.shape[2]):
         tree.child[row, node, slot] = -1
@@ -282,13 +281,13 @@ def expand(tree: Tree, rules: Rules, key: Key, row: int, node: int, reward: np.f
 @inner
 def prepare_rows(tree: Tree, rules: Rules, key: Key, rewards: np.ndarray, logits: np.ndarray, legal: np.ndarray,
                  noise: np.ndarray, weight: np.float32, lo: int, hi: int) -> None:
-    """Roots of a new search: rewards ``[B]``, logits ``[B, P]``, legal actions ``[B, S]`` in the order given and then
-    -1 (none: all are), noise ``[B, S]`` by position in that order, and its weight."""
+    """Initialise the roots of rows ``lo`` to ``hi``: by rewards ``[B]``, logits ``[B, P]``, legal actions ``[B, S]``
+    followed by -1 (all -1: every action is legal), noise ``[B, S]`` in the order of legal actions, and its weight."""
     for row in range(lo, hi):
         tree.order[row, 0] = legal[row]
-        root = int(np.int64(0))  # a literal is compiled anew
+        root = int(np.int64(0))  # a literal 0 has a type of its own, for which all would be compiled again
         expand(tree, rules, key, row, root, rewards[row], logits)
-        if not rules.sampled:  # whose scores have no use for noise
+        if not rules.sampled:  # sampled trees ignore noise
             for index in range(filled(tree, row, root)):
                 slot = tree.order[row, root, index]
                 tree.prior[row, root, slot] = tree.prior[row, root, slot] * (_ONE - weight) + noise[row, index] * weight
@@ -297,7 +296,7 @@ def prepare_rows(tree: Tree, rules: Rules, key: Key, rewards: np.ndarray, logits
 
 @inner
 def extend_rows(tree: Tree, pages: np.ndarray, simulation: int, lo: int, hi: int) -> None:
-    """Contexts of the nodes that are added: the parent's with page ``pages[row]``, the first one dropped when full."""
+    """Write the contexts of new nodes: the parent's and page ``pages[row]``; a full one drops its first page."""
     width = tree.tables.shape[2]
     for row in range(lo, hi):
         node, new = parent(tree, row), simulation + 1
@@ -335,7 +334,8 @@ def backup(tree: Tree, rules: Rules, row: int, value: np.float32) -> None:
 @inner
 def backup_rows(tree: Tree, rules: Rules, key: Key, simulation: int, rewards: np.ndarray, values: np.ndarray,
                 logits: np.ndarray, lo: int, hi: int) -> None:
-    """Expand the new nodes of rows ``lo`` to ``hi`` by predictions ``[B]``, ``[B]`` and ``[B, P]``, and back up."""
+    """Expand the new nodes of rows ``lo`` to ``hi`` by predictions ``[B]``, ``[B]`` and ``[B, P]``, and back up their
+    values."""
     for row in range(lo, hi):
         expand(tree, rules, key, row, simulation + 1, rewards[row], logits)
         backup(tree, rules, row, values[row])

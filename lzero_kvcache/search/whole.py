@@ -1,4 +1,5 @@
-"""Whole searches: trees in arrays, and the model's steps below them. On the CPU each is one compiled call."""
+"""Whole searches: trees in arrays, and the model's steps. Here is what both devices share, and the CPU's, in which a
+search is one compiled call."""
 import itertools
 import time
 from abc import ABC, abstractmethod
@@ -11,23 +12,24 @@ import torch
 
 from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
+from ..engine.program import PagedNetwork
 from ..engine.slab import Slab
 from ..engine.store import PageStore
 from ..engine.weights import Source
-from .arrays import padded
 from .compiled_model import CompiledModel
 from .guard import NanGuard
 from .spaces import SearchMemory, Spaces
+from .tree_arrays import padded
 
 CHUNK = 64
-"""Rows of a reanalysis that a thread has in work: as many as ``engine.layers.ROWS``."""
+"""Rows of a reanalysis for each thread at a time: as many as ``engine.layers.ROWS``."""
 
 Found = Tuple[List[List[int]], List[float], Any]
-"""Visits and values of the roots, and the actions ``[B][S][A]`` that were drawn at them; None where none are drawn."""
+"""Visits and values of the roots, and the actions drawn there ``[B][S][A]`` or None."""
 
 
 class Problem(NamedTuple):
-    """What a search is asked: the roots as the policy prepared them, and the rules."""
+    """What to search: the roots as the policy prepared them, and the rules."""
     rules: Dict[str, Any]  # arguments of ``tree.make_rules``
     seed: int
     number: int  # of the search, among those with this seed
@@ -84,8 +86,8 @@ class WholeSearch(ABC):
 
     def reanalyze(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
                   addresses: Tuple[int, ...], grows: bool) -> Found:
-        """Search from states ``[B, E]`` without contexts, some rows at a time. Contexts grow along the paths; or else a
-        node's is the state before it."""
+        """Search from states ``[B, E]`` without contexts, some rows at a time. Either contexts grow along the paths, or
+        a node's context is its parent's state alone."""
         visits: List[List[int]] = []
         values: List[float] = []
         rows = len(latents)
@@ -101,7 +103,7 @@ class WholeSearch(ABC):
         return visits, values, None
 
     def _alone(self) -> ContextManager[Any]:
-        """What a search holds while it runs, where two would share memory."""
+        """A context around each search; where searches share memory, it keeps others out."""
         return nullcontext()
 
     def _rows_within_limit(self, pages: int) -> int:
@@ -117,14 +119,13 @@ class WholeSearch(ABC):
     @abstractmethod
     def _from_roots(self, served: Any, problem: Problem, slab: Slab,
                     pages: np.ndarray) -> Tuple[Found, np.ndarray, float]:
-        """Search from roots, with the pages that its simulations write ``[N - 1, B]``. Returns what is found, how many
-        predictions were no numbers and the depth of the first ``[2, B]``, and the seconds that it waited for what is
-        compiled."""
+        """Search from roots; simulations write ``pages [N - 1, B]``. Returns what was found, ``broken [2, B]`` (how
+        many predictions had nan or inf, and the depth of the first), and the seconds spent compiling."""
 
     @abstractmethod
     def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray, addresses: Tuple[int, ...],
                      grows: bool) -> Tuple[Found, np.ndarray]:
-        """The same from states ``[B, E]``, without the seconds."""
+        """Search from states ``[B, E]``. Returns what was found, and ``broken``."""
 
 
 class CompiledSearch(WholeSearch):
@@ -146,64 +147,60 @@ class CompiledSearch(WholeSearch):
         network, _held = self._model.network_at(served.addresses)
         shift = self._model.shift() if served.shift is None else served.shift
         assert slab.data is not None
+        paged = PagedNetwork(network, shift, slab.data.numpy())
         with self._space(network, problem, *tables.shape) as space:
             broken, waited = self._search(
-                problem, space, network, shift, tables, counts, served.timesteps, slab.data.numpy(), pages, (1, 2),
-                replayed(served)
+                problem, space, paged, tables, counts, served.timesteps, pages, (1, 2), replayed(served)
             )
             return found_in(space.tree, problem), broken, waited
 
     def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray, addresses: Tuple[int, ...],
                      grows: bool) -> Tuple[Found, np.ndarray]:
-        (network, _held), rows, shift = self._model.network_at(addresses), len(latents), self._model.shift()
+        (network, _held), rows = self._model.network_at(addresses), len(latents)
         width, steps = (self._manager.width, problem.simulations) if grows else (1, 1)
         with self._space(network, problem, rows, width, 1 + steps, not grows) as space:
             tables, counts = np.zeros((rows, width), np.int64), np.full(rows, int(grows), np.int64)
             pages = np.arange(1, 1 + rows * (1 + steps)).reshape(-1, rows)
+            paged = PagedNetwork(network, self._model.shift(), space.slab)
             if grows:
                 tables[:, 0] = pages[0]
-                self._model.begin(network, shift, space.slab, tables, pages[0], 2 * timesteps, latents)
+                self._model.begin(paged, tables, pages[0], 2 * timesteps, latents)
             else:
                 space.latents[:, 0], pages = latents, pages[[0] + [1] * problem.simulations]
             # Both tokens have the same place, as in LightZero's reanalysis.
-            broken, _ = self._search(
-                problem, space, network, shift, tables, counts, timesteps, space.slab, pages[1:], (3, 3), None
-            )
+            broken, _ = self._search(problem, space, paged, tables, counts, timesteps, pages[1:], (3, 3), None)
             return found_in(space.tree, problem), broken
 
-    def _search(self, problem: Problem, space: SearchMemory, network: Any, shift: np.ndarray, tables: np.ndarray,
-                counts: np.ndarray, timesteps: np.ndarray, slab: np.ndarray, pages: np.ndarray,
-                angles: Tuple[int, int], trace: Any) -> Tuple[np.ndarray, float]:
-        """Search, and note each simulation if there is a trace; returns how many predictions of each row ``[B]`` were
-        no numbers, and the seconds that it waited for what is compiled."""
-        from . import compiled
+    def _search(self, problem: Problem, space: SearchMemory, paged: PagedNetwork, tables: np.ndarray,
+                counts: np.ndarray, timesteps: np.ndarray, pages: np.ndarray, angles: Tuple[int, int],
+                trace: Any) -> Tuple[np.ndarray, float]:
+        """Search, and note each simulation if there is a trace. Returns ``broken``, and the seconds spent compiling."""
+        from . import compiled_search
         from .tree import make_key, make_rules
 
         rows, width = tables.shape
-        roots = compiled.Roots(
+        roots = compiled_search.Roots(
             np.asarray(problem.rewards, dtype=np.float32), np.asarray(problem.logits, dtype=np.float32),
             problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight),
             np.ascontiguousarray(tables), counts, timesteps, np.array(angles)  # tables may be part of wider ones
         )
-        rules, batch = make_rules(**problem.rules), compiled.make_batch(space.tree, network.policy)
-        states = compiled.make_states(space.latents, timesteps)
-        given = (
-            space.tree, rules, make_key(problem.seed, problem.number), roots, network, shift, slab, pages, batch, states
-        )
-        run = partial(self._model.run, compiled.search_rows, given, network, width, rows)
+        rules, key = make_rules(**problem.rules), make_key(problem.seed, problem.number)
+        nodes = compiled_search.make_nodes(space.tree, paged.network.policy, space.latents, timesteps)
+        given = space.tree, rules, key, roots, paged, pages, nodes
+        run = partial(self._model.run, compiled_search.search_rows, given, paged.network, width, rows)
         if trace is None:
-            return batch.broken, run(0, problem.simulations)
+            return nodes.broken, run(0, problem.simulations)
         waited = 0.
         for simulation in range(problem.simulations):
             waited += run(simulation, simulation + 1)
-            _note(trace, space.tree, batch, rules, simulation)
-        return batch.broken, waited
+            _note(trace, space.tree, nodes.batch, rules, simulation)
+        return nodes.broken, waited
 
     @contextmanager
     def _space(self, network: Any, problem: Problem, rows: int, width: int, pages: int = 0,
                has_states: bool = False) -> Iterator[SearchMemory]:
-        """Memory for a search of so many rows, each with contexts of ``width`` pages; with so many pages for each, and
-        states of nodes, where it has its own."""
+        """Memory for a search of ``rows`` rows with contexts of ``width`` pages. A reanalysis also has ``pages`` for
+        each row, and may have states of nodes."""
         from .tree import make_tree
 
         geometry = self._source.geometry
@@ -222,19 +219,19 @@ class CompiledSearch(WholeSearch):
 
 
 def replayed(served: Any) -> Any:
-    """The trace of a served step, where validation will go through each simulation; or None."""
+    """The trace of a step whose simulations validation replays; else None."""
     return served.trace if served.trace is not None and served.trace.replayed else None
 
 
 def found_in(tree: Any, problem: Problem) -> Found:
-    """What a search left in its trees."""
+    """Read the results from the trees."""
     from .tree import root_actions, root_values, root_visits
 
     return root_visits(tree), root_values(tree), root_actions(tree) if problem.rules.get('sampled') else None
 
 
 def _note(trace: Any, tree: Any, batch: Any, rules: Any, simulation: int) -> None:
-    """What validation needs of one simulation."""
+    """Note one simulation for validation."""
     rows = np.arange(len(tree.depth))
     parents = tree.path[rows, tree.depth - 1]
     actions, depths = tree.action.copy(), tree.depth.copy()

@@ -11,7 +11,7 @@ from easydict import EasyDict
 from lzero_kvcache_options import lightzero_configs, our_configs
 
 from ..config import MIB, ConfigError, unread_options
-from ..engine.launch import picked
+from ..engine.backends import picked
 from ..host import building
 from ..host.lightzero import lightzero
 from ..loading import check_config, enable

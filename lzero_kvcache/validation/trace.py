@@ -1,4 +1,4 @@
-"""What one search did, noted while it goes on. ``B`` is the number of its rows, one for each environment."""
+"""A record of one search, for validation to replay. ``B`` rows, one for each environment."""
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -41,7 +41,7 @@ class Trace:
     root: Optional[Answer] = None
     nodes: List[Node] = field(default_factory=list)
     resets: List[Callable[[], None]] = field(default_factory=list)  # what the policy reset while it searched
-    first_reset: Optional[Callable[..., None]] = None  # the policy's own: after it, it keeps what it begins with
+    first_reset: Optional[Callable[..., None]] = None  # of the policy, which then keeps what it begins with
 
     @property
     def places(self) -> List[Tuple[str, int]]:

@@ -1,5 +1,5 @@
 """Whether a GPU runs Triton's kernels. Triton comes with torch, but needs a C compiler, and a card and a driver that it
-knows; what it lacks shows when the first kernel is compiled or launched.
+supports; what is missing shows only when a kernel is compiled or launched.
 """
 import importlib.util
 from typing import Callable, Dict, Optional
@@ -12,13 +12,13 @@ Probe = Callable[[torch.device], None]
 
 def launch_one(device: torch.device) -> None:
     """A small kernel of operations that some versions of Triton, and some cards, lack."""
-    from .overlap import probe
+    from .kernel_launch import probe
 
     probe(device)
 
 
 class KernelCheck:
-    """Why kernels do not run for one model, tried once on each device."""
+    """Tries once on each device whether kernels run, for one model."""
 
     def __init__(self, probe: Probe = launch_one) -> None:
         self._probe = probe

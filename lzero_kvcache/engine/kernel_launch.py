@@ -1,6 +1,6 @@
-"""Kernels of which one begins while the one before it ends, on GPUs that can (Hopper's and later): its programs are
-there early, and wait. Between launches that last some microseconds each, that saves one of them. A probe tells whether
-kernels run. Importing it imports Triton.
+"""Launching Triton kernels with programmatic dependent launch, on GPUs that have it (Hopper and later): the programs of
+a kernel start while the kernel before it ends, and wait for its memory. That saves about a microsecond per launch. Also
+a probe that tells whether kernels run. Importing it imports Triton.
 """
 from contextlib import nullcontext
 from typing import Any, Tuple
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def wait(OVERLAP: tl.constexpr):
-    """What a kernel begins with: only after it may memory of other kernels be read, or any be written."""
+    """The first statement of a kernel; before it, no memory of other kernels may be read, and none written."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -26,14 +26,14 @@ def launch(kernel: Any, grid: Tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def can_overlap(kernel: Any) -> bool:
-    """Whether GPU, Triton and the way in which a kernel is run allow it."""
+    """Whether GPU and Triton support it, and the kernel is not interpreted."""
     compiled = isinstance(kernel, triton.runtime.JITFunction) and hasattr(tl.extra.cuda, 'gdc_wait')
     return compiled and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @triton.jit
 def _probe(ones, out, seed, OVERLAP: tl.constexpr):
-    """A third, sixteen times, by operations that not every Triton and card has."""
+    """Write a third, sixteen times, by operations that some versions of Triton, and some cards, lack."""
     wait(OVERLAP)
     index = tl.arange(0, 16)
     square = tl.load(ones + index[:, None] * 16 + index[None, :])

@@ -1,8 +1,8 @@
-"""The arrays that the trees of a search consist of, on either device. Imports neither numba nor torch.
+"""The arrays of a search's trees, on a CPU and on a GPU. Imports neither numba nor torch.
 
-Shapes: ``B`` rows (trees), ``N`` nodes: 0 is the root and ``s + 1`` what simulation ``s`` adds, ``S`` slots for the
-children of a node: its actions, or the ``K`` actions drawn for it where trees are sampled, ``A`` numbers of an action
-(0 unless sampled), ``R`` pages of a context, ``P`` policy logits.
+Shapes: ``B`` rows (trees); ``N`` nodes, of which 0 is the root and ``s + 1`` is added by simulation ``s``; ``S`` slots
+for a node's children: one for each action, or, where trees are sampled, for each action drawn; ``A`` numbers of a drawn
+action (0 unless sampled); ``R`` pages of a context; ``P`` policy logits.
 """
 from typing import Any, NamedTuple, Sequence
 
@@ -10,20 +10,20 @@ import numpy as np
 
 
 class Tree(NamedTuple):
-    """The trees of a search, for the next one to write over: numpy's arrays, or tensors on a GPU."""
+    """The trees of a search, as numpy arrays or as tensors on a GPU. The next search overwrites them."""
     visits: Any  # [B, N]
     value_sum: Any  # [B, N]
     reward: Any  # [B, N], of the step to the node
     prior: Any  # [B, N, S]
     child: Any  # [B, N, S], node in each slot; -1: none yet
-    order: Any  # [B, N, S], slots as the scores are compared, -1 after the last; equal draws share one
+    order: Any  # [B, N, S], slots in the order in which scores are compared, then -1; equal draws share a slot
     draws: Any  # [B, N, S, A], actions in the order of ``order``
-    low: Any  # [B], the range of values
-    high: Any  # [B]
-    path: Any  # [B, N], nodes from the root to the new one
+    low: Any  # [B], least quality so far
+    high: Any  # [B], greatest quality so far
+    path: Any  # [B, N], nodes from the root to the newest one
     depth: Any  # [B], steps of that path
-    action: Any  # [B], the path's last step: a slot, or where trees are sampled an index of ``draws``
-    scores: Any  # [B, S], of the node that was looked at last; on the CPU
+    action: Any  # [B], its last step: a slot, or where trees are sampled an index into ``draws``
+    scores: Any  # [B, S], of the last node that was scored; used on the CPU only
     tables: Any  # [B, N, R], page ids of each node's context
     counts: Any  # [B, N], pages of it
 

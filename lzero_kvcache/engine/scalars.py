@@ -1,16 +1,16 @@
-"""What a search takes of a model's predictions, in Triton, in one launch. Importing it imports Triton."""
+"""Reward and value as numbers, and policy logits, in one Triton kernel. Importing it imports Triton."""
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .overlap import launch, wait
+from .kernel_launch import launch, wait
 
 
 @triton.jit
 def _number(logits, size, SIZE: tl.constexpr):
-    """The mean of a support, and the inverse of the value rescaling, as ``Weights.scalar`` has it."""
+    """The mean of a support, then the inverse value rescaling: ``Weights.scalar``."""
     index = tl.arange(0, SIZE)
     numbers = tl.load(logits + index, mask=index < size, other=-float('inf'))
     powers = tl.exp(numbers - tl.max(numbers, 0))

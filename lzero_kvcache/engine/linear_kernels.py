@@ -1,7 +1,7 @@
-"""Products with a model's weights on a GPU, and what follows on them: the bias, a residual, a norm and GELU.
+"""Linear layers on a GPU in Triton: products with weights (split-K), then bias, residual, norm and GELU in one kernel.
 
-A product of few rows is as long as the reading of its weights: its inner dimension is split over programs, and the
-kernel that follows adds their parts. ``B`` rows, ``K`` inputs, ``N`` outputs, ``S`` parts. Importing it imports Triton.
+A product of few rows takes as long as reading its weights. So its inner dimension is split over programs, and the next
+kernel adds their parts. ``B`` rows, ``K`` inputs, ``N`` outputs, ``S`` parts. Importing it imports Triton.
 """
 import dataclasses
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
@@ -10,12 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .overlap import launch, wait
+from .kernel_launch import launch, wait
 from .weights import Chain, Function, Linear, Norm, Weights, gelu
 
 
 class Tiling(NamedTuple):
-    """How a product is divided among programs."""
+    """How a product is split over programs: block sizes, and parts of the inner dimension."""
     rows: int
     outputs: int
     inputs: int
@@ -34,16 +34,16 @@ def tiling_of(rows: int, outputs: int) -> Tiling:
 
 
 PRECISIONS = {'float32': 'tf32x3', 'tf32': 'tf32', 'bfloat16': 'tf32'}
-"""How tensor cores multiply float32, for each of ``kv_cache_cfg.matmul``: the first is as exact as float32; for
-bfloat16 it makes no difference."""
+"""Triton's ``input_precision`` for each value of ``kv_cache_cfg.matmul``: 'tf32x3' is as exact as float32; bfloat16
+ignores it."""
 
 
 @triton.jit
 def _multiply(x, x2, weight, weight2, outputs, outputs2, parts, start2, step, rows, inputs,
               ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr,
               PRECISION: tl.constexpr, BOTH: tl.constexpr, OVERLAP: tl.constexpr):
-    """``x [B, K]`` times ``weight [N, K]``, transposed: a part of the sum for each program of the last axis, in rows of
-    ``step`` numbers. If there are two such products, the second's begin at ``start2``."""
+    """``x [B, K]`` times ``weight [N, K]``, transposed; each program of the last axis writes one part of the sum, to
+    rows of ``step`` numbers. With ``BOTH``, a second product's columns begin at ``start2``."""
     wait(OVERLAP)
     block, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(2)
@@ -73,8 +73,8 @@ def _finish(parts, bias, bias2, residual, chosen, norm_weight, norm_weight2, nor
             normed2, outputs, outputs2, start2, step, rows, eps, PARTS: tl.constexpr, BIAS: tl.constexpr,
             RESIDUAL: tl.constexpr, CHOSEN: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr, LANES: tl.constexpr,
             BOTH: tl.constexpr, OVERLAP: tl.constexpr):
-    """Add the parts of a row, its bias and a row of ``residual``, its own or the one that is ``chosen [B]``, which is
-    ``out``; then its norm, for which a program has the whole row, and GELU."""
+    """Add the parts of a row, the bias, and a row of ``residual`` (the same row, or row ``chosen [B]``) and write that
+    to ``out``; then apply the norm, for which a program has the whole row, and GELU, and write to ``normed``."""
     wait(OVERLAP)
     row, block = tl.program_id(0), tl.program_id(1)
     place = parts + row * step
@@ -111,7 +111,7 @@ def _finish(parts, bias, bias2, residual, chosen, norm_weight, norm_weight2, nor
 
 
 def computed_in(weights: Weights, matmul: str) -> Weights:
-    """The same weights, whose products are computed in 'tf32' or in 'bfloat16'; for the latter matrices are copied."""
+    """The same weights with products in 'tf32' or 'bfloat16'; for 'bfloat16' matrices are copied."""
 
     def changed(function: Any) -> Any:
         if isinstance(function, Chain):
@@ -132,19 +132,19 @@ def computed_in(weights: Weights, matmul: str) -> Weights:
 
 
 class _Stage(NamedTuple):
-    """A product and what follows on it, which is two launches; or a norm without a product."""
+    """Functions that two launches compute: a product, then a norm and GELU if there are any. Or a norm alone."""
     linear: Optional[Linear]
     norm: Any
     then_gelu: bool
 
 
 def apply(function: Function, x: torch.Tensor) -> torch.Tensor:
-    """A function of the model's weights of ``x [B, K]``."""
+    """A function of :class:`.weights.Weights`, applied to ``x [B, K]``."""
     return _run(_stages(function), x)
 
 
 def apply_both(first: Function, second: Function, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Two functions of ``x [B, K]``; as long as their stages are alike, one launch computes both."""
+    """Two functions of ``x [B, K]``; while their stages are alike, one launch computes both."""
     left, right = _stages(first), _stages(second)
     both = x, x
     while left and right and _are_alike(left[0], right[0]):
@@ -154,7 +154,7 @@ def apply_both(first: Function, second: Function, x: torch.Tensor) -> Tuple[torc
 
 
 def multiply(layer: Linear, x: torch.Tensor) -> torch.Tensor:
-    """``x [B, K]`` times the weights, in parts ``[S, B, N]`` that are still to be added, as the bias is."""
+    """``x [B, K]`` times the weights, in parts ``[S, B, N]``; the caller adds them, and the bias."""
     return _multiplied((x, ), (_Stage(layer, None, False), ))
 
 
@@ -183,7 +183,7 @@ def _is_plain(norm: Function) -> bool:
 
 
 def _stages(function: Function) -> List[Any]:
-    """The functions of a chain, those together that are a stage."""
+    """The functions of a chain, grouped into stages; those that no stage has stay as they are."""
     functions = list(function.functions if isinstance(function, Chain) else (function, ))
     stages: List[Any] = []
     while functions:
@@ -244,7 +244,8 @@ def _multiplied(xs: Sequence[torch.Tensor], stages: Sequence[_Stage]) -> torch.T
 
 def _finished(parts: torch.Tensor, stages: Sequence[_Stage], residual: Optional[torch.Tensor] = None,
               chosen: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, ...]:
-    """What stages make of their products in ``parts [S, B, N]``; before it the sum with a residual, if there is one."""
+    """Finish stages whose products are ``parts [S, B, N]``. Returns their results; with a residual, the sum and its
+    norm."""
     count, rows, end = parts.shape
     sizes = [end if stage.linear is None else len(stage.linear.weight) for stage in stages]
     results = [parts.new_empty(rows, size) for size in sizes]
@@ -267,5 +268,5 @@ def _finished(parts: torch.Tensor, stages: Sequence[_Stage], residual: Optional[
 
 
 def _aligned(size: int) -> int:
-    """Numbers up to the next place that several can be read from at once."""
+    """Rounded up to 16 numbers, so that vector loads are aligned. A second product begins at this column."""
     return -(-size // 16) * 16

@@ -1,7 +1,7 @@
-"""Attention on a GPU that reads pages where they are. Importing it imports Triton.
+"""Paged attention on a GPU, in Triton: keys and values are read from their pages. Importing it imports Triton.
 
-Shapes as in :mod:`.step`; the context of a row is the tokens ``0`` to ``2 count - 2``, and what it adds are the action
-and the observation of the page in its table's last column. A long context is split over ``S`` programs.
+Shapes as in :mod:`.step`. A row's context has tokens ``0`` to ``2 count - 2``; a step adds the action and the
+observation of the page in the last column of its table. A long context is split over ``S`` programs.
 """
 from typing import NamedTuple
 
@@ -9,34 +9,34 @@ import torch
 import triton
 import triton.language as tl
 
-from .overlap import launch, wait
-from .products import multiply
+from .kernel_launch import launch, wait
+from .linear_kernels import multiply
 from .slab import Slab
 from .weights import Geometry, Weights
 
 MOST_PROGRAMS = 512
-"""Programs that keep a GPU busy: with more rows and heads, contexts are split less."""
+"""Programs that are enough to keep a GPU busy: the more rows and heads, the less contexts are split."""
 
 LEAST_TOKENS = 32
-"""Tokens of a context for which one more program pays."""
+"""Tokens of a context per program, at least."""
 
 
 class Splitting(NamedTuple):
-    """How a context is divided among programs."""
+    """How a context is split over programs."""
     splits: int
-    tokens: int  # that are looked at together
+    tokens: int  # that a program loads at once
     warps: int
 
 
 def splitting(tokens: int, programs: int) -> Splitting:
-    """For contexts of so many tokens at the most, and so many rows times heads."""
+    """The splitting of contexts of at most ``tokens`` tokens, for ``programs`` rows times heads."""
     most = min(tokens // LEAST_TOKENS, MOST_PROGRAMS // programs)
     return Splitting(1, 16, 2) if most < 2 else Splitting(1 << most.bit_length() - 1, LEAST_TOKENS, 4)
 
 
 @triton.jit
 def _added(parts, bias, part_step, column, there, PARTS: tl.constexpr):
-    """Numbers of a product that came in parts, with its bias."""
+    """Columns of a product whose parts are still to be added, plus the bias; see :func:`.linear_kernels.multiply`."""
     total = tl.load(bias + column, mask=there, other=0.)
     for part in tl.static_range(PARTS):
         total += tl.load(parts + part * part_step + column, mask=there, other=0.)
@@ -46,22 +46,22 @@ def _added(parts, bias, part_step, column, there, PARTS: tl.constexpr):
 @triton.jit
 def _attend(parts, bias, part_step, row_of_parts, slab, tables, counts, positions, moved, out, sums, layer, scale, rows,
             row_step, page_step, width, PARTS: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr,
-            SIZE: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, ROTARY: tl.constexpr, SPLITS: tl.constexpr,
+            SIZE: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, SPLITS: tl.constexpr,
             TOKENS: tl.constexpr, OVERLAP: tl.constexpr):
-    """Keys and values of a token into its page, and its attention: a row, a head and a share of its context for each
-    program. Query, key and value come in ``parts`` that are still to be added, as ``bias`` is. ``moved`` is what
-    learned positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``. Shares go to ``out``
-    ``[S, B, E]``, not divided yet, with maxima and totals in ``sums [S, B, H, 2]``."""
+    """Write a token's key and value to its half of the page, and attend from it: each program has a row, a head and a
+    split of the context. Query, key and value come in ``parts`` that are still to be added, as ``bias`` is. ``moved``
+    is what learned positions add ``[2W, L, 2, E]``, or rotary factors ``[positions, D / 2, 2]``. Of several splits,
+    weighted sums go to ``out [S, B, E]``, and the maxima and totals of weights to ``sums [S, B, H, 2]``."""
     wait(OVERLAP)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    is_first = split == 0  # which has the token itself and, before an observation, its action
+    is_first = split == 0  # the split that has the token itself and, before an observation, its action
     d = tl.arange(0, PADDED)
     there = d < SIZE
     embed = HEADS * SIZE
     parts += row * row_of_parts
     column = head * SIZE + d
     count = tl.load(counts + row)
-    position = tl.load(positions + PART * rows + row)
+    position = tl.load(positions + HALF * rows + row)
     query = _added(parts, bias, part_step, column, there, PARTS)
     key = _added(parts, bias, part_step, embed + column, there, PARTS)
     value = _added(parts, bias, part_step, 2 * embed + column, there, PARTS)
@@ -78,14 +78,14 @@ def _attend(parts, bias, part_step, row_of_parts, slab, tables, counts, position
         kept = key - tl.load(shift, mask=there, other=0.)
         kept_value = value - tl.load(shift + embed, mask=there, other=0.)
     page = tl.load(tables + row * row_step + (width - 1) * page_step)
-    own = slab + ((page * 2 + PART) * LAYERS + layer) * 2 * embed + head * SIZE + d
+    own = slab + ((page * 2 + HALF) * LAYERS + layer) * 2 * embed + head * SIZE + d
     tl.store(own, kept.to(slab.dtype.element_ty), mask=there & is_first)
     tl.store(own + embed, kept_value.to(slab.dtype.element_ty), mask=there & is_first)
     query *= scale
     top = tl.sum(query * key, 0)
     total = top * 0 + 1
     mixed = value
-    if PART == 1:  # the action, which its own launch has written
+    if HALF == 1:  # the action of the same page, which the launch before has written
         before = own - LAYERS * 2 * embed
         key = tl.load(before, mask=there, other=0.).to(tl.float32)
         value = tl.load(before + embed, mask=there, other=0.).to(tl.float32)
@@ -132,7 +132,7 @@ def _attend(parts, bias, part_step, row_of_parts, slab, tables, counts, position
 @triton.jit
 def _join(parts, sums, out, rows, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr,
           OVERLAP: tl.constexpr):
-    """Attention ``[B, E]`` from that over parts of contexts."""
+    """Join the splits to attention ``[B, E]``."""
     wait(OVERLAP)
     row, head = tl.program_id(0), tl.program_id(1)
     d, split = tl.arange(0, PADDED), tl.arange(0, SPLITS)
@@ -144,9 +144,9 @@ def _join(parts, sums, out, rows, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDE
     tl.store(out + (row * HEADS + head) * SIZE + d, joined, mask=d < SIZE)
 
 
-def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, part: int, x: torch.Tensor,
+def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, half: int, x: torch.Tensor,
            tables: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Attention ``[B, E]`` of a page's action (``part`` 0) or observation (1) ``x [B, E]``, whose key and value are
+    """Attention ``[B, E]`` of a page's action (``half`` 0) or observation (1) ``x [B, E]``, whose key and value are
     written into the page. Without a context, an observation has no action before it."""
     rows, embed = len(x), geometry.embed_dim
     qkv, bias = multiply(weights.layers[layer].qkv, x), weights.layers[layer].qkv.bias
@@ -159,7 +159,7 @@ def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, part: i
     launch(
         _attend, (rows, heads, splits), qkv, bias, *qkv.stride()[:2], slab.data, tables, counts, positions, moved, out,
         sums, layer, size ** -0.5, rows, *tables.stride(), tables.shape[1], len(qkv), geometry.layers, heads, size,
-        padded, part, geometry.rotary, splits, tokens, num_warps=warps
+        padded, half, geometry.rotary, splits, tokens, num_warps=warps
     )
     if splits == 1:
         return out[0]

@@ -1,16 +1,16 @@
-"""The actions that sampled trees draw at each node, as kernels for a GPU: those of :mod:`.tree`, from the same numbers.
-Importing it imports Triton. A row for each program; shapes are those of :mod:`.arrays`.
+"""Kernels that draw the actions of a node in sampled trees: the same as in :mod:`.tree`, from the same random numbers.
+Importing it imports Triton. Each program has a row; shapes are those of :mod:`.tree_arrays`.
 """
 import triton
 import triton.language as tl
 
-from ..engine.overlap import wait
-from .kernels import mended
+from ..engine.kernel_launch import wait
+from .tree_kernels import mended
 
 UNIT = tl.constexpr(2.0 ** -32)
 CIRCLE = tl.constexpr(6.283185307179586)
 CLAMP = tl.constexpr(4.0)
-WHOLE = tl.constexpr(2.0 ** 52)  # added to a smaller float64, it leaves no decimals: ties go to the even number
+WHOLE = tl.constexpr(2.0 ** 52)  # adding it to a smaller float64 rounds that to an integer, half to even
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _tanh(number):
 
 @triton.jit
 def _decimals(number):
-    """Another whole number for all that have other six decimals, as C writes them."""
+    """An integer that is equal for numbers which C prints with the same six decimals."""
     whole = (tl.abs(number.to(tl.float64)) * 1e6 + WHOLE) - WHOLE
     return 2 * whole.to(tl.int32) + _is_negative(number).to(tl.int32)
 
@@ -42,8 +42,8 @@ def _decimals(number):
 @triton.jit
 def draw_continuous(draws, order, prior, key_at, simulation_at, policy, policy_step, nodes, slots, action_size,
                     SLOTS: tl.constexpr, POLICY: tl.constexpr, OVERLAP: tl.constexpr):
-    """Of the newest node: tanh of normal draws, by means and then deviations ``[B, 2A]``. One slot for all draws that
-    are the same action, and the same prior for each slot."""
+    """Draw the newest node's actions: tanh of normal draws, by means and then deviations ``[B, 2A]``. Equal draws share
+    a slot, and all slots have the same prior."""
     wait(OVERLAP)
     row = tl.program_id(0)
     node, key = tl.load(simulation_at + row), tl.load(key_at)
@@ -71,7 +71,7 @@ def draw_continuous(draws, order, prior, key_at, simulation_at, policy, policy_s
 @triton.jit
 def draw_discrete(draws, order, prior, key_at, simulation_at, policy, policy_step, nodes, slots, actions,
                   SLOTS: tl.constexpr, POLICY: tl.constexpr, OVERLAP: tl.constexpr):
-    """Of the newest node, without replacement, by logits ``[B, P]``: the largest of u ** (1 / p)."""
+    """Draw the newest node's actions without replacement, by logits ``[B, P]``: those with the largest u ** (1 / p)."""
     wait(OVERLAP)
     row = tl.program_id(0)
     node, key = tl.load(simulation_at + row), tl.load(key_at)

@@ -1,53 +1,38 @@
-"""Whole searches on a GPU: trees as tensors, and the model's steps below them, without the CPU from a search's first
-simulation to its last. Roots come to the device in one copy, and visits and values leave it in one.
+"""Whole searches on a GPU. The CPU waits for nothing between the first simulation and the last: one copy sends the
+roots, and one brings visits and values back.
 """
 import logging
-import threading
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Tuple
 
 import numpy as np
 import torch
 
 from ..cache.base import PagedCacheManager
 from ..cache.stats import Timing
-from ..engine.graphs import MAX_MOVES, make_room, smallest_fitting
+from ..engine.graphs import Graphs
 from ..engine.slab import Slab
 from ..engine.step import Engine
 from ..engine.store import PageStore
 from ..engine.transfer import to_cpu
 from ..engine.weights import Source, Weights
-from .arrays import padded
 from .device_space import GrownReanalysis, Reanalysis, Space
 from .guard import NanGuard
+from .tree_arrays import padded
 from .whole import Found, Problem, WholeSearch, replayed
 
 logger = logging.getLogger(__name__)
 
-MAX_SPACES = 8
-"""Searches of so many sizes are captured; then the one that was not used for longest goes."""
-
 ROWS_APART = 8
-"""Searches are captured for multiples of so many rows, since a product of fewer is no quicker."""
+"""Searches are captured for multiples of so many rows: products of fewer rows are no faster."""
 
 MOST_ROWS = 256
 """Rows of a reanalysis that are searched at a time."""
 
 
-class _Spaces:
-    """The spaces of one model, the newest last; one search at a time."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.kept: Dict[Tuple[Any, ...], Space] = {}
-        self.addresses: Tuple[int, ...] = ()
-        self.moves = 0
-        self.captures = 0  # so far, those that went among them
-        self.usable = True
-
-    def __reduce__(self) -> Any:
-        return type(self), ()  # a copy begins without
+class _Spaces(Graphs):
+    """The spaces of one model, those that could not be captured among them."""
 
     @property
     def memory_mb(self) -> float:
@@ -63,7 +48,7 @@ class DeviceSearch(WholeSearch):
             source = source._replace(read=partial(_read, source, matmul))
         super().__init__(source, manager, storage, guard, timings)
         self._engine = engine
-        self._spaces = _Spaces()
+        self._spaces = _Spaces('A search cannot be captured here', 'it is launched from Python')
         storage.beside.append(self._spaces)
 
     @contextmanager
@@ -100,51 +85,39 @@ class DeviceSearch(WholeSearch):
 
     def _space(self, problem: Problem, rows: int, addresses: Tuple[int, ...], kind: Tuple[Any, ...],
                make: Callable[[Problem, int], Any]) -> Any:
-        """A space of some kind that has room for a search; a new one is captured."""
+        """A space that has room for the search, or else a new one, which is captured. ``kind`` and the problem tell
+        which searches can share one."""
         spaces = self._spaces
-        addresses += (self._storage.slab.address, )
-        if addresses != spaces.addresses:
-            spaces.moves += bool(spaces.kept)
-            spaces.kept.clear()
-            spaces.addresses = addresses
+        addresses += (self._storage.slab.address,)
         kind += (problem.slots, problem.action_size, *sorted(problem.rules.items()))
-        found = smallest_fitting(
-            spaces.kept, rows, lambda others: others[0] >= problem.simulations and others[1:] == kind)
-        if found is not None:
-            return found
-        make_room(spaces.kept, MAX_SPACES)
-        rows = -(-rows // ROWS_APART) * ROWS_APART
-        space = make(problem, rows)
-        if self._source.device().type == 'cuda' and spaces.usable:
-            self._capture(space)
-        spaces.kept[(rows, problem.simulations) + kind] = space
+        space = spaces.find(
+            rows, addresses, lambda others: others[0] >= problem.simulations and others[1:] == kind
+        )
+        if space is None:
+            spaces.make_room()
+            rows = -(-rows // ROWS_APART) * ROWS_APART
+            space = make(problem, rows)
+            if self._source.device().type == 'cuda' and spaces.usable:
+                spaces.attempt(partial(_capture, space))
+            spaces.kept[(rows, problem.simulations) + kind] = space
         return space
 
-    def _capture(self, space: Space) -> None:
-        reason: Optional[Any] = 'its storage keeps moving' if self._spaces.moves >= MAX_MOVES else None
-        try:
-            if reason is None:
-                space.capture()
-                self._spaces.captures += 1
-                logger.info(
-                    f'Captured a simulation for {space.rows} rows ({space.memory_mb:.1f} MiB with the trees)'
-                )
-        except Exception as error:  # Triton's, and its compiler's, have types of their own
-            reason = str(error).split('\n', maxsplit=1)[0]
-        if reason is not None:
-            self._spaces.usable = False
-            logger.warning(f'A search cannot be captured here ({reason}): it is launched from Python from now on')
+
+def _capture(space: Space) -> Space:
+    space.capture()
+    logger.info(f'Captured a simulation for {space.rows} rows ({space.memory_mb:.1f} MiB with the trees)')
+    return space
 
 
 def _read(source: Source, matmul: str, captured: bool) -> Weights:
-    from ..engine.products import computed_in
+    from ..engine.linear_kernels import computed_in
 
     return computed_in(source.read(captured), matmul)
 
 
 def _search(space: Space, problem: Problem, rows: int, trace: Any) -> Tuple[Found, np.ndarray]:
-    """Run what was given to a space, and note each simulation if there is a trace; returns what was found, and how many
-    predictions were no numbers, with the depth of the first ``[2, B]``."""
+    """Search with the inputs in ``space.given``, and note each simulation if there is a trace. Returns what was found,
+    and ``broken [2, B]``."""
     space.begin()
     for _ in range(problem.simulations):
         space.simulate()
@@ -156,7 +129,7 @@ def _search(space: Space, problem: Problem, rows: int, trace: Any) -> Tuple[Foun
 
 
 def _give(space: Space, problem: Problem, timesteps: np.ndarray) -> None:
-    """Lay out what a search begins with, but for its pages."""
+    """Write the inputs of a search to ``space.given``, its pages apart."""
     rows, given = len(timesteps), space.given
     if space.rows > rows:
         space.empty_rows(rows)
@@ -184,7 +157,7 @@ def _give_priors(given: Any, problem: Problem, rows: int) -> None:
 
 
 def _note(trace: Any, space: Space, rows: int) -> None:
-    """What validation needs of one simulation."""
+    """Note one simulation for validation."""
     predicted = to_cpu(torch.nan_to_num(space.predicted, 0.0, 0.0, 0.0)[:rows])
     parts = space.parents, space.actions, space.depths
     taken = [to_cpu(part[:rows].clone()) for part in parts]

@@ -1,7 +1,6 @@
-"""How a recurrent step is launched: eagerly, or as a replayed CUDA graph. ``N`` packed numbers of ``B`` rows."""
-import copy
+"""Backends of the recurrent step: launched eagerly, or replayed as a CUDA graph. ``N`` packed numbers, ``B`` rows."""
 import logging
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class Result(NamedTuple):
-    """A step's predictions, and the part of them that a search takes to the CPU."""
+    """A step's predictions, and what a search copies of them to the CPU."""
     output: StepOutput
     search: Optional[torch.Tensor]  # [B, 2 + P]: reward and value as numbers, policy logits; None out of a search
 
@@ -32,8 +31,8 @@ class EagerBackend:
         self.engine, self.source = engine, source
 
     def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
-        """One recurrent step from packed numbers ``[N, B]``. A search packs its actions too, and takes scalars; any
-        other caller has ``action`` on the device already."""
+        """One recurrent step from packed numbers ``[N, B]``. A search packs its actions with them, and gets scalars;
+        any other caller passes ``action``, which is on the device already."""
         sent = torch.from_numpy(numbers).to(self.source.device(), non_blocking=True)
         return self._run(weights, slab, sent, action)
 
@@ -43,8 +42,8 @@ class EagerBackend:
         output = engine.step(weights, slab, tables, counts, packed_action if action is None else action, positions)
         return Result(output, engine.for_search(weights, output) if action is None else None)
 
-    def __deepcopy__(self, memo: Dict[int, Any]) -> 'EagerBackend':
-        return type(self)(*copy.deepcopy((self.engine, self.source), memo))
+    def __reduce__(self) -> Any:
+        return type(self), (self.engine, self.source)  # a copy begins without graphs
 
 
 class _Graph(NamedTuple):
@@ -120,7 +119,7 @@ class CudaGraphBackend(EagerBackend):
         return _Graph(captured, pinned, torch.cuda.Event(), sent, held)
 
     def _run_fresh(self, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
-        """With the weights read inside, so that a capture reads them anew in each replay."""
+        """Reads the weights inside, so that each replay of a capture reads them again."""
         return self._run(self.source.read(True), slab, numbers, action)
 
 

@@ -1,13 +1,13 @@
-"""The rules of :mod:`.tree` as kernels for a GPU, a row for each program. Importing it imports Triton.
+"""The rules of :mod:`.tree` as kernels for a GPU; each program has a row. Importing it imports Triton.
 
-Scores are those of the compiled trees to the last bit: sums go in the order of the children, products and sums stay
-apart (``enable_fp_fusion=False``), and divisions are rounded. Shapes are those of :mod:`.arrays`; what depends on
-visits alone, ``explored`` and ``spread``, comes in tables.
+Scores equal those of the compiled trees to the last bit: children are summed in order, products and sums are not fused
+(``enable_fp_fusion=False``), and divisions are rounded. Shapes are those of :mod:`.tree_arrays`; ``explored`` and
+``spread`` are tables by number of visits.
 """
 import triton
 import triton.language as tl
 
-from ..engine.overlap import wait
+from ..engine.kernel_launch import wait
 
 FAR = tl.constexpr(1e6)
 TIE = tl.constexpr(1e-6)
@@ -24,9 +24,9 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
            spread, rules, rows, nodes, slots, action_size, least_rotary, SLOTS: tl.constexpr, ACTION: tl.constexpr,
            PAGES: tl.constexpr, PADDED: tl.constexpr, TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr,
            DRAWS_TIES: tl.constexpr, INDEX_FOR_DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
-    """Walk to where the simulation adds its node, and lay out what the model's step needs there: the nodes that it
-    begins at ``[B]``, the actions taken there ``[B]`` or ``[B, A]``, the window of pages ``[PAGES + 1, B]``, counts
-    ``[B]`` and positions ``[2, B]``."""
+    """Select the parent of the node that the simulation adds, and write the inputs of the model's step: parents
+    ``[B]``, the actions taken there ``[B]`` or ``[B, A]``, the window of pages ``[PAGES + 1, B]``, counts ``[B]`` and
+    positions ``[2, B]``."""
     wait(OVERLAP)
     row = tl.program_id(0)
     simulation = tl.load(simulation_at + row)
@@ -46,7 +46,7 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
         begin = (first_node + node) * slots
         there = index < slots
         ordered = there
-        if not SAMPLED:  # whose nodes have all actions, but for the root
+        if not SAMPLED:  # then only the root may lack actions
             ordered = there & (node == 0)
         slot = tl.where(ordered, tl.load(order + begin + index, mask=ordered, other=-1), index)
         known = there & (slot >= 0)
@@ -129,16 +129,16 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
 
 @triton.jit
 def mended(number):
-    """Zero for what is no number."""
-    return tl.where(tl.abs(number) < float('inf'), number, 0.)  # which nan is not, either
+    """The number, or 0 for nan and inf."""
+    return tl.where(tl.abs(number) < float('inf'), number, 0.)
 
 
 @triton.jit
 def backup(visits, value_sum, reward, prior, child, low, high, path, depths, broken, predicted,
            simulation_at, rules, rows, nodes, slots, policy, SLOTS: tl.constexpr, POLICY: tl.constexpr,
            TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr, OVERLAP: tl.constexpr):
-    """Expand the new node by predictions ``[B, 2 + P]``, zeros for what is no number, back its value up, and
-    count the simulation. Where trees are sampled, the node's actions are still to be drawn."""
+    """Expand the new node by predictions ``[B, 2 + P]``, with 0 for nan and inf, back its value up, and count the
+    simulation. Where trees are sampled, another kernel draws the node's actions."""
     wait(OVERLAP)
     row = tl.program_id(0)
     simulation = tl.load(simulation_at + row)

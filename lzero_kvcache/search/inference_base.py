@@ -1,4 +1,4 @@
-"""What every inference over pages needs: the model's steps, and where contexts are begun anew."""
+"""What root inference and searches share: the engine and its backend, the slab, keys, lost contexts."""
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -9,21 +9,21 @@ from ..cache.base import PagedCacheManager
 from ..cache.pages import Lease, Rows
 from ..cache.stats import Timing
 from ..config import CacheConfig
-from ..engine.launch import Result, make_backend
+from ..engine.backends import Result, make_backend
 from ..engine.packing import pack
 from ..engine.root_graph import RootGraphs
 from ..engine.step import Engine
 from ..engine.store import PageStore
 from ..engine.weights import Source, Weights
 from .compiled_model import CompiledModel
-from .device import DeviceSearch
+from .device_search import DeviceSearch
 from .guard import NanGuard
-from .served import OpenSteps, Served
+from .open_steps import OpenSteps, Served
 from .whole import CompiledSearch
 
 
-class Steps:
-    """The steps of one model over the pages of its manager."""
+class InferenceBase:
+    """What all inference of one model shares."""
 
     def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], manager: PagedCacheManager,
                  store: PageStore, options: CacheConfig, validator: Any, read_network: Callable[[], Any]) -> None:
@@ -40,9 +40,9 @@ class Steps:
         self._whole = CompiledSearch(self._model, *shared)
         self._device = DeviceSearch(self.engine, *shared, options.matmul)
 
-    def _begin_anew(self, lease: Lease, rows: Rows, lost: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Give rows whose contexts are lost a page each. Returns what it takes to begin them there in one forward: the
-        pages, their observations' angles and the rows, ``[3, K]``."""
+    def _take_pages(self, lease: Lease, rows: Rows, lost: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Give each of the ``lost [K]`` rows a context of one page. Returns what it takes to rebuild these contexts in
+        one forward: their pages, their observations' angles and the rows, ``[3, K]``."""
         tables, counts = rows
         if not len(lost):
             return np.zeros((3, 0), dtype=np.int64)
@@ -53,7 +53,7 @@ class Steps:
     def _step(self, weights: Weights, rows: Rows, pages: np.ndarray, timesteps: np.ndarray,
               actions: Optional[np.ndarray], on_device: Optional[torch.Tensor], longest: int,
               reanalysis: bool = False) -> Result:
-        """A recurrent step from nodes at ``timesteps``; everything that comes from the CPU travels in one copy. In
+        """A recurrent step from nodes at ``timesteps``; one copy sends all inputs that come from the CPU. In
         LightZero's reanalysis both tokens have the angle of the action, one step later."""
         angles = (2 * timesteps + 3, 2 * timesteps + 3) if reanalysis else (2 * timesteps + 1, 2 * timesteps + 2)
         numbers = pack(self.engine.geometry, rows, pages, angles, actions, longest)
@@ -70,13 +70,13 @@ class Steps:
         return position % geometry.rotary_positions if geometry.rotary else position
 
     def _weights_of(self, served: Served) -> Weights:
-        """As they are, read once for a served step."""
+        """The current weights, read once for a step."""
         if served.weights is None:
             served.weights = self._source.read(False)
         return served.weights
 
     def actions_of(self, actions: Sequence[Any], rows: int) -> Tuple[np.ndarray, np.ndarray]:
-        """Actions ``[B]`` or ``[B, A]``, and which rows have one; zeros for the others, whose episode starts."""
+        """Actions ``[B]`` or ``[B, A]``, and which rows have one; zeros where an episode starts."""
         geometry, going = self.engine.geometry, np.zeros(rows, dtype=bool)
         if geometry.continuous:
             vectors = np.zeros((rows, geometry.action_size), np.float32)

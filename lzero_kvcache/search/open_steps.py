@@ -1,5 +1,5 @@
-"""The steps that are being served: whose rows a root inference and the search after it have, and what becomes of their
-roots when a step ends, fails or is abandoned."""
+"""Open steps: whose rows a root inference and the search after it have, and how roots are restored when a step fails or
+is abandoned."""
 import threading
 from collections import deque
 from contextlib import contextmanager
@@ -13,25 +13,26 @@ from ..cache.pages import Lease, Rows
 
 
 class Served:
-    """A step of some environments: their root inference, and the search that follows it. It owns its roots' pages."""
+    """A step of some environments: their root inference and the search that follows. It owns the pages of its roots."""
 
     def __init__(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...], lease: Lease, trace: Any,
-                 in_arrays: bool = False) -> None:
+                 in_arrays: bool = False, by_key: bool = False) -> None:
         self.mode, self.env_ids = mode, env_ids
-        self.in_arrays = in_arrays  # whether the search that follows is
+        self.in_arrays = in_arrays  # whether the search that follows is in arrays
+        self.by_key = by_key  # whether contexts of roots are found by key instead of by environment
         self.addresses = addresses  # of the weights
         self.lease = lease
-        self.trace = trace  # what its validation notes; or None
-        self.weights: Any = None  # as they were first read: nobody changes them inside a search
-        self.shift: Any = None  # what learned positions add, where the root inference was compiled
+        self.trace = trace  # of its validation, or None
+        self.weights: Any = None  # read once, since nobody changes them inside a search
+        self.shift: Any = None  # of a compiled root inference, for the search after it
         self.roots: Optional[Rows] = None
         self.before: Optional[Rows] = None  # the environments' roots before this step
-        self.superseded: Set[int] = set()  # environments whose root is no longer of this step
+        self.superseded: Set[int] = set()  # environments whose root has been replaced or cleared since
         self.kept = np.zeros(0, np.int64)  # rows whose root was stored
         self.timesteps = np.zeros(0, np.int64)  # [B]
         self.latents: Optional[torch.Tensor] = None  # [B, E], of the roots
-        self.keys: Optional[Tuple[List[int], List[Hashable]]] = None  # environments and keys, if searched by key
-        self.searches = 0  # how many by node are running
+        self.keys: Optional[Tuple[List[int], List[Hashable]]] = None  # environments and keys, if stored by key too
+        self.searches = 0  # searches by node that are running
 
     def check_rows(self, rows: int) -> None:
         if len(self.env_ids) != rows:
@@ -39,7 +40,7 @@ class Served:
 
 
 class StepsOfThread(threading.local):
-    """The steps that are open; each thread has its own, and so has each copy of a model or policy."""
+    """Open steps; each thread has its own, and so has each copy of a model or policy."""
 
     def __init__(self) -> None:
         self.steps: List[Any] = []
@@ -49,7 +50,7 @@ class StepsOfThread(threading.local):
 
 
 class OpenSteps:
-    """The steps of one model that are being served."""
+    """The open steps of one model."""
 
     def __init__(self, manager: PagedCacheManager, validator: Any) -> None:
         self._manager, self._validator = manager, validator
@@ -58,13 +59,13 @@ class OpenSteps:
 
     @property
     def steps(self) -> List[Served]:
-        """Those of this thread, the innermost last."""
+        """The open steps of this thread, the innermost last."""
         return self._open.steps
 
     @contextmanager
     def serving(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...],
                 in_arrays: bool = False) -> Iterator[Served]:
-        """A context in which the root inference, and the search that follows it, are those of some environments."""
+        """A context in which a root inference, and the search that follows, are for some environments."""
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')
         self.end_abandoned()
@@ -90,7 +91,7 @@ class OpenSteps:
             steps.remove(served)
 
     def end_abandoned(self) -> None:
-        """Put back what steps that were never left have changed."""
+        """Undo the steps that were abandoned."""
         while self._abandoned:
             self._end_failed(self._abandoned.popleft())
 
@@ -104,7 +105,7 @@ class OpenSteps:
             self._manager.forget_init(served.mode, *served.keys)
 
     def _undo(self, served: Served) -> None:
-        """Put back the roots that the environments had before a step that failed."""
+        """Restore the roots that the environments had before a step."""
         if served.before is None:
             return
         undone = [row for row, env_id in enumerate(served.env_ids) if env_id not in served.superseded]
@@ -116,8 +117,8 @@ class OpenSteps:
             self._manager.store_init(served.mode, [served.env_ids[row] for row in there], [CURRENT] * len(there), rows)
 
     def forget(self, mode: Optional[str], env_id: Optional[int]) -> None:
-        """The roots of an environment, of a mode, or all were cleared: let no open search by key find them, and no step
-        that fails put them back."""
+        """Called when roots of an environment, of a mode, or all were cleared: no open search by key may find them, and
+        no failing step may restore them."""
         for step in [*self.steps, *self._abandoned]:
             if mode in (None, step.mode):
                 left = [row for row in step.kept if env_id not in (None, step.env_ids[row])]

@@ -1,6 +1,7 @@
-"""Random numbers of a search, compiled: each is a function of a key and a counter, so that no stream is consumed.
+"""Counter-based random numbers of a search, compiled: each is a function of a key and a counter, and no generator has a
+state.
 
-A key is (seed, number of the search), a counter (row, simulation, index, purpose), each word 32 bits wide.
+A key is (seed, number of the search), a counter is (row, simulation, index, purpose); each word has 32 bits.
 """
 import math
 from typing import Any, Tuple
@@ -10,7 +11,7 @@ import numpy as np
 from ..engine.compiling import inner
 
 TIE, ACTION = 0, 1
-"""Purposes of draws: which of the children that tie, and which actions a node has."""
+"""Purposes of draws: one of several children with equal scores, and the actions of a node."""
 
 _KEY_0, _KEY_1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _FACTOR_0, _FACTOR_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)

@@ -1,7 +1,7 @@
-"""Steps of the model on the CPU as compiled functions: what :meth:`Engine.step`, :meth:`Engine.for_search` and
-:meth:`Engine.begin` do, with pages read and written where they are. Importing it imports numba.
+"""The model's steps on the CPU as compiled functions: the same as :meth:`Engine.step`, :meth:`Engine.for_search` and
+:meth:`Engine.begin`, but pages are read and written in place. Importing it imports numba.
 
-Rows stand side by side, as in :mod:`.layers`. Attention alone goes row by row, since pages do.
+Activations are laid out as in :mod:`.layers`, eight rows side by side.
 """
 import math
 
@@ -53,7 +53,9 @@ from .program import (
     QUERY_WEIGHT,
     WIDEN_BIAS,
     WIDEN_WEIGHT,
+    Batch,
     Network,
+    PagedNetwork,
 )
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -61,7 +63,7 @@ from .program import (
 
 @inner
 def _rotate(network: Network, scratch: Scratch, tiles: int) -> None:
-    """Queries and keys by the angles of their places."""
+    """Rotate queries and keys by the angles of their positions."""
     size = network.embed // network.heads
     for tile in range(tiles):
         at, places = scratch.qkv + tile * 3 * network.embed * TILE, scratch.places + tile * size * TILE
@@ -77,7 +79,7 @@ def _rotate(network: Network, scratch: Scratch, tiles: int) -> None:
 @inner
 def _mix_rest(weights: int, tokens: np.ndarray, count: int, part: int, moved: int, moved_step: int, begin: int,
               end: int, target: int) -> None:
-    """What is left of a head whose size is no multiple of eight, number by number."""
+    """:func:`mix` for the last dimensions of a head whose size is no multiple of eight."""
     for row in range(WIDTH):
         for i in range(begin, end):
             sum = np.float32(0)
@@ -88,9 +90,10 @@ def _mix_rest(weights: int, tokens: np.ndarray, count: int, part: int, moved: in
 
 
 @inner
-def _keep(network: Network, layer: int, shift: int, shift_step: int, scratch: Scratch, tile: int, rows: int) -> None:
-    """A tile's keys and values in their pages, without what learned positions add to them; queries in ``scratch.rows``.
-    """
+def _write_page(network: Network, layer: int, shift: int, shift_step: int, scratch: Scratch, tile: int,
+                rows: int) -> None:
+    """Write a tile's keys and values to their pages, without what learned positions add; its queries go to
+    ``scratch.rows``."""
     embed, step = network.embed, scratch.step
     lanes, part = scratch.qkv + tile * 3 * embed * TILE, layer * 2 * embed * NUMBER
     for i in range(0, 3 * embed, WIDTH):
@@ -105,8 +108,8 @@ def _keep(network: Network, layer: int, shift: int, shift_step: int, scratch: Sc
 
 @inner
 def _attend(network: Network, layer: int, shift: int, shift_step: int, scratch: Scratch, tile: int, rows: int) -> None:
-    """Of a tile's tokens over their contexts and themselves."""
-    _keep(network, layer, shift, shift_step, scratch, tile, rows)
+    """Attention of a tile's tokens over their contexts and themselves, into ``scratch.y``."""
+    _write_page(network, layer, shift, shift_step, scratch, tile, rows)
     embed, first = network.embed, tile * WIDTH
     size = embed // network.heads
     whole = size - size % WIDTH
@@ -135,9 +138,9 @@ def _attend(network: Network, layer: int, shift: int, shift_step: int, scratch: 
 
 
 @inner
-def _token(network: Network, shift: int, scratch: Scratch, rows: int, predicts: bool) -> None:
-    """Takes the tokens in ``scratch.x`` through all layers, for their keys and values; what they predict from comes to
-    be in ``scratch.y``, if they predict."""
+def _run_layers(network: Network, shift: int, scratch: Scratch, rows: int, predicts: bool) -> None:
+    """Run the tokens in ``scratch.x`` through all layers and write their keys and values; the outputs go to
+    ``scratch.y``, if it predicts."""
     embed, tiles, nothing, team = network.embed, (rows + WIDTH - 1) // WIDTH, scratch.nothing, scratch.team
     step = embed * WIDTH
     shift_step = 0 if network.rotary else len(network.blocks) * 2 * network.embed * NUMBER
@@ -153,7 +156,7 @@ def _token(network: Network, shift: int, scratch: Scratch, rows: int, predicts: 
             _rotate(network, scratch, tiles)
         if layer == len(network.blocks) - 1 and not predicts:
             for tile in range(tiles):
-                _keep(network, layer, shift, shift_step, scratch, tile, min(WIDTH, rows - tile * WIDTH))
+                _write_page(network, layer, shift, shift_step, scratch, tile, min(WIDTH, rows - tile * WIDTH))
             return
         for tile in range(tiles):
             _attend(network, layer, shift, shift_step, scratch, tile, min(WIDTH, rows - tile * WIDTH))
@@ -177,44 +180,51 @@ def _token(network: Network, shift: int, scratch: Scratch, rows: int, predicts: 
 
 
 @inner
-def _find_tokens(network: Network, slab: int, tables: np.ndarray, counts: np.ndarray, pages: np.ndarray,
-                 scratch: Scratch, start: int, rows: int) -> None:
-    """Addresses of the rows' tokens, the first layer's key: of the contexts, and of the token that follows on each, an
-    observation where there is no context. All others are the null page's, which is zeros: what a new page held before
-    may be no numbers, and no mask hides that."""
-    half = len(network.blocks) * 2 * network.embed * NUMBER
+def _half_page(network: Network) -> int:
+    """Bytes of one token of a page."""
+    return len(network.blocks) * 2 * network.embed * NUMBER
+
+
+@inner
+def _locate_tokens(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: int, rows: int) -> None:
+    """Write the addresses of the first layer's keys to ``scratch.tokens``: of each context's tokens, then of the action
+    to append, or of the observation where there is no context. The rest point at the null page, which is zeros: a page
+    that is not yet written may hold nan, and nan times a weight of 0 is nan."""
+    half, slab = _half_page(paged.network), paged.slab.ctypes.data
     for row in range((rows + WIDTH - 1) // WIDTH * WIDTH):
-        count = counts[start + row] if row < rows else -1
+        count = batch.counts[start + row] if row < rows else -1
         scratch.lengths[row] = max(2 * count, 1)
         for token in range(scratch.tokens.shape[1]):
             slot = token + 1
-            page = tables[start + row, slot // 2] if slot // 2 < count else NULL_PAGE
+            page = batch.tables[start + row, slot // 2] if slot // 2 < count else NULL_PAGE
             if row < rows and token == scratch.lengths[row] - 1:
-                page = pages[start + row]
+                page = batch.pages[start + row]
             scratch.tokens[row, token] = slab + (2 * page + slot % 2) * half
 
 
 @inner
-def _find_observations(network: Network, slab: int, counts: np.ndarray, pages: np.ndarray, scratch: Scratch, start: int,
-                       rows: int) -> None:
-    """Go on to the observations that follow on the actions."""
-    half = len(network.blocks) * 2 * network.embed * NUMBER
+def _locate_observations(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: int, rows: int) -> None:
+    """Append the observations to the contexts that :func:`_locate_tokens` found."""
+    half, slab = _half_page(paged.network), paged.slab.ctypes.data
     for row in range(rows):
-        token = 2 * counts[start + row]
+        token = 2 * batch.counts[start + row]
         scratch.lengths[row] = token + 1
-        scratch.tokens[row, token] = slab + (2 * pages[start + row] + 1) * half
+        scratch.tokens[row, token] = slab + (2 * batch.pages[start + row] + 1) * half
 
 
 @inner
-def _choose_rows(scratch: Scratch, start: int, rows: int) -> None:
-    """Have the rows themselves gathered."""
+def _side_by_side(source: np.ndarray, scratch: Scratch, start: int, rows: int) -> int:
+    """Rows of an array ``[B, N]``, side by side in ``scratch.y``, whose address is returned."""
     for row in range(rows):
         scratch.chosen[row] = start + row
+    gather(source.ctypes.data, source.shape[1], scratch.y, scratch, rows)
+    return scratch.y
 
 
 @inner
-def _enter(network: Network, source: int, places: np.ndarray, scratch: Scratch, start: int, rows: int) -> None:
-    """The tokens in ``source``, and where they are."""
+def _load_tokens(network: Network, source: int, places: np.ndarray, scratch: Scratch, start: int, rows: int) -> None:
+    """Embeddings in ``source`` to ``scratch.x``, with learned positions added; or rotary factors to
+    ``scratch.places``."""
     numbers = (rows + WIDTH - 1) // WIDTH * network.embed * WIDTH
     for row in range(rows):
         scratch.chosen[row] = places[start + row] % network.rotary if network.rotary else scratch.lengths[row] - 1
@@ -229,7 +239,7 @@ def _enter(network: Network, source: int, places: np.ndarray, scratch: Scratch, 
 
 @inner
 def _embed(network: Network, actions: np.ndarray, scratch: Scratch, start: int, rows: int) -> int:
-    """Where the tokens of the actions are."""
+    """Embed the actions; returns the address."""
     if network.discrete:
         for row in range(rows):
             scratch.chosen[row] = actions[start + row, 0]
@@ -245,8 +255,8 @@ def _embed(network: Network, actions: np.ndarray, scratch: Scratch, start: int, 
 
 @inner
 def _scalars(logits: int, size: int, scratch: Scratch, start: int, rows: int, out: np.ndarray) -> None:
-    """The mean of a support, and the inverse of the value rescaling: MuZero (https://arxiv.org/abs/1911.08265),
-    appendix F, with epsilon = 0.001."""
+    """Numbers from logits over a support: its mean, then the inverse of MuZero's value rescaling
+    (https://arxiv.org/abs/1911.08265, appendix F) with epsilon = 0.001."""
     for first in range(0, rows, WIDTH):
         at = logits + first * size * NUMBER
         top, sum, mean = constant(-np.inf), constant(0.0), constant(0.0)
@@ -265,7 +275,7 @@ def _scalars(logits: int, size: int, scratch: Scratch, start: int, rows: int, ou
 
 @inner
 def _spread_out(source: int, size: int, start: int, rows: int, out: np.ndarray) -> None:
-    """Numbers ``[tiles, size, 8]`` row by row."""
+    """Copy ``[tiles, size, 8]`` to rows of ``out``."""
     for row in range(rows):
         for i in range(size):
             out[start + row, i] = read(source, ((row // WIDTH) * size + i) * WIDTH + row % WIDTH)
@@ -273,7 +283,7 @@ def _spread_out(source: int, size: int, start: int, rows: int, out: np.ndarray) 
 
 @inner
 def _policy(network: Network, scratch: Scratch, tiles: int, start: int, rows: int, policy: np.ndarray) -> None:
-    """What is predicted from ``scratch.y``, which does not stay."""
+    """The policy head on ``scratch.y``, which it overwrites."""
     trunk = run(network.trunk, scratch.y, scratch, tiles, network.eps)
     if len(network.trunk):
         copy(trunk, scratch.y, tiles * network.trunk[-1, OUTPUTS] * WIDTH)
@@ -285,44 +295,33 @@ def _policy(network: Network, scratch: Scratch, tiles: int, start: int, rows: in
 
 
 @inner
-def simulate(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, counts: np.ndarray,
-             pages: np.ndarray, actions: np.ndarray, places: np.ndarray, scratch: Scratch, start: int, rows: int,
-             reward: np.ndarray, value: np.ndarray, policy: np.ndarray, latent: np.ndarray) -> None:
-    """Expands a node in each of some rows, at most :data:`ROWS`, from ``start`` on.
-
-    ``shift`` is that of :class:`Weights` ``[T, L, 2, E]``, or zeros ``[L, 2, E]`` with rotary positions; ``slab`` the
-    pages as one array; ``tables [B, R]``, ``counts [B]`` the contexts, ``pages [B]`` what is written; ``actions`` in
-    float32, ``[B, 1]`` indices or ``[B, A]``; ``places [2, B]`` the rotary positions of the two tokens. Predicts
-    ``reward [B]``, ``value [B]``, ``policy [B, P]`` and, unless it is empty, ``latent [B, E]``.
-    """
-    tiles = (rows + WIDTH - 1) // WIDTH
-    _find_tokens(network, slab.ctypes.data, tables, counts, pages, scratch, start, rows)
-    _enter(network, _embed(network, actions, scratch, start, rows), places[0], scratch, start, rows)
-    _token(network, shift.ctypes.data, scratch, rows, True)
+def simulate(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: int, rows: int) -> None:
+    """The step of one simulation for ``rows`` rows from ``start`` on, at most :data:`ROWS`. Predicts reward, value,
+    policy and, unless it is empty, ``latent``."""
+    network, shift, tiles = paged.network, paged.shift.ctypes.data, (rows + WIDTH - 1) // WIDTH
+    _locate_tokens(paged, batch, scratch, start, rows)
+    _load_tokens(network, _embed(network, batch.actions, scratch, start, rows), batch.places[0], scratch, start, rows)
+    _run_layers(network, shift, scratch, rows, True)
     rewards = run(network.rewards, scratch.y, scratch, tiles, network.eps)
-    _scalars(rewards, network.rewards[-1, OUTPUTS], scratch, start, rows, reward)
-    _find_observations(network, slab.ctypes.data, counts, pages, scratch, start, rows)
+    _scalars(rewards, network.rewards[-1, OUTPUTS], scratch, start, rows, batch.reward)
+    _locate_observations(paged, batch, scratch, start, rows)
     observed = run(network.observations, scratch.y, scratch, tiles, network.eps)
-    if len(latent):
-        _spread_out(observed, network.embed, start, rows, latent)
-    _enter(network, observed, places[1], scratch, start, rows)
-    _token(network, shift.ctypes.data, scratch, rows, True)
+    if len(batch.latent):
+        _spread_out(observed, network.embed, start, rows, batch.latent)
+    _load_tokens(network, observed, batch.places[1], scratch, start, rows)
+    _run_layers(network, shift, scratch, rows, True)
     values = run(network.value, scratch.y, scratch, tiles, network.eps)
-    _scalars(values, network.value[-1, OUTPUTS], scratch, start, rows, value)
-    _policy(network, scratch, tiles, start, rows, policy)
+    _scalars(values, network.value[-1, OUTPUTS], scratch, start, rows, batch.value)
+    _policy(network, scratch, tiles, start, rows, batch.policy)
 
 
 @inner
-def begin_contexts(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray,
-                   counts: np.ndarray, pages: np.ndarray, places: np.ndarray, scratch: Scratch, start: int, rows: int,
-                   latent: np.ndarray) -> None:
-    """Starts contexts that hold the observations ``latent [B, E]`` alone, in ``pages [B]``, at rotary positions
-    ``places [B]``; ``counts [B]`` are zeros."""
-    _find_tokens(network, slab.ctypes.data, tables, counts, pages, scratch, start, rows)
-    _choose_rows(scratch, start, rows)
-    gather(latent.ctypes.data, network.embed, scratch.y, scratch, rows)
-    _enter(network, scratch.y, places, scratch, start, rows)
-    _token(network, shift.ctypes.data, scratch, rows, False)
+def begin_contexts(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: int, rows: int) -> None:
+    """Begin contexts that hold only the observations ``latent``; ``counts`` are zeros."""
+    _locate_tokens(paged, batch, scratch, start, rows)
+    observed = _side_by_side(batch.latent, scratch, start, rows)
+    _load_tokens(paged.network, observed, batch.places[1], scratch, start, rows)
+    _run_layers(paged.network, paged.shift.ctypes.data, scratch, rows, False)
 
 
 # ---- roots -----------------------------------------------------------------------------------------------------------
@@ -331,37 +330,34 @@ def begin_contexts(network: Network, shift: np.ndarray, slab: np.ndarray, tables
 @inner
 def _observe(network: Network, observations: np.ndarray, latent: np.ndarray, scratch: Scratch, start: int,
              rows: int) -> int:
-    """Where the observations' tokens are."""
-    _choose_rows(scratch, start, rows)
+    """Encode the observations, if there are any; returns the address of their embeddings."""
     if not len(observations):
-        gather(latent.ctypes.data, network.embed, scratch.y, scratch, rows)
-        return scratch.y
-    gather(observations.ctypes.data, observations.shape[1], scratch.y, scratch, rows)
-    observed = run(network.encoder, scratch.y, scratch, (rows + WIDTH - 1) // WIDTH, network.eps)
+        return _side_by_side(latent, scratch, start, rows)
+    source = _side_by_side(observations, scratch, start, rows)
+    observed = run(network.encoder, source, scratch, (rows + WIDTH - 1) // WIDTH, network.eps)
     _spread_out(observed, network.embed, start, rows, latent)
     return observed
 
 
 @inner
-def observe_roots(network: Network, shift: np.ndarray, slab: np.ndarray, tables: np.ndarray, counts: np.ndarray,
-                  pages: np.ndarray, actions: np.ndarray, places: np.ndarray, observations: np.ndarray,
-                  scratch: Scratch, start: int, rows: int, sequence: np.ndarray, latent: np.ndarray,
-                  value: np.ndarray, policy: np.ndarray) -> None:
-    """What follows on contexts, as :func:`simulate` takes them: an action, and an observation that is given. Where a
-    count is 0, an episode begins, and the action is not looked at.
+def observe_roots(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: int, rows: int) -> None:
+    """Appends an action and a given observation to the context of each row, as in :func:`simulate`. Where a count is 0,
+    an episode begins, and the action is ignored.
 
-    ``observations [B, O]`` are encoded into ``latent [B, E]``; if they are empty, it is ``latent`` that is given.
-    Predicts what heads predict from, ``sequence [B, E]``, and the logits ``value [B, S]`` and ``policy [B, P]``.
+    ``observations`` are encoded into ``latent``; if there are none, ``latent`` is given. Predicts ``sequence`` and the
+    logits of value and policy.
     """
-    tiles = (rows + WIDTH - 1) // WIDTH
-    _find_tokens(network, slab.ctypes.data, tables, counts, pages, scratch, start, rows)
-    if counts[start:start + rows].any():  # what it writes where an episode begins, the observation overwrites
-        _enter(network, _embed(network, actions, scratch, start, rows), places[0], scratch, start, rows)
-        _token(network, shift.ctypes.data, scratch, rows, False)
-    _find_observations(network, slab.ctypes.data, counts, pages, scratch, start, rows)
-    _enter(network, _observe(network, observations, latent, scratch, start, rows), places[1], scratch, start, rows)
-    _token(network, shift.ctypes.data, scratch, rows, True)
-    _spread_out(scratch.y, network.embed, start, rows, sequence)
+    network, shift, tiles = paged.network, paged.shift.ctypes.data, (rows + WIDTH - 1) // WIDTH
+    _locate_tokens(paged, batch, scratch, start, rows)
+    if batch.counts[start:start + rows].any():  # what it writes where an episode begins, the observation overwrites
+        token = _embed(network, batch.actions, scratch, start, rows)
+        _load_tokens(network, token, batch.places[0], scratch, start, rows)
+        _run_layers(network, shift, scratch, rows, False)
+    _locate_observations(paged, batch, scratch, start, rows)
+    observed = _observe(network, batch.observations, batch.latent, scratch, start, rows)
+    _load_tokens(network, observed, batch.places[1], scratch, start, rows)
+    _run_layers(network, shift, scratch, rows, True)
+    _spread_out(scratch.y, network.embed, start, rows, batch.sequence)
     values = run(network.value, scratch.y, scratch, tiles, network.eps)
-    _spread_out(values, network.value[-1, OUTPUTS], start, rows, value)
-    _policy(network, scratch, tiles, start, rows, policy)
+    _spread_out(values, network.value[-1, OUTPUTS], start, rows, batch.value)
+    _policy(network, scratch, tiles, start, rows, batch.policy)
