@@ -280,6 +280,31 @@ def test_exploration_is_that_of_the_compiled_trees(base: float, init: float) -> 
     )
 
 
+@pytest.mark.parametrize('works', [True, False])
+def test_a_capture_that_fails_is_told_once_and_searches_go_on(works: bool, lines: Any) -> None:
+    tried: List[int] = []
+
+    def make_space(problem: Any, rows: int) -> Any:
+        def capture() -> None:
+            tried.append(rows)
+            if not works:
+                raise RuntimeError('operation not permitted\nand a long trace')
+        return types.SimpleNamespace(rows=rows, memory_mb=2., capture=capture)
+
+    case = Case()
+    search = cached_model(case, 2, 5).world_model.inference._device
+    search._source = search._source._replace(device=lambda: torch.device('cuda', 0))
+    problem = problem_of(case, {}, [[0.] * case.action_space_size] * compiled.ROWS)
+    spaces = [search._space(problem, rows, (1, ), (), make_space) for rows in (3, ROWS_APART, 5 * ROWS_APART)]
+    assert spaces[0] is spaces[1] and [space.rows for space in spaces[1:]] == [ROWS_APART, 5 * ROWS_APART]
+    assert (len(tried), search._spaces.captures, search._spaces.usable) == ((2, 2, True) if works else (1, 0, False))
+    assert search._spaces.memory_mb == 4
+    told = [message for level, message in lines() if level == 'WARNING']
+    assert told == [] if works else told == [
+        'A search cannot be captured here (operation not permitted): it is launched from Python from now on'
+    ]
+
+
 def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU may lack it."""
     monkeypatch.setitem(sys.modules, 'lzero_kvcache.search.tree', None)
