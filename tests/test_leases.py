@@ -197,6 +197,32 @@ def test_a_step_of_the_same_environments_inside_a_search(player):
     audit(model.world_model.kv_cache_manager)
 
 
+def test_a_step_that_is_abandoned_inside_of_one_of_the_same_environments_that_ends_well():
+    """It changes nothing, though its roots are newer."""
+    trace, model = trace_of(root_steps=3), model_of()
+    steps = [trace.events[i:i + SIMULATIONS + 1] for i in range(0, 3 * (SIMULATIONS + 1), SIMULATIONS + 1)]
+    expected = lived(model_of(), ByNode(model_of()), trace)
+    answers, player = [], ByNode(model)
+    for number, step in enumerate(steps):
+        answers += [player.play(event) for event in step[:3]]
+        if number == 1:
+            as_garbage(model, steps[2][:4])
+        answers += [player.play(event) for event in step[3:]]
+    player.close()
+    assert_undisturbed(answers, expected)
+    audit(model.world_model.kv_cache_manager)
+
+
+def test_a_search_of_other_rows_than_its_step_is_refused():
+    model = model_of()
+    player = ByNode(model)
+    player.play(trace_of().events[0])
+    problem = mock.Mock(rewards=[0.] * (ROWS - 1))
+    with pytest.raises(ValueError, match=f'{ROWS - 1} rows for {ROWS} environments'):
+        model.world_model.inference.search(problem)
+    player.close()
+
+
 def test_two_searches_from_one_root_side_by_side():
     """Each expands nodes of its own, turn by turn; one ends before the other."""
     root, *events = trace_of().events[:SIMULATIONS + 1]
@@ -420,6 +446,33 @@ class TestTwoPolicies:
         for policy in policies:
             audit(cache_of(policy))
         assert lightzeros_names() == before
+
+    @pytest.mark.parametrize('search', ['tree', 'auto'])
+    def test_collection_and_evaluation_of_one_in_two_threads(self, search):
+        modes, steps = ('collect', 'eval'), 30
+
+        def workers():
+            policy = make_policy(True, seed=SEED, evaluators=3, kv_cache_cfg=dict(search=search))
+            return [Worker(policy, mode) for mode in modes]
+
+        found = [], []
+        with contextlib.redirect_stdout(io.StringIO()), seeded_search.seeded_search(NodeSearch):
+            expected = [[worker.forward([0, 1, 2]) for _ in range(steps)] for worker in workers()]
+            in_threads(*[
+                lambda worker=worker, outputs=outputs: [outputs.append(worker.forward([0, 1, 2])) for _ in range(steps)]
+                for worker, outputs in zip(workers(), found)
+            ])
+        values = [[[output[row]['predicted_value'] for row in range(3)] for output in outputs]
+                  for each in (found, expected) for outputs in each]
+        np.testing.assert_allclose(values[:2], values[2:], rtol=1e-4, atol=1e-5)
+
+    def test_caches_of_the_old_system_are_cleared_in_two_threads(self, capsys):
+        models = [make_policy(False, seed=seed)._model.world_model for seed in (SEED, SEED + 1)]
+        before, times = sys.stdout, 3000
+        capsys.readouterr()
+        in_threads(*[lambda model=model: [model.clear_caches() for _ in range(times)] for model in models])
+        assert sys.stdout is before
+        assert capsys.readouterr().out.count(OldWorldModel.clear_line) == len(models) * times
 
     @BOTH_FLAGS
     def test_an_episode_that_ends_in_another_thread_is_no_reset_inside_of_a_search(self, new):

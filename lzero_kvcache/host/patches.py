@@ -125,6 +125,9 @@ TABLE: Dict[str, Patch] = {
     'select_action': Patch(
         _of_policies('select_action'), 'policies.select_action', "numpy's and scipy's checks take a third of a collect "
         'step', CALL),
+    'print': Patch(
+        ('copy of lzero.model.unizero_world_models.world_model:WorldModel.clear_caches:print', ), 'does nothing',
+        'the line that it prints does not say which system was cleared', CALL),
     # ---- the process
     'interrupts': Patch(
         ('signal:SIGINT', 'signal:SIGTERM'), 'notes that an end was asked for',

@@ -30,7 +30,7 @@ from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
 from ..registry import register_in_place_of
 from ..run_hooks import HOOKS
 from ..search.environments import Environments
-from ..search.open_steps import Served, StepsOfThread
+from ..search.open_steps import Served, StepsOfThread, Turns
 from .lightzero import lightzero
 from .patches import with_globals
 from .refused import check_policy, check_served, has_own_inference, is_own
@@ -72,6 +72,7 @@ class KVCachePolicy:
         check_policy(cfg, self._options.system)
         self._environments = Environments()
         self._running = StepsOfThread()  # the steps that this policy is in the middle of; None for one in old mode
+        self._turns = Turns()  # LightZero keeps the rows of a batch as attributes of its policy
         super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]
         if use_new and not _is_new(self._model.world_model):
             raise ConfigError(
@@ -152,8 +153,12 @@ class KVCachePolicy:
         arguments = _signature(forward.__func__).bind(self, *args, **kwargs).arguments  # type: ignore[attr-defined]
         observations, ready = arguments['data'], arguments.get('ready_env_id')
         env_ids = lightzero.environments_of(range(len(observations)) if ready is None else ready)
-        search = self._new_search if _is_new(self._model.world_model) else self._old_search
-        output = search(mode, env_ids, observations, functools.partial(forward, *args, **kwargs))
+        bound = functools.partial(forward, *args, **kwargs)
+        if not _is_new(self._model.world_model):
+            output = self._old_search(mode, env_ids, observations, bound)
+        else:
+            with self._turns.lock:
+                output = self._new_search(mode, env_ids, observations, bound)
         self._environments.remember(mode, env_ids, observations, output)
         return output
 

@@ -33,6 +33,7 @@ class Served:
         self.latents: Optional[torch.Tensor] = None  # [B, E], of the roots
         self.keys: Optional[Tuple[List[int], List[Hashable]]] = None  # environments and keys, if stored by key too
         self.searches = 0  # searches by node that are running
+        self.number = 0  # in the order in which steps were opened
 
     def check_rows(self, rows: int) -> None:
         if len(self.env_ids) != rows:
@@ -49,6 +50,16 @@ class StepsOfThread(threading.local):
         return type(self), ()
 
 
+class Turns:
+    """Lets one thread in at a time; each copy of its owner has its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # a thread may search inside of its own search
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
 class OpenSteps:
     """The open steps of one model."""
 
@@ -56,6 +67,7 @@ class OpenSteps:
         self._manager, self._validator = manager, validator
         self._open = StepsOfThread()
         self._abandoned: Deque[Served] = deque()  # steps that were entered and never left
+        self._opened = 0
 
     @property
     def steps(self) -> List[Served]:
@@ -71,6 +83,8 @@ class OpenSteps:
         self.end_abandoned()
         trace = None if self._validator is None else self._validator.open(mode, env_ids)
         served = Served(mode, env_ids, addresses, self._manager.lease(), trace, in_arrays)
+        self._opened += 1
+        served.number = self._opened
         steps = self.steps
         steps.append(served)
         try:
@@ -84,6 +98,7 @@ class OpenSteps:
             raise
         else:
             served.lease.release()
+            self._end_abandoned(inside=served)
             for other in [*steps, *self._abandoned]:
                 if other is not served and other.mode == mode:
                     other.superseded.update(env_ids)
@@ -92,8 +107,15 @@ class OpenSteps:
 
     def end_abandoned(self) -> None:
         """Undo the steps that were abandoned."""
-        while self._abandoned:
-            self._end_failed(self._abandoned.popleft())
+        self._end_abandoned()
+
+    def _end_abandoned(self, inside: Optional[Served] = None) -> None:
+        """Undo the steps that were abandoned, the newest first; or those alone that were opened inside of another."""
+        first = 0 if inside is None else inside.number
+        for step in sorted(self._abandoned, key=lambda step: -step.number):
+            if step.number > first:
+                self._abandoned.remove(step)
+                self._end_failed(step)
 
     def _end_failed(self, served: Served) -> None:
         with served.lease:

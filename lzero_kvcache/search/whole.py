@@ -70,6 +70,7 @@ class WholeSearch(ABC):
 
     def run(self, served: Any, problem: Problem) -> Found:
         """Search from the roots of a served step."""
+        served.check_rows(len(problem.rewards))
         start, manager = time.perf_counter(), self._manager
         with self._alone(), manager.lease() as lease:
             lease.hold(served.roots[0])
