@@ -70,6 +70,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return refused(str(error))
     except ModuleNotFoundError as error:
         return refused(f"the module '{error.name}' is not installed; in a clone of lzero_kvcache, pip install -e .")
+    except ImportError as error:  # a LightZero that is not known
+        return refused(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
     return run(options)

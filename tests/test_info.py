@@ -1,5 +1,7 @@
 """``python -m lzero_kvcache info``: each line against the manager of a policy that is built and used."""
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,6 +138,21 @@ def test_lightzeros_are_told_apart_by_what_they_have():
     assert [adapter_of(block) for block in (Release, Main)] == ['lightzero_release', 'lightzero_main']
     with pytest.raises(ImportError, match='no mlp and no feed_forward'):
         adapter_of(type('Other', (), {'__init__': lambda self: None}))
+
+
+def test_a_lightzero_that_is_not_known_is_refused_in_one_line(tmp_path):
+    program = """
+import sys
+import lzero.model.unizero_world_models.transformer as transformer
+from lzero_kvcache_options import main
+transformer.Block = type('Block', (), {'__init__': lambda self: None})
+sys.exit(main(['train', '--config', 'config_old']))
+"""
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], cwd=str(tmp_path), text=True, timeout=120,
+                          stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if 'error' in line]
+    assert len(said) == 1 and 'neither its release 0.2.0 nor its main branch' in said[0] and 'Traceback' not in done.stderr
 
 
 def test_the_command_prints_both_tables_and_nothing_else(capfd, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ class KeptRows:
         self._owners: List[Optional[Tuple[str, int]]] = []
 
     def has_begun(self, mode: str) -> bool:
-        """Whether there are rows of a mode, or none are needed before the first batch."""
+        """Whether rows of a mode exist; True where the first batch makes them."""
         return True
 
     def before(self, trace: Trace, env_num: int) -> Kept:

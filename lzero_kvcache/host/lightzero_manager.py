@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 
 @KV_CACHE_REGISTRY.register(LIGHTZERO)
 class CountedManager(LightZeroManager, CountedFromOutside):
-    """LightZero's manager as it is, but for what it says of itself. It begins empty, as the one that LightZero's
-    constructor has just made."""
+    """LightZero's manager as it is, but for what it says of itself. It takes the place of the one that LightZero's
+    constructor has just made, which is empty too."""
 
     def __init__(self, config: Any, env_num: int, enable_stats: bool = True) -> None:
         LightZeroManager.__init__(self, config, env_num, enable_stats)

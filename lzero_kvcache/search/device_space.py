@@ -280,8 +280,8 @@ class Reanalysis(_OfStates):
 
 
 def explorations(others: np.ndarray, base: float, init: float) -> np.ndarray:
-    """Those of the compiled trees for numbers of visits in float32, by the C library's logarithm, which theirs is:
-    numpy's is off by a last bit here and there."""
+    """The exploration terms of the compiled trees, by how often a node was visited, in float32. Their logarithm is the C
+    library's; numpy's is off by a last bit here and there."""
     logarithm = ctypes.CDLL('libm.so.6').logf
     logarithm.restype, logarithm.argtypes = ctypes.c_float, [ctypes.c_float]
     shares = (others + np.float32(base) + 1) / np.float32(base)

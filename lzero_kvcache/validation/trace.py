@@ -41,7 +41,7 @@ class Trace:
     root: Optional[Answer] = None
     nodes: List[Node] = field(default_factory=list)
     resets: List[Callable[[], None]] = field(default_factory=list)  # what the policy reset while it searched
-    first_reset: Optional[Callable[..., None]] = None  # of the policy, which then keeps what it begins with
+    first_reset: Optional[Callable[..., None]] = None  # the policy's reset method, to run before its first batch
 
     @property
     def places(self) -> List[Tuple[str, int]]:
