@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lzero_kvcache.host import patches
 from lzero_kvcache.host.patches import TABLE, applied, with_globals
@@ -30,6 +31,8 @@ def state(target):
         return os.getcwd()
     if kind == 'sys.path':
         return list(sys.path)
+    if kind == 'threads':
+        return torch.get_num_threads()
     owner = importlib.import_module(kind)
     for part in name.split('.'):
         owner = getattr(owner, part)
@@ -48,6 +51,8 @@ def replacement(target):
         return '/'
     if kind == 'sys.path':
         return '/somewhere'
+    if kind == 'threads':
+        return torch.get_num_threads() + 1
     return (lambda: None).__code__ if target.endswith('__code__') else object()
 
 
@@ -107,4 +112,4 @@ def test_training_and_cli_know_lightzero_by_the_host_alone(path):
     source = path.read_text(encoding='utf-8')
     assert not set(imported(ast.parse(source))) & {'lzero', 'ding', 'zoo', 'gym', 'gymnasium'}
     assert not re.search(r'setattr\(|__code__|__dict__|import_module|signal\.signal|sys\.modules|sys\.path'
-                         r'|sys\.std(out|err) = |os\.environ\[', source)
+                         r'|sys\.std(out|err) = |os\.environ\[|set_num_threads', source)

@@ -11,6 +11,8 @@ import types
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
+import torch
+
 ENTRIES = ('train_unizero', 'train_unizero_segment')
 COLLECTORS = ('lzero.worker.muzero_collector', 'lzero.worker.muzero_segment_collector')
 Make = Callable[[Any], Any]
@@ -19,8 +21,8 @@ Make = Callable[[Any], Any]
 class Patch(NamedTuple):
     """
     A target is ``module:attribute``, ``copy of module:function:name`` for a name that a copy of the function finds,
-    ``signal:NAME``, ``environ:NAME``, ``descriptor:NUMBER``, ``directory``, the process's own, or ``sys.path``, where a
-    folder is added and its modules are forgotten at the end.
+    ``signal:NAME``, ``environ:NAME``, ``descriptor:NUMBER``, ``directory``, ``threads``, the process's own, or
+    ``sys.path``, where a folder is added and its modules are forgotten at the end.
     """
     targets: Tuple[str, ...]
     replacement: str
@@ -136,6 +138,7 @@ TABLE: Dict[str, Patch] = {
         ('descriptor:1', 'descriptor:2'), 'the log file', 'worker processes and C code write there', OUTPUT),
     'stdout': Patch(('sys:stdout', ), *PRINTED),
     'stderr': Patch(('sys:stderr', ), *PRINTED),
+    'threads': Patch(('threads', ), 'as many as --threads says', 'PyTorch computes with these', RUN),
     'plain_logs': Patch(
         ('environ:DISABLE_RICH', ), "'1'", "ditk's rich handler wraps a log file at 80 characters", OUTPUT),
     'neighbours': Patch(
@@ -176,6 +179,8 @@ def _replaced(target: str, make: Make) -> Any:
         return _descriptor(int(name), make)
     if kind == 'directory':
         return _exchanged(os.getcwd, os.chdir, make)
+    if kind == 'threads':
+        return _exchanged(torch.get_num_threads, torch.set_num_threads, make)
     if kind == 'environ':
         return _exchanged(partial(os.environ.get, name), partial(_set_variable, name), make)
     if kind == 'signal':

@@ -280,7 +280,7 @@ class Reanalysis(_OfStates):
 
 
 def explorations(others: np.ndarray, base: float, init: float) -> np.ndarray:
-    """The exploration terms of the compiled trees, by how often a node was visited, in float32. Their logarithm is the C
+    """The exploration terms of the compiled trees in float32, by how often a node was visited. Their logarithm is the C
     library's; numpy's is off by a last bit here and there."""
     logarithm = ctypes.CDLL('libm.so.6').logf
     logarithm.restype, logarithm.argtypes = ctypes.c_float, [ctypes.c_float]

@@ -13,8 +13,6 @@ import traceback
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import torch
-
 from ..config import ConfigError, picked_manager
 from ..host import building, entries
 from ..host.patches import applied
@@ -99,7 +97,7 @@ class _Training:
 
     def run(self) -> Result:
         try:
-            with hinted():
+            with hinted(), applied(threads=lambda before: self.plan.threads or before):
                 self._check()
                 self._make_folder()
                 self._announce()
@@ -145,8 +143,6 @@ class _Training:
     def _check(self) -> None:
         """Refuse what cannot work, before a folder is made."""
         plan, result, watch = self.plan, self.result, self.watch
-        if plan.threads:
-            torch.set_num_threads(plan.threads)
         given = plan.checkpoint if plan.in_place else plan.main_config.exp_name
         self._absolute = os.path.isabs(os.path.expanduser(str(given)))
         policy = plan.main_config.policy
