@@ -24,13 +24,13 @@ class Tiling(NamedTuple):
     stages: int
 
 
-def tiling_of(rows: int, outputs: int) -> Tiling:
-    """The fastest of those that were tried on an H100 (docs/results.md)."""
+def tiling_of(rows: int, outputs: int, inputs: int) -> Tiling:
+    """The fastest of those that were tried in searches on an H200 (docs/results.md)."""
     if rows <= 16:
-        return Tiling(16, 32, 64, 8, 4, 4)
+        return Tiling(16, 64 if outputs > 1024 else 32, 64 if inputs > 1024 else 32, 8, 4, 3)
     if rows <= 128:
-        return Tiling(64, 64, 32, 8, 4, 3)
-    return Tiling(64, 64, 32, 4, 4, 3) if outputs > 1024 else Tiling(128, 64, 64, 4, 8, 3)
+        return Tiling(64, 64 if max(outputs, inputs) > 1024 else 32, 32, 8, 4, 3)
+    return Tiling(64, 64, 32, 4 if outputs > 1024 else 8, 4, 3)
 
 
 PRECISIONS = {'float32': 'tf32x3', 'tf32': 'tf32', 'bfloat16': 'tf32'}
@@ -228,7 +228,7 @@ def _multiplied(xs: Sequence[torch.Tensor], stages: Sequence[_Stage]) -> torch.T
     layers = [stage.linear for stage in stages if stage.linear is not None]
     sizes = [len(layer.weight) for layer in layers]
     (rows, inputs), layer = xs[0].shape, layers[0]
-    tiling = tiling_of(rows, sum(sizes))
+    tiling = tiling_of(rows, sum(sizes), inputs)
     start2 = _aligned(sizes[0])
     end = sizes[0] if len(sizes) == 1 else start2 + sizes[1]
     parts = xs[0].new_empty(tiling.parts, rows, _aligned(end))
