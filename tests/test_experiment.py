@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from trainings import PROJECT_ROOT, said_by, when
 
 from lzero_kvcache import ConfigError, comparison
+from lzero_kvcache.lock_files import training_in
 from lzero_kvcache.run_files import purge
 from lzero_kvcache.summary import Evaluation, Result, Segment, add_up, read_progress, read_summary
 from lzero_kvcache.training import experiment, processes
@@ -204,6 +205,26 @@ def test_one_that_fails_does_not_stop_the_others(fake, capfd):
     assert [name for name, _ in fake.begun()][4:] == ['old_seed0']
 
 
+def test_one_that_is_killed_is_told_of_by_the_signal(fake, capfd):
+    fake.do(old_seed0='die')
+    assert run_experiment(fake, '--seeds', '0') == 1
+    assert 'old_seed0: was killed (SIGKILL)\n' in capfd.readouterr().out
+
+
+def test_a_folder_in_which_somebody_trains_is_left_alone(fake, capfd):
+    """It would be renamed, since nothing can go on from what is in it."""
+    folder = os.path.join(fake.folder, 'old_seed0')
+    opened(make(fake.folder))
+    os.makedirs(folder)
+    with training_in(folder, folder):
+        assert run_experiment(fake, '--seeds', '0') == 1
+    assert os.listdir(folder) == ['train.lock']
+    assert [name for name, _ in fake.begun()] == ['new_seed0']
+    said = capfd.readouterr().out
+    assert f'old_seed0: {folder} is being trained by process {os.getpid()}; wait for it, or end it\n' in said
+    assert run_experiment(fake, '--seeds', '0') == 0
+
+
 def log_has(folder, name, text):
     path = os.path.join(folder, name + '.log')
     return os.path.exists(path) and text in open(path).read()
@@ -252,21 +273,30 @@ def test_no_more_run_at_once_than_jobs(fake, tmp_path, monkeypatch):
 
 
 def test_nobody_else_works_on_it_while_any_of_its_processes_lives(fake):
+    """Which are told of, since they outlive an experiment that is killed."""
     fake.do(old_seed0='wait')
     made = make(fake.folder)
+    refused = pytest.raises(ConfigError, match=rf'still going on, in process {os.getpid()}; wait for them, or end them')
     with made.opened() as lock:
-        with pytest.raises(ConfigError, match='still going on'):
+        with refused:
             opened(make(fake.folder))
         children = Children(made, lock, 1)
         children.start(made.trials[0])
+    process = children.running[made.trials[0]]
     try:
-        with pytest.raises(ConfigError, match='still going on'):
+        with pytest.raises(ConfigError, match=rf'going on, in processes {os.getpid()}, {process.pid}; wait for them'):
             opened(make(fake.folder))
     finally:
-        process = children.running[made.trials[0]]
         process.kill()
         process.wait()
     opened(make(fake.folder))
+
+
+def test_what_has_ended_is_not_told_of(fake):
+    with make(fake.folder).opened() as lock:
+        Children(make(fake.folder), lock, 1).run()
+        with pytest.raises(ConfigError, match=rf'going on, in process {os.getpid()}; wait for them'):
+            opened(make(fake.folder))
 
 
 # ---------------------------------------------------------------------------------------------------- going on in place
