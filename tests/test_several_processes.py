@@ -34,6 +34,7 @@ from trainings import train as main
 from lzero_kvcache import ConfigError, telemetry
 from lzero_kvcache.host import building, entries
 from lzero_kvcache.host.patches import applied
+from lzero_kvcache.summary import read_progress
 from lzero_kvcache.training import make_plan, runner
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.ranks import DataParallel, Interrupted
@@ -267,7 +268,10 @@ def test_two_processes_end_with_equal_weights(entry, tmp_path, monkeypatch):
     summary = summary_of(folder)
 
     assert first['train_iter'] == second['train_iter'] == summary['train_iter'] == ITERATIONS
-    assert first['env_step'] == second['env_step'] == summary['env_step'] > 0
+    assert first['env_step'] == second['env_step'] == summary['env_step'] == summary['collected_env_step'] > 0
+    speed = summary['env_steps_per_second'] * summary['seconds']
+    assert speed == pytest.approx(summary['env_step'])
+    assert read_progress(str(folder))['collected_env_step'] == summary['env_step']
     assert first['seed'] != second['seed']
     for one, other in zip(first['state'], second['state']):
         for name, value in one.items():
