@@ -1,4 +1,5 @@
 """train.py: exit codes, where output goes, what nothing overwrites or tears, interrupts, and real trainings."""
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -28,6 +29,7 @@ from trainings import (
     short_episodes,
     summary_of,
     trained,
+    when,
 )
 from trainings import SMALL as IN_A_FORK
 from trainings import train as main
@@ -824,6 +826,45 @@ def test_each_evaluation_of_a_run_in_place_is_in_its_files_and_its_summary_once(
             short_episodes)
         assert code == 0, said
         assert iteration in assert_agreed()
+
+
+@pytest.mark.slow
+def test_one_process_at_a_time_trains_in_a_folder_until_it_is_killed(tmp_path):
+    """A killed one frees its folder at once, though it leaves the processes of its environments behind."""
+    of_first = [{'create_config.env_manager.type=base': 'create_config.env_manager.type=subprocess'}.get(given, given)
+                for given in [*IN_A_FORK, '--config', 'config_new']]
+    of_first[of_first.index('--max-train-iter') + 1] = '100000'
+    options = IN_A_FORK[:IN_A_FORK.index('--exp-name')] + IN_A_FORK[IN_A_FORK.index('--set'):]
+    in_place = [*options, '--config', 'config_new', '--resume', 'run/ckpt/iteration_0.pth.tar', '--in-place',
+                '--max-train-iter', str(ITERATIONS)]
+    saved, events = tmp_path / 'run' / 'ckpt' / 'iteration_0.pth.tar', tmp_path / 'run' / 'log' / 'serial'
+    import_what_trainings_import()
+    first = subprocess.Popen([sys.executable, os.path.join(PROJECT_ROOT, 'train.py'), *of_first], cwd=str(tmp_path),
+                             stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        when(lambda: saved.with_name('iteration_0.json').exists(), lambda: None).join()
+        content, (points,) = saved.read_bytes(), events.iterdir()
+        size = points.stat().st_size
+        (code, said), = trained(tmp_path, in_place, short_episodes)
+        assert code == 2
+        assert said.splitlines()[1:] == [
+            f'lzero-kvcache: error: run is being trained by process {first.pid}; wait for it, or end it']
+        assert first.poll() is None and saved.read_bytes() == content
+        assert list(events.iterdir()) == [points] and points.stat().st_size >= size
+        first.kill()
+        first.wait()
+        killed = read_progress(str(tmp_path / 'run'))
+        assert (killed['exit_code'], killed['outcome'], killed['collected_env_step'] > 0) == (None, '', True)
+        assert [held['train_iter'] for held in killed['evaluations']] == [0]
+        (code, said), = trained(tmp_path, in_place, short_episodes)
+        assert code == 0, said
+        assert saved.read_bytes() == content
+        assert summary_of(tmp_path / 'run')['train_iter'] == ITERATIONS
+        assert [point.step for point in scalars(tmp_path / 'run', 'kv_cache_iter/total_hit_rate')] == list(
+            range(ITERATIONS))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
