@@ -380,26 +380,37 @@ def test_points_after_the_checkpoint_are_cut_off(tmp_path):
     write(range(3, 9), '.1')
     torn = max(tmp_path.iterdir(), key=lambda path: path.name[-1])
     torn.write_bytes(torn.read_bytes()[:-5])
-    assert purge(str(tmp_path), 5) == 2 * 4 - 1
+    assert purge(str(tmp_path), 5, 150) == 2 * 4 - 1
     write(range(5, 7), '.2')
     events = EventAccumulator(str(tmp_path), size_guidance={'scalars': 0})
     events.Reload()
     assert [point.step for point in events.Scalars('learner_iter/loss')] == list(range(7))
     assert [point.step for point in events.Scalars('kv_cache_step/hits')] == [30 * step for step in range(7)]
-    assert purge(str(tmp_path / 'none'), 5) == 0
+    assert purge(str(tmp_path / 'none'), 5, 150) == 0
 
 
-def test_the_evaluation_of_the_checkpoint_is_not_cut_off(tmp_path):
-    """It is not made again; all else of its iteration came after it."""
+@pytest.mark.parametrize(('env_step', 'collections'), [(49, [4]), (50, [4, 5])])
+def test_what_the_checkpoint_comes_after_is_not_cut_off(env_step, collections, tmp_path):
+    """The evaluation of its iteration, which is not made again, and a collection whose steps it counts."""
     writer = SummaryWriter(str(tmp_path))
     for step in range(4, 7):
         for name in ('evaluator', 'collector', 'learner'):
-            writer.add_scalar(f'{name}_iter/of', step, step)
-            writer.add_scalar(f'{name}_step/of', step, 10 * step)
+            for what in ('of', 'more'):
+                writer.add_scalar(f'{name}_iter/{what}', step, step)
+                writer.add_scalar(f'{name}_step/{what}', step, 10 * step)
     writer.close()
-    assert purge(str(tmp_path), 5) == 2 * (2 + 3)
+    assert purge(str(tmp_path), 5, env_step) == 4 * (4 + (env_step < 50))
     events = EventAccumulator(str(tmp_path), size_guidance={'scalars': 0})
     events.Reload()
-    for name, steps in (('evaluator', [4, 5]), ('collector', [4]), ('learner', [4])):
-        assert [point.step for point in events.Scalars(f'{name}_iter/of')] == steps
-        assert [point.step for point in events.Scalars(f'{name}_step/of')] == [10 * step for step in steps]
+    for name, steps in (('evaluator', [4, 5]), ('collector', collections), ('learner', [4])):
+        for what in ('of', 'more'):
+            assert [point.step for point in events.Scalars(f'{name}_iter/{what}')] == steps
+            assert [point.step for point in events.Scalars(f'{name}_step/{what}')] == [10 * step for step in steps]
+
+
+def test_a_collection_of_which_one_point_was_written_is_cut_off(tmp_path):
+    writer = SummaryWriter(str(tmp_path))
+    writer.add_scalar('collector_step/of', 1, 40)
+    writer.add_scalar('collector_iter/of', 1, 5)
+    writer.close()
+    assert purge(str(tmp_path), 5, 50) == 1

@@ -238,7 +238,7 @@ class _Training:
             self._before.write(beside(checkpoint))
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, SUMMARY))
-        cut = purge(os.path.join(folder, EVENT_FILES), at)
+        cut = purge(os.path.join(folder, EVENT_FILES), at, self.result.env_step)
         if cut:
             line(f'Removed {cut:,} points of event files that came after the checkpoint')
         later = later_checkpoints(checkpoint, at)
