@@ -13,8 +13,10 @@ EVENT_FILES = os.path.join('log', 'serial')
 CONFIG_FILE = 'total_config.py'
 SUMMARY = 'summary.json'
 PROGRESS = 'progress.json'
-# An evaluation of iteration N comes before update N and so belongs to a checkpoint of N; all else of N comes after it.
+# An evaluation of iteration N comes before update N and so belongs to a checkpoint of N; updates of N come after it.
 EVALUATIONS = 'evaluator_iter/'
+# A collection of iteration N comes before a checkpoint of N if the checkpoint counts its environment steps.
+COLLECTIONS = ('collector_iter/', 'collector_step/')
 # A record is its length, a checksum of it, the event, and a checksum of that.
 RECORD_FRAME = 8 + 4 + 4
 
@@ -32,24 +34,28 @@ def event_files(folder: str) -> List[str]:
     return sorted(map(str, Path(folder).glob('*')))
 
 
-def purge(folder: str, train_iter: int) -> int:
+def purge(folder: str, train_iter: int, env_step: int) -> int:
     """
-    Cut off event files what was written after the checkpoint of iteration ``train_iter``: a training that goes on from
-    there writes it again, but for the evaluation of this iteration. Returns the number of points that were cut off.
-    Tensorboard's own purge expects one kind of step for all tags; here some count iterations and some environment
-    steps.
+    Cut off event files what was written after the checkpoint of these counts: a training that goes on from there writes
+    it again. Returns the number of points that were cut off. Tensorboard's own purge expects one kind of step for all
+    tags; here some count iterations and some environment steps.
     """
     points = 0
     for path in event_files(folder):
-        whole, cut = 0, False
+        whole, cut, undecided = 0, False, 0
         for end, event in events(path):
-            cut = cut or any('_iter/' in value.tag and event.step >= train_iter + value.tag.startswith(EVALUATIONS)
-                             for value in event.summary.value)
-            if cut:
-                points += len(event.summary.value)
-            else:
-                whole = end
-        if cut:
+            tags = [value.tag for value in event.summary.value]
+            undecided += len(tags)
+            for tag in tags:
+                if tag.startswith(COLLECTIONS[1]):
+                    cut = cut or event.step > env_step
+                elif '_iter/' in tag and not tag.startswith(COLLECTIONS[0]):
+                    cut = cut or event.step >= train_iter + tag.startswith(EVALUATIONS)
+            # A collection's first point against iterations is followed by the same against steps, which decides.
+            if not cut and not any(tag.startswith(COLLECTIONS[0]) for tag in tags):
+                whole, undecided = end, 0
+        if undecided:
+            points += undecided
             os.truncate(path, whole)
     return points
 

@@ -1,7 +1,8 @@
 """
-Learner hooks for trainings that call LightZero's own entry: a line of progress from time to time, and a summary at the
-end. ``train.py`` removes them, and shows more itself.
+Learner hooks for trainings that call LightZero's own entry: the folder is held, how far they are is logged and written
+from time to time, and a summary at the end. ``train.py`` removes them, and shows more itself.
 """
+import contextlib
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
 from .config import picked_manager
+from .lock_files import training_in
 from .run_files import EVALUATIONS, EVENT_FILES, config_of, event_files, events
 from .summary import POOLS, SUMMARY, Evaluation, Result, begun, number_text, rate_text, reward_text
 from .telemetry import HOOK_CONFIG, HOOK_KEY, summed_over_ranks
@@ -31,7 +33,7 @@ UNBOUNDED = int(1e10)  # what LightZero's entries are given for no limit
 
 
 class RunHook(LearnerHook):
-    """What both hooks know of a run: when it began, how far it is, and when it is to stop."""
+    """What the hooks know of a run: when it began, how far it is, and when it is to stop."""
 
     def __init__(self, *args: Any, ext_args: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,6 +47,9 @@ class RunHook(LearnerHook):
         if manager is None:
             return None
         cfg, result = engine.policy.get_attribute('cfg'), self._result
+        if not result.exp_name:
+            result.exp_name, result.event_files = engine.exp_name, os.path.join(engine.exp_name, EVENT_FILES)
+            result.seed, result.processes = config_of(engine.exp_name).get('seed', 0), engine.world_size
         result.cache, result.device = picked_manager(cfg.model.world_model_cfg), str(cfg.device)
         result.env_step = result.collected_env_step = max(0, engine.collector_envstep)
         result.train_iter, result.seconds = engine.last_iter.val, time.monotonic() - self._began
@@ -53,8 +58,25 @@ class RunHook(LearnerHook):
         return result
 
 
+class BeginHook(RunHook):
+    """Holds the run's folder, so that no second training goes on in it, until the training or its process ends."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.holding = contextlib.ExitStack()
+
+    def __call__(self, engine: Any) -> None:
+        """The first rank writes."""
+        if engine.rank != 0:
+            return
+        result = self.look(engine)
+        if result is not None:
+            self.holding.enter_context(training_in(engine.exp_name, engine.exp_name))
+            write_progress(result, 'start')
+
+
 class ProgressHook(RunHook):
-    """Logs a line from time to time."""
+    """Logs a line from time to time, and writes how far the run is: the record of one that is killed."""
 
     def __call__(self, engine: Any) -> None:
         """The first rank speaks."""
@@ -65,7 +87,9 @@ class ProgressHook(RunHook):
         result = self.look(engine)
         if result is not None:
             result.loss = engine.log_buffer['scalar'].get(LOSS)
-            logger.info(replace(result, **rewards_of_entry()).line('train'))
+            result = replace(result, **rewards_of_entry())
+            logger.info(result.line('train'))
+            write_progress(result, 'train')
 
 
 class SummaryHook(RunHook):
@@ -80,19 +104,26 @@ class SummaryHook(RunHook):
         if engine.rank != 0:
             return
         engine.tb_logger.flush()
-        folder = os.path.join(engine.exp_name, EVENT_FILES)
-        evaluations, loss = read_events(folder)
+        evaluations, loss = read_events(result.event_files)
         rewards = [evaluation.reward for evaluation in evaluations]
         result = result.at_its_end(
-            counters, outcome='done', exp_name=engine.exp_name, seed=config_of(engine.exp_name).get('seed', 0),
-            event_files=folder, evaluations=evaluations, last_reward=rewards[-1] if rewards else None,
-            best_reward=max(rewards, default=None), loss=loss, processes=engine.world_size)
+            counters, outcome='done', exit_code=0, evaluations=evaluations, loss=loss,
+            last_reward=rewards[-1] if rewards else None, best_reward=max(rewards, default=None))
         result.write()
+        result.write_progress('end')
+        for hook in engine._hooks['before_run']:
+            if isinstance(hook, BeginHook):
+                hook.holding.close()
         rates = ', '.join(f'{pool} {rate_text(result.hit_rates[pool])}' for pool in POOLS)
         last = reward_text(evaluations[-1]) if evaluations else number_text(None)
         logger.info(
             f'Hit rates of the cache: {rates}; its memory: {number_text(result.cache_memory_mb)} MiB; last reward '
             f'{last}, best {number_text(result.best_reward)}. {os.path.join(engine.exp_name, SUMMARY)} has all numbers')
+
+
+def write_progress(result: Result, phase: str) -> None:
+    """How far a run is. Its evaluations would have to be looked for in its event files, which grow."""
+    result.write_progress(phase, evaluations=None)
 
 
 def limits_of_entry() -> Dict[str, Any]:
@@ -151,13 +182,15 @@ def read_events(folder: str) -> Tuple[List[Evaluation], Optional[float]]:
     return evaluations, found[LOSS_TAG][-1][1] if found[LOSS_TAG] else None
 
 
-PROGRESS, END = 'kv_cache_progress', 'kv_cache_summary'
+BEGIN, PROGRESS, END = 'kv_cache_folder', 'kv_cache_progress', 'kv_cache_summary'
+register_learner_hook(BEGIN, BeginHook)
 register_learner_hook(PROGRESS, ProgressHook)
 register_learner_hook(END, SummaryHook)
 # By the key under which they stand in a policy's default config. DI-engine's own are at 20: one clears the losses, one
 # saves the last checkpoint.
 HOOKS = {
     HOOK_KEY: HOOK_CONFIG,
+    BEGIN: dict(type=BEGIN, name=BEGIN, priority=15, position='before_run'),
     PROGRESS: dict(type=PROGRESS, name=PROGRESS, priority=15, position='after_iter'),
     END: dict(type=END, name=END, priority=30, position='after_run'),
 }

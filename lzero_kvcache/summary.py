@@ -44,7 +44,7 @@ class Result:
     ``collected_env_step``. The first fields say which run it is and whether it is done; each field after them has a
     default, for summaries of versions that did not have it.
     """
-    exit_code: int
+    exit_code: Optional[int]  # None until it has ended
     task: str
     cache: str
     seed: int
@@ -123,13 +123,13 @@ class Result:
         """Leave the numbers in the run's folder, or elsewhere."""
         write_json(path or os.path.join(self.exp_name, SUMMARY), asdict(self))
 
-    def write_progress(self, phase: str) -> None:
+    def write_progress(self, phase: str, **known: Any) -> None:
         """
-        Leave in the run's folder what is known of it so far, which is all there is if it is killed. Its evaluations are
-        in its event files; if the disk is full, those will tell.
+        Leave in the run's folder what is known of it so far, which is all there is if it is killed. If the disk is
+        full, its event files will tell.
         """
         with contextlib.suppress(OSError):
-            write_json(os.path.join(self.exp_name, PROGRESS), dict(asdict(replace(self, evaluations=[])), phase=phase))
+            write_json(os.path.join(self.exp_name, PROGRESS), dict(asdict(self), phase=phase, **known))
 
 
 def begun(seed: int = 0, task: str = TRAIN, **known: Any) -> Result:
@@ -137,7 +137,8 @@ def begun(seed: int = 0, task: str = TRAIN, **known: Any) -> Result:
     program = os.path.basename(sys.argv[0])
     if program in ('__main__.py', 'lzero_kvcache_options.py'):  # python -m
         program = 'lzero-kvcache'
-    return Result(0, task, '', seed, versions=versions(), started=moment(), command=[program, *sys.argv[1:]], **known)
+    command = [program, *sys.argv[1:]]
+    return Result(None, task, '', seed, versions=versions(), started=moment(), command=command, **known)
 
 
 def peak_host_memory_mb() -> float:

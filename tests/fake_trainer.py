@@ -1,4 +1,4 @@
-"""Stands for a training in the tests of experiments: it ends, fails or waits for a signal, as its script says."""
+"""Stands for a training in the tests of experiments: it ends, fails, dies or waits for a signal, as its script says."""
 import json
 import os
 import shutil
@@ -19,6 +19,8 @@ def main() -> int:
     if what == 'fail':
         print('Traceback: it broke')
         return 1
+    if what == 'die':
+        os.kill(os.getpid(), signal.SIGKILL)
     os.makedirs(os.path.join(folder, 'ckpt'), exist_ok=True)
     summary = dict(script['summary'], cache=given['--cache'], seed=int(given['--seed']), exp_name=folder)
     if what == 'wait':

@@ -80,6 +80,19 @@ class TestReading:
         assert re.fullmatch(r'\d+ points and their time do not count: it went on from a checkpoint before them',
                             abandoned)
 
+    @pytest.mark.parametrize(('collected', 'abandoned'), [(300, 0), (700, 3)])
+    def test_a_collection_counts_if_the_checkpoint_counts_its_steps(self, collected, abandoned, tmp_path):
+        """At the iteration where the run went on: before a checkpoint of an update, but after one of an evaluation."""
+        write_events(tmp_path / 'old_s0', [
+            (0, 0, 'learner_iter/loss', 1.), (1, 10, REWARD, 1.), (20, 50, 'collector_iter/reward_mean', 2.),
+            (20, collected, 'collector_step/reward_mean', 2.), (30, collected, 'collector_step/reward_std', 2.),
+            (40, collected, 'collector_step/total_duration', 2.)])
+        write_events(tmp_path / 'old_s0', [(0, 50, 'learner_iter/loss', 1.), (0, 400, 'kv_cache_step/x', 1.)],
+                     BEGAN + 99)
+        [run] = read(str(tmp_path))
+        assert run.seconds == (20 if abandoned else 40)
+        assert len(run.notes) == (abandoned > 0) and (not abandoned or run.notes[0].startswith('3 points and'))
+
     def test_a_second_file_that_seems_to_be_older(self, tmp_path):
         """The clock was set back between the two: steps say which came first."""
         write_events(tmp_path / 'old_s0', [(0, 0, REWARD, 1.), (60, 100, REWARD, 2.)])

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from trainings import PROJECT_ROOT, said_by, when
 
 from lzero_kvcache import ConfigError, comparison
+from lzero_kvcache.lock_files import training_in
 from lzero_kvcache.run_files import purge
 from lzero_kvcache.summary import Evaluation, Result, Segment, add_up, read_progress, read_summary
 from lzero_kvcache.training import experiment, processes
@@ -204,6 +205,26 @@ def test_one_that_fails_does_not_stop_the_others(fake, capfd):
     assert [name for name, _ in fake.begun()][4:] == ['old_seed0']
 
 
+def test_one_that_is_killed_is_told_of_by_the_signal(fake, capfd):
+    fake.do(old_seed0='die')
+    assert run_experiment(fake, '--seeds', '0') == 1
+    assert 'old_seed0: was killed (SIGKILL)\n' in capfd.readouterr().out
+
+
+def test_a_folder_in_which_somebody_trains_is_left_alone(fake, capfd):
+    """It would be renamed, since nothing can go on from what is in it."""
+    folder = os.path.join(fake.folder, 'old_seed0')
+    opened(make(fake.folder))
+    os.makedirs(folder)
+    with training_in(folder, folder):
+        assert run_experiment(fake, '--seeds', '0') == 1
+    assert os.listdir(folder) == ['train.lock']
+    assert [name for name, _ in fake.begun()] == ['new_seed0']
+    said = capfd.readouterr().out
+    assert f'old_seed0: {folder} is being trained by process {os.getpid()}; wait for it, or end it\n' in said
+    assert run_experiment(fake, '--seeds', '0') == 0
+
+
 def log_has(folder, name, text):
     path = os.path.join(folder, name + '.log')
     return os.path.exists(path) and text in open(path).read()
@@ -252,21 +273,30 @@ def test_no_more_run_at_once_than_jobs(fake, tmp_path, monkeypatch):
 
 
 def test_nobody_else_works_on_it_while_any_of_its_processes_lives(fake):
+    """Which are told of, since they outlive an experiment that is killed."""
     fake.do(old_seed0='wait')
     made = make(fake.folder)
+    refused = pytest.raises(ConfigError, match=rf'still going on, in process {os.getpid()}; wait for them, or end them')
     with made.opened() as lock:
-        with pytest.raises(ConfigError, match='still going on'):
+        with refused:
             opened(make(fake.folder))
         children = Children(made, lock, 1)
         children.start(made.trials[0])
+    process = children.running[made.trials[0]]
     try:
-        with pytest.raises(ConfigError, match='still going on'):
+        with pytest.raises(ConfigError, match=rf'going on, in processes {os.getpid()}, {process.pid}; wait for them'):
             opened(make(fake.folder))
     finally:
-        process = children.running[made.trials[0]]
         process.kill()
         process.wait()
     opened(make(fake.folder))
+
+
+def test_what_has_ended_is_not_told_of(fake):
+    with make(fake.folder).opened() as lock:
+        Children(make(fake.folder), lock, 1).run()
+        with pytest.raises(ConfigError, match=rf'going on, in process {os.getpid()}; wait for them'):
+            opened(make(fake.folder))
 
 
 # ---------------------------------------------------------------------------------------------------- going on in place
@@ -350,26 +380,37 @@ def test_points_after_the_checkpoint_are_cut_off(tmp_path):
     write(range(3, 9), '.1')
     torn = max(tmp_path.iterdir(), key=lambda path: path.name[-1])
     torn.write_bytes(torn.read_bytes()[:-5])
-    assert purge(str(tmp_path), 5) == 2 * 4 - 1
+    assert purge(str(tmp_path), 5, 150) == 2 * 4 - 1
     write(range(5, 7), '.2')
     events = EventAccumulator(str(tmp_path), size_guidance={'scalars': 0})
     events.Reload()
     assert [point.step for point in events.Scalars('learner_iter/loss')] == list(range(7))
     assert [point.step for point in events.Scalars('kv_cache_step/hits')] == [30 * step for step in range(7)]
-    assert purge(str(tmp_path / 'none'), 5) == 0
+    assert purge(str(tmp_path / 'none'), 5, 150) == 0
 
 
-def test_the_evaluation_of_the_checkpoint_is_not_cut_off(tmp_path):
-    """It is not made again; all else of its iteration came after it."""
+@pytest.mark.parametrize(('env_step', 'collections'), [(49, [4]), (50, [4, 5])])
+def test_what_the_checkpoint_comes_after_is_not_cut_off(env_step, collections, tmp_path):
+    """The evaluation of its iteration, which is not made again, and a collection whose steps it counts."""
     writer = SummaryWriter(str(tmp_path))
     for step in range(4, 7):
         for name in ('evaluator', 'collector', 'learner'):
-            writer.add_scalar(f'{name}_iter/of', step, step)
-            writer.add_scalar(f'{name}_step/of', step, 10 * step)
+            for what in ('of', 'more'):
+                writer.add_scalar(f'{name}_iter/{what}', step, step)
+                writer.add_scalar(f'{name}_step/{what}', step, 10 * step)
     writer.close()
-    assert purge(str(tmp_path), 5) == 2 * (2 + 3)
+    assert purge(str(tmp_path), 5, env_step) == 4 * (4 + (env_step < 50))
     events = EventAccumulator(str(tmp_path), size_guidance={'scalars': 0})
     events.Reload()
-    for name, steps in (('evaluator', [4, 5]), ('collector', [4]), ('learner', [4])):
-        assert [point.step for point in events.Scalars(f'{name}_iter/of')] == steps
-        assert [point.step for point in events.Scalars(f'{name}_step/of')] == [10 * step for step in steps]
+    for name, steps in (('evaluator', [4, 5]), ('collector', collections), ('learner', [4])):
+        for what in ('of', 'more'):
+            assert [point.step for point in events.Scalars(f'{name}_iter/{what}')] == steps
+            assert [point.step for point in events.Scalars(f'{name}_step/{what}')] == [10 * step for step in steps]
+
+
+def test_a_collection_of_which_one_point_was_written_is_cut_off(tmp_path):
+    writer = SummaryWriter(str(tmp_path))
+    writer.add_scalar('collector_step/of', 1, 40)
+    writer.add_scalar('collector_iter/of', 1, 5)
+    writer.close()
+    assert purge(str(tmp_path), 5, 50) == 1

@@ -11,9 +11,22 @@ from event_runs import write_events
 from forks import in_forks
 from trainings import ITERATIONS, SMALL, import_what_trainings_import, scalars, short_episodes, summary_of
 
-from lzero_kvcache import run_hooks
-from lzero_kvcache.summary import Evaluation
+from lzero_kvcache import ConfigError, run_hooks
+from lzero_kvcache.lock_files import check_not_trained_in
+from lzero_kvcache.summary import Evaluation, read_progress
 from lzero_kvcache.training import make_plan
+
+
+def keep_progress(write, result, phase):
+    """Write it, and append it to a file, with whether the folder is held then."""
+    write(result, phase)
+    try:
+        check_not_trained_in('run', 'run')
+        held = False
+    except ConfigError:
+        held = True
+    with open('written', 'a') as file:
+        file.write(json.dumps([read_progress('run'), held]) + '\n')
 
 
 def script(folder, new):
@@ -23,9 +36,11 @@ def script(folder, new):
     short_episodes()
     run_hooks.EVERY_SECONDS = 0.
     logging.getLogger('lzero_kvcache').addHandler(logging.FileHandler('said', encoding='utf-8'))
+    run_hooks.write_progress = partial(keep_progress, run_hooks.write_progress)
     overrides = SMALL[SMALL.index('--set') + 1:]
     plan = make_plan('config_new', cache='new' if new else 'old', exp_name='run', overrides=overrides)
     train_unizero([plan.main_config, plan.create_config], seed=4, max_train_iter=ITERATIONS)
+    check_not_trained_in('run', 'run')  # also in a notebook, whose process goes on
 
 
 @pytest.mark.slow
@@ -59,6 +74,18 @@ def test_it_says_how_far_it_is_and_leaves_a_summary(new, tmp_path):
         f'Hit rates of the cache: {rates}; its memory: {summary["cache_memory_mb"]:.1f} MiB; last reward '
         f'{reward.value:.1f}, best {reward.value:.1f}. run/summary.json has all numbers')
     assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['event_files'] == 'run/log/serial'
+    # What there would be if it was killed, and that nobody else could have written there.
+    written, held = zip(*map(json.loads, (tmp_path / 'written').read_text().splitlines()))
+    assert held == (True, ) * (1 + ITERATIONS)
+    assert [(at['phase'], at['train_iter']) for at in written] == [('start', 0), *(
+        ('train', iteration) for iteration in range(ITERATIONS))]
+    for at in written:
+        assert [at[name] for name in ('exit_code', 'outcome', 'evaluations', 'seed', 'cache', 'event_files')] == [
+            None, '', None, 4, summary['cache'], 'run/log/serial']
+    assert written[-1]['best_reward'] == reward.value
+    progress = read_progress(str(tmp_path / 'run'))
+    assert (progress['phase'], progress['exit_code'], progress['outcome']) == ('end', 0, 'done')
+    assert {**progress, 'phase': None} == {**summary, 'phase': None}
 
 
 def test_an_evaluation_is_read_with_its_deviation_if_it_is_there(tmp_path):

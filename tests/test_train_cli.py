@@ -1,4 +1,5 @@
 """train.py: exit codes, where output goes, what nothing overwrites or tears, interrupts, and real trainings."""
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -28,6 +29,7 @@ from trainings import (
     short_episodes,
     summary_of,
     trained,
+    when,
 )
 from trainings import SMALL as IN_A_FORK
 from trainings import train as main
@@ -36,7 +38,17 @@ from lzero_kvcache import ConfigError
 from lzero_kvcache.cli import commands
 from lzero_kvcache.host import building
 from lzero_kvcache.host.policies import UniZeroPolicy
-from lzero_kvcache.summary import Evaluation, Result, Segment, read_result, read_summary, reward_text, versions
+from lzero_kvcache.lock_files import check_not_trained_in, training_in
+from lzero_kvcache.summary import (
+    Evaluation,
+    Result,
+    Segment,
+    read_progress,
+    read_result,
+    read_summary,
+    reward_text,
+    versions,
+)
 from lzero_kvcache.training import Plan, make_plan
 from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
 from lzero_kvcache.training.error_hints import hint
@@ -585,6 +597,48 @@ def test_what_was_collected_never_goes_back():
         assert (running.result.env_step, running.result.collected_env_step) == expected
 
 
+def test_what_other_processes_collect_counts_when_it_is_known():
+    """They collect less than this one, or more."""
+    running = a_watch()
+    running.ranks = DataParallel(0, 2, 2)
+    running.learner, running.collector = SimpleNamespace(train_iter=3), SimpleNamespace(envstep=100)
+    running.phase, shown = 'collect', []
+    for envstep, under_way in ((100, 0), (100, 30), (135, 0), (135, 20), (195, 0)):
+        running.collector.envstep, running.under_way = envstep, under_way
+        running.look()
+        shown.append(running.result.collected_env_step)
+    assert shown == [100, 130, 135, 155, 195]
+
+
+def test_a_run_that_goes_on_has_not_ended(a_run, tmp_path, monkeypatch):
+    """Whether it is killed is seen by nobody; its evaluations are written down by then."""
+    monkeypatch.chdir(tmp_path)
+    a_run.terminal, a_run._bar = SimpleNamespace(line=print), SimpleNamespace(update=lambda *shown: None)
+    a_run.watch.terminal, a_run.result.exp_name = a_run.terminal, str(tmp_path)
+    a_run.watch.evaluated(Evaluation(40, 4, 20., 1., 8))
+    a_run._refresh(now=True)
+    progress = read_progress(str(tmp_path))
+    assert (progress['exit_code'], progress['outcome']) == (None, '')
+    assert progress['evaluations'] == [dict(env_step=40, train_iter=4, reward=20., deviation=1., episodes=8)]
+    a_run._note(str(tmp_path / 'c.pth.tar'))
+    assert read_result(str(tmp_path / 'c.json')).exit_code is None
+
+
+def test_a_checkpoint_is_not_saved_anew_where_a_run_goes_on_from_it(tmp_path, monkeypatch):
+    """But for the best one, if there is a better one."""
+    monkeypatch.chdir(tmp_path)
+    running = a_watch()
+    running.learner = SimpleNamespace(tb_logger=SimpleNamespace(flush=lambda: None))
+    save = running._saved(None)
+    for name in ('iteration_5', 'ckpt_best'):
+        save(f'./{name}.pth.tar', dict(last_iter=5, weights=1))
+        running.goes_on_from = str(tmp_path / f'{name}.pth.tar'), 5
+        save(f'./{name}.pth.tar', dict(last_iter=5, weights=2))
+        assert torch.load(f'{name}.pth.tar')['weights'] == 1
+        save(f'./{name}.pth.tar', dict(last_iter=6, weights=3))
+        assert torch.load(f'{name}.pth.tar')['weights'] == 3
+
+
 def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=None):
     """One that is about to go on from iteration 5, with what is there of its past, and the lines that it shows."""
     monkeypatch.chdir(tmp_path)
@@ -623,18 +677,58 @@ def test_a_folder_that_a_refused_run_would_go_on_in_stays_as_it_is(capfd, tmp_pa
     assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
 
 
+def test_a_folder_that_another_training_holds_stays_as_it_is(capfd, tmp_path, monkeypatch):
+    """Whichever of the two began first; the other one's end frees it."""
+    a_run_in_place(tmp_path, monkeypatch, ended=noted(30.))
+    event_runs.write_events(tmp_path / 'runs' / 'a' / 'log' / 'serial', [(1, 9, 'learner_iter/loss', 1.)])
+    in_place = ['--config', 'config_new', '--resume', 'runs/a/ckpt/c.pth.tar', '--in-place']
+    with training_in('runs/a', 'runs/a'):
+        before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+        assert main(in_place) == 2
+        assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+    assert capfd.readouterr().err == (
+        f'lzero-kvcache: error: runs/a is being trained by process {os.getpid()}; wait for it, or end it\n')
+    run = _Training(make_plan('config_new', resume=in_place[3], in_place=True), SimpleNamespace(
+        terminal=SimpleNamespace(line=print), attach=lambda path: None), DataParallel())
+    run._check()
+    with training_in('runs/a', 'runs/a'), pytest.raises(ConfigError, match='runs/a is being trained by process'):
+        run._make_folder()
+    with run._holding:
+        run._make_folder()
+        with pytest.raises(ConfigError, match='runs/a is being trained by process'):
+            check_not_trained_in('runs/a', 'runs/a')
+    check_not_trained_in('runs/a', 'runs/a')
+
+
+def test_the_first_rank_alone_holds_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = DataParallel(1, 2, 2)
+    for name in ('join', 'share_out'):
+        monkeypatch.setattr(DataParallel, name, lambda *args: None)
+    monkeypatch.setattr(DataParallel, 'from_main', lambda self, make: make() if self.main else 'run')
+    output = SimpleNamespace(terminal=None, attach=lambda path: None)
+    plan = make_plan('config_new', exp_name='run')
+    first, second = (_Training(plan, output, ranks) for ranks in (DataParallel(0, 2, 2), others))
+    with first._holding:
+        first._make_folder()
+        second._make_folder()
+        assert os.path.exists('run/train.lock')
+
+
 def noted(seconds, **more):
     return Result(0, 'train', 'new', 0, seconds=seconds, train_iter=5, env_step=50, **more)
 
 
 @pytest.mark.parametrize(('ended', 'seconds'), [
-    (Result(130, 'train', 'new', 0, seconds=30., train_iter=5, best_reward=20.), 30.),  # it ended there
+    (Result(130, 'train', 'new', 0, seconds=30., train_iter=5, env_step=50, best_reward=20.), 30.),  # it ended there
     (Result(130, 'train', 'new', 0, seconds=99., train_iter=9, best_reward=20.), 12.),  # it went on, and came back
+    (Result(130, 'train', 'new', 0, seconds=99., train_iter=5, env_step=60, best_reward=20.), 12.),  # it collected more
     (None, 12.),  # it was killed
 ])
 def test_what_came_after_the_checkpoint_adds_nothing(ended, seconds, tmp_path, monkeypatch):
     """Neither time nor counts; its best reward stays what a better one must surpass."""
     run = a_run_in_place(tmp_path, monkeypatch, ended=ended, noted=noted(12., best_reward=15.))
+    run._make_folder()
     assert run._before.seconds == seconds
     assert (run.result.env_step, run.result.collected_env_step) == (50, 50)
     assert run.watch.best_reward == (15. if ended is None else 20.)
@@ -645,6 +739,7 @@ def test_what_came_after_the_checkpoint_adds_nothing(ended, seconds, tmp_path, m
 
 def test_a_checkpoint_of_an_earlier_version_has_no_note(tmp_path, monkeypatch):
     run = a_run_in_place(tmp_path, monkeypatch, ended=Result(130, 'train', 'new', 0, seconds=99., train_iter=9))
+    run._make_folder()
     assert run._before is None
 
 
@@ -668,6 +763,18 @@ def test_checkpoints_that_it_abandons_are_told_of(tmp_path, monkeypatch):
         'ckpt_best.pth.tar, iteration_9.pth.tar: of the part after the checkpoint, abandoned, not removed']
 
 
+def test_speed_is_that_of_all_parts_wherever_it_is_shown(tmp_path, monkeypatch):
+    run = a_run_in_place(tmp_path, monkeypatch, noted=noted(1000., env_steps_per_second=2.))
+    run._make_folder()
+    lines, moment = [], run._started + 1000.
+    monkeypatch.setattr('lzero_kvcache.training.runner.time.monotonic', lambda: moment)
+    run._bar = SimpleNamespace(update=lambda done, text, total: lines.append(text))
+    run.result.collected_env_step = 50 + 6000
+    run._refresh(now=True)
+    assert '  4.0 steps/s' in lines[-1]
+    assert run._completed({}).env_steps_per_second == read_progress('runs/a')['env_steps_per_second'] == 4.
+
+
 def test_a_run_that_is_killed_as_it_goes_on_leaves_a_record(tmp_path, monkeypatch):
     """With what each part was started with; its summary would only come at its end."""
     before = noted(9., command=['a'], overrides=['a=1'], resumed_at=[20], env_steps_per_second=2.)
@@ -688,7 +795,7 @@ def test_a_run_that_goes_on_keeps_what_each_part_was_started_with(tmp_path, monk
     """Through the files that it leaves."""
     run = a_run_in_place(tmp_path, monkeypatch, noted=noted(
         9., command=['b'], overrides=['b=2'], earlier=[Segment(['a'], ['a=1'])]))
-    run.result.exp_name = 'runs/a'
+    run._make_folder()
     run._completed({}).write()
     assert read_summary('runs/a').earlier == [Segment(['a'], ['a=1']), Segment(['b'], ['b=2'])]
 
@@ -719,6 +826,45 @@ def test_each_evaluation_of_a_run_in_place_is_in_its_files_and_its_summary_once(
             short_episodes)
         assert code == 0, said
         assert iteration in assert_agreed()
+
+
+@pytest.mark.slow
+def test_one_process_at_a_time_trains_in_a_folder_until_it_is_killed(tmp_path):
+    """A killed one frees its folder at once, though it leaves the processes of its environments behind."""
+    of_first = [{'create_config.env_manager.type=base': 'create_config.env_manager.type=subprocess'}.get(given, given)
+                for given in [*IN_A_FORK, '--config', 'config_new']]
+    of_first[of_first.index('--max-train-iter') + 1] = '100000'
+    options = IN_A_FORK[:IN_A_FORK.index('--exp-name')] + IN_A_FORK[IN_A_FORK.index('--set'):]
+    in_place = [*options, '--config', 'config_new', '--resume', 'run/ckpt/iteration_0.pth.tar', '--in-place',
+                '--max-train-iter', str(ITERATIONS)]
+    saved, events = tmp_path / 'run' / 'ckpt' / 'iteration_0.pth.tar', tmp_path / 'run' / 'log' / 'serial'
+    import_what_trainings_import()
+    first = subprocess.Popen([sys.executable, os.path.join(PROJECT_ROOT, 'train.py'), *of_first], cwd=str(tmp_path),
+                             stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        when(lambda: saved.with_name('iteration_0.json').exists(), lambda: None).join()
+        content, (points,) = saved.read_bytes(), events.iterdir()
+        size = points.stat().st_size
+        (code, said), = trained(tmp_path, in_place, short_episodes)
+        assert code == 2
+        assert said.splitlines()[1:] == [
+            f'lzero-kvcache: error: run is being trained by process {first.pid}; wait for it, or end it']
+        assert first.poll() is None and saved.read_bytes() == content
+        assert list(events.iterdir()) == [points] and points.stat().st_size >= size
+        first.kill()
+        first.wait()
+        killed = read_progress(str(tmp_path / 'run'))
+        assert (killed['exit_code'], killed['outcome'], killed['collected_env_step'] > 0) == (None, '', True)
+        assert [held['train_iter'] for held in killed['evaluations']] == [0]
+        (code, said), = trained(tmp_path, in_place, short_episodes)
+        assert code == 0, said
+        assert saved.read_bytes() == content
+        assert summary_of(tmp_path / 'run')['train_iter'] == ITERATIONS
+        assert [point.step for point in scalars(tmp_path / 'run', 'kv_cache_iter/total_hit_rate')] == list(
+            range(ITERATIONS))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow

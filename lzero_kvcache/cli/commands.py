@@ -45,7 +45,9 @@ def train(options: argparse.Namespace) -> int:
         with hinted(), output:
             logging.getLogger(PACKAGE_LOGGER).setLevel(options.log_level.upper())
             plan = make_plan(**{name: value for name, value in vars(options).items() if name not in SHOWN})
-            return run_plan(plan, output, ranks).exit_code
+            code = run_plan(plan, output, ranks).exit_code
+            assert code is not None, 'it has ended'
+            return code
     except ConfigError:
         raise
     except KeyboardInterrupt:

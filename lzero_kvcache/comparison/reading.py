@@ -14,7 +14,17 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from ..config import FLAG, OPTIONS, ConfigError, picked_manager
-from ..run_files import CONFIG_FILE, EVALUATIONS, EVENT_FILES, PROGRESS, SUMMARY, events, read_config, read_json
+from ..run_files import (
+    COLLECTIONS,
+    CONFIG_FILE,
+    EVALUATIONS,
+    EVENT_FILES,
+    PROGRESS,
+    SUMMARY,
+    events,
+    read_config,
+    read_json,
+)
 
 EVENT_FILE = 'tfevents'
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
@@ -234,7 +244,7 @@ class _EventFile:
                     if tag in TAGS:
                         self.points[tag].extend((event.step, len(times), number))
                     for axis in AXES:
-                        if axis in tag:
+                        if axis in tag and not tag.startswith(COLLECTIONS[0]):  # environment steps tell of these
                             before = axis == ENV_STEPS or tag.startswith(EVALUATIONS)
                             steps[axis].extend((event.step, len(times), before))
                 times.append(event.wall_time)

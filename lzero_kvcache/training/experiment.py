@@ -3,17 +3,17 @@ An experiment on disk: a training for each cache system and seed, all of one set
 is. ``processes.py`` starts and watches them.
 """
 import contextlib
-import fcntl
 import glob
 import hashlib
 import itertools
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import IO, Any, Dict, Iterator, List, Optional, Sequence
 
 from ..config import FLAG, OPTIONS, PREFIX, ConfigError, system_of
 from ..host import building
+from ..lock_files import check_not_trained_in, held
 from ..run_files import read_json, write_json
 from ..summary import TRAIN, Result, read_summary
 from . import overrides
@@ -115,31 +115,28 @@ class Experiment:
         )
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[int]:
+    def opened(self) -> Iterator[IO[str]]:
         """
-        A context in which no other process works on this experiment, and its settings are on disk. Gives the file
-        descriptor of the lock: the experiment is taken for as long as any process holds it.
+        A context in which no other process works on this experiment, and its settings are on disk. Gives the lock file:
+        the experiment is taken for as long as any process holds it.
         """
         path = os.path.join(self.folder, EXPERIMENT)
         settings = self._agreed(path)
         try:
             os.makedirs(self.folder, exist_ok=True)
-            lock = open(os.path.join(self.folder, LOCK), 'w')
         except OSError as error:
             raise ConfigError(f'--out {self.folder} cannot be written ({error.strerror}); give another') from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f'--out {self.folder}: its runs are still going on; wait, or end them') from None
+        refusal = f'--out {self.folder}: its runs are still going on, in {{who}}; wait for them, or end them'
+        with held(os.path.join(self.folder, LOCK), refusal) as lock:
             write_json(path, settings)
-            yield lock.fileno()
+            yield lock
 
     def command(self, trial: Trial) -> List[str]:
         """
         The command for a trial that is not done. It goes on in the trial's folder from the last whole checkpoint there;
-        without one it begins anew, and a folder of that name is renamed.
+        without one it begins anew, and a folder of that name is renamed. Nothing is done where somebody trains.
         """
+        check_not_trained_in(trial.folder, trial.folder)
         command = [*PROGRAM, '--config', self._config, *self.options, '--cache', trial.cache, '--seed', str(trial.seed)]
         checkpoint = last_checkpoint(trial.folder, self.max_env_step)
         if checkpoint is not None:

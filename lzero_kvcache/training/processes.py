@@ -1,13 +1,17 @@
 """The trainings of an experiment as processes: started, watched, interrupted together, shown on the terminal."""
 import contextlib
 import datetime
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from typing import Deque, Dict, List, Optional
+from typing import IO, Deque, Dict, List, Optional
 
+from ..config import ConfigError
 from ..host.patches import applied
+from ..lock_files import tell_holders
 from ..summary import read_progress
 from .experiment import Experiment, Trial
 from .terminal import Bar, Terminal, number_text
@@ -23,7 +27,7 @@ class Children:
     ended all.
     """
 
-    def __init__(self, experiment: Experiment, lock: int, jobs: int) -> None:
+    def __init__(self, experiment: Experiment, lock: IO[str], jobs: int) -> None:
         self.failed: List[Trial] = []
         self.interrupted: Optional[int] = None
         self.running: Dict[Trial, subprocess.Popen] = {}
@@ -49,6 +53,7 @@ class Children:
                 for trial, process in list(self.running.items()):
                     if process.poll() is not None:
                         del self.running[trial]
+                        self._tell_who_runs()
                         self._ended(trial, process.returncode)
                 self._show(bar)
                 time.sleep(POLL_SECONDS)
@@ -57,14 +62,24 @@ class Children:
 
     def start(self, trial: Trial) -> None:
         """Begin a trial, or go on with it."""
-        command = self._experiment.command(trial)
+        try:
+            command = self._experiment.command(trial)
+        except ConfigError as error:
+            self.failed.append(trial)
+            self._terminal.line(f'{trial.name}: {error}')
+            return
         how = f'goes on from {command[command.index("--resume") + 1]}' if '--resume' in command else 'begins'
         self._terminal.line(f'{trial.name}: {how}')
         with open(trial.log, 'ab') as log:
             # In a session of its own, Ctrl-C reaches it once and not twice.
             self.running[trial] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                pass_fds=[self._lock])
+                pass_fds=[self._lock.fileno()])
+        self._tell_who_runs()
+
+    def _tell_who_runs(self) -> None:
+        """In the lock file: the processes that go on if this one is killed, too."""
+        tell_holders(self._lock, [os.getpid(), *(process.pid for process in self.running.values())])
 
     def _show(self, bar: Bar) -> None:
         """Show how far each running trial is, and all together."""
@@ -86,7 +101,7 @@ class Children:
             how = 'interrupted'
         else:
             self.failed.append(trial)
-            how = f'failed with exit code {code}; {trial.log} says why'
+            how = f'failed with exit code {code}; {trial.log} says why' if code >= 0 else f'was killed ({_name(-code)})'
         self._terminal.line(f'{trial.name}: {how}')
 
     def _stop(self, signum: int) -> None:
@@ -95,3 +110,7 @@ class Children:
             self._terminal.line('interrupted; waiting for checkpoints')
         for process in self.running.values():
             process.send_signal(signum)
+
+
+def _name(signum: int) -> str:
+    return signal.Signals(signum).name if signum in set(signal.Signals) else f'signal {signum}'

@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from ..config import ConfigError, picked_manager
 from ..host import building, entries
 from ..host.patches import applied
+from ..lock_files import check_not_trained_in, training_in
 from ..run_files import EVENT_FILES, purge
 from ..run_hooks import UNBOUNDED
 from ..summary import EVALUATE, SUMMARY, TRAIN, Result, add_up, begun, read_progress, read_result, read_summary
@@ -89,6 +90,7 @@ class _Training:
         self._finishing = False
         self._absolute = False  # whether the user gave the experiment's folder as an absolute path
         self._made: Optional[List[str]] = None  # parent folders that were made for the run's folder
+        self._holding = contextlib.ExitStack()  # the run's folder
         self._started = time.monotonic()
         self._next_refresh = 0.0
         self._first_collected = 0
@@ -97,7 +99,7 @@ class _Training:
 
     def run(self) -> Result:
         try:
-            with hinted(), applied(threads=lambda before: self.plan.threads or before):
+            with hinted(), applied(threads=lambda before: self.plan.threads or before), self._holding:
                 self._check()
                 self._make_folder()
                 self._announce()
@@ -115,7 +117,7 @@ class _Training:
             self._bar = Bar(self.terminal, plan.max_env_step if plan.task == TRAIN else None, self._first_collected)
             together = True
             try:
-                result.outcome = self._work()
+                result.outcome, result.exit_code = self._work(), 0
             except BaseException as error:
                 interrupt = self._interrupt(error)
                 if interrupt is None:
@@ -127,13 +129,19 @@ class _Training:
                     self.watch.save_checkpoint()
             finally:
                 self._refresh(now=True)
-                self._bar.close(result.line('end') if plan.task == TRAIN and self.watch.phase != 'start' else '')
+                shown = plan.task == TRAIN and self.watch.phase != 'start'
+                self._bar.close(self._whole(result).line('end') if shown else '')
                 self.terminal.repetitions()
                 self.watch.close()
-            # Ranks that have not agreed on ending cannot add up their counters.
-            result = self._completed(summed_over_ranks(result.counters) if together else result.counters)
+            own: Dict[str, Any] = dict(counters=result.counters, cut_off=self.watch.under_way)
+            # Ranks that have not agreed on ending cannot add up what they counted.
+            counted = summed_over_ranks(own) if together else own
+            result.collected_env_step += counted['cut_off'] - own['cut_off']
+            self._time(result.seconds)
+            result = self._completed(counted['counters'])
             if self.ranks.main:
                 result.write()
+                result.write_progress(self.watch.phase)
             if together:
                 self.ranks.part()
         title = 'Training: ' if plan.task == TRAIN else 'Evaluation: '
@@ -174,8 +182,9 @@ class _Training:
             building.try_policy(plan.main_config, plan.create_config, [checkpoint.state for checkpoint in loaded])
 
     def _check_place(self) -> None:
-        """The folder that a training goes on in must be of one cache system, and its counts must not go back."""
+        """No other process may train in the folder that a training goes on in, which must be of one cache system."""
         folder, now = self.plan.main_config.exp_name, self.result.cache
+        check_not_trained_in(folder, self._shown(folder))
         ended_there = read_summary(folder)
         was = read_progress(folder).get('cache') if ended_there is None else ended_there.cache
         if was and was != now:
@@ -183,44 +192,58 @@ class _Training:
                 f"--in-place: {self._shown(folder)} was trained with cache system '{was}', not '{now}'; give "
                 '--exp-name in its place, and the training goes on in a folder of its own'
             )
-        # What came after the checkpoint is abandoned, and counts for nothing.
-        noted = read_result(beside(str(self.plan.checkpoint)))
-        self._before = ended_there if ended_there and ended_there.train_iter == self.result.train_iter else noted
-        if self._before is not None:
-            self.result.best_reward = self._before.best_reward
-            self.watch.evaluated_at = next((evaluation.train_iter for evaluation in self._before.evaluations
-                                            if evaluation.train_iter == self.result.train_iter), None)
-        rewards = [part.best_reward for part in (ended_there, noted) if part and part.best_reward is not None]
-        self.watch.best_reward = max(rewards, default=None)
 
     def _make_folder(self) -> None:
         plan, ranks = self.plan, self.ranks
         ranks.join(str(plan.main_config.policy.model.world_model_cfg.device))
         ranks.share_out(plan.main_config, building.completed(plan.main_config, plan.create_config), plan.entry)
         asked = plan.main_config.exp_name
+        exp_name = ranks.from_main(self._take_folder)
         if plan.in_place:
-            exp_name = os.path.relpath(asked)
-            if ranks.main:
-                if self._before is not None:  # kept there if this run is killed; its past is not its own summary
-                    self._before.write(beside(str(plan.checkpoint)))
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(exp_name, SUMMARY))
-                cut = purge(os.path.join(exp_name, EVENT_FILES), self.result.train_iter)
-                if cut:
-                    self.terminal.line(f'Removed {cut:,} points of event files that came after the checkpoint')
-                later = later_checkpoints(str(plan.checkpoint), self.result.train_iter)
-                if later:
-                    self.terminal.line(f'{", ".join(later)}: of the part after the checkpoint, abandoned, not removed')
-        else:
-            exp_name, made = ranks.from_main(lambda: claim_folder(asked))
-            self._made = made if ranks.main else None
-            if exp_name != os.path.relpath(os.path.expanduser(asked)):
-                self.terminal.line(f'{asked} is there already, so this run has another folder: {self._shown(exp_name)}')
+            self._take_up(exp_name)
+        elif exp_name != os.path.relpath(os.path.expanduser(asked)):
+            self.terminal.line(f'{asked} is there already, so this run has another folder: {self._shown(exp_name)}')
         plan.main_config.exp_name = exp_name
         self.result.exp_name = shown = self._shown(exp_name)
         self.result.event_files = os.path.join(shown, EVENT_FILES)
         self.result.log_file = os.path.join(shown, LOG_FILE if ranks.main else LOG_FILE_OF_RANK.format(ranks.rank))
         self.output.attach(self.result.log_file)
+
+    def _take_folder(self) -> str:
+        """Make the folder, or find it, for this run alone; on the first rank."""
+        asked = self.plan.main_config.exp_name
+        if self.plan.in_place:
+            exp_name = os.path.relpath(asked)
+        else:
+            exp_name, self._made = claim_folder(asked)
+        self._holding.enter_context(training_in(exp_name, self._shown(exp_name)))
+        return exp_name
+
+    def _take_up(self, folder: str) -> None:
+        """Go on from what the training was at its checkpoint; what came after that is abandoned, counts for nothing."""
+        checkpoint, at, line = str(self.plan.checkpoint), self.result.train_iter, self.terminal.line
+        self.watch.goes_on_from = os.path.realpath(checkpoint), at
+        ended, noted = self.ranks.from_main(lambda: (read_summary(folder), read_result(beside(checkpoint))))
+        there = ended and (ended.train_iter, ended.env_step) == (at, self.result.env_step)
+        self._before = ended if there else noted
+        if self._before is not None:
+            self.result.best_reward = self._before.best_reward
+            self.watch.evaluated_at = next((evaluation.train_iter for evaluation in self._before.evaluations
+                                            if evaluation.train_iter == at), None)
+        rewards = [part.best_reward for part in (ended, noted) if part and part.best_reward is not None]
+        self.watch.best_reward = max(rewards, default=None)
+        if not self.ranks.main:
+            return
+        if self._before is not None:  # kept there if this run is killed; its past is not its own summary
+            self._before.write(beside(checkpoint))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, SUMMARY))
+        cut = purge(os.path.join(folder, EVENT_FILES), at, self.result.env_step)
+        if cut:
+            line(f'Removed {cut:,} points of event files that came after the checkpoint')
+        later = later_checkpoints(checkpoint, at)
+        if later:
+            line(f'{", ".join(later)}: of the part after the checkpoint, abandoned, not removed')
 
     def _shown(self, path: str) -> str:
         """A path as the user would give it; DI-engine's are relative."""
@@ -281,15 +304,19 @@ class _Training:
         self._next_refresh = moment + REFRESH_SECONDS
         result = self.result
         self.watch.look()
-        result.seconds = moment - self._started
-        steps = result.collected_env_step - self._first_collected
-        result.env_steps_per_second = steps / result.seconds if steps > 0 else None
+        self._time(moment - self._started)
         if not self._finishing and result.env_step >= (result.max_env_step or UNBOUNDED):
             self._finishing = True
             self.terminal.line(f'{result.env_step:,} env steps are collected: finishing the updates that go with them')
-        self._bar.update(result.collected_env_step, result.line(self.watch.phase), result.steps_at_the_end)
+        whole = self._whole(result)
+        self._bar.update(result.collected_env_step, whole.line(self.watch.phase), whole.steps_at_the_end)
         if self.ranks.main:
-            self._whole(result).write_progress(self.watch.phase)
+            whole.write_progress(self.watch.phase)
+
+    def _time(self, seconds: float) -> None:
+        """How long this run has taken, and how fast it is."""
+        steps = self.result.collected_env_step - self._first_collected
+        self.result.seconds, self.result.env_steps_per_second = seconds, steps / seconds if steps > 0 else None
 
     def _note(self, checkpoint: str) -> None:
         """Write the result so far beside a checkpoint; after a kill, the training goes on from these two alone."""
@@ -304,5 +331,5 @@ class _Training:
         return self._whole(self.result.at_its_end(counters))
 
     def _whole(self, result: Result) -> Result:
-        """That of all of the training, where this run went on in place."""
+        """That of all of the training, where this run went on in place: whatever is shown or written is of all."""
         return result if self._before is None else add_up(self._before, result)

@@ -31,10 +31,11 @@ class Watch:
         self.evaluator: Any = None
         self.phase = 'start'
         self.stopped = False
-        self.under_way = 0  # env steps of the collection under way
+        self.under_way = 0  # env steps of this process in the collection that is under way, or that was cut off
         self.checkpoint: Optional[Checkpoint] = None  # to go on from, or to evaluate
         self.best_reward: Optional[float] = None  # before a training goes on in place
         self.evaluated_at: Optional[int] = None  # the iteration where it goes on, if it was evaluated there
+        self.goes_on_from: Optional[Tuple[str, int]] = None  # the checkpoint in its folder, and its iteration
 
     def look(self) -> None:
         """Bring the result up to date."""
@@ -42,10 +43,8 @@ class Watch:
         if self.learner is not None and self.phase != 'start':
             # Steps of whole collections, which are trained on and which a checkpoint counts.
             result.env_step, result.train_iter = int(self.collector.envstep), int(self.learner.train_iter)
-        # All steps that were taken, even if a collection is cut off. The collector's own count is of all ranks, each of
-        # which collects as much as this one meanwhile.
-        collected = result.env_step + self.under_way * self.ranks.size
-        result.collected_env_step = max(result.collected_env_step, collected)
+        # What the other ranks collect is known when the collection ends, and never less.
+        result.collected_env_step = max(result.collected_env_step, result.env_step + self.under_way)
         if self.evaluator is not None:
             world_model = self.evaluator.policy.get_attribute('model').world_model
             manager = getattr(world_model, 'kv_cache_manager', None)
@@ -101,6 +100,9 @@ class Watch:
         """In place of DI-engine's ``save_file``."""
 
         def save(path: str, data: Any, *args: Any, **kwargs: Any) -> None:
+            # DI-engine saves at the first update, too: a checkpoint would change by being gone on from.
+            if (os.path.realpath(path), data.get('last_iter')) == self.goes_on_from:
+                return
             save_atomically(data, path)
             self.learner.tb_logger.flush()  # a training that is killed goes on from these points
             self.on_saved(os.path.normpath(path))
@@ -197,16 +199,16 @@ def _watched_collector(watch: Watch, base: type) -> type:
         def collect(self, *args: Any, **kwargs: Any) -> Any:
             watch.enter('collect')
             self._begun_at = int(self.envstep)
-            try:
-                return super().collect(*args, **kwargs)
-            finally:
-                watch.under_way = 0
-                watch.on_change()
+            collected = super().collect(*args, **kwargs)
+            watch.under_way = 0
+            watch.on_change()
+            return collected
 
         def _output_log(self, train_iter: int) -> None:
             """Called as a collection ends, on every rank."""
             if watch.ranks.several and not entries.sums_steps(base):
-                self._total_envstep_count = watch.ranks.collected(self._begun_at, int(self.envstep))
+                own, self._total_envstep_count = int(self.envstep), self._begun_at  # an interrupt cuts it off here
+                self._total_envstep_count = watch.ranks.collected(self._begun_at, own)
             super()._output_log(train_iter)
 
     return WatchedCollector

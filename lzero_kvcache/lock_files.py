@@ -1,0 +1,95 @@
+"""
+Lock files: a training holds its folder, an experiment its own, so that no second one writes there. The lock is the
+operating system's, and ends with the process, however that ends.
+"""
+import contextlib
+import errno
+import fcntl
+import io
+import logging
+import os
+import socket
+from multiprocessing import util
+from typing import IO, Iterator, Sequence
+
+from .config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+TRAINING = 'train.lock'
+TRAINED = '{} is being trained by {{who}}; wait for it, or end it'
+# What a file system without locks says.
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+
+
+@contextlib.contextmanager
+def held(path: str, refusal: str) -> Iterator[IO[str]]:
+    """
+    A context in which this process holds a lock file, and with it those that inherit the descriptor. If others do, they
+    are told of as ``{who}`` in a ``ConfigError``. The file stays: a name that is removed could be held twice.
+    """
+    try:
+        file = open(path, 'a+', encoding='utf-8')
+    except OSError as error:
+        raise ConfigError(f'{path} cannot be written ({error.strerror})') from error
+    with file:
+        # Environments in processes of their own inherit it as well, and may outlive a training that is killed.
+        util.register_after_fork(file, io.TextIOWrapper.close)
+        try:
+            _lock(file, fcntl.LOCK_EX, refusal)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning('%s cannot be locked (%s): see to it that nothing else writes there',
+                           os.path.dirname(path) or '.', error.strerror)
+        tell_holders(file, [os.getpid()])
+        yield file
+
+
+@contextlib.contextmanager
+def training_in(folder: str, shown: str) -> Iterator[None]:
+    """A context in which this process, and no other, trains in a folder."""
+    with held(os.path.join(folder, TRAINING), TRAINED.format(shown)):
+        yield
+
+
+def check_not_trained_in(folder: str, shown: str) -> None:
+    """Refuse a folder in which a process trains; nothing is written."""
+    with contextlib.suppress(OSError), open(os.path.join(folder, TRAINING), encoding='utf-8') as file:
+        _lock(file, fcntl.LOCK_SH, TRAINED.format(shown))
+
+
+def tell_holders(file: IO[str], processes: Sequence[int]) -> None:
+    """Write into a lock file which processes hold it. If the disk is full, none are told of."""
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write(' '.join([socket.gethostname(), *map(str, processes)]))
+        file.flush()
+
+
+def _lock(file: IO[str], how: int, refusal: str) -> None:
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(refusal.format(who=_holders(file))) from None
+
+
+def _holders(file: IO[str]) -> str:
+    """The processes that a lock file tells of and that still run, as far as can be seen from here."""
+    file.seek(0)
+    host, _, processes = file.read().partition(' ')
+    here = host == socket.gethostname()
+    running = [process for process in processes.split() if not here or _runs(int(process))]
+    if not running:
+        return 'another process'
+    return f'process{"es" * (len(running) > 1)} {", ".join(running)}' + (f' on {host}' if not here else '')
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
