@@ -75,8 +75,7 @@ class TestReading:
         # 60 of 100 seconds until the step at which it went on, and as many after that.
         assert (run.last(REWARD), run.env_step, run.seconds) == (90, 900, pytest.approx(120, abs=1))
         fault, abandoned = run.notes
-        assert re.fullmatch(r'events\.\S+ breaks off or is damaged after [\d,]+ of [\d,]+ bytes; the rest, 0\.\d%, is '
-                            'missing', fault)
+        assert re.fullmatch(r'events\.\S+ breaks off or is damaged: its events end at step 1,000', fault)
         assert re.fullmatch(r'\d+ points and their time do not count: it went on from a checkpoint before them',
                             abandoned)
 
@@ -106,26 +105,24 @@ class TestReading:
         path.write_bytes(data)
         [run] = read(folder)
         assert run.curves['kv_cache_iter/search_ms'].values.tolist() == list(range(50))
-        assert re.search(r'is damaged after [\d,]+ of [\d,]+ bytes; the rest, (49|50)\.\d%, is missing$', run.notes[0])
+        assert re.search(r'is damaged: its events end at step (49|50)\d$', run.notes[0])
 
     @pytest.mark.parametrize('share', [0.3, 0.9, 0.999])
     def test_a_file_that_breaks_off(self, tmp_path, share):
-        """As after a kill: what is whole is kept, and how much is missing is said."""
-        folder = write_run(tmp_path / 'old_s0', search_ms=range(100))
-        size = event_file(folder).stat().st_size
+        """As after a kill: what is whole is kept, and where it ends is said."""
+        folder = write_run(tmp_path / 'old_s0', search_ms=range(100), summary={})
         break_off(folder, share)
         [run] = read(folder)
         values = run.curves['kv_cache_iter/search_ms'].values.tolist()
         assert values == list(range(len(values)))
         assert len(values) == pytest.approx(100 * share, abs=6)
         [note] = run.notes
-        done, of = (int(number.replace(',', '')) for number in re.findall(r'[\d,]+(?= of| bytes)', note))
-        assert done < of == int(size * share)
-        assert note.endswith(f'; the rest, {(of - done) / of:.1%}, is missing')
+        assert note.endswith(f'breaks off or is damaged: its events end at step {run.env_step:,} of 1,000')
+        assert (run.env_step, run.steps) == (pytest.approx(1000 * share, abs=60), 1000)
 
     def test_a_file_that_is_something_else(self, tmp_path):
         (tmp_path / 'events.out.tfevents.1.host').write_text('no event file')
-        with pytest.raises(Unreadable, match='after 0 of 13 bytes'):
+        with pytest.raises(Unreadable, match='breaks off or is damaged'):
             read(str(tmp_path))
 
     def test_numbers_that_are_none(self, tmp_path):
@@ -280,6 +277,6 @@ class TestPicture:
             _draw_panel(axes, panel, comparison)
             bands[panel.title, panel.against] = [len(axes.lines), len(axes.collections)]
         both, one = [6, 2], [5, 1]  # lines of four runs and of those that have a band, and the bands
-        assert list(bands.values()) == [one, one, both, one, both, one]
+        assert list(bands.values()) == [one, one, both, both, both, one]
         assert 'Runs of mixed that are not comparable have no band.' in report_of(comparison)
         assert 'have no band' not in report_of(compared(*paths[2:]))

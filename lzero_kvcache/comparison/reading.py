@@ -22,12 +22,13 @@ FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$
 CLOCK_TOLERANCE = 1.
 
 REWARD = 'evaluator_step/reward_mean'
-HOST_MEMORY = 'Buffer/memory_usage/process'
-DEVICE_MEMORY = 'learner_iter/Max_GPU_avg'
+MEMORY_OF_HOST = 'Buffer/memory_usage/process'
+MEMORY_OF_DEVICE = 'learner_iter/Max_GPU_avg'
 CACHE, CACHE_BY_STEP = 'kv_cache_iter/', 'kv_cache_step/'
 POOLS = {'init': 'roots', 'recur': 'nodes', 'total': 'all'}
 TAGS = frozenset([
-    REWARD, HOST_MEMORY, DEVICE_MEMORY, *(CACHE_BY_STEP + name for name in ('init_hit_rate', 'search_ms', 'memory_mb')),
+    REWARD, MEMORY_OF_HOST, MEMORY_OF_DEVICE,
+    *(CACHE_BY_STEP + name for name in ('init_hit_rate', 'search_ms', 'memory_mb')),
     *(CACHE + name for name in ('search_ms', 'step_ms', 'memory_mb', 'total_evictions')),
     *(f'{CACHE}{pool}_{count}' for pool in POOLS for count in ('hits', 'queries')),
 ])
@@ -36,6 +37,7 @@ TAGS = frozenset([
 AXES = ENV_STEPS, ITERATIONS = '_step/', '_iter/'
 
 WORLD_MODEL = 'policy.model.world_model_cfg.'
+LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
 OLD = 'old'
 # The outcome of a run that has left its progress and no summary.
 NO_END = 'it was killed, or failed, or is not done yet'
@@ -62,9 +64,9 @@ class Curve(NamedTuple):
 class TrainedRun:
     """
     A run: where its files are, event files oldest first, a name that tells it apart from the others, and, when it was
-    read, what is in them. It has several spans if it was cut off and resumed; ``points`` counts the scalars of all
-    tags. ``config`` has dotted keys; ``summary`` is what its progress says, if it has no summary. Both are empty where
-    nothing was saved. ``notes`` say what is missing.
+    read, what is in them. It has several spans if it was cut off and resumed. ``env_step`` is the last step in its
+    event files, ``points`` counts the scalars of all tags. ``config`` has dotted keys; ``summary`` is what its progress
+    says, if it has no summary. Both are empty where nothing was saved. ``notes`` say what is missing.
     """
     folder: str
     event_files: List[str]
@@ -72,10 +74,34 @@ class TrainedRun:
     curves: Dict[str, Curve] = field(default_factory=dict)
     spans: List[Span] = field(default_factory=list)
     env_step: Optional[int] = None
+    first_step: Optional[int] = None
+    first_iteration: Optional[int] = None
     points: int = 0
     config: Dict[str, Any] = field(default_factory=dict)
     summary: Dict[str, Any] = field(default_factory=dict)
     notes: List[str] = field(default_factory=list)
+    damaged: bool = False
+
+    @property
+    def steps(self) -> Optional[int]:
+        """Environment steps that it has trained on: those of the summary, since event files may be damaged."""
+        said = finite(self.summary.get('env_step'))
+        return self.env_step if said is None else int(said)
+
+    @property
+    def before(self) -> Optional[int]:
+        """The environment steps before the checkpoint that it went on from, if it is without what was before that."""
+        resumed, earlier = self.summary.get('resumed_at'), self.summary.get('earlier')
+        if isinstance(resumed, list) and isinstance(earlier, list) and len(resumed) > len(earlier):
+            return resumed[-1 - len(earlier)]
+        if resumed is None or self.config.get(LOADED):
+            return self.first_step if self.first_iteration else None
+        return None
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, as far as that is known."""
+        return str(self.summary.get('outcome', 'done'))
 
     @property
     def host(self) -> Optional[str]:
@@ -159,6 +185,8 @@ def find_runs(paths: Sequence[str]) -> List[TrainedRun]:
 def _look_into(path: str) -> Dict[str, List[str]]:
     """The event files of each run's folder below a path."""
     if os.path.isfile(path):
+        if EVENT_FILE not in os.path.basename(path):
+            raise ConfigError(f'{path}: an event file has {EVENT_FILE} in its name; give one, or the folder of a run')
         return {_run_folder_of(os.path.dirname(os.path.abspath(path))): [os.path.realpath(path)]}
     if not os.path.isdir(path):
         raise ConfigError(f'{path}: no such folder or event file')
@@ -197,7 +225,6 @@ def _distinct_end(path: str, paths: Sequence[str]) -> str:
 
 def read_run(run: TrainedRun) -> None:
     """Read all that a run left behind."""
-    _read_events(run)
     try:
         run.config = read_config(os.path.join(run.folder, CONFIG_FILE))
     except ValueError as error:
@@ -212,11 +239,12 @@ def read_run(run: TrainedRun) -> None:
             run.notes.append(f'{name} cannot be parsed ({error})')
     if run.from_summary('task') == 'evaluate':
         raise Unreadable('it evaluated a checkpoint and trained nothing')
+    _read_events(run)
 
 
 class _EventFile:
     """
-    One event file as far as it is whole; ``fault`` says what is missing. ``points`` has step, number of the event and
+    One event file as far as it is whole; ``fault`` says if it is not. ``points`` has step, number of the event and
     value in turn for each tag. ``steps`` has, for each scalar of an axis, the step, the number of the event and whether
     a checkpoint of this step comes after it.
     """
@@ -270,6 +298,12 @@ class _EventFile:
         return steps[numbers < self.end]
 
     @property
+    def last_step(self) -> Optional[int]:
+        """The environment step at which it ends or breaks off."""
+        steps = self.steps[ENV_STEPS]
+        return int(steps[:, 0].max()) if len(steps) else None
+
+    @property
     def span(self) -> Span:
         last = np.flatnonzero(self.scalars[:self.end]).max(initial=0)
         return (self._clock[0], self._clock[last]) if self.end else (0., 0.)
@@ -286,10 +320,11 @@ def _read_events(run: TrainedRun) -> None:
     if not run.event_files:
         raise Unreadable('no event file in it')
     files = [_EventFile(path) for path in run.event_files]
-    faults = [file.fault for file in files if file.fault]
+    faults = [file for file in files if file.fault]
     filled = [file for file in files if file.scalars.any()]
     if not filled:
-        raise Unreadable('; '.join(faults) or 'no scalar in ' + ', '.join(map(os.path.basename, run.event_files)))
+        raise Unreadable('; '.join(file.fault for file in faults if file.fault)
+                         or 'no scalar in ' + ', '.join(map(os.path.basename, run.event_files)))
     for earlier, later in itertools.combinations(filled, 2):
         earlier.cut_off(later)
     run.spans = _united([file.span for file in filled if file.end])
@@ -301,9 +336,14 @@ def _read_events(run: TrainedRun) -> None:
             seconds = sum((np.clip(times, *span) - span[0] for span in run.spans), np.zeros_like(times))
             run.curves[tag] = Curve(steps.astype(int), seconds, values)
     env_steps = np.concatenate([file.env_steps for file in filled])
-    run.env_step = int(env_steps.max()) if len(env_steps) else None
+    if len(env_steps):
+        run.env_step = int(env_steps.max())
+        run.first_step = int(env_steps.min())
+    iterations = [file.steps[ITERATIONS][0, 0] for file in filled if len(file.steps[ITERATIONS])]
+    run.first_iteration = int(min(iterations)) if iterations else None
     set_back, abandoned = sum(file.set_back for file in filled), sum(file.abandoned for file in filled)
-    run.notes += faults
+    run.damaged, of = bool(faults), run.steps if run.summary else None
+    run.notes += [f'{file.fault}: its events end at {_step_text(file.last_step, of)}' for file in faults]
     if set_back:
         run.notes.append(f'its clock was set back by {set_back:,.0f} s in all; no time is counted there')
     if len(run.spans) < sum(file.end > 0 for file in filled):
@@ -325,8 +365,14 @@ def _whole_events(path: str) -> Iterator[Any]:
     except DecodeError as error:
         raise Unreadable(f'{name} is no event file') from error
     if done < size:
-        raise Unreadable(f'{name} breaks off or is damaged after {done:,} of {size:,} bytes; '
-                         f'the rest, {(size - done) / size:.1%}, is missing')
+        raise Unreadable(f'{name} breaks off or is damaged')
+
+
+def _step_text(step: Optional[int], of: Optional[int]) -> str:
+    """As 'step 790 of 1,013'."""
+    if step is None:
+        return 'their beginning'
+    return f'step {step:,}' + (f' of {of:,}' if of is not None and of >= step else '')
 
 
 def _united(spans: Sequence[Span]) -> List[Span]:
