@@ -98,6 +98,7 @@ class TestWhole:
         assert ['median [least, greatest]', 'old, 3 runs', 'cartpole_new, 3 runs', 'cartpole_new against old'] in lines
         assert ['training time', '1:50 [1:40, 2:00]', '0:55 [0:50, 1:00]', '2.00 x faster'] in lines
         assert ['environment steps', '1,000', '1,000', '-'] in lines
+        assert ['environment steps', '1,000', '1,000', 'the same'] not in lines
         assert ['peak cache memory, MiB', '2.00', '1.50', '1.33 x less'] in lines
         assert ['hit rate, roots', '54.0% [50.0%, 58.0%]', '100.0%', '46.0 points higher'] in lines
         assert ['evictions', '-', '10 [0, 20]', '-'] in lines
@@ -354,6 +355,16 @@ class TestWarnings:
         [said] = [text for text, blocks in comparison.warnings if blocks]
         assert re.match(r'new_s0 has 1:[23]\d for [89]\d\d environment steps \(its event files are damaged\): ', said)
         assert (row(comparison, 'seconds').ratios, row(comparison, 'seconds').spreads['new']) == ({'new': None}, None)
+
+    def test_lengths_that_differ_a_little(self, tmp_path):
+        """Times are compared, and what is not the cache's in them is said."""
+        paths = pair(tmp_path, new=dict(env_steps=880))
+        path = tmp_path / 'new_seed0' / 'summary.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), 'max_env_step': 1000}))
+        assert self.warnings(*paths) == [
+            'Training times are of other numbers of environment steps (medians, old: 1,000; new: 880), which makes '
+            'some of their difference; environment steps per second are without it']
+        assert row(compared(*paths), 'seconds').ratios['new'] == 1
 
     def test_hosts(self, tmp_path):
         paths = pair(tmp_path)

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from lzero_kvcache import comparison as package
 from lzero_kvcache.comparison import compare_runs
+from lzero_kvcache.comparison.event_files import REWARD, Unreadable
 from lzero_kvcache.comparison.page import PANELS, _draw_panel, band_of, draw, line_of, report_of
-from lzero_kvcache.comparison.reading import REWARD, Curve, Unreadable, find_runs
+from lzero_kvcache.comparison.reading import Curve, find_runs
 from lzero_kvcache.comparison.table import measures_table
 from lzero_kvcache.run_files import read_config
 
@@ -86,6 +87,20 @@ class TestReading:
         [run] = read(str(tmp_path))
         assert run.curves[REWARD].values.tolist() == [1, 2, 3, 4]
         assert (run.last(REWARD), run.seconds, run.notes) == (4, 120, [])
+
+    def test_event_files_of_two_runs_in_one_folder(self, tmp_path):
+        """As of somebody who collects event files. What is left of an abandoned part, one iteration, is no run."""
+        for number in range(2):
+            path = event_file(write_run(tmp_path / f'run{number}', began=BEGAN + 500 * number, search_ms=range(20)))
+            (tmp_path / 'all').mkdir(exist_ok=True)
+            path.rename(tmp_path / 'all' / path.name)
+        with pytest.raises(Unreadable, match='are of more than one run, and each run needs a folder of its own'):
+            read(str(tmp_path / 'all'))
+        for began, iterations in ((0, (0, 10)), (100, (10, )), (200, (10, 20))):
+            write_events(tmp_path / 'one', [(number, iteration, 'kv_cache_iter/search_ms', 1.)
+                                            for number, iteration in enumerate(iterations)], BEGAN + began)
+        [run] = read(str(tmp_path / 'one'))
+        assert len(run.event_files) == 3
 
     def test_what_is_no_scalar(self, tmp_path):
         from torch.utils.tensorboard import SummaryWriter as TorchWriter

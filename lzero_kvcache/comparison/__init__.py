@@ -1,6 +1,6 @@
 """
-Trainings side by side: ``reading`` finds and reads runs, ``sides`` sorts them, ``comparable`` says which numbers can be
-compared, ``judging`` compares them, ``table`` and ``page`` show it.
+Trainings side by side: ``reading`` finds and reads runs and their ``event_files``, ``sides`` sorts them,
+``comparable`` says which numbers can be compared, ``judging`` compares them, ``table`` and ``page`` show it.
 
 Knows the files that trainings leave behind. Must not train, run a config or know how the cache works.
 """
@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import track
 
 from ..config import ConfigError
+from .event_files import Unreadable
 from .judging import Comparison, as_json, judge
 from .page import draw, report_of
-from .reading import TrainedRun, Unreadable, find_runs, read_run
+from .reading import TrainedRun, find_runs, read_run
 from .sides import check_groups
 from .table import default_console, line, show
 

@@ -1,5 +1,6 @@
 """What runs are not comparable in, and why; and what else is to be known of them."""
 import itertools
+import statistics
 from typing import Any, Callable, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from .reading import WORLD_MODEL, TrainedRun, finite
@@ -14,7 +15,7 @@ OF_A_WHOLE_RUN = (TIME, HOST_MEMORY, COUNT, REWARDS)
 OF_ONE_LENGTH = (TIME, SPEED, HOST_MEMORY, COUNT, REWARDS)
 OF_ONE_MACHINE = (TIME, CALL_TIME, SPEED, HOST_MEMORY, MEMORY)
 # Collection ends with a whole phase, so that runs of one budget end some steps apart.
-BUDGET_TOLERANCE = 0.75
+BUDGET_TOLERANCE, SAID_TOLERANCE = 0.75, 0.95
 DONE, STOPPED = 'done', 'reward reached env.stop_value'
 
 
@@ -216,14 +217,30 @@ def _other_lengths(sides: Sequence[Side]) -> Iterator[Caution]:
     """Of runs that are not known to have other budgets."""
     runs = [run for side in sides for run in side.runs]
     if not _uneven(run.steps for run in runs):
+        yield from _nearly_one_length(sides)
         return
     lengths = {side.name: sorted((run.steps, run.name) for run in side.runs if run.steps is not None) for side in sides}
     said = _by_side({name: distinct(f'{run} {steps:,}' for steps, run in (found[:1] + found[-1:]))
                      for name, found in lengths.items()})
     budget = runs[0].from_summary('max_env_step')
-    if budget is not None and all(run.before is None and run.outcome == DONE for run in runs):
+    if budget is not None and all(map(_is_whole, runs)):
         yield Caution(f'Other lengths ({said}) under one budget of {budget:,} environment steps, which the last '
                       f'collection goes beyond: {_effect(OF_A_WHOLE_RUN)}; a longer budget makes them alike',
                       OF_A_WHOLE_RUN)
     else:
         yield Caution(f'Other lengths in environment steps ({said}): {_effect(OF_ONE_LENGTH)}', OF_ONE_LENGTH)
+
+
+def _nearly_one_length(sides: Sequence[Side]) -> Iterator[Caution]:
+    """The times of whole runs are compared, but are not quite of one length."""
+    lengths = {side.name: [run.steps for run in side.runs if run.steps is not None and _is_whole(run)]
+               for side in sides}
+    medians = {name: statistics.median(found) for name, found in lengths.items() if found}
+    if medians and min(medians.values()) < SAID_TOLERANCE * max(medians.values()):
+        said = '; '.join(f'{name}: {steps:,.0f}' for name, steps in medians.items())
+        yield Caution(f'Training times are of other numbers of environment steps (medians, {said}), which makes some '
+                      'of their difference; environment steps per second are without it')
+
+
+def _is_whole(run: TrainedRun) -> bool:
+    return run.before is None and run.outcome == DONE

@@ -19,7 +19,8 @@ from .comparable import (
     distinct,
     notes,
 )
-from .reading import CACHE, MEMORY_OF_DEVICE, MEMORY_OF_HOST, POOLS, REWARD, TrainedRun, finite
+from .event_files import CACHE, MEMORY_OF_DEVICE, MEMORY_OF_HOST, POOLS, REWARD
+from .reading import TrainedRun, finite
 from .sides import OF_ONE_RUN, Side, sort_into_sides
 
 ABSENT = '(absent)'

@@ -17,8 +17,9 @@ from matplotlib.style import context
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from .comparable import CALL_TIME, HITS, HOST_MEMORY, MEMORY, REWARDS, TIME
+from .event_files import CACHE_BY_STEP, MEMORY_OF_HOST, REWARD
 from .judging import INTERQUARTILE_MEAN, MEDIAN, Comparison, summed_up
-from .reading import CACHE_BY_STEP, MEMORY_OF_HOST, REWARD, Curve, TrainedRun
+from .reading import Curve, TrainedRun
 from .table import Table, config_table, measures_table, origin, runs_table, runs_text, side_text
 
 # Readers who are colour-blind can tell them apart (Okabe and Ito).
@@ -199,7 +200,8 @@ def _figure(comparison: Comparison) -> str:
 
 
 def _caption(comparison: Comparison) -> str:
-    mixed = ' and of '.join(escape(name) for name, about in comparison.mixed.items() if about)
+    mixed = ' and of '.join(escape(side.name) for side in comparison.sides
+                            if len(side.runs) > 1 and comparison.mixed[side.name])
     parts = escape(_listed([run.name for run in comparison.runs if run.before is not None]))
     return (CURVES[comparison.statistic] + (f' Runs of {mixed} that are not comparable have no band.' if mixed else '')
             + (f' Curves against minutes are without {parts}: the minutes before its checkpoint are not known.'

@@ -1,40 +1,21 @@
 """
-What runs left behind: event files, the saved config and the summary. tensorboard's own reader reads every point of the
-tags that are compared. The arrays of a curve have one dimension, an element for each point.
+What runs left behind: event files, the saved config and the summary. The arrays of a curve have one dimension, an
+element for each point.
 """
 import itertools
 import os
 import re
-from array import array
-from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
 from ..config import FLAG, OPTIONS, ConfigError, picked_manager
-from ..run_files import CONFIG_FILE, EVALUATIONS, EVENT_FILES, PROGRESS, SUMMARY, events, read_config, read_json
+from ..run_files import CONFIG_FILE, EVENT_FILES, PROGRESS, SUMMARY, read_config, read_json
+from .event_files import ITERATIONS, EventFile, Span, Unreadable
 
 EVENT_FILE = 'tfevents'
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
-# Seconds by which the events of one file may be out of order.
-CLOCK_TOLERANCE = 1.
-
-REWARD = 'evaluator_step/reward_mean'
-MEMORY_OF_HOST = 'Buffer/memory_usage/process'
-MEMORY_OF_DEVICE = 'learner_iter/Max_GPU_avg'
-CACHE, CACHE_BY_STEP = 'kv_cache_iter/', 'kv_cache_step/'
-POOLS = {'init': 'roots', 'recur': 'nodes', 'total': 'all'}
-TAGS = frozenset([
-    REWARD, MEMORY_OF_HOST, MEMORY_OF_DEVICE,
-    *(CACHE_BY_STEP + name for name in ('init_hit_rate', 'search_ms', 'memory_mb')),
-    *(CACHE + name for name in ('search_ms', 'step_ms', 'memory_mb', 'total_evictions')),
-    *(f'{CACHE}{pool}_{count}' for pool in POOLS for count in ('hits', 'queries')),
-])
-# Tags against environment steps are called NAME_step/TAG, tags against iterations NAME_iter/TAG. A file that goes on
-# from a checkpoint begins at the checkpoint's iteration, but with more environment steps.
-AXES = ENV_STEPS, ITERATIONS = '_step/', '_iter/'
 
 WORLD_MODEL = 'policy.model.world_model_cfg.'
 LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
@@ -44,13 +25,6 @@ NO_END = 'it was killed, or failed, or is not done yet'
 # The time that train.py and DI-engine append to a name that exists, and what looks like a seed in a name.
 STAMP = re.compile(r'_\d{6}_\d{6}(_\d+)?$')
 SEED = re.compile(r'(?i)(?:(?<=[_\-.])|^)(?:seed|s)[_\-]?(\d+)(?=[_\-.]|$)|(?<=[_\-.])(\d+)$')
-
-# From when to when, in seconds since 1970.
-Span = Tuple[float, float]
-
-
-class Unreadable(Exception):
-    """A run that cannot be compared; the message says why, in one line."""
 
 
 class Curve(NamedTuple):
@@ -242,90 +216,18 @@ def read_run(run: TrainedRun) -> None:
     _read_events(run)
 
 
-class _EventFile:
-    """
-    One event file as far as it is whole; ``fault`` says if it is not. ``points`` has step, number of the event and
-    value in turn for each tag. ``steps`` has, for each scalar of an axis, the step, the number of the event and whether
-    a checkpoint of this step comes after it.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.fault: Optional[str] = None
-        self.points: Dict[str, array] = defaultdict(lambda: array('d'))
-        steps: Dict[str, array] = {axis: array('q') for axis in AXES}
-        times, scalars = array('d'), array('q')
-        try:
-            for event in _whole_events(path):
-                numbers = {value.tag: value.simple_value for value in event.summary.value
-                           if value.HasField('simple_value')}
-                for tag, number in numbers.items():
-                    if tag in TAGS:
-                        self.points[tag].extend((event.step, len(times), number))
-                    for axis in AXES:
-                        if axis in tag:
-                            before = axis == ENV_STEPS or tag.startswith(EVALUATIONS)
-                            steps[axis].extend((event.step, len(times), before))
-                times.append(event.wall_time)
-                scalars.append(len(numbers))
-        except Unreadable as error:
-            self.fault = str(error)
-        self.end = len(times)
-        self.steps = {axis: np.array(held).reshape(-1, 3) for axis, held in steps.items()}
-        self.scalars = np.array(scalars)  # of each event
-        # Where the clock was set back, all later times are moved forward by as much.
-        passed = np.diff(times, prepend=times[:1])
-        back = np.where(passed < -CLOCK_TOLERANCE, -passed, 0.)
-        self.set_back = back.sum()
-        self._clock = np.maximum.accumulate(np.array(times) + np.cumsum(back))
-
-    def cut_off(self, later: '_EventFile') -> None:
-        """Drop the points after the checkpoint from which a later file goes on, if it lies within this file."""
-        for axis, own in self.steps.items():
-            of_later = later.steps[axis]
-            if len(own) and len(of_later) and own[0, 0] < of_later[0, 0]:
-                beyond = own[own[:, 0] >= of_later[0, 0] + own[:, 2], 1]
-                self.end = min([self.end, *beyond[:1]])
-
-    @property
-    def abandoned(self) -> int:
-        """How many points are cut off."""
-        return self.scalars[self.end:].sum()
-
-    @property
-    def env_steps(self) -> np.ndarray:
-        """Those of all scalars that are not cut off."""
-        steps, numbers, _ = self.steps[ENV_STEPS].T
-        return steps[numbers < self.end]
-
-    @property
-    def last_step(self) -> Optional[int]:
-        """The environment step at which it ends or breaks off."""
-        steps = self.steps[ENV_STEPS]
-        return int(steps[:, 0].max()) if len(steps) else None
-
-    @property
-    def span(self) -> Span:
-        last = np.flatnonzero(self.scalars[:self.end]).max(initial=0)
-        return (self._clock[0], self._clock[last]) if self.end else (0., 0.)
-
-    def curve(self, tag: str) -> np.ndarray:
-        """The points of a tag by step, with their times: ``[N, 3]``."""
-        points = np.array(self.points[tag]).reshape(-1, 3)
-        points = points[points[:, 1] < self.end]
-        points[:, 1] = self._clock[points[:, 1].astype(int)]
-        return points[np.argsort(points[:, 0], kind='stable')]
-
-
 def _read_events(run: TrainedRun) -> None:
     if not run.event_files:
         raise Unreadable('no event file in it')
-    files = [_EventFile(path) for path in run.event_files]
+    files = [EventFile(path) for path in run.event_files]
     faults = [file for file in files if file.fault]
     filled = [file for file in files if file.scalars.any()]
     if not filled:
         raise Unreadable('; '.join(file.fault for file in faults if file.fault)
                          or 'no scalar in ' + ', '.join(map(os.path.basename, run.event_files)))
     for earlier, later in itertools.combinations(filled, 2):
+        if earlier.begins_like(later):
+            raise Unreadable('its event files are of more than one run, and each run needs a folder of its own')
         earlier.cut_off(later)
     run.spans = _united([file.span for file in filled if file.end])
     run.points = sum(int(file.scalars.sum()) for file in filled)
@@ -350,22 +252,6 @@ def _read_events(run: TrainedRun) -> None:
         run.notes.append('its event files overlap in time, which is counted once')
     if abandoned:
         run.notes.append(f'{abandoned:,} points and their time do not count: it went on from a checkpoint before them')
-
-
-def _whole_events(path: str) -> Iterator[Any]:
-    """The events of a file, and at the end the fault of one that is not whole."""
-    name, done = os.path.basename(path), 0
-    try:
-        size = os.path.getsize(path)
-        for end, event in events(path):
-            yield event
-            done = end
-    except OSError as error:
-        raise Unreadable(f'{name} cannot be read ({error.strerror})') from error
-    except DecodeError as error:
-        raise Unreadable(f'{name} is no event file') from error
-    if done < size:
-        raise Unreadable(f'{name} breaks off or is damaged')
 
 
 def _step_text(step: Optional[int], of: Optional[int]) -> str:
