@@ -438,6 +438,20 @@ class TestParts:
         assert row(comparison, 'env_steps_per_second').ratios == {'new': 0.5}
         assert row(comparison, 'seconds').ratios == {'new': None}
 
+    def test_a_part_of_lightzeros_own_entry(self, tmp_path):
+        """It counts environment steps anew, and its summary does not say that it went on."""
+        paths = pair(tmp_path)
+        part = Path(write_run(tmp_path / 'new_part', new=True, summary={}, began=BEGAN + 2000, resumed_at=288))
+        text = (part / 'total_config.py').read_text()
+        loaded = "'learn': {'learner': {'hook': {'load_ckpt_before_run': 'new_seed0/ckpt/iteration_72.pth.tar'}}},"
+        (part / 'total_config.py').write_text(text.replace("'learning_rate'", f"{loaded} 'learning_rate'"))
+        path = part / 'summary.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), 'resumed_at': []}))
+        comparison = compared(*paths, str(part))
+        assert ('new_part has 1:40 for 1,000 environment steps (it went on from a checkpoint of iteration 72): '
+                f'{OF_WHOLE_RUNS}', OF_A_WHOLE_RUN) in comparison.warnings
+        assert row(comparison, 'seconds').ratios == {'new': 1, 'new_part': None}
+
     @pytest.mark.parametrize('summary', [{}, None])
     def test_a_run_and_its_continuation_are_no_repeats(self, summary, tmp_path):
         """With train.py's summaries, and by the event files alone."""

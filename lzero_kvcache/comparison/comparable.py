@@ -178,7 +178,10 @@ def _incomplete(runs: Sequence[TrainedRun]) -> Iterator[Caution]:
     """A line for each run that is a part of a training, or was stopped."""
     by_events = any(finite(run.from_summary('seconds')) is None for run in runs)
     for run in runs:
-        reasons = [] if run.before is None else [f'it went on from a checkpoint at {run.before:,}']
+        reasons = []
+        if run.before is not None:
+            place = f'at {run.before:,}' if run.before else f'of iteration {run.first_iteration:,}'
+            reasons.append(f'it went on from a checkpoint {place}')
         if run.outcome not in (DONE, STOPPED):
             reasons.append(run.outcome)
         elif by_events and run.damaged:
@@ -197,7 +200,7 @@ def _length(run: TrainedRun) -> str:
     own, budget = _steps_of_its_own(run), run.from_summary('max_env_step')
     if own is None:
         return 'no environment steps'
-    if run.before is not None:
+    if run.before:
         return f'{own:,} of its {run.before + own:,} environment steps'
     whole = f' of {budget:,}' if isinstance(budget, int) and budget > own else ''
     return f'{own:,}{whole} environment steps'

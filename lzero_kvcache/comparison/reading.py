@@ -64,13 +64,16 @@ class TrainedRun:
 
     @property
     def before(self) -> Optional[int]:
-        """The environment steps before the checkpoint that it went on from, if it is without what was before that."""
+        """
+        The environment steps before the checkpoint that it went on from, if it is without what was before that; 0 if
+        LightZero's own entry counted them anew. None of a whole run.
+        """
         resumed, earlier = self.summary.get('resumed_at'), self.summary.get('earlier')
         if isinstance(resumed, list) and isinstance(earlier, list) and len(resumed) > len(earlier):
             return resumed[-1 - len(earlier)]
-        if resumed is None or self.config.get(LOADED):
-            return self.first_step if self.first_iteration else None
-        return None
+        if not self.first_iteration:
+            return None
+        return 0 if self.config.get(LOADED) else self.first_step if resumed is None else None
 
     @property
     def outcome(self) -> str:
