@@ -298,10 +298,15 @@ class TestWarnings:
             'new_seed0 ended when its reward reached env.stop_value, after 1,000 environment steps',
             f'Other ends (old: done; new: {STOPPED}): {OF_WHOLE_RUNS}']),
         (dict(max_train_iter=50), []),
+        (dict(versions=dict(LightZero='0.1.0', lzero_kvcache='0.2.0', commit='b')), [
+            'Other versions of LightZero (old: 0.2.0; new: 0.1.0): what differs may come from these',
+            'Other commits (old: a; new: b): what differs may come from these']),
     ])
     def test_what_a_summary_says(self, tmp_path, summary, expected):
         paths = pair(tmp_path)
-        path = tmp_path / 'new_seed0' / 'summary.json'
+        path, base = tmp_path / 'new_seed0' / 'summary.json', tmp_path / 'old_seed0' / 'summary.json'
+        held = dict(json.loads(base.read_text()), versions=dict(LightZero='0.2.0', lzero_kvcache='0.2.0', commit='a'))
+        base.write_text(json.dumps(held))
         path.write_text(json.dumps({**json.loads(path.read_text()), **summary}))
         assert self.warnings(*paths) == expected
 

@@ -33,6 +33,11 @@ class TestReading:
         with pytest.raises(Unreadable, match='evaluated a checkpoint and trained nothing'):
             read(str(tmp_path))
 
+    def test_what_an_experiment_began_anew_is_left_out(self, tmp_path):
+        write_run(tmp_path / 'old_seed0_cut_off1')
+        with pytest.raises(Unreadable, match='its experiment began it anew'):
+            read(str(tmp_path))
+
     def test_several_files_of_one_run(self, tmp_path):
         folder = tmp_path / 'old_s0'
         for began, rewards in ((500, (3., 4.)), (0, (1., 2.)), (520, (5., 6.))):

@@ -39,6 +39,7 @@ def cautions(sides: Sequence[Side]) -> Iterator[Caution]:
     yield from list(_disagreements(sides, BUDGETS, _effect(OF_ONE_LENGTH), OF_ONE_LENGTH)) or _other_lengths(sides)
     machines = list(_disagreements(sides, MACHINE, 'times and memory are not comparable', OF_ONE_MACHINE))
     yield from machines or _disagreements(sides, HOST, 'times are comparable if these are of one kind')
+    yield from _disagreements(sides, VERSIONS, 'what differs may come from these')
     yield from itertools.islice(_at_once(runs), 1)
 
 
@@ -111,6 +112,11 @@ MACHINE = {
     'versions of DI-engine': _of_machine('ding'),
 }
 HOST = {'hosts': lambda run: run.host}
+VERSIONS = {
+    'versions of LightZero': lambda run: run.from_summary('versions', 'LightZero'),
+    'versions of lzero_kvcache': lambda run: run.from_summary('versions', 'lzero_kvcache'),
+    'commits': lambda run: run.from_summary('versions', 'commit'),
+}
 
 
 def _disagreements(sides: Sequence[Side], values_of: Mapping[str, Callable[[TrainedRun], Any]], effect: str,

@@ -22,6 +22,8 @@ LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
 OLD = 'old'
 # The outcome of a run that has left its progress and no summary.
 NO_END = 'it was killed, or failed, or is not done yet'
+# What an experiment appends to the name of a run that was cut off before its first checkpoint.
+CUT_OFF = re.compile(r'_cut_off\d+$')
 # The time that train.py and DI-engine append to a name that exists, and what looks like a seed in a name.
 STAMP = re.compile(r'_\d{6}_\d{6}(_\d+)?$')
 SEED = re.compile(r'(?i)(?:(?<=[_\-.])|^)(?:seed|s)[_\-]?(\d+)(?=[_\-.]|$)|(?<=[_\-.])(\d+)$')
@@ -202,6 +204,8 @@ def _distinct_end(path: str, paths: Sequence[str]) -> str:
 
 def read_run(run: TrainedRun) -> None:
     """Read all that a run left behind."""
+    if CUT_OFF.search(run.name):
+        raise Unreadable('its experiment began it anew')
     try:
         run.config = read_config(os.path.join(run.folder, CONFIG_FILE))
     except ValueError as error:
