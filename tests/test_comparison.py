@@ -295,8 +295,8 @@ class TestWarnings:
         (dict(outcome='interrupted by SIGINT', env_step=900, seconds=90.),
          [f'new_seed0 has 1:30 for 900 of 1,000 environment steps (interrupted by SIGINT): {OF_WHOLE_RUNS}']),
         (dict(outcome=STOPPED), [
-            'new_seed0 ended when its reward reached env.stop_value, after 1,000 environment steps',
-            f'Other ends (old: done; new: {STOPPED}): {OF_WHOLE_RUNS}']),
+            f'Other ends (old: done; new: {STOPPED}): {OF_WHOLE_RUNS}',
+            'new_seed0 ended when its reward reached env.stop_value, after 1,000 environment steps']),
         (dict(max_train_iter=50), []),
         (dict(versions=dict(LightZero='0.1.0', lzero_kvcache='0.2.0', commit='b')), [
             'Other versions of LightZero (old: 0.2.0; new: 0.1.0): what differs may come from these',
@@ -514,8 +514,10 @@ class TestParts:
             axes = Figure().add_subplot()
             _draw_panel(axes, panel, comparison)
             assert len(axes.lines) == (2 if panel.against == 'environment steps' else 1)
+        report = report_of(comparison)
         assert ('Curves against minutes are without new_seed0: the minutes before its checkpoint are not known.'
-                in report_of(comparison))
+                in report)
+        assert report.index('new_seed0 has 1:40 for') < report.index('new_seed0 went on with an empty replay buffer')
 
 
 # ---- many runs, mixed runs, and where runs come from -----------------------------------------------------------------

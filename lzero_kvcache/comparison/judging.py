@@ -73,8 +73,9 @@ class Row(NamedTuple):
 class Comparison(NamedTuple):
     """
     Everything that is shown. ``left_out`` has the reason for each run that could not be read. ``differences`` has, for
-    each config key in which sides differ, a text for each side: its value, or all of them joined by '; '. ``mixed``
-    has, for each side, what its runs are not comparable in.
+    each config key in which sides differ, a text for each side: its value, or all of them joined by '; '. Of the
+    ``warnings``, those of what is not comparable come first. ``mixed`` has, for each side, what its runs are not
+    comparable in.
     """
     sides: List[Side]
     rows: List[Row]
@@ -100,7 +101,7 @@ def judge(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]], left_ou
     mixed = {side.name: blocked([side]) for side in sides}
     against = {side.name: blocked([sides[0], side]) for side in sides[1:]}
     rows = [_row(measure, sides, mixed, against, statistic) for measure in MEASURES]
-    remarks = [*notes(runs), *cautions(sides)]
+    remarks = sorted([*notes(runs), *cautions(sides)], key=lambda caution: not caution.blocks)
     return Comparison(sides, rows, _config_differences(sides), remarks, left_out, statistic, mixed)
 
 
