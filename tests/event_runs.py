@@ -31,17 +31,19 @@ def write_events(folder, points, began=BEGAN, created=None):
 
 def write_run(folder, new=False, seed=0, seconds=100., env_steps=1000, rewards=(10., 150.), search_ms=(80., 40.),
               step_ms=(4., 2.), hits=(60, 120), queries=(100, 200), evictions=(0., 8.), memory_mb=(2., 2.),
-              began=BEGAN, env_id='CartPole-v0', summary=None, config=True, cache_tags=True):
+              began=BEGAN, env_id='CartPole-v0', summary=None, config=True, cache_tags=True, resumed_at=None):
     """
     A training of as many evaluations as ``rewards`` and as many points of a cache tag as there are values, evenly over
-    the time. ``summary`` holds what differs from the events; None for a run without ``summary.json``.
+    the time. ``summary`` holds what differs from the events; None for a run without ``summary.json``. With
+    ``resumed_at`` environment steps, it went on from a checkpoint there, in a folder of its own.
     """
-    folder, points = Path(folder), []
+    folder, points, start = Path(folder), [], resumed_at or 0
 
     def add(tag, values, iterations=False):
         for index, value in enumerate(values):
             part = index / max(1, len(values) - 1)
-            points.append((part * seconds, index if iterations else round(part * env_steps), tag, value))
+            step = start // 4 + index if iterations else round(start + part * (env_steps - start))
+            points.append((part * seconds, step, tag, value))
 
     add('evaluator_step/reward_mean', rewards)
     add('Buffer/memory_usage/process', (512., 640., 600.), iterations=True)
@@ -64,9 +66,9 @@ def write_run(folder, new=False, seed=0, seconds=100., env_steps=1000, rewards=(
     if summary is not None:
         known = dict(outcome='done', task='train', cache='new' if new else 'old', seed=seed, device='cpu', processes=1,
                      max_env_step=env_steps, max_train_iter=None, env_step=env_steps, seconds=seconds,
-                     env_steps_per_second=env_steps / seconds, host_memory_mb=700., device_memory_mb=None,
-                     machine=MACHINE, **{f'{which}_reward': choose(rewards) for which, choose in
-                                         (('last', lambda all_of: all_of[-1]), ('best', max))})
+                     env_steps_per_second=(env_steps - start) / seconds, host_memory_mb=700., device_memory_mb=None,
+                     resumed_at=[] if resumed_at is None else [resumed_at], earlier=[], machine=MACHINE,
+                     last_reward=rewards[-1], best_reward=max(rewards))
         (folder / 'summary.json').write_text(json.dumps({**known, **summary}))
     return str(folder)
 

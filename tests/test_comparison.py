@@ -12,14 +12,19 @@ import numpy as np
 import pytest
 from event_runs import BEGAN, MACHINE, break_off, compare_json, compared, event_file, pair, read, row, write_run
 from forks import environment
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.__main__ import main
 from lzero_kvcache.comparison import compare_runs
+from lzero_kvcache.comparison.comparable import ALL, OF_A_WHOLE_RUN, OF_ONE_LENGTH, STOPPED, Caution
 from lzero_kvcache.comparison.judging import MEASURES, summed_up
-from lzero_kvcache.comparison.table import measures_table, origin, runs_table
+from lzero_kvcache.comparison.page import PANELS, _draw_panel, report_of
+from lzero_kvcache.comparison.table import default_console, measures_table, origin, runs_table, show
 
+OF_WHOLE_RUNS = 'training times, host memory, counts and rewards are not comparable'
+OF_OTHER_LENGTHS = 'training times, speeds, host memory, counts and rewards are not comparable'
 FLAG = 'policy.model.world_model_cfg.use_new_cache_manager'
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,7 +97,8 @@ class TestWhole:
         lines = [[cell.strip() for cell in re.split('[│┃]', line)[1:-1]] for line in whole[1].split('\n')]
         assert ['median [least, greatest]', 'old, 3 runs', 'cartpole_new, 3 runs', 'cartpole_new against old'] in lines
         assert ['training time', '1:50 [1:40, 2:00]', '0:55 [0:50, 1:00]', '2.00 x faster'] in lines
-        assert ['environment steps', '1,000', '1,000', 'the same'] in lines
+        assert ['environment steps', '1,000', '1,000', '-'] in lines
+        assert ['environment steps', '1,000', '1,000', 'the same'] not in lines
         assert ['peak cache memory, MiB', '2.00', '1.50', '1.33 x less'] in lines
         assert ['hit rate, roots', '54.0% [50.0%, 58.0%]', '100.0%', '46.0 points higher'] in lines
         assert ['evictions', '-', '10 [0, 20]', '-'] in lines
@@ -121,8 +127,7 @@ class TestWhole:
         lines = [line for line in whole[1].split('\n') if 'left out' in line]
         assert len(lines) == 2
         assert re.fullmatch(r'cartpole_new_seed3 is left out: no scalar in events\.\S+', lines[0])
-        assert re.fullmatch(r'cartpole_old_seed3 is left out: events\.\S+ breaks off or is damaged after [\d,]+ of '
-                            r'[\d,]+ bytes; the rest, [\d.]+%, is missing', lines[1])
+        assert re.fullmatch(r'cartpole_old_seed3 is left out: events\.\S+ breaks off or is damaged', lines[1])
         assert list(data['left_out']) == ['cartpole_new_seed3', 'cartpole_old_seed3']
 
     def test_warnings(self, whole, data):
@@ -273,8 +278,7 @@ class TestWarnings:
         (dict(seed=4), 'Other seeds: old: 0; new: 4'),
         (dict(env_id='MsPacman-v0'), 'Other environments (old: CartPole-v0; new: MsPacman-v0): nothing here is '
          'comparable'),
-        (dict(env_steps=2000), 'Other budgets of environment steps (old: 1,000; new: 2,000): times and rewards are not '
-         'comparable'),
+        (dict(env_steps=2000), f'Other budgets of environment steps (old: 1,000; new: 2,000): {OF_OTHER_LENGTHS}'),
     ])
     def test_what_a_run_was(self, tmp_path, new, expected):
         assert self.warnings(*pair(tmp_path, new=new)) == [expected]
@@ -286,12 +290,23 @@ class TestWarnings:
                                                     'comparable']),
         (dict(device='cuda'), ['Other devices (old: cpu; new: cuda): times and memory are not comparable']),
         (dict(processes=2), ['Other numbers of processes (old: 1; new: 2): times and memory are not comparable']),
-        (dict(outcome='interrupted by SIGINT'), ['new_seed0 ended early: interrupted by SIGINT']),
+        (dict(outcome='interrupted by SIGINT'), [f'new_seed0 has 1:40 for 1,000 environment steps (interrupted by '
+                                                 f'SIGINT): {OF_WHOLE_RUNS}']),
+        (dict(outcome='interrupted by SIGINT', env_step=900, seconds=90.),
+         [f'new_seed0 has 1:30 for 900 of 1,000 environment steps (interrupted by SIGINT): {OF_WHOLE_RUNS}']),
+        (dict(outcome=STOPPED), [
+            f'Other ends (old: done; new: {STOPPED}): {OF_WHOLE_RUNS}',
+            'new_seed0 ended when its reward reached env.stop_value, after 1,000 environment steps']),
         (dict(max_train_iter=50), []),
+        (dict(versions=dict(LightZero='0.1.0', lzero_kvcache='0.2.0', commit='b')), [
+            'Other versions of LightZero (old: 0.2.0; new: 0.1.0): what differs may come from these',
+            'Other commits (old: a; new: b): what differs may come from these']),
     ])
     def test_what_a_summary_says(self, tmp_path, summary, expected):
         paths = pair(tmp_path)
-        path = tmp_path / 'new_seed0' / 'summary.json'
+        path, base = tmp_path / 'new_seed0' / 'summary.json', tmp_path / 'old_seed0' / 'summary.json'
+        held = dict(json.loads(base.read_text()), versions=dict(LightZero='0.2.0', lzero_kvcache='0.2.0', commit='a'))
+        base.write_text(json.dumps(held))
         path.write_text(json.dumps({**json.loads(path.read_text()), **summary}))
         assert self.warnings(*paths) == expected
 
@@ -300,7 +315,7 @@ class TestWarnings:
         comparison = compared(*(write_run(tmp_path / f'new_{steps}', new=True, env_steps=steps, began=BEGAN + steps,
                                           summary=dict(max_env_step=steps)) for steps in (300, 5000)))
         said = ' '.join(warning.text for warning in comparison.warnings)
-        assert 'Other budgets of environment steps (new: 300, 5,000): times and rewards are not comparable' in said
+        assert f'Other budgets of environment steps (new: 300, 5,000): {OF_OTHER_LENGTHS}' in said
         spreads = {name: row(comparison, name).spreads['new'] for name in ('seconds', 'last_reward', 'init_hit_rate')}
         assert {name: spread and spread.runs for name, spread in spreads.items()} == dict(
             seconds=None, last_reward=None, init_hit_rate=2)
@@ -309,8 +324,52 @@ class TestWarnings:
     def test_budgets_of_runs_without_a_summary(self, tmp_path):
         paths = [write_run(tmp_path / 'old_s0'),
                  write_run(tmp_path / 'new_s0', new=True, env_steps=740, began=BEGAN + 500)]
-        assert self.warnings(*paths) == ['Other lengths: new_s0 has 740 environment steps, old_s0 1,000: times '
-                                         'and rewards are not comparable']
+        assert self.warnings(*paths) == [
+            f'Other lengths in environment steps (old: old_s0 1,000; new: new_s0 740): {OF_OTHER_LENGTHS}']
+
+    def test_runs_of_one_budget_that_ends_some_steps_later(self, tmp_path):
+        """As a first look with three seeds: what one step takes is comparable, what all of them take is not."""
+        lengths = dict(old_s0=389, old_s1=414, old_s2=342, new_s0=346, new_s1=350, new_s2=300)
+        paths = [write_run(tmp_path / name, new='new' in name, seed=int(name[-1]), began=BEGAN + 1000 * number,
+                           env_steps=steps, summary=dict(max_env_step=300))
+                 for number, (name, steps) in enumerate(lengths.items())]
+        comparison = compared(*paths)
+        assert [warning.text for warning in comparison.warnings] == [
+            'Other lengths (old: old_s2 342, old_s1 414; new: new_s2 300, new_s1 350) under one budget of 300 '
+            'environment steps, which the last collection goes beyond: training times, host memory, counts and rewards '
+            'are not comparable; a longer budget makes them alike']
+        ratios = {row.measure.name: row.ratios['new'] for row in comparison.rows}
+        assert [name for name in ('env_steps_per_second', 'search_ms', 'step_ms', 'init_hit_rate', 'seconds',
+                                  'last_reward') if ratios[name] is None] == ['seconds', 'last_reward']
+
+    @pytest.mark.parametrize('share', [0.5, 0.9])
+    def test_the_length_of_a_run_is_that_of_its_summary(self, share, tmp_path):
+        """Not that of its event file, if that is damaged."""
+        paths = pair(tmp_path, new=dict(search_ms=range(100)))
+        break_off(paths[1], share)
+        [warning] = self.warnings(*paths)
+        assert re.fullmatch(r'new_seed0: events\.\S+ breaks off or is damaged: its events end at step [\d,]+ of 1,000',
+                            warning)
+        assert row(compared(*paths), 'seconds').ratios['new'] == 1
+
+    def test_a_damaged_run_without_a_summary_is_not_whole(self, tmp_path):
+        paths = [write_run(tmp_path / 'old_s0', search_ms=range(100)),
+                 write_run(tmp_path / 'new_s0', new=True, search_ms=range(100), began=BEGAN + 500)]
+        break_off(paths[1], 0.9)
+        comparison = compared(*paths)
+        [said] = [text for text, blocks in comparison.warnings if blocks]
+        assert re.match(r'new_s0 has 1:[23]\d for [89]\d\d environment steps \(its event files are damaged\): ', said)
+        assert (row(comparison, 'seconds').ratios, row(comparison, 'seconds').spreads['new']) == ({'new': None}, None)
+
+    def test_lengths_that_differ_a_little(self, tmp_path):
+        """Times are compared, and what is not the cache's in them is said."""
+        paths = pair(tmp_path, new=dict(env_steps=880))
+        path = tmp_path / 'new_seed0' / 'summary.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), 'max_env_step': 1000}))
+        assert self.warnings(*paths) == [
+            'Training times are of other numbers of environment steps (medians, old: 1,000; new: 880), which makes '
+            'some of their difference; environment steps per second are without it']
+        assert row(compared(*paths), 'seconds').ratios['new'] == 1
 
     def test_hosts(self, tmp_path):
         paths = pair(tmp_path)
@@ -322,8 +381,8 @@ class TestWarnings:
 
     @pytest.mark.parametrize(('new', 'summary', 'without', 'with_one'), [
         (dict(env_id='MsPacman-v0'), {}, ('seconds', 'cache_memory_mb', 'init_hit_rate', 'last_reward'), ()),
-        (dict(env_steps=300), {}, ('seconds', 'env_step', 'env_steps_per_second', 'last_reward', 'evictions'),
-         ('cache_memory_mb', 'init_hit_rate')),
+        (dict(env_steps=300), {}, ('seconds', 'env_step', 'env_steps_per_second', 'last_reward', 'evictions',
+                                   'host_memory_mb'), ('search_ms', 'cache_memory_mb', 'init_hit_rate')),
         ({}, dict(machine={**MACHINE, 'cpus': 64}), ('seconds', 'search_ms', 'host_memory_mb'),
          ('init_hit_rate', 'last_reward')),
         ({}, {}, (), ('seconds', 'search_ms', 'cache_memory_mb', 'init_hit_rate', 'last_reward')),
@@ -356,6 +415,109 @@ class TestWarnings:
         ]
         assert measures_table(comparison).headings == ['median [least, greatest]', 'old, 2 runs']
         assert runs_table(comparison).headings == ['run', 'old_s0', 'old_s1']
+
+
+class TestParts:
+    """Runs that went on from a checkpoint in a folder of their own have a part of a training's time."""
+
+    def test_a_part_is_not_compared_with_a_whole_run(self, tmp_path):
+        paths = pair(tmp_path, old=dict(seconds=130.), new=dict(seconds=12., resumed_at=614, env_steps=1046))
+        path = tmp_path / 'new_seed0' / 'summary.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), 'max_env_step': 1000}))
+        comparison = compared(*paths)
+        assert Caution('new_seed0 has 0:12 for 432 of its 1,046 environment steps (it went on from a checkpoint at '
+                       f'614): {OF_OTHER_LENGTHS}', OF_ONE_LENGTH) in comparison.warnings
+        cells = {cells[0]: cells[1:] for cells in measures_table(comparison).rows}
+        assert cells['training time'] == ['2:10', '-', '-']
+        assert cells['last reward'] == ['150.0', '-', '-']
+        assert cells['environment steps per second'] == ['7.69', '36.0', '-']
+        assert cells['search, ms'] == ['60.0', '60.0', 'the same']
+        printed = io.StringIO()
+        show(comparison, Console(file=printed, width=200))
+        assert re.search(r'Each run\b.*│ training time +│ +2:10 │ +0:12 │', printed.getvalue(), re.DOTALL)
+
+    def test_the_speed_of_a_part_that_is_about_as_long(self, tmp_path):
+        comparison = compared(*pair(tmp_path, new=dict(seconds=40., resumed_at=200)))
+        assert Caution('new_seed0 has 0:40 for 800 of its 1,000 environment steps (it went on from a checkpoint at '
+                       f'200): {OF_WHOLE_RUNS}', OF_A_WHOLE_RUN) in comparison.warnings
+        assert row(comparison, 'env_steps_per_second').ratios == {'new': 0.5}
+        assert row(comparison, 'seconds').ratios == {'new': None}
+
+    def test_a_part_of_lightzeros_own_entry(self, tmp_path):
+        """It counts environment steps anew, and its summary does not say that it went on."""
+        paths = pair(tmp_path)
+        part = Path(write_run(tmp_path / 'new_part', new=True, summary={}, began=BEGAN + 2000, resumed_at=288))
+        text = (part / 'total_config.py').read_text()
+        loaded = "'learn': {'learner': {'hook': {'load_ckpt_before_run': 'new_seed0/ckpt/iteration_72.pth.tar'}}},"
+        (part / 'total_config.py').write_text(text.replace("'learning_rate'", f"{loaded} 'learning_rate'"))
+        path = part / 'summary.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), 'resumed_at': []}))
+        comparison = compared(*paths, str(part))
+        assert ('new_part has 1:40 for 1,000 environment steps (it went on from a checkpoint of iteration 72): '
+                f'{OF_WHOLE_RUNS}', OF_A_WHOLE_RUN) in comparison.warnings
+        assert row(comparison, 'seconds').ratios == {'new': 1, 'new_part': None}
+
+    @pytest.mark.parametrize('summary', [{}, None])
+    def test_a_run_and_its_continuation_are_no_repeats(self, summary, tmp_path):
+        """With train.py's summaries, and by the event files alone."""
+        whole = write_run(tmp_path / 'new_whole', new=True, summary=summary, env_steps=1000)
+        part = write_run(tmp_path / 'new_part', new=True, summary=summary, began=BEGAN + 500, seconds=50.,
+                         resumed_at=500, env_steps=1000)
+        comparison = compared(whole, part)
+        assert [[run.name for run in side.runs] for side in comparison.sides] == [['new_whole'], ['new_part']]
+        assert row(comparison, 'seconds').ratios == {'new_part': None}
+        assert row(comparison, 'env_steps_per_second').values == {'new_whole': 10, 'new_part': 10}
+        grouped = compared(whole, part, groups=[('all', 'new_*')])
+        assert {spread for each in grouped.rows for spread in each.spreads.values()} == {None}
+        assert Caution("Of 'all', new_part went on from a checkpoint, and other runs did not: they are no repeats of "
+                       'each other', ALL) in grouped.warnings
+
+    def test_parts_of_one_training(self, tmp_path):
+        """The second went on from the first, or both from one checkpoint; with other seeds they would be repeats."""
+        parts = [write_run(tmp_path / f'new_{number}', new=True, summary={}, began=BEGAN + number, resumed_at=number,
+                           seed=number // 700) for number in (500, 600, 700)]
+        said = 'went on from checkpoints with one seed: they are taken to be parts or copies of one training, and no '
+        for paths, together in ((parts[:2], True), (parts[1:], False)):
+            comparison = compared(*paths)
+            assert any(said in text for text, _ in comparison.warnings) is together
+            assert (row(comparison, 'init_hit_rate').spreads['new'] is None) is together
+            assert row(comparison, 'seconds').spreads['new'] is None
+
+    def test_a_copy_is_no_repeat(self, tmp_path):
+        """As a folder that was copied before its training went on."""
+        paths = [write_run(tmp_path / name, new=True, summary={}, env_steps=steps)
+                 for name, steps in (('new_seed0', 1000), ('new_seed0_copy', 1100))]
+        comparison = compared(*paths)
+        assert ('new_seed0 and new_seed0_copy began at the same moment: they are taken to be parts or copies of one '
+                'training, and no repeats of each other', ALL) in comparison.warnings
+        assert {spread for each in comparison.rows for spread in each.spreads.values()} == {None}
+
+    def test_two_runs_of_one_seed(self, tmp_path):
+        paths = [write_run(tmp_path / name, new=True, summary={}, began=BEGAN + 500 * number)
+                 for number, name in enumerate(('new_a', 'new_b'))]
+        said = [warning.text for warning in compared(*paths).warnings]
+        assert "More than one run of 'new' has seed 0: their spread is not one of seeds" in said
+
+    def test_a_run_that_went_on_in_place_is_whole(self, tmp_path):
+        paths = pair(tmp_path, new=dict(seconds=120.))
+        path = tmp_path / 'new_seed0' / 'summary.json'
+        held = {**json.loads(path.read_text()), 'resumed_at': [500], 'earlier': [dict(command=[], overrides=[])]}
+        path.write_text(json.dumps(held))
+        assert row(compared(*paths), 'seconds').ratios['new'] == pytest.approx(100 / 120)
+        path.write_text(json.dumps({**held, 'earlier': []}))  # nothing was left of the part before
+        assert row(compared(*paths), 'seconds').ratios['new'] is None
+
+    def test_curves_against_minutes_are_without_parts(self, tmp_path):
+        paths = pair(tmp_path, new=dict(resumed_at=500))
+        comparison = compared(*paths)
+        for panel in PANELS:
+            axes = Figure().add_subplot()
+            _draw_panel(axes, panel, comparison)
+            assert len(axes.lines) == (2 if panel.against == 'environment steps' else 1)
+        report = report_of(comparison)
+        assert ('Curves against minutes are without new_seed0: the minutes before its checkpoint are not known.'
+                in report)
+        assert report.index('new_seed0 has 1:40 for') < report.index('new_seed0 went on with an empty replay buffer')
 
 
 # ---- many runs, mixed runs, and where runs come from -----------------------------------------------------------------
@@ -443,6 +605,26 @@ class TestCommand:
         (tmp_path / 'file').touch()
         assert main(['compare', *paths, '--out', str(tmp_path / 'file')]) == 2
         assert capsys.readouterr().err.endswith('it cannot be written to (File exists)\n')
+
+    @pytest.mark.parametrize(('name', 'content', 'said'), [
+        ('notes.txt', 'text', '{path}: an event file has tfevents in its name; give one, or the folder of a run'),
+        ('events.out.tfevents.1.here', 'text', 'no run can be read: {folder} ({name} breaks off or is damaged)'),
+    ])
+    def test_a_file_that_is_no_event_file_is_answered_by_one_line(self, name, content, said, capfd, tmp_path):
+        path = tmp_path / name
+        path.write_text(content)
+        assert main(['compare', str(path), '--out', str(tmp_path / 'out')]) == 2
+        out, err = capfd.readouterr()
+        said = said.format(path=path, folder=tmp_path.name, name=name)
+        assert (out, err) == ('', f'lzero-kvcache: error: {said}\n')
+        assert not (tmp_path / 'out').exists()
+
+    @pytest.mark.parametrize(('columns', 'width'), [(None, 100), ('60', 60), ('180', 180)])
+    def test_a_pipe_is_as_wide_as_columns_says(self, columns, width, monkeypatch):
+        monkeypatch.delenv('COLUMNS', raising=False)
+        if columns:
+            monkeypatch.setenv('COLUMNS', columns)
+        assert default_console().width == width
 
     def test_from_a_shell(self, tmp_path):
         """Nothing is printed but what was asked for, neither by LightZero nor by anything it imports."""

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from lzero_kvcache import comparison as package
 from lzero_kvcache.comparison import compare_runs
+from lzero_kvcache.comparison.event_files import REWARD, Unreadable
 from lzero_kvcache.comparison.page import PANELS, _draw_panel, band_of, draw, line_of, report_of
-from lzero_kvcache.comparison.reading import REWARD, Curve, Unreadable, find_runs
+from lzero_kvcache.comparison.reading import Curve, find_runs
 from lzero_kvcache.comparison.table import measures_table
 from lzero_kvcache.run_files import read_config
 
@@ -30,6 +31,11 @@ class TestReading:
     def test_an_evaluation_is_no_training(self, tmp_path):
         write_run(tmp_path / 'new_s0_eval', summary=dict(task='evaluate'))
         with pytest.raises(Unreadable, match='evaluated a checkpoint and trained nothing'):
+            read(str(tmp_path))
+
+    def test_what_an_experiment_began_anew_is_left_out(self, tmp_path):
+        write_run(tmp_path / 'old_seed0_cut_off1')
+        with pytest.raises(Unreadable, match='its experiment began it anew'):
             read(str(tmp_path))
 
     def test_several_files_of_one_run(self, tmp_path):
@@ -75,8 +81,7 @@ class TestReading:
         # 60 of 100 seconds until the step at which it went on, and as many after that.
         assert (run.last(REWARD), run.env_step, run.seconds) == (90, 900, pytest.approx(120, abs=1))
         fault, abandoned = run.notes
-        assert re.fullmatch(r'events\.\S+ breaks off or is damaged after [\d,]+ of [\d,]+ bytes; the rest, 0\.\d%, is '
-                            'missing', fault)
+        assert re.fullmatch(r'events\.\S+ breaks off or is damaged: its events end at step 1,000', fault)
         assert re.fullmatch(r'\d+ points and their time do not count: it went on from a checkpoint before them',
                             abandoned)
 
@@ -101,6 +106,20 @@ class TestReading:
         assert run.curves[REWARD].values.tolist() == [1, 2, 3, 4]
         assert (run.last(REWARD), run.seconds, run.notes) == (4, 120, [])
 
+    def test_event_files_of_two_runs_in_one_folder(self, tmp_path):
+        """As of somebody who collects event files. What is left of an abandoned part, one iteration, is no run."""
+        for number in range(2):
+            path = event_file(write_run(tmp_path / f'run{number}', began=BEGAN + 500 * number, search_ms=range(20)))
+            (tmp_path / 'all').mkdir(exist_ok=True)
+            path.rename(tmp_path / 'all' / path.name)
+        with pytest.raises(Unreadable, match='are of more than one run, and each run needs a folder of its own'):
+            read(str(tmp_path / 'all'))
+        for began, iterations in ((0, (0, 10)), (100, (10, )), (200, (10, 20))):
+            write_events(tmp_path / 'one', [(number, iteration, 'kv_cache_iter/search_ms', 1.)
+                                            for number, iteration in enumerate(iterations)], BEGAN + began)
+        [run] = read(str(tmp_path / 'one'))
+        assert len(run.event_files) == 3
+
     def test_what_is_no_scalar(self, tmp_path):
         from torch.utils.tensorboard import SummaryWriter as TorchWriter
         with TorchWriter(str(tmp_path / 'old_s0')) as writer:
@@ -119,26 +138,24 @@ class TestReading:
         path.write_bytes(data)
         [run] = read(folder)
         assert run.curves['kv_cache_iter/search_ms'].values.tolist() == list(range(50))
-        assert re.search(r'is damaged after [\d,]+ of [\d,]+ bytes; the rest, (49|50)\.\d%, is missing$', run.notes[0])
+        assert re.search(r'is damaged: its events end at step (49|50)\d$', run.notes[0])
 
     @pytest.mark.parametrize('share', [0.3, 0.9, 0.999])
     def test_a_file_that_breaks_off(self, tmp_path, share):
-        """As after a kill: what is whole is kept, and how much is missing is said."""
-        folder = write_run(tmp_path / 'old_s0', search_ms=range(100))
-        size = event_file(folder).stat().st_size
+        """As after a kill: what is whole is kept, and where it ends is said."""
+        folder = write_run(tmp_path / 'old_s0', search_ms=range(100), summary={})
         break_off(folder, share)
         [run] = read(folder)
         values = run.curves['kv_cache_iter/search_ms'].values.tolist()
         assert values == list(range(len(values)))
         assert len(values) == pytest.approx(100 * share, abs=6)
         [note] = run.notes
-        done, of = (int(number.replace(',', '')) for number in re.findall(r'[\d,]+(?= of| bytes)', note))
-        assert done < of == int(size * share)
-        assert note.endswith(f'; the rest, {(of - done) / of:.1%}, is missing')
+        assert note.endswith(f'breaks off or is damaged: its events end at step {run.env_step:,} of 1,000')
+        assert (run.env_step, run.steps) == (pytest.approx(1000 * share, abs=60), 1000)
 
     def test_a_file_that_is_something_else(self, tmp_path):
         (tmp_path / 'events.out.tfevents.1.host').write_text('no event file')
-        with pytest.raises(Unreadable, match='after 0 of 13 bytes'):
+        with pytest.raises(Unreadable, match='breaks off or is damaged'):
             read(str(tmp_path))
 
     def test_numbers_that_are_none(self, tmp_path):
@@ -293,6 +310,6 @@ class TestPicture:
             _draw_panel(axes, panel, comparison)
             bands[panel.title, panel.against] = [len(axes.lines), len(axes.collections)]
         both, one = [6, 2], [5, 1]  # lines of four runs and of those that have a band, and the bands
-        assert list(bands.values()) == [one, one, both, one, both, one]
+        assert list(bands.values()) == [one, one, both, both, both, one]
         assert 'Runs of mixed that are not comparable have no band.' in report_of(comparison)
         assert 'have no band' not in report_of(compared(*paths[2:]))

@@ -8,6 +8,7 @@ import torch
 from builders import Worker, make_policy
 
 from lzero_kvcache import __version__
+from lzero_kvcache.cli import commands
 from lzero_kvcache.engine.slab import MIB
 from lzero_kvcache.host import building
 from lzero_kvcache.host.lightzero import adapter_of, lightzero
@@ -165,6 +166,16 @@ def test_the_command_prints_both_tables_and_nothing_else(capfd, tmp_path, monkey
         line for line in captured.out.split('\n') if line.strip() in ('installed', 'cache') or line[:8] == 'Config: '
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(('columns', 'width'), [(None, 100), ('70', 70), ('140', 140)])
+def test_a_table_in_a_pipe_is_as_wide_as_columns_says(columns, width, capfd, monkeypatch):
+    monkeypatch.delenv('COLUMNS', raising=False)
+    if columns:
+        monkeypatch.setenv('COLUMNS', columns)
+    monkeypatch.setattr(commands, 'of_zoo', lambda: [('config', 'a word and ' * 30)])
+    assert main(['zoo']) == 0
+    assert max(map(len, capfd.readouterr().out.split('\n'))) == width
 
 
 def test_the_zoo_is_tried(monkeypatch):

@@ -145,7 +145,7 @@ COMPARE = [
     (['nosuch'], 'nosuch: no such folder or event file'),
     (['.', '--group', 'old'], "'old' is not NAME=PATTERN"),
     (['.', '--colour'], '--colour'),
-    (['.'], 'none of these runs can be read'),
+    (['.'], 'no run can be read: '),
 ]
 
 

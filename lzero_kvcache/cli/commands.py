@@ -21,6 +21,8 @@ from ..training.ranks import DataParallel
 from ..training.terminal import PACKAGE_LOGGER, Output, Terminal
 
 FAILED = 1
+# Of a table that goes to a file or a pipe, if COLUMNS says nothing.
+WIDTH = 100
 # The options of ``train`` that are no part of the plan.
 SHOWN = ('command', 'verbose', 'log_level')
 
@@ -96,7 +98,7 @@ def info(options: argparse.Namespace) -> int:
         tables = [('installed', installed())]
         if options.config is not None:
             tables.append(('cache', of_plan(make_plan(options.config, overrides=options.overrides))))
-    terminal = Terminal(sys.stdout)
+    terminal = Terminal(sys.stdout, width=WIDTH)
     for title, rows in tables:
         terminal.table(title, rows)
     return 0
@@ -106,5 +108,5 @@ def zoo(options: argparse.Namespace) -> int:
     """Print which configs there are, and what they need."""
     with Output(silent=True):  # building environments prints much
         rows = of_zoo()
-    Terminal(sys.stdout).table('configs', rows)
+    Terminal(sys.stdout, width=WIDTH).table('configs', rows)
     return 0

@@ -1,5 +1,6 @@
 """
-Trainings side by side: ``reading`` finds and reads runs, ``judging`` compares them, ``table`` and ``page`` show it.
+Trainings side by side: ``reading`` finds and reads runs and their ``event_files``, ``sides`` sorts them,
+``comparable`` says which numbers can be compared, ``judging`` compares them, ``table`` and ``page`` show it.
 
 Knows the files that trainings leave behind. Must not train, run a config or know how the cache works.
 """
@@ -12,9 +13,11 @@ from rich.console import Console
 from rich.progress import track
 
 from ..config import ConfigError
-from .judging import Comparison, as_json, check_groups, judge
+from .event_files import Unreadable
+from .judging import Comparison, as_json, judge
 from .page import draw, report_of
-from .reading import TrainedRun, Unreadable, find_runs, read_run
+from .reading import TrainedRun, find_runs, read_run
+from .sides import check_groups
 from .table import default_console, line, show
 
 __all__ = ['compare_runs']
@@ -41,10 +44,10 @@ def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[
             readable.append(run)
         except Unreadable as error:
             left_out[run.name] = str(error)
+    if not readable:
+        raise ConfigError('no run can be read: ' + '; '.join(f'{name} ({why})' for name, why in left_out.items()))
     for name, why in left_out.items():
         line(console, f'{name} is left out: {why}')
-    if not readable:
-        raise ConfigError('none of these runs can be read')
     comparison = judge(readable, groups, left_out)
     show(comparison, console)
     line(console, f'Wrote {", ".join(_write(comparison, out))}')

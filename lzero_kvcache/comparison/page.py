@@ -16,8 +16,10 @@ from matplotlib.lines import Line2D
 from matplotlib.style import context
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from .judging import HITS, INTERQUARTILE_MEAN, MEDIAN, MEMORY, REWARDS, TIME, Comparison, summed_up
-from .reading import CACHE_BY_STEP, HOST_MEMORY, REWARD, Curve
+from .comparable import CALL_TIME, HITS, HOST_MEMORY, MEMORY, REWARDS, TIME
+from .event_files import CACHE_BY_STEP, MEMORY_OF_HOST, REWARD
+from .judging import INTERQUARTILE_MEAN, MEDIAN, Comparison, summed_up
+from .reading import Curve, TrainedRun
 from .table import Table, config_table, measures_table, origin, runs_table, runs_text, side_text
 
 # Readers who are colour-blind can tell them apart (Okabe and Ito).
@@ -56,9 +58,9 @@ PANELS = (
     Panel('Reward of evaluations', REWARD, REWARDS, STEPS),
     Panel('Reward of evaluations', REWARD, REWARDS, MINUTES),
     Panel('Root contexts found, %', CACHE_BY_STEP + 'init_hit_rate', HITS, STEPS, 100., True),
-    Panel('Time of a search, ms', CACHE_BY_STEP + 'search_ms', TIME, STEPS, from_zero=True),
+    Panel('Time of a search, ms', CACHE_BY_STEP + 'search_ms', CALL_TIME, STEPS, from_zero=True),
     Panel('Memory of the cache, MiB', CACHE_BY_STEP + 'memory_mb', MEMORY, STEPS, from_zero=True),
-    Panel('Memory of the process, MiB', HOST_MEMORY, MEMORY, MINUTES, from_zero=True),
+    Panel('Memory of the process, MiB', MEMORY_OF_HOST, HOST_MEMORY, MINUTES, from_zero=True),
 )
 
 
@@ -85,13 +87,18 @@ def draw(comparison: Comparison, form: str = 'png') -> bytes:
 
 
 def _shown_panels(comparison: Comparison) -> List[Panel]:
-    return [panel for panel in PANELS if any(panel.tag in run.curves for run in comparison.runs)]
+    return [panel for panel in PANELS if _shown_runs(panel, comparison.runs)]
+
+
+def _shown_runs(panel: Panel, runs: Sequence[TrainedRun]) -> List[TrainedRun]:
+    """Those that have its points; of a run that went on from another's checkpoint, the minutes before are not known."""
+    return [run for run in runs if panel.tag in run.curves and (panel.against == STEPS or run.before is None)]
 
 
 def _draw_panel(axes: Any, panel: Panel, comparison: Comparison) -> None:
     for index, side in enumerate(comparison.sides):
         colour = COLOURS[index % len(COLOURS)]
-        lines = [line_of(run.curves[panel.tag], panel) for run in side.runs if panel.tag in run.curves]
+        lines = [line_of(run.curves[panel.tag], panel) for run in _shown_runs(panel, side.runs)]
         lines = [line for line in lines if len(line[0])]
         about = {panel.about, TIME} if panel.against == MINUTES else {panel.about}
         band = None if about & comparison.mixed[side.name] else band_of(lines, comparison.statistic)
@@ -193,8 +200,12 @@ def _figure(comparison: Comparison) -> str:
 
 
 def _caption(comparison: Comparison) -> str:
-    mixed = ' and of '.join(escape(name) for name, about in comparison.mixed.items() if about)
-    return CURVES[comparison.statistic] + (f' Runs of {mixed} that are not comparable have no band.' if mixed else '')
+    mixed = ' and of '.join(escape(side.name) for side in comparison.sides
+                            if len(side.runs) > 1 and comparison.mixed[side.name])
+    parts = escape(_listed([run.name for run in comparison.runs if run.before is not None]))
+    return (CURVES[comparison.statistic] + (f' Runs of {mixed} that are not comparable have no band.' if mixed else '')
+            + (f' Curves against minutes are without {parts}: the minutes before its checkpoint are not known.'
+               if parts else ''))
 
 
 def _configs(comparison: Comparison) -> str:

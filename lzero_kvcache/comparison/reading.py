@@ -1,64 +1,32 @@
 """
-What runs left behind: event files, the saved config and the summary. tensorboard's own reader reads every point of the
-tags that are compared. The arrays of a curve have one dimension, an element for each point.
+What runs left behind: event files, the saved config and the summary. The arrays of a curve have one dimension, an
+element for each point.
 """
 import itertools
 import os
 import re
-from array import array
-from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
 from ..config import FLAG, OPTIONS, ConfigError, picked_manager
-from ..run_files import (
-    COLLECTIONS,
-    CONFIG_FILE,
-    EVALUATIONS,
-    EVENT_FILES,
-    PROGRESS,
-    SUMMARY,
-    events,
-    read_config,
-    read_json,
-)
+from ..run_files import CONFIG_FILE, EVENT_FILES, PROGRESS, SUMMARY, read_config, read_json
+from .event_files import ITERATIONS, EventFile, Span, Unreadable
 
 EVENT_FILE = 'tfevents'
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
-# Seconds by which the events of one file may be out of order.
-CLOCK_TOLERANCE = 1.
-
-REWARD = 'evaluator_step/reward_mean'
-HOST_MEMORY = 'Buffer/memory_usage/process'
-DEVICE_MEMORY = 'learner_iter/Max_GPU_avg'
-CACHE, CACHE_BY_STEP = 'kv_cache_iter/', 'kv_cache_step/'
-POOLS = {'init': 'roots', 'recur': 'nodes', 'total': 'all'}
-TAGS = frozenset([
-    REWARD, HOST_MEMORY, DEVICE_MEMORY, *(CACHE_BY_STEP + name for name in ('init_hit_rate', 'search_ms', 'memory_mb')),
-    *(CACHE + name for name in ('search_ms', 'step_ms', 'memory_mb', 'total_evictions')),
-    *(f'{CACHE}{pool}_{count}' for pool in POOLS for count in ('hits', 'queries')),
-])
-# Tags against environment steps are called NAME_step/TAG, tags against iterations NAME_iter/TAG. A file that goes on
-# from a checkpoint begins at the checkpoint's iteration, but with more environment steps.
-AXES = ENV_STEPS, ITERATIONS = '_step/', '_iter/'
 
 WORLD_MODEL = 'policy.model.world_model_cfg.'
+LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
 OLD = 'old'
 # The outcome of a run that has left its progress and no summary.
 NO_END = 'it was killed, or failed, or is not done yet'
+# What an experiment appends to the name of a run that was cut off before its first checkpoint.
+CUT_OFF = re.compile(r'_cut_off\d+$')
 # The time that train.py and DI-engine append to a name that exists, and what looks like a seed in a name.
 STAMP = re.compile(r'_\d{6}_\d{6}(_\d+)?$')
 SEED = re.compile(r'(?i)(?:(?<=[_\-.])|^)(?:seed|s)[_\-]?(\d+)(?=[_\-.]|$)|(?<=[_\-.])(\d+)$')
-
-# From when to when, in seconds since 1970.
-Span = Tuple[float, float]
-
-
-class Unreadable(Exception):
-    """A run that cannot be compared; the message says why, in one line."""
 
 
 class Curve(NamedTuple):
@@ -72,9 +40,9 @@ class Curve(NamedTuple):
 class TrainedRun:
     """
     A run: where its files are, event files oldest first, a name that tells it apart from the others, and, when it was
-    read, what is in them. It has several spans if it was cut off and resumed; ``points`` counts the scalars of all
-    tags. ``config`` has dotted keys; ``summary`` is what its progress says, if it has no summary. Both are empty where
-    nothing was saved. ``notes`` say what is missing.
+    read, what is in them. It has several spans if it was cut off and resumed. ``env_step`` is the last step in its
+    event files, ``points`` counts the scalars of all tags. ``config`` has dotted keys; ``summary`` is what its progress
+    says, if it has no summary. Both are empty where nothing was saved. ``notes`` say what is missing.
     """
     folder: str
     event_files: List[str]
@@ -82,10 +50,37 @@ class TrainedRun:
     curves: Dict[str, Curve] = field(default_factory=dict)
     spans: List[Span] = field(default_factory=list)
     env_step: Optional[int] = None
+    first_step: Optional[int] = None
+    first_iteration: Optional[int] = None
     points: int = 0
     config: Dict[str, Any] = field(default_factory=dict)
     summary: Dict[str, Any] = field(default_factory=dict)
     notes: List[str] = field(default_factory=list)
+    damaged: bool = False
+
+    @property
+    def steps(self) -> Optional[int]:
+        """Environment steps that it has trained on: those of the summary, since event files may be damaged."""
+        said = finite(self.summary.get('env_step'))
+        return self.env_step if said is None else int(said)
+
+    @property
+    def before(self) -> Optional[int]:
+        """
+        The environment steps before the checkpoint that it went on from, if it is without what was before that; 0 if
+        LightZero's own entry counted them anew. None of a whole run.
+        """
+        resumed, earlier = self.summary.get('resumed_at'), self.summary.get('earlier')
+        if isinstance(resumed, list) and isinstance(earlier, list) and len(resumed) > len(earlier):
+            return resumed[-1 - len(earlier)]
+        if not self.first_iteration:
+            return None
+        return 0 if self.config.get(LOADED) else self.first_step if resumed is None else None
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, as far as that is known."""
+        return str(self.summary.get('outcome', 'done'))
 
     @property
     def host(self) -> Optional[str]:
@@ -169,6 +164,8 @@ def find_runs(paths: Sequence[str]) -> List[TrainedRun]:
 def _look_into(path: str) -> Dict[str, List[str]]:
     """The event files of each run's folder below a path."""
     if os.path.isfile(path):
+        if EVENT_FILE not in os.path.basename(path):
+            raise ConfigError(f'{path}: an event file has {EVENT_FILE} in its name; give one, or the folder of a run')
         return {_run_folder_of(os.path.dirname(os.path.abspath(path))): [os.path.realpath(path)]}
     if not os.path.isdir(path):
         raise ConfigError(f'{path}: no such folder or event file')
@@ -207,7 +204,8 @@ def _distinct_end(path: str, paths: Sequence[str]) -> str:
 
 def read_run(run: TrainedRun) -> None:
     """Read all that a run left behind."""
-    _read_events(run)
+    if CUT_OFF.search(run.name):
+        raise Unreadable('its experiment began it anew')
     try:
         run.config = read_config(os.path.join(run.folder, CONFIG_FILE))
     except ValueError as error:
@@ -222,85 +220,21 @@ def read_run(run: TrainedRun) -> None:
             run.notes.append(f'{name} cannot be parsed ({error})')
     if run.from_summary('task') == 'evaluate':
         raise Unreadable('it evaluated a checkpoint and trained nothing')
-
-
-class _EventFile:
-    """
-    One event file as far as it is whole; ``fault`` says what is missing. ``points`` has step, number of the event and
-    value in turn for each tag. ``steps`` has, for each scalar of an axis, the step, the number of the event and whether
-    a checkpoint of this step comes after it.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.fault: Optional[str] = None
-        self.points: Dict[str, array] = defaultdict(lambda: array('d'))
-        steps: Dict[str, array] = {axis: array('q') for axis in AXES}
-        times, scalars = array('d'), array('q')
-        try:
-            for event in _whole_events(path):
-                numbers = {value.tag: value.simple_value for value in event.summary.value
-                           if value.HasField('simple_value')}
-                for tag, number in numbers.items():
-                    if tag in TAGS:
-                        self.points[tag].extend((event.step, len(times), number))
-                    for axis in AXES:
-                        if axis in tag and not tag.startswith(COLLECTIONS[0]):  # environment steps tell of these
-                            before = axis == ENV_STEPS or tag.startswith(EVALUATIONS)
-                            steps[axis].extend((event.step, len(times), before))
-                times.append(event.wall_time)
-                scalars.append(len(numbers))
-        except Unreadable as error:
-            self.fault = str(error)
-        self.end = len(times)
-        self.steps = {axis: np.array(held).reshape(-1, 3) for axis, held in steps.items()}
-        self.scalars = np.array(scalars)  # of each event
-        # Where the clock was set back, all later times are moved forward by as much.
-        passed = np.diff(times, prepend=times[:1])
-        back = np.where(passed < -CLOCK_TOLERANCE, -passed, 0.)
-        self.set_back = back.sum()
-        self._clock = np.maximum.accumulate(np.array(times) + np.cumsum(back))
-
-    def cut_off(self, later: '_EventFile') -> None:
-        """Drop the points after the checkpoint from which a later file goes on, if it lies within this file."""
-        for axis, own in self.steps.items():
-            of_later = later.steps[axis]
-            if len(own) and len(of_later) and own[0, 0] < of_later[0, 0]:
-                beyond = own[own[:, 0] >= of_later[0, 0] + own[:, 2], 1]
-                self.end = min([self.end, *beyond[:1]])
-
-    @property
-    def abandoned(self) -> int:
-        """How many points are cut off."""
-        return self.scalars[self.end:].sum()
-
-    @property
-    def env_steps(self) -> np.ndarray:
-        """Those of all scalars that are not cut off."""
-        steps, numbers, _ = self.steps[ENV_STEPS].T
-        return steps[numbers < self.end]
-
-    @property
-    def span(self) -> Span:
-        last = np.flatnonzero(self.scalars[:self.end]).max(initial=0)
-        return (self._clock[0], self._clock[last]) if self.end else (0., 0.)
-
-    def curve(self, tag: str) -> np.ndarray:
-        """The points of a tag by step, with their times: ``[N, 3]``."""
-        points = np.array(self.points[tag]).reshape(-1, 3)
-        points = points[points[:, 1] < self.end]
-        points[:, 1] = self._clock[points[:, 1].astype(int)]
-        return points[np.argsort(points[:, 0], kind='stable')]
+    _read_events(run)
 
 
 def _read_events(run: TrainedRun) -> None:
     if not run.event_files:
         raise Unreadable('no event file in it')
-    files = [_EventFile(path) for path in run.event_files]
-    faults = [file.fault for file in files if file.fault]
+    files = [EventFile(path) for path in run.event_files]
+    faults = [file for file in files if file.fault]
     filled = [file for file in files if file.scalars.any()]
     if not filled:
-        raise Unreadable('; '.join(faults) or 'no scalar in ' + ', '.join(map(os.path.basename, run.event_files)))
+        raise Unreadable('; '.join(file.fault for file in faults if file.fault)
+                         or 'no scalar in ' + ', '.join(map(os.path.basename, run.event_files)))
     for earlier, later in itertools.combinations(filled, 2):
+        if earlier.begins_like(later):
+            raise Unreadable('its event files are of more than one run, and each run needs a folder of its own')
         earlier.cut_off(later)
     run.spans = _united([file.span for file in filled if file.end])
     run.points = sum(int(file.scalars.sum()) for file in filled)
@@ -311,9 +245,14 @@ def _read_events(run: TrainedRun) -> None:
             seconds = sum((np.clip(times, *span) - span[0] for span in run.spans), np.zeros_like(times))
             run.curves[tag] = Curve(steps.astype(int), seconds, values)
     env_steps = np.concatenate([file.env_steps for file in filled])
-    run.env_step = int(env_steps.max()) if len(env_steps) else None
+    if len(env_steps):
+        run.env_step = int(env_steps.max())
+        run.first_step = int(env_steps.min())
+    iterations = [file.steps[ITERATIONS][0, 0] for file in filled if len(file.steps[ITERATIONS])]
+    run.first_iteration = int(min(iterations)) if iterations else None
     set_back, abandoned = sum(file.set_back for file in filled), sum(file.abandoned for file in filled)
-    run.notes += faults
+    run.damaged, of = bool(faults), run.steps if run.summary else None
+    run.notes += [f'{file.fault}: its events end at {_step_text(file.last_step, of)}' for file in faults]
     if set_back:
         run.notes.append(f'its clock was set back by {set_back:,.0f} s in all; no time is counted there')
     if len(run.spans) < sum(file.end > 0 for file in filled):
@@ -322,21 +261,11 @@ def _read_events(run: TrainedRun) -> None:
         run.notes.append(f'{abandoned:,} points and their time do not count: it went on from a checkpoint before them')
 
 
-def _whole_events(path: str) -> Iterator[Any]:
-    """The events of a file, and at the end the fault of one that is not whole."""
-    name, done = os.path.basename(path), 0
-    try:
-        size = os.path.getsize(path)
-        for end, event in events(path):
-            yield event
-            done = end
-    except OSError as error:
-        raise Unreadable(f'{name} cannot be read ({error.strerror})') from error
-    except DecodeError as error:
-        raise Unreadable(f'{name} is no event file') from error
-    if done < size:
-        raise Unreadable(f'{name} breaks off or is damaged after {done:,} of {size:,} bytes; '
-                         f'the rest, {(size - done) / size:.1%}, is missing')
+def _step_text(step: Optional[int], of: Optional[int]) -> str:
+    """As 'step 790 of 1,013'."""
+    if step is None:
+        return 'their beginning'
+    return f'step {step:,}' + (f' of {of:,}' if of is not None and of >= step else '')
 
 
 def _united(spans: Sequence[Span]) -> List[Span]:

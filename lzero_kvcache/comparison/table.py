@@ -1,17 +1,25 @@
 """The comparison as headings and cells, the same on the terminal and in the page; and how the terminal shows it."""
 import datetime
 import shlex
-import sys
+import shutil
 from typing import List, NamedTuple, Optional, Sequence
 
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .judging import HITS, INTERQUARTILE_MEAN, MEDIAN, REWARDS, WORDS, Comparison, Row, Side, Spread
+from .comparable import CALL_TIME, HITS, HOST_MEMORY, MEMORY, REWARDS, SPEED, TIME, time_text
+from .judging import INTERQUARTILE_MEAN, MEDIAN, Comparison, Row, Spread
 from .reading import TrainedRun
+from .sides import Side
 
 NONE = '-'
+# The words for a side whose number is greater than the baseline's, and for one whose number is less. What is only
+# counted, as environment steps, is neither better nor worse for it.
+WORDS = {
+    TIME: ('slower', 'faster'), CALL_TIME: ('slower', 'faster'), SPEED: ('faster', 'slower'),
+    HOST_MEMORY: ('more', 'less'), MEMORY: ('more', 'less'), HITS: ('higher', 'lower'), REWARDS: ('higher', 'lower'),
+}
 WIDTH = 100
 # Characters that a table needs for the titles of measures, for most values, and for the rules between columns.
 TITLE_WIDTH, VALUE_WIDTH, RULE_WIDTH = 28, 8, 3
@@ -90,9 +98,7 @@ def _value_text(value: Optional[float], kind: str, beside: Optional[float] = Non
     if value is None:
         return NONE
     if kind == 'time':
-        minutes, seconds = divmod(round(value), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+        return time_text(value)
     if kind == 'share':
         return f'{value:.1%}'
     size = abs(value if beside is None else beside)
@@ -110,9 +116,9 @@ def _spread_text(spread: Optional[Spread], kind: str) -> str:
 def _verdict(row: Row, baseline: Side, side: Side) -> str:
     """As '1.62 x faster' or, where a ratio says little, '33.9% higher'; a dash where nothing can be said."""
     base, own = row.spreads[baseline.name], row.spreads[side.name]
-    greater, less = WORDS[row.measure.about]
-    if base is None or own is None or side.name in row.not_comparable:
+    if base is None or own is None or side.name in row.not_comparable or row.measure.about not in WORDS:
         return NONE
+    greater, less = WORDS[row.measure.about]
     if row.measure.about in (HITS, REWARDS):
         # Of the numbers as they are shown, from which a reader will work it out.
         shown = [float(_value_text(spread.centre, row.measure.kind).strip('%').replace(',', ''))
@@ -140,8 +146,8 @@ def runs_text(count: int) -> str:
 # ---- terminal --------------------------------------------------------------------------------------------------------
 
 def default_console() -> Console:
-    """Standard output; a file or a pipe is taken to be as wide as WIDTH."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    """Standard output; a file or a pipe is as wide as COLUMNS says, or else WIDTH."""
+    return Console(highlight=False, width=shutil.get_terminal_size((WIDTH, 0)).columns)
 
 
 def show(comparison: Comparison, console: Console) -> None:
@@ -150,7 +156,8 @@ def show(comparison: Comparison, console: Console) -> None:
             line(console, f'WARNING: {warning.text}')
     for others in [[side] for side in comparison.sides[1:]] or [[]]:
         console.print(_drawn(measures_table(comparison, others), numbers=True))
-    if len(comparison.sides) < len(comparison.runs) and comparison.statistic == MEDIAN:
+    several = len(comparison.sides) < len(comparison.runs) and comparison.statistic == MEDIAN
+    if several or any(comparison.mixed.values()):
         for beside in _beside_each_other(comparison.runs, console.width):
             console.print(_drawn(runs_table(comparison, beside), numbers=True))
     differences = config_table(comparison)

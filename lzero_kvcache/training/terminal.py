@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from rich.text import Text
 from ..host.patches import applied
 from ..summary import POOLS, Result, number_text, rate_text, reward_text
 
+# What a training prints is kept in files, where a path should be in one piece.
 PLAIN_WIDTH = 240
 # Below this, only the text has room, on two lines if need be.
 WIDE = 140
@@ -34,12 +36,15 @@ PRINTED = re.compile(r'^Cleared WorldModel ')
 
 
 class Terminal:
-    """A terminal or a file; ``live=False`` gives plain lines even on a terminal."""
+    """
+    A terminal or a file; ``live=False`` gives plain lines even on a terminal. In a file, a table is at most as wide as
+    COLUMNS says, or else ``width``.
+    """
 
-    def __init__(self, file: TextIO, live: bool = True) -> None:
+    def __init__(self, file: TextIO, live: bool = True, width: int = PLAIN_WIDTH) -> None:
         is_terminal = file.isatty()
         self.console = Console(file=file, highlight=False, markup=False, soft_wrap=True,
-                               width=None if is_terminal else PLAIN_WIDTH)
+                               width=None if is_terminal else shutil.get_terminal_size((width, 0)).columns)
         self.live = live and is_terminal and not self.console.is_dumb_terminal
         self._repeated: Counter[str] = Counter()
 

@@ -1,0 +1,255 @@
+"""What runs are not comparable in, and why; and what else is to be known of them."""
+import itertools
+import statistics
+from typing import Any, Callable, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+
+from .reading import WORLD_MODEL, TrainedRun, finite
+from .sides import Side
+
+# What a measure is about: a difference between runs may make times incomparable, for example, and not rewards. The
+# time of one search or step is about the same in a short run and in a long one; the host's memory grows with the replay
+# buffer.
+TIME, CALL_TIME, SPEED, HOST_MEMORY, MEMORY, HITS, COUNT, REWARDS = ALL = (
+    'training times', 'times of a search or step', 'speeds', 'host memory', 'memory', 'hit rates', 'counts', 'rewards')
+OF_A_WHOLE_RUN = (TIME, HOST_MEMORY, COUNT, REWARDS)
+OF_ONE_LENGTH = (TIME, SPEED, HOST_MEMORY, COUNT, REWARDS)
+OF_ONE_MACHINE = (TIME, CALL_TIME, SPEED, HOST_MEMORY, MEMORY)
+# Collection ends with a whole phase, so that runs of one budget end some steps apart.
+BUDGET_TOLERANCE, SAID_TOLERANCE = 0.75, 0.95
+DONE, STOPPED = 'done', 'reward reached env.stop_value'
+
+
+class Caution(NamedTuple):
+    """A warning; measures about what ``blocks`` names are not comparable because of it."""
+    text: str
+    blocks: Tuple[str, ...] = ()
+
+
+def cautions(sides: Sequence[Side]) -> Iterator[Caution]:
+    """What has to be said of these sides."""
+    runs = [run for side in sides for run in side.runs]
+    if len(sides) == 1:
+        yield Caution(f"All runs are of one side, '{sides[0].name}': there is nothing to compare it to (--group makes "
+                      'sides)')
+    yield from _disagreements(sides, ENVIRONMENT, 'nothing here is comparable', ALL)
+    yield from _no_repeats(sides)
+    yield from _seeds(sides)
+    yield from _incomplete(runs)
+    yield from _disagreements(sides, ENDS, _effect(OF_A_WHOLE_RUN), OF_A_WHOLE_RUN)
+    yield from list(_disagreements(sides, BUDGETS, _effect(OF_ONE_LENGTH), OF_ONE_LENGTH)) or _other_lengths(sides)
+    machines = list(_disagreements(sides, MACHINE, 'times and memory are not comparable', OF_ONE_MACHINE))
+    yield from machines or _disagreements(sides, HOST, 'times are comparable if these are of one kind')
+    yield from _disagreements(sides, VERSIONS, 'what differs may come from these')
+    yield from itertools.islice(_at_once(runs), 1)
+
+
+def blocked(sides: Sequence[Side]) -> Set[str]:
+    """What the runs of these sides are not comparable in."""
+    return {about for caution in cautions(sides) for about in caution.blocks}
+
+
+def notes(runs: Sequence[TrainedRun]) -> List[Caution]:
+    """What has to be said of single runs."""
+    resumed = [f'{run.name} went on with an empty replay buffer at {step:,} environment steps, which bends its curves'
+               for run in runs for step in run.summary.get('resumed_at') or []]
+    noted = [f'{run.name}: {note}' for run in runs for note in run.notes]
+    return list(map(Caution, [*resumed, *_other_overrides(runs), *noted]))
+
+
+def time_text(seconds: float) -> str:
+    """As '1:02:03' or '2:03'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def _effect(blocks: Sequence[str]) -> str:
+    return f'{", ".join(blocks[:-1])} and {blocks[-1]} are not comparable'
+
+
+def _other_overrides(runs: Sequence[TrainedRun]) -> Iterator[str]:
+    """A line for each run that went on in place with other overrides, with those that not all parts have."""
+    for run in runs:
+        held = [part.get('overrides') or [] for part in run.parts]
+        common = set.intersection(*map(set, held))
+        parts = [' '.join(override for override in each if override not in common) or 'none' for each in held]
+        if len(set(parts)) > 1:
+            said = '; '.join(f'part {number}: {overrides}' for number, overrides in enumerate(parts, 1))
+            yield f'{run.name} went on with other overrides ({said}), and its config is that of its last part'
+
+
+# ---- what runs must have one value of to be comparable ---------------------------------------------------------------
+
+def _environment(run: TrainedRun) -> Any:
+    keys = ('env.env_id', 'env.env_name', 'env.type')
+    return next((run.config[key] for key in keys if run.config.get(key) is not None), None)
+
+
+def _device(run: TrainedRun) -> Any:
+    return run.from_summary('device') or run.config.get(WORLD_MODEL + 'device')
+
+
+def _of_machine(key: str) -> Callable[[TrainedRun], Any]:
+    """What a run says of its machine; one without a GPU says so."""
+    def value_of(run: TrainedRun) -> Any:
+        machine = run.from_summary('machine')
+        return (machine[key] or 'none') if isinstance(machine, dict) and key in machine else None
+
+    return value_of
+
+
+ENVIRONMENT = {'environments': _environment}
+ENDS = {'ends': lambda run: run.outcome if run.outcome in (DONE, STOPPED) else None}
+BUDGETS = {
+    'budgets of environment steps': lambda run: run.from_summary('max_env_step'),
+    'budgets of training iterations': lambda run: run.from_summary('max_train_iter'),
+}
+MACHINE = {
+    'devices': _device, 'numbers of processes': lambda run: run.from_summary('processes'),
+    'systems': _of_machine('system'), 'processors': _of_machine('processor'), 'CPUs': _of_machine('cpu'),
+    'numbers of CPUs': _of_machine('cpus'), 'numbers of threads': _of_machine('threads'), 'GPUs': _of_machine('gpu'),
+    'versions of Python': _of_machine('python'), 'versions of torch': _of_machine('torch'),
+    'versions of DI-engine': _of_machine('ding'),
+}
+HOST = {'hosts': lambda run: run.host}
+VERSIONS = {
+    'versions of LightZero': lambda run: run.from_summary('versions', 'LightZero'),
+    'versions of lzero_kvcache': lambda run: run.from_summary('versions', 'lzero_kvcache'),
+    'commits': lambda run: run.from_summary('versions', 'commit'),
+}
+
+
+def _disagreements(sides: Sequence[Side], values_of: Mapping[str, Callable[[TrainedRun], Any]], effect: str,
+                   blocks: Tuple[str, ...] = ()) -> Iterator[Caution]:
+    """A line for each thing that runs are known to have more than one value of."""
+    for what, value_of in values_of.items():
+        values = {side.name: distinct(f'{value:,}' if isinstance(value, int) else str(value)
+                                      for value in map(value_of, side.runs) if value is not None) for side in sides}
+        if len(set(itertools.chain(*values.values()))) > 1:
+            yield Caution(f'Other {what} ({_by_side(values)}): {effect}', blocks)
+
+
+def _by_side(values: Mapping[str, List[Any]]) -> str:
+    return '; '.join(f"{name}: {', '.join(map(str, found)) or 'unknown'}" for name, found in values.items())
+
+
+def distinct(texts: Iterable[str]) -> List[str]:
+    return list(dict.fromkeys(texts))
+
+
+# ---- seeds and repeats -----------------------------------------------------------------------------------------------
+
+def _seeds(sides: Sequence[Side]) -> Iterator[Caution]:
+    seeds = {side.name: sorted(run.seed for run in side.runs if run.seed is not None) for side in sides}
+    if any(found != seeds[sides[0].name] for found in seeds.values()):
+        yield Caution(f'Other seeds: {_by_side(seeds)}')
+    single = [f"'{side.name}'" for side in sides if len(side.runs) == 1]
+    if single:
+        yield Caution(f"One run of {' and of '.join(single)}: without a spread, chance cannot be told from effect")
+    for name, found in seeds.items():
+        repeated = distinct(str(seed) for seed in found if found.count(seed) > 1)
+        if repeated:
+            yield Caution(f"More than one run of '{name}' has seed {', '.join(repeated)}: their spread is not one of "
+                          'seeds')
+
+
+def _no_repeats(sides: Sequence[Side]) -> Iterator[Caution]:
+    """A line for runs of one side that are not repeats of each other."""
+    for side in sides:
+        parts = [run.name for run in side.runs if run.before is not None]
+        if 0 < len(parts) < len(side.runs):
+            yield Caution(f"Of '{side.name}', {', '.join(parts)} went on from a checkpoint, and other runs did not: "
+                          'they are no repeats of each other', ALL)
+            continue
+        for one, other in itertools.combinations(side.runs, 2):
+            if one.seed == other.seed and (parts or one.spans[0][0] == other.spans[0][0]):
+                began = 'went on from checkpoints with one seed' if parts else 'began at the same moment'
+                yield Caution(f'{one.name} and {other.name} {began}: they are taken to be parts or copies of one '
+                              'training, and no repeats of each other', ALL)
+
+
+def _at_once(runs: Sequence[TrainedRun]) -> Iterator[Caution]:
+    """Warn of runs that overlap in time. Runs of unknown hosts are taken to share one."""
+    for one, other in itertools.combinations(runs, 2):
+        overlap = any(max(span[0], others[0]) < min(span[1], others[1])
+                      for span in one.spans for others in other.spans)
+        if overlap and one.host == other.host:
+            yield Caution(f'Runs went on at the same time on one machine, as {one.name} and {other.name}: '
+                          'they took time from each other')
+
+
+# ---- how much of a training there is ---------------------------------------------------------------------------------
+
+def _incomplete(runs: Sequence[TrainedRun]) -> Iterator[Caution]:
+    """A line for each run that is a part of a training, or was stopped."""
+    by_events = any(finite(run.from_summary('seconds')) is None for run in runs)
+    for run in runs:
+        reasons = []
+        if run.before is not None:
+            place = f'at {run.before:,}' if run.before else f'of iteration {run.first_iteration:,}'
+            reasons.append(f'it went on from a checkpoint {place}')
+        if run.outcome not in (DONE, STOPPED):
+            reasons.append(run.outcome)
+        elif by_events and run.damaged:
+            reasons.append('its event files are damaged')
+        if reasons:
+            blocks = OF_ONE_LENGTH if _uneven(map(_steps_of_its_own, runs)) else OF_A_WHOLE_RUN
+            seconds = run.seconds if by_events else run.from_summary('seconds')
+            yield Caution(f"{run.name} has {time_text(seconds)} for {_length(run)} ({'; '.join(reasons)}): "
+                          f'{_effect(blocks)}', blocks)
+        elif run.outcome == STOPPED:
+            yield Caution(f'{run.name} ended when its reward reached env.stop_value, after {_length(run)}')
+
+
+def _length(run: TrainedRun) -> str:
+    """As '432 of its 1,046 environment steps'."""
+    own, budget = _steps_of_its_own(run), run.from_summary('max_env_step')
+    if own is None:
+        return 'no environment steps'
+    if run.before:
+        return f'{own:,} of its {run.before + own:,} environment steps'
+    whole = f' of {budget:,}' if isinstance(budget, int) and budget > own else ''
+    return f'{own:,}{whole} environment steps'
+
+
+def _steps_of_its_own(run: TrainedRun) -> Optional[int]:
+    """Those that its time is for."""
+    return None if run.steps is None else run.steps - (run.before or 0)
+
+
+def _uneven(lengths: Iterable[Optional[int]]) -> bool:
+    known = [length for length in lengths if length is not None]
+    return bool(known) and min(known) < BUDGET_TOLERANCE * max(known)
+
+
+def _other_lengths(sides: Sequence[Side]) -> Iterator[Caution]:
+    """Of runs that are not known to have other budgets."""
+    runs = [run for side in sides for run in side.runs]
+    if not _uneven(run.steps for run in runs):
+        yield from _nearly_one_length(sides)
+        return
+    lengths = {side.name: sorted((run.steps, run.name) for run in side.runs if run.steps is not None) for side in sides}
+    said = _by_side({name: distinct(f'{run} {steps:,}' for steps, run in (found[:1] + found[-1:]))
+                     for name, found in lengths.items()})
+    budget = runs[0].from_summary('max_env_step')
+    if budget is not None and all(map(_is_whole, runs)):
+        yield Caution(f'Other lengths ({said}) under one budget of {budget:,} environment steps, which the last '
+                      f'collection goes beyond: {_effect(OF_A_WHOLE_RUN)}; a longer budget makes them alike',
+                      OF_A_WHOLE_RUN)
+    else:
+        yield Caution(f'Other lengths in environment steps ({said}): {_effect(OF_ONE_LENGTH)}', OF_ONE_LENGTH)
+
+
+def _nearly_one_length(sides: Sequence[Side]) -> Iterator[Caution]:
+    """The times of whole runs are compared, but are not quite of one length."""
+    lengths = {side.name: [run.steps for run in side.runs if run.steps is not None and _is_whole(run)]
+               for side in sides}
+    medians = {name: statistics.median(found) for name, found in lengths.items() if found}
+    if medians and min(medians.values()) < SAID_TOLERANCE * max(medians.values()):
+        said = '; '.join(f'{name}: {steps:,.0f}' for name, steps in medians.items())
+        yield Caution(f'Training times are of other numbers of environment steps (medians, {said}), which makes some '
+                      'of their difference; environment steps per second are without it')
+
+
+def _is_whole(run: TrainedRun) -> bool:
+    return run.before is None and run.outcome == DONE
