@@ -98,9 +98,9 @@ class Checked(ByNode):
 
     def close(self):
         """End the search that is under way."""
-        if self.trace is not None:
-            self.world_model.validator.check(self.trace, self._root_actions(self._acted))
-            self.trace = None
+        if self.served is not None:
+            self.world_model.validator.check(self.served.trace, self._root_actions(self._acted))
+            self.served = None
         super().close()
 
 
