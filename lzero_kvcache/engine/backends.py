@@ -9,6 +9,7 @@ from .graphs import Captured, Graphs, capture
 from .packing import filler, unpack
 from .slab import Slab
 from .step import Engine, StepOutput
+from .transfer import Pinned
 from .weights import Source, Weights
 
 logger = logging.getLogger(__name__)
@@ -48,9 +49,7 @@ class EagerBackend:
 
 class _Graph(NamedTuple):
     captured: Captured
-    pinned: torch.Tensor  # [N, rows], on the CPU
-    copied: Any  # event: the last copy from it is done
-    device: torch.Tensor  # [N, rows]
+    numbers: Pinned  # [N, rows], packed
     action: Optional[torch.Tensor]
 
 
@@ -81,13 +80,11 @@ class CudaGraphBackend(EagerBackend):
         if graph is None:
             return super().step(weights, slab, numbers, action)
         rows = numbers.shape[1]
-        graph.copied.synchronize()  # else this would change what the last step has yet to copy
-        pinned = graph.pinned.numpy()
+        pinned = graph.numbers.writable()
         pinned[:, :rows] = numbers
         if rows < pinned.shape[1]:
             pinned[:, rows:] = filler(self.engine.geometry, len(numbers))
-        graph.device.copy_(graph.pinned, non_blocking=True)
-        graph.copied.record()
+        graph.numbers.send()
         if action is not None:
             assert graph.action is not None
             graph.action[:rows] = action.reshape(graph.action[:rows].shape)
@@ -109,14 +106,12 @@ class CudaGraphBackend(EagerBackend):
 
     def _capture(self, slab: Slab, rows: int, count: int, action: Optional[torch.Tensor]) -> _Graph:
         device = self.source.device()
-        pinned = torch.empty(count, rows, dtype=torch.int64, pin_memory=True)
-        pinned.numpy()[:] = filler(self.engine.geometry, count)
-        sent = pinned.to(device)
+        numbers = Pinned(torch.from_numpy(np.repeat(filler(self.engine.geometry, count), rows, axis=1)), device)
         held = None if action is None else torch.zeros_like(action)
-        inputs = [pinned, sent] if held is None else [pinned, sent, held]
-        captured = capture(device, lambda: self._run_fresh(slab, sent, held), inputs=inputs)
+        inputs = [numbers.memory, numbers.sent, *([] if held is None else [held])]
+        captured = capture(device, lambda: self._run_fresh(slab, numbers.sent, held), inputs=inputs)
         logger.info(f'Captured a CUDA graph of a recurrent step for {rows} rows ({captured.memory_mb:.1f} MiB)')
-        return _Graph(captured, pinned, torch.cuda.Event(), sent, held)
+        return _Graph(captured, numbers, held)
 
     def _run_fresh(self, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
         """Reads the weights inside, so that each replay of a capture reads them again."""
