@@ -15,10 +15,8 @@ from ..engine.slab import Slab, megabytes
 from ..engine.step import Engine, StepOutput
 from ..engine.transfer import Pinned, to_cpu
 from ..engine.weights import Source, Weights
-from .tree_arrays import FLOATS, Tree, tree_shapes
+from .tree_arrays import FAR, FLOATS, Tree, tree_shapes
 from .whole import Problem
-
-_FAR = 1e6  # what LightZero takes for infinity
 
 
 class _Sent(NamedTuple):
@@ -126,8 +124,8 @@ class Space:
         tree.child[:, 0].fill_(-1)
         tree.visits[:, 0].fill_(1)
         tree.value_sum[:, 0].fill_(0)
-        tree.low.fill_(_FAR)
-        tree.high.fill_(-_FAR)
+        tree.low.fill_(FAR)
+        tree.high.fill_(-FAR)
         self.broken.fill_(0)
         self._simulation.fill_(0)
         if self.sampled:
