@@ -75,9 +75,9 @@ class Watch:
         self.learner.policy.load_state_dict(checkpoint.state)
         self.learner.last_iter.update(checkpoint.train_iter)
         self.learner.collector_envstep = checkpoint.env_step
-        self.collector._total_envstep_count = checkpoint.env_step
+        entries.set_steps(self.collector, checkpoint.env_step)
         if self.best_reward is not None:  # else the next evaluation, whatever it is, would replace ckpt_best
-            self.evaluator._max_episode_return = self.best_reward
+            entries.set_best_reward(self.evaluator, self.best_reward)
         self.checkpoint = None  # it is as large as the model and its optimizer
 
     def evaluate_last(self) -> None:
@@ -206,7 +206,7 @@ def _watched_collector(watch: Watch, base: type) -> type:
         def _output_log(self, train_iter: int) -> None:
             """Called as a collection ends, on every rank."""
             if watch.ranks.several and not entries.sums_steps(base):
-                self._total_envstep_count = watch.ranks.collected(self._begun_at, int(self.envstep))
+                entries.set_steps(self, watch.ranks.collected(self._begun_at, int(self.envstep)))
             super()._output_log(train_iter)
 
     return WatchedCollector
