@@ -36,7 +36,7 @@ class RunHook(LearnerHook):
     def __init__(self, *args: Any, ext_args: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._result, self._began = begun(**limits_of_entry(), **origin_of_entry()), time.monotonic()
-        self._next = self._began  # moment for a line
+        self._next = self._began  # when the next line is due
 
     def look(self, engine: Any) -> Optional[Result]:
         """The run as far as it is; None if the model is not the plugin's. ``engine`` is DI-engine's learner."""
@@ -57,7 +57,7 @@ class ProgressHook(RunHook):
     """Logs a line from time to time."""
 
     def __call__(self, engine: Any) -> None:
-        """The first rank speaks."""
+        """Only the first rank logs."""
         now = time.monotonic()
         if engine.rank != 0 or now < self._next:
             return
@@ -72,7 +72,7 @@ class SummaryHook(RunHook):
     """Writes ``summary.json`` when the training ends, and logs a line."""
 
     def __call__(self, engine: Any) -> None:
-        """All ranks count, and the first one speaks."""
+        """All ranks add up their counts; the first one writes and logs."""
         result = self.look(engine)
         if result is None:
             return
