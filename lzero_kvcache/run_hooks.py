@@ -151,13 +151,13 @@ def read_events(folder: str) -> Tuple[List[Evaluation], Optional[float]]:
     return evaluations, found[LOSS_TAG][-1][1] if found[LOSS_TAG] else None
 
 
-PROGRESS, END = 'kv_cache_progress', 'kv_cache_summary'
-register_learner_hook(PROGRESS, ProgressHook)
-register_learner_hook(END, SummaryHook)
+PROGRESS_HOOK, SUMMARY_HOOK = 'kv_cache_progress', 'kv_cache_summary'
+register_learner_hook(PROGRESS_HOOK, ProgressHook)
+register_learner_hook(SUMMARY_HOOK, SummaryHook)
 # By the key under which they stand in a policy's default config. DI-engine's own are at 20: one clears the losses, one
 # saves the last checkpoint.
 HOOKS = {
     HOOK_KEY: HOOK_CONFIG,
-    PROGRESS: dict(type=PROGRESS, name=PROGRESS, priority=15, position='after_iter'),
-    END: dict(type=END, name=END, priority=30, position='after_run'),
+    PROGRESS_HOOK: dict(type=PROGRESS_HOOK, name=PROGRESS_HOOK, priority=15, position='after_iter'),
+    SUMMARY_HOOK: dict(type=SUMMARY_HOOK, name=SUMMARY_HOOK, priority=30, position='after_run'),
 }

@@ -30,7 +30,7 @@ from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.step import Engine
 from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
 from lzero_kvcache.host.tree_search import NodeSearch, Roots
-from lzero_kvcache.host.weights import Room, source_of
+from lzero_kvcache.host.weights import JoinedProjections, source_of
 from lzero_kvcache.search import device_search, device_space, whole
 from lzero_kvcache.search.device_search import ROWS_APART, DeviceSearch
 from lzero_kvcache.search.device_space import GrownReanalysis, Reanalysis, Space, explorations
@@ -165,7 +165,7 @@ def test_long_contexts_are_split_over_programs(device: str, rotary: bool) -> Non
     counts, width = torch.tensor([1, 40, 65], device=device), 66
     case = Case(context_length=2 * width, rotary=rotary, num_layers=1)
     model = original_model(case, 1, 5).to(device).world_model
-    source, tables = source_of(model, Room()), torch.randperm(3 * width, device=device).view(3, width) + 1
+    source, tables = source_of(model, JoinedProjections()), torch.randperm(3 * width, device=device).view(3, width) + 1
     engine, weights, slabs = Engine(source.geometry), source.read(False), [Slab(1, 2, 16), Slab(1, 2, 16)]
     for slab in slabs:
         torch.manual_seed(0)

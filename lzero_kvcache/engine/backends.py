@@ -15,7 +15,7 @@ from .weights import Source, Weights
 logger = logging.getLogger(__name__)
 
 
-class Result(NamedTuple):
+class StepResult(NamedTuple):
     """A step's predictions, and what a search copies of them to the CPU."""
     output: StepOutput
     search: Optional[torch.Tensor]  # [B, 2 + P]: reward and value as numbers, policy logits; None out of a search
@@ -31,17 +31,17 @@ class EagerBackend:
     def __init__(self, engine: Engine, source: Source) -> None:
         self.engine, self.source = engine, source
 
-    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
+    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> StepResult:
         """One recurrent step from packed numbers ``[N, B]``. A search packs its actions with them, and gets scalars;
         any other caller passes ``action``, which is on the device already."""
         sent = torch.from_numpy(numbers).to(self.source.device(), non_blocking=True)
         return self._run(weights, slab, sent, action)
 
-    def _run(self, weights: Weights, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
+    def _run(self, weights: Weights, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> StepResult:
         engine = self.engine
         tables, counts, positions, packed_action = unpack(engine.geometry, numbers)
         output = engine.step(weights, slab, tables, counts, packed_action if action is None else action, positions)
-        return Result(output, engine.for_search(weights, output) if action is None else None)
+        return StepResult(output, engine.for_search(weights, output) if action is None else None)
 
     def __reduce__(self) -> Any:
         return type(self), (self.engine, self.source)  # a copy begins without graphs
@@ -75,7 +75,7 @@ class CudaGraphBackend(EagerBackend):
     def reuses_output(self) -> bool:  # type: ignore[override]
         return bool(self.graphs.kept)
 
-    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
+    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> StepResult:
         graph = self._graph(weights, slab, numbers, action)
         if graph is None:
             return super().step(weights, slab, numbers, action)
@@ -90,7 +90,7 @@ class CudaGraphBackend(EagerBackend):
             graph.action[:rows] = action.reshape(graph.action[:rows].shape)
         graph.captured.replays[0]()
         output, search = graph.captured.results[0]
-        return Result(output.map(lambda part: part[:rows]), None if search is None else search[:rows])
+        return StepResult(output.map(lambda part: part[:rows]), None if search is None else search[:rows])
 
     def _graph(self, weights: Weights, slab: Slab, numbers: np.ndarray,
                action: Optional[torch.Tensor]) -> Optional[_Graph]:
@@ -113,7 +113,7 @@ class CudaGraphBackend(EagerBackend):
         logger.info(f'Captured a CUDA graph of a recurrent step for {rows} rows ({captured.memory_mb:.1f} MiB)')
         return _Graph(captured, numbers, held)
 
-    def _run_fresh(self, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
+    def _run_fresh(self, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> StepResult:
         """Reads the weights inside, so that each replay of a capture reads them again."""
         return self._run(self.source.read(True), slab, numbers, action)
 

@@ -182,7 +182,7 @@ class CompiledSearch(WholeSearch):
         from .tree import make_key, make_rules
 
         rows, width = tables.shape
-        roots = compiled_search.Roots(
+        roots = compiled_search.RootInputs(
             np.asarray(problem.rewards, dtype=np.float32), np.asarray(problem.logits, dtype=np.float32),
             problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight),
             np.ascontiguousarray(tables), counts, timesteps, np.array(angles)  # tables may be part of wider ones
