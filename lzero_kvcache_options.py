@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, Tuple
 
 COMMAND = 'lzero-kvcache'
 BAD_USAGE, INTERRUPTED = 2, 130
-LIGHTZERO = 'lightzero:'
+LIGHTZERO_PREFIX = 'lightzero:'
 SYSTEMS = ('old', 'lightzero', 'new')
 CONFIG = ("a LightZero config file: a path, a name of ours, or a name of LightZero's own zoo, in this order; "
           "lightzero:NAME is LightZero's own. It is Python code, and it will be run")
@@ -103,7 +103,7 @@ def our_configs() -> Dict[str, str]:
 def lightzero_configs() -> Dict[str, str]:
     """The UniZero configs of LightZero's zoo by name, wherever it is installed."""
     paths = sorted((_package('lzero').parent / 'zoo').rglob('*_config.py'))
-    return {LIGHTZERO + path.stem: str(path) for path in paths
+    return {LIGHTZERO_PREFIX + path.stem: str(path) for path in paths
             if not path.stem.startswith('test_') and 'unizero' in path.read_text(encoding='utf-8')}
 
 
@@ -123,8 +123,8 @@ def find_config(name: str) -> str:
         if os.path.isfile(path):
             return os.path.abspath(path)
     named = {**lightzero_configs(), **our_configs()}
-    if stem in named or LIGHTZERO + stem in named:
-        return named.get(stem) or named[LIGHTZERO + stem]
+    if stem in named or LIGHTZERO_PREFIX + stem in named:
+        return named.get(stem) or named[LIGHTZERO_PREFIX + stem]
     nearest = difflib.get_close_matches(os.path.basename(stem), named, n=1, cutoff=0.5)
     advice = f"did you mean '{nearest[0]}'?" if nearest else f'give a path, or one of: {", ".join(sorted(named))}'
     raise UsageError(f'--config {name}: there is no such file, and neither we nor LightZero have a config of this '

@@ -315,16 +315,6 @@ def _check_matmul(values: Dict[str, Any], device: Any) -> None:
         raise ConfigError(f"{key} is for searches in arrays, and {OPTIONS}.search is 'tree': use 'float32', or 'auto'")
 
 
-def _refuse_what_lightzero_lacks(policy_cfg: Any) -> None:
-    if not policy_cfg['mcts_ctree']:
-        raise ConfigError('policy.mcts_ctree=False cannot work: LightZero has no Python search for UniZero; set True')
-    if policy_cfg['random_collect_episode_num'] > 0:
-        raise ConfigError(
-            f'policy.random_collect_episode_num={policy_cfg["random_collect_episode_num"]} cannot work: '
-            'LightZero has no random policy for UniZero; set it to 0'
-        )
-
-
 def settle(policy_cfg: Any, simulations: int = 0) -> CacheConfig:
     """Validate what a policy config, merged with its policy's defaults, says about caching. ``simulations`` are those
     of its largest search, if that has more than ``num_simulations``.
@@ -332,7 +322,6 @@ def settle(policy_cfg: Any, simulations: int = 0) -> CacheConfig:
     In new mode, sizes that ``world_model_cfg`` lacks are filled in from the policy's own, and sizes that would make a
     pool too small are refused.
     """
-    _refuse_what_lightzero_lacks(policy_cfg)
     world_model_cfg = policy_cfg['model']['world_model_cfg']
     if picked_system(world_model_cfg) != 'new':
         # LightZero's own default; our policies leave it out, so that a value is known to be the user's.
@@ -357,14 +346,3 @@ def settle(policy_cfg: Any, simulations: int = 0) -> CacheConfig:
             f'{env_num} environments: it must be at least {nodes}'
         )
     return options
-
-
-def check_draws(policy_cfg: Any) -> None:
-    """Refuse more drawn actions than there are: LightZero's sampled tree reads past the end of its logits."""
-    model = policy_cfg['model']
-    drawn, actions = model['num_of_sampled_actions'], model['action_space_size']
-    if not model['continuous_action_space'] and drawn > actions:
-        raise ConfigError(
-            f'policy.model.num_of_sampled_actions={drawn} must be at most policy.model.action_space_size={actions}: '
-            'actions are drawn without repeats'
-        )

@@ -6,10 +6,10 @@ from typing import Any, List
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts, import_module
 from easydict import EasyDict
 
-from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, check_draws, nearest, settle
+from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, nearest, settle
 from .host.lightzero import lightzero
 from .host.policies import KVCachePolicy
-from .host.refused import check_policy
+from .host.refused import check_draws, check_policy
 
 PLUGIN = 'lzero_kvcache'
 

@@ -76,7 +76,7 @@ def read_json(path: str) -> Dict[str, Any]:
     return content
 
 
-class Source(str):
+class Expression(str):
     """An expression that is no literal, as ``float("inf")``."""
 
     __repr__ = str.__str__
@@ -119,4 +119,4 @@ def _value(node: ast.AST, source: str) -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
-        return Source(' '.join((ast.get_source_segment(source, node) or '').split()))
+        return Expression(' '.join((ast.get_source_segment(source, node) or '').split()))

@@ -38,7 +38,7 @@ class RunHook(LearnerHook):
     def __init__(self, *args: Any, ext_args: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._result, self._began = begun(**limits_of_entry(), **origin_of_entry()), time.monotonic()
-        self._next = self._began  # moment for a line
+        self._next = self._began  # when the next line is due
 
     def look(self, engine: Any) -> Optional[Result]:
         """The run as far as it is; None if the model is not the plugin's. ``engine`` is DI-engine's learner."""
@@ -79,7 +79,7 @@ class ProgressHook(RunHook):
     """Logs a line from time to time, and writes how far the run is: the record of one that is killed."""
 
     def __call__(self, engine: Any) -> None:
-        """The first rank speaks."""
+        """Only the first rank logs."""
         now = time.monotonic()
         if engine.rank != 0 or now < self._next:
             return
@@ -96,7 +96,7 @@ class SummaryHook(RunHook):
     """Writes ``summary.json`` when the training ends, and logs a line."""
 
     def __call__(self, engine: Any) -> None:
-        """All ranks count, and the first one speaks."""
+        """All ranks add up their counts; the first one writes and logs."""
         result = self.look(engine)
         if result is None:
             return
@@ -182,15 +182,15 @@ def read_events(folder: str) -> Tuple[List[Evaluation], Optional[float]]:
     return evaluations, found[LOSS_TAG][-1][1] if found[LOSS_TAG] else None
 
 
-BEGIN, PROGRESS, END = 'kv_cache_folder', 'kv_cache_progress', 'kv_cache_summary'
-register_learner_hook(BEGIN, BeginHook)
-register_learner_hook(PROGRESS, ProgressHook)
-register_learner_hook(END, SummaryHook)
+BEGIN_HOOK, PROGRESS_HOOK, SUMMARY_HOOK = 'kv_cache_folder', 'kv_cache_progress', 'kv_cache_summary'
+register_learner_hook(BEGIN_HOOK, BeginHook)
+register_learner_hook(PROGRESS_HOOK, ProgressHook)
+register_learner_hook(SUMMARY_HOOK, SummaryHook)
 # By the key under which they stand in a policy's default config. DI-engine's own are at 20: one clears the losses, one
 # saves the last checkpoint.
 HOOKS = {
     HOOK_KEY: HOOK_CONFIG,
-    BEGIN: dict(type=BEGIN, name=BEGIN, priority=15, position='before_run'),
-    PROGRESS: dict(type=PROGRESS, name=PROGRESS, priority=15, position='after_iter'),
-    END: dict(type=END, name=END, priority=30, position='after_run'),
+    BEGIN_HOOK: dict(type=BEGIN_HOOK, name=BEGIN_HOOK, priority=15, position='before_run'),
+    PROGRESS_HOOK: dict(type=PROGRESS_HOOK, name=PROGRESS_HOOK, priority=15, position='after_iter'),
+    SUMMARY_HOOK: dict(type=SUMMARY_HOOK, name=SUMMARY_HOOK, priority=30, position='after_run'),
 }

@@ -16,6 +16,7 @@ from small_models import BOTH_ACTIONS, BOTH_POSITIONS, Case, cached_model
 from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
 from lzero_kvcache.engine import backends, graphs, packing
 from lzero_kvcache.engine.graphs import Captured
+from lzero_kvcache.engine.transfer import Pinned
 
 SEED = 5
 BOTH_WAYS = pytest.mark.parametrize('by_node', [False, True], ids=['keyed', 'by node'])
@@ -70,7 +71,7 @@ class Copied:
     def __init__(self):
         self.pending = False
 
-    def record(self):
+    def record(self, stream):
         assert not self.pending
         self.pending = True
 
@@ -79,16 +80,24 @@ class Copied:
 
 
 @pytest.fixture
-def captured(monkeypatch):
+def copies(monkeypatch):
+    """On a CPU, what guards copies from pinned memory."""
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
+    monkeypatch.setattr(torch.cuda, 'Event', Copied)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: None)
+
+
+@pytest.fixture
+def captured(monkeypatch, copies):
     """All captures, in turn."""
     graphs = []
 
     def capture(self, slab, rows, count, action):
         column = packing.filler(self.engine.geometry, count)
-        host = torch.from_numpy(np.repeat(column, rows, axis=1))
-        sent, held = host.clone(), None if action is None else torch.zeros_like(action)
-        graphs.append(StandIn(self, slab, sent, held))
-        return backends._Graph(Captured([graphs[-1].replay], [graphs[-1].result], 1.), host, Copied(), sent, held)
+        numbers = Pinned(torch.from_numpy(np.repeat(column, rows, axis=1)), Device('cpu'))
+        held = None if action is None else torch.zeros_like(action)
+        graphs.append(StandIn(self, slab, numbers.sent, held))
+        return backends._Graph(Captured([graphs[-1].replay], [graphs[-1].result], 1.), numbers, held)
 
     monkeypatch.setattr(backends.CudaGraphBackend, '_capture', capture)
     return graphs

@@ -82,7 +82,8 @@ def search_by_steps(root: Root) -> Tree:
         tree, rules, key, np.zeros(ROWS, np.float32), np.float32(problem.logits),
         problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight), 0, ROWS
     )
-    with root.world_model.inference.search_by_node(SIMULATIONS) as expand:
+    inference = root.world_model.inference
+    with inference.search_by_node(inference.open.steps[-1], SIMULATIONS) as expand:
         for simulation in range(SIMULATIONS):
             select_rows(tree, rules, key, simulation, 0, ROWS)
             parents, actions = tree.path[rows, tree.depth - 1], tree.action
@@ -98,7 +99,7 @@ def search_by_steps(root: Root) -> Tree:
 def found(root: Root, **changes: Any) -> List[Any]:
     """What a compiled search leaves."""
     inference = root.world_model.inference
-    return left(trees_of(inference._whole, inference.open.searched(), root.problem._replace(**changes)))
+    return left(trees_of(inference._whole, inference.open.steps[-1], root.problem._replace(**changes)))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import io
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -374,10 +375,19 @@ def test_each_compilation_is_told_of(tmp_path: Path) -> None:
 
 
 def test_other_sources_are_compiled_anew(tmp_path: Path) -> None:
-    run(tmp_path)
-    edited = PROGRAM.replace('def add_one', 'compiling.SOURCES = "edited"\n    def add_one')
-    assert 'Compiling' in run(tmp_path, edited)
-    assert len(list(tmp_path.rglob('*.bin'))) == 2
+    """Of the function's own room, whichever that is, and of what all compiled functions call."""
+    room, kept = tmp_path / 'room', tmp_path / 'kept'
+    room.mkdir()
+    (room / 'called.py').write_text('')
+    (room / 'adding.py').write_text('def add_one(x):\n    return x + 1\n')
+    imported = f'sys.path.append({str(room)!r})\n    from adding import add_one\n\n'
+    program = re.sub(r'def add_one.*?\n\n', imported, PROGRAM, flags=re.DOTALL)
+    for content, is_compiled in (('', True), ('', False), ('edited = 1', True), ('edited = 1', False)):
+        (room / 'called.py').write_text(content)
+        assert ('Compiling' in run(kept, program)) == is_compiled
+    edited = program.replace('compiled =', 'compiling.hash_of = lambda folders: str(len(folders))\n    compiled =')
+    assert 'Compiling' in run(kept, edited)
+    assert [path.name for path in kept.rglob('1-2')]
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:

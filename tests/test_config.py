@@ -16,6 +16,7 @@ from lzero_kvcache import CacheConfig, ConfigError, KVCacheManager, enable
 from lzero_kvcache import config as config_module
 from lzero_kvcache.config import FLAG, HANDED_DOWN, KV_CACHE_CFG, settle
 from lzero_kvcache.host import models
+from lzero_kvcache.host.refused import check_policy
 
 BOTH_FLAGS = pytest.mark.parametrize('flag', [False, True], ids=['old', 'new'])
 
@@ -250,7 +251,7 @@ class TestSettle:
     @pytest.mark.parametrize(('key', 'value'), [('mcts_ctree', False), ('random_collect_episode_num', 2)])
     def test_what_cannot_work_in_either_mode(self, flag, key, value):
         with pytest.raises(ConfigError, match=f'{key}={value}'):
-            settle(policy_cfg(flag, policy={key: value}))
+            check_policy(policy_cfg(flag, policy={key: value}), 'new' if flag else 'old')
 
     @pytest.mark.parametrize(('flag', 'wrong'), [
         (False, dict(kv_cache_cfg=dict(evicton='lru'))), (True, dict(kv_cache_cfg=dict(evicton='lru'))),

@@ -30,10 +30,11 @@ from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.step import Engine
 from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
 from lzero_kvcache.host.tree_search import NodeSearch, Roots
-from lzero_kvcache.host.weights import Room, source_of
+from lzero_kvcache.host.weights import JoinedProjections, source_of
 from lzero_kvcache.search import device_search, device_space, whole
 from lzero_kvcache.search.device_search import ROWS_APART, DeviceSearch
 from lzero_kvcache.search.device_space import GrownReanalysis, Reanalysis, Space, explorations
+from lzero_kvcache.search.open_steps import StepsOfThread
 from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
 from lzero_kvcache.search.tree import exploration, make_rules, root_actions, root_values, root_visits
 from lzero_kvcache.search.whole import WholeSearch
@@ -164,7 +165,7 @@ def test_long_contexts_are_split_over_programs(device: str, rotary: bool) -> Non
     counts, width = torch.tensor([1, 40, 65], device=device), 66
     case = Case(context_length=2 * width, rotary=rotary, num_layers=1)
     model = original_model(case, 1, 5).to(device).world_model
-    source, tables = source_of(model, Room()), torch.randperm(3 * width, device=device).view(3, width) + 1
+    source, tables = source_of(model, JoinedProjections()), torch.randperm(3 * width, device=device).view(3, width) + 1
     engine, weights, slabs = Engine(source.geometry), source.read(False), [Slab(1, 2, 16), Slab(1, 2, 16)]
     for slab in slabs:
         torch.manual_seed(0)
@@ -198,7 +199,8 @@ def on_gpu(case: Case, rules: Dict[str, bool]) -> Iterator[Root]:
 
 
 def searched(root: Root, **changes: Any) -> List[Any]:  # noqa: F811
-    return list(root.world_model.inference.search(root.problem._replace(**changes)))
+    inference = root.world_model.inference
+    return list(inference.search(inference.open.steps[-1], root.problem._replace(**changes)))
 
 
 def visits_of_equals(root: Root, draws_ties: bool) -> List[List[int]]:  # noqa: F811
@@ -309,9 +311,11 @@ def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU may lack it."""
     monkeypatch.setitem(sys.modules, 'lzero_kvcache.search.tree', None)
     monkeypatch.setattr(NodeSearch, 'problem', lambda *args: 'a problem')
-    inference = types.SimpleNamespace(search=lambda problem: (problem, [1.], None))
+    inference = types.SimpleNamespace(search=lambda served, problem: (problem, [1.], None))
     model, roots = types.SimpleNamespace(world_model=types.SimpleNamespace(inference=inference)), Roots(1, [[]])
-    NodeSearch.__new__(NodeSearch).search(roots, model, None, None)
+    search = NodeSearch.__new__(NodeSearch)
+    search._running = StepsOfThread()
+    search.search(roots, model, None, None)
     assert roots.found == ('a problem', [1.], None)
 
 

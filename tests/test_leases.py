@@ -107,7 +107,7 @@ def another_search_from_the_same_root(model, player):
     if isinstance(player, ByKey):
         a_search_by_hand(model, player)
         return
-    with model.world_model.inference.search_by_node(SIMULATIONS) as expand:
+    with model.world_model.inference.search_by_node(player.served, SIMULATIONS) as expand:
         for simulation in range(SIMULATIONS):
             expand(simulation, np.full(ROWS, simulation), np.arange(ROWS), np.full(ROWS, 2), [simulation + 1] * ROWS)
 
@@ -219,7 +219,7 @@ def test_a_search_of_other_rows_than_its_step_is_refused():
     player.play(trace_of().events[0])
     problem = mock.Mock(rewards=[0.] * (ROWS - 1))
     with pytest.raises(ValueError, match=f'{ROWS - 1} rows for {ROWS} environments'):
-        model.world_model.inference.search(problem)
+        model.world_model.inference.search(player.served, problem)
     player.close()
 
 
@@ -235,6 +235,7 @@ def test_two_searches_from_one_root_side_by_side():
     model = model_of()
     player, other = ByNode(model), ByNode(model)
     player.play(root)
+    other.served = player.served
     other.open(SIMULATIONS)
     answers = [], []
     for number in range(SIMULATIONS):
@@ -247,6 +248,73 @@ def test_two_searches_from_one_root_side_by_side():
     player.close()
     assert_undisturbed(answers[0], expected[0])
     assert_undisturbed(answers[1], expected[1][:4])
+    audit(model.world_model.kv_cache_manager)
+
+
+class Later(ByNode):
+    """Begins its search with the first node, as a policy does."""
+    _later = None
+
+    def open(self, simulations):
+        self._later = simulations
+
+    def expand(self, event):
+        if self._later is not None:
+            super().open(self._later)
+            self._later = None
+        return super().expand(event)
+
+
+def in_turns(*players_and_events):
+    """What each player is answered, one event of each after the other."""
+    answers = [[] for _ in players_and_events]
+    for events in zip(*(events for _, events in players_and_events)):
+        for (player, _), event, found in zip(players_and_events, events, answers):
+            found.append({name: part.clone() for name, part in player.play(event).items()})
+    return answers
+
+
+@pytest.mark.parametrize('kinds', [(Later, Later), (ByKey, ByKey), (Later, ByKey), (ByKey, Later)])
+@pytest.mark.parametrize('places', [
+    (('collect', [3, 2]), ('collect', [0, 1])), (('collect', [3, 2]), ('eval', [0, 1])),
+    (('eval', [0, 1]), ('collect', [0, 1, 2])),
+], ids=str)
+def test_two_steps_that_take_turns_in_one_thread(kinds, places):
+    """As two generators do: each search has its own roots and nodes, whichever step was opened last."""
+    model = model_of(kv_cache_cfg=dict(recurrent_pool_size=400))  # which is not cleared while a step is open
+    traces = [trace_of(len(env_ids), SEED + number) for number, (_, env_ids) in enumerate(places)]
+    expected = [lived(model_of(), kind(model_of(), *place), trace) for kind, place, trace in zip(kinds, places, traces)]
+    players = [kind(model, *place) for kind, place in zip(kinds, places)]
+    answers = in_turns(*((player, trace.events) for player, trace in zip(players, traces)))
+    for player, found, right in zip(players, answers, expected):
+        player.close()
+        assert_undisturbed(found, right)
+    counted = model.world_model.kv_cache_manager.counters()
+    assert (counted['init']['misses'], counted['recur']['misses']) == (0, 0)
+    audit(model.world_model.kv_cache_manager)
+
+
+def test_a_root_inference_that_could_be_of_two_steps_is_refused():
+    model, event = model_of(), trace_of().events[0]
+    serving, told = model.world_model.serving, r'\[3, 2\] of collect or \[0, 1\] of eval'
+    with serving('collect', [3, 2]), serving('eval', [0, 1]), pytest.raises(RuntimeError, match=told):
+        Batch(model).play(event)
+    audit(model.world_model.kv_cache_manager)
+
+
+def test_a_search_from_a_step_of_another_thread_or_model_is_refused():
+    model, other = model_of(), cached_model(CASE, ENVIRONMENTS, SEED + 1)
+    player = ByNode(model)
+    player.play(trace_of().events[0])
+
+    def search(searched=model):
+        with searched.world_model.inference.search_by_node(player.served, SIMULATIONS):
+            pass
+
+    for refused in (lambda: search(other), lambda: in_threads(search)):
+        with pytest.raises(RuntimeError, match='in the same thread'):
+            refused()
+    player.close()
     audit(model.world_model.kv_cache_manager)
 
 

@@ -171,6 +171,14 @@ def test_there_are_no_circles():
             del left[name]
 
 
+def test_only_the_host_names_attributes_of_lightzeros():
+    names = ('_k_cache', '_keys_values', 'shared_pool', 'past_kv_cache', 'mcts_ctree', '_total_envstep_count',
+             '_max_episode_return', 'RECURRENT_SLOTS')
+    found = [(name_of(path), name) for path in FILES if top_of(path) != 'host' for name in names
+             if re.search(rf'\b{name}', path.read_text(encoding='utf-8'))]
+    assert found == [('run_hooks.py', '_max_episode_return')]  # of an entry's evaluator, as docs/patches.md says
+
+
 @pytest.mark.parametrize('room', ROOMS, ids=lambda room: room.name)
 def test_libraries(room):
     used = {library: name_of(path) for path in files_of(room) for library in sorted(libraries(path))}

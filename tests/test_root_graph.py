@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from oracle import random_trace
-from players import answers_of
+from players import ByNode, answers_of
 from small_models import BOTH_ACTIONS, BOTH_POSITIONS, Case, cached_model
-from test_backends import TOLERANCE, Device, largest_error
+from test_backends import TOLERANCE, Device, copies, largest_error  # noqa: F401 (a fixture)
 
 from lzero_kvcache.cache.pages import RESERVED_PAGES
 from lzero_kvcache.engine import graphs, root_graph
@@ -19,7 +19,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is n
 
 
 @pytest.fixture
-def captured(monkeypatch):
+def captured(monkeypatch, copies):  # noqa: F811
     """How often each capture was replayed, in turn; a replay computes anew into what the capture returned."""
     replays = []
 
@@ -36,7 +36,6 @@ def captured(monkeypatch):
         return graphs.Captured([replay], [result], 1 + graphs.megabytes(*inputs))
 
     monkeypatch.setattr(root_graph, 'capture', capture)
-    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
     return replays
 
 
@@ -59,7 +58,7 @@ def test_a_trace_with_episodes_that_begin_and_contexts_that_are_lost(rotary, con
         assert largest_error(answers_of(model, trace, True), answers_of(plain, trace, True)) <= TOLERANCE
     assert captured == [12]
     [graph], manager = model.world_model.inference._root_graphs.graphs.kept.values(), model.world_model.kv_cache_manager
-    read = graphs.megabytes(graph.pinned, graph.sent, graph.observations)
+    read = graphs.megabytes(graph.numbers.memory, graph.numbers.sent, graph.observations)
     assert read > 0 and model.world_model.inference._root_graphs.graphs.memory_mb == pytest.approx(1 + read)
     assert manager.counters()['captures'] == manager.get_stats_summary()['captures'] == 1
 
@@ -81,6 +80,37 @@ def test_what_was_answered_is_not_overwritten(captured):
     answers = answers_of(model_on_gpu(case, 2), trace, True)
     assert captured == [3]
     assert largest_error(answers, answers_of(cached_model(case, 2, SEED), trace, True)) <= TOLERANCE
+
+
+def test_after_an_interrupt_numbers_are_written_when_they_were_copied(captured):
+    case = Case()
+    trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=3, simulations=2)
+    model, player = model_on_gpu(case, 2), ByNode(cached_model(case, 2, SEED))
+    expected = [player.play(event) for event in trace.events]
+    player.close()
+    player = ByNode(model)
+    answers = [player.play(event) for event in trace.events[:3]]
+    [graph] = model.world_model.inference._root_graphs.graphs.kept.values()
+    copied, replay = graph.numbers._copied, graph.captured.replays[0]
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    graph.captured.replays[0] = interrupted
+    with pytest.raises(KeyboardInterrupt), player._open:
+        player.play(trace.events[3])
+    assert copied.pending
+    pending = graph.numbers.memory.clone()
+
+    def synchronize():
+        assert torch.equal(graph.numbers.memory, pending)
+        copied.pending = False
+
+    graph.captured.replays[0] = replay
+    copied.synchronize = synchronize
+    answers.append(player.play(trace.events[3]))
+    player.close()
+    assert largest_error(answers[3:], expected[3:4]) <= TOLERANCE
 
 
 def test_an_encoder_that_moves_is_captured_anew(captured):

@@ -155,10 +155,10 @@ class TestMisuse:
 
     def test_a_search_without_a_root(self):
         world_model = cached_model(Case(), 2, SEED).world_model
-        with pytest.raises(RuntimeError, match='root inference'), world_model.inference.search_by_node(4):
+        with pytest.raises(RuntimeError, match='root inference'), world_model.inference.search_by_node(None, 4):
             pass
-        with world_model.serving('collect', [0, 1]), pytest.raises(RuntimeError, match='root inference'):
-            with world_model.inference.search_by_node(4):
+        with world_model.serving('collect', [0, 1]) as served, pytest.raises(RuntimeError, match='root inference'):
+            with world_model.inference.search_by_node(served, 4):
                 pass
 
     def test_roots_of_another_time_are_no_roots(self):
@@ -167,9 +167,11 @@ class TestMisuse:
         player = ByNode(model)
         player.play(random_trace(np.random.default_rng(SEED), case, 2, 1, 0).events[0])
         player.close()
-        with model.world_model.serving('collect', [0, 1]), pytest.raises(RuntimeError, match='root inference'):
-            with model.world_model.inference.search_by_node(4):
-                pass
+        for served in (None, player.served):  # and a step that is over is no step
+            with model.world_model.serving('collect', [0, 1]) as current:
+                with pytest.raises(RuntimeError, match='root inference'):
+                    with model.world_model.inference.search_by_node(served or current, 4):
+                        pass
 
     def test_one_environment_in_two_rows(self):
         world_model = cached_model(Case(), 2, SEED).world_model

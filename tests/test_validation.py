@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import random
+import sys
 from unittest import mock
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lzero_kvcache import ConfigError
 from lzero_kvcache.config import CacheConfig
 from lzero_kvcache.engine.backends import EagerBackend
+from lzero_kvcache.host.kept_rows import KeptRows
 from lzero_kvcache.host.legacy_reference import CAUSES
 from lzero_kvcache.host.lightzero import lightzero
 from lzero_kvcache.host.shadow import Shadow
@@ -87,6 +89,21 @@ def live_through(policy):
             policy._model.world_model.weights_changed('a test')
 
 
+def test_a_reset_that_is_followed_prints_nothing_and_leaves_standard_output_to_other_threads(capsys):
+    used = []
+
+    class Policy:
+        _cfg = None
+
+        def _reset_collect(self, env_id):
+            print('clear_interval: 200')
+            used.append((env_id, sys.stdout))
+
+    KeptRows().reset(Policy()._reset_collect, None, 3)
+    assert used == [(3, sys.stdout)]
+    assert capsys.readouterr().out == ''
+
+
 class Checked(ByNode):
     """Puts a trace to a model whose searches are validated."""
     _acted = ()
@@ -98,9 +115,9 @@ class Checked(ByNode):
 
     def close(self):
         """End the search that is under way."""
-        if self.trace is not None:
-            self.world_model.validator.check(self.trace, self._root_actions(self._acted))
-            self.trace = None
+        if self.served is not None:
+            self.world_model.validator.check(self.served.trace, self._root_actions(self._acted))
+            self.served = None
         super().close()
 
 

@@ -486,7 +486,8 @@ class BothWays:
                 again = copy.copy(roots)
                 if way == 'ctree':
                     again = in_ctree(self._search, roots, to_play)
-                    self._search._search_in_ctree(again, model.world_model.inference, to_play)
+                    inference, served = model.world_model.inference, self._search._running.innermost
+                    self._search._search_in_ctree(again, inference, served, to_play)
                 else:
                     changed = dict(rules, discount_factor=0.5) if way == 'other' else rules
                     with mock.patch.object(self._search, '_rules', lambda rules=changed: rules):

@@ -29,7 +29,7 @@ from trainings import (
 from lzero_kvcache import ConfigError, check_config, disable, enable
 from lzero_kvcache.search import roots
 from lzero_kvcache.training import info, load_config
-from lzero_kvcache_options import LIGHTZERO, lightzero_configs
+from lzero_kvcache_options import LIGHTZERO_PREFIX, lightzero_configs
 
 SHIPPED = {path.stem: path for path in Path(zoo.__file__).parent.rglob('*unizero*_config.py')}
 NAMES = sorted(
@@ -232,7 +232,7 @@ TWO_PROCESSES = ['policy.n_episode=4', 'policy.num_segments=4', 'policy.batch_si
 
 def changes(name):
     """What makes a config one that trains within seconds."""
-    stem = name.replace(LIGHTZERO, '')
+    stem = name.replace(LIGHTZERO_PREFIX, '')
     if stem.startswith('atari'):
         return SMALL + SHORT_ATARI
     return memory(name, distractor=5) if stem.startswith('memory') else SMALL
@@ -313,17 +313,18 @@ def test_a_training_in_its_own_environment(name, cache, tmp_path, heavy_imports,
 @pytest.mark.slow
 @pytest.mark.skipif(not ON_MAIN, reason="of LightZero's main branch")
 @pytest.mark.parametrize('cache', SYSTEMS)
-@pytest.mark.parametrize('name', [name[len(LIGHTZERO):] for name in lightzero_configs()])
+@pytest.mark.parametrize('name', [name[len(LIGHTZERO_PREFIX):] for name in lightzero_configs()])
 def test_a_config_of_lightzeros_main_branch_trains(name, cache, tmp_path, heavy_imports, monkeypatch, request):
     monkeypatch.setattr(info, 'our_configs', dict)
-    monkeypatch.setattr(info, 'lightzero_configs', lambda: {LIGHTZERO + name: lightzero_configs()[LIGHTZERO + name]})
+    of_lightzero = LIGHTZERO_PREFIX + name
+    monkeypatch.setattr(info, 'lightzero_configs', lambda: {of_lightzero: lightzero_configs()[of_lightzero]})
     [(_, said)] = info.of_zoo()
     if not said.endswith(': installed'):
         pytest.skip(said)
     if 'sampled' in name and 'use_adaptive_entropy_weight = ' not in inspect.getsource(sampled_unizero):
         pytest.skip('its Sampled UniZero cannot save a checkpoint')
     roms = request.getfixturevalue('rom_folder') if name.startswith('atari') else None
-    arguments = ['--config', LIGHTZERO + name, '--cache', cache, *changes(LIGHTZERO + name),
+    arguments = ['--config', LIGHTZERO_PREFIX + name, '--cache', cache, *changes(LIGHTZERO_PREFIX + name),
                  *(ONE_PROCESS if 'ddp' in name else [])]
     if 'sampled' in name:  # LightZero's takes an evaluation's rows for a collection's, which must be as many
         arguments.append('env.evaluator_env_num=2')

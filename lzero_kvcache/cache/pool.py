@@ -1,5 +1,5 @@
 """Pools: keys with a capacity, an eviction strategy and counts. Knows keys, slots, page ids; no model, no tensor."""
-import copy
+import functools
 import logging
 from typing import Any, Dict, Hashable, List, Optional, Sequence, Union
 
@@ -179,13 +179,10 @@ class KVCachePool:
         self._values.pop(slot, None)
 
 
+@functools.singledispatch
 def private_copy(value: Any) -> Any:
-    """A deep copy of a ``KeysValues``-like object, and any other object itself."""
-    if not hasattr(value, '_keys_values'):
-        return value
-    caches = [cache for layer in value for cache in (layer._k_cache, layer._v_cache)]
-    # Tensors that were made with gradients cannot be deep-copied.
-    return copy.deepcopy(value, {id(cache._cache): cache._cache.detach().clone() for cache in caches})
+    """What a pool keeps of an object, and hands out: the object itself, or a copy where its type registers one."""
+    return value
 
 
 class PagedPool(KVCachePool):

@@ -9,12 +9,13 @@ from .graphs import Captured, Graphs, capture
 from .packing import filler, unpack
 from .slab import Slab
 from .step import Engine, StepOutput
+from .transfer import Pinned
 from .weights import Source, Weights
 
 logger = logging.getLogger(__name__)
 
 
-class Result(NamedTuple):
+class StepResult(NamedTuple):
     """A step's predictions, and what a search copies of them to the CPU."""
     output: StepOutput
     search: Optional[torch.Tensor]  # [B, 2 + P]: reward and value as numbers, policy logits; None out of a search
@@ -30,17 +31,17 @@ class EagerBackend:
     def __init__(self, engine: Engine, source: Source) -> None:
         self.engine, self.source = engine, source
 
-    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
+    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> StepResult:
         """One recurrent step from packed numbers ``[N, B]``. A search packs its actions with them, and gets scalars;
         any other caller passes ``action``, which is on the device already."""
         sent = torch.from_numpy(numbers).to(self.source.device(), non_blocking=True)
         return self._run(weights, slab, sent, action)
 
-    def _run(self, weights: Weights, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
+    def _run(self, weights: Weights, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> StepResult:
         engine = self.engine
         tables, counts, positions, packed_action = unpack(engine.geometry, numbers)
         output = engine.step(weights, slab, tables, counts, packed_action if action is None else action, positions)
-        return Result(output, engine.for_search(weights, output) if action is None else None)
+        return StepResult(output, engine.for_search(weights, output) if action is None else None)
 
     def __reduce__(self) -> Any:
         return type(self), (self.engine, self.source)  # a copy begins without graphs
@@ -48,9 +49,7 @@ class EagerBackend:
 
 class _Graph(NamedTuple):
     captured: Captured
-    pinned: torch.Tensor  # [N, rows], on the CPU
-    copied: Any  # event: the last copy from it is done
-    device: torch.Tensor  # [N, rows]
+    numbers: Pinned  # [N, rows], packed
     action: Optional[torch.Tensor]
 
 
@@ -76,24 +75,22 @@ class CudaGraphBackend(EagerBackend):
     def reuses_output(self) -> bool:  # type: ignore[override]
         return bool(self.graphs.kept)
 
-    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> Result:
+    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> StepResult:
         graph = self._graph(weights, slab, numbers, action)
         if graph is None:
             return super().step(weights, slab, numbers, action)
         rows = numbers.shape[1]
-        graph.copied.synchronize()  # else this would change what the last step has yet to copy
-        pinned = graph.pinned.numpy()
+        pinned = graph.numbers.writable()
         pinned[:, :rows] = numbers
         if rows < pinned.shape[1]:
             pinned[:, rows:] = filler(self.engine.geometry, len(numbers))
-        graph.device.copy_(graph.pinned, non_blocking=True)
-        graph.copied.record()
+        graph.numbers.send()
         if action is not None:
             assert graph.action is not None
             graph.action[:rows] = action.reshape(graph.action[:rows].shape)
         graph.captured.replays[0]()
         output, search = graph.captured.results[0]
-        return Result(output.map(lambda part: part[:rows]), None if search is None else search[:rows])
+        return StepResult(output.map(lambda part: part[:rows]), None if search is None else search[:rows])
 
     def _graph(self, weights: Weights, slab: Slab, numbers: np.ndarray,
                action: Optional[torch.Tensor]) -> Optional[_Graph]:
@@ -109,16 +106,14 @@ class CudaGraphBackend(EagerBackend):
 
     def _capture(self, slab: Slab, rows: int, count: int, action: Optional[torch.Tensor]) -> _Graph:
         device = self.source.device()
-        pinned = torch.empty(count, rows, dtype=torch.int64, pin_memory=True)
-        pinned.numpy()[:] = filler(self.engine.geometry, count)
-        sent = pinned.to(device)
+        numbers = Pinned(torch.from_numpy(np.repeat(filler(self.engine.geometry, count), rows, axis=1)), device)
         held = None if action is None else torch.zeros_like(action)
-        inputs = [pinned, sent] if held is None else [pinned, sent, held]
-        captured = capture(device, lambda: self._run_fresh(slab, sent, held), inputs=inputs)
+        inputs = [numbers.memory, numbers.sent, *([] if held is None else [held])]
+        captured = capture(device, lambda: self._run_fresh(slab, numbers.sent, held), inputs=inputs)
         logger.info(f'Captured a CUDA graph of a recurrent step for {rows} rows ({captured.memory_mb:.1f} MiB)')
-        return _Graph(captured, pinned, torch.cuda.Event(), sent, held)
+        return _Graph(captured, numbers, held)
 
-    def _run_fresh(self, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> Result:
+    def _run_fresh(self, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> StepResult:
         """Reads the weights inside, so that each replay of a capture reads them again."""
         return self._run(self.source.read(True), slab, numbers, action)
 

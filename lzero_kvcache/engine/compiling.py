@@ -10,16 +10,12 @@ import pickle
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional, Set, TypeVar
 
 logger = logging.getLogger(__name__)
 
 Function = TypeVar('Function')
 
-PACKAGE = Path(__file__).resolve().parent.parent
-ROOMS = 'engine', 'search'
-"""Rooms with compiled functions. All their sources are hashed, since numba misses changes in functions that are called.
-"""
 
 
 def why_not_compiled() -> Optional[str]:
@@ -47,7 +43,9 @@ def entry(function: Function) -> Function:
     """Compile a function that Python calls, once for a machine. It may be an inner one already."""
     plain: Any = getattr(function, 'py_func', function)
     dispatcher = _compiled(plain)
-    dispatcher._cache = _kept_on_disk(f'{plain.__module__}.{plain.__qualname__}')
+    place = getattr(sys.modules[plain.__module__], '__file__', None)
+    sources = hash_of({Path(file).parent for file in (__file__, place) if file})
+    dispatcher._cache = _kept_on_disk(f'{plain.__module__}.{plain.__qualname__}', sources)
     return dispatcher
 
 
@@ -61,8 +59,8 @@ def _compiled(function: Any, **options: Any) -> Any:
     return njit(nogil=True, error_model='numpy', **options)(function)
 
 
-def folder() -> Path:
-    """The folder of compiled functions, one for each version of the sources."""
+def folder_of(sources: str) -> Path:
+    """The folder of compiled functions, one for each version of their sources."""
     chosen = os.environ.get('NUMBA_CACHE_DIR')
     if chosen:
         base = Path(chosen)
@@ -72,21 +70,19 @@ def folder() -> Path:
         base = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
     from .. import __version__
 
-    return base / 'lzero_kvcache' / f'{__version__}-{SOURCES}'
+    return base / 'lzero_kvcache' / f'{__version__}-{sources}'
 
 
-def _hash_sources() -> str:
+def hash_of(folders: Set[Path]) -> str:
+    """The hash of all sources in some folders: numba misses changes in functions that are called. It is taken as a
+    function's module is imported, since that is what is compiled, even if the files change later."""
     digest = hashlib.sha256()
-    for path in sorted(path for room in ROOMS for path in (PACKAGE / room).glob('*.py')):
+    for path in sorted(path for folder in folders for path in folder.glob('*.py')):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-SOURCES = _hash_sources()
-"""Hashed at import: this process compiles the sources as they are now, even if the files change later."""
-
-
-def _kept_on_disk(name: str) -> Any:
+def _kept_on_disk(name: str, sources: str) -> Any:
     """A cache for numba to ask. numba's own keeps an index file, in which two processes can overwrite each other's
     entries; here the name of a file is a hash of everything that its contents depend on."""
     import llvmlite
@@ -117,7 +113,7 @@ def _kept_on_disk(name: str) -> Any:
 
         def _path(self, signature: Any, codegen: Any) -> Path:
             parts = name, str(signature), codegen.magic_tuple(), numba.__version__, llvmlite.__version__, sys.version
-            return folder() / (hashlib.sha256(repr(parts).encode()).hexdigest()[:32] + '.bin')
+            return folder_of(sources) / (hashlib.sha256(repr(parts).encode()).hexdigest()[:32] + '.bin')
 
     return KeptOnDisk()
 

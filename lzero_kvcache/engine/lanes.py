@@ -68,10 +68,10 @@ def _order(*lanes: int) -> Any:
 
 
 _PAIRED = _order(0, 8, 1, 9, 4, 12, 5, 13), _order(2, 10, 3, 11, 6, 14, 7, 15)
-"""Shuffles that interleave two vectors: for four of the rows, and for the other four."""
+"""Two shuffles that interleave vectors a and b: to a0 b0 a1 b1 a4 b4 a5 b5, and to the rest in the same order."""
 
 _EVERY_SECOND = _order(0, 2, 8, 10, 4, 6, 12, 14), _order(1, 3, 9, 11, 5, 7, 13, 15)
-"""The inverse shuffles: the first vector, and the second."""
+"""Their inverses: of two vectors that were interleaved so, the first shuffle gives back a, and the second b."""
 
 
 def _splat(builder: Any, value: Any) -> Any:
@@ -121,7 +121,7 @@ def _call(name: str) -> Callable[..., Any]:
 
 
 def _choose(comparison: str) -> Callable[..., Any]:
-    """The second where the comparison holds, so that a first that is nan stays."""
+    """Lane by lane: ``b`` where the comparison of ``a`` with ``b`` holds, else ``a``, which may be nan."""
     return lambda builder, a, b: builder.select(builder.fcmp_ordered(comparison, a, b), b, a)
 
 
@@ -135,7 +135,8 @@ def _times_power_of_two(builder: Any, x: Any, n: Any) -> Any:
 
 
 def _halves(half: int) -> Any:
-    """Shuffles of two vectors that take every first, or every second, group of ``half`` lanes from each."""
+    """Two shuffles of vectors a and b in groups of ``half`` lanes: the even groups of both, and the odd groups of both.
+    Groups of a and of b take turns."""
     lanes = range(WIDTH)
     return (_order(*[lane + (WIDTH - half if lane & half else 0) for lane in lanes]),
             _order(*[lane + (WIDTH if lane & half else half) for lane in lanes]))
@@ -167,7 +168,8 @@ def _transpose(builder: Any, source: Any, step: Any, target: Any, target_step: A
 
 
 def _tokens_of_rows(builder: Any, tokens: Any, tokens_step: Any, token: Any, part: Any) -> List[Any]:
-    """Addresses of a part of eight rows' tokens, in a table ``[8, tokens_step]`` of addresses."""
+    """The addresses of what lies ``part`` bytes into one token of each of eight rows; ``tokens`` is the address of a
+    table ``[8, tokens_step]`` of the addresses of tokens."""
     found = []
     for row in range(WIDTH):
         index = builder.add(builder.mul(tokens_step, ir.Constant(token.type, row)), token)
@@ -178,7 +180,8 @@ def _tokens_of_rows(builder: Any, tokens: Any, tokens_step: Any, token: Any, par
 
 def _score(builder: Any, queries: Any, step: Any, tokens: Any, tokens_step: Any, token: Any, part: Any, moved: Any,
            size: Any) -> Any:
-    """Products of eight rows' queries ``[8, step]`` with the keys of a token each, to which ``moved`` is added."""
+    """For each of eight rows, the product of its query, of ``[8, step]``, with the key of one of its tokens, to which
+    ``moved`` is added first."""
     kind = size.type
     keys = _tokens_of_rows(builder, tokens, tokens_step, token, part)
     places = [builder.add(queries, builder.mul(step, ir.Constant(kind, NUMBER * row))) for row in range(WIDTH)]

@@ -56,10 +56,10 @@ TILE = WIDTH * NUMBER
 class Scratch(NamedTuple):
     """Working memory of one thread."""
     memory: np.ndarray
-    tokens: np.ndarray  # [rows, tokens]: addresses of what the pages hold of a row's tokens
-    lengths: np.ndarray  # [rows]: tokens, the one that is asked about included
+    tokens: np.ndarray  # [rows, tokens]: the address of each of a row's tokens in the pages
+    lengths: np.ndarray  # [rows]: how many tokens a row attends to, the newest included
     chosen: np.ndarray  # [rows]: indices for :func:`gather`
-    x: int  # from here on addresses: tokens on their way through the layers, [tiles, E, 8]
+    x: int  # from here on addresses; this one: activations between two blocks, [tiles, E, 8]
     between: int
     y: int
     qkv: int  # [tiles, 3E, 8]
@@ -71,7 +71,7 @@ class Scratch(NamedTuple):
     step: int
     scores: int  # [tokens, 8]
     ends: int  # [8]: the lengths of a tile's rows
-    team: np.ndarray  # of the threads that share out this one's products
+    team: np.ndarray  # of the threads that compute products together; empty where one computes alone
     nothing: int = 0
 
     @property
@@ -120,7 +120,7 @@ def _columns(weight: int, bias: int, source: int, target: int, target_step: int,
         for tile in range(tiles):
             x, y = source + tile * inputs * TILE, (tile * target_step + n * WIDTH) * NUMBER
             other = added + y if added else added
-            following = weights + block * inputs * NUMBER if tile == 0 else weights  # other tiles need no more
+            following = weights + block * inputs * NUMBER if tile == 0 else weights  # the first tile fetches them
             if block == 1:
                 linear_1_output(weights, following, row, x, target + y, inputs, other)
             else:
@@ -153,7 +153,7 @@ def help_out(team: np.ndarray, worker: int) -> None:
 def linear(weight: int, bias: int, source: int, target: int, target_step: int, inputs: int, outputs: int, tiles: int,
            added: int, team: np.ndarray) -> None:
     """``target = weight source + bias``, ``+ added`` unless that is 0; ``target_step`` numbers from tile to tile."""
-    first = outputs - outputs  # a literal 0 has a type of its own, for which all would be compiled again
+    first = outputs - outputs  # numba gives a literal 0 another type, for which it would compile anew
     if len(team) == 0:
         _columns(weight, bias, source, target, target_step, inputs, first, outputs, tiles, added)
         return
@@ -246,7 +246,7 @@ def elementwise(kind: int, at: int, size: int) -> None:
 
 @inner
 def run(program: np.ndarray, source: int, scratch: Scratch, tiles: int, eps: float) -> int:
-    """Run the operations of a program; returns the address of the output, which the run after the next overwrites."""
+    """Run the operations of a program. Returns the address of the output; the run after the next one overwrites it."""
     at = source
     for operation in program:
         size = operation[OUTPUTS]

@@ -11,8 +11,8 @@ LINEAR, GELU, RELU, TANH, SIM_NORM, EXPONENTIAL, CLAMPED_EXPONENTIAL, LAYER_NORM
 """Kinds of operations. The last two are a BatchNorm."""
 
 KIND, INPUTS, OUTPUTS, WEIGHT, BIAS = range(5)
-"""Columns of an operation. Instead of a weight, a SimNorm has the size of its groups; instead of weight and bias,
-STANDARDIZE has means and variances."""
+"""Columns of an operation. As WEIGHT, a SimNorm has the size of its groups; as WEIGHT and BIAS, STANDARDIZE has means
+and variances."""
 
 (NORM1_WEIGHT, NORM1_BIAS, QUERY_WEIGHT, QUERY_BIAS, KEY_WEIGHT, KEY_BIAS, VALUE_WEIGHT, VALUE_BIAS, PROJ_WEIGHT,
  PROJ_BIAS, NORM2_WEIGHT, NORM2_BIAS, WIDEN_WEIGHT, WIDEN_BIAS, NARROW_WEIGHT, NARROW_BIAS) = range(16)
@@ -23,7 +23,7 @@ class Network(NamedTuple):
     embed: int
     heads: int
     inner: int  # width of the MLPs
-    widest: int  # of all inputs and outputs of the programs
+    widest: int  # the largest input or output of an operation
     policy: int  # numbers that the policy head predicts
     rotary: int  # positions that there are factors for; 0 with learned ones
     discrete: bool
@@ -33,14 +33,14 @@ class Network(NamedTuple):
     norm_weight: int
     norm_bias: int
     blocks: np.ndarray  # [L, 16] addresses
-    continuous: np.ndarray  # from here on programs [N, 5]: the embedding of continuous actions
+    continuous: np.ndarray  # from here on programs, lists of operations [N, 5]; this one embeds continuous actions
     rewards: np.ndarray
     observations: np.ndarray
     value: np.ndarray
-    trunk: np.ndarray  # what both parts of the policy head begin with
-    first: np.ndarray  # logits, or mu
-    second: np.ndarray  # sigma, or nothing
-    encoder: np.ndarray  # of vectors; or nothing, where observations are encoded by torch
+    trunk: np.ndarray  # the layers that both parts of the policy head share
+    first: np.ndarray  # from there to the logits, or to the means of continuous actions
+    second: np.ndarray  # from there to their deviations; empty for discrete actions
+    encoder: np.ndarray  # encodes vectors; empty where torch encodes the observations
 
 
 class PagedNetwork(NamedTuple):

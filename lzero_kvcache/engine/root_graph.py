@@ -9,7 +9,7 @@ from .graphs import Captured, Graphs, capture
 from .packing import filler, unpack
 from .slab import Slab
 from .step import Engine, StepOutput, checksum
-from .transfer import to_cpu
+from .transfer import Pinned, to_cpu
 from .weights import Source
 
 logger = logging.getLogger(__name__)
@@ -20,8 +20,7 @@ Root = Tuple[StepOutput, np.ndarray]
 
 
 class _Graph(NamedTuple):
-    pinned: torch.Tensor  # [N, rows] packed numbers, on the CPU
-    sent: torch.Tensor  # [N, rows]
+    numbers: Pinned  # [N, rows], packed
     observations: torch.Tensor  # [rows, ...]
     captured: Captured
 
@@ -51,10 +50,9 @@ class RootGraphs:
         )
         if graph is None:
             return None
-        # The last copy from the pinned memory is done, since the last call waited for the device.
-        graph.pinned.numpy()[:, :rows] = numbers
-        graph.pinned.numpy()[:, rows:] = filler(self._engine.geometry, count)
-        graph.sent.copy_(graph.pinned, non_blocking=True)
+        pinned = graph.numbers.writable()
+        pinned[:, :rows], pinned[:, rows:] = numbers, filler(self._engine.geometry, count)
+        graph.numbers.send()
         graph.observations[:rows].copy_(observations)
         graph.captured.replays[0]()
         output, checks = graph.captured.results[0]
@@ -63,12 +61,12 @@ class RootGraphs:
     def _capture(self, slab: Slab, count: int, observations: torch.Tensor) -> _Graph:
         device, rows = self._source.device(), len(observations)
         column = filler(self._engine.geometry, count)
-        pinned = torch.from_numpy(np.repeat(column, rows, axis=1))
-        pinned = pinned.pin_memory() if device.type == 'cuda' else pinned
-        sent, seen = pinned.to(device, copy=True), torch.zeros_like(observations)
-        captured = capture(device, lambda: self._run(slab, sent, seen), inputs=[pinned, sent, seen])
+        numbers = Pinned(torch.from_numpy(np.repeat(column, rows, axis=1)), device)
+        seen = torch.zeros_like(observations)
+        captured = capture(
+            device, lambda: self._run(slab, numbers.sent, seen), inputs=[numbers.memory, numbers.sent, seen])
         logger.info(f'Captured a root inference for {rows} rows ({captured.memory_mb:.1f} MiB)')
-        return _Graph(pinned, sent, seen, captured)
+        return _Graph(numbers, seen, captured)
 
     def _run(self, slab: Slab, numbers: torch.Tensor, observations: torch.Tensor) -> Tuple[StepOutput, torch.Tensor]:
         tables, counts, positions, action = unpack(self._engine.geometry, numbers)

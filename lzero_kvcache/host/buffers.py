@@ -10,6 +10,7 @@ import torch
 from lzero.mcts.utils import prepare_observation
 
 from ..engine.transfer import to_cpu
+from ..search.open_steps import StepsOfThread
 from .lightzero import lightzero
 from .patches import with_globals
 from .refused import has_own_inference
@@ -29,6 +30,9 @@ class ReanalysisSearch(NodeSearch):
     """What the buffer's method finds as ``MCTSCtree``."""
 
     roots = Roots
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg, StepsOfThread())  # the buffer searches outside of any step
 
     def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any = None,
                task_id: Any = None) -> Any:

@@ -54,6 +54,16 @@ def join_gpus() -> None:
     dist_init()
 
 
+def set_steps(collector: Any, env_step: int) -> None:
+    """Have a collector count from so many environment steps on."""
+    collector._total_envstep_count = env_step
+
+
+def set_best_reward(evaluator: Any, reward: float) -> None:
+    """Have an evaluator save a model only if it is better than this."""
+    evaluator._max_episode_return = reward
+
+
 def sums_steps(collector: type) -> bool:
     """Whether LightZero's collector adds up the environment steps of all processes."""
     return 'allreduce_data' in collector.collect.__code__.co_names  # type: ignore[attr-defined]

@@ -1,12 +1,11 @@
 """What LightZero's policies keep between steps, the last observations and actions, as validation's shadow has it."""
-import contextlib
-import io
 import types
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
 from ..validation.trace import Trace
+from .patches import with_globals
 
 
 class Kept(NamedTuple):
@@ -46,7 +45,6 @@ class KeptRows:
         policy._cfg = reset.__self__._cfg
         policy._collect_model = policy._eval_model = types.SimpleNamespace(world_model=world_model)
         before = policy.last_batch_obs
-        with contextlib.redirect_stdout(io.StringIO()):
-            reset.__func__(policy, *args, **kwargs)
+        with_globals(reset.__func__, print=lambda *_: None)(policy, *args, **kwargs)
         if policy.last_batch_obs is not before:
             self._owners = [None] * len(policy.last_batch_action)

@@ -9,6 +9,7 @@ from lzero.model.unizero_world_models.world_model import WorldModel as LightZero
 from ..cache.base import BaseCacheManager
 from ..cache.stats import CacheStats, Timing, counters_of
 from ..config import KV_CACHE_REGISTRY, MIB, CacheConfig
+from .keys_values import bytes_of
 from .lightzero import lightzero
 from .patches import with_globals
 
@@ -127,11 +128,6 @@ class OldCacheManager(CountedFromOutside):
         nodes, capacity = model.past_kv_cache_recurrent_infer, getattr(model, lightzero.RECURRENT_SLOTS)
         working = Pool(len(model.keys_values_wm_list), model.shared_pool_size_wm, model.shared_pool_wm)
         return roots, Pool(len(nodes), capacity, model.shared_pool_recur_infer), working
-
-
-def bytes_of(value: Any) -> int:
-    caches = [cache for layer in value for cache in (layer._k_cache, layer._v_cache)]
-    return sum(cache._cache.numel() * cache._cache.element_size() for cache in caches)
 
 
 class OldWorldModel(LightZeroWorldModel):

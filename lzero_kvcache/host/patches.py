@@ -128,8 +128,10 @@ TABLE: Dict[str, Patch] = {
         _of_policies('select_action'), 'policies.select_action', "numpy's and scipy's checks take a third of a collect "
         'step', CALL),
     'print': Patch(
-        ('copy of lzero.model.unizero_world_models.world_model:WorldModel.clear_caches:print', ), 'does nothing',
-        'the line that it prints does not say which system was cleared', CALL),
+        ('copy of lzero.model.unizero_world_models.world_model:WorldModel.clear_caches:print',
+         'copy of lzero.policy.unizero:UniZeroPolicy._reset_collect:print',
+         'copy of lzero.policy.unizero:UniZeroPolicy._reset_eval:print'), 'does nothing',
+        'what is printed does not say which system was cleared, or is of what validation follows', CALL),
     # ---- the process
     'interrupts': Patch(
         ('signal:SIGINT', 'signal:SIGTERM'), 'notes that an end was asked for',

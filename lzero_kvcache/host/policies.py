@@ -106,7 +106,7 @@ class KVCachePolicy:
             return None
         if _is_new(world_model) and self._can_be_by_node(mcts):
             world_model.searches_in_arrays('Searching')  # and the log says so at the start
-            return self.node_search(mcts._cfg)
+            return self.node_search(mcts._cfg, self._running)
         timings = getattr(world_model, 'timings', None)
         if timings is not None:
             mcts.search = _timed(mcts.search, timings['search'])

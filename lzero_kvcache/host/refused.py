@@ -104,8 +104,15 @@ def _is_known(module: str) -> bool:
 
 
 def check_policy(policy_cfg: Any, system: str) -> None:
-    """Refuse a policy whose world model this LightZero does not build, and one that the new cache does not serve, or
-    would serve in part."""
+    """Refuse a policy that LightZero cannot run or whose world model it does not build, and one that the new cache does
+    not serve, or would serve in part."""
+    if not policy_cfg['mcts_ctree']:
+        raise ConfigError('policy.mcts_ctree=False cannot work: LightZero has no Python search for UniZero; set True')
+    if policy_cfg['random_collect_episode_num'] > 0:
+        raise ConfigError(
+            f'policy.random_collect_episode_num={policy_cfg["random_collect_episode_num"]} cannot work: '
+            'LightZero has no random policy for UniZero; set it to 0'
+        )
     world_model_cfg = policy_cfg['model']['world_model_cfg']
     reason = lightzero.unbuilt_of(world_model_cfg)
     if reason is not None:
@@ -116,3 +123,14 @@ def check_policy(policy_cfg: Any, system: str) -> None:
     if reason is not None:
         raise ConfigError(f'{reason}; {MEND}')
     _check_options(world_model_cfg)
+
+
+def check_draws(policy_cfg: Any) -> None:
+    """Refuse more drawn actions than there are: LightZero's sampled tree reads past the end of its logits."""
+    model = policy_cfg['model']
+    drawn, actions = model['num_of_sampled_actions'], model['action_space_size']
+    if not model['continuous_action_space'] and drawn > actions:
+        raise ConfigError(
+            f'policy.model.num_of_sampled_actions={drawn} must be at most policy.model.action_space_size={actions}: '
+            'actions are drawn without repeats'
+        )

@@ -12,6 +12,7 @@ from ..config import FLAG
 from ..validation.trace import Node
 from ..validation.validator import Reference
 from .lightzero import lightzero
+from .patches import with_globals
 from .weights import to_scalar
 
 
@@ -39,6 +40,9 @@ class Shadow(WorldModel):
         self.shared_pool_size_wm = env_num
         self.shared_pool_wm = [None] * env_num
         self.shared_pool_index = self.shared_pool_index_wm = 0
+
+    def clear_caches(self) -> None:
+        with_globals(super().clear_caches, print=lambda *_: None)()
 
     def prepare(self, tables: Dict[str, Any]) -> None:
         """Follow the modules to the device where they are now, and take tables of positions."""

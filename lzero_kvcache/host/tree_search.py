@@ -12,6 +12,7 @@ import torch
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree, tree_muzero
 from lzero.mcts.tree_search.mcts_ctree_sampled import SampledUniZeroMCTSCtree, tree_sampled_muzero
 
+from ..search.open_steps import StepsOfThread
 from ..search.whole import Found, Problem
 from .lightzero import lightzero
 from .patches import with_globals
@@ -50,8 +51,9 @@ class _NodeSearch:
     tree: Any
     sampled = False
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, running: StepsOfThread) -> None:
         super().__init__(cfg)  # type: ignore[call-arg]
+        self._running = running  # what its policy is in the middle of
         self._searches = 0
 
     def in_arrays(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,13 +64,13 @@ class _NodeSearch:
 
     def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any = None,
                task_id: Any = None) -> Any:
-        """Search from roots whose root inference the world model has just served, with LightZero's signature. Latent
+        """Search from the roots of the step that the policy is in the middle of, with LightZero's signature. Latent
         states and timesteps are not used: the world model has the roots' contexts and timesteps."""
-        inference = model.world_model.inference
+        inference, served = model.world_model.inference, self._running.innermost
         if isinstance(roots, Roots):
-            roots.found = inference.search(self.problem(roots))
+            roots.found = inference.search(served, self.problem(roots))
         else:
-            self._search_in_ctree(roots, inference, to_play_batch)
+            self._search_in_ctree(roots, inference, served, to_play_batch)
         return defaultdict(lambda: defaultdict(lambda: None))  # latent states, which only text is decoded from
 
     def problem(self, roots: Roots) -> Problem:
@@ -102,12 +104,12 @@ class _NodeSearch:
     def _depths(self, results: Any, path: List[int]) -> List[int]:
         return results.get_search_len()
 
-    def _search_in_ctree(self, roots: Any, inference: Any, to_play_batch: Any) -> None:
+    def _search_in_ctree(self, roots: Any, inference: Any, served: Any, to_play_batch: Any) -> None:
         cfg, tree, rows = self._cfg, self.tree, roots.num
         min_max_stats = tree.MinMaxStatsList(rows)
         min_max_stats.set_delta(cfg.value_delta_max)
         board_game = cfg.env_type != 'not_board_games'
-        with torch.no_grad(), inference.search_by_node(cfg.num_simulations) as expand:
+        with torch.no_grad(), inference.search_by_node(served, cfg.num_simulations) as expand:
             for simulation in range(cfg.num_simulations):
                 results = tree.ResultsWrapper(num=rows)
                 path, columns, actions, to_play = tree.batch_traverse(

@@ -20,7 +20,7 @@ MANY_CAPTURED_ROWS = 32
 """The same in a CUDA graph, where launches cost little."""
 
 
-class Room:
+class JoinedProjections:
     """Where captures join projections: one copy for all captures of a model, each of which would have its own."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Room:
         return torch.cat(detached, out=kept)
 
 
-def source_of(world_model: Any, room: Room) -> Source:
+def source_of(world_model: Any, joined: JoinedProjections) -> Source:
     """The weights of a LightZero world model that :func:`check_served` lets pass."""
     config = world_model.config
     geometry = Geometry(
@@ -52,14 +52,14 @@ def source_of(world_model: Any, room: Room) -> Source:
         rotary_positions=lightzero.angles_of(config) if config.rotary_emb else 0,
     )
     return Source(
-        geometry, functools.partial(read_weights, world_model, geometry, room),
+        geometry, functools.partial(read_weights, world_model, geometry, joined),
         functools.partial(_shift, world_model, geometry), functools.partial(_addresses, world_model),
         functools.partial(_device, world_model), functools.partial(_is_training, world_model),
         functools.partial(_has_own_encoding, world_model),
     )
 
 
-def read_weights(world_model: Any, geometry: Geometry, room: Room, captured: bool = False) -> Weights:
+def read_weights(world_model: Any, geometry: Geometry, joined: JoinedProjections, captured: bool = False) -> Weights:
     """The model as it is now: fused copies of the projections, everything else in place."""
     device, training = _device(world_model), world_model.training
     many_rows = MANY_CAPTURED_ROWS if captured else MANY_ROWS.get(device.type, MANY_ROWS['cpu'])
@@ -71,7 +71,7 @@ def read_weights(world_model: Any, geometry: Geometry, room: Room, captured: boo
     rewards, observations, policy, value = [_without_dicts(read(head.head_module)) for head in heads]
     return Weights(
         layers=[
-            _layer(block, read, many_rows, functools.partial(room.join, index) if captured else _joined)
+            _layer(block, read, many_rows, functools.partial(joined.join, index) if captured else _joined)
             for index, block in enumerate(transformer.blocks)
         ],
         norm=read(transformer.ln_f),

@@ -26,7 +26,7 @@ from .legacy_reference import LegacyReference
 from .lightzero import lightzero
 from .network import read_network, what_is_missing
 from .refused import check_served
-from .weights import Room, source_of
+from .weights import JoinedProjections, source_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class NewWorldModel(LightZeroWorldModel):
         for name in ('shared_pool_recur_infer', 'shared_pool_init_infer', 'shared_pool_wm'):
             del self.__dict__[name]
         check_served(self)
-        room = Room()
-        self.weights_source = source_of(self, room)
+        joined = JoinedProjections()
+        self.weights_source = source_of(self, joined)
         geometry = self.weights_source.geometry
         slab = Slab(geometry.layers, geometry.heads, geometry.head_dim, getattr(torch, options.dtype))
         self._storage = PageStore(
@@ -69,7 +69,7 @@ class NewWorldModel(LightZeroWorldModel):
             self.validator, partial(read_network, self)
         )
         self.encoder_graph = EncoderGraph(self.weights_source, self.tokenizer.encode_to_obs_embeddings)
-        self._storage.beside += [self.encoder_graph.graphs, room]
+        self._storage.beside += [self.encoder_graph.graphs, joined]
         self.timings = self.inference.timings
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None

@@ -36,8 +36,8 @@ class CompiledModel:
         return self._scratches.memory_mb
 
     def network_at(self, addresses: Tuple[int, ...]) -> Tuple[Any, Any]:
-        """The network, read again when an address has changed; and what keeps its memory alive, which the caller holds
-        for as long as it uses the network."""
+        """The network, which is read again when an address has changed, and an object that keeps its memory alive: the
+        caller must hold that for as long as it uses the network."""
         known = self._network
         if known is None or known[1] != addresses:
             self._network = known = self._read_network(), addresses
@@ -61,9 +61,9 @@ class CompiledModel:
 
     def run(self, function: Callable[..., Any], given: Sequence[Any], network: Any, width: int, rows: int,
             *numbers: int) -> float:
-        """Run ``function(*given, scratch, *numbers, first row, end)`` over tables of ``width`` pages: in threads that
-        have some rows each, or, for few rows, in one thread that others help with its products. Returns the seconds
-        spent compiling."""
+        """Run ``function(*given, scratch, *numbers, first row, end)`` over tables of ``width`` pages. Threads share the
+        rows out. Too few rows for two threads run in one, and other threads compute columns of its products. Returns
+        the seconds spent compiling."""
         threads = max(1, min(torch.get_num_threads(), rows // LEAST_ROWS))
         helpers = 0
         if threads == 1:

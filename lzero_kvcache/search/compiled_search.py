@@ -13,7 +13,7 @@ from ..engine.program import Batch, PagedNetwork
 from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
 
 
-class Roots(NamedTuple):
+class RootInputs(NamedTuple):
     """Inputs of a search, as C-contiguous arrays."""
     reward: np.ndarray  # [B] float32
     logits: np.ndarray  # [B, P] float32
@@ -52,7 +52,7 @@ def make_nodes(tree: Tree, policy: int, latents: np.ndarray, timesteps: np.ndarr
 
 
 @inner
-def gather_rows(tree: Tree, rules: Rules, roots: Roots, pages: np.ndarray, batch: Batch, lo: int, hi: int) -> None:
+def gather_rows(tree: Tree, rules: Rules, roots: RootInputs, pages: np.ndarray, batch: Batch, lo: int, hi: int) -> None:
     """Fill the batch: the contexts of the selected parents, the actions taken there, and the pages ``[B]`` to write."""
     for row in range(lo, hi):
         node = parent(tree, row)
@@ -88,8 +88,8 @@ def mend_rows(tree: Tree, batch: Batch, broken: np.ndarray, lo: int, hi: int) ->
 
 
 @entry
-def search_rows(tree: Tree, rules: Rules, key: Key, roots: Roots, paged: PagedNetwork, pages: np.ndarray, nodes: Nodes,
-                scratch: Any, begin: int, end: int, lo: int, hi: int) -> None:
+def search_rows(tree: Tree, rules: Rules, key: Key, roots: RootInputs, paged: PagedNetwork, pages: np.ndarray,
+                nodes: Nodes, scratch: Any, begin: int, end: int, lo: int, hi: int) -> None:
     """Run simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``; they write ``pages [N - 1, B]``."""
     batch, begun, reanalyzes = nodes.batch, nodes.begun, len(nodes.latents) > 0
     for low in range(lo, hi, ROWS):

@@ -13,12 +13,10 @@ from ..cache.pages import SCRATCH_PAGE
 from ..engine.graphs import capture
 from ..engine.slab import Slab, megabytes
 from ..engine.step import Engine, StepOutput
-from ..engine.transfer import to_cpu
+from ..engine.transfer import Pinned, to_cpu
 from ..engine.weights import Source, Weights
-from .tree_arrays import FLOATS, Tree, tree_shapes
+from .tree_arrays import FAR, FLOATS, Tree, tree_shapes
 from .whole import Problem
-
-_FAR = 1e6  # what LightZero takes for infinity
 
 
 class _Sent(NamedTuple):
@@ -47,7 +45,8 @@ class Space:
         self._policy = engine.geometry.action_size * (1 + engine.geometry.continuous)
         self._device = source.device()
         self._make()
-        self.memory_mb = megabytes(*self.tree, *(part for part in vars(self).values() if torch.is_tensor(part)))
+        tensors = [part for part in vars(self).values() if torch.is_tensor(part)]
+        self.memory_mb = megabytes(*self.tree, self._inputs.memory, self._inputs.sent, *tensors)
         self.empty_rows(0)
         self._begin: Callable[[], None] = self._run_begin
         self.simulate: Callable[[], None] = self._run_simulation
@@ -82,16 +81,21 @@ class Space:
         sizes = _Sent((2, ), (rows, slots), (rows, self._width), (rows, ), (rows, ), (self.simulations, rows),
                       (rows, slots), (rows, ), (rows, self._policy * self.sampled), (rows, states))
         numbers = [int(np.prod(size)) for size in sizes]
-        self._pinned = torch.zeros(sum(numbers), dtype=torch.int32, pin_memory=device.type == 'cuda')
-        self._on_device = self._pinned.to(device, copy=True)
+        self._inputs = Pinned(torch.zeros(sum(numbers), dtype=torch.int32), device)
         views = [
             _Sent(*(part.view(size) for part, size in zip(memory.split(numbers), sizes)))
-            for memory in (self._pinned, self._on_device)
+            for memory in (self._inputs.memory, self._inputs.sent)
         ]
         floats = [{name: getattr(view, name).view(torch.float32) for name in ('prior', 'reward', 'logits', 'latents')}
                   for view in views]
         views = [view._replace(**others) for view, others in zip(views, floats)]
-        self.given, self._sent = _Sent(*(part.numpy() for part in views[0])), views[1]
+        self._given, self._sent = _Sent(*(part.numpy() for part in views[0])), views[1]
+
+    @property
+    def given(self) -> _Sent:
+        """What the next search begins with, to be written."""
+        self._inputs.writable()
+        return self._given
 
     def empty_rows(self, used: int) -> None:
         """Fill the rows from ``used`` on, which no environment has: no legal actions, and a page that nobody reads."""
@@ -102,12 +106,12 @@ class Space:
 
     def begin(self) -> None:
         """Take over what is given."""
-        self._on_device.copy_(self._pinned, non_blocking=True)
+        self._inputs.send()
         self._begin()
 
     def capture(self) -> None:
         """From now on, replay graphs."""
-        self._on_device.copy_(self._pinned)
+        self._inputs.send()
         captured = capture(self._device, self._run_begin, self._run_simulation)
         self._begin, self.simulate = captured.replays
         self.memory_mb += captured.memory_mb
@@ -120,8 +124,8 @@ class Space:
         tree.child[:, 0].fill_(-1)
         tree.visits[:, 0].fill_(1)
         tree.value_sum[:, 0].fill_(0)
-        tree.low.fill_(_FAR)
-        tree.high.fill_(-_FAR)
+        tree.low.fill_(FAR)
+        tree.high.fill_(-FAR)
         self.broken.fill_(0)
         self._simulation.fill_(0)
         if self.sampled:

@@ -5,7 +5,7 @@
 import time
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from ..cache.nodes import NodeTable
 from ..cache.pages import Lease, extend
 from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
-from ..engine.weights import Weights
 from .inference_base import hash_rows, zero_for_nan
 from .open_steps import Served
 from .roots import RootInference
@@ -29,9 +28,9 @@ class Inference(RootInference):
     # ---- in arrays ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def search(self, problem: Problem) -> Found:
-        """Search in arrays from the roots of the innermost open step, on the model's device."""
-        return self._in_arrays().run(self.open.searched(), problem)
+    def search(self, served: Optional[Served], problem: Problem) -> Found:
+        """Search in arrays from the roots of an open step, on the model's device."""
+        return self._in_arrays().run(self.open.check_searchable(served), problem)
 
     @torch.no_grad()
     def reanalyze(self, problem: Problem, latent: np.ndarray, start_pos: Any, grows: bool = False) -> Found:
@@ -47,9 +46,9 @@ class Inference(RootInference):
     # ---- by node: the tree is LightZero's, and contexts are found by their place in it ------------------------------
 
     @contextmanager
-    def search_by_node(self, simulations: int) -> Iterator[Callable[..., np.ndarray]]:
-        """A context for a search from the roots of the innermost open step; gives :meth:`expand` for it."""
-        served = self.open.searched()
+    def search_by_node(self, served: Optional[Served], simulations: int) -> Iterator[Callable[..., np.ndarray]]:
+        """A context for a search from the roots of an open step; gives :meth:`expand` for it."""
+        served = self.open.check_searchable(served)
         assert served.roots is not None
         start = time.perf_counter()
         served.searches += 1
@@ -94,31 +93,33 @@ class Inference(RootInference):
         """One simulation whose contexts are found by key: one copy to the device and one back, and one more to the
         device if contexts are lost. Predictions of skipped rows are 0."""
         start = time.perf_counter()
-        rows = len(latent)
+        rows, parents = len(latent), hash_rows(latent)
         timesteps = (reanalysis_timesteps_of if reanalysis else timesteps_of)(start_pos, rows)
-        # A search by node asks for nothing by key.
-        served = None if reanalysis else self.open.innermost(lambda step: not step.searches)
-        mode, env_ids, weights = COLLECT, list(range(rows)), None
-        if served is not None:
-            served.check_rows(rows)
-            mode, env_ids, weights = served.mode, served.env_ids, self._weights_of(served)
-            self._give_roots_keys(served)
+        served = None if reanalysis else self._step_of(parents)
         with self._manager.lease() as lease:
+            step = Served(COLLECT, list(range(rows)), (), lease, None) if served is None else served
+            step.check_rows(rows)
             output, kept = self._node(
-                lease, weights or self._source.read(False), mode, env_ids, latent, action, timesteps,
-                steps_after(timesteps, search_depth), reanalysis
+                lease, step, parents, latent, action, timesteps, steps_after(timesteps, search_depth), reanalysis
             )
-        if served is not None and served.trace is not None:
-            served.trace.note_keyed_node(latent, action, search_depth, output)
+        if step.trace is not None:
+            step.trace.note_keyed_node(latent, action, search_depth, output)
         self.timings['step'].record(time.perf_counter() - start)
         return output if len(kept) == rows else output.map(zero_for_nan)
 
-    def _node(self, lease: Lease, weights: Weights, mode: str, env_ids: List[int], latent: np.ndarray,
-              action: torch.Tensor, timesteps: np.ndarray, node_timesteps: np.ndarray, reanalysis: bool
-              ) -> Tuple[StepOutput, np.ndarray]:
+    def _step_of(self, parents: List[int]) -> Optional[Served]:
+        """The open step that nodes below these parents are of."""
+        for step in self.open.steps:
+            if not step.searches:
+                self._give_roots_keys(step)
+        return self.open.having(parents)
+
+    def _node(self, lease: Lease, step: Served, parents: List[int], latent: np.ndarray, action: torch.Tensor,
+              timesteps: np.ndarray, node_timesteps: np.ndarray, reanalysis: bool) -> Tuple[StepOutput, np.ndarray]:
         manager, rows, device = self._manager, len(latent), self._source.device()
+        mode, env_ids, weights = step.mode, step.env_ids, self._weights_of(step)
         pages = lease.allocate(rows)
-        contexts = manager.find_recur(mode, env_ids, hash_rows(latent))
+        contexts = manager.find_recur(mode, env_ids, parents)
         lost = np.flatnonzero(contexts[1] == 0)
         manager.count_queries('recur', rows, rows - len(lost))
         lease.hold(contexts[0])
@@ -138,6 +139,7 @@ class Inference(RootInference):
             env_ids, keys = [env_ids[row] for row in kept], [keys[row] for row in kept]
             nodes = nodes[0][kept], nodes[1][kept]
         manager.store_recur(env_ids, keys, nodes)
+        step.seen.update(keys)
         return output, kept
 
     def _give_roots_keys(self, served: Served) -> None:
@@ -147,6 +149,7 @@ class Inference(RootInference):
         assert served.latents is not None
         kept, hashed = served.kept, hash_rows(to_cpu(served.latents))
         served.keys = [served.env_ids[row] for row in kept], [hashed[row] for row in kept]
+        served.seen.update(hashed)
         self._manager.store_init(served.mode, *served.keys, (served.roots[0][kept], served.roots[1][kept]))
 
     # ---- without contexts --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from ..cache.base import PagedCacheManager
 from ..cache.pages import Lease, Rows
 from ..cache.stats import Timing
 from ..config import CacheConfig
-from ..engine.backends import Result, make_backend
+from ..engine.backends import StepResult, make_backend
 from ..engine.packing import pack
 from ..engine.root_graph import RootGraphs
 from ..engine.step import Engine
@@ -52,7 +52,7 @@ class InferenceBase:
 
     def _step(self, weights: Weights, rows: Rows, pages: np.ndarray, timesteps: np.ndarray,
               actions: Optional[np.ndarray], on_device: Optional[torch.Tensor], longest: int,
-              reanalysis: bool = False) -> Result:
+              reanalysis: bool = False) -> StepResult:
         """A recurrent step from nodes at ``timesteps``; one copy sends all inputs that come from the CPU. In
         LightZero's reanalysis both tokens have the angle of the action, one step later."""
         angles = (2 * timesteps + 3, 2 * timesteps + 3) if reanalysis else (2 * timesteps + 1, 2 * timesteps + 2)

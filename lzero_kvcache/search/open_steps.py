@@ -3,7 +3,7 @@ is abandoned."""
 import threading
 from collections import deque
 from contextlib import contextmanager
-from typing import Any, Callable, Deque, Hashable, Iterator, List, Optional, Set, Tuple
+from typing import Any, Deque, Hashable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class Served:
         self.timesteps = np.zeros(0, np.int64)  # [B]
         self.latents: Optional[torch.Tensor] = None  # [B, E], of the roots
         self.keys: Optional[Tuple[List[int], List[Hashable]]] = None  # environments and keys, if stored by key too
+        self.seen: Set[Hashable] = set()  # keys of its roots and nodes, if they are stored by key
         self.searches = 0  # searches by node that are running
         self.number = 0  # in the order in which steps were opened
 
@@ -45,6 +46,11 @@ class StepsOfThread(threading.local):
 
     def __init__(self) -> None:
         self.steps: List[Any] = []
+
+    @property
+    def innermost(self) -> Any:
+        """The step that was opened last, or None."""
+        return self.steps[-1] if self.steps else None
 
     def __reduce__(self) -> Any:
         return type(self), ()
@@ -147,14 +153,33 @@ class OpenSteps:
                 step.kept = np.array(left, dtype=np.int64)
                 step.superseded.update(step.env_ids if env_id is None else [env_id])
 
-    def searched(self) -> Served:
-        """The innermost open step, whose roots a search begins at."""
-        served = self.innermost(lambda step: step.roots is not None)
-        if served is None:
-            raise RuntimeError('a search follows a root inference inside `serving`')
+    def check_searchable(self, served: Optional[Served]) -> Served:
+        """Refuse a step that this thread has not open, or that has no roots yet."""
+        if served is None or served not in self.steps or served.roots is None:
+            raise RuntimeError('a search follows a root inference inside `serving`, in the same thread')
         return served
 
-    def innermost(self, is_fitting: Callable[[Served], bool]) -> Optional[Served]:
-        """The innermost open step, if it fits: LightZero's code does not pass along which step it is in."""
+    # LightZero's code does not pass along which step an inference is of.
+
+    def awaiting_roots(self) -> Optional[Served]:
+        """The step that a root inference is of; None if no open step awaits one."""
+        awaiting = [step for step in self.steps if step.roots is None]
+        if not awaiting:
+            return None
+        if awaiting != self.steps[-1:]:
+            opened = ' or '.join(f'{step.env_ids} of {step.mode}' for step in self.steps)
+            raise RuntimeError(
+                f'a root inference could be for environments {opened}: infer the roots of one step before the next '
+                'is opened'
+            )
+        return awaiting[0]
+
+    def having(self, keys: Sequence[Hashable]) -> Optional[Served]:
+        """The step that nodes with these keys are of: the one that has seen the most, of several the innermost. If
+        none has seen any, the innermost, unless it is searched by node and so asks for nothing by key."""
         steps = self.steps
-        return steps[-1] if steps and is_fitting(steps[-1]) else None
+        if len(steps) > 1:
+            best = max(reversed(steps), key=lambda step: len(step.seen.intersection(keys)))
+            if best.seen.intersection(keys):
+                return best
+        return steps[-1] if steps and not steps[-1].searches else None

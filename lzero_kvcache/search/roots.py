@@ -51,7 +51,7 @@ class RootInference(InferenceBase):
         """
         self.open.end_abandoned()
         rows = len(current_obs)
-        served = self.open.innermost(lambda step: step.roots is None)
+        served = self.open.awaiting_roots()
         if len(self.open.steps) <= (served is not None):
             self._manager.clear_recur_cache()  # unless a search around this one needs its nodes
         if served is not None:

@@ -5,11 +5,12 @@ import triton
 import triton.language as tl
 
 from ..engine.kernel_launch import wait
+from .tree_arrays import DECIMALS, MOST_DRAWN, NEAR
 from .tree_kernels import mended
 
 UNIT = tl.constexpr(2.0 ** -32)
 CIRCLE = tl.constexpr(6.283185307179586)
-CLAMP = tl.constexpr(4.0)
+_NEAR, _MOST, _DECIMALS = tl.constexpr(NEAR), tl.constexpr(MOST_DRAWN), tl.constexpr(DECIMALS)
 WHOLE = tl.constexpr(2.0 ** 52)  # adding it to a smaller float64 rounds that to an integer, half to even
 
 
@@ -35,7 +36,7 @@ def _tanh(number):
 @triton.jit
 def _decimals(number):
     """An integer that is equal for numbers which C prints with the same six decimals."""
-    whole = (tl.abs(number.to(tl.float64)) * 1e6 + WHOLE) - WHOLE
+    whole = (tl.abs(number.to(tl.float64)) * _DECIMALS + WHOLE) - WHOLE
     return 2 * whole.to(tl.int32) + _is_negative(number).to(tl.int32)
 
 
@@ -57,8 +58,8 @@ def draw_continuous(draws, order, prior, key_at, simulation_at, policy, policy_s
         normal = (radius * tl.cos(second * CIRCLE * UNIT)).to(tl.float32)
         mean = mended(tl.load(policy + row * policy_step + part))
         drawn = normal * mended(tl.load(policy + row * policy_step + action_size + part)) + mean
-        drawn = tl.where(drawn > CLAMP, CLAMP, drawn)
-        drawn = _tanh(tl.where(drawn < -CLAMP, -CLAMP, drawn))
+        drawn = tl.where(drawn > _MOST, _MOST, drawn)
+        drawn = _tanh(tl.where(drawn < -_MOST, -_MOST, drawn))
         tl.store(draws + at * action_size + part, drawn, mask=there)
         decimals = _decimals(drawn)
         same = same & (decimals[:, None] == decimals[None, :])
@@ -79,7 +80,7 @@ def draw_discrete(draws, order, prior, key_at, simulation_at, policy, policy_ste
     there, known = index < slots, action < actions
     logits = mended(tl.load(policy + row * policy_step + action, mask=known, other=0.))
     powers = tl.where(known, tl.exp(logits.to(tl.float64)).to(tl.float32), 0.)
-    share = (powers.to(tl.float64) / (tl.sum(powers, 0).to(tl.float64) + 1e-6)).to(tl.float32)
+    share = (powers.to(tl.float64) / (tl.sum(powers, 0).to(tl.float64) + _NEAR)).to(tl.float32)
     first, second = _words(key, row, node, action)
     rank = tl.exp(tl.log((first + second * UNIT) * UNIT) / tl.where(known, share, 1.).to(tl.float64))
     rank = tl.where(known, tl.where(rank >= 0, rank, 0.), -2.)  # of logits too large for float32 there is no rank

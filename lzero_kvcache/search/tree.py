@@ -10,13 +10,11 @@ import numpy as np
 
 from ..engine.compiling import inlined, inner
 from .random_numbers import ACTION, TIE, below, draw, normal, uniform
-from .tree_arrays import FLOATS, Tree, tree_shapes
+from .tree_arrays import DECIMALS, FAR, FLOATS, MOST_DRAWN, NEAR, Tree, tree_shapes
 
 Key = Tuple[np.uint32, np.uint32]
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_FAR = np.float32(1e6)  # what LightZero takes for infinity
-_TIE = np.float32(1e-6)
-_CLAMP = np.float32(4)  # of sampled actions, before tanh
+_FAR, _NEAR, _MOST_DRAWN = np.float32(FAR), np.float32(NEAR), np.float32(MOST_DRAWN)
 
 
 class Rules(NamedTuple):
@@ -139,11 +137,11 @@ def pick_best(tree: Tree, rules: Rules, count: int, key: Key, row: int, simulati
         return first
     ties = 0
     for index in range(first, count):
-        if tree.scores[row, index] >= best - _TIE:
+        if tree.scores[row, index] >= best - _NEAR:
             ties += 1
     left = below(draw(key, row, simulation, depth, TIE)[0], ties) if ties > 1 else 0
     for index in range(first, count):
-        if tree.scores[row, index] >= best - _TIE:
+        if tree.scores[row, index] >= best - _NEAR:
             if left == 0:
                 return index
             left -= 1
@@ -210,8 +208,8 @@ def draw_continuous(key: Key, row: int, node: int, logits: np.ndarray, draws: np
         for part in range(size):
             drawn = np.float32(normal(draw(key, row, node, index * size + part, ACTION)))
             drawn = drawn * logits[size + part] + logits[part]
-            drawn = _CLAMP if _CLAMP < drawn else drawn
-            draws[index, part] = math.tanh(drawn if -_CLAMP < drawn else -_CLAMP)
+            drawn = _MOST_DRAWN if _MOST_DRAWN < drawn else drawn
+            draws[index, part] = math.tanh(drawn if -_MOST_DRAWN < drawn else -_MOST_DRAWN)
 
 
 @inner
@@ -222,7 +220,7 @@ def draw_discrete(key: Key, row: int, node: int, logits: np.ndarray, draws: np.n
         total += np.float32(math.exp(logit))
     rank = np.empty(len(logits), np.float64)
     for action, logit in enumerate(logits):
-        probability = np.float32(np.float32(math.exp(logit)) / (np.float64(total) + 1e-6))
+        probability = np.float32(np.float32(math.exp(logit)) / (np.float64(total) + NEAR))
         rank[action] = uniform(draw(key, row, node, action, ACTION)) ** (1.0 / np.float64(probability))
     for index in range(len(draws)):
         best = 0
@@ -237,7 +235,7 @@ def draw_discrete(key: Key, row: int, node: int, logits: np.ndarray, draws: np.n
 def same_action(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether C prints two actions with the same six decimals; -0.0 is not 0.0."""
     for part in range(len(one)):
-        a, b = np.rint(np.float64(one[part]) * 1e6), np.rint(np.float64(other[part]) * 1e6)
+        a, b = np.rint(np.float64(one[part]) * DECIMALS), np.rint(np.float64(other[part]) * DECIMALS)
         if a != b or math.copysign(1.0, a) != math.copysign(1.0, b):
             return False
     return True

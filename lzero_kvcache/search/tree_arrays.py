@@ -28,6 +28,16 @@ class Tree(NamedTuple):
     counts: Any  # [B, N], pages of it
 
 
+# LightZero's numbers, which both devices calculate with.
+FAR = 1e6
+"""What it takes for infinity: no score is as far from 0."""
+NEAR = 1e-6
+"""Scores that are no further from the best are as good; it is also added to a sum of weights that may be 0."""
+MOST_DRAWN = 4.0
+"""Drawn actions are cut off there before tanh."""
+DECIMALS = 1e6
+"""Actions that agree in this many parts of 1 are one action: LightZero compares them as they are printed."""
+
 FLOATS = 'value_sum', 'reward', 'prior', 'draws', 'low', 'high', 'scores'
 """Fields in float32; all others are int32."""
 

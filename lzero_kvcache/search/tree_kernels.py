@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from ..engine.kernel_launch import wait
+from .tree_arrays import FAR, NEAR
 
-FAR = tl.constexpr(1e6)
-TIE = tl.constexpr(1e-6)
+_FAR, _NEAR = tl.constexpr(FAR), tl.constexpr(NEAR)
 
 
 @triton.jit
@@ -71,13 +71,13 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
         priors = tl.load(prior + begin + slot, mask=known, other=0.)
         more = tl.div_rn(tl.load(spread + others), tl.where(seen, reached, 0).to(tl.float32) + 1.0)
         scores = tl.load(explored + others) * more * priors + value
-        valid = known & (scores > -FAR)  # not nan
-        scores = tl.where(valid, scores, -FAR)
+        valid = known & (scores > -_FAR)  # not nan
+        scores = tl.where(valid, scores, -_FAR)
         best = tl.max(scores, 0)
         first = tl.min(tl.where(valid & (scores == best), index, SLOTS), 0)
         chosen = valid & (index == first)
         if DRAWS_TIES:
-            tied = valid & (index >= first) & (scores >= best - TIE)
+            tied = valid & (index >= first) & (scores >= best - _NEAR)
             ties = tl.sum(tied.to(tl.int32), 0)
             word, _b, _c, _d = tl.philox(tl.load(key), row, simulation, depth, 0)
             left = tl.umulhi(word, ties.to(tl.uint32)).to(tl.int32)
@@ -86,7 +86,7 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
         action = tl.sum(tl.where(chosen, index, 0), 0) if SAMPLED else step
         node = tl.max(tl.where(chosen, children, -1), 0)
         passed = tl.sum(tl.where(chosen, reached, 0), 0)
-        if best <= -FAR:  # no score is a number
+        if best <= -_FAR:  # no score is a number
             node = tl.load(child + begin)
             passed = tl.load(visits + first_node + tl.maximum(node, 0))
         if node < 0:

@@ -1,5 +1,6 @@
-"""Whole searches: trees in arrays, and the model's steps. Here is what both devices share, and the CPU's, in which a
-search is one compiled call."""
+"""Whole searches: the trees are in arrays, and one call runs all simulations. Here are what both devices share, and the
+search on a CPU, which is a compiled function.
+"""
 import itertools
 import time
 from abc import ABC, abstractmethod
@@ -104,11 +105,12 @@ class WholeSearch(ABC):
         return visits, values, None
 
     def _alone(self) -> ContextManager[Any]:
-        """A context around each search; where searches share memory, it keeps others out."""
+        """A context for one search. Where searches share memory, it lets one run at a time."""
         return nullcontext()
 
     def _rows_within_limit(self, pages: int) -> int:
-        """Rows of a reanalysis whose pages, so many of each, in float32, take no more memory than the manager's may."""
+        """How many rows of a reanalysis, each with so many pages in float32, fit into the memory that the manager may
+        take."""
         geometry, manager = self._source.geometry, self._manager
         page_bytes = Slab(geometry.layers, geometry.heads, geometry.head_dim).page_bytes
         return (manager.page_limit * self._storage.page_bytes // page_bytes - 1) // pages
@@ -180,7 +182,7 @@ class CompiledSearch(WholeSearch):
         from .tree import make_key, make_rules
 
         rows, width = tables.shape
-        roots = compiled_search.Roots(
+        roots = compiled_search.RootInputs(
             np.asarray(problem.rewards, dtype=np.float32), np.asarray(problem.logits, dtype=np.float32),
             problem.padded_legal(), problem.padded_noises(), np.float32(problem.noise_weight),
             np.ascontiguousarray(tables), counts, timesteps, np.array(angles)  # tables may be part of wider ones
@@ -200,8 +202,8 @@ class CompiledSearch(WholeSearch):
     @contextmanager
     def _space(self, network: Any, problem: Problem, rows: int, width: int, pages: int = 0,
                has_states: bool = False) -> Iterator[SearchMemory]:
-        """Memory for a search of ``rows`` rows with contexts of ``width`` pages. A reanalysis also has ``pages`` for
-        each row, and may have states of nodes."""
+        """Memory for a search of ``rows`` rows with contexts of ``width`` pages. A reanalysis also gets
+        ``pages`` pages of its own for each row and, with ``has_states``, room for the states of its nodes."""
         from .tree import make_tree
 
         geometry = self._source.geometry

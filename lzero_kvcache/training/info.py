@@ -59,13 +59,14 @@ def of_plan(plan: Plan) -> Rows:
         else:
             system, unread = "LightZero's own new manager", unread_options(configs[0].policy.model.world_model_cfg)
             beside = [('not read', unread)] if unread else []
+        sizes = model.hyperparameters
         return [
             *rows,
             ('cache system', system),
-            ('init pools', f'{model.env_num} x {model.shared_pool_size_init} contexts'),
-            ('recurrent pool', f'{getattr(model, lightzero.RECURRENT_SLOTS):,} contexts'),
-            ('working batch', f'{model.env_num} contexts'),
-            ('context', f'{model.context_length} tokens'),
+            ('init pools', f'{sizes["env_num"]} x {sizes["init_pool_size"]} contexts'),
+            ('recurrent pool', f'{sizes["recurrent_pool_size"]:,} contexts'),
+            ('working batch', f'{sizes["env_num"]} contexts'),
+            ('context', f'{sizes["context_length"]} tokens'),
             memory_now,
             ('memory at the most', _at_most(manager)),
             *beside,

@@ -74,9 +74,9 @@ class Watch:
         self.learner.policy.load_state_dict(checkpoint.state)
         self.learner.last_iter.update(checkpoint.train_iter)
         self.learner.collector_envstep = checkpoint.env_step
-        self.collector._total_envstep_count = checkpoint.env_step
+        entries.set_steps(self.collector, checkpoint.env_step)
         if self.best_reward is not None:  # else the next evaluation, whatever it is, would replace ckpt_best
-            self.evaluator._max_episode_return = self.best_reward
+            entries.set_best_reward(self.evaluator, self.best_reward)
         self.checkpoint = None  # it is as large as the model and its optimizer
 
     def evaluate_last(self) -> None:
@@ -207,8 +207,9 @@ def _watched_collector(watch: Watch, base: type) -> type:
         def _output_log(self, train_iter: int) -> None:
             """Called as a collection ends, on every rank."""
             if watch.ranks.several and not entries.sums_steps(base):
-                own, self._total_envstep_count = int(self.envstep), self._begun_at  # an interrupt cuts it off here
-                self._total_envstep_count = watch.ranks.collected(self._begun_at, own)
+                own = int(self.envstep)
+                entries.set_steps(self, self._begun_at)  # an interrupt cuts it off here
+                entries.set_steps(self, watch.ranks.collected(self._begun_at, own))
             super()._output_log(train_iter)
 
     return WatchedCollector
