@@ -45,6 +45,9 @@ DIVIDE_EMBEDDING = ('num_heads', )
 UNROLLS_WITHIN_BLOCKS = False
 """Whether a world model must have as many blocks as a training batch has steps."""
 
+UPDATES_AT_LEAST_ONCE = True
+"""Whether a collection is followed by an update, whatever ``replay_ratio`` is."""
+
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
 """What a policy must be built for to collect."""
 
