@@ -238,8 +238,8 @@ def _add_train(commands: Any) -> None:
     checkpoint.add_argument('--resume', metavar='CKPT', help='go on from a checkpoint of either cache system; steps '
                             'and iterations go on, and --max-env-step counts all of them')
     checkpoint.add_argument('--eval', metavar='CKPT', dest='evaluate', help='evaluate a checkpoint, and train nothing')
-    add('--in-place', action='store_true', help="with --resume: go on in the checkpoint's own folder, whose summary "
-        'then covers all of the training')
+    add('--in-place', action='store_true', help="with --resume: go on in the checkpoint's own folder, and delete the "
+        'points after it from the event files; the summary then covers all of the training')
     add('--keep-checkpoints', type=count(1), metavar='N', help='keep the newest N checkpoints and the best one '
         '(default: all)')
     add('--verbose', action='store_true', help="show LightZero's own output as well")
