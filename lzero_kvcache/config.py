@@ -9,7 +9,7 @@ import math
 import numbers
 import reprlib
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from ding.utils.registry import Registry
 
@@ -52,6 +52,14 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     names = list(valid)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.65)
     return f'did you mean {close[0]!r}?' if close else f'valid are {", ".join(map(repr, names))}'
+
+
+def names_of_modules(value: Any, key: str) -> List[str]:
+    """What ``import_names`` lists. A string is one name, which DI-engine would take for letters."""
+    names = [value] if isinstance(value, str) else value or []
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f'{key}={value!r} must be a list of names of modules')
+    return list(names)
 
 
 # For each kind of option, what a value must be: its type, where a bool is no number, a test, and the words for both.

@@ -6,7 +6,7 @@ from typing import Any, List
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts, import_module
 from easydict import EasyDict
 
-from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, check_dict, nearest, settle
+from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, check_dict, names_of_modules, nearest, settle
 from .host import building
 from .host.lightzero import lightzero
 from .host.policies import KVCachePolicy
@@ -99,12 +99,8 @@ def policy_type(main_config: EasyDict, create_config: EasyDict) -> str:
 
 
 def import_names(create_config: EasyDict) -> List[str]:
-    """What DI-engine imports for a config's policy. A string is one name, which DI-engine would take for letters."""
-    names = create_config['policy'].get('import_names') or []
-    listed = [names] if isinstance(names, str) else names
-    if not isinstance(listed, (list, tuple)) or not all(isinstance(name, str) for name in listed):
-        raise ConfigError(f'create_config.policy.import_names={names!r} must be a list of names of modules')
-    return list(listed)
+    """What DI-engine imports for a config's policy."""
+    return names_of_modules(create_config['policy'].get('import_names'), 'create_config.policy.import_names')
 
 
 def load_plugin(create_config: EasyDict) -> None:

@@ -48,6 +48,10 @@ TRAIN = [
       for kind in ('muzero', 'sampled_unizero', 'unizero_x')),
     *((['--config', 'config_new', '--set', f'+env.{key}=nosuch'], f"env.{key}='nosuch' is registered by none")
       for key in ('type', 'manager.type')),
+    *((['--config', 'config_new', '--set', f'create_config.{part}.import_names=5'], 'it is a list ([')
+      for part in ('policy', 'env')),
+    *((['--config', 'config_new', '--set', f'create_config.{part}.import_names=[5]'],
+       f'create_config.{part}.import_names=[5] must be a list of names of modules') for part in ('policy', 'env')),
     (['--config', 'config_new', '--set', 'policy.learning_rate=-1'],
      'learning_rate=-1 must be a number that is not below 0'),
     (['--config', 'config_old', '--set', 'policy.batch_size=0'],
@@ -105,7 +109,8 @@ TRAIN = [
         (['env.n_evaluator_episode=None'], 'env.n_evaluator_episode=None must be a whole number above 0'),
         (['policy.replay_ratio=None'], 'policy.replay_ratio=None must be a number'),
         *(([f'{path}=None'], f'{path}=None must be a number') for path in (
-            'env.stop_value', 'policy.weight_decay', 'policy.target_update_theta', f'{WM}.gamma', f'{WM}.rope_theta')),
+            'env.stop_value', 'policy.eval_freq', 'policy.weight_decay', 'policy.target_update_theta', f'{WM}.gamma',
+            f'{WM}.rope_theta')),
         ([f'{WM}.support_size=None'], f'{WM}.support_size=None contradicts policy.model.'),
         ([f'{WM}.predict_latent_loss_type=kl'], "type='kl' must be one of mse, group_kl, cos_sim"),
         (['policy.model.model_type=foo'], "policy.model.model_type='foo' must be one of conv, mlp"),

@@ -173,7 +173,8 @@ def unserved_models() -> Iterator[Tuple[type, str, str]]:
 
 def simulations_of(cfg: Any) -> int:
     """Simulations of a policy's longest search."""
-    return max(cfg.get(key, 0) for key in ('num_simulations', 'collect_num_simulations', 'eval_num_simulations'))
+    given = [cfg.get(key) for key in ('num_simulations', 'collect_num_simulations', 'eval_num_simulations')]
+    return max((number for number in given if isinstance(number, int)), default=0)
 
 
 def support_size(support: Any) -> Any:

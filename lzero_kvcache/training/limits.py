@@ -53,8 +53,8 @@ LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
     (NOT_ZERO, ('policy.fixed_temperature_value', )),
     (NOT_NEGATIVE, ('policy.learning_rate', *(() if lightzero.UPDATES_AT_LEAST_ONCE else (RATIO, )))),
     (NUMBER, (
-        'env.stop_value', 'policy.discount_factor', 'policy.grad_clip_value', 'policy.replay_buffer_size',
-        RATIO, 'policy.root_noise_weight', 'policy.target_update_theta',
+        'env.stop_value', 'policy.discount_factor', 'policy.eval_freq', 'policy.grad_clip_value',
+        'policy.replay_buffer_size', RATIO, 'policy.root_noise_weight', 'policy.target_update_theta',
         'policy.train_start_after_envsteps', 'policy.weight_decay', f'{PREFIX}.gamma',
     )),
     (SHARE, ('policy.reanalyze_ratio', *(f'{PREFIX}.{part}_pdrop' for part in ('attn', 'embed', 'resid')))),

@@ -132,6 +132,7 @@ def _like(present: Any, text: str) -> Any:
     value = _literal(text)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     is_list = isinstance(value, (list, tuple))
+    held_list = isinstance(present, (list, tuple))
     if present is None or value is None:
         return value
     if isinstance(present, str):
@@ -141,12 +142,13 @@ def _like(present: Any, text: str) -> Any:
         if answer is None:
             raise ConfigError(f'it is True or False, not {value!r}')
         return answer
-    if isinstance(present, (int, float, list, tuple)) and not (is_number or is_list):
-        kind = 'list' if isinstance(present, (list, tuple)) else 'number'
+    of_names = held_list and any(isinstance(item, str) for item in present)  # for which no number can stand
+    if isinstance(present, (int, float, list, tuple)) and not (is_list or is_number and not of_names):
+        kind = 'list' if held_list else 'number'
         raise ConfigError(f'it is a {kind} ({present!r} now), not {value!r}')
     if isinstance(present, int) and isinstance(value, float) and value.is_integer():
         return int(value)
-    return type(present)(value) if is_list and isinstance(present, (list, tuple)) else value
+    return type(present)(value) if is_list and held_list else value
 
 
 def _assign(main_config: EasyDict, create_config: EasyDict, path: str, value: Any) -> None:
