@@ -12,12 +12,13 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 COMMAND = 'lzero-kvcache'
 BAD_USAGE, INTERRUPTED = 2, 130
 LIGHTZERO_PREFIX = 'lightzero:'
 SYSTEMS = ('old', 'lightzero', 'new')
+DEVICES = ('auto', 'cpu', 'cuda')
 CONFIG = ("a LightZero config file: a path, a name of ours, or a name of LightZero's own zoo, in this order; "
           "lightzero:NAME is LightZero's own. It is Python code, and it will be run")
 TRAIN_EXAMPLES = """
@@ -122,13 +123,30 @@ def find_config(name: str) -> str:
     for path in (name, stem + '.py'):
         if os.path.isfile(path):
             return os.path.abspath(path)
-    named = {**lightzero_configs(), **our_configs()}
-    if stem in named or LIGHTZERO_PREFIX + stem in named:
-        return named.get(stem) or named[LIGHTZERO_PREFIX + stem]
-    nearest = difflib.get_close_matches(os.path.basename(stem), named, n=1, cutoff=0.5)
-    advice = f"did you mean '{nearest[0]}'?" if nearest else f'give a path, or one of: {", ".join(sorted(named))}'
-    raise UsageError(f'--config {name}: there is no such file, and neither we nor LightZero have a config of this '
-                     f'name; {advice}')
+    ours, theirs = our_configs(), lightzero_configs()
+    if stem in ours or LIGHTZERO_PREFIX + stem in theirs or stem in theirs:
+        return ours.get(stem) or theirs.get(stem) or theirs[LIGHTZERO_PREFIX + stem]
+    if name.startswith(LIGHTZERO_PREFIX):
+        whose, near = 'LightZero has no config', near_names(stem, list(theirs))
+    else:
+        whose = 'there is no such file, and neither we nor LightZero have a config'
+        near = near_names(os.path.basename(stem), [*ours, *(each[len(LIGHTZERO_PREFIX):] for each in theirs)])
+    advice = f"give a path, or a name that '{COMMAND} zoo' lists"
+    if near:
+        advice = f'did you mean {" or ".join(map(repr, near))}?'
+    raise UsageError(f'--config {name}: {whose} of this name; {advice}')
+
+
+def near_names(name: str, names: Sequence[str]) -> List[str]:
+    """Up to three names of configs that have one in them, or else the one that it may be misspelt from. What nearly all
+    names have in common makes none alike."""
+    own = {each: re.sub(rf'^{LIGHTZERO_PREFIX}|_?unizero|_config$', '', each) for each in names}
+    wanted = re.sub(rf'^{LIGHTZERO_PREFIX}|_?unizero|_config$', '', name)
+    within = [each for each in own if len(wanted) > 2 and wanted in own[each]]
+    if within:
+        return within[:3]
+    close = difflib.get_close_matches(wanted, own.values(), n=1, cutoff=0.7)
+    return [each for each in own if own[each] in close][:1]
 
 
 def _package(name: str) -> Path:
@@ -164,6 +182,13 @@ def threads(text: Any) -> int:
     if number > most:
         raise argparse.ArgumentTypeError(f'{text!r} is more than {most}, eight for each processor of this machine')
     return number
+
+
+def device(text: str) -> str:
+    """Reads the name of a device."""
+    if text not in DEVICES:
+        raise argparse.ArgumentTypeError(f'{text!r} is none of {", ".join(DEVICES)}')
+    return text
 
 
 def group(text: str) -> Tuple[str, str]:
@@ -213,8 +238,8 @@ def _add_train(commands: Any) -> None:
     checkpoint.add_argument('--resume', metavar='CKPT', help='go on from a checkpoint of either cache system; steps '
                             'and iterations go on, and --max-env-step counts all of them')
     checkpoint.add_argument('--eval', metavar='CKPT', dest='evaluate', help='evaluate a checkpoint, and train nothing')
-    add('--in-place', action='store_true', help="with --resume: go on in the checkpoint's own folder, whose summary "
-        'then covers all of the training')
+    add('--in-place', action='store_true', help="with --resume: go on in the checkpoint's own folder, and delete the "
+        'points after it from the event files; the summary then covers all of the training')
     add('--keep-checkpoints', type=count(1), metavar='N', help='keep the newest N checkpoints and the best one '
         '(default: all)')
     add('--verbose', action='store_true', help="show LightZero's own output as well")
@@ -228,8 +253,8 @@ def _add_of_trainings(parser: argparse.ArgumentParser) -> None:
     _add_config(parser, required=True)
     add('--max-env-step', type=count(1), metavar='N', help='environment steps to stop after; the collection and the '
         'updates under way are completed (default: max_env_step of the config)')
-    add('--device', choices=('auto', 'cpu', 'cuda'), help='auto: the GPU if there is one (default: what the config '
-        'says, and the CPU where there is no GPU)')
+    add('--device', type=device, metavar='{' + ','.join(DEVICES) + '}', help='auto: the GPU if there is one (default: '
+        'what the config says, and the CPU where there is no GPU)')
     add('--threads', type=threads, metavar='N', help='CPU threads of torch (default: threads of the config, or '
         "torch's own choice)")
 

@@ -7,8 +7,9 @@ import copy
 import difflib
 import math
 import numbers
+import reprlib
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from ding.utils.registry import Registry
 
@@ -49,8 +50,16 @@ def lookup(cfg: Any, key: str, default: Any = None) -> Any:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The end of an error message for an unknown name: the nearest valid one if there is one, else all valid ones."""
     names = list(valid)
-    close = difflib.get_close_matches(str(name), names, n=1)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.65)
     return f'did you mean {close[0]!r}?' if close else f'valid are {", ".join(map(repr, names))}'
+
+
+def names_of_modules(value: Any, key: str) -> List[str]:
+    """What ``import_names`` lists. A string is one name, which DI-engine would take for letters."""
+    names = [value] if isinstance(value, str) else value or []
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f'{key}={value!r} must be a list of names of modules')
+    return list(names)
 
 
 # For each kind of option, what a value must be: its type, where a bool is no number, a test, and the words for both.
@@ -61,11 +70,18 @@ KINDS: Dict[type, Tuple[type, Callable[[Any], bool], str]] = {
 }
 
 
-def _checked(kind: type, value: Any, key: str) -> Any:
+def checked(kind: type, value: Any, key: str) -> Any:
+    """A value of a kind of option; any other is refused under its key."""
     allowed, is_right, what = KINDS[kind]
     if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool) or not is_right(value):
-        raise ConfigError(f'{PREFIX}.{key}={value!r} must be {what}')
+        raise ConfigError(f'{key}={value!r} must be {what}')
     return kind(value)
+
+
+def check_dict(value: Any, key: str) -> None:
+    """Refuse what is no dict where LightZero's configs have one."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}={reprlib.repr(value)} must be a dict, as LightZero's configs have it")
 
 
 class Option(NamedTuple):
@@ -81,7 +97,7 @@ class Option(NamedTuple):
         if value is None:
             return self.default
         if self.kind in KINDS:
-            return _checked(self.kind, value, f'{OPTIONS}.{key}')
+            return checked(self.kind, value, f'{PREFIX}.{OPTIONS}.{key}')
         choices = sorted(KV_CACHE_REGISTRY) if key == 'type' else self.choices
         if not isinstance(value, str) or value not in choices:
             said = [why for refused, why in self.refused if refused == value]
@@ -182,7 +198,7 @@ class CacheConfig:
               a contradiction.
         """
         _refuse_misspelt_keys(world_model_cfg)
-        use_new = _checked(bool, lookup(world_model_cfg, FLAG, False), FLAG)
+        use_new = checked(bool, lookup(world_model_cfg, FLAG, False), f'{PREFIX}.{FLAG}')
         if not use_new and not by_hand:
             world_model_cfg = {OPTIONS: _counting(lookup(world_model_cfg, OPTIONS))}
         num_simulations = _size(world_model_cfg, 'num_simulations', DEFAULT_NUM_SIMULATIONS)
@@ -197,15 +213,17 @@ class CacheConfig:
             raise ConfigError(
                 f"{PREFIX}.{OPTIONS}.type='old' contradicts {FLAG}=True: set {FLAG}=False for the old system"
             )
-        if use_new and system_of(values['type']) == 'new':
-            _check_context_length(world_model_cfg)
+        is_new = use_new and system_of(values['type']) == 'new'
+        if is_new or by_hand:
+            _check_context_length(world_model_cfg, use_new)
+        if is_new:
             _check_matmul(values, lookup(world_model_cfg, 'device'))
         else:
             values['validation'] = 'off'  # so that a user who switches back need not change it
         return cls(
             use_new=use_new, env_num=env_num, num_simulations=num_simulations,
-            evaluator_env_num=lookup(world_model_cfg, 'evaluator_env_num', DEFAULT_EVALUATOR_ENV_NUM),
-            context_length=lookup(world_model_cfg, 'context_length', DEFAULT_CONTEXT_LENGTH), **values
+            evaluator_env_num=_size(world_model_cfg, 'evaluator_env_num', DEFAULT_EVALUATOR_ENV_NUM),
+            context_length=_size(world_model_cfg, 'context_length', DEFAULT_CONTEXT_LENGTH), **values
         )
 
 
@@ -271,10 +289,12 @@ def _refuse_unknown_options(options: Dict[str, Any]) -> None:
 
 def _size(world_model_cfg: Any, key: str, default: int) -> int:
     value = lookup(world_model_cfg, key)
-    return default if value is None else _checked(int, value, key)
+    return default if value is None else checked(int, value, f'{PREFIX}.{key}')
 
 
 def _refuse_misspelt_keys(world_model_cfg: Any) -> None:
+    if not hasattr(world_model_cfg, '__dict__'):
+        check_dict(world_model_cfg, PREFIX)
     keys = world_model_cfg.keys() if isinstance(world_model_cfg, dict) else vars(world_model_cfg)
     for key in keys:
         if key in (FLAG, OPTIONS, HANDED_DOWN) or not isinstance(key, str):
@@ -289,17 +309,17 @@ def _refuse_misspelt_keys(world_model_cfg: Any) -> None:
             raise ConfigError(f'{PREFIX}.{key}={value!r} is unknown: did you mean {close[0]!r}?')
 
 
-def _check_context_length(world_model_cfg: Any) -> None:
+def _check_context_length(world_model_cfg: Any, use_new: bool) -> None:
     """Refuse contexts that cannot slide, or that have no place in the model."""
     length = lookup(world_model_cfg, 'context_length')
     if length is None:  # a manager used by hand has no transformer
         return
-    length = _checked(int, length, 'context_length')
+    length = checked(int, length, f'{PREFIX}.context_length')
     if length < 4 or length % 2:
-        raise ConfigError(
-            f'{PREFIX}.context_length={length} must be even and at least 4 with {FLAG}=True: '
-            f'try {max(4, length + length % 2)}, or {FLAG}=False for the old system'
-        )
+        better = f': try {max(4, length + length % 2)}'
+        if use_new:
+            better = f' with {FLAG}=True{better}, or {FLAG}=False for the old system'
+        raise ConfigError(f'{PREFIX}.context_length={length} must be even and at least 4{better}')
     max_tokens = lookup(world_model_cfg, 'max_tokens')
     if isinstance(max_tokens, numbers.Integral) and length > max_tokens:
         raise ConfigError(f'{PREFIX}.context_length={length} must not exceed max_tokens={max_tokens}')
@@ -327,6 +347,8 @@ def settle(policy_cfg: Any, simulations: int = 0) -> CacheConfig:
         # LightZero's own default; our policies leave it out, so that a value is known to be the user's.
         world_model_cfg.setdefault('env_num', DEFAULT_ENV_NUM)
         return CacheConfig.read(world_model_cfg)
+    for key in ('collector_env_num', 'evaluator_env_num', 'num_simulations'):
+        checked(int, policy_cfg[key], f'policy.{key}')
     env_num = max(policy_cfg['collector_env_num'], policy_cfg['evaluator_env_num'])
     simulations = max(simulations, policy_cfg['num_simulations'])
     for key, least, source in (

@@ -6,7 +6,8 @@ from typing import Any, List
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts, import_module
 from easydict import EasyDict
 
-from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, nearest, settle
+from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, check_dict, names_of_modules, nearest, settle
+from .host import building
 from .host.lightzero import lightzero
 from .host.policies import KVCachePolicy
 from .host.refused import check_draws, check_policy
@@ -23,8 +24,9 @@ def enable(main_config: EasyDict, create_config: EasyDict, **kv_cache_cfg: Any) 
         - create_config (:obj:`EasyDict`): LightZero's ``create_config``.
         - kv_cache_cfg (:obj:`Any`): Options of ``world_model_cfg.kv_cache_cfg``; those not named stay as they are.
     Raises:
-        - ConfigError: An option is wrong, or a config has no policy; the configs are then as they were.
+        - ConfigError: An option is wrong, or a config is none of UniZero; the configs are then as they were.
     """
+    _check_shape(main_config, create_config)
     trial_main, trial_create = copy.deepcopy(main_config), copy.deepcopy(create_config)
     _switch(trial_main, trial_create, True, kv_cache_cfg)
     check_config(trial_main, trial_create)
@@ -42,6 +44,7 @@ def disable(main_config: EasyDict, create_config: EasyDict) -> None:
     Raises:
         - ConfigError: A config has no policy.
     """
+    _check_shape(main_config, create_config)
     _switch(main_config, create_config, False, {})
 
 
@@ -57,6 +60,7 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     Raises:
         - ConfigError: The message is one line that says which key to change to what.
     """
+    _check_shape(main_config, create_config)
     main_config, create_config = EasyDict(copy.deepcopy(main_config)), EasyDict(copy.deepcopy(create_config))
     name = policy_type(main_config, create_config)
     with contextlib.suppress(ImportError):  # a module that is missing is reported where it is needed
@@ -82,9 +86,10 @@ def policy_type(main_config: EasyDict, create_config: EasyDict) -> str:
     it has one, and LightZero's entries the other."""
     name = create_config.policy.get('type')
     if name not in lightzero.POLICIES:
-        raise ConfigError(
-            f'create_config.policy.type={name!r} is not a UniZero policy: {nearest(str(name), lightzero.POLICIES)}'
-        )
+        served = nearest(str(name), lightzero.POLICIES)
+        if building.is_algorithm(name):  # another one, and not a misspelt name
+            served = f'served are {", ".join(map(repr, lightzero.POLICIES))}'
+        raise ConfigError(f'create_config.policy.type={name!r} is not a UniZero policy: {served}')
     of_main = main_config.policy.get('type', name)
     if of_main != name:
         raise ConfigError(
@@ -94,9 +99,8 @@ def policy_type(main_config: EasyDict, create_config: EasyDict) -> str:
 
 
 def import_names(create_config: EasyDict) -> List[str]:
-    """What DI-engine imports for a config's policy. A string is one name, which DI-engine would take for letters."""
-    names = create_config['policy'].get('import_names') or []
-    return [names] if isinstance(names, str) else list(names)
+    """What DI-engine imports for a config's policy."""
+    return names_of_modules(create_config['policy'].get('import_names'), 'create_config.policy.import_names')
 
 
 def load_plugin(create_config: EasyDict) -> None:
@@ -106,9 +110,6 @@ def load_plugin(create_config: EasyDict) -> None:
 
 
 def _switch(main_config: EasyDict, create_config: EasyDict, flag: bool, options: Any) -> None:
-    for name, config in (('main_config', main_config), ('create_config', create_config)):
-        if not isinstance(config.get('policy'), dict):
-            raise ConfigError(f"{name}.policy={config.get('policy')!r} must be a dict, as LightZero's configs have it")
     load_plugin(create_config)
     model = main_config['policy'].setdefault('model', EasyDict())
     world_model_cfg = model.setdefault('world_model_cfg', EasyDict())
@@ -116,3 +117,13 @@ def _switch(main_config: EasyDict, create_config: EasyDict, flag: bool, options:
     held = world_model_cfg.get(OPTIONS)
     if options and (held is None or isinstance(held, dict)):  # anything else is refused when it is read
         world_model_cfg[OPTIONS] = EasyDict({**(held or {}), **options})
+
+
+def _check_shape(main_config: Any, create_config: Any) -> None:
+    """Refuse configs without the dicts that are changed and read here. LightZero completes what a model lacks."""
+    for name, config in (('main_config', main_config), ('create_config', create_config)):
+        check_dict(config, name)
+        check_dict(config.get('policy'), f'{name}.policy')
+    model = main_config['policy'].get('model', {})
+    check_dict(model, 'main_config.policy.model')
+    check_dict(model.get('world_model_cfg', {}), 'main_config.policy.model.world_model_cfg')

@@ -11,6 +11,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 # Where LightZero puts event files, and DI-engine the config, below a run's folder.
 EVENT_FILES = os.path.join('log', 'serial')
 CONFIG_FILE = 'total_config.py'
+# All that DI-engine writes there before a training begins.
+CONFIG_FILES = {CONFIG_FILE, 'formatted_total_config.py', 'git_log.txt', 'git_diff.txt'}
 SUMMARY = 'summary.json'
 PROGRESS = 'progress.json'
 # An evaluation of iteration N comes before update N and so belongs to a checkpoint of N; updates of N come after it.

@@ -5,19 +5,20 @@ from time to time, and a summary at the end. ``train.py`` removes them, and show
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import time
 import traceback
 from dataclasses import replace
 from itertools import repeat
 from types import FrameType
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
-from .config import picked_manager
+from .config import ConfigError, picked_manager
 from .lock_files import training_in
-from .run_files import EVALUATIONS, EVENT_FILES, config_of, event_files, events
+from .run_files import CONFIG_FILES, EVALUATIONS, EVENT_FILES, config_of, event_files, events
 from .summary import POOLS, SUMMARY, Evaluation, Result, begun, number_text, rate_text, reward_text
 from .telemetry import HOOK_CONFIG, HOOK_KEY, summed_over_ranks
 
@@ -149,6 +150,30 @@ def origin_of_entry() -> Dict[str, Any]:
         return {}
     caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ''
     return dict(entry=frame.f_code.co_name, config=os.path.abspath(caller) if os.path.isfile(caller) else '')
+
+
+def source_of_checkpoint() -> str:
+    """The option and the path of the checkpoint that DI-engine's learner or an entry is loading; nothing where another
+    caller loads one."""
+    for option, names in (('policy.learn.learner.hook.load_ckpt_before_run', ('engine', 'path', 'state_dict')),
+                          ('model_path', ('model_path', 'create_cfg'))):
+        frame = _frame_of_entry(*names)
+        if frame is not None:
+            return f'{option}={frame.f_locals.get(names[0] if option in names else "path")}'
+    return ''
+
+
+@contextlib.contextmanager
+def leaving_no_folder() -> Iterator[None]:
+    """Where LightZero's own entry is refused before it trains, remove the folder that DI-engine has just made for its
+    config, if it holds nothing else."""
+    try:
+        yield
+    except ConfigError:
+        folder = getattr(_of_entry('cfg', 'create_cfg').get('cfg'), 'exp_name', None)
+        if folder and os.path.isdir(folder) and set(os.listdir(folder)) <= CONFIG_FILES:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _of_entry(*names: str) -> Dict[str, Any]:

@@ -248,7 +248,8 @@ class TestSettle:
             settle(policy_cfg(**sizes))
 
     @BOTH_FLAGS
-    @pytest.mark.parametrize(('key', 'value'), [('mcts_ctree', False), ('random_collect_episode_num', 2)])
+    @pytest.mark.parametrize(('key', 'value'), [('mcts_ctree', False), ('random_collect_episode_num', 2),
+                                                ('random_collect_episode_num', None)])
     def test_what_cannot_work_in_either_mode(self, flag, key, value):
         with pytest.raises(ConfigError, match=f'{key}={value}'):
             check_policy(policy_cfg(flag, policy={key: value}), 'new' if flag else 'old')

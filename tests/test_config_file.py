@@ -60,19 +60,22 @@ def test_a_name_that_lightzero_alone_has(tmp_path, monkeypatch):
     monkeypatch.setattr(lzero_kvcache_options, '_package', lambda name: tmp_path / 'lzero' if name == 'lzero'
                         else package(name))
     assert find_config('game_unizero_config') == str(folder / 'game_unizero_config.py')
-    with pytest.raises(ConfigError, match="did you mean 'lightzero:game_unizero_config'"):
-        find_config('lightzero:game_muzero_config')
+    with pytest.raises(ConfigError, match="LightZero has no .* did you mean 'lightzero:game_unizero_config'"):
+        find_config('lightzero:gmae_unizero_config')
 
 
-def test_an_unknown_name_gets_the_nearest_one(write):
-    with pytest.raises(ConfigError, match="did you mean 'config_old'"):
-        find_config('confg_old.py')
-
-
-def test_a_name_near_to_none_gets_them_all(write):
-    with pytest.raises(ConfigError, match='config_new, config_old') as caught:
-        find_config('qqqqqqqqqqqq')
-    assert '\n' not in str(caught.value)
+@pytest.mark.parametrize(('name', 'advice'), [
+    ('confg_old.py', "did you mean 'config_old'?"), ('cartpole', "did you mean 'cartpole_unizero_config'?"),
+    ('config', "did you mean 'config_new' or 'config_old'?"),
+    ('lightzero:cartpole', "did you mean 'lightzero:cartpole_unizero_config'?"),
+    *((name, "give a path, or a name that 'lzero-kvcache zoo' lists") for name in (
+        'lightzero:nothing', 'nothing_unizero_config', 'nope.py', 'lightzero:config_new', 'a', '')),
+])
+def test_an_unknown_name_gets_names_that_are_near_alone(name, advice, write):
+    with pytest.raises(ConfigError) as caught:
+        find_config(name)
+    said = str(caught.value)
+    assert said.startswith(f'--config {name}: ') and said.endswith('of this name; ' + advice) and len(said) < 200
 
 
 def test_module_variables_are_honoured(write):

@@ -217,9 +217,24 @@ class TestEnable:
             enable(*configs, **options)
         assert configs == before
 
-    def test_another_policy(self, configs):
-        configs[1].policy.type = 'muzero'
-        with pytest.raises(ConfigError, match=r"create_config\.policy\.type='muzero'"):
+    @pytest.mark.parametrize(('kind', 'said'), [
+        ('muzero', "served are 'unizero', 'sampled_unizero'"), ('sampled_muzero', "served are 'unizero', "),
+        ('unizro', "did you mean 'unizero'?"), (None, "valid are 'unizero', "), (5, "valid are 'unizero', "),
+    ])
+    def test_another_policy(self, configs, kind, said):
+        """The name of another algorithm is no misspelt one."""
+        configs[1].policy.type = kind
+        with pytest.raises(ConfigError) as caught:
+            enable(*configs)
+        assert str(caught.value).startswith(f'create_config.policy.type={kind!r} is not a UniZero policy: {said}')
+
+    @pytest.mark.parametrize(('key', 'value'), [
+        ('collector_env_num', None), ('collector_env_num', '8'), ('evaluator_env_num', 0), ('num_simulations', None),
+        ('random_collect_episode_num', None), ('random_collect_episode_num', 'x'), ('mcts_ctree', None),
+    ])
+    def test_a_wrong_number_of_the_policy(self, configs, key, value):
+        configs[0].policy[key] = value
+        with pytest.raises(ConfigError, match=f'^policy.{key}={value!r} '):
             enable(*configs)
 
 
@@ -233,6 +248,23 @@ def test_a_config_without_a_policy(switch, place, policy):
     with pytest.raises(ConfigError, match=('main_config', 'create_config')[place] + '.policy=None must be a dict'):
         switch(*configs)
     assert configs == before
+
+
+@pytest.mark.parametrize('switch', [enable, disable, check_config])
+@pytest.mark.parametrize(('main', 'create', 'said'), [
+    (5, None, 'main_config=5 must be a dict'), (None, None, 'main_config=None must be a dict'),
+    (dict(policy={}), 'x', "create_config='x' must be a dict"), ({}, {}, 'main_config.policy=None must be a dict'),
+    *((dict(policy=dict(model=wrong)), dict(policy={}), f'main_config.policy.model={wrong!r} must be a dict')
+      for wrong in (None, 5)),
+    *((dict(policy=dict(model=dict(world_model_cfg=wrong))), dict(policy={}),
+       f'main_config.policy.model.world_model_cfg={wrong!r} must be a dict') for wrong in (None, [])),
+    *((dict(policy={}), dict(policy=dict(type='unizero', import_names=wrong)),
+       f'create_config.policy.import_names={wrong!r} must be a list of names of modules') for wrong in (5, [5])),
+])
+def test_configs_that_are_none(switch, main, create, said):
+    with pytest.raises(ConfigError) as caught:
+        switch(main, create)
+    assert str(caught.value).startswith(said)
 
 
 def test_options_that_are_no_dict_are_refused_as_in_a_file(configs):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracle import Batch, LightZeroAlone, assert_same, differences, play, random_trace, row_differences
 from small_models import Case, cached_model, construct, original_model
 
-from lzero_kvcache import ConfigError, KVCacheManager, KVCachePool, PagedCacheManager
+from lzero_kvcache import ConfigError, KVCacheManager, KVCachePool, OldCacheManager, PagedCacheManager
 from lzero_kvcache.cache.pages import PageAllocator
 from lzero_kvcache.cache.stats import CacheStats
 
@@ -67,6 +67,35 @@ class TestConstruction:
         with pytest.raises(ConfigError, match='evicton'):
             manager(kv_cache_cfg=dict(evicton='lru'))
 
+    @pytest.mark.parametrize(('wrong', 'said'), [
+        *((dict(context_length=length), f'context_length={length!r} must be ')
+          for length in ('8', 8.0, 0, -4, 2, 3, 7, True)),
+        *((dict(evaluator_env_num=number), f'evaluator_env_num={number!r} must be a whole number of at least 1')
+          for number in ('3', 0)),
+    ])
+    def test_wrong_size(self, wrong, said):
+        with pytest.raises(ConfigError) as caught:
+            manager(**wrong)
+        assert str(caught.value).startswith(f'policy.model.world_model_cfg.{said}')
+        assert 'use_new_cache_manager' not in str(caught.value)  # by hand there is no flag
+
+    def test_none_is_the_default(self):
+        used = manager(evaluator_env_num=None, context_length=None)
+        assert (used.config.evaluator_env_num, used.config.context_length) == (1, 8)
+
+    @pytest.mark.parametrize('config', [None, 5, 'x', []])
+    def test_a_config_that_is_none(self, config):
+        with pytest.raises(ConfigError, match='^policy.model.world_model_cfg=.* must be a dict'):
+            KVCacheManager(config)
+
+    @pytest.mark.parametrize(('name', 'value', 'right'), [
+        *(('env_num', value, 'a whole number of at least 1') for value in (0, -1, '3', 2.5, True)),
+        *(('enable_stats', value, 'True or False') for value in ('no', 1)),
+    ])
+    def test_wrong_argument(self, name, value, right):
+        with pytest.raises(ConfigError, match=f'^{name}={value!r} must be {right}$'):
+            KVCacheManager({}, **{name: value})
+
 
 class TestByHand:
 
@@ -113,6 +142,14 @@ class TestByHand:
         used.set_recur_cache('node', 'of 1', env_id=1)
         assert [used.get_recur_cache('node', env_id=env_id) for env_id in range(3)] == ['of 0', 'of 1', None]
         assert used.get_recur_cache('node') is None
+
+    @pytest.mark.parametrize('call', [
+        lambda used: used.clear_init_caches('train'), lambda used: used.find_init('train', [0], ['a']),
+        lambda used: used.get_init_cache('0', 'a'),
+    ])
+    def test_a_mode_or_an_environment_that_cannot_be(self, call):
+        with pytest.raises(ValueError, match="mode='train' must be one of 'collect', 'eval'|environment '0' must be"):
+            call(manager())
 
     @pytest.mark.parametrize('env_id', [2, 17, -1])
     def test_an_environment_that_is_not_there(self, env_id):
@@ -431,6 +468,18 @@ class PlainManager(PagedCacheManager):
 
 
 class TestCustomManagers:
+
+    @pytest.mark.parametrize(('registers', 'said'), [
+        *((kind, 'which makes no PagedCacheManager') for kind in (5, dict, lambda *arguments: None, OldCacheManager)),
+        *((type('Narrow', (PlainManager, ), dict(width=width, __init__=lambda self, *arguments: None)),
+           f'Narrow.width={width!r} must be 3, which is context_length=8 / 2 - 1') for width in (0, None, 4)),
+    ])
+    def test_what_is_no_manager_of_the_model(self, registers, said, registered):
+        registered('mine', registers)
+        with pytest.raises(ConfigError) as caught:
+            cached_model(Case(), 3, 0, kv_cache_cfg=dict(type='mine'))
+        assert str(caught.value).startswith("policy.model.world_model_cfg.kv_cache_cfg.type='mine'")
+        assert said in str(caught.value)
 
     @pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
     def test_the_base_class_says_all_that_is_needed(self, registered, rotary):

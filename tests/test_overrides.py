@@ -93,8 +93,13 @@ def test_a_game_without_a_known_number_of_actions(pong):
 
 @pytest.mark.usefixtures('pong')
 def test_a_game_with_another_number_of_actions_is_refused():
-    with pytest.raises(ConfigError, match="size=5 contradicts env.env_id='PongNoFrameskip-v4': it must be 6"):
-        make_plan('atari_unizero_segment_config', overrides=['policy.model.action_space_size=5'])
+    for key in ('policy.model.action_space_size', WM + 'action_space_size'):  # the one that the user has set is named
+        said = f"^{key}=5 contradicts env.env_id='PongNoFrameskip-v4': it must be 6$"
+        with pytest.raises(ConfigError, match=said):
+            make_plan('atari_unizero_segment_config', overrides=[f'{key}=5'])
+    copies = ['policy.model.action_space_size=6', WM + 'action_space_size=5']
+    with pytest.raises(ConfigError, match='contradicts .*size=5: they must be the same$'):
+        make_plan('atari_unizero_segment_config', overrides=copies)
 
 
 def test_segments_follow_the_collectors(pong):

@@ -16,6 +16,7 @@ from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSample
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 from small_models import ON_MAIN
 
+from lzero_kvcache import ConfigError
 from lzero_kvcache.host import policies
 from lzero_kvcache.run_hooks import HOOKS
 from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY
@@ -271,6 +272,16 @@ class TestCheckpoints:
             for model, name in ((policy._model, 'model'), (policy._target_model, 'target_model')):
                 for key, value in model.state_dict().items():
                     assert torch.equal(value, state[name][key])
+
+    @BOTH_FLAGS
+    def test_one_of_another_model_is_one_error(self, new):
+        """As a notebook loads it, where nobody knows the path."""
+        state = make_policy(new).learn_mode.state_dict()
+        other = make_policy(new, embed_dim=16).learn_mode
+        with pytest.raises(ConfigError, match='^the checkpoint is of another model: .* more; use the config that'):
+            other.load_state_dict(state)
+        with pytest.raises(ConfigError, match='^it is no checkpoint of a UniZero training; it lacks model, target'):
+            other.load_state_dict({})
 
     @BOTH_FLAGS
     def test_they_hold_no_cache(self, new):

@@ -186,10 +186,16 @@ class PoolTestMixin:
 
 class TestKVCachePool(PoolTestMixin):
 
-    @pytest.mark.parametrize('size', [0, -1, 1.5, True])
+    @pytest.mark.parametrize('size', [0, -1, 1.5, True, '2', None, float('nan')])
     def test_refuses_a_size(self, size):
-        with pytest.raises(ValueError, match=f'pool_size={size}'):
+        with pytest.raises(ValueError, match=f'^pool_size={size!r} must be a whole number of at least 1$'):
             KVCachePool(size)
+
+    def test_refuses_a_priority_and_counting_that_are_none(self):
+        with pytest.raises(ValueError, match="^priority='high' must be a number$"):
+            KVCachePool(2, 'priority').set('key', 1, 'high')
+        with pytest.raises(ValueError, match="^enable_stats='no' must be True or False$"):
+            KVCachePool(2, enable_stats='no')
 
     @pytest.mark.parametrize(('name', 'hint'), [
         ('lur', "'lur' is unknown: did you mean 'lru'?"),

@@ -25,7 +25,8 @@ FROM_THE_PACKAGE = {'engine/compiling.py': {'__version__'}}
 DYNAMIC = {
     'engine/compiling.py': {'find_spec', 'loads'},  # numba, if it is installed; what numba has compiled, from its file
     'engine/kernel_check.py': {'find_spec'},  # Triton, if it is installed
-    'host/building.py': {'import_module'},  # import_names of a config's environment and model
+    # import_names of a config's environment and model; a policy of LightZero's
+    'host/building.py': {'find_spec', 'import_module'},
     'host/patches.py': {'import_module'},  # the modules of TABLE
     'loading.py': {'import_module'},  # import_names of a config's policy
     'telemetry.py': {'import_module'},  # the module beside a tensorboard writer's, which is torch's or tensorboardX's

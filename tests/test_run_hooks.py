@@ -3,18 +3,22 @@ import json
 import logging
 import os
 import re
+import traceback
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from event_runs import write_events
 from forks import in_forks
-from trainings import ITERATIONS, SMALL, import_what_trainings_import, scalars, short_episodes, summary_of
+from trainings import ITERATIONS, SMALL, WM, import_what_trainings_import, scalars, short_episodes, summary_of
 
 from lzero_kvcache import ConfigError, run_hooks
 from lzero_kvcache.lock_files import check_not_trained_in
 from lzero_kvcache.summary import Evaluation, read_progress
 from lzero_kvcache.training import make_plan
+
+LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
 
 
 def keep_progress(write, result, phase):
@@ -86,6 +90,31 @@ def test_it_says_how_far_it_is_and_leaves_a_summary(new, tmp_path):
     progress = read_progress(str(tmp_path / 'run'))
     assert (progress['phase'], progress['exit_code'], progress['outcome']) == ('end', 0, 'done')
     assert {**progress, 'phase': None} == {**summary, 'phase': None}
+
+
+def refused(folder, overrides, way):
+    """What an entry is refused with that is given a checkpoint of another model, or a cache that is too small."""
+    from lzero.entry import train_unizero
+    os.chdir(folder)
+    short_episodes()
+    torch.save(dict(model={}, target_model={}, optimizer_world_model={}), 'other')
+    plan = make_plan('config_new', exp_name='run', overrides=[*SMALL[SMALL.index('--set') + 1:], *overrides])
+    try:
+        train_unizero([plan.main_config, plan.create_config], max_train_iter=ITERATIONS, **way)
+    except ConfigError as error:
+        return [str(error), traceback.format_exc().count('Traceback'), os.path.exists('run')]
+
+
+@pytest.mark.parametrize(('overrides', 'way', 'said', 'leaves'), [
+    ([], dict(model_path='other'), 'model_path=other: the checkpoint is of another model: ', False),
+    ([f'+{LOADED}=other'], {}, f'{LOADED}=other: the checkpoint is of another model: ', True),  # the log is begun
+    ([f'{WM}.kv_cache_cfg.max_memory_mb=0.001'], {}, f'{WM}.kv_cache_cfg.max_memory_mb=0.001 is too small', False),
+], ids=['entry', 'learner', 'policy'])
+def test_an_entry_that_is_refused_says_one_error_and_leaves_no_folder(overrides, way, said, leaves, tmp_path):
+    answered = in_forks({'entry': partial(refused, str(tmp_path), overrides, way)})['entry']
+    assert isinstance(answered, list), answered
+    assert answered[0].startswith(said) and '\n' not in answered[0]
+    assert answered[1:] == [1, leaves]
 
 
 def test_an_evaluation_is_read_with_its_deviation_if_it_is_there(tmp_path):

@@ -38,6 +38,7 @@ from lzero_kvcache import ConfigError
 from lzero_kvcache.cli import commands
 from lzero_kvcache.host import building
 from lzero_kvcache.host.policies import UniZeroPolicy
+from lzero_kvcache.host.states import fault_of_state
 from lzero_kvcache.lock_files import check_not_trained_in, training_in
 from lzero_kvcache.summary import (
     Evaluation,
@@ -179,8 +180,10 @@ def test_a_folder_is_never_claimed_twice(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(ConfigError, match='--exp-name'):
-        claim_folder(str(tmp_path / 'file' / 'run'))
+    for name in ('file', 'file/run'):
+        with pytest.raises(ConfigError, match='--exp-name'):
+            claim_folder(str(tmp_path / name))
+    assert os.listdir(tmp_path) == ['file']
 
 
 def test_only_what_is_empty_is_removed(tmp_path, monkeypatch):
@@ -348,9 +351,7 @@ def test_an_interrupt_in_a_step_of_an_environment(a_run):
     (ModuleNotFoundError("No module named 'cv2'", name='cv2'), "pip install 'opencv-python-headless<4.11'"),
     (ModuleNotFoundError("No module named 'Box2D.b2'", name='Box2D.b2'), 'pip install Box2D==2.3.10'),
     (ModuleNotFoundError("No module named 'xyz'", name='xyz'), "'xyz': put its folder on PYTHONPATH"),
-    (gymnasium.error.NameNotFound("Environment `Pongg` doesn't exist."), "env.env_id: Environment `Pongg`"),
     (AttributeError("module 'collections' has no attribute 'Mapping'"), 'pycolab 1.2 is older than Python 3.10'),
-    (gymnasium.error.DeprecatedEnv('Environment version v2 for `X` is deprecated.'), 'env.env_id: Environment version'),
     (Exception('We\'re Unable to find the game "Pong". Note: Gym no longer distributes ROMs.'), 'ale-import-roms'),
 ])
 def test_what_is_missing_comes_with_the_command_that_installs_it(error, command):
@@ -366,7 +367,7 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(error, command)
 def test_a_checkpoint_of_another_model_says_the_first_difference(saved, said):
     with pytest.raises(RuntimeError) as caught:
         nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)).load_state_dict(nn.Sequential(*saved).state_dict())
-    assert hint(caught.value) == (
+    assert fault_of_state(caught.value) == (
         f'the checkpoint is of another model{said} use the config that it was trained with')
 
 
@@ -376,21 +377,22 @@ def test_segments_that_are_too_short_for_their_targets(cache, tmp_path):
     arguments = ['policy.game_segment_length=3', '--config', 'config_new', '--cache', cache]
     (code, said), = trained(tmp_path, [*IN_A_FORK, *arguments], short_episodes)
     assert code == 2 and said.endswith(
-        'error: policy.game_segment_length=3 is too short for an episode that is longer: it must be at least '
-        'policy.num_unroll_steps + policy.td_steps=10\n'), said
+        'error: policy.game_segment_length=3 is too short, since an episode had more than twice as many steps: it must '
+        'be at least policy.num_unroll_steps + policy.td_steps=10\n'), said
 
 
 def test_a_compiled_model_is_told_of_by_the_names_of_its_parameters():
     with pytest.raises(RuntimeError) as caught:
         torch.compile(nn.Linear(3, 4)).load_state_dict(torch.compile(nn.Linear(2, 4)).state_dict())
-    assert ': weight is [4, 2] in it, not [4, 3];' in hint(caught.value)
+    assert ': weight is [4, 2] in it, not [4, 3];' in fault_of_state(caught.value)
 
 
 def test_an_optimizer_of_another_model():
     parameters = list(nn.Linear(3, 4).parameters())
     with pytest.raises(ValueError) as caught:
         torch.optim.Adam(parameters).load_state_dict(torch.optim.Adam(parameters[:1]).state_dict())
-    assert hint(caught.value) == 'the checkpoint is of another model; use the config that it was trained with'
+    assert fault_of_state(caught.value) == (
+        'the checkpoint is of another model; use the config that it was trained with')
 
 
 def test_an_evaluation_is_a_mean_with_its_deviation():
@@ -486,12 +488,16 @@ def test_train_resume_in_either_system_and_evaluate(config, tmp_path):
     code, said = in_a_fork(tmp_path, '--config', config, '--resume', first['checkpoint'], '--exp-name', 'never',
                            '--max-train-iter', '9', '--set', 'policy.model.world_model_cfg.embed_dim=64')
     assert code == 2
-    assert 'the checkpoint is of another model' in said.splitlines()[-1]
+    assert f'error: --resume {first["checkpoint"]}: the checkpoint is of another model: ' in said.splitlines()[-1]
+    code, said = in_a_fork(tmp_path, '--config', config, '--eval', first['checkpoint'], '--exp-name', 'never',
+                           '--set', 'policy.model.world_model_cfg.embed_dim=64')
+    assert code == 2
+    assert f'error: --eval {first["checkpoint"]}: the checkpoint is of another model: ' in said.splitlines()[-1]
     for key in ('policy.model_path', 'policy.learn.learner.hook.load_ckpt_before_run'):
         other = ['policy.model.world_model_cfg.embed_dim=64', f'+{key}={first["checkpoint"]}']
         code, said = in_a_fork(tmp_path, '--config', config, '--exp-name', 'never', '--set', *other)
         assert code == 2, said
-        assert 'the checkpoint is of another model' in said.splitlines()[-1]
+        assert f'error: {key}={first["checkpoint"]}: the checkpoint is of another model: ' in said.splitlines()[-1]
     assert sorted(os.listdir(tmp_path)) == there
 
     evaluation = first['evaluations'][-1]
@@ -663,6 +669,18 @@ def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=No
 def test_a_folder_of_the_other_system_is_not_gone_on_in(ended, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="runs/a was trained with cache system 'old', not 'new'"):
         a_run_in_place(tmp_path, monkeypatch, **ended)
+
+
+@pytest.mark.parametrize('way', ['--eval {}', '--resume {}', '--set +policy.model_path={}',
+                                 '--set +policy.learn.learner.hook.load_ckpt_before_run={}'])
+def test_a_checkpoint_of_another_model_is_named_with_its_option(way, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(model={}, target_model={}, optimizer_world_model={}), 'other')
+    assert main(['--config', 'config_new', *way.format('other').split()]) == 2
+    error = capfd.readouterr().err
+    source = way.format('other').replace('--set +', '')
+    assert error.startswith(f'lzero-kvcache: error: {source}: the checkpoint is of another model: ')
+    assert error.count('\n') == 1 and os.listdir() == ['other']
 
 
 def test_a_folder_that_a_refused_run_would_go_on_in_stays_as_it_is(capfd, tmp_path, monkeypatch):

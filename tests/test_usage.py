@@ -35,7 +35,8 @@ TRAIN = [
     (['--config', 'config_new', '--in-place'], 'give that, and no --exp-name'),
     (['--config', 'config_new', '--in-place', '--resume', __file__, '--exp-name', 'c'], 'and no --exp-name'),
     (['--config', 'config_new', '--in-place', '--resume', __file__], f'{__file__} is in no folder ckpt'),
-    (['--config', 'config_new', '--set', 'env.env_id=NoSuchPole-v0'], 'env.env_id: Environment `NoSuchPole`'),
+    (['--config', 'config_new', '--set', 'env.env_id=NoSuchPole-v0'],
+     "env.env_id='NoSuchPole-v0': Environment `NoSuchPole`"),
     (['--config', 'config_new', '--set', 'create_config.env.type=cartpole_lightzer'],
      "create_config.env.type='cartpole_lightzer' is registered by none"),
     (['--config', 'config_new', '--set', 'create_config.env_manager.type=subproces'],
@@ -47,6 +48,10 @@ TRAIN = [
       for kind in ('muzero', 'sampled_unizero', 'unizero_x')),
     *((['--config', 'config_new', '--set', f'+env.{key}=nosuch'], f"env.{key}='nosuch' is registered by none")
       for key in ('type', 'manager.type')),
+    *((['--config', 'config_new', '--set', f'create_config.{part}.import_names=5'], 'it is a list ([')
+      for part in ('policy', 'env')),
+    *((['--config', 'config_new', '--set', f'create_config.{part}.import_names=[5]'],
+       f'create_config.{part}.import_names=[5] must be a list of names of modules') for part in ('policy', 'env')),
     (['--config', 'config_new', '--set', 'policy.learning_rate=-1'],
      'learning_rate=-1 must be a number that is not below 0'),
     (['--config', 'config_old', '--set', 'policy.batch_size=0'],
@@ -65,9 +70,11 @@ TRAIN = [
     *((['--config', config, '--set', *changes], message) for config in ('config_old', 'config_new')
       for changes, message in [
         (['policy.model.action_space_size=60', f'{WM}.action_space_size=6'],
-         f'policy.model.action_space_size=60 contradicts {WM}.action_space_size=6: it must be 6'),
-        (['policy.model.action_space_size=3'],  # its copy follows, the environment does not
-         "policy.model.action_space_size=3 contradicts the environment of env.env_id='CartPole-v0': its action masks"),
+         f'policy.model.action_space_size=60 contradicts {WM}.action_space_size=6: they must be the same'),
+        *(([f'{key}.action_space_size=3'],  # its copy follows, the environment does not
+           "action_space_size=3 of policy.model and of its world_model_cfg contradicts the environment of "
+           "env.env_id='CartPole-v0': its action masks are of 2 actions, so both must be 2")
+          for key in ('policy.model', WM)),
         (['policy.model.observation_shape=5'], 'policy.model.observation_shape=5 contradicts the environment of'),
         *((['env.collector_env_num=8', 'env.evaluator_env_num=3', f'policy.{kind}_env_num={number}'], message)
           for kind, of_env in (('collector', 8), ('evaluator', 3)) for number, message in ([
@@ -102,12 +109,26 @@ TRAIN = [
         (['env.n_evaluator_episode=None'], 'env.n_evaluator_episode=None must be a whole number above 0'),
         (['policy.replay_ratio=None'], 'policy.replay_ratio=None must be a number'),
         *(([f'{path}=None'], f'{path}=None must be a number') for path in (
-            'env.stop_value', 'policy.weight_decay', 'policy.target_update_theta', f'{WM}.gamma', f'{WM}.rope_theta')),
+            'env.stop_value', 'policy.eval_freq', 'policy.weight_decay', 'policy.target_update_theta', f'{WM}.gamma',
+            f'{WM}.rope_theta')),
         ([f'{WM}.support_size=None'], f'{WM}.support_size=None contradicts policy.model.'),
         ([f'{WM}.predict_latent_loss_type=kl'], "type='kl' must be one of mse, group_kl, cos_sim"),
         (['policy.model.model_type=foo'], "policy.model.model_type='foo' must be one of conv, mlp"),
         (['policy.sample_type=segment'], "policy.sample_type='segment' must be one of transition, episode"),
-        (['policy.device=tpu'], '--set policy.device=tpu: give --device tpu in its place'),
+        *(([f'{key}={wrong}'], f"--set {key}={wrong}: give --{option} in its place, for which '{wrong}' is no")
+          for key, option, wrong in (('policy.device', 'device', 'gpu'), ('device', 'device', 'cuda:0'),
+                                     ('threads', 'threads', '0'), ('max_train_iter', 'max-train-iter', 'x'))),
+        (['policy.device=cuda'], '--set policy.device=cuda: give --device cuda in its place'),
+        (['policy.update_per_collect=-1'], 'policy.update_per_collect=-1 must be a whole number that is not below 0'),
+        *([] if ON_MAIN else [(['policy.replay_ratio=-0.25'],
+                               'policy.replay_ratio=-0.25 must be a number that is not below 0')]),
+        (['policy.game_segment_length=9', 'policy.ignore_done=True'],
+         'policy.game_segment_length=9 contradicts policy.num_unroll_steps=5 and policy.td_steps=5 with '
+         'policy.ignore_done=True: it must be at least their sum, 10'),
+        *(([f'{key}=3'], f"there is no key '{key}'{nearest}") for key, nearest in (
+            ('activation', " ('+activation"), ('env_manager.type', "; did you mean 'create_config.env_manager.type'?"),
+            ('env_manager.typ', "; did you mean 'create_config.env_manager.type'?"),
+            ('qqq.zzz', " ('+qqq"))),
         ([f'{WM}.context_length=22', f'{WM}.rotary_emb=False'],
          f'{WM}.context_length=22 contradicts {WM}.max_tokens=20'),
         (['policy.model.model_type=conv'],
@@ -131,6 +152,7 @@ TRAIN = [
        f'--cache {cache} contradicts --set, which picks') for cache, flag in (('old', False), ('new', True))),
     (['--config', 'config_new', '--set', 'max_env_step=5'], 'give --max-env-step 5 in its place'),
     (['--config', 'config_new', '--exp-name', 'new/' + 'x' * 300], 'cannot be made (File name too long)'),
+    (['--config', 'config_new', '--exp-name', __file__], f'{__file__}: this is a file; give another --exp-name'),
     (['--config', 'config_new', '--exp-name', '/proc/foo/bar'], ' /proc/foo/bar: the folder of the experiment'),
     (['--config', 'config_new', '--set', '+policy.model.type=UniZeroModl'],
      "policy.model.type='UniZeroModl' is registered by none"),
@@ -176,7 +198,9 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
     *(f'policy.{change}'.split() for change in (
         'eval_freq=0', 'td_steps=0', 'discount_factor=1.5', 'root_noise_weight=1.5', 'learning_rate=0.0',
         'root_dirichlet_alpha=None', 'grad_clip_value=0', 'replay_ratio=0', 'num_segments=None',
-        'update_per_collect=4 policy.replay_ratio=None',
+        'update_per_collect=4 policy.replay_ratio=None', 'update_per_collect=4 policy.replay_ratio=-1',
+        'update_per_collect=0', 'game_segment_length=3', 'game_segment_length=9 policy.ignore_done=True '
+        'policy.use_priority=True', *(['replay_ratio=-1'] if ON_MAIN else []),
         'manual_temperature_decay=True policy.fixed_temperature_value=None')),
     [f'{WM}.context_length=7'], [f'{WM}.context_length=22'],
     ['env.collector_env_num=4', 'policy.collector_env_num=5', f'{WM}.env_num=5'],

@@ -1,11 +1,12 @@
 """The new cache manager: pools over one set of pages. Knows keys, environments and page ids; no tensors."""
 import logging
 import math
+import numbers
 from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..config import KV_CACHE_REGISTRY, MIB, PREFIX, CacheConfig, ConfigError
+from ..config import KV_CACHE_REGISTRY, MIB, PREFIX, CacheConfig, ConfigError, checked
 from .base import CURRENT, PagedCacheManager
 from .contexts import Contexts
 from .pages import RESERVED_PAGES, Lease, OutOfPages, PageAllocator, Rows
@@ -29,13 +30,14 @@ class KVCacheManager(PagedCacheManager):
         - env_num (:obj:`Optional[int]`): Environments; default ``config.env_num``.
         - enable_stats (:obj:`Optional[bool]`): Whether look-ups are counted; default ``kv_cache_cfg.enable_stats``.
     Raises:
-        - ConfigError: A key of the config is unknown or has a wrong value.
+        - ConfigError: A key of the config is unknown, or it or an argument has a wrong value.
     """
 
     def __init__(self, config: Any, env_num: Optional[int] = None, enable_stats: Optional[bool] = None) -> None:
         self.config = CacheConfig.of(config, env_num, by_hand=True)
-        self.env_num = self.config.env_num if env_num is None else env_num
-        self.enable_stats = self.config.enable_stats if enable_stats is None else enable_stats
+        self.env_num = self.config.env_num if env_num is None else checked(int, env_num, 'env_num')
+        self.enable_stats = (
+            self.config.enable_stats if enable_stats is None else checked(bool, enable_stats, 'enable_stats'))
         self.width = self.config.context_length // 2 - 1
         self.storage: Any = None  # by hand there is none
         self._pages = PageAllocator(self._pages_of_a_search())
@@ -159,6 +161,8 @@ class KVCacheManager(PagedCacheManager):
         self._skipped += rows
 
     def clear_init_caches(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
+        if mode is not None:
+            self._check_mode(mode)
         for name, pools in self._pools.items():
             for index, pool in enumerate(pools):
                 if mode in (None, name) and env_id in (None, index):
@@ -319,8 +323,11 @@ class KVCacheManager(PagedCacheManager):
             raise OutOfPages(f'{error}, and the running search needs the others: {mend}') from None
 
     def _pools_to(self, mode: str, env_ids: Sequence[int]) -> List[PagedPool]:
-        """The init pools of a mode, some environments' among them; an environment that is not there is an error."""
+        """The init pools of a mode, some environments' among them; one that is not there is an error."""
+        self._check_mode(mode)
         for env_id in (min(env_ids), max(env_ids)):
+            if not isinstance(env_id, numbers.Integral):
+                raise ValueError(f'environment {env_id!r} must be a whole number')
             if not 0 <= env_id < self.env_num:
                 raise ValueError(
                     f'environment {env_id} is outside [0, {self.env_num}): '
@@ -330,6 +337,10 @@ class KVCacheManager(PagedCacheManager):
         while len(pools) <= max(env_ids):  # of evaluation
             pools.append(self._paged(self.config.init_pool_size, f'eval_env{len(pools)}'))
         return pools
+
+    def _check_mode(self, mode: str) -> None:
+        if mode not in self._pools:
+            raise ValueError(f'mode={mode!r} must be one of {", ".join(map(repr, self._pools))}')
 
     def _make_room(self, count: int) -> None:
         """Grow in one step if the limit allows it, else evict what no search and no current step needs."""

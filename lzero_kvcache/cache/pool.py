@@ -1,11 +1,12 @@
 """Pools: keys with a capacity, an eviction strategy and counts. Knows keys, slots, page ids; no model, no tensor."""
 import functools
 import logging
+import numbers
 from typing import Any, Dict, Hashable, List, Optional, Sequence, Union
 
 import numpy as np
 
-from ..config import nearest
+from ..config import checked, nearest
 from .contexts import Contexts
 from .eviction import SLOTS, EvictionStrategy
 from .pages import NULL_PAGE, PageAllocator, Rows
@@ -35,12 +36,11 @@ class KVCachePool:
             enable_stats: bool = True,
             name: str = 'default'
     ) -> None:
-        if isinstance(pool_size, bool) or int(pool_size) != pool_size or pool_size < 1:
-            raise ValueError(f'pool_size={pool_size!r} must be a whole number of at least 1')
+        checked(bool, enable_stats, 'enable_stats')
         names = [strategy.value for strategy in EvictionStrategy]
         if not isinstance(eviction_strategy, EvictionStrategy) and eviction_strategy not in names:
             raise ValueError(f'eviction_strategy={eviction_strategy!r} is unknown: {nearest(eviction_strategy, names)}')
-        self.pool_size = int(pool_size)
+        self.pool_size = checked(int, pool_size, 'pool_size')
         self.eviction_strategy = EvictionStrategy(eviction_strategy)
         self.enable_stats = enable_stats
         self.name = name
@@ -77,7 +77,11 @@ class KVCachePool:
             - priority (:obj:`Optional[float]`): For 'priority': how much it is worth keeping; default: its hits.
         Returns:
             - slot (:obj:`int`): The slot that it is stored in, from 0 to ``pool_size - 1``.
+        Raises:
+            - ValueError: ``priority`` is no number.
         """
+        if priority is not None and not isinstance(priority, numbers.Real):
+            raise ValueError(f'priority={priority!r} must be a number')
         value = private_copy(kv_cache)
         slot = self._claim(cache_key)
         self._values[slot] = value

@@ -1,27 +1,33 @@
 """What LightZero builds of a config: its defaults, an environment, a policy; and what its zoo has."""
 import contextlib
 import copy
+import importlib.util
 import os
 import traceback
-from typing import Any, Iterable, Iterator, Optional, Sequence
+from typing import Any, Iterable, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 from easydict import EasyDict
 
-from ..config import OPTIONS, ConfigError, nearest
+from ..config import OPTIONS, ConfigError, names_of_modules, nearest
 from .lightzero import lightzero
+from .states import loading
+
+UNKNOWN_ENVIRONMENT = 'UnregisteredEnv', 'DeprecatedEnv'
+"""Errors of gym and of gymnasium for an id of which they have no environment."""
 
 
 def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
     """A config with all defaults of its policy, environment and learner, as a run has it; nothing is changed."""
     from ding.config import compile_config
     from ding.utils import ENV_MANAGER_REGISTRY, ENV_REGISTRY, MODEL_REGISTRY, import_module
+    names_of_modules(create_config.policy.get('import_names'), 'create_config.policy.import_names')
     for key, registry, asked in (('create_config.env.type', ENV_REGISTRY, create_config.env),
                                  ('create_config.env_manager.type', ENV_MANAGER_REGISTRY, create_config.env_manager),
                                  ('env.type', ENV_REGISTRY, main_config.env),  # these two would take their place
                                  ('env.manager.type', ENV_MANAGER_REGISTRY, main_config.env.get('manager', {})),
                                  ('policy.model.type', MODEL_REGISTRY, main_config.policy.model)):
-        modules = asked.get('import_names', [])
+        modules = names_of_modules(asked.get('import_names'), key.replace('.type', '.import_names'))
         import_module(modules)
         if 'type' in asked and asked.type not in registry:
             raise ConfigError(
@@ -33,15 +39,15 @@ def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
 
 def fault_of_segments(error: BaseException) -> Optional[str]:
     """What is wrong where LightZero's buffer cannot sample: it counts more steps of a segment than that has, if these
-    are fewer than a target value takes and the episode goes on."""
+    are fewer than a target value takes and the episode goes on after the next segment."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name == '_sample_orig_data':
             cfg = frame.f_locals['self']._cfg
             least = cfg.num_unroll_steps + cfg.td_steps
             if cfg.game_segment_length < least:
                 return (
-                    f'policy.game_segment_length={cfg.game_segment_length} is too short for an episode that is longer: '
-                    f'it must be at least policy.num_unroll_steps + policy.td_steps={least}'
+                    f'policy.game_segment_length={cfg.game_segment_length} is too short, since an episode had more '
+                    f'than twice as many steps: it must be at least policy.num_unroll_steps + policy.td_steps={least}'
                 )
     return None
 
@@ -52,18 +58,19 @@ def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
     from ding.envs import get_vec_env_setting
     cfg = completed(main_config, create_config)
     env_fn, collector_configs, _ = get_vec_env_setting(cfg.env)
-    with _fault_named():
+    env_id = f'env.env_id={cfg.env.get("env_id")!r}'
+    with _fault_named(), _unknown_named(env_id):
         env = env_fn(cfg=collector_configs[0])
         try:
             first = env.reset()
         finally:
             env.close()
-    model, which = cfg.policy.model, f'the environment of env.env_id={cfg.env.get("env_id")!r}'
+    model, which = cfg.policy.model, f'the environment of {env_id}'
     mask, seen = (first.get(key) for key in ('action_mask', 'observation')) if isinstance(first, dict) else (None, None)
     if not model.continuous_action_space and mask is not None and len(mask) != model.action_space_size:
         raise ConfigError(
-            f'policy.model.action_space_size={model.action_space_size} contradicts {which}: its action masks are of '
-            f'{len(mask)} actions'
+            f'action_space_size={model.action_space_size} of policy.model and of its world_model_cfg contradicts '
+            f'{which}: its action masks are of {len(mask)} actions, so both must be {len(mask)}'
         )
     shape, frames = model.observation_shape, model.get('frame_stack_num', 1)
     if isinstance(seen, np.ndarray) and seen.size * frames != np.prod(shape):
@@ -90,12 +97,13 @@ def build_policy(main_config: EasyDict, create_config: EasyDict,
         return create_policy(cfg, enable_field=list(fields))
 
 
-def try_policy(main_config: EasyDict, create_config: EasyDict, states: Iterable[Any] = ()) -> None:
-    """Build the policy of a training, and load states of checkpoints into it, so that what is refused of them is found
-    before anything of the run is there."""
+def try_policy(main_config: EasyDict, create_config: EasyDict, states: Iterable[Tuple[str, Any]] = ()) -> None:
+    """Build the policy of a training, and load states of checkpoints into it, each with the option and the path that it
+    came by, so that what is refused of them is found before anything of the run is there."""
     policy = build_policy(main_config, create_config, ('learn', 'collect', 'eval'))
-    for state in states:
-        policy.learn_mode.load_state_dict(state)
+    for source, state in states:
+        with loading(source):
+            policy.learn_mode.load_state_dict(state)
 
 
 @contextlib.contextmanager
@@ -111,6 +119,22 @@ def _fault_named() -> Iterator[None]:
             raise
         said = f'{type(error).__name__}: {" ".join(str(error).split())}'
         raise ConfigError(f"LightZero's own {last.filename}:{last.lineno} fails: {said}") from error
+
+
+@contextlib.contextmanager
+def _unknown_named(env_id: str) -> Iterator[None]:
+    """Where gym has no environment of an id, say so under its key."""
+    try:
+        yield
+    except Exception as error:
+        if not any(kind.__name__ in UNKNOWN_ENVIRONMENT for kind in type(error).__mro__):
+            raise
+        raise ConfigError(f'{env_id}: {" ".join(str(error).split())}') from error
+
+
+def is_algorithm(name: Any) -> bool:
+    """Whether LightZero has a policy of this name, of whatever algorithm."""
+    return str(name).isidentifier() and importlib.util.find_spec(f'lzero.policy.{name}') is not None
 
 
 def atari_actions(env_id: str) -> Optional[int]:

@@ -45,6 +45,9 @@ DIVIDE_EMBEDDING = ('num_heads', )
 UNROLLS_WITHIN_BLOCKS = False
 """Whether a world model must have as many blocks as a training batch has steps."""
 
+UPDATES_AT_LEAST_ONCE = True
+"""Whether a collection is followed by an update, whatever ``replay_ratio`` is."""
+
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
 """What a policy must be built for to collect."""
 
@@ -170,7 +173,8 @@ def unserved_models() -> Iterator[Tuple[type, str, str]]:
 
 def simulations_of(cfg: Any) -> int:
     """Simulations of a policy's longest search."""
-    return max(cfg.get(key, 0) for key in ('num_simulations', 'collect_num_simulations', 'eval_num_simulations'))
+    given = [cfg.get(key) for key in ('num_simulations', 'collect_num_simulations', 'eval_num_simulations')]
+    return max((number for number in given if isinstance(number, int)), default=0)
 
 
 def support_size(support: Any) -> Any:

@@ -39,6 +39,9 @@ DIVIDE_EMBEDDING = ('num_heads', 'group_size')
 UNROLLS_WITHIN_BLOCKS = True
 """Whether a world model must have as many blocks as a training batch has steps."""
 
+UPDATES_AT_LEAST_ONCE = False
+"""Whether a collection is followed by an update, whatever ``replay_ratio`` is."""
+
 POLICY_FIELDS = ('collect',)
 """What a policy must be built for to collect."""
 

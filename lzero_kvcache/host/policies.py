@@ -28,9 +28,10 @@ from ..cache.manager import COLLECT, EVAL
 from ..cache.stats import Timing
 from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
 from ..registry import register_in_place_of
-from ..run_hooks import HOOKS
+from ..run_hooks import HOOKS, leaving_no_folder, source_of_checkpoint
 from ..search.environments import Environments
 from ..search.open_steps import Served, StepsOfThread, Turns
+from . import states
 from .lightzero import lightzero
 from .patches import with_globals
 from .refused import check_policy, check_served, has_own_inference, is_own
@@ -65,6 +66,7 @@ class KVCachePolicy:
         config.cfg_type = cls.__name__ + 'Dict'
         return config
 
+    @leaving_no_folder()
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
         self._cfg = cfg  # LightZero's destructor looks at it, also where the next line refuses it
         self._options = settle(cfg, lightzero.simulations_of(cfg))
@@ -126,6 +128,12 @@ class KVCachePolicy:
             return True
         logger.info(f'Searching by key: {reason}')
         return False
+
+    @leaving_no_folder()
+    def _load_state_dict_learn(self, state_dict: Dict[str, Any]) -> None:
+        with states.loading(source_of_checkpoint()):
+            states.check_parts(state_dict)
+            super()._load_state_dict_learn(state_dict)  # type: ignore[misc]
 
     def _forward_learn(self, *args: Any, **kwargs: Any) -> Any:
         parameters = list(self._target_model.parameters()) if _is_new(self._target_model.world_model) else []

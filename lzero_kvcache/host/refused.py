@@ -106,12 +106,15 @@ def _is_known(module: str) -> bool:
 def check_policy(policy_cfg: Any, system: str) -> None:
     """Refuse a policy that LightZero cannot run or whose world model it does not build, and one that the new cache does
     not serve, or would serve in part."""
-    if not policy_cfg['mcts_ctree']:
-        raise ConfigError('policy.mcts_ctree=False cannot work: LightZero has no Python search for UniZero; set True')
-    if policy_cfg['random_collect_episode_num'] > 0:
+    in_c, random = policy_cfg['mcts_ctree'], policy_cfg['random_collect_episode_num']
+    if not in_c:
         raise ConfigError(
-            f'policy.random_collect_episode_num={policy_cfg["random_collect_episode_num"]} cannot work: '
-            'LightZero has no random policy for UniZero; set it to 0'
+            f'policy.mcts_ctree={in_c!r} cannot work: LightZero has no Python search for UniZero; set True'
+        )
+    if not isinstance(random, (int, float)) or random > 0:
+        raise ConfigError(
+            f'policy.random_collect_episode_num={random!r} cannot work: LightZero has no random policy for '
+            'UniZero; set it to 0'
         )
     world_model_cfg = policy_cfg['model']['world_model_cfg']
     reason = lightzero.unbuilt_of(world_model_cfg)

@@ -8,7 +8,7 @@ import torch
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
 from ..cache.base import PagedCacheManager
-from ..config import KV_CACHE_REGISTRY, PREFIX, CacheConfig, ConfigError, handed_down
+from ..config import KV_CACHE_REGISTRY, OPTIONS, PREFIX, CacheConfig, ConfigError, handed_down
 from ..engine.backends import picked
 from ..engine.compiling import why_not_compiled
 from ..engine.encoder_graph import EncoderGraph
@@ -60,9 +60,7 @@ class NewWorldModel(LightZeroWorldModel):
         self._storage = PageStore(
             slab, f'lower kv_cache_cfg.init_pool_size={options.init_pool_size} or set kv_cache_cfg.max_memory_mb'
         )
-        self.kv_cache_manager: PagedCacheManager = KV_CACHE_REGISTRY[options.type](
-            handed_down(config, options), self.env_num, options.enable_stats
-        )
+        self.kv_cache_manager = _manager_of(config, options, self.env_num)
         self.kv_cache_manager.use_store(self._storage)
         self.inference = Inference(
             self.weights_source, self.tokenizer.encode_to_obs_embeddings, self.kv_cache_manager, self._storage, options,
@@ -311,3 +309,18 @@ class NewWorldModel(LightZeroWorldModel):
             output = self.inference.node(latent, action, search_depth, start_pos, self.reanalyze_phase)
         return (output.output_sequence, output.latent_state, output.logits_rewards, output.logits_policy,
                 output.logits_value)
+
+
+def _manager_of(config: Any, options: CacheConfig, env_num: int) -> PagedCacheManager:
+    """The manager that the options pick; whatever else was registered under its name is refused."""
+    named, kind = f'{PREFIX}.{OPTIONS}.type={options.type!r}', KV_CACHE_REGISTRY[options.type]
+    manager = None
+    if callable(kind) and not (isinstance(kind, type) and not issubclass(kind, PagedCacheManager)):
+        manager = kind(handed_down(config, options), env_num, options.enable_stats)
+    if not isinstance(manager, PagedCacheManager):
+        raise ConfigError(f'{named} is registered as {kind!r}, which makes no PagedCacheManager: derive it from that')
+    width, right = getattr(manager, 'width', None), options.context_length // 2 - 1
+    if width != right:
+        raise ConfigError(f'{named}: {type(manager).__name__}.width={width!r} must be {right}, which is '
+                          f'context_length={options.context_length} / 2 - 1')
+    return manager

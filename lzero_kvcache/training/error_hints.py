@@ -15,12 +15,6 @@ PACKAGES = {
 }
 ROMS = "pip install --target atari_roms --no-deps ale-py==0.10.1 && ale-import-roms atari_roms/ale_py/roms"
 _ROM_MESSAGE = re.compile(r"unable to find (the )?game|ROM.{0,80}(not (found|supported)|missing)|ale-import-roms", re.I)
-# How torch begins errors of modules and of optimizers, and what it says of each parameter of a module.
-_OTHER_MODEL = re.compile(r'^(Error\(s\) in loading state_dict for|loaded state dict )')
-_OTHER_SHAPE = re.compile(
-    r'size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, the shape in current '
-    r'model is torch\.Size\((.*?)\)')
-_OTHER_KEYS = re.compile(r'(Missing|Unexpected) key\(s\) in state_dict: ((?:"[^"]*"(?:, )?)+)')
 
 
 def hint(error: BaseException) -> Optional[str]:
@@ -39,12 +33,8 @@ def hint(error: BaseException) -> Optional[str]:
         return f"the module '{missing}' is not installed; pip install {package}"
     if isinstance(error, AttributeError) and text == "module 'collections' has no attribute 'Mapping'":
         return 'pycolab 1.2 is older than Python 3.10: take memory_unizero_config, which mends it'
-    if any(kind.__name__ in ('UnregisteredEnv', 'DeprecatedEnv') for kind in type(error).__mro__):  # gym's, gymnasium's
-        return f'env.env_id: {text}'
     if type(error).__name__ == 'DependencyNotInstalled':
         return text
-    if _OTHER_MODEL.search(text):
-        return f'the checkpoint is of another model{_difference(text)}; use the config that it was trained with'
     if _ROM_MESSAGE.search(text):
         return f"the game's ROM file is not installed; {ROMS}"
     return building.fault_of_segments(error)
@@ -62,18 +52,6 @@ def hinted() -> Iterator[None]:
         if line is None:
             raise
         raise ConfigError(line) from error
-
-
-def _difference(text: str) -> str:
-    """The first parameter that torch names as different, and how many more there are; nothing if it names none."""
-    text = text.replace('_orig_mod.', '')  # which torch puts before the parameters of a compiled module
-    different = [f'{name} is {there} in it, not {here}' for name, there, here in _OTHER_SHAPE.findall(text)]
-    for kind, keys in _OTHER_KEYS.findall(text):
-        different += [f'{name} is not in it' if kind == 'Missing' else f'{name} is only in it'
-                      for name in re.findall('"([^"]*)"', keys)]
-    if not different:
-        return ''
-    return f': {different[0]}' + (f', and {len(different) - 1:,} more' if len(different) > 1 else '')
 
 
 def _missing_module(error: Optional[BaseException]) -> Optional[str]:

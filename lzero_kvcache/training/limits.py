@@ -1,6 +1,6 @@
 """
 What single values of a complete config must be for any training to run. A value with which either system of LightZero
-runs, whatever it learns, is not refused.
+runs, whatever it learns, is not refused, but for numbers of updates below 0: it would make none, and say nothing.
 """
 from numbers import Integral, Real
 from typing import Any, Callable, Collection, Mapping, NamedTuple, Set, Tuple
@@ -27,6 +27,7 @@ def one_of(*choices: str) -> Limit:
 SIZE = Limit('a whole number above 0', lambda value: isinstance(value, Integral) and int(value) > 0)
 ROUND = Limit('a whole number above 0', lambda value: _is_round(value) and value > 0)
 WHOLE = Limit('a whole number', lambda value: isinstance(value, Integral))
+COUNT = Limit('a whole number that is not below 0', lambda value: isinstance(value, Integral) and int(value) >= 0)
 POSITIVE = Limit('a number above 0', lambda value: isinstance(value, Real) and float(value) > 0)
 # LightZero computes int(value * env_num): '4' becomes int('4444'), with which it trains.
 DIGITS = Limit(POSITIVE.said, lambda value: isinstance(value, str) or POSITIVE.holds(value))
@@ -35,6 +36,7 @@ NOT_ZERO = Limit('a number other than 0', lambda value: isinstance(value, Real) 
 NUMBER = Limit('a number', lambda value: isinstance(value, Real))
 SHARE = Limit('a number from 0 to 1', lambda value: isinstance(value, Real) and 0 <= float(value) <= 1)
 
+RATIO = 'policy.replay_ratio'
 LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
     (SIZE, (
         'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
@@ -44,14 +46,15 @@ LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
                                           'num_layers', *lightzero.DIVIDE_EMBEDDING)),
     )),
     (ROUND, ('policy.game_segment_length', *lightzero.SCALES)),
-    (WHOLE, ('policy.td_steps', 'policy.update_per_collect')),
+    (WHOLE, ('policy.td_steps', )),
+    (COUNT, ('policy.update_per_collect', )),
     (POSITIVE, ('policy.root_dirichlet_alpha', f'{PREFIX}.rope_theta')),
     (DIGITS, (f'{PREFIX}.num_simulations', )),
     (NOT_ZERO, ('policy.fixed_temperature_value', )),
-    (NOT_NEGATIVE, ('policy.learning_rate', )),
+    (NOT_NEGATIVE, ('policy.learning_rate', *(() if lightzero.UPDATES_AT_LEAST_ONCE else (RATIO, )))),
     (NUMBER, (
-        'env.stop_value', 'policy.discount_factor', 'policy.grad_clip_value', 'policy.replay_buffer_size',
-        'policy.replay_ratio', 'policy.root_noise_weight', 'policy.target_update_theta',
+        'env.stop_value', 'policy.discount_factor', 'policy.eval_freq', 'policy.grad_clip_value',
+        'policy.replay_buffer_size', RATIO, 'policy.root_noise_weight', 'policy.target_update_theta',
         'policy.train_start_after_envsteps', 'policy.weight_decay', f'{PREFIX}.gamma',
     )),
     (SHARE, ('policy.reanalyze_ratio', *(f'{PREFIX}.{part}_pdrop' for part in ('attn', 'embed', 'resid')))),
@@ -81,7 +84,7 @@ def _unread(values: Mapping[str, Any], entry: str) -> Set[str]:
     """Paths that LightZero does not read in this config."""
     unread = set(COLLECTED.values()) - {COLLECTED[entry]}
     if values.get('policy.update_per_collect') is not None:
-        unread.add('policy.replay_ratio')
+        unread.add(RATIO)
     if values.get('policy.manual_temperature_decay'):
         unread.add('policy.fixed_temperature_value')
     if not values.get(f'{PREFIX}.rotary_emb'):

@@ -77,6 +77,9 @@ VECTORS, IMAGES = ('mlp', 'vector'), ('conv', 'image', 'image_memory')
 SEGMENTS = 'policy.num_segments'
 COLLECTED = {'train_unizero': 'policy.n_episode', 'train_unizero_segment': SEGMENTS}
 
+# A segment of an episode, which goes on where ends are ignored, and what must then lie within.
+SEGMENT = ('game_segment_length', 'num_unroll_steps', 'td_steps')
+
 # How LightZero's experiment names spell a value: 'ns25', 'bs256'.
 NAME_TOKENS = (
     ('policy.num_simulations', 'ns'),
@@ -125,13 +128,17 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
     return complete
 
 
-def check(values: Mapping[str, Any], entry: str, policy: str) -> None:
-    """Refuse the values of a complete config with which no training of an entry can run, in either system."""
-    for rule in RULES:
+def check(values: Mapping[str, Any], entry: str, policy: str, given: Collection[str] = ()) -> None:
+    """Refuse the values of a complete config with which no training of an entry can run, in either system. Of copies,
+    the path is told that the user has given."""
+    # Of two copies it is not known which is right, and so they come last.
+    for rule in sorted((rule for rule in RULES if rule.needed), key=lambda rule: rule.compute is _same):
         target, right = values.get(rule.target), _right(rule, values)
-        if rule.needed and rule.target in values and right is not None and right != target:
+        if rule.target in values and right is not None and right != target:
+            named = source_of(rule.target, given, values)
             said = ' and '.join(f'{source}={values[source]!r}' for source in rule.sources)
-            raise ConfigError(f'{rule.target}={target!r} contradicts {said}: it must be {right!r}')
+            must = 'they must be the same' if rule.compute is _same else f'it must be {right!r}'
+            raise ConfigError(f'{named}={target!r} contradicts {said}: {must}')
     for target, source in (*LEAST, *lightzero.least_environments(policy), (COLLECTED[entry], 'env.collector_env_num')):
         amount, least = values.get(target), values.get(source)
         if isinstance(amount, (int, float)) and isinstance(least, (int, float)) and amount < least:
@@ -156,6 +163,12 @@ def check(values: Mapping[str, Any], entry: str, policy: str) -> None:
     if not values.get(WM + 'rotary_emb') and length > tokens:
         raise ConfigError(f'{WM}context_length={length} contradicts {WM}max_tokens={tokens}, by {WM}max_blocks: with '
                           'learned positions it must not exceed that')
+    segment, steps, of_target = (values[f'policy.{key}'] for key in SEGMENT)
+    if values.get('policy.ignore_done') and not values['policy.use_priority'] and segment < steps + of_target and (
+            values['policy.sample_type'] == 'transition'):
+        raise ConfigError(f'policy.game_segment_length={segment!r} contradicts policy.num_unroll_steps={steps!r} and '
+                          f'policy.td_steps={of_target!r} with policy.ignore_done=True: it must be at least their sum, '
+                          f'{steps + of_target}')
     size, batch = values['policy.replay_buffer_size'], values['policy.batch_size']
     if size <= batch:
         raise ConfigError(f'policy.replay_buffer_size={size!r} contradicts policy.batch_size={batch!r}: it must be '

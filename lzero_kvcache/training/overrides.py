@@ -1,20 +1,27 @@
 """``--set KEY=VALUE``: values are parsed, never evaluated; keys must exist; ``linked_keys.py`` changes their copies."""
+import argparse
 import ast
 import difflib
-from typing import Any, Dict, Iterable, List, Mapping
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
 from easydict import EasyDict
+
+import lzero_kvcache_options
 
 from ..config import FLAG, KV_CACHE_CFG, OPTIONS, PREFIX, SIZES, ConfigError
 from .linked_keys import follow
 
 CREATE = 'create_config'
 ADD = '+'
-# What is no key of LightZero's configs, and the option for it.
-OPTIONS_OF = {
-    'device': '--device', 'policy.device': '--device', 'threads': '--threads', 'max_env_step': '--max-env-step',
-    'max_train_iter': '--max-train-iter',
+# What is no key of LightZero's configs: the option for it, and what reads that.
+_DEVICE = '--device', lzero_kvcache_options.device
+_COUNT = lzero_kvcache_options.count(1)
+OPTIONS_OF: Dict[str, Tuple[str, Callable[[str], Any]]] = {
+    'device': _DEVICE, 'policy.device': _DEVICE, 'threads': ('--threads', lzero_kvcache_options.threads),
+    'max_env_step': ('--max-env-step', _COUNT), 'max_train_iter': ('--max-train-iter', _COUNT),
 }
+# How alike two names of keys are of which one may be the other misspelt: 'activation' is no 'augmentation'.
+NEAR = 0.7
 # The paths about caching, which no default of LightZero's names, each with the value that stands for not given.
 CACHE_PATHS: Dict[str, Any] = {
     f'{PREFIX}.{FLAG}': False,
@@ -87,19 +94,30 @@ def _checked(path: str, text: str, known: Mapping[str, Any]) -> Any:
     if any(known.get(parent) == {} for parent in parents):
         return _literal(text)
     if path in OPTIONS_OF:
-        raise ConfigError(f'give {OPTIONS_OF[path]} {text} in its place')
+        option, read = OPTIONS_OF[path]
+        try:
+            read(text)
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f'give {option} in its place, for which {error}') from None
+        raise ConfigError(f'give {option} {text} in its place')
     nearest = nearest_key(path, known)
     hint = f"; did you mean '{nearest}'?" if nearest else ''
     raise ConfigError(f"there is no key '{path}'{hint} ('+{path}=...' adds a new one)")
 
 
 def nearest_key(path: str, known: Iterable[str]) -> str:
-    """Of the keys whose last part is most like that of a path, the one that is most like the path; or nothing."""
+    """Of the keys whose last part is most like that of a path, if it is near, the one whose end is most like the path;
+    or nothing."""
     by_name: Dict[str, List[str]] = {}
     for key in known:
         by_name.setdefault(key.rpartition('.')[2], []).append(key)
-    names = difflib.get_close_matches(path.rpartition('.')[2], by_name, 1)
-    return difflib.get_close_matches(path, by_name[names[0]], 1, 0.)[0] if names else ''
+    names = difflib.get_close_matches(path.rpartition('.')[2], by_name, 1, NEAR)
+    parts = path.count('.') + 1
+
+    def likeness(key: str) -> Tuple[float, int]:
+        return difflib.SequenceMatcher(None, '.'.join(key.split('.')[-parts:]), path).ratio(), -len(key)
+
+    return max(by_name[names[0]], key=likeness) if names else ''
 
 
 def _literal(text: str) -> Any:
@@ -114,6 +132,7 @@ def _like(present: Any, text: str) -> Any:
     value = _literal(text)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     is_list = isinstance(value, (list, tuple))
+    held_list = isinstance(present, (list, tuple))
     if present is None or value is None:
         return value
     if isinstance(present, str):
@@ -123,12 +142,13 @@ def _like(present: Any, text: str) -> Any:
         if answer is None:
             raise ConfigError(f'it is True or False, not {value!r}')
         return answer
-    if isinstance(present, (int, float, list, tuple)) and not (is_number or is_list):
-        kind = 'list' if isinstance(present, (list, tuple)) else 'number'
+    of_names = held_list and any(isinstance(item, str) for item in present)  # for which no number can stand
+    if isinstance(present, (int, float, list, tuple)) and not (is_list or is_number and not of_names):
+        kind = 'list' if held_list else 'number'
         raise ConfigError(f'it is a {kind} ({present!r} now), not {value!r}')
     if isinstance(present, int) and isinstance(value, float) and value.is_integer():
         return int(value)
-    return type(present)(value) if is_list and isinstance(present, (list, tuple)) else value
+    return type(present)(value) if is_list and held_list else value
 
 
 def _assign(main_config: EasyDict, create_config: EasyDict, path: str, value: Any) -> None:

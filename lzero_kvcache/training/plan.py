@@ -77,7 +77,7 @@ def make_plan(
     if f'{PREFIX}.env_num' not in values:
         of_policy = max(values['policy.collector_env_num'], values['policy.evaluator_env_num'])
         values[f'{PREFIX}.env_num'] = of_policy if picked == 'new' else DEFAULT_ENV_NUM
-    check(values, plan.entry, create_config.policy.type)
+    check(values, plan.entry, create_config.policy.type, given_keys(overrides))
     check_config(main_config, create_config)
     return replace(
         plan, seed=seed, max_env_step=max_env_step or plan.max_env_step,

@@ -52,6 +52,8 @@ def claim_folder(asked: str) -> Tuple[str, List[str]]:
     above = [str(folder) for folder in Path(exp_name).parents if not os.path.lexists(folder)]
     stamped = exp_name + datetime.datetime.now().strftime('_%y%m%d_%H%M%S')
     names = itertools.chain([exp_name, stamped], (f'{stamped}_{attempt}' for attempt in itertools.count(1)))
+    if os.path.lexists(exp_name) and not os.path.isdir(exp_name):
+        raise ConfigError(f'{asked}: this is a file; give another --exp-name')
     while True:
         name = next(names)
         try:
@@ -156,11 +158,13 @@ class _Training:
         policy = plan.main_config.policy
         hooks = policy.get('learn', {}).get('learner', {}).get('hook', {})
         # LightZero and DI-engine load these without looking at what they hold.
-        loaded = [read_checkpoint(path) for path in (policy.get('model_path'), hooks.get('load_ckpt_before_run'))
-                  if path]
+        loaded = [(f'{key}={path}', read_checkpoint(path).state) for key, path in (
+            ('policy.model_path', policy.get('model_path')),
+            ('policy.learn.learner.hook.load_ckpt_before_run', hooks.get('load_ckpt_before_run'))) if path]
         if plan.checkpoint is not None:
             watch.checkpoint = read_checkpoint(plan.checkpoint)
-            loaded.append(watch.checkpoint)
+            option = '--resume' if plan.task == TRAIN else '--eval'
+            loaded.append((f'{option} {plan.checkpoint}', watch.checkpoint.state))
             result.env_step, result.train_iter = watch.checkpoint.env_step, watch.checkpoint.train_iter
             result.collected_env_step = result.env_step
         result.cache = picked_manager(policy.model.world_model_cfg)
@@ -179,7 +183,7 @@ class _Training:
             raise ConfigError('--eval evaluates in one process; run it without torchrun')
         building.try_environment(plan.main_config, plan.create_config)
         with unlogged():
-            building.try_policy(plan.main_config, plan.create_config, [checkpoint.state for checkpoint in loaded])
+            building.try_policy(plan.main_config, plan.create_config, loaded)
 
     def _check_place(self) -> None:
         """No other process may train in the folder that a training goes on in, which must be of one cache system."""
