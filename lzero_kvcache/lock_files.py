@@ -61,10 +61,9 @@ def check_not_trained_in(folder: str, shown: str) -> None:
 
 def tell_holders(file: IO[str], processes: Sequence[int]) -> None:
     """Write into a lock file which processes hold it. If the disk is full, none are told of."""
-    with contextlib.suppress(OSError):
-        file.truncate(0)
-        file.write(' '.join([socket.gethostname(), *map(str, processes)]))
-        file.flush()
+    with contextlib.suppress(OSError):  # not through the file's buffer, which would be written again when it closes
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), ' '.join([socket.gethostname(), *map(str, processes)]).encode())
 
 
 def _lock(file: IO[str], how: int, refusal: str) -> None:

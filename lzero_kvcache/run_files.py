@@ -3,10 +3,12 @@ import ast
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
+
+from .config import FLAG, OPTIONS, PREFIX, picked_manager
 
 # Where LightZero puts event files, and DI-engine the config, below a run's folder.
 EVENT_FILES = os.path.join('log', 'serial')
@@ -15,6 +17,8 @@ CONFIG_FILE = 'total_config.py'
 CONFIG_FILES = {CONFIG_FILE, 'formatted_total_config.py', 'git_log.txt', 'git_diff.txt'}
 SUMMARY = 'summary.json'
 PROGRESS = 'progress.json'
+# In the folder of an experiment, above those of its runs.
+EXPERIMENT = 'experiment.json'
 # An evaluation of iteration N comes before update N and so belongs to a checkpoint of N; updates of N come after it.
 EVALUATIONS = 'evaluator_iter/'
 # A collection of iteration N comes before a checkpoint of N if the checkpoint counts its environment steps.
@@ -106,6 +110,13 @@ def config_of(folder: str) -> Dict[str, Any]:
         return read_config(os.path.join(folder, CONFIG_FILE))
     except ValueError:
         return {}
+
+
+def cache_of(config: Dict[str, Any]) -> Optional[str]:
+    """The cache system that a saved config picks: 'old', 'new' or the name of a registered manager; None if there is no
+    config."""
+    flag, manager = (config.get(f'{PREFIX}.{key}') for key in (FLAG, f'{OPTIONS}.type'))
+    return picked_manager({FLAG: flag, OPTIONS: {'type': manager}}) if config else None
 
 
 def _flattened(node: ast.Dict, prefix: str, source: str) -> Iterator[Tuple[str, Any]]:

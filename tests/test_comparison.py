@@ -563,6 +563,21 @@ def test_a_run_that_went_on_without_its_replay_buffer_is_marked(tmp_path):
     assert 'old_s0 went on with an empty replay buffer at 1,200 environment steps, which bends its curves' in said
 
 
+def test_more_runs_of_one_seed_are_no_other_seeds(tmp_path):
+    paths = [*pair(tmp_path), write_run(tmp_path / 'new_again_seed0', new=True, summary={}, began=BEGAN + 2000)]
+    said = [warning.text for warning in compared(*paths).warnings]
+    assert "More than one run of 'new' has seed 0: their spread is not one of seeds" in said
+    assert not [text for text in said if text.startswith('Other seeds')]
+
+
+def test_the_plugins_own_hooks_are_no_difference_of_configs(tmp_path):
+    paths = pair(tmp_path)
+    for path, hooks in zip(paths, ({}, {'kv_cache_stats': {'name': 'a', 'priority': 15}})):
+        learn = {'learner': {'hook': {'log_show_after_iter': len(hooks), **hooks}}}
+        (Path(path) / 'total_config.py').write_text(f'exp_config = {{"policy": {{"learn": {learn}}}}}')
+    assert list(compared(*paths).differences) == ['policy.learn.learner.hook.log_show_after_iter']
+
+
 class TestOrigin:
 
     def test_what_the_summaries_say(self, tmp_path):

@@ -1,5 +1,6 @@
 """What a comparison reads, from whole and damaged event files, saved configs and summaries; and how it is drawn."""
 import io
+import json
 import re
 from pathlib import Path
 
@@ -35,8 +36,25 @@ class TestReading:
 
     def test_what_an_experiment_began_anew_is_left_out(self, tmp_path):
         write_run(tmp_path / 'old_seed0_cut_off1')
+        assert read(str(tmp_path))  # a name that a user gave
+        (tmp_path / 'experiment.json').write_text('{}')
         with pytest.raises(Unreadable, match='its experiment began it anew'):
             read(str(tmp_path))
+
+    def test_what_a_killed_run_said_last_may_be_older_than_its_events(self, tmp_path):
+        for said, steps in ((33, 1000), (1200, 1200)):
+            folder = Path(write_run(tmp_path / f'new_{said}', new=True))
+            (folder / 'progress.json').write_text(json.dumps(dict(env_step=said, outcome='')))
+            [run] = read(str(folder))
+            assert run.steps == steps
+
+    @pytest.mark.parametrize('odd', [
+        dict(resumed_at=['a']), dict(resumed_at=5), dict(earlier=[None]), dict(earlier={'a': 1}), dict(outcome=None)])
+    def test_an_odd_summary_is_told_of(self, odd, tmp_path):
+        folder = Path(write_run(tmp_path / 'new_s0', new=True))
+        (folder / 'summary.json').write_text(json.dumps(odd))
+        assert re.match(r'summary.json cannot be parsed \(\w+ is .*\)', read(str(folder))[0].notes[0])
+        assert compared(*pair(tmp_path / 'pair'), str(folder))
 
     def test_several_files_of_one_run(self, tmp_path):
         folder = tmp_path / 'old_s0'

@@ -4,6 +4,7 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -110,6 +111,16 @@ def test_a_file_system_without_locks_is_told_of_and_trained_on(tmp_path, monkeyp
         check_not_trained_in(str(tmp_path), 'a')
     assert [record.getMessage() for record in caplog.records] == [
         f'{tmp_path} cannot be locked (No locks available): see to it that nothing else writes there']
+
+
+def test_on_a_full_disk_it_is_held_and_nobody_is_told_of(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with training_in(str(tmp_path), 'a'):
+            assert os.path.getsize(tmp_path / 'train.lock') == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):

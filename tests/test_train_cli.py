@@ -645,7 +645,7 @@ def test_a_checkpoint_is_not_saved_anew_where_a_run_goes_on_from_it(tmp_path, mo
         assert torch.load(f'{name}.pth.tar')['weights'] == 3
 
 
-def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=None):
+def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=None, config=None):
     """One that is about to go on from iteration 5, with what is there of its past, and the lines that it shows."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / 'runs' / 'a' / 'ckpt' / 'c.pth.tar'
@@ -657,6 +657,8 @@ def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=No
         Result(0, 'train', progress, 0, exp_name='runs/a', collected_env_step=90).write_progress('train')
     if noted is not None:
         noted.write(str(path.with_name('c.json')))
+    if config is not None:
+        (tmp_path / 'runs' / 'a' / 'total_config.py').write_text(f'exp_config = {config}')
     plan = make_plan('config_new', resume=str(path), in_place=True)
     run = _Training(plan, SimpleNamespace(terminal=SimpleNamespace(shown=[]), attach=lambda path: None), DataParallel())
     run.terminal.line = run.terminal.shown.append
@@ -665,7 +667,10 @@ def a_run_in_place(tmp_path, monkeypatch, *, ended=None, progress=None, noted=No
     return run
 
 
-@pytest.mark.parametrize('ended', [dict(ended=Result(130, 'train', 'old', 0)), dict(progress='old')])
+@pytest.mark.parametrize('ended', [
+    dict(ended=Result(130, 'train', 'old', 0)), dict(progress='old'),
+    dict(config={'policy': {'model': {'world_model_cfg': {'context_length': 8}}}}),  # of LightZero's own entry
+])
 def test_a_folder_of_the_other_system_is_not_gone_on_in(ended, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="runs/a was trained with cache system 'old', not 'new'"):
         a_run_in_place(tmp_path, monkeypatch, **ended)
@@ -761,11 +766,32 @@ def test_a_checkpoint_of_an_earlier_version_has_no_note(tmp_path, monkeypatch):
     assert run._before is None
 
 
+@pytest.mark.parametrize('other', [dict(train_iter=9), dict(env_step=90)])
+def test_a_note_of_another_state_is_not_that_of_the_checkpoint(other, tmp_path, monkeypatch):
+    run = a_run_in_place(tmp_path, monkeypatch, noted=replace(noted(30., best_reward=7.), **other))
+    run._make_folder()
+    assert run._before is None and run.result.best_reward is None
+    assert run.watch.best_reward == 7.
+    assert run.terminal.shown == [
+        'Nothing says what this training had taken at its checkpoint: summary.json will have the time, the counts and '
+        'the evaluations from here on']
+
+
+def test_the_best_checkpoint_of_lightzeros_own_entry_is_replaced_by_a_better_one_alone(tmp_path, monkeypatch):
+    """Nothing but its event files has the rewards, those after the checkpoint among them."""
+    event_runs.write_events(tmp_path / 'runs' / 'a' / 'log' / 'serial', [
+        (index, step, f'evaluator_{kind}/reward_mean', reward) for index, (at, reward) in enumerate([
+            ((0, 0), 5.), ((40, 3), 41.), ((90, 9), 60.)]) for kind, step in zip(('step', 'iter'), at)])
+    run = a_run_in_place(tmp_path, monkeypatch)
+    run._make_folder()
+    assert run.watch.best_reward == 60.
+
+
 def test_a_summary_of_its_past_is_not_that_of_a_run_that_goes_on(tmp_path, monkeypatch):
     """It would be taken for the whole, if the run was killed; it is kept beside the checkpoint."""
-    run = a_run_in_place(tmp_path, monkeypatch, ended=noted(30.))
+    run = a_run_in_place(tmp_path, monkeypatch, ended=noted(30.), progress='new')
     run._make_folder()
-    assert read_summary('runs/a') is None
+    assert read_summary('runs/a') is None and read_progress('runs/a') == {}
     assert read_result('runs/a/ckpt/c.json').seconds == 30
 
 
@@ -806,7 +832,7 @@ def test_a_run_that_is_killed_as_it_goes_on_leaves_a_record(tmp_path, monkeypatc
     assert [part['command'] for part in read.parts] == [['a'], run.result.command]
     assert read.summary['resumed_at'] == [20, 50] and read.summary['seconds'] > 9
     told = ' '.join(warning.text for warning in event_runs.compared('runs/a').warnings)
-    assert 'a ended early: it was killed, or failed, or is not done yet' in told
+    assert 'it went on from a checkpoint at 20; it was killed, or failed, or is not done yet' in told
 
 
 def test_a_run_that_goes_on_keeps_what_each_part_was_started_with(tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def distinct(texts: Iterable[str]) -> List[str]:
 
 def _seeds(sides: Sequence[Side]) -> Iterator[Caution]:
     seeds = {side.name: sorted(run.seed for run in side.runs if run.seed is not None) for side in sides}
-    if any(found != seeds[sides[0].name] for found in seeds.values()):
+    if any(set(found) != set(seeds[sides[0].name]) for found in seeds.values()):
         yield Caution(f'Other seeds: {_by_side(seeds)}')
     single = [f"'{side.name}'" for side in sides if len(side.runs) == 1]
     if single:

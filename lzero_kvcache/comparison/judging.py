@@ -24,6 +24,8 @@ from .reading import TrainedRun, finite
 from .sides import OF_ONE_RUN, Side, sort_into_sides
 
 ABSENT = '(absent)'
+# What the plugin adds to a policy's config, whichever system it has.
+OWN_HOOKS = 'policy.learn.learner.hook.kv_cache_'
 # If each side has so many runs, it is shown by interquartile mean and bootstrap interval, not by median and range.
 MANY_RUNS = 10
 MEDIAN, INTERQUARTILE_MEAN = 'median', 'interquartile mean'
@@ -213,10 +215,12 @@ def _ratio(one: Number, other: Number) -> Number:
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
 def _config_differences(sides: Sequence[Side]) -> Dict[str, Dict[str, str]]:
-    """The keys that two sides do not have the same value for; sides without a saved config are left out."""
+    """The keys that two sides do not have the same value for, but for the plugin's own hooks; sides without a saved
+    config are left out."""
     known = {side.name: [run.config for run in side.runs if run.config] for side in sides}
     known = {name: configs for name, configs in known.items() if configs}
-    keys = {key for configs in known.values() for config in configs for key in config} - set(OF_ONE_RUN)
+    keys = {key for configs in known.values() for config in configs for key in config
+            if key not in OF_ONE_RUN and not key.startswith(OWN_HOOKS)}
     differences = {}
     for key in sorted(keys):
         values = {name: '; '.join(distinct(repr(config[key]) if key in config else ABSENT for config in configs))

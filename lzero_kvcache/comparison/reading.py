@@ -10,8 +10,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from ..config import FLAG, OPTIONS, ConfigError, picked_manager
-from ..run_files import CONFIG_FILE, EVENT_FILES, PROGRESS, SUMMARY, read_config, read_json
+from ..config import ConfigError
+from ..run_files import CONFIG_FILE, EVENT_FILES, EXPERIMENT, PROGRESS, SUMMARY, cache_of, read_config, read_json
 from .event_files import ITERATIONS, EventFile, Span, Unreadable
 
 EVENT_FILE = 'tfevents'
@@ -62,7 +62,10 @@ class TrainedRun:
     def steps(self) -> Optional[int]:
         """Environment steps that it has trained on: those of the summary, since event files may be damaged."""
         said = finite(self.summary.get('env_step'))
-        return self.env_step if said is None else int(said)
+        if said is None:
+            return self.env_step
+        # What a run that has no summary says of itself is some seconds old.
+        return max(int(said), self.env_step or 0) if self.outcome == NO_END else int(said)
 
     @property
     def before(self) -> Optional[int]:
@@ -96,10 +99,7 @@ class TrainedRun:
     @property
     def cache(self) -> Optional[str]:
         """'old', 'new' or the name of a registered manager."""
-        if not self.config:
-            return self.summary.get('cache')
-        flag, manager = (self.config.get(WORLD_MODEL + key) for key in (FLAG, f'{OPTIONS}.type'))
-        return picked_manager({FLAG: flag, OPTIONS: {'type': manager}})
+        return cache_of(self.config) or self.summary.get('cache')
 
     @property
     def seed(self) -> Optional[int]:
@@ -204,7 +204,7 @@ def _distinct_end(path: str, paths: Sequence[str]) -> str:
 
 def read_run(run: TrainedRun) -> None:
     """Read all that a run left behind."""
-    if CUT_OFF.search(run.name):
+    if CUT_OFF.search(run.name) and os.path.exists(os.path.join(os.path.dirname(run.folder), EXPERIMENT)):
         raise Unreadable('its experiment began it anew')
     try:
         run.config = read_config(os.path.join(run.folder, CONFIG_FILE))
@@ -212,7 +212,7 @@ def read_run(run: TrainedRun) -> None:
         run.notes.append(str(error))
     for name, known in ((SUMMARY, {}), (PROGRESS, {'outcome': NO_END})):
         try:
-            run.summary = {**read_json(os.path.join(run.folder, name)), **known}
+            run.summary = _checked({**read_json(os.path.join(run.folder, name)), **known})
             break
         except FileNotFoundError:
             continue
@@ -221,6 +221,17 @@ def read_run(run: TrainedRun) -> None:
     if run.from_summary('task') == 'evaluate':
         raise Unreadable('it evaluated a checkpoint and trained nothing')
     _read_events(run)
+
+
+def _checked(summary: Dict[str, Any]) -> Dict[str, Any]:
+    """A summary whose lists are lists of what they hold; ``ValueError`` for any other."""
+    for name, kind in (('resumed_at', int), ('earlier', dict)):
+        held = summary.get(name) or []
+        if not isinstance(held, list) or not all(isinstance(part, kind) for part in held):
+            raise ValueError(f'{name} is {held!r}')
+    if not isinstance(summary.get('outcome', ''), str):
+        raise ValueError(f'outcome is {summary["outcome"]!r}')
+    return summary
 
 
 def _read_events(run: TrainedRun) -> None:

@@ -65,7 +65,8 @@ def beside(path: str) -> str:
 def later_checkpoints(path: str, train_iter: int) -> List[str]:
     """The names of the checkpoints beside one that were saved after its iteration, by what was noted beside them."""
     paths = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*.pth.tar')), key=os.path.getmtime)
-    noted = {os.path.basename(other): read_result(beside(other)) for other in paths}
+    others = [other for other in paths if not os.path.samefile(other, path)]
+    noted = {os.path.basename(other): read_result(beside(other)) for other in others}
     return [name for name, result in noted.items() if result is not None and result.train_iter > train_iter]
 
 

@@ -14,7 +14,7 @@ from typing import IO, Any, Dict, Iterator, List, Optional, Sequence
 from ..config import FLAG, OPTIONS, PREFIX, ConfigError, system_of
 from ..host import building
 from ..lock_files import check_not_trained_in, held
-from ..run_files import read_json, write_json
+from ..run_files import EXPERIMENT, read_json, write_json
 from ..summary import TRAIN, Result, read_summary
 from . import overrides
 from .checkpoints import CHECKPOINTS, read_checkpoint
@@ -23,7 +23,6 @@ from .plan import make_plan
 from .terminal import unlogged
 
 PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
-EXPERIMENT = 'experiment.json'
 LOCK = 'experiment.lock'
 # The settings that a later call may add to, and those that it must repeat.
 GROWING = ('caches', 'seeds')

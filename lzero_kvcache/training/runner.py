@@ -17,8 +17,8 @@ from ..config import ConfigError, picked_manager
 from ..host import building, entries
 from ..host.patches import applied
 from ..lock_files import check_not_trained_in, training_in
-from ..run_files import EVENT_FILES, purge
-from ..run_hooks import UNBOUNDED
+from ..run_files import EVENT_FILES, PROGRESS, cache_of, config_of, purge
+from ..run_hooks import UNBOUNDED, read_events
 from ..summary import EVALUATE, SUMMARY, TRAIN, Result, add_up, begun, read_progress, read_result, read_summary
 from ..telemetry import summed_over_ranks
 from .checkpoints import beside, later_checkpoints, read_checkpoint
@@ -191,6 +191,7 @@ class _Training:
         check_not_trained_in(folder, self._shown(folder))
         ended_there = read_summary(folder)
         was = read_progress(folder).get('cache') if ended_there is None else ended_there.cache
+        was = was or cache_of(config_of(folder))  # of LightZero's own entry
         if was and was != now:
             raise ConfigError(
                 f"--in-place: {self._shown(folder)} was trained with cache system '{was}', not '{now}'; give "
@@ -227,21 +228,27 @@ class _Training:
         """Go on from what the training was at its checkpoint; what came after that is abandoned, counts for nothing."""
         checkpoint, at, line = str(self.plan.checkpoint), self.result.train_iter, self.terminal.line
         self.watch.goes_on_from = os.path.realpath(checkpoint), at
-        ended, noted = self.ranks.from_main(lambda: (read_summary(folder), read_result(beside(checkpoint))))
-        there = ended and (ended.train_iter, ended.env_step) == (at, self.result.env_step)
-        self._before = ended if there else noted
+        ended, noted, evaluations = self.ranks.from_main(lambda: (
+            read_summary(folder), read_result(beside(checkpoint)), read_events(os.path.join(folder, EVENT_FILES))[0]))
+        self._before = next((part for part in (ended, noted) if part and (part.train_iter, part.env_step) == (
+            at, self.result.env_step)), None)
         if self._before is not None:
             self.result.best_reward = self._before.best_reward
             self.watch.evaluated_at = next((evaluation.train_iter for evaluation in self._before.evaluations
                                             if evaluation.train_iter == at), None)
         rewards = [part.best_reward for part in (ended, noted) if part and part.best_reward is not None]
-        self.watch.best_reward = max(rewards, default=None)
+        # LightZero's own entry keeps no result beside a checkpoint, and leaves no summary if it is killed.
+        self.watch.best_reward = max([*rewards, *(evaluation.reward for evaluation in evaluations)], default=None)
         if not self.ranks.main:
             return
-        if self._before is not None:  # kept there if this run is killed; its past is not its own summary
+        if self._before is None:
+            line(f'Nothing says what this training had taken at its checkpoint: {SUMMARY} will have the time, the '
+                 'counts and the evaluations from here on')
+        else:  # kept there if this run is killed; its past is not its own summary
             self._before.write(beside(checkpoint))
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(folder, SUMMARY))
+        for name in (SUMMARY, PROGRESS):  # of a training that went further
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, name))
         cut = purge(os.path.join(folder, EVENT_FILES), at, self.result.env_step)
         if cut:
             line(f'Removed {cut:,} points of event files that came after the checkpoint')
