@@ -19,7 +19,7 @@ from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartp
 
 import lzero_kvcache
 from lzero_kvcache import ConfigError, KVCacheManager, OldCacheManager, check_config, disable, enable
-from lzero_kvcache.host import root_level
+from lzero_kvcache.host import building, root_level
 
 ROOT = Path(lzero_kvcache.__file__).resolve().parent.parent
 
@@ -123,6 +123,8 @@ def test_the_level_that_lightzero_sets_comes_with_the_first_model(monkeypatch):
     with root_level.kept():
         root.setLevel(logging.DEBUG)
     assert root.level == logging.ERROR
+    building.try_policy(small_cartpole(new=True), copy.deepcopy(cartpole.create_config))
+    assert root.level == logging.ERROR  # a policy that is only tried is none of a training
     policy = compiled(small_cartpole(new=True)).policy
     create_policy(policy, enable_field=list(adapter().POLICY_FIELDS))
     assert root.level == logging.DEBUG

@@ -10,6 +10,7 @@ import numpy as np
 from easydict import EasyDict
 
 from ..config import OPTIONS, ConfigError, names_of_modules, nearest
+from . import root_level
 from .lightzero import lightzero
 from .states import loading
 
@@ -100,7 +101,8 @@ def build_policy(main_config: EasyDict, create_config: EasyDict,
 def try_policy(main_config: EasyDict, create_config: EasyDict, states: Iterable[Tuple[str, Any]] = ()) -> None:
     """Build the policy of a training, and load states of checkpoints into it, each with the option and the path that it
     came by, so that what is refused of them is found before anything of the run is there."""
-    policy = build_policy(main_config, create_config, ('learn', 'collect', 'eval'))
+    with root_level.kept():
+        policy = build_policy(main_config, create_config, ('learn', 'collect', 'eval'))
     for source, state in states:
         with loading(source):
             policy.learn_mode.load_state_dict(state)
