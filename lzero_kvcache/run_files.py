@@ -19,6 +19,8 @@ SUMMARY = 'summary.json'
 PROGRESS = 'progress.json'
 # In the folder of an experiment, above those of its runs.
 EXPERIMENT = 'experiment.json'
+# In a config: the checkpoint that DI-engine's learner loads as it begins.
+LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
 # An evaluation of iteration N comes before update N and so belongs to a checkpoint of N; updates of N come after it.
 EVALUATIONS = 'evaluator_iter/'
 # A collection of iteration N comes before a checkpoint of N if the checkpoint counts its environment steps.

@@ -18,7 +18,7 @@ from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
 from .config import ConfigError, picked_manager
 from .lock_files import training_in
-from .run_files import CONFIG_FILES, EVALUATIONS, EVENT_FILES, config_of, event_files, events
+from .run_files import CONFIG_FILES, EVALUATIONS, EVENT_FILES, LOADED, config_of, event_files, events
 from .summary import POOLS, SUMMARY, Evaluation, Result, begun, number_text, rate_text, reward_text
 from .telemetry import HOOK_CONFIG, HOOK_KEY, summed_over_ranks
 
@@ -155,12 +155,11 @@ def origin_of_entry() -> Dict[str, Any]:
 def source_of_checkpoint() -> str:
     """The option and the path of the checkpoint that DI-engine's learner or an entry is loading; nothing where another
     caller loads one."""
-    for option, names in (('policy.learn.learner.hook.load_ckpt_before_run', ('engine', 'path', 'state_dict')),
-                          ('model_path', ('model_path', 'create_cfg'))):
-        frame = _frame_of_entry(*names)
-        if frame is not None:
-            return f'{option}={frame.f_locals.get(names[0] if option in names else "path")}'
-    return ''
+    of_learner = _of_entry('engine', 'path', 'state_dict')
+    if of_learner:
+        return f'{LOADED}={of_learner["path"]}'
+    of_entry = _of_entry('model_path', 'create_cfg')
+    return f'model_path={of_entry["model_path"]}' if of_entry else ''
 
 
 @contextlib.contextmanager

@@ -11,14 +11,23 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 import numpy as np
 
 from ..config import ConfigError
-from ..run_files import CONFIG_FILE, EVENT_FILES, EXPERIMENT, PROGRESS, SUMMARY, cache_of, read_config, read_json
+from ..run_files import (
+    CONFIG_FILE,
+    EVENT_FILES,
+    EXPERIMENT,
+    LOADED,
+    PROGRESS,
+    SUMMARY,
+    cache_of,
+    read_config,
+    read_json,
+)
 from .event_files import ITERATIONS, EventFile, Span, Unreadable
 
 EVENT_FILE = 'tfevents'
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
 
 WORLD_MODEL = 'policy.model.world_model_cfg.'
-LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
 OLD = 'old'
 # The outcome of a run that has left its progress and no summary.
 NO_END = 'it was killed, or failed, or is not done yet'

@@ -16,8 +16,6 @@ logger = logging.getLogger(__name__)
 
 Function = TypeVar('Function')
 
-
-
 def why_not_compiled() -> Optional[str]:
     """Why nothing can be compiled here, in words for the log; None where it can."""
     if importlib.util.find_spec('numba') is None:

@@ -69,8 +69,9 @@ class DeviceSearch(WholeSearch):
         make = partial(Space, self._engine, self._source, slab, width)
         space = self._space(problem, rows, served.addresses, (width, ), make)
         _give(space, problem, served.timesteps)
-        space.given.tables[:rows], space.given.counts[:rows] = tables, counts
-        space.given.pages[:problem.simulations, :rows] = pages
+        given = space.given
+        given.tables[:rows], given.counts[:rows] = tables, counts
+        given.pages[:problem.simulations, :rows] = pages
         return (*_search(space, problem, rows, replayed(served)), 0.)
 
     def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray, addresses: Tuple[int, ...],

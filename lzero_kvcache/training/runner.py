@@ -17,7 +17,7 @@ from ..config import ConfigError, picked_manager
 from ..host import building, entries
 from ..host.patches import applied
 from ..lock_files import check_not_trained_in, training_in
-from ..run_files import EVENT_FILES, PROGRESS, cache_of, config_of, purge
+from ..run_files import EVENT_FILES, LOADED, PROGRESS, cache_of, config_of, purge
 from ..run_hooks import UNBOUNDED, read_events
 from ..summary import EVALUATE, SUMMARY, TRAIN, Result, add_up, begun, read_progress, read_result, read_summary
 from ..telemetry import summed_over_ranks
@@ -160,7 +160,7 @@ class _Training:
         # LightZero and DI-engine load these without looking at what they hold.
         loaded = [(f'{key}={path}', read_checkpoint(path).state) for key, path in (
             ('policy.model_path', policy.get('model_path')),
-            ('policy.learn.learner.hook.load_ckpt_before_run', hooks.get('load_ckpt_before_run'))) if path]
+            (LOADED, hooks.get('load_ckpt_before_run'))) if path]
         if plan.checkpoint is not None:
             watch.checkpoint = read_checkpoint(plan.checkpoint)
             option = '--resume' if plan.task == TRAIN else '--eval'
