@@ -11,6 +11,7 @@ import io
 import os
 import re
 import sys
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Tuple
 
@@ -19,8 +20,6 @@ BAD_USAGE, INTERRUPTED = 2, 130
 LIGHTZERO_PREFIX = 'lightzero:'
 SYSTEMS = ('old', 'lightzero', 'new')
 DEVICES = ('auto', 'cpu', 'cuda')
-CONFIG = ("a LightZero config file: a path, a name of ours, or a name of LightZero's own zoo, in this order; "
-          "lightzero:NAME is LightZero's own. It is Python code, and it will be run")
 TRAIN_EXAMPLES = """
 examples:
   lzero-kvcache train --config config_new.py
@@ -206,6 +205,85 @@ def run_folder(text: str) -> str:
     return text
 
 
+def _option(flag: str, default: Any = None, **of_parser: Any) -> Any:
+    """A field of ``TrainOptions``: how it is typed, and what argparse is told of it."""
+    return field(default=default, metadata={'flag': flag, **of_parser})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a user asks of one training or evaluation: a field for each option, of which the parsers are made."""
+    config: str = _option(
+        '--config', default='', metavar='FILE',
+        help="a LightZero config file: a path, a name of ours, or a name of LightZero's own zoo, in this order; "
+        "lightzero:NAME is LightZero's own. It is Python code, and it will be run")
+    max_env_step: Optional[int] = _option(
+        '--max-env-step', type=count(1), metavar='N', help='environment steps to stop after; the collection and the '
+        'updates under way are completed (default: max_env_step of the config)')
+    device: Optional[str] = _option(
+        '--device', type=device, metavar='{' + ','.join(DEVICES) + '}', help='auto: the GPU if there is one (default: '
+        'what the config says, and the CPU where there is no GPU)')
+    threads: Optional[int] = _option(
+        '--threads', type=threads, metavar='N', help='CPU threads of torch (default: threads of the config, or '
+        "torch's own choice)")
+    cache: Optional[str] = _option(
+        '--cache', choices=SYSTEMS, help="the cache system; lightzero is the new manager of LightZero's main branch "
+        '(default: what the config says)')
+    seed: Optional[int] = _option('--seed', type=count(0), metavar='N', help="default: the config's seed, or 0")
+    exp_name: Optional[str] = _option(
+        '--exp-name', metavar='PATH', help='folder of the experiment; a name that exists gets the time appended '
+        '(default: exp_name of the config)')
+    max_train_iter: Optional[int] = _option(
+        '--max-train-iter', type=count(1), metavar='N', help='training iterations to stop after')
+    resume: Optional[str] = _option(
+        '--resume', metavar='CKPT', help='go on from a checkpoint of either cache system; steps and iterations go on, '
+        'and --max-env-step counts all of them')
+    evaluate: Optional[str] = _option(
+        '--eval', metavar='CKPT', help='evaluate a checkpoint, and train nothing')
+    in_place: bool = _option(
+        '--in-place', default=False, action='store_true', help="with --resume: go on in the checkpoint's own folder, "
+        'and delete the points after it from the event files; the summary then covers all of the training')
+    keep_checkpoints: Optional[int] = _option(
+        '--keep-checkpoints', type=count(1), metavar='N', help='keep the newest N checkpoints and the best one '
+        '(default: all)')
+    overrides: Sequence[str] = _option(
+        '--set', default=(), nargs='+', action='extend', metavar='KEY=VALUE',
+        help='set any key of the config, a new one as +KEY=VALUE; copies of the value in other keys follow it')
+
+    @classmethod
+    def of(cls, parsed: argparse.Namespace) -> 'TrainOptions':
+        """What a parser has read."""
+        return cls(**{name: value for name, value in vars(parsed).items()
+                      if name in TRAIN_OPTIONS and value is not None})
+
+    def arguments(self) -> List[str]:
+        """The command line that says the same."""
+        words: List[str] = []
+        for name, option in TRAIN_OPTIONS.items():
+            value = getattr(self, name)
+            if value == option.default or value == []:
+                continue
+            words.append(flag_of(name))
+            if 'nargs' in option.metadata:
+                words += value
+            elif value is not True:
+                words.append(str(value))
+        return words
+
+
+TRAIN_OPTIONS = {option.name: option for option in fields(TrainOptions)}
+
+
+def flag_of(name: str) -> str:
+    """How a field of ``TrainOptions`` is typed."""
+    return TRAIN_OPTIONS[name].metadata['flag']
+
+
+def reader_of(name: str) -> Callable[[Any], Any]:
+    """What reads and checks the value of a field of ``TrainOptions``."""
+    return TRAIN_OPTIONS[name].metadata['type']
+
+
 def command_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = _Parser(prog=COMMAND, description='Trainings with the KV cache of UniZero, and tools around it.')
@@ -222,48 +300,24 @@ def command_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add(parser: Any, *names: str, **more: Any) -> None:
+    """Give a parser options of ``TrainOptions``. What is not typed is None, for which the field's default stands."""
+    for name in names:
+        of_parser = {**TRAIN_OPTIONS[name].metadata, **more}
+        parser.add_argument(of_parser.pop('flag'), dest=name, default=None, **of_parser)
+
+
 def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         'train', help='train or evaluate a config', epilog=TRAIN_EXAMPLES,
         description='Train a LightZero UniZero config with the old or the new KV cache.')
-    add = parser.add_argument
-    _add_of_trainings(parser)
-    add('--cache', choices=SYSTEMS, help="the cache system; lightzero is the new manager of LightZero's main branch "
-        '(default: what the config says)')
-    add('--seed', type=count(0), metavar='N', help="default: the config's seed, or 0")
-    add('--exp-name', metavar='PATH', help='folder of the experiment; a name that exists gets the time appended '
-        '(default: exp_name of the config)')
-    add('--max-train-iter', type=count(1), metavar='N', help='training iterations to stop after')
-    checkpoint = parser.add_mutually_exclusive_group()
-    checkpoint.add_argument('--resume', metavar='CKPT', help='go on from a checkpoint of either cache system; steps '
-                            'and iterations go on, and --max-env-step counts all of them')
-    checkpoint.add_argument('--eval', metavar='CKPT', dest='evaluate', help='evaluate a checkpoint, and train nothing')
-    add('--in-place', action='store_true', help="with --resume: go on in the checkpoint's own folder, and delete the "
-        'points after it from the event files; the summary then covers all of the training')
-    add('--keep-checkpoints', type=count(1), metavar='N', help='keep the newest N checkpoints and the best one '
-        '(default: all)')
-    add('--verbose', action='store_true', help="show LightZero's own output as well")
-    add('--log-level', choices=('info', 'debug'), default='info', help='debug: every miss, eviction, clear and growth '
-        "of the cache, in the run's log file")
-
-
-def _add_of_trainings(parser: argparse.ArgumentParser) -> None:
-    """What one training and all those of an experiment can be given."""
-    add = parser.add_argument
-    _add_config(parser, required=True)
-    add('--max-env-step', type=count(1), metavar='N', help='environment steps to stop after; the collection and the '
-        'updates under way are completed (default: max_env_step of the config)')
-    add('--device', type=device, metavar='{' + ','.join(DEVICES) + '}', help='auto: the GPU if there is one (default: '
-        'what the config says, and the CPU where there is no GPU)')
-    add('--threads', type=threads, metavar='N', help='CPU threads of torch (default: threads of the config, or '
-        "torch's own choice)")
-
-
-def _add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    parser.add_argument('--config', required=required, metavar='FILE', help=CONFIG)
-    parser.add_argument('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE', dest='overrides',
-                        help='set any key of the config, a new one as +KEY=VALUE; copies of the value in other keys '
-                        'follow it')
+    _add(parser, 'config', required=True)
+    _add(parser, 'overrides', 'max_env_step', 'device', 'threads', 'cache', 'seed', 'exp_name', 'max_train_iter')
+    _add(parser.add_mutually_exclusive_group(), 'resume', 'evaluate')
+    _add(parser, 'in_place', 'keep_checkpoints')
+    parser.add_argument('--verbose', action='store_true', help="show LightZero's own output as well")
+    parser.add_argument('--log-level', choices=('info', 'debug'), default='info', help='debug: every miss, eviction, '
+                        "clear and growth of the cache, in the run's log file")
 
 
 def _add_compare(commands: Any) -> None:
@@ -286,8 +340,9 @@ def _add_experiment(commands: Any) -> None:
         description='Train one config for each cache system and seed, each in a process of its own, and compare them. '
         'The same command goes on where it was cut off.')
     add = parser.add_argument
-    _add_of_trainings(parser)
-    add('--cache', nargs='+', choices=SYSTEMS, default=['old', 'new'], metavar='SYSTEM',
+    _add(parser, 'config', required=True)
+    _add(parser, 'overrides', 'max_env_step', 'device', 'threads')
+    add('--cache', nargs='+', choices=SYSTEMS, default=['old', 'new'], metavar='SYSTEM', dest='caches',
         help="old, new, and lightzero (the new manager of LightZero's main branch), the baseline first (default: "
         'old new)')
     add('--seeds', nargs='+', type=count(0), default=[0, 1, 2], metavar='N', help='default: 0 1 2')
@@ -297,10 +352,11 @@ def _add_experiment(commands: Any) -> None:
 
 
 def _add_info(commands: Any) -> None:
-    _add_config(commands.add_parser(
+    parser = commands.add_parser(
         'info', help='versions, device, backend; sizes and memory of a config',
         description='Say what is installed, and what the cache of a config will take. The policy of the config is '
-        'built on the CPU, without environments.'))
+        'built on the CPU, without environments.')
+    _add(parser, 'config', 'overrides')
 
 
 if __name__ == '__main__':

@@ -18,10 +18,10 @@ from lzero_kvcache import ConfigError, comparison
 from lzero_kvcache.lock_files import training_in
 from lzero_kvcache.run_files import purge
 from lzero_kvcache.summary import Evaluation, Result, Segment, add_up, read_progress, read_summary
-from lzero_kvcache.training import experiment, processes
+from lzero_kvcache.training import processes
 from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
 from lzero_kvcache.training.processes import Children
-from lzero_kvcache_options import main
+from lzero_kvcache_options import TrainOptions, main
 
 SMALL = ['policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2', 'env.evaluator_env_num=1']
 
@@ -44,7 +44,7 @@ def checkpoint(path, env_step):
 
 
 def make(folder, caches=('old', 'new'), seeds=(0, 1), config='config_new', **changes):
-    return Experiment(str(folder), config, caches, seeds, **{'max_env_step': 60, **changes})
+    return Experiment(str(folder), TrainOptions(config, **{'max_env_step': 60, **changes}), caches, seeds)
 
 
 # ---------------------------------------------------------------------------------------------------- what is run
@@ -52,10 +52,9 @@ def make(folder, caches=('old', 'new'), seeds=(0, 1), config='config_new', **cha
 
 def test_a_run_is_begun_with_all_that_was_asked_for(tmp_path):
     made = make(tmp_path, device='cpu', overrides=SMALL)
-    assert made.command(made.trials[0]) == [
-        sys.executable, '-m', 'lzero_kvcache_options', 'train', '--config', 'config_new', '--max-env-step', '60',
-        '--device', 'cpu', '--set', *SMALL, '--cache', 'old', '--seed', '0', '--exp-name', str(tmp_path / 'old_seed0')
-    ]
+    assert made.ask(made.trials[0]) == TrainOptions(
+        'config_new', max_env_step=60, device='cpu', overrides=SMALL, cache='old', seed=0,
+        exp_name=str(tmp_path / 'old_seed0'))
 
 
 def test_it_goes_on_from_the_last_whole_checkpoint(tmp_path):
@@ -66,8 +65,8 @@ def test_it_goes_on_from_the_last_whole_checkpoint(tmp_path):
         file.truncate(100)
     for age, path in enumerate(reversed(paths)):
         os.utime(path, (1e9 - age, 1e9 - age))
-    assert made.command(run)[-3:] == ['--resume', paths[2], '--in-place']
-    assert '--exp-name' not in made.command(run)
+    asked = made.ask(run)
+    assert (asked.resume, asked.in_place, asked.exp_name) == (paths[2], True, None)
     assert last_checkpoint(run.folder, 61) == paths[4]
     assert last_checkpoint(run.folder, 20) is None
 
@@ -77,7 +76,8 @@ def test_it_begins_anew_beside_what_is_left_of_one_that_nothing_can_go_on_from(t
     run = made.trials[0]
     for attempt in (1, 2):
         checkpoint(tmp_path / 'old_seed0' / 'ckpt' / 'iteration_0.pth.tar', 0)
-        assert made.command(run)[-2:] == ['--exp-name', run.folder]
+        asked = made.ask(run)
+        assert (asked.resume, asked.in_place, asked.exp_name) == (None, False, run.folder)
         assert not os.path.exists(run.folder)
         assert (tmp_path / f'old_seed0_cut_off{attempt}' / 'ckpt' / 'iteration_0.pth.tar').exists()
 
@@ -152,8 +152,8 @@ def fake(tmp_path, monkeypatch):
     """Trainings that are ``fake_trainer.py``; a function that says what they do, and one that says which were begun."""
     script, started = tmp_path / 'script.json', tmp_path / 'started'
     monkeypatch.setenv('FAKE_TRAINER', str(script))
-    monkeypatch.setattr(experiment, 'PROGRAM', (sys.executable, os.path.join(os.path.dirname(__file__),
-                                                                              'fake_trainer.py')))
+    monkeypatch.setattr(processes, 'PROGRAM', (sys.executable, os.path.join(os.path.dirname(__file__),
+                                                                            'fake_trainer.py')))
     monkeypatch.setattr(processes, 'POLL_SECONDS', 0.02)
     compared = []
     monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: compared.append(arguments))
@@ -257,7 +257,7 @@ def test_an_interrupt_ends_all_and_the_same_command_goes_on(fake, capfd, interru
     again = dict(fake.begun()[2:])
     for name in ('old_seed0', 'new_seed0'):
         path = os.path.join(fake.folder, name, 'ckpt', 'iteration_3.pth.tar')
-        assert again[name][-3:] == ['--resume', path, '--in-place']
+        assert ' '.join(again[name]).endswith(f'--resume {path} --in-place')
         assert f'{name}: goes on from {path}' in capfd.readouterr().out or name == 'new_seed0'
     assert '--resume' not in again['old_seed1']
     assert len(fake.compared[0][0]) == 4

@@ -37,7 +37,7 @@ IMPORTING = {
     'run_path', 'spec_from_file_location', 'exec', 'eval',
 }
 # Modules of the package that are started by name, in processes of their own.
-STARTED = {'training/experiment.py': {'lzero_kvcache_options'}}
+STARTED = {'training/processes.py': {'lzero_kvcache_options'}}
 # What these rooms may not import, whatever docs/design.md says.
 FORBIDDEN = {
     'configuration': {'torch', 'lzero', 'zoo'},

@@ -9,7 +9,7 @@ from trainings import WM
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.training import make_plan
-from lzero_kvcache_options import main, version
+from lzero_kvcache_options import TrainOptions, command_parser, main, version
 
 WITH_A_CONFIG = [
     (['--config', 'nosuch'], '--config nosuch: there is no such file'),
@@ -249,6 +249,16 @@ def test_bad_usage_waits_for_no_import(arguments, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, 'lzero_kvcache.cli.commands', None)
     assert main(arguments) == 2
     assert 'is not installed' not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('changes', [
+    dict(), dict(seed=0, cache='old', exp_name='a b', max_env_step=60, max_train_iter=5, device='cpu', threads=1),
+    dict(resume='c', in_place=True, keep_checkpoints=2, overrides=['policy.batch_size=8', '+a.b=-1']),
+    dict(evaluate='c'),
+])
+def test_what_is_asked_for_is_read_from_its_own_arguments(changes):
+    asked = TrainOptions('config_new', **changes)
+    assert TrainOptions.of(command_parser().parse_args(['train', *asked.arguments()])) == asked
 
 
 @pytest.mark.parametrize('command', [[], ['train'], ['compare'], ['experiment'], ['info'], ['zoo']])

@@ -8,14 +8,14 @@ import os
 import sys
 import traceback
 
-from lzero_kvcache_options import INTERRUPTED, ranks_of_torchrun, refused
+from lzero_kvcache_options import INTERRUPTED, TrainOptions, ranks_of_torchrun, refused
 
 from ..config import ConfigError
-from ..training import make_plan
 from ..training import run as run_plan
 from ..training.error_hints import hinted
 from ..training.experiment import Experiment
 from ..training.info import installed, of_plan, of_zoo
+from ..training.plan import plan_of
 from ..training.processes import Children
 from ..training.ranks import DataParallel
 from ..training.terminal import PACKAGE_LOGGER, Output, Terminal
@@ -23,8 +23,6 @@ from ..training.terminal import PACKAGE_LOGGER, Output, Terminal
 FAILED = 1
 # Of a table that goes to a file or a pipe, if COLUMNS says nothing.
 WIDTH = 100
-# The options of ``train`` that are no part of the plan.
-SHOWN = ('command', 'verbose', 'log_level')
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,8 +44,7 @@ def train(options: argparse.Namespace) -> int:
     try:
         with hinted(), output:
             logging.getLogger(PACKAGE_LOGGER).setLevel(options.log_level.upper())
-            plan = make_plan(**{name: value for name, value in vars(options).items() if name not in SHOWN})
-            code = run_plan(plan, output, ranks).exit_code
+            code = run_plan(plan_of(TrainOptions.of(options)), output, ranks).exit_code
             assert code is not None, 'it has ended'
             return code
     except ConfigError:
@@ -74,9 +71,7 @@ def experiment(options: argparse.Namespace) -> int:
     name = os.path.splitext(os.path.basename(options.config))[0]
     folder = options.out or os.path.join('data_experiment', name)
     with Output(silent=True):  # loading a config prints much
-        experiment = Experiment(
-            folder, options.config, options.cache, options.seeds, max_env_step=options.max_env_step,
-            device=options.device, threads=options.threads, overrides=options.overrides)
+        experiment = Experiment(folder, TrainOptions.of(options), options.caches, options.seeds)
     with experiment.opened() as lock:
         children = Children(experiment, lock, options.jobs)
         children.run()
@@ -97,7 +92,7 @@ def info(options: argparse.Namespace) -> int:
     with Output(silent=True):  # building a policy prints much
         tables = [('installed', installed())]
         if options.config is not None:
-            tables.append(('cache', of_plan(make_plan(options.config, overrides=options.overrides))))
+            tables.append(('cache', of_plan(plan_of(TrainOptions.of(options)))))
     terminal = Terminal(sys.stdout, width=WIDTH)
     for title, rows in tables:
         terminal.table(title, rows)

@@ -24,11 +24,8 @@ from ..host.recorded import recorded_call, trainings
 from ..summary import TRAIN
 from .error_hints import hint
 
-# The numbers that a config file may declare beside its configs and its entry, each with what reads it.
-COUNTS = {
-    'seed': lzero_kvcache_options.count(0), 'max_env_step': lzero_kvcache_options.count(1),
-    'max_train_iter': lzero_kvcache_options.count(1), 'threads': lzero_kvcache_options.threads,
-}
+# The numbers that a config file may declare beside its configs and its entry.
+COUNTS = 'seed', 'max_env_step', 'max_train_iter', 'threads'
 
 MODULE = 'lzero.entry'  # of LightZero's trainings
 # The dicts that every config has, parents first.
@@ -90,8 +87,8 @@ def load_config(name: str) -> Plan:
         )
     _check_shape(declared, path)
     main_config, create_config = (EasyDict(copy.deepcopy(declared[name])) for name in ('main_config', 'create_config'))
-    counts: Dict[str, Any] = {key: _whole_number(declared[key], key, path, read)
-                              for key, read in COUNTS.items() if declared.get(key) is not None}
+    counts: Dict[str, Any] = {key: _whole_number(declared[key], key, path)
+                              for key in COUNTS if declared.get(key) is not None}
     return Plan(path, main_config, create_config, entry or _guessed_entry(main_config, path), **counts)
 
 
@@ -228,8 +225,8 @@ def _check_shape(declared: Dict[str, Any], path: str) -> None:
             raise ConfigError(f"{path}: {needed} is {what}; LightZero's UniZero configs have a dict there")
 
 
-def _whole_number(value: Any, name: str, path: str, read: Callable[[Any], int]) -> int:
+def _whole_number(value: Any, name: str, path: str) -> int:
     try:
-        return read(value)
+        return lzero_kvcache_options.reader_of(name)(value)
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f'{path}: {name} = {error}') from None

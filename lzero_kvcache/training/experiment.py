@@ -7,9 +7,10 @@ import glob
 import hashlib
 import itertools
 import os
-import sys
-from dataclasses import dataclass
-from typing import IO, Any, Dict, Iterator, List, Optional, Sequence
+from dataclasses import dataclass, replace
+from typing import IO, Any, Dict, Iterator, Optional, Sequence
+
+from lzero_kvcache_options import TrainOptions
 
 from ..config import FLAG, OPTIONS, PREFIX, ConfigError, system_of
 from ..host import building
@@ -19,10 +20,9 @@ from ..summary import TRAIN, Result, read_summary
 from . import overrides
 from .checkpoints import CHECKPOINTS, read_checkpoint
 from .config_file import Plan
-from .plan import make_plan
+from .plan import plan_of
 from .terminal import unlogged
 
-PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
 LOCK = 'experiment.lock'
 # The settings that a later call may add to, and those that it must repeat.
 GROWING = ('caches', 'seeds')
@@ -68,15 +68,14 @@ class Trial:
 
 class Experiment:
     """
-    Trainings below one folder that differ in cache system and seed alone; ``changes`` are what else ``make_plan`` is
-    given. What cannot be started is refused.
+    Trainings below one folder that differ in cache system and seed alone, of what ``shared`` asks for. What cannot be
+    started is refused.
     """
 
-    def __init__(self, folder: str, config: str, caches: Sequence[str], seeds: Sequence[int], **changes: Any) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, shared: TrainOptions, caches: Sequence[str], seeds: Sequence[int]) -> None:
+        self.folder, self.shared = folder, shared
         self.caches, self.seeds = list(dict.fromkeys(caches)), list(dict.fromkeys(seeds))
-        self._config, self._changes = config, changes
-        plans = {cache: make_plan(config, cache=cache, seed=max(self.seeds), exp_name=EXPERIMENT, **changes)
+        plans = {cache: plan_of(replace(shared, cache=cache, seed=max(self.seeds), exp_name=EXPERIMENT))
                  for cache in dict.fromkeys(('old', *self.caches))}
         plan = plans['old']
         if plan.max_env_step is None:
@@ -94,22 +93,14 @@ class Experiment:
         ]
 
     @property
-    def options(self) -> List[str]:
-        """What is given to ``train.py`` in every training."""
-        singles = dict(self._changes)
-        assignments = singles.pop('overrides', ())
-        given = [part for name, value in singles.items() if value is not None
-                 for part in ('--' + name.replace('_', '-'), str(value))]
-        return given + (['--set', *assignments] if assignments else [])
-
-    @property
     def settings(self) -> Dict[str, Any]:
         """What ``experiment.json`` holds."""
         plan = self._plan
         return dict(
             config=plan.config, caches=self.caches, seeds=self.seeds, max_env_step=plan.max_env_step,
             max_train_iter=plan.max_train_iter, threads=plan.threads,
-            device=str(plan.main_config.policy.model.world_model_cfg.device), options=self.options,
+            device=str(plan.main_config.policy.model.world_model_cfg.device),
+            options=replace(self.shared, config='').arguments(),
             values_version=VALUES_VERSION, values=_hash(plan, VALUES_VERSION),
         )
 
@@ -130,20 +121,20 @@ class Experiment:
             write_json(path, settings)
             yield lock
 
-    def command(self, trial: Trial) -> List[str]:
+    def ask(self, trial: Trial) -> TrainOptions:
         """
-        The command for a trial that is not done. It goes on in the trial's folder from the last whole checkpoint there;
-        without one it begins anew, and a folder of that name is renamed. Nothing is done where somebody trains.
+        What a trial that is not done is to do: go on in its folder from the last whole checkpoint there; without one it
+        begins anew, and a folder of that name is renamed. Nothing is done where somebody trains.
         """
         check_not_trained_in(trial.folder, trial.folder)
-        command = [*PROGRAM, '--config', self._config, *self.options, '--cache', trial.cache, '--seed', str(trial.seed)]
+        asked = replace(self.shared, cache=trial.cache, seed=trial.seed)
         checkpoint = last_checkpoint(trial.folder, self.max_env_step)
         if checkpoint is not None:
-            return command + ['--resume', checkpoint, '--in-place']
+            return replace(asked, resume=checkpoint, in_place=True)
         if os.path.exists(trial.folder):
             names = (f'{trial.folder}_cut_off{attempt}' for attempt in itertools.count(1))
             os.rename(trial.folder, next(name for name in names if not os.path.exists(name)))
-        return command + ['--exp-name', trial.folder]
+        return replace(asked, exp_name=trial.folder)
 
     def _agreed(self, path: str) -> Dict[str, Any]:
         """The settings, with the seeds and systems that are there already."""

@@ -2,24 +2,20 @@
 import argparse
 import ast
 import difflib
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Tuple
 
 from easydict import EasyDict
 
-import lzero_kvcache_options
+from lzero_kvcache_options import flag_of, reader_of
 
 from ..config import FLAG, KV_CACHE_CFG, OPTIONS, PREFIX, SIZES, ConfigError
 from .linked_keys import follow
 
 CREATE = 'create_config'
 ADD = '+'
-# What is no key of LightZero's configs: the option for it, and what reads that.
-_DEVICE = '--device', lzero_kvcache_options.device
-_COUNT = lzero_kvcache_options.count(1)
-OPTIONS_OF: Dict[str, Tuple[str, Callable[[str], Any]]] = {
-    'device': _DEVICE, 'policy.device': _DEVICE, 'threads': ('--threads', lzero_kvcache_options.threads),
-    'max_env_step': ('--max-env-step', _COUNT), 'max_train_iter': ('--max-train-iter', _COUNT),
-}
+# What is no key of LightZero's configs, and the field of ``TrainOptions`` that is meant.
+OPTION_OF = {**{name: name for name in ('device', 'threads', 'max_env_step', 'max_train_iter')},
+             'policy.device': 'device'}
 # How alike two names of keys are of which one may be the other misspelt: 'activation' is no 'augmentation'.
 NEAR = 0.7
 # The paths about caching, which no default of LightZero's names, each with the value that stands for not given.
@@ -93,10 +89,10 @@ def _checked(path: str, text: str, known: Mapping[str, Any]) -> Any:
     parents = [path.rsplit('.', depth)[0] for depth in range(1, path.count('.') + 1)]
     if any(known.get(parent) == {} for parent in parents):
         return _literal(text)
-    if path in OPTIONS_OF:
-        option, read = OPTIONS_OF[path]
+    if path in OPTION_OF:
+        option = flag_of(OPTION_OF[path])
         try:
-            read(text)
+            reader_of(OPTION_OF[path])(text)
         except argparse.ArgumentTypeError as error:
             raise ConfigError(f'give {option} in its place, for which {error}') from None
         raise ConfigError(f'give {option} {text} in its place')

@@ -2,10 +2,12 @@
 import os
 import re
 from dataclasses import replace
-from typing import Optional, Sequence
+from typing import Any, Optional
 
 import torch
 from easydict import EasyDict
+
+from lzero_kvcache_options import TrainOptions
 
 from ..config import DEFAULT_ENV_NUM, LIGHTZERO, PREFIX, ConfigError, picked_system
 from ..host import building
@@ -18,52 +20,42 @@ from .linked_keys import check, replace_token
 from .overrides import apply_overrides, given_keys, leaves
 
 
-def make_plan(
-        config: str,
-        *,
-        cache: Optional[str] = None,
-        seed: Optional[int] = None,
-        exp_name: Optional[str] = None,
-        max_env_step: Optional[int] = None,
-        max_train_iter: Optional[int] = None,
-        device: Optional[str] = None,
-        resume: Optional[str] = None,
-        evaluate: Optional[str] = None,
-        in_place: bool = False,
-        threads: Optional[int] = None,
-        keep_checkpoints: Optional[int] = None,
-        overrides: Sequence[str] = (),
-) -> Plan:
-    """Load a config file and change it as asked; the arguments are the options of ``train.py``."""
-    plan = load_config(config)
+def make_plan(config: str, **asked: Any) -> Plan:
+    """Load a config file and change it as asked, by fields of ``TrainOptions``, as ``max_env_step=300``."""
+    return plan_of(TrainOptions(config, **asked))
+
+
+def plan_of(asked: TrainOptions) -> Plan:
+    """The config of what is asked for, changed by it and checked."""
+    plan = load_config(asked.config)
     main_config, create_config = plan.main_config, plan.create_config
     policy_type(main_config, create_config)
     load_plugin(create_config)
-    if cache:
-        set_cache(cache, main_config, create_config)
+    if asked.cache:
+        set_cache(asked.cache, main_config, create_config)
     stem = os.path.splitext(os.path.basename(plan.config))[0]
     main_config.exp_name = str(main_config.get('exp_name') or f'data_unizero/{stem}')
-    if overrides:
+    if asked.overrides:
         changed = apply_overrides(
-            main_config, create_config, overrides, building.completed(main_config, create_config))
+            main_config, create_config, asked.overrides, building.completed(main_config, create_config))
         if 'seed' in changed:  # LightZero's entries take it as an argument
             raise ConfigError(f'--set seed={changed["seed"]}: give --seed {changed["seed"]} in its place')
         policy_type(main_config, create_config)
-    name = main_config.exp_name if exp_name is None else exp_name
+    name = main_config.exp_name if asked.exp_name is None else asked.exp_name
     if not isinstance(name, str) or not name:
         raise ConfigError(f'exp_name={name!r} names no folder for the experiment')
     picked = picked_system(main_config.policy.model.world_model_cfg)
-    if cache and picked != cache:
-        raise ConfigError(f'--cache {cache} contradicts --set, which picks {picked!r}: give one of them')
-    set_device(device, main_config)
-    seed = plan.seed if seed is None else seed
+    if asked.cache and picked != asked.cache:
+        raise ConfigError(f'--cache {asked.cache} contradicts --set, which picks {picked!r}: give one of them')
+    set_device(asked.device, main_config)
+    seed = plan.seed if asked.seed is None else asked.seed
     if seed >= 2 ** 32:
         raise ConfigError(f'seed={seed} must be below 2**32, as numpy needs')
-    if in_place:
-        main_config.exp_name = _folder_of(resume, exp_name)
-    elif exp_name:
-        main_config.exp_name = exp_name
-    elif evaluate:
+    if asked.in_place:
+        main_config.exp_name = _folder_of(asked.resume, asked.exp_name)
+    elif asked.exp_name:
+        main_config.exp_name = asked.exp_name
+    elif asked.evaluate:
         main_config.exp_name += '_eval'
     else:
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', plan.seed, seed)
@@ -73,17 +65,17 @@ def make_plan(
             f'policy.async_pipeline.enabled=True, but {plan.entry} collects in this process: call '
             'train_unizero_segment_async, which needs ray, in a script of your own, or set it to False'
         )
-    check_limits(values, plan.entry, given_keys(overrides))
+    check_limits(values, plan.entry, given_keys(asked.overrides))
     if f'{PREFIX}.env_num' not in values:
         of_policy = max(values['policy.collector_env_num'], values['policy.evaluator_env_num'])
         values[f'{PREFIX}.env_num'] = of_policy if picked == 'new' else DEFAULT_ENV_NUM
-    check(values, plan.entry, create_config.policy.type, given_keys(overrides))
+    check(values, plan.entry, create_config.policy.type, given_keys(asked.overrides))
     check_config(main_config, create_config)
     return replace(
-        plan, seed=seed, max_env_step=max_env_step or plan.max_env_step,
-        max_train_iter=max_train_iter or plan.max_train_iter, threads=threads or plan.threads,
-        task=EVALUATE if evaluate else TRAIN, checkpoint=evaluate or resume, in_place=in_place,
-        keep_checkpoints=keep_checkpoints, overrides=overrides)
+        plan, seed=seed, max_env_step=asked.max_env_step or plan.max_env_step,
+        max_train_iter=asked.max_train_iter or plan.max_train_iter, threads=asked.threads or plan.threads,
+        task=EVALUATE if asked.evaluate else TRAIN, checkpoint=asked.evaluate or asked.resume, in_place=asked.in_place,
+        keep_checkpoints=asked.keep_checkpoints, overrides=asked.overrides)
 
 
 def set_cache(cache: str, main_config: EasyDict, create_config: EasyDict) -> None:

@@ -16,6 +16,7 @@ from ..summary import read_progress
 from .experiment import Experiment, Trial
 from .terminal import Bar, Terminal, number_text
 
+PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
 POLL_SECONDS = 0.25
 PLAIN_EVERY_SECONDS = 60.0
 
@@ -63,18 +64,17 @@ class Children:
     def start(self, trial: Trial) -> None:
         """Begin a trial, or go on with it."""
         try:
-            command = self._experiment.command(trial)
+            asked = self._experiment.ask(trial)
         except ConfigError as error:
             self.failed.append(trial)
             self._terminal.line(f'{trial.name}: {error}')
             return
-        how = f'goes on from {command[command.index("--resume") + 1]}' if '--resume' in command else 'begins'
-        self._terminal.line(f'{trial.name}: {how}')
+        self._terminal.line(f'{trial.name}: {f"goes on from {asked.resume}" if asked.resume else "begins"}')
         with open(trial.log, 'ab') as log:
             # In a session of its own, Ctrl-C reaches it once and not twice.
             self.running[trial] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                pass_fds=[self._lock.fileno()])
+                [*PROGRAM, *asked.arguments()], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True, pass_fds=[self._lock.fileno()])
         self._tell_who_runs()
 
     def _tell_who_runs(self) -> None:
