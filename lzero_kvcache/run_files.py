@@ -25,6 +25,8 @@ LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
 EVALUATIONS = 'evaluator_iter/'
 # A collection of iteration N comes before a checkpoint of N if the checkpoint counts its environment steps.
 COLLECTIONS = ('collector_iter/', 'collector_step/')
+# The pools whose look-ups are counted, and what a comparison calls them.
+POOLS = {'init': 'roots', 'recur': 'nodes', 'total': 'all'}
 # A record is its length, a checksum of it, the event, and a checksum of that.
 RECORD_FRAME = 8 + 4 + 4
 

@@ -19,7 +19,7 @@ from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 from .config import ConfigError, picked_manager
 from .lock_files import training_in
 from .run_files import CONFIG_FILES, EVALUATIONS, EVENT_FILES, LOADED, config_of, event_files, events
-from .summary import POOLS, SUMMARY, Evaluation, Result, begun, number_text, rate_text, reward_text
+from .summary import SUMMARY, Evaluation, Result, begun, number_text, rate_text, reward_text
 from .telemetry import HOOK_CONFIG, HOOK_KEY, summed_over_ranks
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class SummaryHook(RunHook):
         for hook in engine._hooks['before_run']:
             if isinstance(hook, BeginHook):
                 hook.holding.close()
-        rates = ', '.join(f'{pool} {rate_text(result.hit_rates[pool])}' for pool in POOLS)
+        rates = ', '.join(f'{pool} {rate_text(rate)}' for pool, rate in result.hit_rates.items())
         last = reward_text(evaluations[-1]) if evaluations else number_text(None)
         logger.info(
             f'Hit rates of the cache: {rates}; its memory: {number_text(result.cache_memory_mb)} MiB; last reward '

@@ -13,11 +13,9 @@ from typing import Any, Dict, List, Optional
 import ding
 import torch
 
-from . import telemetry
-from .run_files import PROGRESS, SUMMARY, read_json, write_json
+from .run_files import POOLS, PROGRESS, SUMMARY, read_json, write_json
 
 TRAIN, EVALUATE = 'train', 'evaluate'
-POOLS = ('total', *(pool for pool in telemetry.POOLS if pool != 'total'))
 
 
 @dataclass
@@ -91,9 +89,9 @@ class Result:
         return min(ends, default=None)
 
     def count(self, counters: Dict[str, Any]) -> None:
-        """Take what a manager has counted, and the share of look-ups in each pool that found something."""
+        """Take what a manager has counted, and the share of look-ups that found something: of all, and in each pool."""
         self.counters = counters
-        counts = {pool: counters.get(pool) or {} for pool in POOLS}
+        counts = {pool: counters.get(pool) or {} for pool in ('total', *(pool for pool in POOLS if pool != 'total'))}
         self.hit_rates = {pool: held.get('hits', 0) / held['queries'] if held.get('queries') else None
                           for pool, held in counts.items()}
 

@@ -5,11 +5,10 @@ from typing import Any, Dict, List, Tuple
 import torch.distributed as dist
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
-from .run_files import config_of
+from .run_files import POOLS, config_of
 
 HOOK_KEY = 'kv_cache_stats'
 HOOK_CONFIG = {'type': HOOK_KEY, 'name': HOOK_KEY, 'priority': 30, 'position': 'after_iter'}
-POOLS = ('init', 'recur', 'total')
 VALIDATION = 'kv_cache_validation'
 METRICS = ('hit_rate', 'queries', 'hits', 'misses', 'evictions', 'occupancy')
 

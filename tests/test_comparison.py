@@ -21,7 +21,7 @@ from lzero_kvcache.comparison import compare_runs
 from lzero_kvcache.comparison.comparable import ALL, OF_A_WHOLE_RUN, OF_ONE_LENGTH, STOPPED, Caution
 from lzero_kvcache.comparison.judging import MEASURES, summed_up
 from lzero_kvcache.comparison.page import PANELS, _draw_panel, report_of
-from lzero_kvcache.comparison.table import default_console, measures_table, origin, runs_table, show
+from lzero_kvcache.comparison.table import measures_table, origin, runs_table, show
 
 OF_WHOLE_RUNS = 'training times, host memory, counts and rewards are not comparable'
 OF_OTHER_LENGTHS = 'training times, speeds, host memory, counts and rewards are not comparable'
@@ -633,13 +633,6 @@ class TestCommand:
         said = said.format(path=path, folder=tmp_path.name, name=name)
         assert (out, err) == ('', f'lzero-kvcache: error: {said}\n')
         assert not (tmp_path / 'out').exists()
-
-    @pytest.mark.parametrize(('columns', 'width'), [(None, 100), ('60', 60), ('180', 180)])
-    def test_a_pipe_is_as_wide_as_columns_says(self, columns, width, monkeypatch):
-        monkeypatch.delenv('COLUMNS', raising=False)
-        if columns:
-            monkeypatch.setenv('COLUMNS', columns)
-        assert default_console().width == width
 
     def test_from_a_shell(self, tmp_path):
         """Nothing is printed but what was asked for, neither by LightZero nor by anything it imports."""

@@ -156,7 +156,7 @@ def fake(tmp_path, monkeypatch):
                                                                             'fake_trainer.py')))
     monkeypatch.setattr(processes, 'POLL_SECONDS', 0.02)
     compared = []
-    monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: compared.append(arguments))
+    monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: compared.append(arguments[:3]))
 
     def do(**runs):
         script.write_text(json.dumps(dict(

@@ -5,8 +5,11 @@ usage or config, with one line; 130 and 143: ended by an interrupt or a kill, a 
 import argparse
 import logging
 import os
+import shutil
 import sys
 import traceback
+
+from rich.console import Console
 
 from lzero_kvcache_options import INTERRUPTED, TrainOptions, ranks_of_torchrun, refused
 
@@ -18,10 +21,10 @@ from ..training.info import installed, of_plan, of_zoo
 from ..training.plan import plan_of
 from ..training.processes import Children
 from ..training.ranks import DataParallel
-from ..training.terminal import PACKAGE_LOGGER, Output, Terminal
+from ..training.terminal import PACKAGE_LOGGER, Output, drawn
 
 FAILED = 1
-# Of a table that goes to a file or a pipe, if COLUMNS says nothing.
+# Of what goes to a file or a pipe, if COLUMNS says nothing.
 WIDTH = 100
 
 
@@ -61,7 +64,7 @@ def train(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     from ..comparison import compare_runs
-    compare_runs(options.runs, options.out, options.group)
+    compare_runs(options.runs, options.out, options.group, console())
     return 0
 
 
@@ -83,19 +86,18 @@ def experiment(options: argparse.Namespace) -> int:
         if done:
             caches = {trial.cache for trial in done}
             groups = [(cache, f'{cache}_seed*') for cache in experiment.caches if cache in caches]
-            compare_runs([trial.folder for trial in done], folder, groups)
+            compare_runs([trial.folder for trial in done], folder, groups, console())
         return 1 if children.failed else 0
 
 
 def info(options: argparse.Namespace) -> int:
     """Print what is installed, and what a config's cache takes."""
     with Output(silent=True):  # building a policy prints much
-        tables = [('installed', installed())]
+        tables = {'installed': installed()}
         if options.config is not None:
-            tables.append(('cache', of_plan(plan_of(TrainOptions.of(options)))))
-    terminal = Terminal(sys.stdout, width=WIDTH)
-    for title, rows in tables:
-        terminal.table(title, rows)
+            tables.update(of_plan(plan_of(TrainOptions.of(options))))
+    for title, rows in tables.items():
+        console().print(drawn(title, rows))
     return 0
 
 
@@ -103,5 +105,10 @@ def zoo(options: argparse.Namespace) -> int:
     """Print which configs there are, and what they need."""
     with Output(silent=True):  # building environments prints much
         rows = of_zoo()
-    Terminal(sys.stdout, width=WIDTH).table('configs', rows)
+    console().print(drawn('configs', rows))
     return 0
+
+
+def console() -> Console:
+    """Standard output."""
+    return Console(highlight=False, width=shutil.get_terminal_size((WIDTH, 0)).columns)

@@ -18,7 +18,7 @@ from .judging import Comparison, as_json, judge
 from .page import draw, report_of
 from .reading import TrainedRun, find_runs, read_run
 from .sides import check_groups
-from .table import default_console, line, show
+from .table import line, show
 
 __all__ = ['compare_runs']
 
@@ -33,7 +33,7 @@ def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[
     pattern) of each side, the baseline first. Runs that no pattern matches are grouped by their config, or else by
     their name without the seed.
     """
-    console = console or default_console()
+    console = console or Console(highlight=False)
     found = find_runs(runs)
     check_groups(found, groups)
     readable: List[TrainedRun] = []

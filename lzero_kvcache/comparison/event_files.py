@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from ..run_files import COLLECTIONS, EVALUATIONS, events
+from ..run_files import COLLECTIONS, EVALUATIONS, POOLS, events
 
 # Seconds by which the events of one file may be out of order.
 CLOCK_TOLERANCE = 1.
@@ -19,7 +19,6 @@ REWARD = 'evaluator_step/reward_mean'
 MEMORY_OF_HOST = 'Buffer/memory_usage/process'
 MEMORY_OF_DEVICE = 'learner_iter/Max_GPU_avg'
 CACHE, CACHE_BY_STEP = 'kv_cache_iter/', 'kv_cache_step/'
-POOLS = {'init': 'roots', 'recur': 'nodes', 'total': 'all'}
 TAGS = frozenset([
     REWARD, MEMORY_OF_HOST, MEMORY_OF_DEVICE,
     *(CACHE_BY_STEP + name for name in ('init_hit_rate', 'search_ms', 'memory_mb')),

@@ -4,6 +4,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Se
 import numpy as np
 from scipy.stats import trim_mean
 
+from ..run_files import POOLS
 from .comparable import (
     CALL_TIME,
     COUNT,
@@ -19,7 +20,7 @@ from .comparable import (
     distinct,
     notes,
 )
-from .event_files import CACHE, MEMORY_OF_DEVICE, MEMORY_OF_HOST, POOLS, REWARD
+from .event_files import CACHE, MEMORY_OF_DEVICE, MEMORY_OF_HOST, REWARD
 from .reading import TrainedRun, finite
 from .sides import OF_ONE_RUN, Side, sort_into_sides
 

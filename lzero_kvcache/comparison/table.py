@@ -1,7 +1,6 @@
 """The comparison as headings and cells, the same on the terminal and in the page; and how the terminal shows it."""
 import datetime
 import shlex
-import shutil
 from typing import List, NamedTuple, Optional, Sequence
 
 from rich.console import Console
@@ -20,7 +19,6 @@ WORDS = {
     TIME: ('slower', 'faster'), CALL_TIME: ('slower', 'faster'), SPEED: ('faster', 'slower'),
     HOST_MEMORY: ('more', 'less'), MEMORY: ('more', 'less'), HITS: ('higher', 'lower'), REWARDS: ('higher', 'lower'),
 }
-WIDTH = 100
 # Characters that a table needs for the titles of measures, for most values, and for the rules between columns.
 TITLE_WIDTH, VALUE_WIDTH, RULE_WIDTH = 28, 8, 3
 SPREADS = {MEDIAN: 'median [least, greatest]', INTERQUARTILE_MEAN: 'interquartile mean [95% interval]'}
@@ -144,11 +142,6 @@ def runs_text(count: int) -> str:
 
 
 # ---- terminal --------------------------------------------------------------------------------------------------------
-
-def default_console() -> Console:
-    """Standard output; a file or a pipe is as wide as COLUMNS says, or else WIDTH."""
-    return Console(highlight=False, width=shutil.get_terminal_size((WIDTH, 0)).columns)
-
 
 def show(comparison: Comparison, console: Console) -> None:
     for warning in comparison.warnings:

@@ -3,14 +3,14 @@ import copy
 import os
 import platform
 import re
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional
 
 import torch
 from easydict import EasyDict
 
 from lzero_kvcache_options import lightzero_configs, our_configs
 
-from ..config import MIB, ConfigError, unread_options
+from ..config import KV_CACHE_CFG, MIB, ConfigError, unread_options
 from ..engine.backends import picked
 from ..host import building
 from ..host.lightzero import lightzero
@@ -21,8 +21,7 @@ from .error_hints import hinted
 from .limits import check_limits
 from .overrides import leaves
 from .plan import make_plan, set_cache
-
-Rows = List[Tuple[str, str]]
+from .terminal import Rows
 
 
 def installed() -> Rows:
@@ -42,15 +41,15 @@ def installed() -> Rows:
     ]
 
 
-def of_plan(plan: Plan) -> Rows:
-    """What the cache of a plan is, and what it will take. Changes the plan's config."""
+def of_plan(plan: Plan) -> Dict[str, Rows]:
+    """What the cache of a plan is, what it will take, and its options. Changes the plan's config."""
     configs = plan.main_config, plan.create_config
     device = str(plan.main_config.policy.model.world_model_cfg.device)
     options = check_config(*configs)
     policy = building.build_policy(*configs)
     model = policy._model.world_model
     manager = model.kv_cache_manager
-    rows: Rows = [('policy', str(plan.create_config.policy.type)), ('device', device)]
+    rows = [('policy', str(plan.create_config.policy.type)), ('device', device)]
     memory_now = ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB')
     if options.system != 'new':
         if options.system == 'old':
@@ -60,7 +59,7 @@ def of_plan(plan: Plan) -> Rows:
             system, unread = "LightZero's own new manager", unread_options(configs[0].policy.model.world_model_cfg)
             beside = [('not read', unread)] if unread else []
         sizes = model.hyperparameters
-        return [
+        return {'cache': [
             *rows,
             ('cache system', system),
             ('init pools', f'{sizes["env_num"]} x {sizes["init_pool_size"]} contexts'),
@@ -70,17 +69,16 @@ def of_plan(plan: Plan) -> Rows:
             memory_now,
             ('memory at the most', _at_most(manager)),
             *beside,
-        ]
+        ]}
     slab, pages, evaluated = manager.storage.slab, manager.page_capacity, policy._cfg.evaluator_env_num
-    bound = 'none' if options.max_memory_mb is None else f'{options.max_memory_mb:,.2f} MiB'
-    return [
+    read = [(key, repr(getattr(options, key)), option.meaning) for key, option in KV_CACHE_CFG.items()]
+    return {'cache': [
         *rows,
         ('cache system', f'new, with manager {options.type!r}'),
         ('search', _search(options.search, model.why_not_whole(), device)),
-        ('backend', f'{picked(options.backend, torch.device(device))}, of {options.backend!r}'),
-        ('eviction', f'{options.eviction}; by hand only, a training evicts nothing'),
-        ('init pools', f'{options.env_num} x {options.init_pool_size} contexts by key, by hand only'),
-        ('of evaluation', f'{evaluated} x {options.init_pool_size} contexts by key, by hand only'),
+        ('backend', picked(options.backend, torch.device(device))),
+        ('init pools', f'{options.env_num} x {options.init_pool_size} contexts by key'),
+        ('of evaluation', f'{evaluated} x {options.init_pool_size} contexts by key'),
         ('newest roots', f'{options.env_num} + {evaluated} contexts'),
         ('recurrent pool', f'{options.recurrent_pool_size:,} contexts'),
         ('working batch', f'{options.env_num} contexts'),
@@ -88,9 +86,8 @@ def of_plan(plan: Plan) -> Rows:
         ('pages', f'{pages:,} of {slab.page_bytes:,} bytes, {options.dtype}'),
         memory_now,
         ('memory of pages', f'{pages * slab.page_bytes / MIB:,.2f} MiB'),
-        ('bound of memory', bound),
         ('memory of the old system', _of_the_old_system(plan)),
-    ]
+    ], 'kv_cache_cfg': read}
 
 
 def _refused_with_the_flag_on(main_config: EasyDict, create_config: EasyDict) -> Optional[ConfigError]:
@@ -121,13 +118,13 @@ def _search(name: str, missing: Optional[str], device: str) -> str:
     if name == 'tree':
         return "in LightZero's tree, as asked for"
     if device != 'cpu':  # where this model is not
-        return f'in arrays on {device} where Triton runs, of {name!r}'
-    return f'in arrays, one compiled call, of {name!r}' if missing is None else f"in LightZero's tree: {missing}"
+        return f'in arrays on {device} where Triton runs'
+    return 'in arrays, one compiled call' if missing is None else f"in LightZero's tree: {missing}"
 
 
 def of_zoo() -> Rows:
     """Our configs and LightZero's for UniZero: which extra each needs, and what is missing here."""
-    rows: Rows = []
+    rows = []
     ours = our_configs()
     extras: Dict[str, Optional[str]] = {}  # by environment
     tried: Dict[Any, Optional[ConfigError]] = {}

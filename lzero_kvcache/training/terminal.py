@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from types import SimpleNamespace
-from typing import Iterator, List, Optional, TextIO, Tuple
+from typing import Iterator, List, Optional, Sequence, TextIO, Tuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..host.patches import applied
-from ..summary import POOLS, Result, number_text, rate_text, reward_text
+from ..summary import Result, number_text, rate_text, reward_text
 
 # What a training prints is kept in files, where a path should be in one piece.
 PLAIN_WIDTH = 240
@@ -31,6 +31,7 @@ PLAIN_WIDTH = 240
 WIDE = 140
 PLAIN_EVERY_SECONDS = 15.0
 PACKAGE_LOGGER = 'lzero_kvcache'
+Rows = Sequence[Tuple[str, ...]]
 # clear_caches() prints this line, as LightZero's own does; everything else of the package is logged.
 PRINTED = re.compile(r'^Cleared WorldModel ')
 
@@ -38,13 +39,13 @@ PRINTED = re.compile(r'^Cleared WorldModel ')
 class Terminal:
     """
     A terminal or a file; ``live=False`` gives plain lines even on a terminal. In a file, a table is at most as wide as
-    COLUMNS says, or else ``width``.
+    COLUMNS says.
     """
 
-    def __init__(self, file: TextIO, live: bool = True, width: int = PLAIN_WIDTH) -> None:
+    def __init__(self, file: TextIO, live: bool = True) -> None:
         is_terminal = file.isatty()
         self.console = Console(file=file, highlight=False, markup=False, soft_wrap=True,
-                               width=None if is_terminal else shutil.get_terminal_size((width, 0)).columns)
+                               width=None if is_terminal else shutil.get_terminal_size((PLAIN_WIDTH, 0)).columns)
         self.live = live and is_terminal and not self.console.is_dumb_terminal
         self._repeated: Counter[str] = Counter()
 
@@ -64,14 +65,20 @@ class Terminal:
             if count > 1:
                 self.line(f'{text} ({count:,} times)')
 
-    def table(self, title: str, rows: List[Tuple[str, str]]) -> None:
+    def table(self, title: str, rows: Rows) -> None:
         """Show names and values."""
-        table = Table(title=Text(title), title_justify='left', show_header=False)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow='fold')
-        for name, value in rows:
-            table.add_row(Text(name), Text(value))
-        self.console.print(table, soft_wrap=False)
+        self.console.print(drawn(title, rows), soft_wrap=False)
+
+
+def drawn(title: str, rows: Rows) -> Table:
+    """A table of names, and what is said of each."""
+    table = Table(title=Text(title), title_justify='left', show_header=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    for column in table.columns:
+        column.overflow = 'fold'
+    table.columns[0].no_wrap = True
+    return table
 
 
 class Bar:
@@ -128,7 +135,7 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
     reward = '- (no evaluation yet; policy.eval_freq says how often)'
     if last is not None:
         reward = f'{reward_text(last)}, after {last.env_step:,} steps'
-    rates = '  '.join(f'{pool} {rate_text(result.hit_rates.get(pool))}' for pool in POOLS)
+    rates = '  '.join(f'{pool} {rate_text(rate)}' for pool, rate in result.hit_rates.items())
     skipped = result.counters.get('skipped')
     return [
         ('cache system', result.cache),
