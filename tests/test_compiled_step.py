@@ -1,4 +1,4 @@
-"""A simulation compiled for the CPU is the engine's step, number by number, and where compiled functions are kept.
+"""A simulation compiled for the CPU is the engine's step, number by number.
 
 ``B`` is the number of rows, ``R`` the pages that a context has at most.
 """
@@ -6,12 +6,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import os
-import re
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -19,11 +13,11 @@ import pytest
 import torch
 from small_models import ON_MAIN, Case, cached_model
 
-from lzero_kvcache.engine.compiling import why_not_compiled
 from lzero_kvcache.engine.packing import pack, unpack
 from lzero_kvcache.engine.program import Batch, Network, PagedNetwork
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.host.network import read_network, what_is_missing
+from lzero_kvcache.search.kept_on_disk import entry
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
 
@@ -71,9 +65,9 @@ class Predicted(NamedTuple):
 @functools.lru_cache(maxsize=None)
 def simulate() -> Any:
     """The simulation, compiled by itself."""
-    from lzero_kvcache.engine import compiled_step, compiling
+    from lzero_kvcache.engine import compiled_step
 
-    return compiling.entry(compiled_step.simulate)
+    return entry(compiled_step.simulate)
 
 
 def make_model(case: Case) -> Any:
@@ -305,137 +299,3 @@ def test_what_cannot_be_compiled_is_told() -> None:
     happo = make_model(CASES['continuous'])
     happo.head_policy.head_module.sigma_type = 'happo'
     assert 'happo' in what_is_missing(happo, torch.float32)
-
-
-# ---- what is compiled, and where it is kept --------------------------------------------------------------------------
-
-#: Compiles a small function as the simulation is compiled, and says what it computed, how often and what was logged.
-PROGRAM = '''
-    import logging, sys
-    logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format='%(name)s %(levelname)s %(message)s')
-    from lzero_kvcache.engine import compiling
-
-    def add_one(x):
-        return x + 1
-
-    compiled = compiling.entry(add_one)
-    print('answer', compiled(41), 'of', len(compiled.overloads))
-'''
-
-
-def run(cache: Path, program: str = PROGRAM, **environment: str) -> str:
-    """What a fresh process says that keeps compiled functions in ``cache``."""
-    return wait(start(cache, program, **environment))
-
-
-def start(cache: Path, program: str = PROGRAM, **environment: str) -> subprocess.Popen:
-    """A fresh process that has only as much of the package as compiling needs: importing LightZero takes seconds."""
-    package = Path(__file__).resolve().parent.parent / 'lzero_kvcache'
-    stub = f'''
-        import sys, types
-        package = types.ModuleType('lzero_kvcache')
-        package.__path__, package.__version__ = [{str(package)!r}], '1'
-        sys.modules['lzero_kvcache'] = package
-    '''
-    code = textwrap.dedent(stub) + textwrap.dedent(program)
-    return subprocess.Popen(
-        [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, 'NUMBA_CACHE_DIR': str(cache), **environment}
-    )
-
-
-def wait(process: subprocess.Popen) -> str:
-    """What it said, once it is through."""
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said
-    assert 'answer 42 of 1' in said
-    return said
-
-
-def test_functions_are_compiled_once_for_a_machine(tmp_path: Path) -> None:
-    first = run(tmp_path)
-    assert first.count('Compiling searches (add_one) once for this machine') == 1
-    assert 'numba.core' not in first  # whose log is long, and LightZero's root logger shows everything
-    assert 'Compiling' not in run(tmp_path)
-    assert len(list(tmp_path.rglob('*.bin'))) == 1
-
-
-def test_each_compilation_is_told_of(tmp_path: Path) -> None:
-    """Of another function, and of another kind of arguments: each is waited for."""
-    more = PROGRAM.replace("print('answer'", """def add_two(x):
-        return x + 2
-
-    compiling.entry(add_two)(40)
-    compiled(41.)
-    print('answer'""").replace('len(compiled.overloads)', 'len(compiled.overloads) - 1')
-    said = run(tmp_path, more)
-    assert said.count('Compiling searches (add_two) once for this machine') == 1
-    assert said.count('Compiling searches (add_one) once for this machine') == 2
-    assert 'Compiling' not in run(tmp_path, more)
-
-
-def test_other_sources_are_compiled_anew(tmp_path: Path) -> None:
-    """Of the function's own room, whichever that is, and of what all compiled functions call."""
-    room, kept = tmp_path / 'room', tmp_path / 'kept'
-    room.mkdir()
-    (room / 'called.py').write_text('')
-    (room / 'adding.py').write_text('def add_one(x):\n    return x + 1\n')
-    imported = f'sys.path.append({str(room)!r})\n    from adding import add_one\n\n'
-    program = re.sub(r'def add_one.*?\n\n', imported, PROGRAM, flags=re.DOTALL)
-    for content, is_compiled in (('', True), ('', False), ('edited = 1', True), ('edited = 1', False)):
-        (room / 'called.py').write_text(content)
-        assert ('Compiling' in run(kept, program)) == is_compiled
-    edited = program.replace('compiled =', 'compiling.hash_of = lambda folders: str(len(folders))\n    compiled =')
-    assert 'Compiling' in run(kept, edited)
-    assert [path.name for path in kept.rglob('1-2')]
-
-
-def test_two_processes_at_once(tmp_path: Path) -> None:
-    for process in [start(tmp_path), start(tmp_path)]:
-        wait(process)
-    assert 'Compiling' not in run(tmp_path)
-    assert len(list(tmp_path.rglob('*'))) == 3  # two folders and one file: nothing half-written is left
-
-
-def test_a_file_that_is_not_whole_is_replaced(tmp_path: Path) -> None:
-    run(tmp_path)
-    [kept] = tmp_path.rglob('*.bin')
-    for broken in (b'', kept.read_bytes()[:200]):
-        kept.write_bytes(broken)
-        assert 'Compiling searches (add_one) anew' in run(tmp_path)
-        assert 'Compiling' not in run(tmp_path)
-
-
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    """As where the user may not write; root may, so a file stands in its way."""
-    (tmp_path / 'taken').write_text('')
-    said = run(tmp_path / 'taken')
-    assert 'is compiled for this process alone' in said and 'NUMBA_CACHE_DIR' in said
-
-
-def test_a_full_disk(tmp_path: Path) -> None:
-    full = PROGRAM.replace('def add_one', '''import resource, signal
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-
-    def add_one''')
-    code = run(tmp_path, full.replace("stream=sys.stdout", "stream=sys.stderr"))
-    assert 'is compiled for this process alone' in code
-    assert not [path for path in tmp_path.rglob('*') if path.is_file()]
-
-
-def test_without_numba_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert why_not_compiled() is None
-    monkeypatch.setitem(sys.modules, 'numba', None)
-    assert 'numba' in why_not_compiled()
-
-
-def test_numba_is_not_imported_with_the_package() -> None:
-    """DI-engine's segment tree compiles itself where numba can be imported, as it always did; that is not ours."""
-    code = '''
-        import sys
-        from lzero_kvcache.engine import compiling, program, step
-        print('answer 42 of 1', [name for name in sys.modules if name.startswith('lzero_kvcache.engine')])
-        assert 'lzero_kvcache.engine.compiled_step' not in sys.modules
-    '''
-    assert 'lzero_kvcache.engine.program' in run(Path('unused'), code)

@@ -1,20 +1,10 @@
-"""Compiling functions by numba, and the folder in which compiled functions are kept.
-
-numba is imported with the first function that is compiled, not with the package.
-"""
-import hashlib
+"""Compiling functions by numba, which is imported with the first of them, not with the package."""
 import importlib.util
 import logging
-import os
-import pickle
-import sys
-import tempfile
-from pathlib import Path
-from typing import Any, Optional, Set, TypeVar
-
-logger = logging.getLogger(__name__)
+from typing import Any, Optional, TypeVar
 
 Function = TypeVar('Function')
+
 
 def why_not_compiled() -> Optional[str]:
     """Why nothing can be compiled here, in words for the log; None where it can."""
@@ -29,25 +19,15 @@ def why_not_compiled() -> Optional[str]:
 
 def inner(function: Function) -> Function:
     """Compile a function that only compiled functions call."""
-    return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    return compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def inlined(function: Function) -> Function:
     """An inner function that is inlined at each call: passing many arrays takes longer than its work."""
-    return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
+    return compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
 
 
-def entry(function: Function) -> Function:
-    """Compile a function that Python calls, once for a machine. It may be an inner one already."""
-    plain: Any = getattr(function, 'py_func', function)
-    dispatcher = _compiled(plain)
-    place = getattr(sys.modules[plain.__module__], '__file__', None)
-    sources = hash_of({Path(file).parent for file in (__file__, place) if file})
-    dispatcher._cache = _kept_on_disk(f'{plain.__module__}.{plain.__qualname__}', sources)
-    return dispatcher
-
-
-def _compiled(function: Any, **options: Any) -> Any:
+def compiled(function: Any, **options: Any) -> Any:
     """Compile without fast-math: nan stays nan, and sums keep their order."""
     from numba import njit
 
@@ -55,74 +35,3 @@ def _compiled(function: Any, **options: Any) -> Any:
     if noisy.level == logging.NOTSET:  # LightZero sets the root logger to DEBUG, where numba logs each bytecode
         noisy.setLevel(logging.WARNING)
     return njit(nogil=True, error_model='numpy', **options)(function)
-
-
-def folder_of(sources: str) -> Path:
-    """The folder of compiled functions, one for each version of their sources."""
-    chosen = os.environ.get('NUMBA_CACHE_DIR')
-    if chosen:
-        base = Path(chosen)
-    elif sys.platform == 'darwin':
-        base = Path('~/Library/Caches').expanduser()
-    else:
-        base = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
-    from .. import __version__
-
-    return base / 'lzero_kvcache' / f'{__version__}-{sources}'
-
-
-def hash_of(folders: Set[Path]) -> str:
-    """The hash of all sources in some folders: numba misses changes in functions that are called. It is taken as a
-    function's module is imported, since that is what is compiled, even if the files change later."""
-    digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.glob('*.py')):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _kept_on_disk(name: str, sources: str) -> Any:
-    """A cache for numba to ask. numba's own keeps an index file, in which two processes can overwrite each other's
-    entries; here the name of a file is a hash of everything that its contents depend on."""
-    import llvmlite
-    import numba
-    from numba.core.caching import NullCache
-    from numba.core.compiler import CompileResult
-    from numba.core.serialize import dumps
-
-    class KeptOnDisk(NullCache):
-        def load_overload(self, signature: Any, target: Any) -> Any:
-            target.refresh()
-            try:
-                kept = pickle.loads(self._path(signature, target.codegen()).read_bytes())
-                return CompileResult._rebuild(target, *kept)
-            except Exception as error:  # not there, not readable, not whole
-                where = 'once for this machine' if isinstance(error, FileNotFoundError) else f'anew ({error!r})'
-                part = name.rpartition('.')[2]
-                logger.info(f'Compiling searches ({part}) {where}, which takes some ten seconds')
-                return None
-
-        def save_overload(self, signature: Any, result: Any) -> None:
-            path = self._path(signature, result.codegen)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _write(path, dumps(result._reduce()))
-            except OSError as error:
-                logger.info(f'{name} is compiled for this process alone: {error}; NUMBA_CACHE_DIR names another folder')
-
-        def _path(self, signature: Any, codegen: Any) -> Path:
-            parts = name, str(signature), codegen.magic_tuple(), numba.__version__, llvmlite.__version__, sys.version
-            return folder_of(sources) / (hashlib.sha256(repr(parts).encode()).hexdigest()[:32] + '.bin')
-
-    return KeptOnDisk()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file atomically."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..engine.compiled_step import begin_contexts, observe_roots, simulate
-from ..engine.compiling import entry, inner
+from ..engine.compiling import inner
 from ..engine.layers import ROWS, help_out
 from ..engine.program import Batch, PagedNetwork
+from .kept_on_disk import entry
 from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
 
 

@@ -1,0 +1,101 @@
+"""Functions that Python calls, compiled once for a machine, and the folder in which they are kept.
+
+numba is imported with the first of them, not with the package.
+"""
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, FrozenSet
+
+from ..engine.compiling import Function, compiled
+
+logger = logging.getLogger(__name__)
+
+ENGINE = Path(__file__).parent.parent / 'engine'
+
+
+def entry(function: Function) -> Function:
+    """Compile a function that Python calls, once for a machine. It may be an inner one already."""
+    plain: Any = getattr(function, 'py_func', function)
+    dispatcher: Any = compiled(plain)
+    place = getattr(sys.modules[plain.__module__], '__file__', None)
+    sources = hash_of(frozenset([ENGINE, *([Path(place).parent] if place else [])]))
+    dispatcher._cache = _kept_on_disk(f'{plain.__module__}.{plain.__qualname__}', sources)
+    return dispatcher
+
+
+def folder_of(sources: str) -> Path:
+    """The folder of compiled functions, one for each version of their sources."""
+    chosen = os.environ.get('NUMBA_CACHE_DIR')
+    if chosen:
+        base = Path(chosen)
+    elif sys.platform == 'darwin':
+        base = Path('~/Library/Caches').expanduser()
+    else:
+        base = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+    from .. import __version__
+
+    return base / 'lzero_kvcache' / f'{__version__}-{sources}'
+
+
+@functools.lru_cache(maxsize=None)
+def hash_of(folders: FrozenSet[Path]) -> str:
+    """The hash of all sources in some folders: numba misses changes in functions that are called. It is taken once, as
+    the first of their functions is defined, since that is what is compiled, even if the files change later."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.glob('*.py')):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _kept_on_disk(name: str, sources: str) -> Any:
+    """A cache for numba to ask. numba's own keeps an index file, in which two processes can overwrite each other's
+    entries; here the name of a file is a hash of everything that its contents depend on."""
+    import llvmlite
+    import numba
+    from numba.core.caching import NullCache
+    from numba.core.compiler import CompileResult
+    from numba.core.serialize import dumps
+
+    class KeptOnDisk(NullCache):
+        def load_overload(self, signature: Any, target: Any) -> Any:
+            target.refresh()
+            try:
+                kept = pickle.loads(self._path(signature, target.codegen()).read_bytes())
+                return CompileResult._rebuild(target, *kept)
+            except Exception as error:  # not there, not readable, not whole
+                where = 'once for this machine' if isinstance(error, FileNotFoundError) else f'anew ({error!r})'
+                part = name.rpartition('.')[2]
+                logger.info(f'Compiling searches ({part}) {where}, which takes some ten seconds')
+                return None
+
+        def save_overload(self, signature: Any, result: Any) -> None:
+            path = self._path(signature, result.codegen)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write(path, dumps(result._reduce()))
+            except OSError as error:
+                logger.info(f'{name} is compiled for this process alone: {error}; NUMBA_CACHE_DIR names another folder')
+
+        def _path(self, signature: Any, codegen: Any) -> Path:
+            parts = name, str(signature), codegen.magic_tuple(), numba.__version__, llvmlite.__version__, sys.version
+            return folder_of(sources) / (hashlib.sha256(repr(parts).encode()).hexdigest()[:32] + '.bin')
+
+    return KeptOnDisk()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
