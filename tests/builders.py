@@ -5,9 +5,12 @@ No test lives here. ``small_models.py`` has the models, ``oracle.py`` what is ri
 import contextlib
 import copy
 import io
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+import sys
+import threading
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 from unittest import mock
 
+import lzero.mcts.tree_search.mcts_ctree as mcts_ctree
 import numpy as np
 import torch
 from ding.config import compile_config
@@ -234,3 +237,35 @@ def differs(actual: Dict[int, Any], expected: Dict[int, Any], env_ids: Sequence[
         env_id for env_id in env_ids
         if abs(actual[env_id]['predicted_value'].item() - expected[env_id]['predicted_value'].item()) > 0.05
     ]
+
+
+def policy_of(keyed: bool = False, seed: int = 11, **options: Any) -> Any:
+    """A policy whose searches find their nodes by node, or by the keys of LightZero's own search."""
+    policy = make_policy(True, seed=seed, evaluators=3, **options)
+    for name in ('_mcts_collect', '_mcts_eval') if keyed else ():
+        setattr(policy, name, mcts_ctree.UniZeroMCTSCtree(policy._cfg))
+    return policy
+
+
+def in_threads(*functions: Callable[[], Any]) -> None:
+    """Run functions at once, switching as often as can be; what one of them raises is raised here."""
+    errors: List[BaseException] = []
+
+    def run(function: Callable[[], Any]) -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(function, )) for function in functions]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    if errors:
+        raise errors[0]

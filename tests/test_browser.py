@@ -10,7 +10,7 @@ import pytest
 from event_runs import BEGAN, write_run
 from matplotlib.colors import to_rgb
 from rich.console import Console
-from test_comparison import Page
+from test_comparison_numbers import Page
 
 from lzero_kvcache.comparison import compare_runs
 from lzero_kvcache.comparison.judging import MEASURES
