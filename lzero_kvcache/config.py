@@ -9,7 +9,7 @@ import math
 import numbers
 import reprlib
 from dataclasses import dataclass, field, fields
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 from ding.utils.registry import Registry
 
@@ -90,7 +90,7 @@ class Option(NamedTuple):
     default: Any  # None: computed from other keys, or no bound
     meaning: str  # as docs/options.md says it
     choices: Tuple[str, ...] = ()  # of a str
-    refused: Tuple[Tuple[str, str], ...] = ()  # values that are no choices, with what is said of them
+    refused: Mapping[str, str] = {}  # values that are no choices, and why
 
     def read(self, value: Any, key: str) -> Any:
         """The value of a config, checked; ``None`` stands for the default."""
@@ -100,8 +100,7 @@ class Option(NamedTuple):
             return checked(self.kind, value, f'{PREFIX}.{OPTIONS}.{key}')
         choices = sorted(KV_CACHE_REGISTRY) if key == 'type' else self.choices
         if not isinstance(value, str) or value not in choices:
-            said = [why for refused, why in self.refused if refused == value]
-            why = said[0] if said else f'is unknown: {nearest(value, choices)}'
+            why = self.refused.get(str(value), f'is unknown: {nearest(value, choices)}')
             raise ConfigError(f'{PREFIX}.{OPTIONS}.{key}={value!r} {why}')
         return value
 
@@ -131,9 +130,9 @@ class CacheConfig:
     context_length: int
     type: str = _option(
         str, 'new', "manager registered in KV_CACHE_REGISTRY that the flag picks; 'lightzero' is LightZero's own, of "
-        'its main branch', refused=((
-            LIGHTZERO, "is the manager of LightZero's main branch, which is not installed: use 'new', or the main "
-            'branch'), ))
+        'its main branch', refused={
+            LIGHTZERO: "is the manager of LightZero's main branch, which is not installed: use 'new', or the main "
+            'branch'})
     eviction: str = _option(
         str, 'fifo', "which entry leaves a full pool: 'fifo', 'lru' or 'priority' (fewest hits); a training evicts "
         'nothing', ('fifo', 'lru', 'priority'))
@@ -147,7 +146,7 @@ class CacheConfig:
     max_memory_mb: Optional[float] = _option(float, None, 'upper bound of the page storage, in MiB')
     backend: str = _option(
         str, 'auto', "how a recurrent step is launched: 'eager', 'cudagraph', or 'auto': a CUDA graph on a GPU, "
-        'eager on a CPU', ('auto', 'eager', 'cudagraph'), refused=(('compile', "was removed: use 'auto'"), ))
+        'eager on a CPU', ('auto', 'eager', 'cudagraph'), refused={'compile': "was removed: use 'auto'"})
     search: str = _option(
         str, 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call, or on a GPU a "
         "replayed graph), 'tree' (LightZero's C++ tree), or 'auto': 'device' where it is served",
@@ -230,7 +229,7 @@ class CacheConfig:
 KV_CACHE_CFG: Dict[str, Option] = {
     option.name: option.metadata['option'] for option in fields(CacheConfig) if option.metadata
 }
-"""Every key of ``kv_cache_cfg``; parsing, errors and the table in docs/options.md come from it."""
+"""Every key of ``kv_cache_cfg``; parsing, errors, the table in docs/options.md and that of ``info`` come from it."""
 
 
 def handed_down(world_model_cfg: Any, options: CacheConfig) -> Any:

@@ -50,10 +50,10 @@ class TestNew:
         manager = world_model.kv_cache_manager
         assert rows['cache system'] == "new, with manager 'new'"
         sizes = {pool.pool_size for pool in manager.init_pools}
-        assert rows['init pools'] == f'{len(manager.init_pools)} x {sizes.pop()} contexts by key'
+        assert rows['init pools'] == f'{len(manager.init_pools)} x {sizes.pop()} contexts'
         assert rows['init pools'].startswith('3 x 7 contexts')
         sizes = {pool.pool_size for pool in manager.eval_pools}
-        assert rows['of evaluation'] == f'{len(manager.eval_pools)} x {sizes.pop()} contexts by key'
+        assert rows['of evaluation'] == f'{len(manager.eval_pools)} x {sizes.pop()} contexts'
         assert rows['newest roots'] == '3 + 2 contexts'
         assert rows['search'] == "in LightZero's tree: pages are kept as torch.bfloat16"
         assert rows['recurrent pool'] == f'{manager.recur_pool.pool_size} contexts' == '18 contexts'
@@ -65,9 +65,10 @@ class TestNew:
         data = manager.storage.slab.data
         page_bytes = data[0].numel() * data.element_size()
         assert rows['pages'] == f'{data.shape[0]:,} of {page_bytes:,} bytes, bfloat16'
+        assert rows['pages of a context'] == '2 at the most'
         assert rows['memory of pages'] == f'{data.shape[0] * page_bytes / MIB:,.2f} MiB'
         assert rows['memory now'] == '0.00 MiB'
-        assert rows['context'] == f'{world_model.context_length} tokens, stored as 2 pages at the most'
+        assert rows['context'] == f'{world_model.context_length} tokens'
 
     def test_backend_and_device(self, new):
         rows, _ = new

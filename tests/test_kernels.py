@@ -5,7 +5,6 @@ import importlib.util
 import pytest
 import torch
 from small_models import Case, original_model
-from test_compiled_search import Root, problem_of, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
 
 from lzero_kvcache.engine.kernel_check import KernelCheck
 from lzero_kvcache.engine.slab import Slab

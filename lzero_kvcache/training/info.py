@@ -10,7 +10,7 @@ from easydict import EasyDict
 
 from lzero_kvcache_options import lightzero_configs, our_configs
 
-from ..config import KV_CACHE_CFG, MIB, ConfigError, unread_options
+from ..config import KV_CACHE_CFG, LIGHTZERO, MIB, OPTIONS, ConfigError, unread_options
 from ..engine.backends import picked
 from ..host import building
 from ..host.lightzero import lightzero
@@ -48,46 +48,40 @@ def of_plan(plan: Plan) -> Dict[str, Rows]:
     options = check_config(*configs)
     policy = building.build_policy(*configs)
     model = policy._model.world_model
-    manager = model.kv_cache_manager
-    rows = [('policy', str(plan.create_config.policy.type)), ('device', device)]
-    memory_now = ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB')
+    manager, sizes = model.kv_cache_manager, model.hyperparameters
+    systems = {'old': 'old', LIGHTZERO: "LightZero's own new manager"}
+    rows = [
+        ('policy', str(plan.create_config.policy.type)),
+        ('device', device),
+        ('cache system', systems.get(options.system, f'new, with manager {options.type!r}')),
+        ('init pools', f'{sizes["env_num"]} x {sizes["init_pool_size"]} contexts'),
+        ('recurrent pool', f'{sizes["recurrent_pool_size"]:,} contexts'),
+        ('working batch', f'{sizes["env_num"]} contexts'),
+        ('context', f'{sizes["context_length"]} tokens'),
+        ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB'),
+    ]
     if options.system != 'new':
+        rows.append(('memory at the most', _at_most(manager)))
         if options.system == 'old':
-            system, refused = 'old', _refused_with_the_flag_on(*configs)
-            beside = [('with the flag on', f'refused: {refused}')] if refused else []
+            refused = _refused_with_the_flag_on(*configs)
+            rows += [('with the flag on', f'refused: {refused}')] if refused else []
         else:
-            system, unread = "LightZero's own new manager", unread_options(configs[0].policy.model.world_model_cfg)
-            beside = [('not read', unread)] if unread else []
-        sizes = model.hyperparameters
-        return {'cache': [
-            *rows,
-            ('cache system', system),
-            ('init pools', f'{sizes["env_num"]} x {sizes["init_pool_size"]} contexts'),
-            ('recurrent pool', f'{sizes["recurrent_pool_size"]:,} contexts'),
-            ('working batch', f'{sizes["env_num"]} contexts'),
-            ('context', f'{sizes["context_length"]} tokens'),
-            memory_now,
-            ('memory at the most', _at_most(manager)),
-            *beside,
-        ]}
+            unread = unread_options(plan.main_config.policy.model.world_model_cfg)
+            rows += [('not read', unread)] if unread else []
+        return {'cache': rows}
     slab, pages, evaluated = manager.storage.slab, manager.page_capacity, policy._cfg.evaluator_env_num
-    read = [(key, repr(getattr(options, key)), option.meaning) for key, option in KV_CACHE_CFG.items()]
-    return {'cache': [
-        *rows,
-        ('cache system', f'new, with manager {options.type!r}'),
+    rows += [
         ('search', _search(options.search, model.why_not_whole(), device)),
         ('backend', picked(options.backend, torch.device(device))),
-        ('init pools', f'{options.env_num} x {options.init_pool_size} contexts by key'),
-        ('of evaluation', f'{evaluated} x {options.init_pool_size} contexts by key'),
+        ('of evaluation', f'{evaluated} x {options.init_pool_size} contexts'),
         ('newest roots', f'{options.env_num} + {evaluated} contexts'),
-        ('recurrent pool', f'{options.recurrent_pool_size:,} contexts'),
-        ('working batch', f'{options.env_num} contexts'),
-        ('context', f'{model.context_length} tokens, stored as {manager.width} pages at the most'),
         ('pages', f'{pages:,} of {slab.page_bytes:,} bytes, {options.dtype}'),
-        memory_now,
+        ('pages of a context', f'{manager.width} at the most'),
         ('memory of pages', f'{pages * slab.page_bytes / MIB:,.2f} MiB'),
         ('memory of the old system', _of_the_old_system(plan)),
-    ], 'kv_cache_cfg': read}
+    ]
+    read = [(key, repr(getattr(options, key)), option.meaning) for key, option in KV_CACHE_CFG.items()]
+    return {'cache': rows, OPTIONS: read}
 
 
 def _refused_with_the_flag_on(main_config: EasyDict, create_config: EasyDict) -> Optional[ConfigError]:

@@ -1,6 +1,6 @@
 """
-What single values of a complete config must be for any training to run. A value with which either system of LightZero
-runs, whatever it learns, is not refused, but for numbers of updates below 0: it would make none, and say nothing.
+What each value of a complete config must be. What LightZero runs with is let pass, however little it learns. Numbers of
+updates below 0 alone are refused although it runs: it would train nothing, and not say so.
 """
 from numbers import Integral, Real
 from typing import Any, Callable, Collection, Mapping, NamedTuple, Set, Tuple
@@ -8,10 +8,6 @@ from typing import Any, Callable, Collection, Mapping, NamedTuple, Set, Tuple
 from ..config import FLAG, PREFIX, ConfigError
 from ..host.lightzero import lightzero
 from .linked_keys import COLLECTED, source_of
-
-
-def _is_round(value: Any) -> bool:
-    return isinstance(value, Real) and float(value).is_integer()
 
 
 class Limit(NamedTuple):
@@ -25,7 +21,8 @@ def one_of(*choices: str) -> Limit:
 
 
 SIZE = Limit('a whole number above 0', lambda value: isinstance(value, Integral) and int(value) > 0)
-ROUND = Limit('a whole number above 0', lambda value: _is_round(value) and value > 0)
+# Or a float that is one.
+ROUND = Limit(SIZE.said, lambda value: isinstance(value, Real) and float(value).is_integer() and float(value) > 0)
 WHOLE = Limit('a whole number', lambda value: isinstance(value, Integral))
 COUNT = Limit('a whole number that is not below 0', lambda value: isinstance(value, Integral) and int(value) >= 0)
 POSITIVE = Limit('a number above 0', lambda value: isinstance(value, Real) and float(value) > 0)
@@ -63,13 +60,13 @@ LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
     (one_of('mse', 'group_kl', 'cos_sim'), (f'{PREFIX}.predict_latent_loss_type', )),
     (one_of('transition', 'episode'), ('policy.sample_type', )),
 )
-# For these, None says something too.
+# These may be None.
 OR_NONE = 'policy.update_per_collect', 'policy.root_dirichlet_alpha'
 
 
 def check_limits(values: Mapping[str, Any], entry: str, given: Collection[str] = ()) -> None:
-    """Refuse the first value of a complete config, by path, with which no training of an entry can run. Of copies, the
-    path is told that the user has given."""
+    """Refuse a value with which no training of an entry can run; ``values`` are those of a complete config, by path. Of
+    copies, the error names the one in ``given``, the paths that the user has set."""
     unread = _unread(values, entry)
     for limit, paths in LIMITS:
         for path in paths:

@@ -1,10 +1,10 @@
 """
-LightZero's configs keep several copies of one number. If a relation held before a change, and the user changed one side
-of it, the other side is changed so that it still holds, unless the user set that as well. A relation without which no
-training can run is refused where it does not hold.
+LightZero's configs keep several copies of one number, and numbers that follow from others. Where the user changes one,
+those that follow from it are changed too, if they did before and the user did not set them as well. Numbers with which
+no training can run are refused.
 """
 import re
-from typing import Any, Callable, Collection, Dict, Mapping, NamedTuple, Tuple
+from typing import Any, Callable, Collection, Dict, Iterator, Mapping, NamedTuple, Tuple
 
 from ..config import PREFIX, ConfigError
 from ..host.building import atari_actions
@@ -64,7 +64,7 @@ RULES = [
     Rule('policy.model.action_space_size', ('env.env_id', ), atari_actions, needed=True),
 ]
 
-# What is at least as large as something else in every training that runs.
+# In every training that runs, the first is at least as large as the second.
 LEAST = (
     ('env.n_evaluator_episode', 'env.evaluator_env_num'),
     *(((WM + 'max_blocks', 'policy.num_unroll_steps'), ) if lightzero.UNROLLS_WITHIN_BLOCKS else ()),
@@ -76,9 +76,6 @@ VECTORS, IMAGES = ('mlp', 'vector'), ('conv', 'image', 'image_memory')
 # What each entry collects at once: all its processes together.
 SEGMENTS = 'policy.num_segments'
 COLLECTED = {'train_unizero': 'policy.n_episode', 'train_unizero_segment': SEGMENTS}
-
-# A segment of an episode, which goes on where ends are ignored, and what must then lie within.
-SEGMENT = ('game_segment_length', 'num_unroll_steps', 'td_steps')
 
 # How LightZero's experiment names spell a value: 'ns25', 'bs256'.
 NAME_TOKENS = (
@@ -100,8 +97,8 @@ NAME_TOKENS = (
 
 def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, Any]:
     """
-    Complete a change with the copies of what it sets. ``before`` has every known path with its value before the change,
-    ``changed`` what the user set.
+    A change with all that follows from it. ``before`` has the value of every known path before the change, ``changed``
+    what the user set.
     """
     complete = dict(changed)
     settled = False
@@ -129,54 +126,57 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
 
 
 def check(values: Mapping[str, Any], entry: str, policy: str, given: Collection[str] = ()) -> None:
-    """Refuse the values of a complete config with which no training of an entry can run, in either system. Of copies,
-    the path is told that the user has given."""
+    """Refuse a complete config with which no training of an entry can run, in either system. ``values`` are by path. Of
+    copies, the error names the one in ``given``, the paths that the user has set."""
+    for wrong, other, right in _contradictions(values, entry, policy, given):
+        raise ConfigError(f'{wrong} contradicts {other}: {right}')
+
+
+def _contradictions(values: Mapping[str, Any], entry: str, policy: str, given: Collection[str]
+                    ) -> Iterator[Tuple[str, str, str]]:
+    """What is wrong, what it contradicts, and what would be right."""
+
+    def said(*paths: str) -> str:
+        return ' and '.join(f'{path}={values[path]!r}' for path in paths)
+
     # Of two copies it is not known which is right, and so they come last.
     for rule in sorted((rule for rule in RULES if rule.needed), key=lambda rule: rule.compute is _same):
-        target, right = values.get(rule.target), _right(rule, values)
-        if rule.target in values and right is not None and right != target:
-            named = source_of(rule.target, given, values)
-            said = ' and '.join(f'{source}={values[source]!r}' for source in rule.sources)
+        right = _right(rule, values)
+        if rule.target in values and right is not None and right != values[rule.target]:
             must = 'they must be the same' if rule.compute is _same else f'it must be {right!r}'
-            raise ConfigError(f'{named}={target!r} contradicts {said}: {must}')
+            yield said(source_of(rule.target, given, values)), said(*rule.sources), must
     for target, source in (*LEAST, *lightzero.least_environments(policy), (COLLECTED[entry], 'env.collector_env_num')):
         amount, least = values.get(target), values.get(source)
         if isinstance(amount, (int, float)) and isinstance(least, (int, float)) and amount < least:
-            right = 'the same' if target == SEGMENTS else 'at least that'
-            raise ConfigError(f'{target}={amount!r} contradicts {source}={least!r}: it must be {right}')
-    shape = values.get('policy.model.observation_shape')
+            yield said(target), said(source), f'it must be {"the same" if target == SEGMENTS else "at least that"}'
+    shape = 'policy.model.observation_shape'
+    wrong = IMAGES if isinstance(values.get(shape), int) else VECTORS
     for path in ('policy.model.model_type', WM + 'obs_type'):
-        kind = values.get(path)
-        if shape is not None and kind in (IMAGES if isinstance(shape, int) else VECTORS):
-            raise ConfigError(f'{path}={kind!r} contradicts policy.model.observation_shape={shape!r}: a vector has a '
-                              'number, an image a list of three')
+        if values.get(shape) is not None and values.get(path) in wrong:
+            yield said(path), said(shape), 'a vector has a number, an image a list of three'
     continuous = 'policy.model.continuous_action_space'
     if policy == 'unizero' and values.get(continuous):
-        raise ConfigError(f"{continuous}=True contradicts create_config.policy.type='unizero': it must be "
-                          "'sampled_unizero'")
-    width = values[WM + 'embed_dim']
-    for part in lightzero.DIVIDE_EMBEDDING:
-        parts = values.get(WM + part, 1)
-        if width % parts:
-            raise ConfigError(f'{WM}{part}={parts!r} contradicts {WM}embed_dim={width!r}: it must divide that')
-    length, tokens = values.get(WM + 'context_length', 0), values[WM + 'max_tokens']
-    if not values.get(WM + 'rotary_emb') and length > tokens:
-        raise ConfigError(f'{WM}context_length={length} contradicts {WM}max_tokens={tokens}, by {WM}max_blocks: with '
-                          'learned positions it must not exceed that')
-    segment, steps, of_target = (values[f'policy.{key}'] for key in SEGMENT)
-    if values.get('policy.ignore_done') and not values['policy.use_priority'] and segment < steps + of_target and (
+        yield said(continuous), "create_config.policy.type='unizero'", "it must be 'sampled_unizero'"
+    width = WM + 'embed_dim'
+    for part in (WM + name for name in lightzero.DIVIDE_EMBEDDING):
+        if part in values and values[width] % values[part]:
+            yield said(part), said(width), 'it must divide that'
+    length, tokens = WM + 'context_length', WM + 'max_tokens'
+    if not values.get(WM + 'rotary_emb') and values.get(length, 0) > values[tokens]:
+        yield said(length), f'{said(tokens)}, by {WM}max_blocks', 'with learned positions it must not exceed that'
+    segment, *within = (f'policy.{key}' for key in ('game_segment_length', 'num_unroll_steps', 'td_steps'))
+    least = sum(values[path] for path in within)
+    if values.get('policy.ignore_done') and not values['policy.use_priority'] and values[segment] < least and (
             values['policy.sample_type'] == 'transition'):
-        raise ConfigError(f'policy.game_segment_length={segment!r} contradicts policy.num_unroll_steps={steps!r} and '
-                          f'policy.td_steps={of_target!r} with policy.ignore_done=True: it must be at least their sum, '
-                          f'{steps + of_target}')
-    size, batch = values['policy.replay_buffer_size'], values['policy.batch_size']
-    if size <= batch:
-        raise ConfigError(f'policy.replay_buffer_size={size!r} contradicts policy.batch_size={batch!r}: it must be '
-                          'larger than that')
+        # Where ends are ignored, segments are taken to go on, and what is sampled of one must lie within it.
+        yield said(segment), f'{said(*within)} with policy.ignore_done=True', f'it must be at least their sum, {least}'
+    size, batch = 'policy.replay_buffer_size', 'policy.batch_size'
+    if values[size] <= values[batch]:
+        yield said(size), said(batch), 'it must be larger than that'
 
 
 def source_of(path: str, given: Collection[str], values: Mapping[str, Any]) -> str:
-    """The key that was given, of which a path is a copy; or the path itself."""
+    """The path in ``given`` that this one is a copy of, or this one itself."""
     if path in given:
         return path
     return next((source for rule in RULES if rule.target == path and rule.compute is _same for source in rule.sources
@@ -184,7 +184,7 @@ def source_of(path: str, given: Collection[str], values: Mapping[str, Any]) -> s
 
 
 def rename(name: str, before: Mapping[str, Any], changed: Mapping[str, Any]) -> str:
-    """An experiment's name, as ``.../Pong_uz_ns50_bs64_seed0``, with the values in it that changed."""
+    """An experiment's name, as ``.../Pong_uz_ns50_bs64_seed0``, with the new values in place of those before."""
     for path, token in NAME_TOKENS:
         if path in changed and path in before:
             name = replace_token(name, token, before[path], changed[path])
@@ -196,7 +196,7 @@ def rename(name: str, before: Mapping[str, Any], changed: Mapping[str, Any]) -> 
 
 
 def replace_token(name: str, token: str, old: Any, new: Any) -> str:
-    """Replace ``seed0`` by ``seed3``, and never the ``seed0`` of ``seed01``."""
+    """Replace ``seed0`` by ``seed3``, but not within ``seed01``."""
     pattern = rf'(?<![A-Za-z]){re.escape(token)}{re.escape(str(old))}(?!\d|\.\d)'
     return re.sub(pattern, lambda _: f'{token}{new}', name)
 
