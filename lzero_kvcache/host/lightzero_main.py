@@ -14,54 +14,27 @@ from torch import nn
 from ..validation.trace import Trace
 from .kept_rows import Kept, KeptRows
 
+# What these are is said in lightzero_release.py.
 NAME = 'main branch'
 SIGN = 'a block of its transformer has a feed_forward'
 SERVED = "UniZero, Sampled UniZero, UniZero with PPO, of one task; its own manager by kv_cache_cfg.type='lightzero'"
-
 POLICIES = ('unizero', 'sampled_unizero', 'unizero_ppo')
-"""Policies that are served."""
-
 RECURRENT_SLOTS = 'shared_pool_size_recur'
-"""Attribute of a world model that says how many contexts its recurrent pool has."""
-
 ANGLES_GROW = True
-"""Whether the table of rotary angles grows, or else angles repeat."""
-
 KEEPS_REANALYSES = True
-"""Whether contexts grow along the paths of a reanalysis of no more rows than environments."""
-
 INDEX_FOR_DEPTH = False
-"""Whether the sampled search has a node's index in the search path for its depth."""
-
 OWN_TARGETS = ('use_root_value', 'bootstrap_value_context')
-"""Options of a policy with which LightZero's own code computes target values."""
-
 HAS_MANAGER = True
-"""Whether LightZero has a new manager of its own."""
-
 DIVIDE_EMBEDDING = ('num_heads', )
-"""Sizes of a world model that must divide its embedding."""
-
 UNROLLS_WITHIN_BLOCKS = False
-"""Whether a world model must have as many blocks as a training batch has steps."""
-
 UPDATES_AT_LEAST_ONCE = True
-"""Whether a collection is followed by an update, whatever ``replay_ratio`` is."""
-
 POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
-"""What a policy must be built for to collect."""
-
 SUPPORT = 'policy.model.value_support_range'
-"""What a world model's ``support_size`` follows from."""
-
 SCALES: Tuple[str, ...] = ()
-"""Options that are whole numbers, of any type."""
+NEVER_CAUSES = ('stale_slot', 'padding')
 
 CLEARS_EVERY = 2000
 """Steps after which its own caches are cleared, if a policy does not say it."""
-
-NEVER_CAUSES = ('stale_slot', 'padding')
-"""Causes that validation knows of wrong answers of LightZero's own caching, which this one does not have."""
 
 _CHANGES_CONTEXTS = (
     ('exact_kv_window_reset', False, 'a full window would begin anew at its newest observation'),

@@ -16,9 +16,9 @@ ADD = '+'
 # What is no key of LightZero's configs, and the field of ``TrainOptions`` that is meant.
 OPTION_OF = {**{name: name for name in ('device', 'threads', 'max_env_step', 'max_train_iter')},
              'policy.device': 'device'}
-# How alike two names of keys are of which one may be the other misspelt: 'activation' is no 'augmentation'.
+# How alike two names must be for one to be taken for the other misspelt: 'activation' and 'augmentation' are not.
 NEAR = 0.7
-# The paths about caching, which no default of LightZero's names, each with the value that stands for not given.
+# The paths about caching, which LightZero's defaults lack, each with the value that means that it is not given.
 CACHE_PATHS: Dict[str, Any] = {
     f'{PREFIX}.{FLAG}': False,
     **{f'{PREFIX}.{key}': None for key in (*SIZES, *(f'{OPTIONS}.{option}' for option in KV_CACHE_CFG))},
@@ -83,7 +83,7 @@ def _parse(assignment: str, known: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def _checked(path: str, text: str, known: Mapping[str, Any]) -> Any:
-    """The value for a key, which is known, or of a dict that holds no keys yet."""
+    """The value for a key that is there, or for a new one of a dict that is empty; other keys are refused."""
     if path in known:
         return _like(known[path], text)
     parents = [path.rsplit('.', depth)[0] for depth in range(1, path.count('.') + 1)]
@@ -102,8 +102,8 @@ def _checked(path: str, text: str, known: Mapping[str, Any]) -> Any:
 
 
 def nearest_key(path: str, known: Iterable[str]) -> str:
-    """Of the keys whose last part is most like that of a path, if it is near, the one whose end is most like the path;
-    or nothing."""
+    """The key that a path may be misspelt from, or nothing: its last part is near the path's, and its end is more like
+    the path than that of any other such key."""
     by_name: Dict[str, List[str]] = {}
     for key in known:
         by_name.setdefault(key.rpartition('.')[2], []).append(key)
