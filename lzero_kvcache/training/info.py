@@ -21,10 +21,10 @@ from .error_hints import hinted
 from .limits import check_limits
 from .overrides import leaves
 from .plan import make_plan, set_cache
-from .terminal import Rows
+from .terminal import TableRows
 
 
-def installed() -> Rows:
+def installed() -> TableRows:
     """Versions, and what runs are made on."""
     device, named = 'cpu', f'{os.cpu_count()} processors'
     if torch.cuda.is_available():
@@ -41,7 +41,7 @@ def installed() -> Rows:
     ]
 
 
-def of_plan(plan: Plan) -> Dict[str, Rows]:
+def of_plan(plan: Plan) -> Dict[str, TableRows]:
     """What the cache of a plan is, what it will take, and its options. Changes the plan's config."""
     configs = plan.main_config, plan.create_config
     device = str(plan.main_config.policy.model.world_model_cfg.device)
@@ -116,7 +116,7 @@ def _search(name: str, missing: Optional[str], device: str) -> str:
     return 'in arrays, one compiled call' if missing is None else f"in LightZero's tree: {missing}"
 
 
-def of_zoo() -> Rows:
+def of_zoo() -> TableRows:
     """Our configs and LightZero's for UniZero: which extra each needs, and what is missing here."""
     rows = []
     ours = our_configs()

@@ -7,7 +7,7 @@ from typing import Any, Callable, Collection, Mapping, NamedTuple, Set, Tuple
 
 from ..config import FLAG, PREFIX, ConfigError
 from ..host.lightzero import lightzero
-from .linked_keys import COLLECTED, source_of
+from .linked_keys import COLLECTED, given_key_of
 
 
 class Limit(NamedTuple):
@@ -74,7 +74,7 @@ def check_limits(values: Mapping[str, Any], entry: str, given: Collection[str] =
                 continue
             value = values[path]
             if not (limit.holds(value) or value is None and path in OR_NONE):
-                raise ConfigError(f'{source_of(path, given, values)}={value!r} must be {limit.said}')
+                raise ConfigError(f'{given_key_of(path, given, values)}={value!r} must be {limit.said}')
 
 
 def _unread(values: Mapping[str, Any], entry: str) -> Set[str]:

@@ -144,7 +144,7 @@ def _contradictions(values: Mapping[str, Any], entry: str, policy: str, given: C
         right = _right(rule, values)
         if rule.target in values and right is not None and right != values[rule.target]:
             must = 'they must be the same' if rule.compute is _same else f'it must be {right!r}'
-            yield said(source_of(rule.target, given, values)), said(*rule.sources), must
+            yield said(given_key_of(rule.target, given, values)), said(*rule.sources), must
     for target, source in (*LEAST, *lightzero.least_environments(policy), (COLLECTED[entry], 'env.collector_env_num')):
         amount, least = values.get(target), values.get(source)
         if isinstance(amount, (int, float)) and isinstance(least, (int, float)) and amount < least:
@@ -175,7 +175,7 @@ def _contradictions(values: Mapping[str, Any], entry: str, policy: str, given: C
         yield said(size), said(batch), 'it must be larger than that'
 
 
-def source_of(path: str, given: Collection[str], values: Mapping[str, Any]) -> str:
+def given_key_of(path: str, given: Collection[str], values: Mapping[str, Any]) -> str:
     """The path in ``given`` that this one is a copy of, or this one itself."""
     if path in given:
         return path

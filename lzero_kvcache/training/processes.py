@@ -18,7 +18,7 @@ from .terminal import Bar, Terminal, number_text
 
 PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
 POLL_SECONDS = 0.25
-PLAIN_EVERY_SECONDS = 60.0
+LINES_EVERY_SECONDS = 60.0
 
 
 class Children:
@@ -46,7 +46,7 @@ class Children:
                 self._terminal.line(f'{trial.name}: is done already')
         self._done = len(trials) - len(waiting)
         steps_of_all = len(trials) * self._experiment.max_env_step
-        with contextlib.closing(Bar(self._terminal, steps_of_all, every=PLAIN_EVERY_SECONDS)) as bar, applied(
+        with contextlib.closing(Bar(self._terminal, steps_of_all, every=LINES_EVERY_SECONDS)) as bar, applied(
                 interrupts=lambda original: lambda signum, frame: self._signals.append(signum)):
             while self.running or (waiting and self.interrupted is None):
                 while waiting and len(self.running) < self._jobs and self.interrupted is None:

@@ -31,7 +31,7 @@ PLAIN_WIDTH = 240
 WIDE = 140
 PLAIN_EVERY_SECONDS = 15.0
 PACKAGE_LOGGER = 'lzero_kvcache'
-Rows = Sequence[Tuple[str, ...]]
+TableRows = Sequence[Tuple[str, ...]]
 # clear_caches() prints this line, as LightZero's own does; everything else of the package is logged.
 PRINTED = re.compile(r'^Cleared WorldModel ')
 
@@ -65,12 +65,12 @@ class Terminal:
             if count > 1:
                 self.line(f'{text} ({count:,} times)')
 
-    def table(self, title: str, rows: Rows) -> None:
+    def table(self, title: str, rows: TableRows) -> None:
         """Show names and values."""
         self.console.print(drawn(title, rows), soft_wrap=False)
 
 
-def drawn(title: str, rows: Rows) -> Table:
+def drawn(title: str, rows: TableRows) -> Table:
     """A table of names, and what is said of each."""
     table = Table(title=Text(title), title_justify='left', show_header=False)
     for row in rows:
