@@ -98,8 +98,13 @@ class KVCacheManager(PagedCacheManager):
             for env_id, count in zip(env_ids, rows[1].tolist()):
                 pools[env_id].count(CURRENT, count > 0)
             return rows
-        tables, counts = zip(*(pools[env_id].find([key]) for env_id, key in zip(env_ids, keys)))
-        return np.concatenate(tables), np.concatenate(counts)
+        rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
+        for row, (env_id, key) in enumerate(zip(env_ids, keys)):
+            pool = pools[env_id]
+            [slot] = pool.slots([key])
+            if slot >= 0:
+                rows[0][row], rows[1][row] = pool.contexts.tables[slot], pool.contexts.counts[slot]
+        return rows
 
     def store_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
         pools = self._pools_to(mode, env_ids)
