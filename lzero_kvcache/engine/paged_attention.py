@@ -158,11 +158,13 @@ def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, half: i
     sums = out if splits == 1 else x.new_empty(splits, rows, heads, 2)
     launch(
         _attend, (rows, heads, splits), qkv, bias, *qkv.stride()[:2], slab.data, tables, counts, positions, moved, out,
-        sums, layer, size ** -0.5, rows, *tables.stride(), tables.shape[1], len(qkv), geometry.layers, heads, size,
-        padded, half, geometry.rotary, splits, tokens, num_warps=warps
+        sums, layer, size ** -0.5, rows, *tables.stride(), tables.shape[1], PARTS=len(qkv), LAYERS=geometry.layers,
+        HEADS=heads, SIZE=size, PADDED=padded, HALF=half, ROTARY=geometry.rotary, SPLITS=splits, TOKENS=tokens,
+        num_warps=warps
     )
     if splits == 1:
         return out[0]
     joined = x.new_empty(rows, embed)
-    launch(_join, (rows, heads), out, sums, joined, rows, heads, size, padded, splits, num_warps=2)
+    launch(_join, (rows, heads), out, sums, joined, rows, HEADS=heads, SIZE=size, PADDED=padded, SPLITS=splits,
+           num_warps=2)
     return joined

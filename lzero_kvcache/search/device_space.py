@@ -156,9 +156,10 @@ class Space:
             tree_kernels.select, *self.tree, sent.key.view(torch.int64), self._simulation, sent.timesteps, sent.pages,
             self.parents, self.actions, self._window, self._counts, self._positions, self._explored, self._spread,
             self._numbers, self.rows, self.simulations + 1, self._slots, self._action_size,
-            self._engine.geometry.rotary_positions, _padded(self._slots), _padded(self._action_size), self._width,
-            _padded(self._width), self._rules['two_players'], self.sampled, self._rules.get('draws_ties', True),
-            self._rules.get('index_for_depth', False)
+            self._engine.geometry.rotary_positions, SLOTS=_padded(self._slots), ACTION=_padded(self._action_size),
+            PAGES=self._width, PADDED=_padded(self._width), TWO_PLAYERS=self._rules['two_players'],
+            SAMPLED=self.sampled, DRAWS_TIES=self._rules.get('draws_ties', True),
+            INDEX_FOR_DEPTH=self._rules.get('index_for_depth', False)
         )
 
     @property
@@ -173,8 +174,8 @@ class Space:
         self._launch(
             tree_kernels.backup, tree.visits, tree.value_sum, tree.reward, tree.prior, tree.child, tree.low, tree.high,
             tree.path, tree.depth, self.broken, self.predicted, self._simulation, self._numbers,
-            self.rows, self.simulations + 1, self._slots, self._policy, _padded(self._slots), _padded(self._policy),
-            self._rules['two_players'], self.sampled
+            self.rows, self.simulations + 1, self._slots, self._policy, SLOTS=_padded(self._slots),
+            POLICY=_padded(self._policy), TWO_PLAYERS=self._rules['two_players'], SAMPLED=self.sampled
         )
 
     def _draw(self, policy: torch.Tensor) -> None:
@@ -186,14 +187,14 @@ class Space:
         self._launch(
             draw, tree.draws, tree.order, tree.prior, self._sent.key.view(torch.int64), self._simulation,
             policy, policy.stride(0), self.simulations + 1, self._slots, self._engine.geometry.action_size,
-            _padded(self._slots), _padded(self._policy), num_warps=8
+            SLOTS=_padded(self._slots), POLICY=_padded(self._policy), num_warps=8
         )
 
-    def _launch(self, kernel: Any, *args: Any, num_warps: int = 1) -> None:
+    def _launch(self, kernel: Any, *args: Any, num_warps: int = 1, **constants: Any) -> None:
         """Launch a kernel with a program for each row, whose numbers are those of the compiled trees."""
         from ..engine.kernel_launch import launch
 
-        launch(kernel, (self.rows, ), *args, num_warps=num_warps, enable_fp_fusion=False)
+        launch(kernel, (self.rows, ), *args, num_warps=num_warps, enable_fp_fusion=False, **constants)
 
     def found(self, rows: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Of the roots: visits in their order ``[B, S]``, values ``[B]``, drawn actions ``[B, S, A]``, and how many
