@@ -104,18 +104,14 @@ class OpenSteps:
             raise
         else:
             served.lease.release()
-            self._end_abandoned(inside=served)
+            self.end_abandoned(inside=served)
             for other in [*steps, *self._abandoned]:
                 if other is not served and other.mode == mode:
                     other.superseded.update(env_ids)
         finally:
             steps.remove(served)
 
-    def end_abandoned(self) -> None:
-        """Undo the steps that were abandoned."""
-        self._end_abandoned()
-
-    def _end_abandoned(self, inside: Optional[Served] = None) -> None:
+    def end_abandoned(self, inside: Optional[Served] = None) -> None:
         """Undo the steps that were abandoned, the newest first; or those alone that were opened inside of another."""
         first = 0 if inside is None else inside.number
         for step in sorted(self._abandoned, key=lambda step: -step.number):
