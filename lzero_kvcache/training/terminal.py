@@ -75,9 +75,8 @@ def drawn(title: str, rows: TableRows) -> Table:
     table = Table(title=Text(title), title_justify='left', show_header=False)
     for row in rows:
         table.add_row(*map(Text, row))
-    for column in table.columns:
-        column.overflow = 'fold'
-    table.columns[0].no_wrap = True
+    for index, column in enumerate(table.columns):
+        column.overflow, column.no_wrap = 'fold', index == 0
     return table
 
 
