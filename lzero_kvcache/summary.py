@@ -215,11 +215,19 @@ def read_summary(exp_name: str) -> Optional[Result]:
 def read_result(path: str) -> Optional[Result]:
     """The same of a file."""
     try:
-        held = read_json(path)
+        return as_result(read_json(path))
+    except (OSError, ValueError):
+        return None
+
+
+def as_result(held: Dict[str, Any]) -> Optional[Result]:
+    """The same of what such a file holds."""
+    try:
+        held = dict(held)
         for name, kind in (('evaluations', Evaluation), ('earlier', Segment)):
             held[name] = [_known(kind, part) for part in held.get(name, [])]
         return _known(Result, held)
-    except (OSError, ValueError, TypeError):
+    except TypeError:
         return None
 
 

@@ -103,6 +103,17 @@ class TestReading:
         assert re.fullmatch(r'\d+ points and their time do not count: it went on from a checkpoint before them',
                             abandoned)
 
+    def test_an_evaluation_that_was_made_again_counts_once(self, tmp_path):
+        """As after several resumes from one checkpoint by an earlier version."""
+        for began, evaluations in enumerate(([(0, 0, 1.), (5, 50, 2.)], [(5, 50, 3.)], [(5, 50, 4.), (9, 90, 5.)])):
+            write_events(tmp_path, [(number, at, f'evaluator_{axis}/reward_mean', reward)
+                                    for number, (iteration, step, reward) in enumerate(evaluations)
+                                    for axis, at in (('iter', iteration), ('step', step))], BEGAN + 100 * began)
+        [run] = read(str(tmp_path))
+        steps, _, values = run.curves[REWARD]
+        assert (steps.tolist(), values.tolist()) == ([0, 50, 90], [1, 4, 5])
+        assert run.notes == ['2 points and their time do not count: it went on from a checkpoint before them']
+
     @pytest.mark.parametrize(('collected', 'abandoned'), [(300, 0), (700, 3)])
     def test_a_collection_counts_if_the_checkpoint_counts_its_steps(self, collected, abandoned, tmp_path):
         """At the iteration where the run went on: before a checkpoint of an update, but after one of an evaluation."""
