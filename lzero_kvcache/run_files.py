@@ -74,8 +74,9 @@ def _checked(summary: Dict[str, Any]) -> Dict[str, Any]:
         held = summary.get(name) or []
         if not isinstance(held, list) or not all(isinstance(part, kind) for part in held):
             raise ValueError(f'{name} is {held!r}')
-    if not isinstance(summary.get('outcome', ''), str):
-        raise ValueError(f'outcome is {summary["outcome"]!r}')
+    for name in ('outcome', 'run_id'):
+        if not isinstance(summary.get(name, ''), str):
+            raise ValueError(f'{name} is {summary[name]!r}')
     return summary
 
 

@@ -49,7 +49,8 @@ class TestReading:
             assert run.steps == steps
 
     @pytest.mark.parametrize('odd', [
-        dict(resumed_at=['a']), dict(resumed_at=5), dict(earlier=[None]), dict(earlier={'a': 1}), dict(outcome=None)])
+        dict(resumed_at=['a']), dict(resumed_at=5), dict(earlier=[None]), dict(earlier={'a': 1}), dict(outcome=None),
+        dict(run_id=7)])
     def test_an_odd_summary_is_told_of(self, odd, tmp_path):
         folder = Path(write_run(tmp_path / 'new_s0', new=True))
         (folder / 'summary.json').write_text(json.dumps(odd))

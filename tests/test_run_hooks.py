@@ -86,6 +86,7 @@ def test_it_says_how_far_it_is_and_leaves_a_summary(new, tmp_path):
     for at in written:
         assert [at[name] for name in ('exit_code', 'outcome', 'evaluations', 'seed', 'cache', 'event_files')] == [
             None, '', None, 4, summary['cache'], 'run/log/serial']
+        assert at['run_id'] == summary['run_id'] != ''
     assert written[-1]['best_reward'] == reward.value
     progress = read_progress(str(tmp_path / 'run'))
     assert (progress['phase'], progress['exit_code'], progress['outcome']) == ('end', 0, 'done')

@@ -831,6 +831,16 @@ def test_a_summary_of_its_past_is_not_that_of_a_run_that_goes_on(tmp_path, monke
     assert read_result('runs/a/ckpt/c.json').seconds == 30
 
 
+@pytest.mark.parametrize(('past', 'kept'), [
+    (dict(noted=dict(run_id='a')), 'a'), (dict(ended=dict(run_id='a')), 'a'), (dict(noted={}), '')])
+def test_a_training_has_one_id_for_all_of_its_parts(past, kept, tmp_path, monkeypatch):
+    """And none, if it was begun by a version that gave none."""
+    run = a_run_in_place(tmp_path, monkeypatch, **{name: noted(9., **held) for name, held in past.items()})
+    other = run.result.run_id
+    run._make_folder()
+    assert run._completed({}).run_id == read_result('runs/a/ckpt/c.json').run_id == kept != other
+
+
 def test_checkpoints_that_it_abandons_are_told_of(tmp_path, monkeypatch):
     run = a_run_in_place(tmp_path, monkeypatch, noted=noted(9.))
     for name, train_iter in (('before', 4), ('iteration_9', 9), ('ckpt_best', 7)):

@@ -93,8 +93,9 @@ class TrainedRun(Record):
 
     @property
     def seconds(self) -> float:
-        """How long it went on, without the time between its spans."""
-        return sum(ended - started for started, ended in self.spans)
+        """How long it went on, without the time between its spans, and without parts before that its summary lacks."""
+        spans = self.spans if self.before is None else self.spans[-len(self.parts):]
+        return sum(ended - started for started, ended in spans)
 
     @property
     def seed(self) -> Optional[int]:

@@ -13,9 +13,10 @@ from .checkpoints import abandon_later, beside
 
 
 class Past(NamedTuple):
-    """The training at its checkpoint, if anything says what it was; the best reward, of what is abandoned too; the
-    checkpoint's iteration, if it was evaluated there."""
+    """The training at its checkpoint, if anything says what it was; its id, if it has one; the best reward, of what is
+    abandoned too; the checkpoint's iteration, if it was evaluated there."""
     result: Optional[Result]
+    run_id: Optional[str]
     best_reward: Optional[float]
     evaluated_at: Optional[int]
 
@@ -45,4 +46,5 @@ def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str]
     evaluated = evaluated or any(held.train_iter == at and held.env_step < env_step for held in seen.evaluations)
     rewards = [part.best_reward for part in (ended, noted) if part and part.best_reward is not None]
     best = max([*rewards, *(held.reward for held in seen.evaluations)], default=None)
-    return Past(before, best, at if evaluated else None)
+    run_id = before.run_id if before else record.summary.get('run_id')
+    return Past(before, run_id, best, at if evaluated else None)

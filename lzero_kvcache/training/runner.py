@@ -236,6 +236,8 @@ class _Training:
         watch.best_reward, watch.evaluated_at, self._before = past.best_reward, past.evaluated_at, past.result
         if self._before is not None:
             result.best_reward = self._before.best_reward
+        if past.run_id is not None:
+            result.run_id = past.run_id
 
     def _shown(self, path: str) -> str:
         """A path as the user would give it; DI-engine's are relative."""
