@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import socket
+import time
 from multiprocessing import util
 from typing import IO, Iterator, Sequence
 
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 TRAINING = 'train.lock'
 TRAINED = '{} is being trained by {{who}}; wait for it, or end it'
+# For a moment, somebody who only looks may be in the way of a training that begins.
+PATIENCE_SECONDS = 0.5
 # What a file system without locks says.
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
@@ -67,10 +70,15 @@ def tell_holders(file: IO[str], processes: Sequence[int]) -> None:
 
 
 def _lock(file: IO[str], how: int, refusal: str) -> None:
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(refusal.format(who=_holders(file))) from None
+    """Lock a file, or refuse where another process holds it."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if how == fcntl.LOCK_SH or time.monotonic() > deadline:
+                raise ConfigError(refusal.format(who=_holders(file))) from None
+        time.sleep(0.01)
 
 
 def _holders(file: IO[str]) -> str:

@@ -2,8 +2,9 @@
 import ast
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -17,18 +18,68 @@ CONFIG_FILE = 'total_config.py'
 CONFIG_FILES = {CONFIG_FILE, 'formatted_total_config.py', 'git_log.txt', 'git_diff.txt'}
 SUMMARY = 'summary.json'
 PROGRESS = 'progress.json'
+# The outcome of a run that has left its progress and no summary.
+NO_END = 'it was killed, or failed, or is not done yet'
 # In the folder of an experiment, above those of its runs.
 EXPERIMENT = 'experiment.json'
 # In a config: the checkpoint that DI-engine's learner loads as it begins.
 LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
-# An evaluation of iteration N comes before update N and so belongs to a checkpoint of N; updates of N come after it.
-EVALUATIONS = 'evaluator_iter/'
-# A collection of iteration N comes before a checkpoint of N if the checkpoint counts its environment steps.
+EVENT_FILE = 'tfevents'  # in the name of each
+# An evaluation or a collection of iteration N comes before a checkpoint of N if the checkpoint counts its environment
+# steps; updates of N come after it.
+EVALUATIONS = ('evaluator_iter/', 'evaluator_step/')
 COLLECTIONS = ('collector_iter/', 'collector_step/')
 # The pools whose look-ups are counted, and what a comparison calls them.
 POOLS = {'init': 'roots', 'recur': 'nodes', 'total': 'all'}
-# A record is its length, a checksum of it, the event, and a checksum of that.
+# In an event file, a record is its length, a checksum of it, the event, and a checksum of that.
 RECORD_FRAME = 8 + 4 + 4
+
+
+@dataclass
+class Record:
+    """
+    What a run's folder says of it. ``config`` has dotted keys; ``summary`` is what its progress says, if it has no
+    summary and so has not ``ended``. Both are empty where nothing was saved. ``notes`` say what is missing.
+    """
+    folder: str
+    config: Dict[str, Any] = field(default_factory=dict)
+    summary: Dict[str, Any] = field(default_factory=dict)
+    ended: bool = False
+    notes: List[str] = field(default_factory=list)
+
+    @property
+    def cache(self) -> Optional[str]:
+        """'old', 'new' or the name of a registered manager."""
+        return cache_of(self.config) or self.summary.get('cache')
+
+    def read(self) -> 'Record':
+        """The same with what is there."""
+        try:
+            self.config = read_config(os.path.join(self.folder, CONFIG_FILE))
+        except ValueError as error:
+            self.notes.append(str(error))
+        for name, known in ((SUMMARY, {}), (PROGRESS, {'outcome': NO_END})):
+            try:
+                self.summary = _checked({**read_json(os.path.join(self.folder, name)), **known})
+                self.ended = name == SUMMARY
+                break
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                self.notes.append(f'{name} cannot be parsed ({error})')
+        return self
+
+
+def _checked(summary: Dict[str, Any]) -> Dict[str, Any]:
+    """A summary whose lists are lists of what they hold; ``ValueError`` for any other."""
+    for name, kind in (('resumed_at', int), ('earlier', dict)):
+        held = summary.get(name) or []
+        if not isinstance(held, list) or not all(isinstance(part, kind) for part in held):
+            raise ValueError(f'{name} is {held!r}')
+    for name in ('outcome', 'run_id'):
+        if not isinstance(summary.get(name, ''), str):
+            raise ValueError(f'{name} is {summary[name]!r}')
+    return summary
 
 
 def events(path: str) -> Iterator[Tuple[int, Event]]:
@@ -40,34 +91,48 @@ def events(path: str) -> Iterator[Tuple[int, Event]]:
 
 
 def event_files(folder: str) -> List[str]:
-    """The files in a folder, in the order in which they were begun; none where there is no folder."""
-    return sorted(map(str, Path(folder).glob('*')))
+    """Those in a folder, in the order in which they were begun; none where there is no folder."""
+    return sorted(map(str, Path(folder).glob(f'*{EVENT_FILE}*')))
 
 
-def purge(folder: str, train_iter: int, env_step: int) -> int:
+def purge(folder: str, train_iter: int, env_step: int, evaluated: bool, see: Callable[[str, Event], None]) -> int:
     """
     Cut off event files what was written after the checkpoint of these counts: a training that goes on from there writes
-    it again. Returns the number of points that were cut off. Tensorboard's own purge expects one kind of step for all
-    tags; here some count iterations and some environment steps.
+    it again, and evaluates again, unless the checkpoint was ``evaluated`` before it was saved. ``see`` is shown each
+    file's events. Returns the number of points that were cut off. Tensorboard's own purge expects one kind of step for
+    all tags; here some count iterations and some environment steps.
     """
     points = 0
     for path in event_files(folder):
-        whole, cut, undecided = 0, False, 0
+        whole, cut, undecided, found = 0, False, 0, False
         for end, event in events(path):
+            see(path, event)
             tags = [value.tag for value in event.summary.value]
             undecided += len(tags)
             for tag in tags:
                 if tag.startswith(COLLECTIONS[1]):
                     cut = cut or event.step > env_step
+                elif tag.startswith(EVALUATIONS[1]):
+                    cut = cut or event.step > env_step - (not evaluated)
+                    found = found or event.step == env_step
                 elif '_iter/' in tag and not tag.startswith(COLLECTIONS[0]):
-                    cut = cut or event.step >= train_iter + tag.startswith(EVALUATIONS)
-            # A collection's first point against iterations is followed by the same against steps, which decides.
-            if not cut and not any(tag.startswith(COLLECTIONS[0]) for tag in tags):
+                    cut = cut or event.step >= train_iter + tag.startswith(EVALUATIONS[0])
+            # The first point of either against iterations is followed by the same against steps, which decides.
+            if not cut and not any(tag.startswith((COLLECTIONS[0], EVALUATIONS[0])) for tag in tags):
                 whole, undecided = end, 0
-        if undecided:
-            points += undecided
+        evaluated = evaluated and not found  # once
+        points += undecided
+        if undecided or _is_torn(path, whole):
             os.truncate(path, whole)
     return points
+
+
+def _is_torn(path: str, begin: int) -> bool:
+    """Whether the record at an offset is not all there, as a kill leaves it; one that is damaged is no such record."""
+    with open(path, 'rb') as file:
+        file.seek(begin)
+        length = int.from_bytes(file.read(8), 'little')
+        return begin < os.path.getsize(path) < begin + RECORD_FRAME + length
 
 
 def write_json(path: str, content: Any) -> None:

@@ -28,8 +28,8 @@ EVERY_SECONDS = 30.
 LOSS = 'weighted_total_loss'
 LOSS_TAG = f'learner_iter/{LOSS}_avg'
 # Mean, standard deviation and number of episodes of each evaluation.
-EVALUATED = tuple(EVALUATIONS + name for name in ('reward_mean', 'reward_std', 'episode_count'))
-EVALUATED_STEPS = 'evaluator_step/reward_mean'
+EVALUATED = tuple(EVALUATIONS[0] + name for name in ('reward_mean', 'reward_std', 'episode_count'))
+EVALUATED_STEPS = EVALUATIONS[1] + 'reward_mean'
 UNBOUNDED = int(1e10)  # what LightZero's entries are given for no limit
 
 
@@ -51,6 +51,8 @@ class RunHook(LearnerHook):
         if not result.exp_name:
             result.exp_name, result.event_files = engine.exp_name, os.path.join(engine.exp_name, EVENT_FILES)
             result.seed, result.processes = config_of(engine.exp_name).get('seed', 0), engine.world_size
+            result.run_id = next(hook._result.run_id for hook in engine._hooks['before_run']
+                                 if isinstance(hook, BeginHook))
         result.cache, result.device = picked_manager(cfg.model.world_model_cfg), str(cfg.device)
         result.env_step = result.collected_env_step = max(0, engine.collector_envstep)
         result.train_iter, result.seconds = engine.last_iter.val, time.monotonic() - self._began
@@ -105,10 +107,11 @@ class SummaryHook(RunHook):
         if engine.rank != 0:
             return
         engine.tb_logger.flush()
-        evaluations, loss = read_events(result.event_files)
+        seen = read_events(result.event_files)
+        evaluations = seen.evaluations
         rewards = [evaluation.reward for evaluation in evaluations]
         result = result.at_its_end(
-            counters, outcome='done', exit_code=0, evaluations=evaluations, loss=loss,
+            counters, outcome='done', exit_code=0, evaluations=evaluations, loss=seen.loss,
             last_reward=rewards[-1] if rewards else None, best_reward=max(rewards, default=None))
         result.write()
         result.write_progress('end')
@@ -188,22 +191,42 @@ def _frame_of_entry(*names: str) -> Optional[FrameType]:
     return next((frame for frame in frames if set(names) <= set(frame.f_code.co_varnames)), None)
 
 
-def read_events(folder: str) -> Tuple[List[Evaluation], Optional[float]]:
-    """All evaluations in a run's event files, and the last loss. LightZero's evaluator writes each number twice,
-    against iterations and against steps."""
-    found: Dict[str, List[Tuple[int, float]]] = {tag: [] for tag in (*EVALUATED, EVALUATED_STEPS, LOSS_TAG)}
-    for path in event_files(folder):  # a script may log elsewhere
+class Seen:
+    """The evaluations in event files, and the last loss, as far as events were added. LightZero's evaluator writes each
+    number twice, against iterations and against steps."""
+
+    def __init__(self) -> None:
+        self.loss: Optional[float] = None
+        self._found: Dict[str, Dict[str, List[Tuple[int, float]]]] = {}  # of each file, since each may break off
+
+    def add(self, path: str, event: Any) -> None:
+        """An event of a file."""
+        found = self._found.setdefault(path, {tag: [] for tag in (*EVALUATED, EVALUATED_STEPS)})
+        for value in event.summary.value:
+            if value.tag == LOSS_TAG:
+                self.loss = value.simple_value
+            elif value.tag in found:
+                found[value.tag].append((event.step, value.simple_value))
+
+    @property
+    def evaluations(self) -> List[Evaluation]:
+        """All of them, as they stand in the files."""
+        found_in = [([found[tag] for tag in EVALUATED], found[EVALUATED_STEPS]) for found in self._found.values()]
+        return [
+            Evaluation(step, iteration, reward, deviation, None if episodes is None else int(episodes))
+            for (means, deviations, counts), steps in found_in
+            for (step, _), (iteration, reward), (_, deviation), (_, episodes)
+            in zip(steps, means, deviations or repeat((0, None)), counts or repeat((0, None)))
+        ]
+
+
+def read_events(folder: str) -> Seen:
+    """What the event files in a folder have; a script may log elsewhere."""
+    seen = Seen()
+    for path in event_files(folder):
         for _, event in events(path):
-            for value in event.summary.value:
-                if value.tag in found:
-                    found[value.tag].append((event.step, value.simple_value))
-    means, deviations, counts = (found[tag] for tag in EVALUATED)
-    evaluations = [
-        Evaluation(step, iteration, reward, deviation, None if episodes is None else int(episodes))
-        for (step, _), (iteration, reward), (_, deviation), (_, episodes)
-        in zip(found[EVALUATED_STEPS], means, deviations or repeat((0, None)), counts or repeat((0, None)))
-    ]
-    return evaluations, found[LOSS_TAG][-1][1] if found[LOSS_TAG] else None
+            seen.add(path, event)
+    return seen
 
 
 BEGIN_HOOK, PROGRESS_HOOK, SUMMARY_HOOK = 'kv_cache_folder', 'kv_cache_progress', 'kv_cache_summary'

@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
+import uuid
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from typing import Any, Dict, List, Optional
@@ -79,6 +80,7 @@ class Result:
     started: str = ''
     ended: str = ''
     resumed_at: List[int] = field(default_factory=list)  # env steps where it went on with an empty replay buffer
+    run_id: str = ''  # of all of a training in one folder, and of its copies; none of earlier versions
 
     @property
     def steps_at_the_end(self) -> Optional[int]:
@@ -136,7 +138,8 @@ def begun(seed: int = 0, task: str = TRAIN, **known: Any) -> Result:
     if program in ('__main__.py', 'lzero_kvcache_options.py'):  # python -m
         program = 'lzero-kvcache'
     command = [program, *sys.argv[1:]]
-    return Result(None, task, '', seed, versions=versions(), started=moment(), command=command, **known)
+    return Result(None, task, '', seed, versions=versions(), started=moment(), command=command,
+                  run_id=uuid.uuid4().hex, **known)
 
 
 def peak_host_memory_mb() -> float:
@@ -213,11 +216,19 @@ def read_summary(exp_name: str) -> Optional[Result]:
 def read_result(path: str) -> Optional[Result]:
     """The same of a file."""
     try:
-        held = read_json(path)
+        return as_result(read_json(path))
+    except (OSError, ValueError):
+        return None
+
+
+def as_result(held: Dict[str, Any]) -> Optional[Result]:
+    """The same of what such a file holds."""
+    try:
+        held = dict(held)
         for name, kind in (('evaluations', Evaluation), ('earlier', Segment)):
             held[name] = [_known(kind, part) for part in held.get(name, [])]
         return _known(Result, held)
-    except (OSError, ValueError, TypeError):
+    except TypeError:
         return None
 
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from event_runs import BEGAN, MACHINE, break_off, compared, event_file, pair, read, row, write_run
+from event_runs import BEGAN, MACHINE, break_off, compared, event_file, pair, read, row, write_events, write_run
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -55,6 +55,13 @@ class TestSides:
         comparison = compared(*paths, groups=groups)
         assert [side.name for side in comparison.sides] == ['ours', 'old']
         assert measures_table(comparison).headings[-1] == 'old against ours'
+
+    def test_the_title_of_a_table_names_the_sides_that_it_shows(self, tmp_path):
+        names = ('a', 'b', 'c')
+        paths = [write_run(tmp_path / name, seed=seed, began=BEGAN + 1000 * seed) for seed, name in enumerate(names)]
+        printed = io.StringIO()
+        show(compared(*paths, groups=[(name, name) for name in names]), Console(file=printed, width=100))
+        assert re.findall(r'Comparison: .*\S', printed.getvalue()) == ['Comparison: a / b', 'Comparison: a / c']
 
 
 class TestWarnings:
@@ -247,6 +254,19 @@ class TestParts:
         assert ('new_part has 1:40 for 1,000 environment steps (it went on from a checkpoint of iteration 72): '
                 f'{OF_WHOLE_RUNS}', OF_A_WHOLE_RUN) in comparison.warnings
         assert row(comparison, 'seconds').ratios == {'new': 1, 'new_part': None}
+        assert ('new_part went on with an empty replay buffer at iteration 72, which bends its curves'
+                in [warning.text for warning in comparison.warnings])
+
+    def test_a_part_in_place_has_its_own_time(self, tmp_path):
+        """LightZero's own entry was killed, and nothing says what it had taken; nor does a summary of the other run."""
+        part = write_run(tmp_path / 'new_s0', new=True, env_steps=500, seconds=90.,
+                         summary=dict(resumed_at=[500], earlier=[], env_step=900, max_env_step=None))
+        write_events(tmp_path / 'new_s0' / 'log' / 'serial', [
+            (at, step, 'kv_cache_step/memory_mb', 2.) for at, step in ((0, 501), (50, 900))], BEGAN + 500)
+        comparison = compared(part, write_run(tmp_path / 'old_s0', began=BEGAN + 2000))
+        assert any(text.startswith('new_s0 has 0:50 for 400 of its 900 environment steps (it went on from a checkpoint '
+                                   'at 500): ') for text, _ in comparison.warnings)
+        assert row(comparison, 'env_steps_per_second').values['new_s0'] == 8
 
     @pytest.mark.parametrize('summary', [{}, None])
     def test_a_run_and_its_continuation_are_no_repeats(self, summary, tmp_path):
@@ -282,6 +302,23 @@ class TestParts:
         assert ('new_seed0 and new_seed0_copy began at the same moment: they are taken to be parts or copies of one '
                 'training, and no repeats of each other', ALL) in comparison.warnings
         assert {spread for each in comparison.rows for spread in each.spreads.values()} == {None}
+
+    @pytest.mark.parametrize('groups', [[], [('a', '*_copy'), ('b', '*')]], ids=['one side', 'two sides'])
+    def test_branches_of_one_training_are_told_by_its_id(self, groups, tmp_path):
+        """As two copies of a folder that both went on, one after the other: what they have in common shared nothing."""
+        paths = [write_run(tmp_path / name, new=True, summary=dict(run_id='a'), seed=seed)
+                 for seed, name in enumerate(('new_s0', 'new_s0_copy'))]
+        for number, path in enumerate(paths, 1):
+            write_events(Path(path) / 'log' / 'serial', [(at, 1000 + at, 'kv_cache_step/memory_mb', 2.)
+                                                         for at in (1, 100)], BEGAN + 1000 * number)
+        comparison = compared(*paths, groups=groups)
+        names = ' and '.join(run.name for run in comparison.runs)
+        assert comparison.warnings[0] == (f'{names} are copies or branches of one training, and not two: nothing is '
+                                          'comparable between them', ALL)
+        assert not any('at the same time' in text or 'no repeats' in text for text, _ in comparison.warnings)
+        assert {ratio for each in comparison.rows for ratio in each.ratios.values()} <= {None}
+        (tmp_path / 'new_s0' / 'summary.json').write_text(json.dumps(dict(run_id='b')))
+        assert not any(text.startswith(names) for text, _ in compared(*paths, groups=groups).warnings)
 
     def test_a_run_that_went_on_in_place_is_whole(self, tmp_path):
         paths = pair(tmp_path, new=dict(seconds=120.))

@@ -49,7 +49,8 @@ class TestReading:
             assert run.steps == steps
 
     @pytest.mark.parametrize('odd', [
-        dict(resumed_at=['a']), dict(resumed_at=5), dict(earlier=[None]), dict(earlier={'a': 1}), dict(outcome=None)])
+        dict(resumed_at=['a']), dict(resumed_at=5), dict(earlier=[None]), dict(earlier={'a': 1}), dict(outcome=None),
+        dict(run_id=7)])
     def test_an_odd_summary_is_told_of(self, odd, tmp_path):
         folder = Path(write_run(tmp_path / 'new_s0', new=True))
         (folder / 'summary.json').write_text(json.dumps(odd))
@@ -102,6 +103,17 @@ class TestReading:
         assert re.fullmatch(r'events\.\S+ breaks off or is damaged: its events end at step 1,000', fault)
         assert re.fullmatch(r'\d+ points and their time do not count: it went on from a checkpoint before them',
                             abandoned)
+
+    def test_an_evaluation_that_was_made_again_counts_once(self, tmp_path):
+        """As after several resumes from one checkpoint by an earlier version."""
+        for began, evaluations in enumerate(([(0, 0, 1.), (5, 50, 2.)], [(5, 50, 3.)], [(5, 50, 4.), (9, 90, 5.)])):
+            write_events(tmp_path, [(number, at, f'evaluator_{axis}/reward_mean', reward)
+                                    for number, (iteration, step, reward) in enumerate(evaluations)
+                                    for axis, at in (('iter', iteration), ('step', step))], BEGAN + 100 * began)
+        [run] = read(str(tmp_path))
+        steps, _, values = run.curves[REWARD]
+        assert (steps.tolist(), values.tolist()) == ([0, 50, 90], [1, 4, 5])
+        assert run.notes == ['2 points and their time do not count: it went on from a checkpoint before them']
 
     @pytest.mark.parametrize(('collected', 'abandoned'), [(300, 0), (700, 3)])
     def test_a_collection_counts_if_the_checkpoint_counts_its_steps(self, collected, abandoned, tmp_path):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from event_runs import BEGAN, write_events
 from forks import environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -17,8 +18,10 @@ from trainings import PROJECT_ROOT, said_by, when
 from lzero_kvcache import ConfigError, comparison
 from lzero_kvcache.lock_files import training_in
 from lzero_kvcache.run_files import purge
+from lzero_kvcache.run_hooks import read_events
 from lzero_kvcache.summary import Evaluation, Result, Segment, add_up, read_progress, read_summary
 from lzero_kvcache.training import processes
+from lzero_kvcache.training.checkpoints import abandon_later
 from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
 from lzero_kvcache.training.processes import Children
 from lzero_kvcache_options import TrainOptions, main
@@ -69,6 +72,17 @@ def test_it_goes_on_from_the_last_whole_checkpoint(tmp_path):
     assert (asked.resume, asked.in_place, asked.exp_name) == (paths[2], True, None)
     assert last_checkpoint(run.folder, 61) == paths[4]
     assert last_checkpoint(run.folder, 20) is None
+
+
+def test_it_goes_on_from_no_checkpoint_that_was_abandoned(tmp_path):
+    """Also if it was saved last, as it is where a training that went on from an earlier one was killed soon."""
+    run, folder = make(tmp_path).trials[1], tmp_path / 'new_seed0' / 'ckpt'
+    paths = [checkpoint(folder / f'iteration_{step}.pth.tar', step) for step in (20, 50)]
+    for age, path in enumerate(reversed(paths)):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert last_checkpoint(run.folder, 60) == paths[1]
+    assert abandon_later(paths[0], 2, 20) == ['iteration_50.pth.tar']
+    assert last_checkpoint(run.folder, 60) == paths[0]
 
 
 def test_it_begins_anew_beside_what_is_left_of_one_that_nothing_can_go_on_from(tmp_path):
@@ -367,6 +381,10 @@ def test_a_real_experiment_is_cut_off_and_goes_on(tmp_path):
     assert (tmp_path / 'e' / 'compare.json').exists()
 
 
+def cut(folder, train_iter, env_step, evaluated=True):
+    return purge(str(folder), train_iter, env_step, evaluated, lambda path, event: None)
+
+
 def test_points_after_the_checkpoint_are_cut_off(tmp_path):
     """Tags of both kinds of steps, in several files, one of which is torn."""
     def write(steps, suffix):
@@ -380,32 +398,68 @@ def test_points_after_the_checkpoint_are_cut_off(tmp_path):
     write(range(3, 9), '.1')
     torn = max(tmp_path.iterdir(), key=lambda path: path.name[-1])
     torn.write_bytes(torn.read_bytes()[:-5])
-    assert purge(str(tmp_path), 5, 150) == 2 * 4 - 1
+    assert cut(tmp_path, 5, 150) == 2 * 4 - 1
     write(range(5, 7), '.2')
     events = EventAccumulator(str(tmp_path), size_guidance={'scalars': 0})
     events.Reload()
     assert [point.step for point in events.Scalars('learner_iter/loss')] == list(range(7))
     assert [point.step for point in events.Scalars('kv_cache_step/hits')] == [30 * step for step in range(7)]
-    assert purge(str(tmp_path / 'none'), 5, 150) == 0
+    assert cut(tmp_path / 'none', 5, 150) == 0
 
 
-@pytest.mark.parametrize(('env_step', 'collections'), [(49, [4]), (50, [4, 5])])
-def test_what_the_checkpoint_comes_after_is_not_cut_off(env_step, collections, tmp_path):
-    """The evaluation of its iteration, which is not made again, and a collection whose steps it counts."""
+@pytest.mark.parametrize(('env_step', 'evaluated', 'evaluations', 'collections'), [
+    (45, False, [4], [4]), (45, True, [4, 5], [4]), (49, False, [4, 5], [4]), (50, False, [4, 5], [4, 5]),
+    (50, True, [4, 5], [4, 5])])
+def test_what_the_checkpoint_comes_after_is_not_cut_off(env_step, evaluated, evaluations, collections, tmp_path):
+    """A collection whose steps it counts, and an evaluation before that, which is not made again. Of an evaluation of
+    the same steps, somebody must know that it came before."""
+    written = dict(evaluator=5, collector=0, learner=0)
     writer = SummaryWriter(str(tmp_path))
     for step in range(4, 7):
-        for name in ('evaluator', 'collector', 'learner'):
+        for name, before in written.items():
             for what in ('of', 'more'):
                 writer.add_scalar(f'{name}_iter/{what}', step, step)
-                writer.add_scalar(f'{name}_step/{what}', step, 10 * step)
+                writer.add_scalar(f'{name}_step/{what}', step, 10 * step - before)
     writer.close()
-    assert purge(str(tmp_path), 5, env_step) == 4 * (4 + (env_step < 50))
+    left = dict(evaluator=evaluations, collector=collections, learner=[4])
+    assert cut(tmp_path, 5, env_step, evaluated) == 4 * (9 - sum(map(len, left.values())))
     events = EventAccumulator(str(tmp_path), size_guidance={'scalars': 0})
     events.Reload()
-    for name, steps in (('evaluator', [4, 5]), ('collector', collections), ('learner', [4])):
+    for name, steps in left.items():
         for what in ('of', 'more'):
             assert [point.step for point in events.Scalars(f'{name}_iter/{what}')] == steps
-            assert [point.step for point in events.Scalars(f'{name}_step/{what}')] == [10 * step for step in steps]
+            assert [point.step for point in events.Scalars(f'{name}_step/{what}')] == [
+                10 * step - written[name] for step in steps]
+
+
+def test_an_evaluation_that_stands_in_several_files_is_kept_once(tmp_path):
+    for number in range(3):
+        write_events(tmp_path, [(0, at, f'evaluator_{axis}/reward_mean', 1.)
+                                for axis, at in (('iter', 5), ('step', 50))], BEGAN + number)
+    assert cut(tmp_path, 5, 50) == 4
+    assert read_events(str(tmp_path)).evaluations == [Evaluation(50, 5, 1.)]
+
+
+@pytest.mark.parametrize('torn', [3, 9, 30])
+def test_a_torn_record_is_cut_off_where_nothing_follows_the_checkpoint(torn, tmp_path):
+    """Or else the run would count as damaged for good."""
+    path = write_events(tmp_path, [(0, 4, 'learner_iter/loss', 1.)])
+    whole = path.read_bytes()
+    write_events(tmp_path, [(0, 4, 'learner_iter/loss', 1.), (0, 5, 'learner_iter/loss', 1.)])
+    path.write_bytes(path.read_bytes()[:len(whole) + torn])
+    assert cut(tmp_path, 5, 50) == 0
+    assert path.read_bytes() == whole
+
+
+def test_nothing_but_what_is_torn_of_an_event_file_is_cut_off(tmp_path):
+    """Neither a file of another kind nor what comes after a damaged record."""
+    path = write_events(tmp_path, [(0, step, 'learner_iter/loss', 1.) for step in range(4)])
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 0xff
+    path.write_bytes(damaged)
+    (tmp_path / 'notes.txt').write_text('mine')
+    assert cut(tmp_path, 5, 50) == 0
+    assert path.read_bytes() == damaged and (tmp_path / 'notes.txt').read_text() == 'mine'
 
 
 def test_a_collection_of_which_one_point_was_written_is_cut_off(tmp_path):
@@ -413,4 +467,4 @@ def test_a_collection_of_which_one_point_was_written_is_cut_off(tmp_path):
     writer.add_scalar('collector_step/of', 1, 40)
     writer.add_scalar('collector_iter/of', 1, 5)
     writer.close()
-    assert purge(str(tmp_path), 5, 50) == 1
+    assert cut(tmp_path, 5, 50) == 1

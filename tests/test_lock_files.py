@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -47,6 +48,17 @@ def test_nothing_is_written_by_looking(tmp_path):
     check_not_trained_in(str(tmp_path), 'a')
     check_not_trained_in(str(tmp_path / 'none'), 'a')
     assert os.listdir(tmp_path) == []
+
+
+def test_who_only_looks_keeps_no_training_from_beginning(tmp_path):
+    with training_in(str(tmp_path), 'a'):
+        pass
+    looking = open(tmp_path / 'train.lock')
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    done = threading.Timer(0.1, looking.close)
+    done.start()
+    with training_in(str(tmp_path), 'a'):
+        done.join()
 
 
 def test_the_folder_of_a_killed_training_is_free_even_if_its_environments_live_on(tmp_path):

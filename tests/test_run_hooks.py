@@ -86,6 +86,7 @@ def test_it_says_how_far_it_is_and_leaves_a_summary(new, tmp_path):
     for at in written:
         assert [at[name] for name in ('exit_code', 'outcome', 'evaluations', 'seed', 'cache', 'event_files')] == [
             None, '', None, 4, summary['cache'], 'run/log/serial']
+        assert at['run_id'] == summary['run_id'] != ''
     assert written[-1]['best_reward'] == reward.value
     progress = read_progress(str(tmp_path / 'run'))
     assert (progress['phase'], progress['exit_code'], progress['outcome']) == ('end', 0, 'done')
@@ -124,12 +125,22 @@ def test_an_evaluation_is_read_with_its_deviation_if_it_is_there(tmp_path):
             points += [(iteration, at, f'evaluator_{axis}/{name}', value)
                        for axis, at in (('iter', iteration), ('step', 10 * iteration))]
     write_events(tmp_path / 'a', points)
-    assert run_hooks.read_events(str(tmp_path / 'a')) == (
-        [Evaluation(0, 0, 20., 4., 8), Evaluation(70, 7, 57.25, 4., 8)], None)
+    seen = run_hooks.read_events(str(tmp_path / 'a'))
+    assert (seen.evaluations, seen.loss) == ([Evaluation(0, 0, 20., 4., 8), Evaluation(70, 7, 57.25, 4., 8)], None)
     loss = [(9, 9, 'learner_iter/weighted_total_loss_avg', 0.5)]
     write_events(tmp_path / 'b', [point for point in points if 'reward_mean' in point[2]] + loss)
-    assert run_hooks.read_events(str(tmp_path / 'b')) == ([Evaluation(0, 0, 20.), Evaluation(70, 7, 57.25)], 0.5)
-    assert run_hooks.read_events(str(tmp_path / 'none')) == ([], None)
+    seen = run_hooks.read_events(str(tmp_path / 'b'))
+    assert (seen.evaluations, seen.loss) == ([Evaluation(0, 0, 20.), Evaluation(70, 7, 57.25)], 0.5)
+    assert run_hooks.read_events(str(tmp_path / 'none')).evaluations == []
+
+
+def test_an_evaluation_that_breaks_off_shifts_no_other(tmp_path):
+    """A kill leaves its mean against iterations alone; the training goes on in another file."""
+    for began, steps in ((1, [(0, 0), (7, None)]), (2, [(5, 50), (9, 90)])):
+        write_events(tmp_path, [(at, at, f'evaluator_{axis}/reward_mean', float(iteration)) for iteration, step in steps
+                                for axis, at in (('iter', iteration), ('step', step)) if at is not None], began)
+    assert run_hooks.read_events(str(tmp_path)).evaluations == [
+        Evaluation(0, 0, 0.), Evaluation(50, 5, 5.), Evaluation(90, 9, 9.)]
 
 
 def test_rewards_are_those_of_the_entrys_last_evaluation_and_of_its_best_one():

@@ -40,6 +40,7 @@ from lzero_kvcache.host import building
 from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.host.states import fault_of_state
 from lzero_kvcache.lock_files import check_not_trained_in, training_in
+from lzero_kvcache.run_hooks import read_events
 from lzero_kvcache.summary import (
     Evaluation,
     Result,
@@ -51,7 +52,7 @@ from lzero_kvcache.summary import (
     versions,
 )
 from lzero_kvcache.training import Plan, make_plan
-from lzero_kvcache.training.checkpoints import Checkpoint, read_checkpoint, save_atomically
+from lzero_kvcache.training.checkpoints import Checkpoint, is_abandoned, read_checkpoint, save_atomically
 from lzero_kvcache.training.error_hints import hint
 from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_empty
@@ -787,12 +788,57 @@ def test_the_best_checkpoint_of_lightzeros_own_entry_is_replaced_by_a_better_one
     assert run.watch.best_reward == 60.
 
 
+@pytest.mark.parametrize('before', [20, 50])
+def test_an_evaluation_that_nobody_noted_comes_again_if_it_may_come_after_the_checkpoint(before, tmp_path, monkeypatch):
+    """As a part that is killed soon after it went on leaves it; one of fewer steps comes before, and stays."""
+    event_runs.write_events(tmp_path / 'runs' / 'a' / 'log' / 'serial', [
+        (0, at, f'evaluator_{axis}/reward_mean', 9.) for axis, at in (('iter', 5), ('step', before))])
+    run = a_run_in_place(tmp_path, monkeypatch, noted=noted(9.))
+    run._make_folder()
+    assert run.watch.evaluated_at == (5 if before == 20 else None)
+    assert len(read_events('runs/a/log/serial').evaluations) == (before == 20)
+    assert run.watch.best_reward == 9.
+
+
+def test_nothing_goes_on_from_what_was_abandoned(capfd, tmp_path, monkeypatch):
+    """In its own folder, where branches would blend; also from a checkpoint beside which nothing was noted."""
+    run = a_run_in_place(tmp_path, monkeypatch, noted=noted(9.))
+    counts = dict(iteration_4=4, iteration_9=9, iteration_20=20)
+    paths = [f'runs/a/ckpt/{name}.pth.tar' for name in counts]
+    for path, train_iter in zip(paths, counts.values()):
+        torch.save(dict(model={}, target_model={}, optimizer_world_model={}, last_iter=train_iter), path)
+    replace(noted(20.), train_iter=9).write('runs/a/ckpt/iteration_9.json')
+    with run._holding:
+        run._make_folder()
+    assert [is_abandoned(path) for path in paths] == [False, True, True]
+    assert read_result('runs/a/ckpt/iteration_9.json').seconds == 20
+    for path in paths[1:]:
+        capfd.readouterr()
+        assert main(['--config', 'config_new', '--resume', path, '--in-place']) == 2
+        assert capfd.readouterr().err == (
+            f'lzero-kvcache: error: --in-place: {path} is of a part that was abandoned when the training went on from '
+            'an earlier one; give --exp-name in its place, and the training goes on in a folder of its own\n')
+    run._bar = SimpleNamespace(update=lambda *shown: None)
+    run._note(str(tmp_path / paths[1]))  # the part that goes on has come there too
+    assert not is_abandoned(paths[1])
+
+
 def test_a_summary_of_its_past_is_not_that_of_a_run_that_goes_on(tmp_path, monkeypatch):
     """It would be taken for the whole, if the run was killed; it is kept beside the checkpoint."""
     run = a_run_in_place(tmp_path, monkeypatch, ended=noted(30.), progress='new')
     run._make_folder()
     assert read_summary('runs/a') is None and read_progress('runs/a') == {}
     assert read_result('runs/a/ckpt/c.json').seconds == 30
+
+
+@pytest.mark.parametrize(('past', 'kept'), [
+    (dict(noted=dict(run_id='a')), 'a'), (dict(ended=dict(run_id='a')), 'a'), (dict(noted={}), '')])
+def test_a_training_has_one_id_for_all_of_its_parts(past, kept, tmp_path, monkeypatch):
+    """And none, if it was begun by a version that gave none."""
+    run = a_run_in_place(tmp_path, monkeypatch, **{name: noted(9., **held) for name, held in past.items()})
+    other = run.result.run_id
+    run._make_folder()
+    assert run._completed({}).run_id == read_result('runs/a/ckpt/c.json').run_id == kept != other
 
 
 def test_checkpoints_that_it_abandons_are_told_of(tmp_path, monkeypatch):

@@ -119,9 +119,10 @@ TRAIN = [
           for key, option, wrong in (('policy.device', 'device', 'gpu'), ('device', 'device', 'cuda:0'),
                                      ('threads', 'threads', '0'), ('max_train_iter', 'max-train-iter', 'x'))),
         (['policy.device=cuda'], '--set policy.device=cuda: give --device cuda in its place'),
-        (['policy.update_per_collect=-1'], 'policy.update_per_collect=-1 must be a whole number that is not below 0'),
-        *([] if ON_MAIN else [(['policy.replay_ratio=-0.25'],
-                               'policy.replay_ratio=-0.25 must be a number that is not below 0')]),
+        *(([f'policy.update_per_collect={none}'], f'policy.update_per_collect={none} must be a whole number above 0')
+          for none in (-1, 0)),
+        *([] if ON_MAIN else [([f'policy.replay_ratio={none}'], f'policy.replay_ratio={none} must be a number above 0')
+                              for none in (-0.25, 0)]),
         (['policy.game_segment_length=9', 'policy.ignore_done=True'],
          'policy.game_segment_length=9 contradicts policy.num_unroll_steps=5 and policy.td_steps=5 with '
          'policy.ignore_done=True: it must be at least their sum, 10'),
@@ -197,10 +198,10 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
 @pytest.mark.parametrize('changes', [
     *(f'policy.{change}'.split() for change in (
         'eval_freq=0', 'td_steps=0', 'discount_factor=1.5', 'root_noise_weight=1.5', 'learning_rate=0.0',
-        'root_dirichlet_alpha=None', 'grad_clip_value=0', 'replay_ratio=0', 'num_segments=None',
+        'root_dirichlet_alpha=None', 'grad_clip_value=0', 'num_segments=None',
         'update_per_collect=4 policy.replay_ratio=None', 'update_per_collect=4 policy.replay_ratio=-1',
-        'update_per_collect=0', 'game_segment_length=3', 'game_segment_length=9 policy.ignore_done=True '
-        'policy.use_priority=True', *(['replay_ratio=-1'] if ON_MAIN else []),
+        'game_segment_length=3', 'game_segment_length=9 policy.ignore_done=True policy.use_priority=True',
+        *(['replay_ratio=0', 'replay_ratio=-1'] if ON_MAIN else []),
         'manual_temperature_decay=True policy.fixed_temperature_value=None')),
     [f'{WM}.context_length=7'], [f'{WM}.context_length=22'],
     ['env.collector_env_num=4', 'policy.collector_env_num=5', f'{WM}.env_num=5'],

@@ -32,6 +32,7 @@ def cautions(sides: Sequence[Side]) -> Iterator[Caution]:
         yield Caution(f"All runs are of one side, '{sides[0].name}': there is nothing to compare it to (--group makes "
                       'sides)')
     yield from _disagreements(sides, ENVIRONMENT, 'nothing here is comparable', ALL)
+    yield from _branches(sides)
     yield from _no_repeats(sides)
     yield from _seeds(sides)
     yield from _incomplete(runs)
@@ -50,10 +51,16 @@ def blocked(sides: Sequence[Side]) -> Set[str]:
 
 def notes(runs: Sequence[TrainedRun]) -> List[Caution]:
     """What has to be said of single runs."""
-    resumed = [f'{run.name} went on with an empty replay buffer at {step:,} environment steps, which bends its curves'
-               for run in runs for step in run.summary.get('resumed_at') or []]
+    resumed = [f'{run.name} went on with an empty replay buffer at {place}, which bends its curves'
+               for run in runs for place in _resumed_at(run)]
     noted = [f'{run.name}: {note}' for run in runs for note in run.notes]
     return list(map(Caution, [*resumed, *_other_overrides(runs), *noted]))
+
+
+def _resumed_at(run: TrainedRun) -> List[str]:
+    """Where a run went on from a checkpoint; of LightZero's own entry, its first iteration tells."""
+    said = [f'{step:,} environment steps' for step in run.summary.get('resumed_at') or []]
+    return said or ([] if run.before is None else [f'iteration {run.first_iteration:,}'])
 
 
 def time_text(seconds: float) -> str:
@@ -153,6 +160,19 @@ def _seeds(sides: Sequence[Side]) -> Iterator[Caution]:
                           'seeds')
 
 
+def _branches(sides: Sequence[Side]) -> Iterator[Caution]:
+    """A line for runs that are one training up to some checkpoint, as a folder that was copied and went on."""
+    for one, other in itertools.combinations([run for side in sides for run in side.runs], 2):
+        if _is_branch(one, other):
+            yield Caution(f'{one.name} and {other.name} are copies or branches of one training, and not two: nothing '
+                          'is comparable between them', ALL)
+
+
+def _is_branch(one: TrainedRun, other: TrainedRun) -> bool:
+    """Whether both are of one training. Runs of earlier versions do not say so."""
+    return bool(one.summary.get('run_id')) and one.summary['run_id'] == other.summary.get('run_id')
+
+
 def _no_repeats(sides: Sequence[Side]) -> Iterator[Caution]:
     """A line for runs of one side that are not repeats of each other."""
     for side in sides:
@@ -162,16 +182,19 @@ def _no_repeats(sides: Sequence[Side]) -> Iterator[Caution]:
                           'they are no repeats of each other', ALL)
             continue
         for one, other in itertools.combinations(side.runs, 2):
-            if one.seed == other.seed and (parts or one.spans[0][0] == other.spans[0][0]):
+            if one.seed == other.seed and (parts or one.spans[0][0] == other.spans[0][0]) and not _is_branch(
+                    one, other):
                 began = 'went on from checkpoints with one seed' if parts else 'began at the same moment'
                 yield Caution(f'{one.name} and {other.name} {began}: they are taken to be parts or copies of one '
                               'training, and no repeats of each other', ALL)
 
 
 def _at_once(runs: Sequence[TrainedRun]) -> Iterator[Caution]:
-    """Warn of runs that overlap in time. Runs of unknown hosts are taken to share one."""
+    """Warn of runs that overlap in time, but for what branches of one training have in common. Runs of unknown hosts
+    are taken to share one."""
     for one, other in itertools.combinations(runs, 2):
-        overlap = any(max(span[0], others[0]) < min(span[1], others[1])
+        branch = _is_branch(one, other)
+        overlap = any(max(span[0], others[0]) < min(span[1], others[1]) and not (branch and span[0] == others[0])
                       for span in one.spans for others in other.spans)
         if overlap and one.host == other.host:
             yield Caution(f'Runs went on at the same time on one machine, as {one.name} and {other.name}: '

@@ -27,7 +27,8 @@ TAGS = frozenset([
 ])
 # Tags against environment steps are called NAME_step/TAG, tags against iterations NAME_iter/TAG. A file that goes on
 # from a checkpoint begins at the checkpoint's iteration, but with more environment steps.
-AXES = ENV_STEPS, ITERATIONS = '_step/', '_iter/'
+# An evaluation where a later file has one of the same environment steps, or of fewer, has been made again.
+AXES = ENV_STEPS, ITERATIONS, AGAIN = '_step/', '_iter/', EVALUATIONS[1]
 
 # From when to when, in seconds since 1970.
 Span = Tuple[float, float]
@@ -58,7 +59,7 @@ class EventFile:
                         self.points[tag].extend((event.step, len(times), number))
                     for axis in AXES:
                         if axis in tag and not tag.startswith(COLLECTIONS[0]):  # environment steps tell of these
-                            before = axis == ENV_STEPS or tag.startswith(EVALUATIONS)
+                            before = axis == ENV_STEPS or tag.startswith(EVALUATIONS[0])
                             steps[axis].extend((event.step, len(times), before))
                 times.append(event.wall_time)
                 scalars.append(len(numbers))
@@ -77,7 +78,7 @@ class EventFile:
         """Drop the points after the checkpoint from which a later file goes on, if it lies within this file."""
         for axis, own in self.steps.items():
             of_later = later.steps[axis]
-            if len(own) and len(of_later) and own[0, 0] < of_later[0, 0]:
+            if len(own) and len(of_later) and own[0, 0] < of_later[0, 0] + (axis == AGAIN):
                 beyond = own[own[:, 0] >= of_later[0, 0] + own[:, 2], 1]
                 self.end = min([self.end, *beyond[:1]])
 

@@ -140,7 +140,7 @@ def _device_memory(run: TrainedRun) -> Number:
 
 def _speed(run: TrainedRun) -> Number:
     """Over what its own event files hold; a run that went on from a checkpoint has steps of another before them."""
-    return None if run.env_step is None else _ratio(run.env_step - (run.first_step or 0), run.seconds)
+    return None if run.env_step is None else _ratio(run.env_step - (run.before or run.first_step or 0), run.seconds)
 
 
 def _hit_rate(pool: str) -> Measure:

@@ -13,24 +13,20 @@ import numpy as np
 from ..config import ConfigError
 from ..run_files import (
     CONFIG_FILE,
+    EVENT_FILE,
     EVENT_FILES,
     EXPERIMENT,
     LOADED,
-    PROGRESS,
+    NO_END,
     SUMMARY,
-    cache_of,
-    read_config,
-    read_json,
+    Record,
 )
 from .event_files import ITERATIONS, EventFile, Span, Unreadable
 
-EVENT_FILE = 'tfevents'
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
 
 WORLD_MODEL = 'policy.model.world_model_cfg.'
 OLD = 'old'
-# The outcome of a run that has left its progress and no summary.
-NO_END = 'it was killed, or failed, or is not done yet'
 # What an experiment appends to the name of a run that was cut off before its first checkpoint.
 CUT_OFF = re.compile(r'_cut_off\d+$')
 # The time that train.py and DI-engine append to a name that exists, and what looks like a seed in a name.
@@ -46,15 +42,13 @@ class Curve(NamedTuple):
 
 
 @dataclass
-class TrainedRun:
+class TrainedRun(Record):
     """
     A run: where its files are, event files oldest first, a name that tells it apart from the others, and, when it was
     read, what is in them. It has several spans if it was cut off and resumed. ``env_step`` is the last step in its
-    event files, ``points`` counts the scalars of all tags. ``config`` has dotted keys; ``summary`` is what its progress
-    says, if it has no summary. Both are empty where nothing was saved. ``notes`` say what is missing.
+    event files, ``points`` counts the scalars of all tags.
     """
-    folder: str
-    event_files: List[str]
+    event_files: List[str] = field(default_factory=list)
     name: str = ''
     curves: Dict[str, Curve] = field(default_factory=dict)
     spans: List[Span] = field(default_factory=list)
@@ -62,9 +56,6 @@ class TrainedRun:
     first_step: Optional[int] = None
     first_iteration: Optional[int] = None
     points: int = 0
-    config: Dict[str, Any] = field(default_factory=dict)
-    summary: Dict[str, Any] = field(default_factory=dict)
-    notes: List[str] = field(default_factory=list)
     damaged: bool = False
 
     @property
@@ -102,13 +93,9 @@ class TrainedRun:
 
     @property
     def seconds(self) -> float:
-        """How long it went on, without the time between its spans."""
-        return sum(ended - started for started, ended in self.spans)
-
-    @property
-    def cache(self) -> Optional[str]:
-        """'old', 'new' or the name of a registered manager."""
-        return cache_of(self.config) or self.summary.get('cache')
+        """How long it went on, without the time between its spans, and without parts before that its summary lacks."""
+        spans = self.spans if self.before is None else self.spans[-len(self.parts):]
+        return sum(ended - started for started, ended in spans)
 
     @property
     def seed(self) -> Optional[int]:
@@ -162,7 +149,7 @@ def find_runs(paths: Sequence[str]) -> List[TrainedRun]:
     found: Dict[str, TrainedRun] = {}
     for path in paths:
         for folder, files in _look_into(os.path.expanduser(path)).items():
-            run = found.setdefault(os.path.realpath(folder), TrainedRun(folder, []))
+            run = found.setdefault(os.path.realpath(folder), TrainedRun(folder))
             run.event_files += [file for file in files if file not in run.event_files]
     for real, run in found.items():
         run.event_files.sort(key=lambda file: (os.path.basename(file), file))
@@ -215,32 +202,10 @@ def read_run(run: TrainedRun) -> None:
     """Read all that a run left behind."""
     if CUT_OFF.search(run.name) and os.path.exists(os.path.join(os.path.dirname(run.folder), EXPERIMENT)):
         raise Unreadable('its experiment began it anew')
-    try:
-        run.config = read_config(os.path.join(run.folder, CONFIG_FILE))
-    except ValueError as error:
-        run.notes.append(str(error))
-    for name, known in ((SUMMARY, {}), (PROGRESS, {'outcome': NO_END})):
-        try:
-            run.summary = _checked({**read_json(os.path.join(run.folder, name)), **known})
-            break
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            run.notes.append(f'{name} cannot be parsed ({error})')
+    run.read()
     if run.from_summary('task') == 'evaluate':
         raise Unreadable('it evaluated a checkpoint and trained nothing')
     _read_events(run)
-
-
-def _checked(summary: Dict[str, Any]) -> Dict[str, Any]:
-    """A summary whose lists are lists of what they hold; ``ValueError`` for any other."""
-    for name, kind in (('resumed_at', int), ('earlier', dict)):
-        held = summary.get(name) or []
-        if not isinstance(held, list) or not all(isinstance(part, kind) for part in held):
-            raise ValueError(f'{name} is {held!r}')
-    if not isinstance(summary.get('outcome', ''), str):
-        raise ValueError(f'outcome is {summary["outcome"]!r}')
-    return summary
 
 
 def _read_events(run: TrainedRun) -> None:

@@ -47,7 +47,8 @@ def measures_table(comparison: Comparison, others: Optional[Sequence[Side]] = No
         for side in others:
             cells += [_spread_text(row.spreads[side.name], row.measure.kind), _verdict(row, baseline, side)]
         rows.append(cells)
-    return Table(f'Comparison: {comparison.title}', headings, rows)
+    title = ' / '.join(side.name for side in [baseline, *others])
+    return Table(f'Comparison: {title}', headings, rows)
 
 
 def runs_table(comparison: Comparison, runs: Optional[Sequence[TrainedRun]] = None) -> Table:

@@ -7,14 +7,16 @@ import glob
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 
 from ..config import ConfigError
+from ..run_files import read_json, write_json
 from ..summary import read_result
 
 CHECKPOINTS = 'ckpt'
+ABANDONED = 'abandoned'  # in what is noted beside a checkpoint
 STATE = ('model', 'target_model', 'optimizer_world_model')
 
 
@@ -62,12 +64,40 @@ def beside(path: str) -> str:
     return re.sub(r'(\.pth\.tar)?$', '.json', path, count=1)
 
 
-def later_checkpoints(path: str, train_iter: int) -> List[str]:
-    """The names of the checkpoints beside one that were saved after its iteration, by what was noted beside them."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*.pth.tar')), key=os.path.getmtime)
-    others = [other for other in paths if not os.path.samefile(other, path)]
-    noted = {os.path.basename(other): read_result(beside(other)) for other in others}
-    return [name for name, result in noted.items() if result is not None and result.train_iter > train_iter]
+def in_folder(folder: str) -> List[str]:
+    """The checkpoints in a folder, in the order in which they were saved."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), '*.pth.tar')), key=os.path.getmtime)
+
+
+def abandon_later(path: str, *counts: int) -> List[str]:
+    """Mark the checkpoints beside one that are further than its iterations and environment steps; gives their names."""
+    others = [other for other in in_folder(os.path.dirname(path)) if not os.path.samefile(other, path)]
+    later = [other for other in others if _counts(other) > counts]
+    for other in later:
+        write_json(beside(other), {**_note(other), ABANDONED: True})
+    return list(map(os.path.basename, later))
+
+
+def is_abandoned(path: str) -> bool:
+    """Whether the training in a checkpoint's folder has gone on from an earlier one since it was saved."""
+    return bool(_note(path).get(ABANDONED))
+
+
+def _note(path: str) -> Dict[str, Any]:
+    """What stands beside a checkpoint; empty if nothing does."""
+    try:
+        return read_json(beside(path))
+    except (OSError, ValueError):
+        return {}
+
+
+def _counts(path: str) -> Tuple[int, ...]:
+    """Iterations and environment steps of a checkpoint, by what was noted beside it, or else its own; none of one that
+    nothing can go on from."""
+    found: Any = read_result(beside(path))
+    with contextlib.suppress(ConfigError):
+        found = found or read_checkpoint(path)
+    return (found.train_iter, found.env_step) if found else ()
 
 
 def prune(folder: str, keep: int) -> None:

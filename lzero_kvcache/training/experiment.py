@@ -3,7 +3,6 @@ An experiment on disk: a training for each cache system and seed, all of one set
 is. ``processes.py`` starts and watches them.
 """
 import contextlib
-import glob
 import hashlib
 import itertools
 import os
@@ -18,7 +17,7 @@ from ..lock_files import check_not_trained_in, held
 from ..run_files import EXPERIMENT, read_json, write_json
 from ..summary import TRAIN, Result, read_summary
 from . import overrides
-from .checkpoints import CHECKPOINTS, read_checkpoint
+from .checkpoints import CHECKPOINTS, in_folder, is_abandoned, read_checkpoint
 from .config_file import Plan
 from .plan import plan_of
 from .terminal import unlogged
@@ -178,8 +177,9 @@ def _hash(plan: Plan, version: int) -> str:
 
 def last_checkpoint(folder: str, max_env_step: int) -> Optional[str]:
     """The last whole checkpoint in the folder of a training that was cut off before ``max_env_step``."""
-    paths = glob.glob(os.path.join(glob.escape(folder), CHECKPOINTS, '*.pth.tar'))
-    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+    for path in reversed(in_folder(os.path.join(folder, CHECKPOINTS))):
+        if is_abandoned(path):
+            continue
         with contextlib.suppress(ConfigError):
             held = read_checkpoint(path)
             if held.train_iter > 0 and held.env_step < max_env_step:

@@ -1,6 +1,7 @@
 """
-What each value of a complete config must be. What LightZero runs with is let pass, however little it learns. Numbers of
-updates below 0 alone are refused although it runs: it would train nothing, and not say so.
+What single values of a complete config must be for any training to run. A value with which either system of LightZero
+runs, whatever it learns, is not refused, but for numbers of updates that are not above 0: it would make none, and say
+nothing.
 """
 from numbers import Integral, Real
 from typing import Any, Callable, Collection, Mapping, NamedTuple, Set, Tuple
@@ -24,7 +25,6 @@ SIZE = Limit('a whole number above 0', lambda value: isinstance(value, Integral)
 # Or a float that is one.
 ROUND = Limit(SIZE.said, lambda value: isinstance(value, Real) and float(value).is_integer() and float(value) > 0)
 WHOLE = Limit('a whole number', lambda value: isinstance(value, Integral))
-COUNT = Limit('a whole number that is not below 0', lambda value: isinstance(value, Integral) and int(value) >= 0)
 POSITIVE = Limit('a number above 0', lambda value: isinstance(value, Real) and float(value) > 0)
 # LightZero computes int(value * env_num): '4' becomes int('4444'), with which it trains.
 DIGITS = Limit(POSITIVE.said, lambda value: isinstance(value, str) or POSITIVE.holds(value))
@@ -38,17 +38,18 @@ LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
     (SIZE, (
         'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
         'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.num_simulations', 'policy.num_unroll_steps',
-        *COLLECTED.values(),
+        'policy.update_per_collect', *COLLECTED.values(),
         *(f'{PREFIX}.{size}' for size in ('context_length', 'embed_dim', 'env_num', 'max_blocks', 'max_tokens',
                                           'num_layers', *lightzero.DIVIDE_EMBEDDING)),
     )),
     (ROUND, ('policy.game_segment_length', *lightzero.SCALES)),
     (WHOLE, ('policy.td_steps', )),
-    (COUNT, ('policy.update_per_collect', )),
-    (POSITIVE, ('policy.root_dirichlet_alpha', f'{PREFIX}.rope_theta')),
+    (POSITIVE, (
+        'policy.root_dirichlet_alpha', f'{PREFIX}.rope_theta', *(() if lightzero.UPDATES_AT_LEAST_ONCE else (RATIO, )),
+    )),
     (DIGITS, (f'{PREFIX}.num_simulations', )),
     (NOT_ZERO, ('policy.fixed_temperature_value', )),
-    (NOT_NEGATIVE, ('policy.learning_rate', *(() if lightzero.UPDATES_AT_LEAST_ONCE else (RATIO, )))),
+    (NOT_NEGATIVE, ('policy.learning_rate', )),
     (NUMBER, (
         'env.stop_value', 'policy.discount_factor', 'policy.eval_freq', 'policy.grad_clip_value',
         'policy.replay_buffer_size', RATIO, 'policy.root_noise_weight', 'policy.target_update_theta',

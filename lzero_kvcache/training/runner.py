@@ -17,13 +17,14 @@ from ..config import ConfigError, picked_manager
 from ..host import building, entries
 from ..host.patches import applied
 from ..lock_files import check_not_trained_in, training_in
-from ..run_files import EVENT_FILES, LOADED, PROGRESS, cache_of, config_of, purge
-from ..run_hooks import UNBOUNDED, read_events
-from ..summary import EVALUATE, SUMMARY, TRAIN, Result, add_up, begun, read_progress, read_result, read_summary
+from ..run_files import EVENT_FILES, LOADED, Record
+from ..run_hooks import UNBOUNDED
+from ..summary import EVALUATE, TRAIN, Result, add_up, begun
 from ..telemetry import summed_over_ranks
-from .checkpoints import beside, later_checkpoints, read_checkpoint
+from .checkpoints import beside, is_abandoned, read_checkpoint
 from .config_file import Plan
 from .error_hints import hinted
+from .past import take_up
 from .ranks import DataParallel, Interrupted
 from .terminal import Bar, Output, summary_rows, unlogged
 from .watch import Watch
@@ -186,17 +187,19 @@ class _Training:
             building.try_policy(plan.main_config, plan.create_config, loaded)
 
     def _check_place(self) -> None:
-        """No other process may train in the folder that a training goes on in, which must be of one cache system."""
-        folder, now = self.plan.main_config.exp_name, self.result.cache
+        """No other process may train in the folder that a training goes on in, which must be of one cache system, nor
+        may the checkpoint be of a part that was abandoned there."""
+        plan, now = self.plan, self.result.cache
+        folder = plan.main_config.exp_name
         check_not_trained_in(folder, self._shown(folder))
-        ended_there = read_summary(folder)
-        was = read_progress(folder).get('cache') if ended_there is None else ended_there.cache
-        was = was or cache_of(config_of(folder))  # of LightZero's own entry
+        was, fault = Record(folder).read().cache, None
         if was and was != now:
-            raise ConfigError(
-                f"--in-place: {self._shown(folder)} was trained with cache system '{was}', not '{now}'; give "
-                '--exp-name in its place, and the training goes on in a folder of its own'
-            )
+            fault = f"{self._shown(folder)} was trained with cache system '{was}', not '{now}'"
+        elif is_abandoned(str(plan.checkpoint)):
+            fault = f'{plan.checkpoint} is of a part that was abandoned when the training went on from an earlier one'
+        if fault:
+            raise ConfigError(f'--in-place: {fault}; give --exp-name in its place, and the training goes on in a '
+                              'folder of its own')
 
     def _make_folder(self) -> None:
         plan, ranks = self.plan, self.ranks
@@ -225,36 +228,16 @@ class _Training:
         return exp_name
 
     def _take_up(self, folder: str) -> None:
-        """Go on from what the training was at its checkpoint; what came after that is abandoned, counts for nothing."""
-        checkpoint, at, line = str(self.plan.checkpoint), self.result.train_iter, self.terminal.line
-        self.watch.goes_on_from = os.path.realpath(checkpoint), at
-        ended, noted, evaluations = self.ranks.from_main(lambda: (
-            read_summary(folder), read_result(beside(checkpoint)), read_events(os.path.join(folder, EVENT_FILES))[0]))
-        self._before = next((part for part in (ended, noted) if part and (part.train_iter, part.env_step) == (
-            at, self.result.env_step)), None)
+        """Go on from what the training was at its checkpoint."""
+        path, result, watch = str(self.plan.checkpoint), self.result, self.watch
+        past = self.ranks.from_main(
+            lambda: take_up(folder, path, result.train_iter, result.env_step, self.terminal.line))
+        watch.goes_on_from = os.path.realpath(path), result.train_iter
+        watch.best_reward, watch.evaluated_at, self._before = past.best_reward, past.evaluated_at, past.result
         if self._before is not None:
-            self.result.best_reward = self._before.best_reward
-            self.watch.evaluated_at = next((evaluation.train_iter for evaluation in self._before.evaluations
-                                            if evaluation.train_iter == at), None)
-        rewards = [part.best_reward for part in (ended, noted) if part and part.best_reward is not None]
-        # LightZero's own entry keeps no result beside a checkpoint, and leaves no summary if it is killed.
-        self.watch.best_reward = max([*rewards, *(evaluation.reward for evaluation in evaluations)], default=None)
-        if not self.ranks.main:
-            return
-        if self._before is None:
-            line(f'Nothing says what this training had taken at its checkpoint: {SUMMARY} will have the time, the '
-                 'counts and the evaluations from here on')
-        else:  # kept there if this run is killed; its past is not its own summary
-            self._before.write(beside(checkpoint))
-        for name in (SUMMARY, PROGRESS):  # of a training that went further
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(folder, name))
-        cut = purge(os.path.join(folder, EVENT_FILES), at, self.result.env_step)
-        if cut:
-            line(f'Removed {cut:,} points of event files that came after the checkpoint')
-        later = later_checkpoints(checkpoint, at)
-        if later:
-            line(f'{", ".join(later)}: of the part after the checkpoint, abandoned, not removed')
+            result.best_reward = self._before.best_reward
+        if past.run_id is not None:
+            result.run_id = past.run_id
 
     def _shown(self, path: str) -> str:
         """A path as the user would give it; DI-engine's are relative."""

@@ -1,0 +1,50 @@
+"""
+What a training goes on from in the folder of its checkpoint. What came after the checkpoint is abandoned: it counts for
+nothing, and its points, summary and progress are removed.
+"""
+import contextlib
+import os
+from typing import Callable, NamedTuple, Optional
+
+from ..run_files import EVENT_FILES, PROGRESS, SUMMARY, Record, purge
+from ..run_hooks import Seen
+from ..summary import Result, as_result, read_result
+from .checkpoints import abandon_later, beside
+
+
+class Past(NamedTuple):
+    """The training at its checkpoint, if anything says what it was; its id, if it has one; the best reward, of what is
+    abandoned too; the checkpoint's iteration, if it was evaluated there."""
+    result: Optional[Result]
+    run_id: Optional[str]
+    best_reward: Optional[float]
+    evaluated_at: Optional[int]
+
+
+def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str], None]) -> Past:
+    """Go on in a folder from a checkpoint of these counts, with a line for what is abandoned or not known."""
+    record = Record(folder).read()
+    ended, noted = as_result(record.summary) if record.ended else None, read_result(beside(path))
+    before = next((part for part in (ended, noted) if part and (part.train_iter, part.env_step) == (at, env_step)),
+                  None)
+    if before is None:
+        line(f'Nothing says what this training had taken at its checkpoint: {SUMMARY} will have the time, the counts '
+             'and the evaluations from here on')
+    else:  # kept there if this run is killed; its past is not its own summary
+        before.write(beside(path))
+    for name in (SUMMARY, PROGRESS):  # of a training that went further
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
+    evaluated, seen = any(held.train_iter == at for held in before.evaluations) if before else False, Seen()
+    cut = purge(os.path.join(folder, EVENT_FILES), at, env_step, evaluated, seen.add)
+    if cut:
+        line(f'Removed {cut:,} points of event files that came after the checkpoint')
+    later = abandon_later(path, at, env_step)
+    if later:
+        line(f'{", ".join(later)}: of the part after the checkpoint, abandoned, not removed')
+    # LightZero's own entry keeps no result beside a checkpoint, and leaves no summary if it is killed.
+    evaluated = evaluated or any(held.train_iter == at and held.env_step < env_step for held in seen.evaluations)
+    rewards = [part.best_reward for part in (ended, noted) if part and part.best_reward is not None]
+    best = max([*rewards, *(held.reward for held in seen.evaluations)], default=None)
+    run_id = before.run_id if before else record.summary.get('run_id')
+    return Past(before, run_id, best, at if evaluated else None)
