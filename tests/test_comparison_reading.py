@@ -115,6 +115,15 @@ class TestReading:
         assert (steps.tolist(), values.tolist()) == ([0, 50, 90], [1, 4, 5])
         assert run.notes == ['2 points and their time do not count: it went on from a checkpoint before them']
 
+    def test_environment_steps_that_are_counted_anew_cut_nothing_off(self, tmp_path):
+        """As by LightZero's own entry; iterations go on."""
+        for began, evaluations in enumerate(([(0, 0, 1.), (5, 50, 2.)], [(6, 0, 3.), (9, 90, 5.)])):
+            write_events(tmp_path, [(number, at, f'evaluator_{axis}/reward_mean', reward)
+                                    for number, (iteration, step, reward) in enumerate(evaluations)
+                                    for axis, at in (('iter', iteration), ('step', step))], BEGAN + 100 * began)
+        [run] = read(str(tmp_path))
+        assert sorted(run.curves[REWARD].values) == [1, 2, 3, 5] and run.notes == []
+
     @pytest.mark.parametrize(('collected', 'abandoned'), [(300, 0), (700, 3)])
     def test_a_collection_counts_if_the_checkpoint_counts_its_steps(self, collected, abandoned, tmp_path):
         """At the iteration where the run went on: before a checkpoint of an update, but after one of an evaluation."""

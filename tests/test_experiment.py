@@ -61,12 +61,13 @@ def test_a_run_is_begun_with_all_that_was_asked_for(tmp_path):
 
 
 def test_it_goes_on_from_the_last_whole_checkpoint(tmp_path):
+    """Whatever the times of the files are, which a copy need not keep."""
     made = make(tmp_path)
     run, folder = made.trials[1], tmp_path / 'new_seed0' / 'ckpt'
     paths = [checkpoint(folder / f'iteration_{step}.pth.tar', step) for step in (0, 20, 40, 50, 60)]
     with open(paths[3], 'r+b') as file:
         file.truncate(100)
-    for age, path in enumerate(reversed(paths)):
+    for age, path in enumerate(paths):
         os.utime(path, (1e9 - age, 1e9 - age))
     asked = made.ask(run)
     assert (asked.resume, asked.in_place, asked.exp_name) == (paths[2], True, None)
@@ -75,11 +76,9 @@ def test_it_goes_on_from_the_last_whole_checkpoint(tmp_path):
 
 
 def test_it_goes_on_from_no_checkpoint_that_was_abandoned(tmp_path):
-    """Also if it was saved last, as it is where a training that went on from an earlier one was killed soon."""
+    """It is further than the others where a training that went on from an earlier one was killed soon."""
     run, folder = make(tmp_path).trials[1], tmp_path / 'new_seed0' / 'ckpt'
     paths = [checkpoint(folder / f'iteration_{step}.pth.tar', step) for step in (20, 50)]
-    for age, path in enumerate(reversed(paths)):
-        os.utime(path, (1e9 - age, 1e9 - age))
     assert last_checkpoint(run.folder, 60) == paths[1]
     assert abandon_later(paths[0], 2, 20) == ['iteration_50.pth.tar']
     assert last_checkpoint(run.folder, 60) == paths[0]

@@ -881,6 +881,13 @@ def test_a_run_that_is_killed_as_it_goes_on_leaves_a_record(tmp_path, monkeypatc
     assert 'it went on from a checkpoint at 20; it was killed, or failed, or is not done yet' in told
 
 
+def test_a_training_whose_learner_loads_a_checkpoint_says_that_its_buffer_is_empty():
+    plan, lines = make_plan('config_new', overrides=['+policy.learn.learner.hook.load_ckpt_before_run=a.pth.tar']), []
+    _Training(plan, SimpleNamespace(terminal=SimpleNamespace(line=lines.append)), DataParallel())._announce()
+    assert lines[-1].startswith(
+        'Going on from a.pth.tar (policy.learn.learner.hook.load_ckpt_before_run). A checkpoint holds no replay buffer')
+
+
 def test_a_run_that_goes_on_keeps_what_each_part_was_started_with(tmp_path, monkeypatch):
     """Through the files that it leaves."""
     run = a_run_in_place(tmp_path, monkeypatch, noted=noted(

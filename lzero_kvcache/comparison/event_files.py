@@ -76,9 +76,11 @@ class EventFile:
 
     def cut_off(self, later: 'EventFile') -> None:
         """Drop the points after the checkpoint from which a later file goes on, if it lies within this file."""
+        # Neither may have more than an evaluation of the iteration where both begin.
+        together = np.array_equal(self.steps[ITERATIONS][:1, 0], later.steps[ITERATIONS][:1, 0])
         for axis, own in self.steps.items():
             of_later = later.steps[axis]
-            if len(own) and len(of_later) and own[0, 0] < of_later[0, 0] + (axis == AGAIN):
+            if len(own) and len(of_later) and own[0, 0] < of_later[0, 0] + (axis == AGAIN and together):
                 beyond = own[own[:, 0] >= of_later[0, 0] + own[:, 2], 1]
                 self.end = min([self.end, *beyond[:1]])
 

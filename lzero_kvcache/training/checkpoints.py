@@ -64,15 +64,15 @@ def beside(path: str) -> str:
     return re.sub(r'(\.pth\.tar)?$', '.json', path, count=1)
 
 
-def in_folder(folder: str) -> List[str]:
-    """The checkpoints in a folder, in the order in which they were saved."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), '*.pth.tar')), key=os.path.getmtime)
+def in_folder(folder: str) -> List[Tuple[Tuple[int, ...], str]]:
+    """Counts and path of each checkpoint in a folder, the furthest last; a copy's times tell nothing of their order."""
+    return sorted((_counts(path), path) for path in glob.glob(os.path.join(glob.escape(folder), '*.pth.tar')))
 
 
 def abandon_later(path: str, *counts: int) -> List[str]:
     """Mark the checkpoints beside one that are further than its iterations and environment steps; gives their names."""
-    others = [other for other in in_folder(os.path.dirname(path)) if not os.path.samefile(other, path)]
-    later = [other for other in others if _counts(other) > counts]
+    later = [other for further, other in in_folder(os.path.dirname(path))
+             if further > counts and not os.path.samefile(other, path)]
     for other in later:
         write_json(beside(other), {**_note(other), ABANDONED: True})
     return list(map(os.path.basename, later))

@@ -177,7 +177,7 @@ def _hash(plan: Plan, version: int) -> str:
 
 def last_checkpoint(folder: str, max_env_step: int) -> Optional[str]:
     """The last whole checkpoint in the folder of a training that was cut off before ``max_env_step``."""
-    for path in reversed(in_folder(os.path.join(folder, CHECKPOINTS))):
+    for _, path in reversed(in_folder(os.path.join(folder, CHECKPOINTS))):
         if is_abandoned(path):
             continue
         with contextlib.suppress(ConfigError):

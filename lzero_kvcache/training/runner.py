@@ -31,6 +31,7 @@ from .watch import Watch
 
 LOG_FILE = os.path.join('log', 'train.log')
 LOG_FILE_OF_RANK = os.path.join('log', 'train_rank{}.log')
+NO_BUFFER = 'A checkpoint holds no replay buffer, so collection begins with an empty one'
 # The bar is redrawn four times a second, so counters are not asked for more often.
 REFRESH_SECONDS = 0.25
 
@@ -157,11 +158,10 @@ class _Training:
         given = plan.checkpoint if plan.in_place else plan.main_config.exp_name
         self._absolute = os.path.isabs(os.path.expanduser(str(given)))
         policy = plan.main_config.policy
-        hooks = policy.get('learn', {}).get('learner', {}).get('hook', {})
         # LightZero and DI-engine load these without looking at what they hold.
         loaded = [(f'{key}={path}', read_checkpoint(path).state) for key, path in (
             ('policy.model_path', policy.get('model_path')),
-            (LOADED, hooks.get('load_ckpt_before_run'))) if path]
+            (LOADED, self._loaded_by_learner)) if path]
         if plan.checkpoint is not None:
             watch.checkpoint = read_checkpoint(plan.checkpoint)
             option = '--resume' if plan.task == TRAIN else '--eval'
@@ -185,6 +185,12 @@ class _Training:
         building.try_environment(plan.main_config, plan.create_config)
         with unlogged():
             building.try_policy(plan.main_config, plan.create_config, loaded)
+
+    @property
+    def _loaded_by_learner(self) -> Optional[str]:
+        """The checkpoint that DI-engine's learner loads as it begins."""
+        learn = self.plan.main_config.policy.get('learn', {})
+        return learn.get('learner', {}).get('hook', {}).get('load_ckpt_before_run')
 
     def _check_place(self) -> None:
         """No other process may train in the folder that a training goes on in, which must be of one cache system, nor
@@ -252,9 +258,10 @@ class _Training:
         if plan.checkpoint is not None:
             result.resumed_at = [result.env_step]
             line(
-                f'Going on from {plan.checkpoint}: {result.env_step:,} env steps, {result.train_iter:,} iterations. A '
-                'checkpoint holds no replay buffer, so collection begins with an empty one'
-            )
+                f'Going on from {plan.checkpoint}: {result.env_step:,} env steps, {result.train_iter:,} iterations. '
+                + NO_BUFFER)
+        elif self._loaded_by_learner:
+            line(f'Going on from {self._loaded_by_learner} ({LOADED}). {NO_BUFFER}')
         if plan.max_env_step is None and plan.max_train_iter is None:
             line('No max_env_step in the config and none given: it trains until interrupted (Ctrl-C)')
 
