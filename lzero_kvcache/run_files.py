@@ -13,6 +13,7 @@ from .config import FLAG, OPTIONS, PREFIX, picked_manager
 
 # Where LightZero puts event files, and DI-engine the config, below a run's folder.
 EVENT_FILES = os.path.join('log', 'serial')
+EVENT_FILE = 'tfevents'  # in their names
 CONFIG_FILE = 'total_config.py'
 # All that DI-engine writes there before a training begins.
 CONFIG_FILES = {CONFIG_FILE, 'formatted_total_config.py', 'git_log.txt', 'git_diff.txt'}
@@ -24,7 +25,6 @@ NO_END = 'it was killed, or failed, or is not done yet'
 EXPERIMENT = 'experiment.json'
 # In a config: the checkpoint that DI-engine's learner loads as it begins.
 LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
-EVENT_FILE = 'tfevents'  # in the name of each
 # An evaluation or a collection of iteration N comes before a checkpoint of N if the checkpoint counts its environment
 # steps; updates of N come after it.
 EVALUATIONS = ('evaluator_iter/', 'evaluator_step/')

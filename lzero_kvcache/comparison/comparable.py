@@ -182,8 +182,8 @@ def _no_repeats(sides: Sequence[Side]) -> Iterator[Caution]:
                           'they are no repeats of each other', ALL)
             continue
         for one, other in itertools.combinations(side.runs, 2):
-            if one.seed == other.seed and (parts or one.spans[0][0] == other.spans[0][0]) and not _is_branch(
-                    one, other):
+            alike = one.seed == other.seed and (parts or one.spans[0][0] == other.spans[0][0])
+            if alike and not _is_branch(one, other):
                 began = 'went on from checkpoints with one seed' if parts else 'began at the same moment'
                 yield Caution(f'{one.name} and {other.name} {began}: they are taken to be parts or copies of one '
                               'training, and no repeats of each other', ALL)
