@@ -20,7 +20,7 @@ from common import parser, report
 
 from lzero_kvcache.engine import compiled_step, layers, program
 from lzero_kvcache.engine.lanes import NUMBER, WIDTH
-from lzero_kvcache.host import policies
+from lzero_kvcache.host.row_loops import Selection
 from lzero_kvcache.host.tree_search import NodeSearch
 from lzero_kvcache.search import tree
 from lzero_kvcache.search.inference import Inference
@@ -109,7 +109,7 @@ def parts_of_a_step(policy: Any, envs: int, steps: int) -> Tuple[Dict[str, float
     places = [
         (Inference, 'root', 'root inference'), (NodeSearch, 'search', 'search'),
         (type(policy._collect_model), 'eval', 'eval()'), (np.random, 'dirichlet', 'noise'),
-        (policies, 'select_action', 'action selection'),
+        (Selection, '__call__', 'action selection'),
     ]
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(CompiledSearch, '_search', noted))

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import io
+import types
 from unittest import mock
 
 import numpy as np
@@ -15,9 +16,10 @@ from lzero.policy import utils as lightzero_utils
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 from small_models import ON_MAIN
+from test_whole_search import ACTIONS, make
 
 from lzero_kvcache import ConfigError
-from lzero_kvcache.host import policies
+from lzero_kvcache.host import policies, row_loops
 from lzero_kvcache.run_hooks import HOOKS
 from lzero_kvcache.telemetry import HOOK_CONFIG, HOOK_KEY
 
@@ -148,24 +150,25 @@ class TestEnvironments:
 
 class TestSelection:
 
-    @given(
-        st.lists(st.integers(0, 100), min_size=1, max_size=20).filter(any), st.sampled_from([1., 0.5, 0.25, 3]),
-        st.booleans(), st.integers(0, 2 ** 32 - 1)
-    )
-    def test_the_action_of_lightzeros_function_by_the_same_draws(self, visits, temperature, deterministic, seed):
+    @given(st.data(), st.sampled_from([1., 0.5, 0.25, 3]), st.integers(0, 2 ** 32 - 1))
+    def test_lightzeros_actions_and_entropies_by_the_same_draws(self, data, temperature, seed):
+        """To the last bit, for roots with any numbers of legal actions, and for one that nobody has searched."""
+        visits = data.draw(st.lists(
+            st.lists(st.integers(0, 100), min_size=1, max_size=20).filter(any), min_size=1, max_size=6))
+        ways = data.draw(st.lists(st.booleans(), min_size=len(visits), max_size=len(visits)))
         found = []
-        for function in (lightzero_utils.select_action, policies.select_action):
+        served = types.SimpleNamespace(visits=visits[1:])
+        for function in (lightzero_utils.select_action, row_loops.Selection(served)):
             np.random.seed(seed)
-            found.append((*function(visits, temperature, deterministic), np.random.random_sample()))
-        (right, entropy, following), (position, own_entropy, own_following) = found
-        assert (position, own_following) == (right, following)
-        assert own_entropy == pytest.approx(entropy, rel=1e-12, abs=1e-15)
+            found.append([function(row, temperature, way) for row, way in zip(visits, ways)])
+            found[-1].append(np.random.random_sample())
+        assert found[0] == found[1]
 
     @BOTH_FLAGS
     @pytest.mark.parametrize('whose', ['ours', 'somebody else\'s'])
     def test_it_serves_searches_of_new_mode_alone(self, new, whose, monkeypatch):
         """Unless somebody has put a function of their own in the place of scipy's."""
-        owner, name = (policies, 'select_action') if whose == 'ours' else (lightzero_utils, 'entropy')
+        owner, name = (row_loops.Selection, '__call__') if whose == 'ours' else (lightzero_utils, 'entropy')
         function, asked = getattr(owner, name), []
 
         def counted(*args, **kwargs):
@@ -180,6 +183,50 @@ class TestSelection:
             visits = np.asarray(row['visit_count_distributions'], dtype=float)
             expected = scipy.stats.entropy(visits / visits.sum(), base=2)
             assert row['visit_count_distribution_entropy'] == pytest.approx(expected, rel=1e-12)
+
+
+class Choosy(Worker):
+    """In each step other actions are illegal."""
+    temperature = 0.5
+
+    def mask(self, env_id):
+        mask = np.ones(ACTIONS, np.int8)
+        mask[env_id] = self._timestep.get(env_id, 0) % 2
+        return mask
+
+
+class TestRowsAtOnce:
+    """What LightZero does for one row after the other."""
+
+    @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4).filter(any), min_size=1, max_size=8),
+           st.integers(0, 2 ** 32 - 1))
+    def test_noise_is_that_of_each_row_alone(self, legal, seed):
+        """Also where the next row has other numbers of legal actions, and past the last row."""
+        masks, found = row_loops.masks_of([np.array(row, np.int8) for row in legal]), []
+        for numpy in (np, row_loops.drawing_at_once(masks)):
+            np.random.seed(seed)
+            rows = [numpy.random.dirichlet([0.3] * sum(mask)).tolist() for mask in [*masks, masks[0]]]
+            found.append([*rows, np.random.random_sample()])
+        assert found[0] == found[1]
+
+    @pytest.mark.parametrize(('kind', 'search', 'mode', 'eps'), [
+        ('unizero', 'tree', 'collect', False), ('unizero', 'device', 'collect', False),
+        ('unizero', 'device', 'collect', True), ('unizero', 'device', 'eval', False),
+        ('discrete', 'device', 'collect', False), ('continuous', 'device', 'eval', False),
+    ])
+    def test_a_step_is_lightzeros_own(self, kind, search, mode, eps, monkeypatch):
+        """Bit for bit and with the same draws, also with other legal actions in some rows, or fewer ready rows."""
+        changes, found = dict(root_noise_weight=0.25, eps=dict(eps_greedy_exploration_in_collect=eps)), []
+        for at_once in (True, False):
+            if not at_once:
+                monkeypatch.setattr(policies, 'with_rows_at_once', lambda forward, *_: forward)
+                monkeypatch.setattr(policies, 'masks_of', lambda masks: masks)
+            worker = Choosy(make(kind, search, changes=changes), mode)
+            torch.manual_seed(3)
+            np.random.seed(3)
+            steps = [worker.step(ready) for ready in ([0, 1, 2], [2, 1], [0, 1, 2])]
+            found.append((steps, np.random.random_sample()))
+        np.testing.assert_equal(*found)
 
 
 class TestCounts:

@@ -407,9 +407,9 @@ def test_noise_at_the_roots_counts_by_its_weight(weight):
     player, drawn, follow = Player(make(simulations=30, changes=changes)), [], {'noise': [], 'policy': []}
     dirichlet = np.random.dirichlet
 
-    def noting(*args):
-        drawn.append(dirichlet(*args))
-        return drawn[-1]
+    def noting(alpha, rows):
+        drawn.extend(dirichlet(alpha, rows))
+        return drawn[-rows:]
 
     with mock.patch('numpy.random.dirichlet', noting):
         outputs = [player.step(ALL) for _ in range(8)]

@@ -125,8 +125,8 @@ TABLE: Dict[str, Patch] = {
          'UniZeroGameBuffer._compute_target_policy_reanalyzed:MCTSCtree'),
         'roots that are searched in arrays', 'a search is one compiled call', CALL),
     'select_action': Patch(
-        _of_policies('select_action'), 'policies.select_action', "numpy's and scipy's checks take a third of a collect "
-        'step', CALL),
+        _of_policies('select_action'), 'row_loops.Selection', 'it selects for all rows at once', CALL),
+    'np': Patch(_of_policies('np'), 'numpy with another random.dirichlet', 'it draws for all rows at once', CALL),
     'print': Patch(
         ('copy of lzero.model.unizero_world_models.world_model:WorldModel.clear_caches:print',
          'copy of lzero.policy.unizero:UniZeroPolicy._reset_collect:print',

@@ -3,26 +3,20 @@
 LightZero keeps the last observations and actions as rows of a batch, shared by collection and evaluation; new mode
 keeps them for each (mode, environment) and lays the rows out for LightZero's own code to run on.
 """
-import bisect
 import copy
 import functools
 import inspect
-import itertools
 import logging
-import math
 import numbers
 import time
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Union
 
-import numpy as np
 import torch
 from ding.utils import POLICY_REGISTRY, deep_merge_dicts
 from easydict import EasyDict
-from lzero.policy import utils as lightzero_utils
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
-from scipy.stats import entropy as scipy_entropy
 
 from ..cache.manager import COLLECT, EVAL
 from ..cache.stats import Timing
@@ -33,8 +27,8 @@ from ..search.environments import Environments
 from ..search.open_steps import Served, StepsOfThread, Turns
 from . import states
 from .lightzero import lightzero
-from .patches import with_globals
 from .refused import check_policy, check_served, has_own_inference, is_own
+from .row_loops import masks_of, with_rows_at_once
 from .tree_search import NodeSearch, SampledNodeSearch
 from .world_model import NewWorldModel
 
@@ -158,39 +152,40 @@ class KVCachePolicy:
         self._reset(EVAL, super()._reset_eval, env_id, args, kwargs)  # type: ignore[misc]
 
     def _search(self, mode: str, forward: Callable[..., Dict[int, Any]], args: Any, kwargs: Any) -> Dict[int, Any]:
-        arguments = _signature(forward.__func__).bind(self, *args, **kwargs).arguments  # type: ignore[attr-defined]
-        observations, ready = arguments['data'], arguments.get('ready_env_id')
+        given = _signature(forward.__func__).bind(self, *args, **kwargs)  # type: ignore[attr-defined]
+        observations, ready = given.arguments['data'], given.arguments.get('ready_env_id')
         env_ids = lightzero.environments_of(range(len(observations)) if ready is None else ready)
-        bound = functools.partial(forward, *args, **kwargs)
         if not _is_new(self._model.world_model):
-            output = self._old_search(mode, env_ids, observations, bound)
+            output = self._old_search(mode, env_ids, functools.partial(forward, *args, **kwargs))
         else:
             with self._turns.lock:
-                output = self._new_search(mode, env_ids, observations, bound)
+                output = self._new_search(mode, env_ids, forward, given)
         self._environments.remember(mode, env_ids, observations, output)
         return output
 
-    def _new_search(self, mode: str, env_ids: List[int], observations: torch.Tensor,
-                    forward: 'functools.partial[Dict[int, Any]]') -> Dict[int, Any]:
-        world_model = self._model.world_model
+    def _new_search(self, mode: str, env_ids: List[int], forward: Callable[..., Dict[int, Any]],
+                    given: inspect.BoundArguments) -> Dict[int, Any]:
+        world_model, observations = self._model.world_model, given.arguments['data']
         lightzero.hand_rows(self, mode, env_ids, *self._environments.rows(mode, env_ids, observations))
         mcts = self._mcts_collect if mode == COLLECT else self._mcts_eval
         if world_model.training:
             self._model.eval()  # as LightZero does next
         in_arrays = isinstance(mcts, self.node_search) and world_model.searches_in_arrays('Searching')
         with world_model.serving(mode, env_ids, in_arrays) as served, self._in_the_middle_of(served):
-            own = _with_quick_selection(forward.func)
+            if isinstance(mcts, self.node_search):
+                given.arguments['action_mask'] = masks = masks_of(given.arguments.get('action_mask'))
+                forward = with_rows_at_once(forward, served, masks)
             if in_arrays:
-                own = mcts.in_arrays(own)
+                forward = mcts.in_arrays(forward)
             if served.trace is not None:
                 served.trace.first_reset = (
                     super()._reset_collect if mode == COLLECT else super()._reset_eval)  # type: ignore[misc]
-            output = own(*forward.args, **forward.keywords)
+            output = forward(*given.args[1:], **given.kwargs)
             if served.trace is not None:
                 world_model.validator.check(served.trace, [output[env_id]['action'] for env_id in env_ids])
         return output
 
-    def _old_search(self, mode: str, env_ids: List[int], observations: torch.Tensor,
+    def _old_search(self, mode: str, env_ids: List[int],
                     forward: 'functools.partial[Dict[int, Any]]') -> Dict[int, Any]:
         world_model = self._model.world_model
         following = sum((mode, env_id) in self._environments for env_id in env_ids)
@@ -250,29 +245,6 @@ def _timed(function: Callable[..., Any], timing: Timing) -> Callable[..., Any]:
         return output
 
     return run
-
-
-def select_action(visit_counts: Sequence[float], temperature: float = 1,
-                  deterministic: bool = True) -> Tuple[int, float]:
-    """What LightZero's function of this name returns, and draws from numpy; in a third of its time, since numpy and
-    scipy do much for a few numbers."""
-    powers = [count ** (1 / temperature) for count in visit_counts]
-    total = sum(powers)
-    shares = [power / total for power in powers]
-    if deterministic:
-        position = visit_counts.index(max(visit_counts))
-    else:
-        below = list(itertools.accumulate(shares))
-        position = bisect.bisect_right([share / below[-1] for share in below], np.random.random_sample())
-    return position, -sum(share * math.log(share) for share in shares if share) / math.log(2)
-
-
-def _with_quick_selection(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """LightZero selects an action and asks for the entropy of visits for one environment after the other."""
-    own = getattr(forward, '__globals__', {}).get('select_action')
-    if own is not lightzero_utils.select_action or own.__globals__.get('entropy') is not scipy_entropy:
-        return forward  # somebody else's
-    return with_globals(forward, select_action=select_action)
 
 
 def _is_new(world_model: Any) -> bool:

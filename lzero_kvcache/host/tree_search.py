@@ -71,6 +71,7 @@ class _NodeSearch:
             roots.found = inference.search(served, self.problem(roots))
         else:
             self._search_in_ctree(roots, inference, served, to_play_batch)
+        served.visits = roots.get_distributions()
         return defaultdict(lambda: defaultdict(lambda: None))  # latent states, which only text is decoded from
 
     def problem(self, roots: Roots) -> Problem:
