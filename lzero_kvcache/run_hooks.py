@@ -51,6 +51,7 @@ class RunHook(LearnerHook):
         if not result.exp_name:
             result.exp_name, result.event_files = engine.exp_name, os.path.join(engine.exp_name, EVENT_FILES)
             result.seed, result.processes = config_of(engine.exp_name).get('seed', 0), engine.world_size
+            result.versions['LightZero'] = model.lightzero_version
         result.cache, result.device = picked_manager(cfg.model.world_model_cfg), str(cfg.device)
         result.env_step = result.collected_env_step = max(0, engine.collector_envstep)
         result.train_iter, result.seconds = engine.last_iter.val, time.monotonic() - self._began

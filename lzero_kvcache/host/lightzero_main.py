@@ -18,6 +18,9 @@ NAME = 'main branch'
 SIGN = 'a block of its transformer has a feed_forward'
 SERVED = "UniZero, Sampled UniZero, UniZero with PPO, of one task; its own manager by kv_cache_cfg.type='lightzero'"
 
+BESIDE_VERSION = f' ({NAME})'
+"""What tells it from the released one, whose number it has."""
+
 POLICIES = ('unizero', 'sampled_unizero', 'unizero_ppo')
 """Policies that are served."""
 
