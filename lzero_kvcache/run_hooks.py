@@ -53,6 +53,7 @@ class RunHook(LearnerHook):
             result.seed, result.processes = config_of(engine.exp_name).get('seed', 0), engine.world_size
             result.run_id = next(hook._result.run_id for hook in engine._hooks['before_run']
                                  if isinstance(hook, BeginHook))
+            result.versions['LightZero'] = model.lightzero_version
         result.cache, result.device = picked_manager(cfg.model.world_model_cfg), str(cfg.device)
         result.env_step = result.collected_env_step = max(0, engine.collector_envstep)
         result.train_iter, result.seconds = engine.last_iter.val, time.monotonic() - self._began

@@ -248,11 +248,14 @@ class TestSettle:
             settle(policy_cfg(**sizes))
 
     @BOTH_FLAGS
-    @pytest.mark.parametrize(('key', 'value'), [('mcts_ctree', False), ('random_collect_episode_num', 2),
-                                                ('random_collect_episode_num', None)])
-    def test_what_cannot_work_in_either_mode(self, flag, key, value):
-        with pytest.raises(ConfigError, match=f'{key}={value}'):
-            check_policy(policy_cfg(flag, policy={key: value}), 'new' if flag else 'old')
+    @pytest.mark.parametrize(('key', 'value', 'beside'), [
+        ('mcts_ctree', False, {}), ('random_collect_episode_num', 2, {}), ('random_collect_episode_num', None, {}),
+        ('reanalyze_ratio', 0.25, dict(sampled_algo=True)),
+    ])
+    def test_what_cannot_work_in_either_mode(self, flag, key, value, beside):
+        with pytest.raises(ConfigError, match=f'policy.{key}={value} cannot work'):
+            check_policy(policy_cfg(flag, policy={key: value, **beside}), 'new' if flag else 'old')
+        check_policy(policy_cfg(flag, policy=dict(reanalyze_ratio=0.25)), 'new' if flag else 'old')
 
     @pytest.mark.parametrize(('flag', 'wrong'), [
         (False, dict(kv_cache_cfg=dict(evicton='lru'))), (True, dict(kv_cache_cfg=dict(evicton='lru'))),

@@ -202,9 +202,10 @@ def test_reanalysis_of_many_rows(as_for_many_rows, rotary, continuous):
 
 
 @BOTH_POSITIONS
-def test_reanalysis_of_as_many_rows_as_environments(rotary):
+@BOTH_ACTIONS
+def test_reanalysis_of_as_many_rows_as_environments(rotary, continuous):
     """LightZero's main branch keeps contexts along their paths, and its released one none."""
-    check_reanalysis(Case(rotary=rotary), SEED, samples=2, simulations=6, environments=None)
+    check_reanalysis(Case(rotary=rotary, continuous=continuous), SEED, samples=2, simulations=6, environments=None)
 
 
 @BOTH_POSITIONS

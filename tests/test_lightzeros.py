@@ -123,6 +123,7 @@ class TestMain:
         summaries = [json.loads((tmp_path / 'e' / f'{cache}_seed0' / 'summary.json').read_text()) for cache in SYSTEMS]
         assert [summary['cache'] for summary in summaries] == list(SYSTEMS)
         assert all(summary['train_iter'] > 0 for summary in summaries)
+        assert all(summary['versions']['LightZero'].endswith(' (main branch)') for summary in summaries)
 
     @pytest.mark.parametrize('system', SYSTEMS)
     def test_the_flag_and_the_type_pick_one_of_three(self, system):

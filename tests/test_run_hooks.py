@@ -11,11 +11,12 @@ import pytest
 import torch
 from event_runs import write_events
 from forks import in_forks
+from small_models import ON_MAIN
 from trainings import ITERATIONS, SMALL, WM, import_what_trainings_import, scalars, short_episodes, summary_of
 
 from lzero_kvcache import ConfigError, run_hooks
 from lzero_kvcache.lock_files import check_not_trained_in
-from lzero_kvcache.summary import Evaluation, read_progress
+from lzero_kvcache.summary import Evaluation, read_progress, version_of
 from lzero_kvcache.training import make_plan
 
 LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
@@ -72,7 +73,9 @@ def test_it_says_how_far_it_is_and_leaves_a_summary(new, tmp_path):
     assert origin == ['train_unizero', os.path.abspath(__file__), 1]
     assert summary['loss'] == scalars(tmp_path / 'run', 'learner_iter/weighted_total_loss_avg')[-1].value
     assert summary['last_reward'] == summary['best_reward'] == reward.value
-    assert summary['versions']['LightZero'] and summary['machine']['cpu'] and summary['started'] <= summary['ended']
+    told = ' (main branch)' if ON_MAIN else ''
+    assert summary['versions']['LightZero'] == version_of('LightZero') + told
+    assert summary['machine']['cpu'] and summary['started'] <= summary['ended']
     rates = ', '.join(f'{pool} {summary["hit_rates"][pool]:.1%}' for pool in ('total', 'init', 'recur'))
     assert lines[-1] == (
         f'Hit rates of the cache: {rates}; its memory: {summary["cache_memory_mb"]:.1f} MiB; last reward '

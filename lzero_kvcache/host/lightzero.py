@@ -4,6 +4,8 @@ from typing import Any
 
 from lzero.model.unizero_world_models.transformer import Block
 
+from ..summary import version_of
+
 ADAPTERS = {'mlp': 'lightzero_release', 'feed_forward': 'lightzero_main'}
 """By what the MLP of a transformer's block is called, since the version number is the same."""
 
@@ -25,3 +27,6 @@ if adapter_of(Block) == 'lightzero_main':
 else:
     from . import lightzero_release
     lightzero = lightzero_release
+
+VERSION: str = version_of('LightZero') + lightzero.BESIDE_VERSION
+"""What runs say that they were made with."""

@@ -18,6 +18,7 @@ from .kept_rows import Kept, KeptRows
 NAME = 'main branch'
 SIGN = 'a block of its transformer has a feed_forward'
 SERVED = "UniZero, Sampled UniZero, UniZero with PPO, of one task; its own manager by kv_cache_cfg.type='lightzero'"
+BESIDE_VERSION = f' ({NAME})'
 POLICIES = ('unizero', 'sampled_unizero', 'unizero_ppo')
 RECURRENT_SLOTS = 'shared_pool_size_recur'
 ANGLES_GROW = True

@@ -12,6 +12,9 @@ NAME = 'released 0.2.0'
 SIGN = 'a block of its transformer has an mlp'
 SERVED = 'all of UniZero and Sampled UniZero'
 
+BESIDE_VERSION = ''
+"""What tells it from the main branch, which has its number."""
+
 POLICIES = ('unizero', 'sampled_unizero')
 """Policies that are served."""
 

@@ -10,7 +10,7 @@ from ..cache.base import BaseCacheManager
 from ..cache.stats import CacheStats, Timing, counters_of
 from ..config import KV_CACHE_REGISTRY, MIB, CacheConfig
 from .keys_values import bytes_of
-from .lightzero import lightzero
+from .lightzero import VERSION, lightzero
 from .patches import with_globals
 
 logger = logging.getLogger(__name__)
@@ -139,6 +139,7 @@ class OldWorldModel(LightZeroWorldModel):
         - tokenizer (:obj:`Any`): LightZero's tokenizer.
     """
     use_new_cache_manager = False
+    lightzero_version = VERSION
     manager: Any = OldCacheManager
     system, log_line = 'old', 'Using OLD cache system (original implementation)'
     clear_line = 'Cleared WorldModel past_kv_cache (OLD system).'

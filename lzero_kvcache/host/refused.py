@@ -116,6 +116,12 @@ def check_policy(policy_cfg: Any, system: str) -> None:
             f'policy.random_collect_episode_num={random!r} cannot work: LightZero has no random policy for '
             'UniZero; set it to 0'
         )
+    ratio = policy_cfg.get('reanalyze_ratio')
+    if policy_cfg.get('sampled_algo') and ratio:
+        raise ConfigError(
+            f'policy.reanalyze_ratio={ratio!r} cannot work: LightZero fails where it puts reanalysed policies of '
+            'Sampled UniZero into a batch; set it to 0'
+        )
     world_model_cfg = policy_cfg['model']['world_model_cfg']
     reason = lightzero.unbuilt_of(world_model_cfg)
     if reason is not None:

@@ -23,7 +23,7 @@ from ..search.timesteps import timesteps_of
 from ..validation import Validator
 from .exact_reference import ExactReference
 from .legacy_reference import LegacyReference
-from .lightzero import lightzero
+from .lightzero import VERSION, lightzero
 from .network import read_network, what_is_missing
 from .refused import check_served
 from .weights import JoinedProjections, source_of
@@ -43,6 +43,7 @@ class NewWorldModel(LightZeroWorldModel):
         - ConfigError: An option is wrong, or the new cache cannot serve this model.
     """
     use_new_cache_manager = True
+    lightzero_version = VERSION
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         options = CacheConfig.of(config)

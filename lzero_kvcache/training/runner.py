@@ -15,6 +15,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..config import ConfigError, picked_manager
 from ..host import building, entries
+from ..host.lightzero import VERSION
 from ..host.patches import applied
 from ..lock_files import check_not_trained_in, training_in
 from ..run_files import EVENT_FILES, LOADED, Record
@@ -88,6 +89,7 @@ class _Training:
             plan.seed, plan.task, config=plan.config, entry=plan.entry, max_env_step=plan.max_env_step,
             max_train_iter=plan.max_train_iter, processes=ranks.size, overrides=list(plan.overrides),
             checkpoint=plan.checkpoint)
+        self.result.versions['LightZero'] = VERSION
         self.watch = Watch(
             self.result, self.terminal, ranks, self._refresh, self._note, keep_checkpoints=plan.keep_checkpoints)
         self._pid = os.getpid()
