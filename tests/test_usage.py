@@ -195,6 +195,22 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize('arguments', [['train'], ['train', '--cache', 'new'], ['info']], ids=' '.join)
+@pytest.mark.parametrize('key', [
+    'main_config.policy.replay_buffer_size', 'create_config.env.type', 'create_config.env_manager.type'])
+def test_a_key_without_a_default_is_asked_for(key, arguments, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    part, name = key.rsplit('.', 1)
+    (tmp_path / 'mine.py').write_text(
+        'import copy\nfrom zoo.classic_control.cartpole.config import cartpole_unizero_config as theirs\n'
+        'main_config, create_config = copy.deepcopy(theirs.main_config), copy.deepcopy(theirs.create_config)\n'
+        f'{part}.pop({name!r})\n')
+    assert main([*arguments, '--config', 'mine.py']) == 2
+    error = capfd.readouterr().err
+    assert f'{key.replace("main_config.", "")} is missing: ' in error
+    assert error.count('\n') == 1
+
+
 @pytest.mark.parametrize('changes', [
     *(f'policy.{change}'.split() for change in (
         'eval_freq=0', 'td_steps=0', 'discount_factor=1.5', 'root_noise_weight=1.5', 'learning_rate=0.0',

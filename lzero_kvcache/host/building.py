@@ -23,6 +23,10 @@ def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
     from ding.config import compile_config
     from ding.utils import ENV_MANAGER_REGISTRY, ENV_REGISTRY, MODEL_REGISTRY, import_module
     names_of_modules(create_config.policy.get('import_names'), 'create_config.policy.import_names')
+    for part in ('env', 'env_manager'):
+        if 'type' not in create_config[part]:
+            raise ConfigError(f'create_config.{part}.type is missing: DI-engine has no default for it, so the config '
+                              'must give it')
     for key, registry, asked in (('create_config.env.type', ENV_REGISTRY, create_config.env),
                                  ('create_config.env_manager.type', ENV_MANAGER_REGISTRY, create_config.env_manager),
                                  ('env.type', ENV_REGISTRY, main_config.env),  # these two would take their place

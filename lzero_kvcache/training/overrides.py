@@ -54,6 +54,13 @@ def given_keys(assignments: Iterable[str]) -> List[str]:
     return [assignment.partition('=')[0].strip().lstrip(ADD) for assignment in assignments]
 
 
+class CompleteConfig(Dict[str, Any]):
+    """The values of a config with all of LightZero's defaults, by path."""
+
+    def __missing__(self, path: str) -> Any:
+        raise ConfigError(f'{path} is missing: LightZero has no default for it, so the config must give it')
+
+
 def leaves(tree: Mapping[str, Any], prefix: str = '') -> Dict[str, Any]:
     """Every dotted path of a tree with its value; an empty dict is a value."""
     found: Dict[str, Any] = {}
