@@ -8,7 +8,7 @@ from easydict import EasyDict
 
 from lzero_kvcache_options import flag_of, reader_of
 
-from ..config import FLAG, KV_CACHE_CFG, OPTIONS, PREFIX, SIZES, ConfigError
+from ..config import FLAG, KV_CACHE_CFG, OPTIONS, PREFIX, SIZES, ConfigError, missing
 from .linked_keys import follow
 
 CREATE = 'create_config'
@@ -58,7 +58,7 @@ class CompleteConfig(Dict[str, Any]):
     """The values of a config with all of LightZero's defaults, by path."""
 
     def __missing__(self, path: str) -> Any:
-        raise ConfigError(f'{path} is missing: LightZero has no default for it, so the config must give it')
+        raise missing(path)
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = '') -> Dict[str, Any]:
