@@ -15,7 +15,7 @@ from lzero_kvcache.comparison import compare_runs
 from lzero_kvcache.comparison.event_files import REWARD, Unreadable
 from lzero_kvcache.comparison.page import PANELS, _draw_panel, band_of, draw, line_of, report_of
 from lzero_kvcache.comparison.reading import Curve, find_runs
-from lzero_kvcache.comparison.table import measures_table
+from lzero_kvcache.comparison.table import measures_table, origin
 from lzero_kvcache.run_files import read_config
 
 
@@ -316,6 +316,9 @@ class TestSources:
         assert cells['hit rate, roots'] == ['-', '60.0%', '-']
         assert cells['last reward'] == ['150.0', '150.0', 'the same']
         assert draw(comparison).startswith(b'\x89PNG')
+        drawn = draw(comparison, 'svg').decode()
+        for text in origin(comparison)[:3]:  # the small print is wrapped
+            assert text[:40] in drawn
 
     def test_memory_of_the_device(self, tmp_path):
         for name, gigabytes in (('old_s0', (1., 1.5)), ('new_s0', (0., 0.))):
