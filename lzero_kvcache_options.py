@@ -19,6 +19,8 @@ COMMAND = 'lzero-kvcache'
 BAD_USAGE, INTERRUPTED = 2, 130
 LIGHTZERO_PREFIX = 'lightzero:'
 SYSTEMS = ('old', 'lightzero', 'new')
+# Where experiments are, if --out does not say.
+EXPERIMENTS = 'data_experiment'
 DEVICES = ('auto', 'cpu', 'cuda')
 TRAIN_EXAMPLES = """
 examples:
@@ -58,7 +60,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Parse and run a command; returns its exit code. ``--help`` and ``--version`` end the program."""
     try:
         options = command_parser().parse_args(argv)
-        check_present(options)
+        check_options(options)
         if getattr(options, 'config', None) is not None:
             options.config = find_config(options.config)
             if ranks_of_torchrun()[0] == 0:
@@ -107,13 +109,22 @@ def lightzero_configs() -> Dict[str, str]:
             if not path.stem.startswith('test_') and 'unizero' in path.read_text(encoding='utf-8')}
 
 
-def check_present(options: argparse.Namespace) -> None:
-    """Refuse options that lack what they need."""
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse options that lack what they need, name a thing twice, or want results where none can be written."""
     if getattr(options, 'overrides', None) and options.config is None:
         raise UsageError('--set changes a config; give --config too')
     for path in (getattr(options, 'resume', None), getattr(options, 'evaluate', None)):
         if path is not None and not os.path.isfile(path):
             raise UsageError(f'{path}: no such checkpoint; an experiment has them in its folder ckpt/')
+    for option, values in (('cache', getattr(options, 'caches', [])), ('seeds', getattr(options, 'seeds', []))):
+        if len(set(values)) < len(values):
+            raise UsageError(f'--{option} {" ".join(map(str, values))}: give each of them once')
+    if hasattr(options, 'out'):
+        out = options.out or EXPERIMENTS
+        there = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            fault = 'cannot be written to' if there.is_dir() else 'is a file'
+            raise UsageError(f'--out {out}: {os.path.relpath(there)} {fault}; give another folder')
 
 
 def find_config(name: str) -> str:

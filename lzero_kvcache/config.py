@@ -47,10 +47,17 @@ def lookup(cfg: Any, key: str, default: Any = None) -> Any:
     return getattr(cfg, key, default)
 
 
+def missing(path: str) -> ConfigError:
+    """The error for a key that a config lacks, and that has no default."""
+    return ConfigError(f'{path} is missing: it has no default, so the config must give it')
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message for an unknown name: the nearest valid one if there is one, else all valid ones."""
-    names = list(valid)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.65)
+    """The end of an error message for an unknown name: the nearest valid one if there is one, else all valid ones. A
+    name with other numbers in it is not near: 'float64' is no misspelt 'float16'."""
+    names, digits = list(valid), sorted(filter(str.isdigit, str(name)))
+    alike = [other for other in names if not digits or sorted(filter(str.isdigit, other)) == digits]
+    close = difflib.get_close_matches(str(name), alike, n=1, cutoff=0.65)
     return f'did you mean {close[0]!r}?' if close else f'valid are {", ".join(map(repr, names))}'
 
 
@@ -100,7 +107,9 @@ class Option(NamedTuple):
             return checked(self.kind, value, f'{PREFIX}.{OPTIONS}.{key}')
         choices = sorted(KV_CACHE_REGISTRY) if key == 'type' else self.choices
         if not isinstance(value, str) or value not in choices:
-            why = self.refused.get(str(value), f'is unknown: {nearest(value, choices)}')
+            # The flag alone picks the old system.
+            valid = [choice for choice in choices if key != 'type' or choice != 'old']
+            why = self.refused.get(str(value), f'is unknown: {nearest(value, valid)}')
             raise ConfigError(f'{PREFIX}.{OPTIONS}.{key}={value!r} {why}')
         return value
 

@@ -348,6 +348,21 @@ def test_a_run_that_went_on_without_its_replay_buffer_is_marked(tmp_path):
     assert 'old_s0 went on with an empty replay buffer at 1,200 environment steps, which bends its curves' in said
 
 
+def test_other_trainings_are_told_of_above_the_table(tmp_path):
+    """By the keys in which configs differ, but for those of the cache."""
+    paths = pair(tmp_path)
+    assert not [warning for warning in compared(*paths).warnings if 'configs differ' in warning.text]
+    config = Path(paths[1]) / 'total_config.py'
+    others = "'batch_size': 8, 'gamma': 1, 'rate': 2, 'rate_of'"
+    config.write_text(config.read_text().replace("'learning_rate'", others))
+    first, *_ = compared(*paths).warnings
+    assert first.text == ('The configs differ in more than the cache, in policy.batch_size, policy.gamma, '
+                          'policy.learning_rate and 2 more: what differs may come from these')
+    printed = io.StringIO()
+    show(compared(*paths), Console(file=printed, width=100))
+    assert printed.getvalue().index('The configs differ') < printed.getvalue().index('training time')
+
+
 def test_more_runs_of_one_seed_are_no_other_seeds(tmp_path):
     paths = [*pair(tmp_path), write_run(tmp_path / 'new_again_seed0', new=True, summary={}, began=BEGAN + 2000)]
     said = [warning.text for warning in compared(*paths).warnings]

@@ -15,7 +15,7 @@ from lzero_kvcache.comparison import compare_runs
 from lzero_kvcache.comparison.event_files import REWARD, Unreadable
 from lzero_kvcache.comparison.page import PANELS, _draw_panel, band_of, draw, line_of, report_of
 from lzero_kvcache.comparison.reading import Curve, find_runs
-from lzero_kvcache.comparison.table import measures_table
+from lzero_kvcache.comparison.table import measures_table, origin
 from lzero_kvcache.run_files import read_config
 
 
@@ -192,6 +192,24 @@ class TestReading:
         assert note.endswith(f'breaks off or is damaged: its events end at step {run.env_step:,} of 1,000')
         assert (run.env_step, run.steps) == (pytest.approx(1000 * share, abs=60), 1000)
 
+    @pytest.mark.parametrize('share', [0.6, 0.999])
+    def test_a_file_that_breaks_off_after_its_last_step(self, tmp_path, share):
+        """All updates after a collection are of the same environment steps."""
+        updates = [(iteration, step, f'kv_cache_{axis}/search_ms', 5.) for iteration in range(10)
+                   for axis, step in (('iter', iteration), ('step', 100))]
+        write_events(tmp_path, [(0, 0, REWARD, 10.), *updates, (10, 100, REWARD, 30.)])
+        evaluations = [dict(env_step=env_step, train_iter=env_step // 10) for env_step in (0, 100)]
+        (tmp_path / 'summary.json').write_text(json.dumps(dict(env_step=100, train_iter=10, evaluations=evaluations)))
+        break_off(tmp_path, share)
+        [run] = read(str(tmp_path))
+        fault, missing = run.notes
+        assert fault.endswith('its events end at step 100 of 100')
+        held = len(run.curves['kv_cache_iter/search_ms'].values)
+        assert held == pytest.approx(10 * share, abs=1)
+        iterations = f'{held} of 10 iterations and ' if held < 10 else ''
+        assert missing == (f'its event files have {iterations}1 of 2 evaluations, '
+                           'and its means and curves are of these')
+
     def test_a_file_that_is_something_else(self, tmp_path):
         (tmp_path / 'events.out.tfevents.1.host').write_text('no event file')
         with pytest.raises(Unreadable, match='breaks off or is damaged'):
@@ -298,6 +316,9 @@ class TestSources:
         assert cells['hit rate, roots'] == ['-', '60.0%', '-']
         assert cells['last reward'] == ['150.0', '150.0', 'the same']
         assert draw(comparison).startswith(b'\x89PNG')
+        drawn = draw(comparison, 'svg').decode()
+        for text in origin(comparison)[:3]:  # the small print is wrapped
+            assert text[:40] in drawn
 
     def test_memory_of_the_device(self, tmp_path):
         for name, gigabytes in (('old_s0', (1., 1.5)), ('new_s0', (0., 0.))):

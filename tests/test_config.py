@@ -105,7 +105,9 @@ class TestRefused:
 
     @pytest.mark.parametrize(('key', 'value', 'right'), [
         ('eviction', 'LRU', "'lru'"), ('eviction', 3, "'priority'"), ('eviction', ['lru'], "'lru'"),
-        ('dtype', 'float64', "'float"), ('on_nan', True, "'skip'"), ('backend', 'cuda', "'cudagraph'"),
+        ('dtype', 'float64', "is unknown: valid are 'float32', 'bfloat16', 'float16'"),
+        ('dtype', 'bfloat61', "did you mean 'bfloat16'"), ('on_nan', True, "'skip'"),
+        ('backend', 'cuda', "'cudagraph'"),
         ('backend', False, "'eager'"), ('search', 'ctree', "'tree'"), ('type', 'newer', "'new'"), ('type', 5, "'new'"),
         ('matmul', 'float16', "'bfloat16'"), ('matmul', 'tf23', "did you mean 'tf32'"),
         ('backend', 'compile', "was removed: use 'auto'"), ('init_pool_size', True, 'whole number'),
@@ -121,6 +123,10 @@ class TestRefused:
         assert read(False, {key: value}) == read(None, {key: value}) == read(False)
         assert f'kv_cache_cfg.{key}={value!r}' in message
         assert right in message
+
+    @pytest.mark.parametrize('value', ['nosuch', 'olt', 'old_manager'])
+    def test_a_manager_that_the_flag_does_not_pick_is_not_advised(self, value):
+        assert "'old'" not in self.message(True, dict(type=value))
 
     @pytest.mark.parametrize(('kv_cache_cfg', 'device', 'why'), [
         (dict(matmul='tf32'), 'cpu', "world_model_cfg.device is 'cpu': use 'float32'"),

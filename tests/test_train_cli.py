@@ -981,7 +981,11 @@ def test_wandb_offline_has_the_last_evaluation(cache, tmp_path):
     logged, = (tmp_path / 'wandb').glob('offline-run-*/*.wandb')
     points = list(wandb_points(logged))
     assert points[-1]['evaluator_step/reward_mean'] == summary['last_reward']
-    assert any('kv_cache_step/total_hit_rate' in point for point in points)
+    # wandb's steps are LightZero's, environment steps: all updates after a collection are one point.
+    collected = {point.step for point in scalars(tmp_path / 'run', 'kv_cache_step/total_hit_rate')}
+    of_cache = [point for point in points if 'kv_cache_step/total_hit_rate' in point]
+    assert [point['_step'] for point in of_cache] == sorted(collected)
+    assert all('learner_step/lr' in point or 'learner_iter_vs_env_step' in point for point in of_cache)
 
 
 def wandb_points(path):

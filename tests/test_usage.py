@@ -1,4 +1,5 @@
 """What no command accepts: one line, exit code 2, and nothing written."""
+import contextlib
 import os
 import re
 import sys
@@ -8,6 +9,7 @@ from small_models import ON_MAIN
 from trainings import WM
 
 from lzero_kvcache import ConfigError
+from lzero_kvcache.host.building import try_environment
 from lzero_kvcache.training import make_plan
 from lzero_kvcache_options import TrainOptions, command_parser, main, version
 
@@ -63,6 +65,13 @@ TRAIN = [
     (['--config', 'config_old', '--set', 'policy.replay_buffer_size=64'],
      'policy.replay_buffer_size=64 contradicts policy.batch_size=64: it must be larger than that'),
     (['--config', 'config_old', '--set', 'policy.replay_buffer_size=None'], 'replay_buffer_size=None must be a number'),
+    *((['--config', 'config_old', '--set', f'{key}={text}'], f'{key}={said} must be a number')
+      for key, text, said in [
+          *((f'policy.{key}', '1e400', 'inf') for key in (
+              'discount_factor', 'target_update_theta', 'replay_ratio', 'weight_decay', 'train_start_after_envsteps')),
+          (f'{WM}.gamma', '-1e400', '-inf'), ('policy.learning_rate', '1' * 400, '1' * 400)]),
+    (['--config', 'config_old', '--set', 'policy.game_segment_length=1e400'],
+     'policy.game_segment_length=inf must be a whole number'),
     (['--config', 'config_new', '--set', "env.collector_env_num='8'"], "it is a number (8 now), not '8'"),
     (['--config', 'config_new', '--set', f'{WM}.device=tpu'], f"{WM}.device='tpu' is none of torch's"),
     (['--config', 'config_new', '--set', '+policy.batch_size.x=3'], 'policy.batch_size is 64, which holds no keys'),
@@ -159,6 +168,10 @@ TRAIN = [
      "policy.model.type='UniZeroModl' is registered by none"),
 ]
 EXPERIMENT = WITH_A_CONFIG + [
+    (['--config', 'config_new', '--cache', 'old', 'old'], '--cache old old: give each of them once'),
+    (['--config', 'config_new', '--seeds', '1', '2', '1'], '--seeds 1 2 1: give each of them once'),
+    *((['--config', 'config_new', '--out', out], 'test_usage.py is a file; give another folder')
+      for out in (__file__, __file__ + '/sub')),
     (['--config', 'config_new', '--seeds', '0', '4294967296'], 'seed=4294967296 must be below 2**32'),
     (['--config', 'config_new', '--set', 'policy.model.action_space_size=3'], 'contradicts the environment of'),
     (['--config', 'config_old', '--set', f'{WM}.kv_cache_cfg.max_memory_mb=0.001'], 'max_memory_mb=0.001 is too small'),
@@ -169,6 +182,7 @@ COMPARE = [
     (['.', '--group', 'old'], "'old' is not NAME=PATTERN"),
     (['.', '--colour'], '--colour'),
     (['.'], 'no run can be read: '),
+    (['.', '--out', __file__], f'--out {__file__}: '),
 ]
 
 
@@ -195,14 +209,47 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capfd, tmp_pa
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize('cache', ['old', 'new'])
+@pytest.mark.parametrize(('name', 'number', 'own'), [
+    ('bipedalwalker', 3, 4), ('bipedalwalker', 5, 4), ('pendulum', 3, None)])
+def test_numbers_of_continuous_actions(name, number, own, cache):
+    """Those with which the environment fails are refused; Pendulum reads the first of as many as there are."""
+    pytest.importorskip('Box2D')
+    plan = make_plan(f'{name}_cont_sampled_unizero_config', cache=cache,
+                     overrides=[f'policy.model.action_space_size={number}'])
+    refusal = pytest.raises(ConfigError, match=f'its actions have {own} numbers, so both must be {own}')
+    with refusal if own else contextlib.nullcontext():
+        try_environment(plan.main_config, plan.create_config)
+
+
+@pytest.mark.parametrize('arguments', [['train'], ['train', '--cache', 'new'], ['info']], ids=' '.join)
+@pytest.mark.parametrize('key', [
+    'main_config.policy.replay_buffer_size', 'create_config.env.type', 'create_config.env_manager.type'])
+def test_a_key_without_a_default_is_asked_for(key, arguments, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    part, name = key.rsplit('.', 1)
+    (tmp_path / 'mine.py').write_text(
+        'import copy\nfrom zoo.classic_control.cartpole.config import cartpole_unizero_config as theirs\n'
+        'main_config, create_config = copy.deepcopy(theirs.main_config), copy.deepcopy(theirs.create_config)\n'
+        f'{part}.pop({name!r})\n')
+    assert main([*arguments, '--config', 'mine.py']) == 2
+    error = capfd.readouterr().err
+    assert f'{key.replace("main_config.", "")} is missing: ' in error
+    assert error.count('\n') == 1
+
+
 @pytest.mark.parametrize('changes', [
     *(f'policy.{change}'.split() for change in (
         'eval_freq=0', 'td_steps=0', 'discount_factor=1.5', 'root_noise_weight=1.5', 'learning_rate=0.0',
         'root_dirichlet_alpha=None', 'grad_clip_value=0', 'num_segments=None',
+        *(f'{key}=1e400' for key in (
+            'eval_freq', 'grad_clip_value', 'replay_buffer_size', 'root_noise_weight', 'root_dirichlet_alpha',
+            'fixed_temperature_value')),
         'update_per_collect=4 policy.replay_ratio=None', 'update_per_collect=4 policy.replay_ratio=-1',
         'game_segment_length=3', 'game_segment_length=9 policy.ignore_done=True policy.use_priority=True',
         *(['replay_ratio=0', 'replay_ratio=-1'] if ON_MAIN else []),
         'manual_temperature_decay=True policy.fixed_temperature_value=None')),
+    ['env.stop_value=1e400'], [f'+{WM}.rope_theta=1e400'],
     [f'{WM}.context_length=7'], [f'{WM}.context_length=22'],
     ['env.collector_env_num=4', 'policy.collector_env_num=5', f'{WM}.env_num=5'],
     ['env.evaluator_env_num=2', 'policy.evaluator_env_num=3'],

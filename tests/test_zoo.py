@@ -66,7 +66,7 @@ def lightzeros_own(name):
     """What LightZero's own file declares."""
     if name != 'atari_unizero_stack4_config':
         return load_config(str(SHIPPED[name]))
-    with pytest.raises(ConfigError, match='ImportError: cannot import name'):
+    with pytest.raises(ConfigError, match=rf"^LightZero's own {SHIPPED[name]}:3 fails: ImportError: cannot import"):
         load_config(str(SHIPPED[name]))
     # The file without the import that fails, on what it would have imported.
     base = load_config(str(SHIPPED['atari_unizero_config']))

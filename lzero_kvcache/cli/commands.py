@@ -11,7 +11,7 @@ import traceback
 
 from rich.console import Console
 
-from lzero_kvcache_options import INTERRUPTED, TrainOptions, ranks_of_torchrun, refused
+from lzero_kvcache_options import EXPERIMENTS, INTERRUPTED, TrainOptions, ranks_of_torchrun, refused
 
 from ..config import ConfigError
 from ..training import run as run_plan
@@ -72,7 +72,7 @@ def experiment(options: argparse.Namespace) -> int:
     """Train what is not done yet, and compare all that is; 128 and the signal's number if it was interrupted."""
     from ..comparison import compare_runs
     name = os.path.splitext(os.path.basename(options.config))[0]
-    folder = options.out or os.path.join('data_experiment', name)
+    folder = options.out or os.path.join(EXPERIMENTS, name)
     with Output(silent=True):  # loading a config prints much
         experiment = Experiment(folder, TrainOptions.of(options), options.caches, options.seeds)
     with experiment.opened() as lock:

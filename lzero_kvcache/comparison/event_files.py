@@ -108,6 +108,12 @@ class EventFile:
         return int(steps[:, 0].max()) if len(steps) else None
 
     @property
+    def iterations(self) -> int:
+        """How many training iterations there were when it ends or breaks off."""
+        steps, _, before = self.steps[ITERATIONS].T
+        return int((steps + 1 - before).max(initial=0))
+
+    @property
     def span(self) -> Span:
         last = np.flatnonzero(self.scalars[:self.end]).max(initial=0)
         return (self._clock[0], self._clock[last]) if self.end else (0., 0.)

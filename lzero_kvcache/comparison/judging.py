@@ -4,7 +4,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Se
 import numpy as np
 from scipy.stats import trim_mean
 
-from ..run_files import POOLS
+from ..config import FLAG, OPTIONS
+from ..run_files import LOADED, POOLS
 from .comparable import (
     CALL_TIME,
     COUNT,
@@ -21,12 +22,19 @@ from .comparable import (
     notes,
 )
 from .event_files import CACHE, MEMORY_OF_DEVICE, MEMORY_OF_HOST, REWARD
-from .reading import TrainedRun, finite
+from .reading import WORLD_MODEL, TrainedRun, finite
 from .sides import OF_ONE_RUN, Side, sort_into_sides
 
 ABSENT = '(absent)'
 # What the plugin adds to a policy's config, whichever system it has.
 OWN_HOOKS = 'policy.learn.learner.hook.kv_cache_'
+# What the cache systems differ in. Of other keys so many are named above the table.
+CACHE_OPTIONS = (WORLD_MODEL + FLAG, WORLD_MODEL + OPTIONS)
+SAID_KEYS = 3
+# What other lines tell of.
+TOLD_OF = ('env.env_id', 'env.env_name', 'env.type', 'policy.cuda', 'policy.device', WORLD_MODEL + 'device', LOADED)
+# What no measure is about.
+CONFIGS = 'configs'
 # If each side has so many runs, it is shown by interquartile mean and bootstrap interval, not by median and range.
 MANY_RUNS = 10
 MEDIAN, INTERQUARTILE_MEAN = 'median', 'interquartile mean'
@@ -104,8 +112,10 @@ def judge(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]], left_ou
     mixed = {side.name: blocked([side]) for side in sides}
     against = {side.name: blocked([sides[0], side]) for side in sides[1:]}
     rows = [_row(measure, sides, mixed, against, statistic) for measure in MEASURES]
-    remarks = sorted([*notes(runs), *cautions(sides)], key=lambda caution: not caution.blocks)
-    return Comparison(sides, rows, _config_differences(sides), remarks, left_out, statistic, mixed)
+    differences = _config_differences(sides)
+    remarks = sorted([*notes(runs), *cautions(sides), *_other_trainings(differences)],
+                     key=lambda caution: not caution.blocks)
+    return Comparison(sides, rows, differences, remarks, left_out, statistic, mixed)
 
 
 def as_json(comparison: Comparison) -> Dict[str, Any]:
@@ -214,6 +224,16 @@ def _ratio(one: Number, other: Number) -> Number:
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
+
+def _other_trainings(differences: Dict[str, Dict[str, str]]) -> List[Caution]:
+    """A line where configs differ in more than the cache's options, so that more than the cache is compared."""
+    keys = [key for key in differences if not key.startswith((*CACHE_OPTIONS, *TOLD_OF))]
+    if not keys:
+        return []
+    more = f' and {len(keys) - SAID_KEYS} more' if len(keys) > SAID_KEYS else ''
+    return [Caution(f'The configs differ in more than the cache, in {", ".join(keys[:SAID_KEYS])}{more}: what differs '
+                    'may come from these', blocks=(CONFIGS, ))]
+
 
 def _config_differences(sides: Sequence[Side]) -> Dict[str, Dict[str, str]]:
     """The keys that two sides do not have the same value for, but for the plugin's own hooks; sides without a saved

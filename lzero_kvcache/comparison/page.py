@@ -4,6 +4,7 @@ The comparison as curves in a picture, and as one page with everything in it: pi
 """
 import base64
 import io
+import textwrap
 from html import escape
 from pathlib import Path
 from string import Template
@@ -41,6 +42,9 @@ STYLE_OF_FIGURES = {
     'ytick.major.size': 0, 'svg.hashsalt': 'comparison',
 }
 
+# Of the small print below the curves: the height of a line, characters to an inch, and as many lines as do not crowd.
+FOOTER_INCHES, FOOTER_CHARACTERS, FOOTER_LINES = 0.115, 22, 12
+
 Line = Tuple[np.ndarray, np.ndarray]
 
 
@@ -72,8 +76,12 @@ def draw(comparison: Comparison, form: str = 'png') -> bytes:
     with context(['default', STYLE_OF_FIGURES]):
         columns = max(1, min(COLUMNS, len(panels)))
         lines = max(1, -(-len(panels) // columns))
-        width, height = columns * PANEL_INCHES[0], lines * PANEL_INCHES[1] + 0.7
-        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, rect=(0, 0, 1, 1 - 0.45 / height))
+        width = columns * PANEL_INCHES[0]
+        footer = _footer(comparison, width)
+        foot = (len(footer) + 1) * FOOTER_INCHES
+        height = lines * PANEL_INCHES[1] + 0.7 + foot
+        layout = ConstrainedLayoutEngine(
+            w_pad=0.12, h_pad=0.1, rect=(0, foot / height, 1, 1 - (0.45 + foot) / height))
         figure = Figure(figsize=(width, height), layout=layout)
         for index, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, comparison)
@@ -81,9 +89,19 @@ def draw(comparison: Comparison, form: str = 'png') -> bytes:
                    for index in range(len(comparison.sides))]
         figure.legend(handles, [' ' + side_text(side) for side in comparison.sides], loc='upper left',
                       bbox_to_anchor=(0.005, 1.), ncols=len(handles), frameon=False, fontsize=11)
+        figure.text(0.12 / width, 0.5 * FOOTER_INCHES / height, '\n'.join(footer), fontsize=6, color='0.4',
+                    verticalalignment='bottom')
         file = io.BytesIO()
         figure.savefig(file, format=form, dpi=DPI, metadata=UNDATED[form])
     return file.getvalue()
+
+
+def _footer(comparison: Comparison, inches: float) -> List[str]:
+    """Lines of a width in inches: where the runs are from; of many runs the first ones."""
+    wrapped = [part for said in origin(comparison)
+               for part in textwrap.wrap(said, int(inches * FOOTER_CHARACTERS), subsequent_indent='    ')]
+    more = len(wrapped) - FOOTER_LINES
+    return wrapped if more <= 0 else [*wrapped[:FOOTER_LINES], f'... and {more} lines more, in report.html']
 
 
 def _shown_panels(comparison: Comparison) -> List[Panel]:

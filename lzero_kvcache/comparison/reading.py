@@ -21,7 +21,7 @@ from ..run_files import (
     SUMMARY,
     Record,
 )
-from .event_files import ITERATIONS, EventFile, Span, Unreadable
+from .event_files import ITERATIONS, REWARD, EventFile, Span, Unreadable
 
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
 
@@ -238,6 +238,12 @@ def _read_events(run: TrainedRun) -> None:
     set_back, abandoned = sum(file.set_back for file in filled), sum(file.abandoned for file in filled)
     run.damaged, of = bool(faults), run.steps if run.summary else None
     run.notes += [f'{file.fault}: its events end at {_step_text(file.last_step, of)}' for file in faults]
+    lacking = [f'{held:,} of {said:,} {what}' for what, held, said in (
+        ('iterations', max(file.iterations for file in filled), run.from_summary('train_iter')),
+        ('evaluations', len(run.curves.get(REWARD, ([], ))[0]), len(run.from_summary('evaluations') or [])),
+    ) if faults and said and held < said]
+    if lacking:
+        run.notes.append(f'its event files have {" and ".join(lacking)}, and its means and curves are of these')
     if set_back:
         run.notes.append(f'its clock was set back by {set_back:,.0f} s in all; no time is counted there')
     if len(run.spans) < sum(file.end > 0 for file in filled):

@@ -9,7 +9,7 @@ from typing import Any, Iterable, Iterator, Optional, Sequence, Tuple
 import numpy as np
 from easydict import EasyDict
 
-from ..config import OPTIONS, ConfigError, names_of_modules, nearest
+from ..config import OPTIONS, ConfigError, missing, names_of_modules, nearest
 from . import root_level
 from .lightzero import lightzero
 from .states import loading
@@ -23,6 +23,9 @@ def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
     from ding.config import compile_config
     from ding.utils import ENV_MANAGER_REGISTRY, ENV_REGISTRY, MODEL_REGISTRY, import_module
     names_of_modules(create_config.policy.get('import_names'), 'create_config.policy.import_names')
+    for part in ('env', 'env_manager'):
+        if 'type' not in create_config[part]:
+            raise missing(f'create_config.{part}.type')
     for key, registry, asked in (('create_config.env.type', ENV_REGISTRY, create_config.env),
                                  ('create_config.env_manager.type', ENV_MANAGER_REGISTRY, create_config.env_manager),
                                  ('env.type', ENV_REGISTRY, main_config.env),  # these two would take their place
@@ -60,13 +63,15 @@ def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
     cfg = completed(main_config, create_config)
     env_fn, collector_configs, _ = get_vec_env_setting(cfg.env)
     env_id = f'env.env_id={cfg.env.get("env_id")!r}'
+    model, which = cfg.policy.model, f'the environment of {env_id}'
     with _fault_named(), _unknown_named(env_id):
         env = env_fn(cfg=collector_configs[0])
         try:
             first = env.reset()
+            if model.continuous_action_space:
+                _try_action(env, model.action_space_size, which)
         finally:
             env.close()
-    model, which = cfg.policy.model, f'the environment of {env_id}'
     mask, seen = (first.get(key) for key in ('action_mask', 'observation')) if isinstance(first, dict) else (None, None)
     if not model.continuous_action_space and mask is not None and len(mask) != model.action_space_size:
         raise ConfigError(
@@ -79,6 +84,20 @@ def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
             f'policy.model.observation_shape={shape!r} contradicts {which}, and env.observation_shape if it has one: '
             f'it observes {seen.shape}, and policy.model.frame_stack_num={frames}'
         )
+
+
+def _try_action(env: Any, size: int, which: str) -> None:
+    """Refuse a number of continuous actions that is not the environment's, if the environment fails with it; some take
+    more and read only their own."""
+    shape = getattr(getattr(env, 'action_space', None), 'shape', None)
+    if shape and np.prod(shape) != size:
+        try:
+            env.step(np.zeros(size, np.float32))
+        except Exception as error:
+            raise ConfigError(
+                f'action_space_size={size} of policy.model and of its world_model_cfg contradicts {which}: its actions '
+                f'have {np.prod(shape)} numbers, so both must be {np.prod(shape)}'
+            ) from error
 
 
 def build_policy(main_config: EasyDict, create_config: EasyDict,

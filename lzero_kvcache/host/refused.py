@@ -3,7 +3,7 @@ from typing import Any, Iterator, Optional, Tuple
 
 from torch import nn
 
-from ..config import FLAG, PREFIX, ConfigError
+from ..config import FLAG, PREFIX, ConfigError, missing
 from .lightzero import lightzero
 
 MEND = f'set {PREFIX}.{FLAG}=False for the old system'
@@ -137,6 +137,9 @@ def check_policy(policy_cfg: Any, system: str) -> None:
 def check_draws(policy_cfg: Any) -> None:
     """Refuse more drawn actions than there are: LightZero's sampled tree reads past the end of its logits."""
     model = policy_cfg['model']
+    for key in ('num_of_sampled_actions', 'action_space_size'):
+        if key not in model:
+            raise missing(f'policy.model.{key}')
     drawn, actions = model['num_of_sampled_actions'], model['action_space_size']
     if not model['continuous_action_space'] and drawn > actions:
         raise ConfigError(

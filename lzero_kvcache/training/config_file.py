@@ -19,6 +19,7 @@ from easydict import EasyDict
 import lzero_kvcache_options
 
 from ..config import ConfigError
+from ..host.building import zoo_folder
 from ..host.patches import ENTRIES, applied, forget_configs
 from ..host.recorded import recorded_call, trainings
 from ..summary import TRAIN
@@ -147,7 +148,10 @@ def _errors_of(path: str) -> Iterator[None]:
         raise ConfigError(f'--config {path}: it ends the program ({error.code!r}) before it trains') from error
     except Exception as error:
         what = hint(error) or '{}: {}'.format(type(error).__name__, ' '.join(str(error).split()))
-        raise ConfigError(f'--config {_where(path, error)}: {what}') from error
+        where = _where(path, error)
+        if path.startswith(zoo_folder() + os.sep):
+            raise ConfigError(f"LightZero's own {where} fails: {what}") from error
+        raise ConfigError(f'--config {where}: {what}') from error
 
 
 def _where(path: str, error: BaseException) -> str:

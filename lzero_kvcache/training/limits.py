@@ -3,6 +3,7 @@ What single values of a complete config must be for any training to run. A value
 runs, whatever it learns, is not refused, but for numbers of updates that are not above 0: it would make none, and say
 nothing.
 """
+import sys
 from numbers import Integral, Real
 from typing import Any, Callable, Collection, Mapping, NamedTuple, Set, Tuple
 
@@ -21,17 +22,21 @@ def one_of(*choices: str) -> Limit:
     return Limit('one of ' + ', '.join(choices), lambda value: value in choices)
 
 
+REAL: Any = Real  # which mypy does not order
 SIZE = Limit('a whole number above 0', lambda value: isinstance(value, Integral) and int(value) > 0)
 # Or a float that is one.
-ROUND = Limit(SIZE.said, lambda value: isinstance(value, Real) and float(value).is_integer() and float(value) > 0)
+ROUND = Limit(SIZE.said, lambda value: isinstance(value, REAL) and value > 0 and value % 1 == 0)
 WHOLE = Limit('a whole number', lambda value: isinstance(value, Integral))
-POSITIVE = Limit('a number above 0', lambda value: isinstance(value, Real) and float(value) > 0)
+# nan is no number here; infinity is one, as 1e400 is in Python.
+NUMBER = Limit('a number', lambda value: isinstance(value, REAL) and value == value)
+POSITIVE = Limit('a number above 0', lambda value: NUMBER.holds(value) and value > 0)
+NOT_ZERO = Limit('a number other than 0', lambda value: NUMBER.holds(value) and value != 0)
+FINITE = Limit('a number, and finite', lambda value: isinstance(value, REAL) and abs(value) <= sys.float_info.max)
+FINITE_POSITIVE = Limit('a number above 0, and finite', lambda value: FINITE.holds(value) and value > 0)
+NOT_NEGATIVE = Limit('a number that is not below 0, and finite', lambda value: FINITE.holds(value) and value >= 0)
 # LightZero computes int(value * env_num): '4' becomes int('4444'), with which it trains.
-DIGITS = Limit(POSITIVE.said, lambda value: isinstance(value, str) or POSITIVE.holds(value))
-NOT_NEGATIVE = Limit('a number that is not below 0', lambda value: isinstance(value, Real) and float(value) >= 0)
-NOT_ZERO = Limit('a number other than 0', lambda value: isinstance(value, Real) and value != 0)
-NUMBER = Limit('a number', lambda value: isinstance(value, Real))
-SHARE = Limit('a number from 0 to 1', lambda value: isinstance(value, Real) and 0 <= float(value) <= 1)
+DIGITS = Limit(FINITE_POSITIVE.said, lambda value: isinstance(value, str) or FINITE_POSITIVE.holds(value))
+SHARE = Limit('a number from 0 to 1', lambda value: isinstance(value, REAL) and 0 <= value <= 1)
 
 RATIO = 'policy.replay_ratio'
 LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
@@ -44,16 +49,18 @@ LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
     )),
     (ROUND, ('policy.game_segment_length', *lightzero.SCALES)),
     (WHOLE, ('policy.td_steps', )),
-    (POSITIVE, (
-        'policy.root_dirichlet_alpha', f'{PREFIX}.rope_theta', *(() if lightzero.UPDATES_AT_LEAST_ONCE else (RATIO, )),
-    )),
+    (POSITIVE, ('policy.root_dirichlet_alpha', f'{PREFIX}.rope_theta')),
+    (FINITE if lightzero.UPDATES_AT_LEAST_ONCE else FINITE_POSITIVE, (RATIO, )),
     (DIGITS, (f'{PREFIX}.num_simulations', )),
     (NOT_ZERO, ('policy.fixed_temperature_value', )),
     (NOT_NEGATIVE, ('policy.learning_rate', )),
     (NUMBER, (
-        'env.stop_value', 'policy.discount_factor', 'policy.eval_freq', 'policy.grad_clip_value',
-        'policy.replay_buffer_size', RATIO, 'policy.root_noise_weight', 'policy.target_update_theta',
-        'policy.train_start_after_envsteps', 'policy.weight_decay', f'{PREFIX}.gamma',
+        'env.stop_value', 'policy.eval_freq', 'policy.grad_clip_value', 'policy.replay_buffer_size',
+        'policy.root_noise_weight',
+    )),
+    (FINITE, (
+        'policy.discount_factor', 'policy.target_update_theta', 'policy.train_start_after_envsteps',
+        'policy.weight_decay', f'{PREFIX}.gamma',
     )),
     (SHARE, ('policy.reanalyze_ratio', *(f'{PREFIX}.{part}_pdrop' for part in ('attn', 'embed', 'resid')))),
     (one_of('vector', 'image', 'image_memory', 'text'), (f'{PREFIX}.obs_type', )),

@@ -8,7 +8,7 @@ from easydict import EasyDict
 
 from lzero_kvcache_options import flag_of, reader_of
 
-from ..config import FLAG, KV_CACHE_CFG, OPTIONS, PREFIX, SIZES, ConfigError
+from ..config import FLAG, KV_CACHE_CFG, OPTIONS, PREFIX, SIZES, ConfigError, missing
 from .linked_keys import follow
 
 CREATE = 'create_config'
@@ -52,6 +52,13 @@ def apply_overrides(
 def given_keys(assignments: Iterable[str]) -> List[str]:
     """The keys that ``--set`` names."""
     return [assignment.partition('=')[0].strip().lstrip(ADD) for assignment in assignments]
+
+
+class CompleteConfig(Dict[str, Any]):
+    """The values of a config with all of LightZero's defaults, by path."""
+
+    def __missing__(self, path: str) -> Any:
+        raise missing(path)
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = '') -> Dict[str, Any]:

@@ -17,7 +17,7 @@ from .checkpoints import CHECKPOINTS
 from .config_file import Plan, load_config
 from .limits import check_limits
 from .linked_keys import check, replace_token
-from .overrides import apply_overrides, given_keys, leaves
+from .overrides import CompleteConfig, apply_overrides, given_keys, leaves
 
 
 def make_plan(config: str, **asked: Any) -> Plan:
@@ -59,7 +59,7 @@ def plan_of(asked: TrainOptions) -> Plan:
         main_config.exp_name += '_eval'
     else:
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', plan.seed, seed)
-    values = leaves(building.completed(main_config, create_config))
+    values = CompleteConfig(leaves(building.completed(main_config, create_config)))
     if values.get('policy.async_pipeline.enabled'):
         raise ConfigError(
             f'policy.async_pipeline.enabled=True, but {plan.entry} collects in this process: call '
