@@ -25,8 +25,8 @@ NO_END = 'it was killed, or failed, or is not done yet'
 EXPERIMENT = 'experiment.json'
 # In a config: the checkpoint that DI-engine's learner loads as it begins.
 LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
-# An evaluation or a collection of iteration N comes before a checkpoint of N if the checkpoint counts its environment
-# steps; updates of N come after it.
+# At one iteration the order is: collection, evaluation, checkpoint, update. A checkpoint includes a collection or an
+# evaluation of its own iteration if it counts that one's environment steps.
 EVALUATIONS = ('evaluator_iter/', 'evaluator_step/')
 COLLECTIONS = ('collector_iter/', 'collector_step/')
 # The pools whose look-ups are counted, and what a comparison calls them.
@@ -120,7 +120,7 @@ def purge(folder: str, train_iter: int, env_step: int, evaluated: bool, see: Cal
             # The first point of either against iterations is followed by the same against steps, which decides.
             if not cut and not any(tag.startswith((COLLECTIONS[0], EVALUATIONS[0])) for tag in tags):
                 whole, undecided = end, 0
-        evaluated = evaluated and not found  # once
+        evaluated = evaluated and not found  # the first file that has the evaluation keeps it
         points += undecided
         if undecided or _is_torn(path, whole):
             os.truncate(path, whole)

@@ -101,7 +101,8 @@ class PagedCacheManager(BaseCacheManager):
     Properties:
         - width (:obj:`int`): ``R``, pages that a stored context has at the most: ``context_length / 2 - 1``.
         - page_capacity (:obj:`int`): Page ids are below this; it may grow whenever a lease allocates.
-        - page_limit (:obj:`int`): What it may grow to, and as many pages has a reanalysis to itself; no bound here.
+        - page_limit (:obj:`int`): The most that ``page_capacity`` may grow to. A reanalysis, which has pages of its \
+            own, may take as many again. No bound by default.
     """
     width: int
 

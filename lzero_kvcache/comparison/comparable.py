@@ -1,4 +1,4 @@
-"""What runs are not comparable in, and why; and what else is to be known of them."""
+"""The warnings of a comparison: in which measures runs cannot be compared, and why."""
 import itertools
 import statistics
 from typing import Any, Callable, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple

@@ -27,7 +27,7 @@ TAGS = frozenset([
 ])
 # Tags against environment steps are called NAME_step/TAG, tags against iterations NAME_iter/TAG. A file that goes on
 # from a checkpoint begins at the checkpoint's iteration, but with more environment steps.
-# An evaluation where a later file has one of the same environment steps, or of fewer, has been made again.
+# An evaluation has been made again if a later file has one at as many environment steps, or at fewer.
 AXES = ENV_STEPS, ITERATIONS, AGAIN = '_step/', '_iter/', EVALUATIONS[1]
 
 # From when to when, in seconds since 1970.

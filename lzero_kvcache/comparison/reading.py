@@ -70,8 +70,8 @@ class TrainedRun(Record):
     @property
     def before(self) -> Optional[int]:
         """
-        The environment steps before the checkpoint that it went on from, if it is without what was before that; 0 if
-        LightZero's own entry counted them anew. None of a whole run.
+        The environment steps before the checkpoint that it went on from, if its files lack that earlier part; 0 if
+        LightZero's own entry counted them anew; None if the run is whole.
         """
         resumed, earlier = self.summary.get('resumed_at'), self.summary.get('earlier')
         if isinstance(resumed, list) and isinstance(earlier, list) and len(resumed) > len(earlier):

@@ -1,5 +1,5 @@
-"""Which LightZero is installed, told by what it has: ``lightzero`` is its adapter, where everything stands that it does
-otherwise than another."""
+"""Which LightZero is installed, told by what it has: ``lightzero`` is its adapter, with everything that differs between
+versions."""
 from typing import Any
 
 from lzero.model.unizero_world_models.transformer import Block

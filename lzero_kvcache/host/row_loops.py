@@ -1,5 +1,5 @@
-"""What LightZero's ``_forward_collect`` and ``_forward_eval`` ask for one row after the other, found for all rows at
-once: legal actions, noise and action selection, by the same draws from numpy."""
+"""Legal actions, noise and action selection for all rows of a policy's step at once. LightZero computes them one row
+after the other; numpy's random numbers are drawn in the same order."""
 import bisect
 import itertools
 import types
@@ -24,7 +24,7 @@ class Mask(np.ndarray):
         return iter(self.tolist())
 
     def __eq__(self, other: Any) -> Any:
-        return np.asarray(self) == other  # an array of no class of its own, which is compared faster
+        return np.asarray(self) == other  # a plain array is compared faster than a subclass
 
 
 def masks_of(action_mask: Optional[Iterable[Any]]) -> Any:
@@ -35,8 +35,8 @@ def masks_of(action_mask: Optional[Iterable[Any]]) -> Any:
 
 
 def with_rows_at_once(forward: Callable[..., Any], served: Served, masks: Any) -> Callable[..., Any]:
-    """A policy's step that draws and selects for all rows at once what LightZero's functions do for each; somebody
-    else's functions stay."""
+    """A copy of a policy's step that draws noise and selects actions for all rows at once. Functions that are not
+    LightZero's own are left alone."""
     names: Dict[str, Any] = {}
     found = getattr(forward, '__globals__', {})
     selecting = found.get('select_action')

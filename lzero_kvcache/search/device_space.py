@@ -250,7 +250,7 @@ class GrownReanalysis(_OfStates):
         self._given_pages = to_cpu(self._pages)
 
     def empty_rows(self, used: int) -> None:
-        """Each row has pages of its own, the empty ones too: no page is nobody's."""
+        """Empty rows have pages of their own as well: a reanalysis has no scratch page."""
         super().empty_rows(used)
         first, *later = self._given_pages[:, used:]
         self.given.tables[used:, 0], self.given.pages[:, used:] = first, later

@@ -51,7 +51,7 @@ class Problem(NamedTuple):
         )
 
     def padded_legal(self) -> np.ndarray:
-        """The legal actions ``[B, S]``, padded with -1; nothing else where all are."""
+        """The legal actions ``[B, S]``, padded with -1; nothing but -1 for a row in which every action is legal."""
         return padded(self.legal, self.slots, -1, np.int32)
 
     def padded_noises(self) -> np.ndarray:

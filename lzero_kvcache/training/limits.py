@@ -1,7 +1,7 @@
 """
-What single values of a complete config must be for any training to run. A value with which either system of LightZero
-runs, whatever it learns, is not refused, but for numbers of updates that are not above 0: it would make none, and say
-nothing.
+What single values of a complete config must be for any training to run. Every value with which LightZero runs is
+allowed, even if it learns nothing. Only numbers of updates of 0 or less are refused: LightZero would train nothing
+without saying so.
 """
 import sys
 from numbers import Integral, Real

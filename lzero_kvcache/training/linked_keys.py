@@ -35,7 +35,8 @@ COPIES: Tuple[Tuple[str, ...], ...] = (
 
 
 class Rule(NamedTuple):
-    """``target`` has the value that ``compute`` makes of ``sources``; ``needed``: no training runs where it has not."""
+    """``target`` has the value that ``compute`` makes of ``sources``; where it is ``needed``, no training runs with
+    another."""
     target: str
     sources: Tuple[str, ...]
     compute: Callable[..., Any]
