@@ -92,7 +92,7 @@ def test_other_sources_are_compiled_anew(tmp_path: Path) -> None:
         assert ('Compiling' in run(kept, program)) == is_compiled
     edited = program.replace('compiled =', 'kept_on_disk.hash_of = lambda folders: str(len(folders))\n    compiled =')
     assert 'Compiling' in run(kept, edited)
-    assert [path.name for path in kept.rglob('1-2')]
+    assert [path.name for path in kept.rglob('1-3')]
 
 
 def test_sources_are_read_once_for_all_functions_of_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +101,12 @@ def test_sources_are_read_once_for_all_functions_of_a_folder(monkeypatch: pytest
     monkeypatch.setattr(Path, 'read_bytes', lambda path: read.append(path) or b'')
     entry(lambda x: x + 1)
     assert not read
+
+
+def test_a_function_of_the_same_name_is_another(tmp_path: Path) -> None:
+    """As one that was edited in a notebook."""
+    run(tmp_path)
+    assert 'Compiling' in run(tmp_path, PROGRAM.replace('x + 1', 'x + 2').replace('(41)', '(40)'))
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:

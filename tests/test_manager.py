@@ -500,3 +500,12 @@ class TestCustomManagers:
         for pool, asked in model.world_model.kv_cache_manager.asked.items():
             assert (counters[pool]['queries'], counters[pool]['hits']) == (asked.total_queries, asked.hits)
         assert 0 < counters['total']['hits'] < counters['total']['queries']
+
+
+def test_a_step_that_was_left_no_roots():
+    """By a reset between the root inference and the search by key."""
+    manager = KVCacheManager(dict(context_length=8, env_num=2, num_simulations=4))
+    nothing = np.zeros((0, manager.width), np.int64), np.zeros(0, np.int64)
+    manager.store_init('collect', [], [], nothing)
+    manager.forget_init('collect', [], [])
+    assert [len(part) for part in manager.find_init('collect', [], [])] == [0, 0]

@@ -325,6 +325,8 @@ class KVCacheManager(PagedCacheManager):
     def _pools_to(self, mode: str, env_ids: Sequence[int]) -> List[PagedPool]:
         """The init pools of a mode, some environments' among them; one that is not there is an error."""
         self._check_mode(mode)
+        if not len(env_ids):  # a reset, or predictions that are no numbers, can leave a step none
+            return self._pools[mode]
         for env_id in (min(env_ids), max(env_ids)):
             if not isinstance(env_id, numbers.Integral):
                 raise ValueError(f'environment {env_id!r} must be a whole number')

@@ -129,6 +129,7 @@ def _in_threads(function: Callable[..., Any], given: Sequence[Any], scratches: S
     finally:
         dismiss(team)
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
     if errors:
         raise errors[0]

@@ -16,7 +16,9 @@ from ..engine.compiling import Function, compiled
 
 logger = logging.getLogger(__name__)
 
-ENGINE = Path(__file__).parent.parent / 'engine'
+PACKAGE = Path(__file__).parent.parent
+COMPILED_IN = PACKAGE / 'engine', PACKAGE / 'cache'
+"""Folders whose functions and constants are compiled into those of others."""
 
 
 def entry(function: Function) -> Function:
@@ -24,8 +26,8 @@ def entry(function: Function) -> Function:
     plain: Any = getattr(function, 'py_func', function)
     dispatcher: Any = compiled(plain)
     place = getattr(sys.modules[plain.__module__], '__file__', None)
-    sources = hash_of(frozenset([ENGINE, *([Path(place).parent] if place else [])]))
-    dispatcher._cache = _kept_on_disk(f'{plain.__module__}.{plain.__qualname__}', sources)
+    sources = hash_of(frozenset([*COMPILED_IN, *([Path(place).parent] if place else [])]))
+    dispatcher._cache = _kept_on_disk(plain, sources)
     return dispatcher
 
 
@@ -53,7 +55,7 @@ def hash_of(folders: FrozenSet[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _kept_on_disk(name: str, sources: str) -> Any:
+def _kept_on_disk(plain: Function, sources: str) -> Any:
     """A cache for numba to ask. numba's own keeps an index file, in which two processes can overwrite each other's
     entries; here the name of a file is a hash of everything that its contents depend on."""
     import llvmlite
@@ -61,6 +63,10 @@ def _kept_on_disk(name: str, sources: str) -> Any:
     from numba.core.caching import NullCache
     from numba.core.compiler import CompileResult
     from numba.core.serialize import dumps
+
+    name, code = f'{plain.__module__}.{plain.__qualname__}', plain.__code__
+    # A notebook can give a function of one name another body.
+    body = code.co_code, code.co_names, code.co_consts
 
     class KeptOnDisk(NullCache):
         def load_overload(self, signature: Any, target: Any) -> Any:
@@ -83,7 +89,8 @@ def _kept_on_disk(name: str, sources: str) -> Any:
                 logger.info(f'{name} is compiled for this process alone: {error}; NUMBA_CACHE_DIR names another folder')
 
         def _path(self, signature: Any, codegen: Any) -> Path:
-            parts = name, str(signature), codegen.magic_tuple(), numba.__version__, llvmlite.__version__, sys.version
+            versions = numba.__version__, llvmlite.__version__, sys.version
+            parts = name, body, str(signature), codegen.magic_tuple(), *versions
             return folder_of(sources) / (hashlib.sha256(repr(parts).encode()).hexdigest()[:32] + '.bin')
 
     return KeptOnDisk()
