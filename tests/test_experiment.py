@@ -238,6 +238,21 @@ def test_one_that_is_killed_is_told_of_by_the_signal(fake, capfd):
     assert 'old_seed0: was killed (SIGKILL)\n' in capfd.readouterr().out
 
 
+def test_an_error_leaves_no_training_to_nobody(fake):
+    fake.do(old_seed0='wait')
+    made = make(fake.folder)
+    with made.opened() as lock:
+        os.mkdir(made.trials[1].log)
+        children = Children(made, lock, 2)
+        with pytest.raises(IsADirectoryError):
+            children.run()
+    try:
+        assert [process.poll() is not None for process in children.running.values()] == [True]
+    finally:
+        for process in children.running.values():
+            process.kill()
+
+
 def test_a_folder_in_which_somebody_trains_is_left_alone(fake, capfd):
     """It would be renamed, since nothing can go on from what is in it."""
     folder = os.path.join(fake.folder, 'old_seed0')
