@@ -207,6 +207,18 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     assert flushed == [1, 2, 3, 4, 4]  # a training that is killed goes on from a checkpoint and the points before it
 
 
+def test_any_error_of_the_first_rank_is_told_to_all(monkeypatch):
+    told = []
+    monkeypatch.setattr('torch.distributed.broadcast_object_list', lambda made, src: told.extend(made))
+
+    def full():
+        raise OSError('disk full')
+
+    with pytest.raises(OSError, match='disk full'):
+        DataParallel(0, 2, 2).from_main(full)
+    assert [type(error) for error in told] == [OSError]
+
+
 def test_a_failing_save_leaves_the_old_checkpoint(tmp_path):
     path = str(tmp_path / 'c.pth.tar')
     save_atomically({'a': 1}, path)
