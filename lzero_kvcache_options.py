@@ -261,6 +261,24 @@ class TrainOptions:
         '--set', default=(), nargs='+', action='extend', metavar='KEY=VALUE',
         help='set any key of the config, a new one as +KEY=VALUE; copies of the value in other keys follow it')
 
+    def __post_init__(self) -> None:
+        """Read what was not typed, but given in Python, as the parsers do."""
+        for name, option in TRAIN_OPTIONS.items():
+            value, choices = getattr(self, name), option.metadata.get('choices')
+            if value is None:
+                continue
+            if choices and value not in choices:
+                raise UsageError(f'{name}={value!r} is none of {", ".join(choices)}')
+            if 'type' in option.metadata:
+                try:
+                    object.__setattr__(self, name, reader_of(name)(value))
+                except argparse.ArgumentTypeError as error:
+                    raise UsageError(f'{name}={error}') from None
+        if isinstance(self.overrides, str):
+            raise UsageError(f'overrides={self.overrides!r} is no list; give [{self.overrides!r}]')
+        if self.resume is not None and self.evaluate is not None:
+            raise UsageError(f'resume={self.resume!r} and evaluate={self.evaluate!r} exclude each other; give one')
+
     @classmethod
     def of(cls, parsed: argparse.Namespace) -> 'TrainOptions':
         """What a parser has read."""

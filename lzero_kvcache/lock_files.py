@@ -77,7 +77,7 @@ def _lock(file: IO[str], how: int, refusal: str) -> None:
             return fcntl.flock(file, how | fcntl.LOCK_NB)
         except BlockingIOError:
             if how == fcntl.LOCK_SH or time.monotonic() > deadline:
-                raise ConfigError(refusal.format(who=_holders(file))) from None
+                raise ConfigError(refusal.replace('{who}', _holders(file))) from None
         time.sleep(0.01)
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+from google.protobuf.message import DecodeError
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
-from .config import FLAG, OPTIONS, PREFIX, picked_manager
+from .config import FLAG, OPTIONS, PREFIX, ConfigError, picked_manager
 
 # Where LightZero puts event files, and DI-engine the config, below a run's folder.
 EVENT_FILES = os.path.join('log', 'serial')
@@ -105,7 +106,7 @@ def purge(folder: str, train_iter: int, env_step: int, evaluated: bool, see: Cal
     points = 0
     for path in event_files(folder):
         whole, cut, undecided, found = 0, False, 0, False
-        for end, event in events(path):
+        for end, event in _readable(path):
             see(path, event)
             tags = [value.tag for value in event.summary.value]
             undecided += len(tags)
@@ -125,6 +126,16 @@ def purge(folder: str, train_iter: int, env_step: int, evaluated: bool, see: Cal
         if undecided or _is_torn(path, whole):
             os.truncate(path, whole)
     return points
+
+
+def _readable(path: str) -> Iterator[Tuple[int, Event]]:
+    """The events of a file, which is refused if it cannot be read."""
+    try:
+        yield from events(path)
+    except OSError as error:
+        raise ConfigError(f'{path} cannot be read ({error.strerror}); move it away') from error
+    except DecodeError as error:
+        raise ConfigError(f'{path} is no event file; move it away') from error
 
 
 def _is_torn(path: str, begin: int) -> bool:

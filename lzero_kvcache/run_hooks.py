@@ -173,9 +173,11 @@ def leaving_no_folder() -> Iterator[None]:
     try:
         yield
     except ConfigError:
-        folder = getattr(_of_entry('cfg', 'create_cfg').get('cfg'), 'exp_name', None)
-        if folder and os.path.isdir(folder) and set(os.listdir(folder)) <= CONFIG_FILES:
-            shutil.rmtree(folder, ignore_errors=True)
+        frame = _frame_of_entry('cfg', 'create_cfg')
+        if frame is not None and frame.f_globals.get('__name__', '').startswith('lzero.entry.'):
+            folder = getattr(frame.f_locals.get('cfg'), 'exp_name', None)
+            if folder and os.path.isdir(folder) and set(os.listdir(folder)) <= CONFIG_FILES:
+                shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

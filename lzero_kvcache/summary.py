@@ -255,6 +255,8 @@ def add_up(before: Result, after: Result) -> Result:
         started=before.started or after.started, resumed_at=before.resumed_at + after.resumed_at,
     )
     counters = dict(after.counters)
+    for name in {'skipped', 'captures'} & set(before.counters) & set(after.counters):
+        counters[name] += before.counters[name]
     for pool in set(POOLS) & set(before.counters) & set(after.counters):
         earlier, later = before.counters[pool], after.counters[pool]
         counters[pool] = {

@@ -12,6 +12,7 @@ import torch
 from event_runs import BEGAN, write_events
 from forks import environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from trainings import PROJECT_ROOT, said_by, when
 
@@ -21,8 +22,9 @@ from lzero_kvcache.run_files import purge
 from lzero_kvcache.run_hooks import read_events
 from lzero_kvcache.summary import Evaluation, Result, Segment, add_up, read_progress, read_summary
 from lzero_kvcache.training import processes
-from lzero_kvcache.training.checkpoints import abandon_later
+from lzero_kvcache.training.checkpoints import abandon_later, prune
 from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
+from lzero_kvcache.training.past import take_up
 from lzero_kvcache.training.processes import Children
 from lzero_kvcache_options import TrainOptions, main
 
@@ -82,6 +84,18 @@ def test_it_goes_on_from_no_checkpoint_that_was_abandoned(tmp_path):
     assert last_checkpoint(run.folder, 60) == paths[1]
     assert abandon_later(paths[0], 2, 20) == ['iteration_50.pth.tar']
     assert last_checkpoint(run.folder, 60) == paths[0]
+
+
+def test_the_furthest_are_kept_and_none_that_was_abandoned(tmp_path):
+    """Whatever the times of the files are."""
+    paths = [checkpoint(tmp_path / f'iteration_{step}.pth.tar', step) for step in (20, 50, 100)]
+    for age, path in enumerate(paths):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    prune(str(tmp_path), 2)
+    assert not os.path.exists(paths[0]) and os.path.exists(paths[2])
+    abandon_later(paths[1], 5, 50)
+    prune(str(tmp_path), 1)
+    assert [name for name in os.listdir(tmp_path) if name.endswith('.tar')] == ['iteration_50.pth.tar']
 
 
 def test_it_begins_anew_beside_what_is_left_of_one_that_nothing_can_go_on_from(tmp_path):
@@ -224,6 +238,21 @@ def test_one_that_is_killed_is_told_of_by_the_signal(fake, capfd):
     assert 'old_seed0: was killed (SIGKILL)\n' in capfd.readouterr().out
 
 
+def test_an_error_leaves_no_training_to_nobody(fake):
+    fake.do(old_seed0='wait')
+    made = make(fake.folder)
+    with made.opened() as lock:
+        os.mkdir(made.trials[1].log)
+        children = Children(made, lock, 2)
+        with pytest.raises(IsADirectoryError):
+            children.run()
+    try:
+        assert [process.poll() is not None for process in children.running.values()] == [True]
+    finally:
+        for process in children.running.values():
+            process.kill()
+
+
 def test_a_folder_in_which_somebody_trains_is_left_alone(fake, capfd):
     """It would be renamed, since nothing can go on from what is in it."""
     folder = os.path.join(fake.folder, 'old_seed0')
@@ -318,9 +347,10 @@ def test_what_has_ended_is_not_told_of(fake):
 def test_two_parts_add_up():
     counts = dict(queries=10, hits=5, misses=5, occupancy=0.5)
     before = result(seconds=10., env_steps_per_second=4., host_memory_mb=9., best_reward=20., last_reward=20.,
-                    counters=dict(total=counts), evaluations=[Evaluation(0, 0, 20.)], exit_code=130)
+                    counters=dict(total=counts, skipped=5, captures=2), evaluations=[Evaluation(0, 0, 20.)],
+                    exit_code=130)
     after = result(seconds=30., env_steps_per_second=2., host_memory_mb=7., best_reward=12., last_reward=12.,
-                   counters=dict(total=dict(counts, hits=10, misses=0), memory_mb=2.),
+                   counters=dict(total=dict(counts, hits=10, misses=0), memory_mb=2., skipped=1, captures=3),
                    evaluations=[Evaluation(60, 6, 12.)])
     before.command, before.overrides = ['train.py', '--set', 'a=1'], ['a=1']
     after.command = ['train.py', '--in-place']
@@ -330,7 +360,8 @@ def test_two_parts_add_up():
     assert [part.command[-1] for part in add_up(both, after).earlier] == ['a=1', '--in-place']
     assert (both.seconds, both.env_steps_per_second, both.host_memory_mb) == (40., 2.5, 9.)
     assert (both.best_reward, both.last_reward, both.exit_code, both.outcome) == (20., 12., 0, 'done')
-    assert both.counters == dict(total=dict(queries=20, hits=15, misses=5, occupancy=0.5), memory_mb=2.)
+    assert both.counters == dict(
+        total=dict(queries=20, hits=15, misses=5, occupancy=0.5), memory_mb=2., skipped=6, captures=5)
     assert both.hit_rates == dict(init=None, recur=None, total=0.75)
     assert [evaluation.reward for evaluation in both.evaluations] == [20., 12.]
 
@@ -429,6 +460,18 @@ def test_what_the_checkpoint_comes_after_is_not_cut_off(env_step, evaluated, eva
             assert [point.step for point in events.Scalars(f'{name}_iter/{what}')] == steps
             assert [point.step for point in events.Scalars(f'{name}_step/{what}')] == [
                 10 * step - written[name] for step in steps]
+
+
+def test_an_event_file_that_cannot_be_read_loses_nothing_of_the_record(tmp_path):
+    path = checkpoint(tmp_path / 'ckpt' / 'iteration_20.pth.tar', 20)
+    result(exp_name=str(tmp_path)).write()
+    events = tmp_path / 'log' / 'serial'
+    events.mkdir(parents=True)
+    with open(events / 'events.out.tfevents.1.host', 'wb') as file:
+        RecordWriter(file).write(b'no event')
+    with pytest.raises(ConfigError, match=r'tfevents\.1\.host is no event file; move it away'):
+        take_up(str(tmp_path), path, 2, 20, print)
+    assert read_summary(str(tmp_path)) == result(exp_name=str(tmp_path))
 
 
 def test_an_evaluation_that_stands_in_several_files_is_kept_once(tmp_path):

@@ -103,6 +103,13 @@ def test_who_is_told_of(written, said, tmp_path):
     assert str(caught.value) == f'by {said}.'.format(**known)
 
 
+def test_a_folder_may_have_braces_in_its_name(tmp_path):
+    folder = str(tmp_path / 'run{x}')
+    os.mkdir(folder)
+    with training_in(folder, folder), pytest.raises(ConfigError, match=rf'run{{x}} is being .* {os.getpid()};'):
+        check_not_trained_in(folder, folder)
+
+
 def test_holders_replace_each_other(tmp_path):
     with held(str(tmp_path / 'lock'), '') as file:
         for processes in ([1, 2, 3], [4]):

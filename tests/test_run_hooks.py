@@ -121,6 +121,17 @@ def test_an_entry_that_is_refused_says_one_error_and_leaves_no_folder(overrides,
     assert answered[1:] == [1, leaves]
 
 
+def test_a_script_that_is_refused_keeps_its_own_folder(tmp_path):
+    def script(cfg, create_cfg):
+        with run_hooks.leaving_no_folder():
+            raise ConfigError('refused')
+
+    (tmp_path / 'total_config.py').write_text('')
+    with pytest.raises(ConfigError, match='refused'):
+        script(SimpleNamespace(exp_name=str(tmp_path)), None)
+    assert os.listdir(tmp_path) == ['total_config.py']
+
+
 def test_an_evaluation_is_read_with_its_deviation_if_it_is_there(tmp_path):
     points = []
     for iteration, reward in ((0, 20.), (7, 57.25)):

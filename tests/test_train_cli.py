@@ -52,7 +52,7 @@ from lzero_kvcache.summary import (
     versions,
 )
 from lzero_kvcache.training import Plan, make_plan
-from lzero_kvcache.training.checkpoints import Checkpoint, is_abandoned, read_checkpoint, save_atomically
+from lzero_kvcache.training.checkpoints import STATE, Checkpoint, is_abandoned, read_checkpoint, save_atomically
 from lzero_kvcache.training.error_hints import hint
 from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_empty
@@ -200,11 +200,23 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     writer = SimpleNamespace(flush=lambda: flushed.append(len(os.listdir(tmp_path))))
     running.learner = SimpleNamespace(tb_logger=writer)
     save = running._saved(None)
-    for name in ('iteration_0', 'ckpt_best', 'iteration_9', 'iteration_10', 'iteration_100'):
-        save(str(tmp_path / f'{name}.pth.tar'), {})
-        os.utime(tmp_path / f'{name}.pth.tar', (len(os.listdir(tmp_path)) if 'best' in name else int(name[10:]), ) * 2)
+    for name, iteration in (('iteration_0', 0), ('ckpt_best', 0), ('iteration_9', 9), ('iteration_10', 10),
+                            ('iteration_100', 100)):
+        save(str(tmp_path / f'{name}.pth.tar'), {**dict.fromkeys(STATE, {}), 'last_iter': iteration})
     assert sorted(os.listdir(tmp_path)) == ['ckpt_best.pth.tar', 'iteration_10.pth.tar', 'iteration_100.pth.tar']
     assert flushed == [1, 2, 3, 4, 4]  # a training that is killed goes on from a checkpoint and the points before it
+
+
+def test_any_error_of_the_first_rank_is_told_to_all(monkeypatch):
+    told = []
+    monkeypatch.setattr('torch.distributed.broadcast_object_list', lambda made, src: told.extend(made))
+
+    def full():
+        raise OSError('disk full')
+
+    with pytest.raises(OSError, match='disk full'):
+        DataParallel(0, 2, 2).from_main(full)
+    assert [type(error) for error in told] == [OSError]
 
 
 def test_a_failing_save_leaves_the_old_checkpoint(tmp_path):

@@ -309,6 +309,22 @@ def test_what_is_asked_for_is_read_from_its_own_arguments(changes):
     assert TrainOptions.of(command_parser().parse_args(['train', *asked.arguments()])) == asked
 
 
+@pytest.mark.parametrize(('asked', 'said'), [
+    (dict(seed=-1), 'seed=-1 is not a whole number of at least 0'),
+    (dict(threads=-3), 'threads=-3 is not a whole number of at least 1'),
+    (dict(max_env_step=0), 'max_env_step=0 is not a whole number of at least 1'),
+    (dict(keep_checkpoints=0), 'keep_checkpoints=0 is not a whole number of at least 1'),
+    (dict(device='gpu'), "device='gpu' is none of auto, cpu, cuda"),
+    (dict(cache='neww'), "cache='neww' is none of old, lightzero, new"),
+    (dict(overrides='a=1'), "overrides='a=1' is no list; give ['a=1']"),
+    (dict(resume='a', evaluate='b'), "resume='a' and evaluate='b' exclude each other; give one"),
+])
+def test_what_the_command_refuses_is_refused_in_python(asked, said):
+    with pytest.raises(ConfigError) as caught:
+        make_plan('config_new', **asked)
+    assert str(caught.value) == said
+
+
 @pytest.mark.parametrize('command', [[], ['train'], ['compare'], ['experiment'], ['info'], ['zoo']])
 def test_every_command_says_its_version(command, capsys):
     with pytest.raises(SystemExit) as end:

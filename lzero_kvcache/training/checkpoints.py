@@ -101,9 +101,10 @@ def _counts(path: str) -> Tuple[int, ...]:
 
 
 def prune(folder: str, keep: int) -> None:
-    """Remove all but the newest checkpoints of iterations; the best one has another name, and stays."""
-    paths = glob.glob(os.path.join(glob.escape(folder), 'iteration_*.pth.tar'))
-    for path in sorted(paths, key=os.path.getmtime)[:-keep]:
+    """Remove all but the furthest checkpoints of iterations, abandoned ones first; the best one has another name, and
+    stays."""
+    paths = [path for _, path in in_folder(folder) if os.path.basename(path).startswith('iteration_')]
+    for path in sorted(paths, key=is_abandoned, reverse=True)[:-keep]:
         for file in (path, beside(path)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(file)

@@ -32,9 +32,6 @@ def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str]
              'and the evaluations from here on')
     else:  # kept there if this run is killed; its past is not its own summary
         before.write(beside(path))
-    for name in (SUMMARY, PROGRESS):  # of a training that went further
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(folder, name))
     evaluated, seen = any(held.train_iter == at for held in before.evaluations) if before else False, Seen()
     cut = purge(os.path.join(folder, EVENT_FILES), at, env_step, evaluated, seen.add)
     if cut:
@@ -42,6 +39,9 @@ def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str]
     later = abandon_later(path, at, env_step)
     if later:
         line(f'{", ".join(later)}: of the part after the checkpoint, abandoned, not removed')
+    for name in (SUMMARY, PROGRESS):  # of a training that went further; last, since what comes before may fail
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
     # LightZero's own entry keeps no result beside a checkpoint, and leaves no summary if it is killed.
     evaluated = evaluated or any(held.train_iter == at and held.env_step < env_step for held in seen.evaluations)
     rewards = [part.best_reward for part in (ended, noted) if part and part.best_reward is not None]

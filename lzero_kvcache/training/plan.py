@@ -7,7 +7,7 @@ from typing import Any, Optional
 import torch
 from easydict import EasyDict
 
-from lzero_kvcache_options import TrainOptions
+from lzero_kvcache_options import TrainOptions, UsageError
 
 from ..config import DEFAULT_ENV_NUM, LIGHTZERO, PREFIX, ConfigError, picked_system
 from ..host import building
@@ -22,7 +22,11 @@ from .overrides import CompleteConfig, apply_overrides, given_keys, leaves
 
 def make_plan(config: str, **asked: Any) -> Plan:
     """Load a config file and change it as asked, by fields of ``TrainOptions``, as ``max_env_step=300``."""
-    return plan_of(TrainOptions(config, **asked))
+    try:
+        options = TrainOptions(config, **asked)
+    except UsageError as error:
+        raise ConfigError(str(error)) from None
+    return plan_of(options)
 
 
 def plan_of(asked: TrainOptions) -> Plan:

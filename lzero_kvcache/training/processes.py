@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from typing import IO, Deque, Dict, List, Optional
+from typing import IO, Deque, Dict, Iterator, List, Optional
 
 from ..config import ConfigError
 from ..host.patches import applied
@@ -46,7 +46,8 @@ class Children:
                 self._terminal.line(f'{trial.name}: is done already')
         self._done = len(trials) - len(waiting)
         steps_of_all = len(trials) * self._experiment.max_env_step
-        with contextlib.closing(Bar(self._terminal, steps_of_all, every=LINES_EVERY_SECONDS)) as bar, applied(
+        bar = Bar(self._terminal, steps_of_all, every=LINES_EVERY_SECONDS)
+        with contextlib.closing(bar), self._left_to_nobody(), applied(
                 interrupts=lambda original: lambda signum, frame: self._signals.append(signum)):
             while self.running or (waiting and self.interrupted is None):
                 while waiting and len(self.running) < self._jobs and self.interrupted is None:
@@ -60,6 +61,17 @@ class Children:
                 time.sleep(POLL_SECONDS)
                 while self._signals:
                     self._stop(self._signals.popleft())
+
+    @contextlib.contextmanager
+    def _left_to_nobody(self) -> Iterator[None]:
+        """After an error, interrupt and await what was started."""
+        try:
+            yield
+        except BaseException:
+            self._stop(signal.SIGTERM)
+            for process in self.running.values():
+                process.wait()
+            raise
 
     def start(self, trial: Trial) -> None:
         """Begin a trial, or go on with it."""

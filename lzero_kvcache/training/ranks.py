@@ -76,17 +76,17 @@ class DataParallel:
                 dist.destroy_process_group()
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """Make something on the first rank, for all; its ``ConfigError`` is raised on every rank."""
+        """Make something on the first rank, for all; its error is raised on every rank."""
         if not self.several:
             return make()
         made: List[Any] = [None]
         if self.main:
             try:
                 made = [make()]
-            except ConfigError as error:
+            except Exception as error:
                 made = [error]
         dist.broadcast_object_list(made, src=0)
-        if isinstance(made[0], ConfigError):
+        if isinstance(made[0], Exception):
             raise made[0]
         return made[0]
 
