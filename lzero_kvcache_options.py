@@ -119,12 +119,15 @@ def check_options(options: argparse.Namespace) -> None:
     for option, values in (('cache', getattr(options, 'caches', [])), ('seeds', getattr(options, 'seeds', []))):
         if len(set(values)) < len(values):
             raise UsageError(f'--{option} {" ".join(map(str, values))}: give each of them once')
+    if getattr(options, 'out', None) == '':
+        raise UsageError("--out '' names no folder")
     if hasattr(options, 'out'):
         out = options.out or EXPERIMENTS
         there = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             fault = 'cannot be written to' if there.is_dir() else 'is a file'
-            raise UsageError(f'--out {out}: {os.path.relpath(there)} {fault}; give another folder')
+            shown = there if Path(out).is_absolute() else os.path.relpath(there)
+            raise UsageError(f'--out {out}: {shown} {fault}; give another folder')
 
 
 def find_config(name: str) -> str:

@@ -183,6 +183,7 @@ COMPARE = [
     (['.', '--colour'], '--colour'),
     (['.'], 'no run can be read: '),
     (['.', '--out', __file__], f'--out {__file__}: '),
+    (['.', '--out', ''], "--out '' names no folder"),
 ]
 
 

@@ -55,7 +55,7 @@ def hash_of(folders: FrozenSet[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _kept_on_disk(plain: Function, sources: str) -> Any:
+def _kept_on_disk(plain: Any, sources: str) -> Any:
     """A cache for numba to ask. numba's own keeps an index file, in which two processes can overwrite each other's
     entries; here the name of a file is a hash of everything that its contents depend on."""
     import llvmlite
