@@ -295,7 +295,7 @@ class TestCommand:
         paths = pair(tmp_path)
         (tmp_path / 'file').touch()
         assert main(['compare', *paths, '--out', str(tmp_path / 'file')]) == 2
-        assert capsys.readouterr().err.endswith('it cannot be written to (File exists)\n')
+        assert capsys.readouterr().err.endswith('is a file; give another folder\n')
 
     @pytest.mark.parametrize(('name', 'content', 'said'), [
         ('notes.txt', 'text', '{path}: an event file has tfevents in its name; give one, or the folder of a run'),
