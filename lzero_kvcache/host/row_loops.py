@@ -58,8 +58,18 @@ def drawing_at_once(masks: Sequence[Any]) -> Any:
             drawn.extend(np.random.dirichlet(alpha, next(alike, 1))[::-1])
         return drawn.pop()
 
-    random = types.SimpleNamespace(**{**vars(np.random), 'dirichlet': dirichlet})
-    return types.SimpleNamespace(**{**vars(np), 'random': random})
+    return _Changed(np, random=_Changed(np.random, dirichlet=dirichlet))
+
+
+class _Changed:
+    """A module, but for some names. What is asked for is kept, since the loops ask for each row."""
+
+    def __init__(self, module: types.ModuleType, **changes: Any) -> None:
+        vars(self).update(changes, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        vars(self)[name] = found = getattr(vars(self)['_module'], name)
+        return found
 
 
 class Selection:

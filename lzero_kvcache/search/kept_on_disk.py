@@ -16,8 +16,7 @@ from ..engine.compiling import Function, compiled
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = Path(__file__).parent.parent
-COMPILED_IN = PACKAGE / 'engine', PACKAGE / 'cache'
+COMPILED_IN = [Path(__file__).parent.parent / room for room in ('engine', 'cache')]
 """Folders whose functions and constants are compiled into those of others."""
 
 
