@@ -265,9 +265,11 @@ def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     inference = types.SimpleNamespace(search=lambda served, problem: (problem, [1.], None))
     model, roots = types.SimpleNamespace(world_model=types.SimpleNamespace(inference=inference)), Roots(1, [[]])
     search = NodeSearch.__new__(NodeSearch)
-    search._running = StepsOfThread()
+    search._running, step = StepsOfThread(), types.SimpleNamespace()
+    search._running.steps.append(step)
     search.search(roots, model, None, None)
     assert roots.found == ('a problem', [1.], None)
+    assert step.visits == 'a problem'
 
 
 @contextlib.contextmanager
