@@ -4,11 +4,13 @@ Tests of one of them are skipped with the other.
 """
 import copy
 import functools
+import importlib
 import inspect
 import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from builders import Worker, compiled, make_policy, small_cartpole
 from ding.policy import create_policy
 from ding.utils import MODEL_REGISTRY
 from easydict import EasyDict
+from hypothesis import given
+from hypothesis import strategies as st
 from lzero.model.common import RepresentationNetworkMLP
 from lzero.model.unizero_model import UniZeroModel
 from lzero.model.unizero_world_models import transformer
@@ -25,10 +29,12 @@ from lzero.policy import sampled_unizero
 from oracle import Batch, play, random_trace
 from small_models import ON_MAIN, ORIGINAL_MODELS, Case, cached_model, construct, randomise
 from test_validation import Checked
+from test_whole_search import make
 from trainings import BATCH
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
 from lzero_kvcache import CacheConfig, ConfigError, check_config
+from lzero_kvcache.host.exploration import ExplorationMetrics
 from lzero_kvcache.training import make_plan
 from lzero_kvcache.training.info import of_plan, of_zoo
 from lzero_kvcache.training.plan import set_cache
@@ -98,6 +104,33 @@ def test_nor_can_it_be_trained_with(capfd, tmp_path, monkeypatch):
         assert main([command, '--config', 'config_new', '--cache', 'lightzero']) == 2
         said, = capfd.readouterr().err.splitlines()
         assert "kv_cache_cfg.type='lightzero' is the manager of LightZero's main branch, which is not installed" in said
+
+
+@on_main
+class TestExplorationMetrics:
+
+    @given(st.data(), st.sampled_from([1., 0.5, 0.25, 3]))
+    def test_they_are_lightzeros_own(self, data, temperature):
+        """To the last bit, for roots with any numbers of legal actions, one that nobody has searched, and one without
+        visits."""
+        own = importlib.import_module('lzero.policy.unizero').search_exploration_metrics
+        rows = data.draw(st.lists(st.lists(
+            st.tuples(st.floats(-30, 30), st.integers(0, 100)), min_size=1, max_size=20), min_size=2, max_size=6))
+        logits, visits = ([list(part) for part in parts] for parts in zip(*(zip(*row) for row in rows)))
+        ours = ExplorationMetrics(types.SimpleNamespace(logits=logits[1:], visits=visits[1:]), own)
+        for row in zip(map(np.array, logits), map(np.array, visits)):
+            np.testing.assert_equal(ours(*row, temperature), own(*row, temperature))
+
+    def test_they_are_measured_at_once(self, monkeypatch):
+        def alone(*args):
+            raise AssertionError('a row was measured alone')
+
+        alone.__module__ = 'lzero.policy.unizero'
+        monkeypatch.setattr('lzero.policy.unizero.search_exploration_metrics', alone)
+        output = Worker(make('unizero', 'device')).step([0, 1, 2])
+        assert all(0 < row['exploration/prior_entropy_nats'] < 10 for row in output.values())
+        with pytest.raises(AssertionError, match='alone'):
+            Worker(make('unizero', 'tree')).step([0, 1, 2])
 
 
 @on_main

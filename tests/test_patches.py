@@ -42,7 +42,7 @@ def state(target):
 def replacement(target):
     kind = target.partition(':')[0]
     if kind == 'signal':
-        return signal.SIG_IGN
+        return lambda *_: None  # what starts the tests may have them ignored
     if kind == 'environ':
         return '1'
     if kind == 'descriptor':

@@ -126,6 +126,9 @@ TABLE: Dict[str, Patch] = {
         'roots that are searched in arrays', 'a search is one compiled call', CALL),
     'select_action': Patch(
         _of_policies('select_action'), 'row_loops.Selection', 'it selects for all rows at once', CALL),
+    'search_exploration_metrics': Patch(
+        ('copy of lzero.policy.unizero:UniZeroPolicy._forward_collect:search_exploration_metrics', ),
+        'exploration.ExplorationMetrics', 'it measures all rows at once, with PPO too, on the main branch', CALL),
     'np': Patch(_of_policies('np'), 'numpy with another random.dirichlet', 'it draws for all rows at once', CALL),
     'print': Patch(
         ('copy of lzero.model.unizero_world_models.world_model:WorldModel.clear_caches:print',

@@ -11,9 +11,11 @@ from scipy.special import entr
 from scipy.stats import entropy as scipy_entropy
 
 from ..search.open_steps import Served
+from .exploration import ExplorationMetrics
 from .patches import with_globals
 
 Visits = Sequence[int]
+MEASURING = 'search_exploration_metrics'  # of LightZero's main branch
 
 
 class Mask(np.ndarray):
@@ -35,13 +37,16 @@ def masks_of(action_mask: Optional[Iterable[Any]]) -> Any:
 
 
 def with_rows_at_once(forward: Callable[..., Any], served: Served, masks: Any) -> Callable[..., Any]:
-    """A copy of a policy's step that draws noise and selects actions for all rows at once. Functions that are not
-    LightZero's own are left alone."""
+    """A copy of a policy's step that draws noise, selects actions and measures them for all rows at once. Functions
+    that are not LightZero's own are left alone."""
     names: Dict[str, Any] = {}
     found = getattr(forward, '__globals__', {})
     selecting = found.get('select_action')
     if selecting is lightzero_utils.select_action and selecting.__globals__.get('entropy') is scipy_entropy:
         names['select_action'] = Selection(served)
+    measuring = found.get(MEASURING)
+    if measuring is not None and measuring.__module__.startswith('lzero.'):
+        names[MEASURING] = ExplorationMetrics(served, measuring)
     if found.get('np') is np:
         names['np'] = drawing_at_once(masks or [])
     return with_globals(forward, **names) if names else forward

@@ -35,6 +35,9 @@ class Roots:
     def prepare_no_noise(self, rewards: Sequence[float], logits: Sequence[Sequence[float]], to_play: Any) -> None:
         self.rewards, self.logits = rewards, logits
 
+    def legal_logits(self) -> List[List[float]]:
+        return [[row[action] for action in legal] for row, legal in zip(self.logits, self.legal_actions)]
+
     def get_distributions(self) -> List[List[int]]:
         return self.found[0]
 
@@ -69,6 +72,7 @@ class _NodeSearch:
         inference, served = model.world_model.inference, self._running.innermost
         if isinstance(roots, Roots):
             roots.found = inference.search(served, self.problem(roots))
+            served.logits = roots.legal_logits()
         else:
             self._search_in_ctree(roots, inference, served, to_play_batch)
         served.visits = roots.get_distributions()

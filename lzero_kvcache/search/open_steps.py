@@ -34,6 +34,7 @@ class Served:
         self.keys: Optional[Tuple[List[int], List[Hashable]]] = None  # environments and keys, if stored by key too
         self.seen: Set[Hashable] = set()  # keys of its roots and nodes, if they are stored by key
         self.visits: Sequence[Sequence[int]] = ()  # of its roots, when they have been searched
+        self.logits: Sequence[Sequence[float]] = ()  # of its roots' legal actions, if they were searched in arrays
         self.searches = 0  # searches by node that are running
         self.number = 0  # in the order in which steps were opened
 
