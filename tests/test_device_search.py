@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 import types
+from dataclasses import replace
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 from unittest import mock
 
@@ -40,14 +41,15 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is n
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason='where there is a GPU, kernels are compiled')
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='needs triton')
 
-CASES = pytest.mark.parametrize('case, rules', [
-    (Case(rotary=True), {}),
-    (Case(context_length=6, num_layers=1, num_heads=4), dict(two_players=True)),
-    (Case(), {}),
-    (Case(rotary=True, continuous=True), dict(sampled=True, continuous=True)),
-    (Case(sampled=True), dict(sampled=True)),
-    (Case(rotary=True, sampled=True), dict(sampled=True, index_for_depth=True)),
-], ids=['rotary', 'learned, two players', 'learned', 'continuous', 'sampled discrete', 'by index'])
+SEARCHES: Dict[str, Tuple[Case, Dict[str, bool]]] = {
+    'rotary': (Case(rotary=True), {}),
+    'learned, two players': (Case(context_length=6, num_layers=1, num_heads=4), dict(two_players=True)),
+    'learned': (Case(), {}),
+    'continuous': (Case(rotary=True, continuous=True), dict(sampled=True, continuous=True)),
+    'sampled discrete': (Case(sampled=True), dict(sampled=True)),
+    'by index': (Case(rotary=True, sampled=True), dict(sampled=True, index_for_depth=True)),
+}
+CASES = pytest.mark.parametrize('case, rules', list(SEARCHES.values()), ids=list(SEARCHES))
 
 
 @pytest.fixture
@@ -56,12 +58,14 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, 'ROWS', 2)
     monkeypatch.setattr(compiled, 'SIMULATIONS', 4)
     monkeypatch.setattr(device_search, 'ROWS_APART', 1)
-    for name, number in dict(SAMPLES=1, ROWS=4, SIMULATIONS=3).items():
+    for name, number in dict(SAMPLES=1, ROWS=4, SIMULATIONS=2).items():
         monkeypatch.setattr(reanalysis, name, number)
 
 
 @interpreted
-@CASES
+@pytest.mark.parametrize('case, rules', [
+    (case if name == 'learned' else replace(case, num_layers=1), rules) for name, (case, rules) in SEARCHES.items()
+], ids=list(SEARCHES))
 def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None:  # noqa: F811
     [served] = root.world_model.inference.open.steps
     served.trace = noted = Trace('collect', served.env_ids, 1, replayed=True)
@@ -87,7 +91,10 @@ def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None
 
 
 @interpreted
-@reanalysis.CASES
+@pytest.mark.parametrize('case, two_players, grows', [
+    (replace(case, num_layers=1) if case.rotary or grows else case, two_players, grows)
+    for case, two_players, grows in reanalysis.CASES.args[1]
+], ids=reanalysis.CASES.kwargs['ids'])
 def test_interpreted_it_is_the_compiled_reanalysis(_small: None, case: Case, two_players: bool, grows: bool,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """Some rows at a time, each with draws of their own."""
@@ -267,6 +274,7 @@ def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     search = NodeSearch.__new__(NodeSearch)
     search._running, step = StepsOfThread(), types.SimpleNamespace()
     search._running.steps.append(step)
+    roots.prepare_no_noise([0.], [[]], None)
     search.search(roots, model, None, None)
     assert roots.found == ('a problem', [1.], None)
     assert step.visits == 'a problem'
@@ -457,21 +465,21 @@ def test_interpreted_searches_are_replayed(_small: None, case: Case, rules: Dict
     options = dict(validation='exact', validation_freq=1, validation_tol=1e-3, validation_action='raise')
     model, rng = cached_model(case, compiled.ROWS, 5, kv_cache_cfg=options), np.random.default_rng(0)
     world_model, actions = model.world_model, [-1] * compiled.ROWS  # type: Any, List[Any]
-    seen = torch.from_numpy(rng.normal(size=(4, compiled.ROWS, *case.obs_shape)).astype(np.float32))
-    for step in range(3):
+    seen = torch.from_numpy(rng.normal(size=(3, compiled.ROWS, *case.obs_shape)).astype(np.float32))
+    for step in range(2):
         with world_model.serving('collect', range(compiled.ROWS)) as served, torch.no_grad():
             output = model.initial_inference(seen[step], actions, seen[step + 1], [step] * compiled.ROWS)
-            if step == 2:
+            if step == 1:
                 world_model.kv_cache_manager.storage.slab.data[served.roots[0][1, 0]] += 0.5
             world_model.inference._device.run(served, problem_of(case, rules, output.policy_logits.tolist()))
             actions = [1] * compiled.ROWS
             if case.continuous:
                 actions = list(rng.uniform(-1, 1, (compiled.ROWS, case.action_space_size)).astype(np.float32))
-            refused = pytest.raises(RuntimeError, match='environment 1, step 2')
-            with refused if step == 2 else contextlib.nullcontext():
+            refused = pytest.raises(RuntimeError, match='environment 1, step 1')
+            with refused if step == 1 else contextlib.nullcontext():
                 world_model.validator.check(served.trace, actions)
     tally = world_model.validator.tally
-    assert tally.inferences == 3 * (1 + compiled.SIMULATIONS) and 0 < tally.over == tally.unexplained
+    assert tally.inferences == 2 * (1 + compiled.SIMULATIONS) and 0 < tally.over == tally.unexplained
 
 
 @pytest.mark.gpu
