@@ -128,7 +128,7 @@ def test_storage_that_moves(by_node, monkeypatch):
     assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
     assert model.world_model.inference.backend.graphs.moves == 1
     manager = model.world_model.kv_cache_manager
-    held.append(manager.storage.slab.data)
+    held.append(manager.store.slab.data)
     manager._pages.grow(manager.page_capacity + 100)
     model.world_model.forget()
     other.world_model.forget()

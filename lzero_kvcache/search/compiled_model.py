@@ -7,9 +7,9 @@ from typing import Any, Callable, ContextManager, Dict, List, Sequence, Set, Tup
 import numpy as np
 import torch
 
+from ..engine.memory import MemoryPool
 from ..engine.program import Batch, PagedNetwork
 from ..engine.weights import Source
-from .spaces import Spaces
 
 LEAST_ROWS = 8
 """Rows for each thread, at least: as many as the compiled step computes side by side."""
@@ -24,7 +24,7 @@ class CompiledModel:
     def __init__(self, read_network: Callable[[], Tuple[Any, Any]], source: Source) -> None:
         self._read_network, self._source = read_network, source
         self._network: Any = None  # what ``read_network`` returned, and the addresses it was read for
-        self._scratches = Spaces()
+        self._scratches = MemoryPool()
         self._compiled: Set[Any] = set()  # functions that were called, and whether threads helped
 
     def __getstate__(self) -> Dict[str, Any]:
