@@ -99,10 +99,7 @@ class KVCacheManager(PagedCacheManager):
             return rows
         rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
-            pool = pools[env_id]
-            [slot] = pool.slots([key])
-            if slot >= 0:
-                rows[0][row], rows[1][row] = pool.contexts.tables[slot], pool.contexts.counts[slot]
+            rows[0][row:row + 1], rows[1][row:row + 1] = pools[env_id].find([key])
         return rows
 
     def store_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
@@ -310,7 +307,7 @@ class KVCacheManager(PagedCacheManager):
             - OutOfPages: The running search and the current steps need all there are.
         """
         try:
-            with self._pages.lock:
+            with self._pages.turns.lock:
                 if count > self._pages.free:
                     self._make_room(count)
                 return self._pages.allocate(count)

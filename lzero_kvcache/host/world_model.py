@@ -199,10 +199,11 @@ class NewWorldModel(LightZeroWorldModel):
         kind, addresses = (doing, self.weights_source.device().type), addresses or self.weights_source.addresses()
         known = self._why_not_in_arrays.get(kind)
         if known is None or known[1] != addresses:
-            self._why_not_in_arrays[kind] = reason, _ = self.why_not_whole(), addresses
+            reason = self.why_not_whole()
             if known is None or known[0] != reason:
                 self._tell_search(doing, reason)
-        return not self.training and self._why_not_in_arrays[kind][0] is None
+            self._why_not_in_arrays[kind] = known = reason, addresses
+        return not self.training and known[0] is None
 
     def _tell_search(self, doing: str, reason: Optional[str]) -> None:
         """Log where trees are, and why there. Refuse what a GPU was asked for and cannot do: its tree takes many times

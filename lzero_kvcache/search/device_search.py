@@ -80,7 +80,7 @@ class DeviceSearch(WholeSearch):
         return _search(memory, problem, rows, None)
 
     def _memory(self, problem: Problem, rows: int, addresses: Tuple[int, ...], kind: Tuple[Any, ...],
-               make: Callable[[Problem, int], Any]) -> Any:
+                make: Callable[[Problem, int], Any]) -> Any:
         """Memory that has room for the search, or else new memory, for which the search is captured. ``kind`` and the
         problem tell which searches can share it."""
         memories = self._memories

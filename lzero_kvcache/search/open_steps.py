@@ -57,16 +57,6 @@ class StepsOfThread(threading.local):
         return type(self), ()
 
 
-class Turns:
-    """Lets one thread in at a time; each copy of its owner has its own."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()  # a thread may search inside of its own search
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
-
-
 class OpenSteps:
     """The open steps of one model."""
 
@@ -83,7 +73,7 @@ class OpenSteps:
 
     @contextmanager
     def begin(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...],
-                in_arrays: bool = False) -> Iterator[OpenStep]:
+              in_arrays: bool = False) -> Iterator[OpenStep]:
         """A context in which a root inference, and the search that follows, are for some environments."""
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')

@@ -218,7 +218,7 @@ class CompiledSearch(WholeSearch):
 
     @contextmanager
     def _memory(self, network: Any, problem: Problem, rows: int, width: int, pages: int = 0,
-               has_states: bool = False) -> Iterator[SearchMemory]:
+                has_states: bool = False) -> Iterator[SearchMemory]:
         """Memory for a search of ``rows`` rows with contexts of ``width`` pages. A reanalysis also gets
         ``pages`` pages of its own for each row and, with ``has_states``, room for the states of its nodes."""
         from .tree import make_tree
