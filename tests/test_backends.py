@@ -270,7 +270,7 @@ class TestReplays:
         steps.new_search()
         assert steps.step()
         assert len(captured) == 2
-        assert steps.backend.memory_mb == 1  # the first one is gone
+        assert steps.backend.graphs.memory_mb == 1  # the first one is gone
         for _ in range(3):
             steps.new_search()
             assert steps.step()
@@ -325,7 +325,7 @@ class TestReplays:
         assert backend.source.addresses() == target.world_model.weights_source.addresses()
         assert backend.source.addresses() != model.world_model.weights_source.addresses()
         assert not backend.graphs.kept
-        assert backend.memory_mb == 0
+        assert backend.graphs.memory_mb == 0
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
@@ -365,9 +365,9 @@ class TestGivingUp:
             assert steps.step(), number
             steps.change(lambda parameter: setattr(parameter, 'data', parameter.data * 1.01))
             steps.new_search()
-        assert len(captured) == steps.backend.captures == 3
+        assert len(captured) == steps.backend.graphs.captures == 3
         assert not steps.backend.reuses_output
-        assert steps.backend.memory_mb == 0
+        assert steps.backend.graphs.memory_mb == 0
         warning, = warnings_of(lines)
         assert "backend='cudagraph'" in warning
         assert 'its storage keeps moving' in warning

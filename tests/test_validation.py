@@ -519,7 +519,7 @@ class TestBackends:
         play(player, random_trace(np.random.default_rng(SEED), case, 3, root_steps=4, simulations=8))
         player.close()
         tally = player.world_model.validator.tally
-        assert player.world_model.inference.backend.memory_mb > 0
+        assert player.world_model.inference.backend.graphs.memory_mb > 0
         assert (tally.unexplained, tally.inferences) == (0, 4 * 9)
 
 

@@ -133,8 +133,8 @@ def world_model_of(policy):
     return policy._model.world_model
 
 
-def memory_of(policy, part='_memories'):
-    return getattr(world_model_of(policy).inference._whole, part)
+def memory_of(policy):
+    return world_model_of(policy).inference._whole._memories
 
 
 def counts(policy):
@@ -589,7 +589,7 @@ def test_trees_count_as_memory():
     assert memories.memory_mb == of_three
     with mock.patch.object(cache_of(policy).store, 'counted', []):
         without = cache_of(policy).memory_mb
-    scratch = memory_of(policy, '_model').memory_mb
+    scratch = world_model_of(policy).inference._model.memory.memory_mb
     assert 0 < scratch < 0.5
     assert cache_of(policy).counters()['memory_mb'] == pytest.approx(without + scratch + of_three)
 

@@ -1,6 +1,6 @@
 """Backends of the recurrent step: launched eagerly, or replayed as a CUDA graph. ``N`` packed numbers, ``B`` rows."""
 import logging
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -24,12 +24,15 @@ class StepResult(NamedTuple):
 class EagerBackend:
     """Launches every operation of a step from Python."""
     name = 'eager'
-    reuses_output = False  # whether the next step overwrites what this one returned
-    memory_mb = 0.0  # of its graphs
-    captures = 0
 
     def __init__(self, engine: Engine, source: Source) -> None:
         self.engine, self.source = engine, source
+        self.graphs = Graphs(f"kv_cache_cfg.backend='{self.name}' does not work here")
+
+    @property
+    def reuses_output(self) -> bool:
+        """Whether the next step overwrites what this one returned."""
+        return bool(self.graphs.kept)
 
     def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor],
              addresses: Tuple[int, ...] = ()) -> StepResult:
@@ -45,9 +48,6 @@ class EagerBackend:
         output = engine.step(weights, slab, tables, counts, packed_action if action is None else action, positions)
         return StepResult(output, engine.for_search(weights, output) if action is None else None)
 
-    def __reduce__(self) -> Any:
-        return type(self), (self.engine, self.source)  # a copy begins without graphs
-
 
 class _Graph(NamedTuple):
     captured: Captured
@@ -59,22 +59,6 @@ class CudaGraphBackend(EagerBackend):
     """Replays a captured step. Weights that change in place are seen by the next replay; storage that moved is noticed
     by its address and captured anew."""
     name = 'cudagraph'
-
-    def __init__(self, engine: Engine, source: Source) -> None:
-        super().__init__(engine, source)
-        self.graphs = Graphs(f"kv_cache_cfg.backend='{self.name}' does not work here")
-
-    @property
-    def memory_mb(self) -> float:  # type: ignore[override]
-        return self.graphs.memory_mb
-
-    @property
-    def captures(self) -> int:  # type: ignore[override]
-        return self.graphs.captures
-
-    @property
-    def reuses_output(self) -> bool:  # type: ignore[override]
-        return bool(self.graphs.kept)
 
     def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor],
              addresses: Tuple[int, ...] = ()) -> StepResult:

@@ -35,7 +35,7 @@ class InferenceBase:
         self._root_graphs = RootGraphs(self.engine, source, encode)
         self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
         self._model = CompiledModel(read_network, source)
-        store.counted += [self.backend, self._root_graphs.graphs, self.engine.windows, self._model]
+        store.counted += [self.backend.graphs, self._root_graphs.graphs, self.engine.windows, self._model.memory]
         self.shared = Shared(source, manager, store, self._guard, self.timings)
         self._whole = CompiledSearch(self._model, self.shared)
         self._device = DeviceSearch(self.engine, self.shared, options.matmul)
