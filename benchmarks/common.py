@@ -177,7 +177,7 @@ def memory_of_contexts(world_model: Any) -> Dict[str, float]:
     manager = world_model.kv_cache_manager
     summary = manager.get_stats_summary()
     contexts = sum(pool['size'] for pool in [*summary['init_pools'].values(), summary['recur_pool']])
-    page = manager.storage.slab.page_bytes
+    page = manager.store.slab.page_bytes
     copies, pages = contexts * page * world_model.context_length / 2 / MIB, manager.pages_used * page / MIB
     return {'copies MiB': copies, 'pages MiB': pages, 'copies / pages': copies / pages}
 

@@ -44,7 +44,7 @@ def where(policy: Any, envs: int, first: int) -> Dict[str, float]:
 def used_mb(policy: Any) -> float:
     """MiB of the pages that hold contexts; the others wait for root contexts to come."""
     manager = policy._model.world_model.kv_cache_manager
-    return manager.pages_used * manager.storage.slab.page_bytes / MIB
+    return manager.pages_used * manager.store.slab.page_bytes / MIB
 
 
 def main() -> None:

@@ -37,10 +37,7 @@ def compare(policy: Any, envs: int, args: Any) -> List[Dict[str, Any]]:
     world_model = policy._model.world_model
     inference = world_model.inference
     searches = {
-        matmul: DeviceSearch(
-            inference.engine, world_model.weights_source, world_model.kv_cache_manager, world_model._storage,
-            inference._guard, inference.timings, matmul
-        ) for matmul in (EXACT, *OTHERS)
+        matmul: DeviceSearch(inference.engine, inference.shared, matmul) for matmul in (EXACT, *OTHERS)
     }
     found: Dict[str, List[Any]] = {matmul: [] for matmul in searches}
     times: Dict[str, List[float]] = {matmul: [] for matmul in searches}

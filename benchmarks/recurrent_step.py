@@ -48,11 +48,11 @@ class Search:
         actions = [np.int64(0) if step else -1] * self.rows
         with ExitStack() as search:
             if name != 'old':  # as the policy does for the length of a search
-                served = search.enter_context(model.world_model.serving('collect', range(self.rows)))
+                opened = search.enter_context(model.world_model.open_step('collect', range(self.rows)))
             output = model.initial_inference(last_obs, actions, obs, [np.array(step)] * self.rows)
             expand = None
             if name == 'by node':
-                expand = search.enter_context(model.world_model.inference.search_by_node(served, simulations))
+                expand = search.enter_context(model.world_model.inference.search_by_node(opened, simulations))
             return self.simulate(model, simulations, [output.latent_state.cpu().numpy()], expand, step)
 
     def caching_percent(self, name: str, simulations: int) -> Union[float, str]:

@@ -101,9 +101,9 @@ def parts_of_a_step(policy: Any, envs: int, steps: int) -> Tuple[Dict[str, float
             return output
         return run
 
-    def noted(self: Any, problem: Any, space: Any, *rest: Any) -> Any:
-        given.append((problem, space, *rest))
-        return search(self, problem, space, *rest)
+    def noted(self: Any, problem: Any, memory: Any, *rest: Any) -> Any:
+        given.append((problem, memory, *rest))
+        return search(self, problem, memory, *rest)
 
     search = timed(CompiledSearch._search, 'compiled')
     places = [
@@ -144,7 +144,7 @@ def products(network: Any) -> List[Tuple[int, int, int, int, int]]:
 
 def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repeats: int) -> Dict[str, float]:
     """Milliseconds of parts of a simulation, each by itself."""
-    problem, space, paged, tables, pages = *given[:4], given[6]
+    problem, memory, paged, tables, pages = *given[:4], given[6]
     shift = paged.shift.ctypes.data
     embed, inner, depth, block = network.embed, network.inner, len(network.blocks), network.blocks[0]
     rules, key = tree.make_rules(**problem.rules), tree.make_key(problem.seed, problem.number)
@@ -170,7 +170,7 @@ def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repe
             embed)
         add('GELU', GELU, 2 * depth, rows, 0, 0, inner, inner)
     numbers, logits = np.zeros((2, envs), np.float32), np.zeros((envs, network.policy), np.float32)
-    walk = partial(trees_alone, space.tree, rules, key, pages, numbers, logits, envs)
+    walk = partial(trees_alone, memory.tree, rules, key, pages, numbers, logits, envs)
     sums['trees'] = best(walk, repeats) / problem.simulations
     return sums
 

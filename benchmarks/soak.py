@@ -67,11 +67,11 @@ def searches(world_model: Any, observation_shape: Any, count: int, rows: int, si
     for done in range(1, count + 1):
         current = torch.randn(shape, device=device)
         mode = EVAL if done % 10 == 0 else COLLECT
-        with torch.no_grad(), world_model.serving(mode, range(rows)) as served:
+        with torch.no_grad(), world_model.open_step(mode, range(rows)) as step:
             world_model.forward_initial_inference(
                 {'obs': last, 'action': actions, 'current_obs': current}, timesteps.tolist()
             )
-            with world_model.inference.search_by_node(served, simulations) as expand:
+            with world_model.inference.search_by_node(step, simulations) as expand:
                 for simulation in range(simulations):
                     path = random.integers(0, simulation + 1, rows)
                     expand(simulation, path, np.arange(rows), random.integers(0, 2, rows), [1] * rows)

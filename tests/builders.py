@@ -69,7 +69,7 @@ def paged(**overrides: Any) -> KVCacheManager:
 
 def ready(used: KVCacheManager) -> Slab:
     """A manager's slab on the CPU, with room for all of its pages."""
-    return used.storage.ready(used.page_capacity, torch.device('cpu'))
+    return used.store.ready(used.page_capacity, torch.device('cpu'))
 
 
 def roots(used: Any, mode: str = 'collect') -> List[int]:

@@ -59,20 +59,20 @@ class ByNode(Batch):
     def __init__(self, model, mode='collect', env_ids=None):
         super().__init__(model)
         self._place, self._open = (mode, env_ids), contextlib.ExitStack()
-        self.served = None  # the step that is under way
+        self.step = None  # the step that is under way
 
     def root(self, event):
         self.close()
         mode, env_ids = self._place
         rows = range(len(event.timesteps)) if env_ids is None else env_ids
-        self.served = self._open.enter_context(self.world_model.serving(mode, rows))
+        self.step = self._open.enter_context(self.world_model.open_step(mode, rows))
         answer = super().root(event)
         self.open(self.world_model.kv_cache_manager.recur_pool.pool_size // len(rows))
         return answer
 
     def open(self, simulations):
         """Begin the search below the roots that were just inferred."""
-        self._expand = self._open.enter_context(self.world_model.inference.search_by_node(self.served, simulations))
+        self._expand = self._open.enter_context(self.world_model.inference.search_by_node(self.step, simulations))
         self._simulation = 0
 
     def expand(self, event):

@@ -5,11 +5,13 @@ On a CPU a stand-in takes the place of a captured graph: it computes with the st
 captured, whatever has moved since, and into the same results every time. ``test_backends_on_gpu.py`` has real graphs.
 """
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
 import torch
-from oracle import TOLERANCE, Batch, random_trace, relative_error
+from oracle import TOLERANCE, Batch, play, random_trace, relative_error
 from players import answers_of, largest_error
 from small_models import BOTH_ACTIONS, BOTH_POSITIONS, Case, cached_model
 
@@ -124,7 +126,7 @@ class Steps:
         case = case or Case()
         self.models = [graph_model(case, rows, name), cached_model(case, rows, SEED, **cfg('eager'))]
         for world_model in self.world_models:
-            slab = world_model.kv_cache_manager.storage.slab
+            slab = world_model.kv_cache_manager.store.slab
             slab.ensure(pages, torch.device('cpu'))
             generator = torch.Generator().manual_seed(SEED)
             slab.data[RESERVED_PAGES:] = torch.randn(slab.data[RESERVED_PAGES:].shape, generator=generator)
@@ -142,12 +144,14 @@ class Steps:
 
     @property
     def slabs(self):
-        return [world_model.kv_cache_manager.storage.slab for world_model in self.world_models]
+        return [world_model.kv_cache_manager.store.slab for world_model in self.world_models]
 
     def new_search(self):
-        """The policies read the weights once for each search."""
+        """The policies read the weights, and where they lie, once for each search."""
         with torch.no_grad():
-            self._weights = [world_model.weights_source.read(False) for world_model in self.world_models]
+            sources = [world_model.weights_source for world_model in self.world_models]
+            self._weights = [source.read(False) for source in sources]
+            self._addresses = [source.addresses() for source in sources]
 
     def change(self, function):
         """Do the same to both models' parameters."""
@@ -175,8 +179,9 @@ class Steps:
             numbers, _, _ = self.numbers(rows)
         with torch.no_grad():
             ours, theirs = (
-                world_model.inference.backend.step(weights, slab, numbers.copy(), None)
-                for world_model, weights, slab in zip(self.world_models, self._weights, self.slabs)
+                world_model.inference.backend.step(weights, slab, numbers.copy(), None, addresses)
+                for world_model, weights, slab, addresses in zip(
+                    self.world_models, self._weights, self.slabs, self._addresses)
             )
         assert ours.search.shape == theirs.search.shape
         pages = [slab.data[RESERVED_PAGES:self._pages] for slab in self.slabs]
@@ -265,11 +270,27 @@ class TestReplays:
         steps.new_search()
         assert steps.step()
         assert len(captured) == 2
-        assert steps.backend.memory_mb == 1  # the first one is gone
+        assert steps.backend.graphs.memory_mb == 1  # the first one is gone
         for _ in range(3):
             steps.new_search()
             assert steps.step()
         assert len(captured) == 2
+
+    def test_the_weights_of_a_search_are_let_go(self, captured):
+        """Those of a step that is over would be memory that nobody counts."""
+        model, joined = graph_model(Case(), 2), []
+        inference = model.world_model.inference
+        read = inference._source.read
+
+        def noted(captured):
+            weights = read(captured)
+            joined.append(weakref.ref(weights.layers[0].qkv.weight))
+            return weights
+
+        inference._source = inference._source._replace(read=noted)
+        play(Batch(model), random_trace(np.random.default_rng(SEED), Case(), 2, root_steps=1, simulations=2))
+        gc.collect()
+        assert captured and joined and not [part for part in joined if part() is not None]
 
     def test_a_slab_that_grew_is_captured_anew(self, captured):
         """Also in the middle of a search."""
@@ -304,7 +325,7 @@ class TestReplays:
         assert backend.source.addresses() == target.world_model.weights_source.addresses()
         assert backend.source.addresses() != model.world_model.weights_source.addresses()
         assert not backend.graphs.kept
-        assert backend.memory_mb == 0
+        assert backend.graphs.memory_mb == 0
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
@@ -344,9 +365,9 @@ class TestGivingUp:
             assert steps.step(), number
             steps.change(lambda parameter: setattr(parameter, 'data', parameter.data * 1.01))
             steps.new_search()
-        assert len(captured) == steps.backend.captures == 3
+        assert len(captured) == steps.backend.graphs.captures == 3
         assert not steps.backend.reuses_output
-        assert steps.backend.memory_mb == 0
+        assert steps.backend.graphs.memory_mb == 0
         warning, = warnings_of(lines)
         assert "backend='cudagraph'" in warning
         assert 'its storage keeps moving' in warning

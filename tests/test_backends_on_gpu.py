@@ -73,7 +73,7 @@ def test_every_way_gives_one_answer(rotary, continuous, context_length, least_pa
             model.world_model.forget()
             assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE, (name, by_node)
         assert model.world_model.inference.backend.reuses_output == (name == 'cudagraph')
-        assert (model.world_model.inference.backend.memory_mb > 0) == (name == 'cudagraph')
+        assert (model.world_model.inference.backend.graphs.memory_mb > 0) == (name == 'cudagraph')
     for env in (0, rows - 1):
         right = alone_on_cuda(case, trace, env)
         assert largest_error(rows_of(expected, env), right) <= TOLERANCE
@@ -128,7 +128,7 @@ def test_storage_that_moves(by_node, monkeypatch):
     assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
     assert model.world_model.inference.backend.graphs.moves == 1
     manager = model.world_model.kv_cache_manager
-    held.append(manager.storage.slab.data)
+    held.append(manager.store.slab.data)
     manager._pages.grow(manager.page_capacity + 100)
     model.world_model.forget()
     other.world_model.forget()

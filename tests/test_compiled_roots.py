@@ -75,26 +75,26 @@ def make_model(case: Case, **cache: Any) -> Any:
 def counted() -> Iterator[List[int]]:
     """How many rows each compiled root inference had."""
     rows: List[int] = []
-    step = RootInference._run_compiled
+    run_compiled = RootInference._run_compiled
 
-    def noted(self: Any, served: Any, given: Any) -> Any:
+    def noted(self: Any, step: Any, given: Any) -> Any:
         rows.append(len(given.pages))
-        return step(self, served, given)
+        return run_compiled(self, step, given)
 
     with mock.patch.object(RootInference, '_run_compiled', noted):
         yield rows
 
 
 def infer(model: Any, step: Step, compiled: bool) -> Any:
-    """A root inference of a served step, and the contexts that it left, as torch reads them."""
+    """A root inference of an open step, and the contexts that it left, as torch reads them."""
     world_model = model.world_model
-    with world_model.serving('collect', range(ROWS), compiled) as served, torch.no_grad():
+    with world_model.open_step('collect', range(ROWS), compiled) as opened, torch.no_grad():
         output = model.initial_inference(step.last, step.actions, step.current, step.timesteps)
-        tables, counts = served.roots
+        tables, counts = opened.roots
         pages = world_model.inference._slab().data.numpy()[tables]
         for row, count in enumerate(counts):
             pages[row, count:] = 0
-        pages[np.setdiff1d(np.arange(ROWS), served.kept)] = 0
+        pages[np.setdiff1d(np.arange(ROWS), opened.kept)] = 0
         pages[:, 0, 0] = 0  # an action before the first observation, which is never read
         return output, pages, counts
 

@@ -32,7 +32,7 @@ CASES = pytest.mark.parametrize('case, rules', [
 
 
 class Root(NamedTuple):
-    """What was just served, and what is to be searched from there."""
+    """A model whose roots were just inferred, and what is to be searched from there."""
     world_model: Any
     problem: Problem
 
@@ -55,7 +55,7 @@ def roots_of(model: Any, case: Case, rules: Dict[str, bool]) -> Iterator[Root]:
         if step == 5:
             timesteps[::3] = 0
         actions = [action if timestep else -1 for action, timestep in zip(actions, timesteps)]
-        with world_model.serving('collect', range(ROWS)), torch.no_grad():
+        with world_model.open_step('collect', range(ROWS)), torch.no_grad():
             output = model.initial_inference(obs[step - 1], actions, obs[step], list(timesteps))
             if step == 5:
                 yield Root(world_model, problem_of(case, rules, output.policy_logits.tolist()))
@@ -103,10 +103,10 @@ def found(root: Root, **changes: Any) -> List[Any]:
 
 
 @torch.no_grad()
-def trees_of(search: whole.CompiledSearch, served: Any, problem: Problem) -> Tree:
+def trees_of(search: whole.CompiledSearch, step: Any, problem: Problem) -> Tree:
     """The trees of a search, which the next one writes over."""
     with mock.patch.object(whole, 'found_in', lambda tree, problem: tree):
-        return search.run(served, problem)  # type: ignore[return-value]
+        return search.run(step, problem)  # type: ignore[return-value]
 
 
 def left(tree: Tree) -> List[Any]:
@@ -190,7 +190,7 @@ def test_who_helps_out_leaves_a_search_that_fails(root: Root, monkeypatch: pytes
 def test_two_threads_search_one_model(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is in the middle of its search when the other goes on."""
     alone = [found(root, number=number) for number in (3, 4)]
-    [served], search = root.world_model.inference.open.steps, root.world_model.inference._whole
+    [step], search = root.world_model.inference.open.steps, root.world_model.inference._whole
     search_rows, middle, begun = compiled_search.search_rows, threading.Barrier(2, timeout=60), threading.Event()
 
     def in_halves(*args: Any) -> None:
@@ -202,7 +202,7 @@ def test_two_threads_search_one_model(root: Root, monkeypatch: pytest.MonkeyPatc
         search_rows(*args[:-4], SIMULATIONS // 2, SIMULATIONS, *args[-2:])
 
     def run(number: int) -> List[Any]:
-        return left(search.run(served, root.problem._replace(number=number)))
+        return left(search.run(step, root.problem._replace(number=number)))
 
     monkeypatch.setattr(compiled_search, 'search_rows', in_halves)
     monkeypatch.setattr(whole, 'found_in', lambda tree, problem: tree)

@@ -27,9 +27,9 @@ from lzero_kvcache.engine import transfer
 from lzero_kvcache.engine.graphs import MOST_KEPT
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.host.tree_search import NodeSearch, Roots
-from lzero_kvcache.search import device_search, device_space, whole
+from lzero_kvcache.search import device_memory, device_search, whole
+from lzero_kvcache.search.device_memory import DeviceMemory, GrownReanalysis, Reanalysis, explorations
 from lzero_kvcache.search.device_search import ROWS_APART, DeviceSearch
-from lzero_kvcache.search.device_space import GrownReanalysis, Reanalysis, Space, explorations
 from lzero_kvcache.search.kept_on_disk import entry
 from lzero_kvcache.search.open_steps import StepsOfThread
 from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
@@ -67,24 +67,24 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     (case if name == 'learned' else replace(case, num_layers=1), rules) for name, (case, rules) in SEARCHES.items()
 ], ids=list(SEARCHES))
 def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None:  # noqa: F811
-    [served] = root.world_model.inference.open.steps
-    served.trace = noted = Trace('collect', served.env_ids, 1, replayed=True)
-    visits, values, actions = root.world_model.inference._device.run(served, root.problem)
-    [space] = root.world_model.inference._device._spaces.kept.values()
-    served.trace = Trace('collect', served.env_ids, 1, replayed=True)
-    tree = compiled.trees_of(root.world_model.inference._whole, served, root.problem)
+    [step] = root.world_model.inference.open.steps
+    step.trace = noted = Trace('collect', step.env_ids, 1, replayed=True)
+    visits, values, actions = root.world_model.inference._device.run(step, root.problem)
+    [memory] = root.world_model.inference._device._memories.kept.values()
+    step.trace = Trace('collect', step.env_ids, 1, replayed=True)
+    tree = compiled.trees_of(root.world_model.inference._whole, step, root.problem)
     assert visits == root_visits(tree)
     np.testing.assert_allclose(values, root_values(tree), atol=3e-4)  # what float32 makes of the model's steps
     ordered = slice(None) if root.problem.rules.get('sampled') else 0  # nodes that have all actions need no order
-    assert space.tree.child.tolist() == tree.child.tolist()
-    assert space.tree.order[:, ordered].tolist() == tree.order[:, ordered].tolist()
-    np.testing.assert_allclose(space.tree.reward, tree.reward, atol=3e-4)
-    np.testing.assert_allclose(space.tree.draws, tree.draws, atol=1e-5)
+    assert memory.tree.child.tolist() == tree.child.tolist()
+    assert memory.tree.order[:, ordered].tolist() == tree.order[:, ordered].tolist()
+    np.testing.assert_allclose(memory.tree.reward, tree.reward, atol=3e-4)
+    np.testing.assert_allclose(memory.tree.draws, tree.draws, atol=1e-5)
     assert (actions is not None) == ('sampled' in root.problem.rules)
     if actions is not None:
         np.testing.assert_allclose(actions, root_actions(tree), atol=1e-6)
     assert len(noted.nodes) == compiled.SIMULATIONS
-    for node, other in zip(noted.nodes, served.trace.nodes):
+    for node, other in zip(noted.nodes, step.trace.nodes):
         for part, right in zip(node[:3], other[:3]):
             assert part.dtype.kind == right.dtype.kind
             np.testing.assert_allclose(part, right, atol=1e-5)
@@ -107,8 +107,8 @@ def test_interpreted_it_is_the_compiled_reanalysis(_small: None, case: Case, two
     expected = world_model.inference.reanalyze(problem, latents, timesteps, grows)
     assert visits == expected[0]
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
-    [space] = search._spaces.kept.values()
-    assert space.rows == 2 and world_model.kv_cache_manager.memory_mb >= space.memory_mb > 0
+    [memory] = search._memories.kept.values()
+    assert memory.rows == 2 and world_model.kv_cache_manager.memory_mb >= memory.memory_mb > 0
 
 
 @pytest.mark.parametrize(('rows', 'within_limit', 'at_once'), [
@@ -124,19 +124,19 @@ def test_rows_that_only_fill_up_a_reanalysis_have_pages_of_their_own() -> None:
     world_model = cached_model(Case(), 2, 5).world_model
     rules = dict(pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=False)
     problem: Any = types.SimpleNamespace(rules=rules, simulations=5, slots=3, action_size=0)
-    space = GrownReanalysis(world_model.inference.engine, world_model.weights_source, 3, problem, 8)
-    before = space.given.pages.copy(), space.given.tables.copy()
+    memory = GrownReanalysis(world_model.inference.engine, world_model.weights_source, 3, problem, 8)
+    before = memory.given.pages.copy(), memory.given.tables.copy()
     assert len({*before[0].ravel(), *before[1][:, 0]}) == 6 * 8
-    space.given.pages[:, :6] = 0  # as if the rows in use had others
-    space.empty_rows(6)
-    assert (space.given.pages[:, :6] == 0).all() and (space.given.pages[:, 6:] == before[0][:, 6:]).all()
-    assert (space.given.tables == before[1]).all() and (space.given.counts == 1).all()
+    memory.given.pages[:, :6] = 0  # as if the rows in use had others
+    memory.empty_rows(6)
+    assert (memory.given.pages[:, :6] == 0).all() and (memory.given.pages[:, 6:] == before[0][:, 6:]).all()
+    assert (memory.given.tables == before[1]).all() and (memory.given.counts == 1).all()
 
 
-@pytest.mark.parametrize('kind', [Space, Reanalysis, GrownReanalysis])
+@pytest.mark.parametrize('kind', [DeviceMemory, Reanalysis, GrownReanalysis])
 @pytest.mark.parametrize('case', [Case(rotary=True), Case(), Case(continuous=True)],
                          ids=['rotary', 'learned', 'continuous'])
-def test_all_that_a_space_holds_is_counted(case: Case, kind: Any) -> None:
+def test_all_that_a_memory_holds_is_counted(case: Case, kind: Any) -> None:
     world_model = cached_model(case, 2, 5).world_model
     slots, draws = (4, case.action_space_size) if case.continuous else (case.action_space_size, 0)
     rules = dict(pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=False)
@@ -145,10 +145,10 @@ def test_all_that_a_space_holds_is_counted(case: Case, kind: Any) -> None:
     gc.collect()
     before = storages()
     given = world_model.inference.engine, world_model.weights_source
-    own = [Slab(1, 1, 2)] if kind is Space else []
-    space = kind(*given, *own, 1 if kind is Reanalysis else 3, problem, 8)
+    own = [Slab(1, 1, 2)] if kind is DeviceMemory else []
+    memory = kind(*given, *own, 1 if kind is Reanalysis else 3, problem, 8)
     made = [size for address, size in storages().items() if address not in before]
-    assert space.memory_mb * MIB == sum(made) > 8 * 6 * slots
+    assert memory.memory_mb * MIB == sum(made) > 8 * 6 * slots
 
 
 def storages() -> Dict[int, int]:
@@ -174,7 +174,7 @@ def searched(root: Root, **changes: Any) -> List[Any]:  # noqa: F811
 
 def visits_of_equals(root: Root, draws_ties: bool) -> List[List[int]]:  # noqa: F811
     """Visits of the roots after one simulation, where all actions have one prior."""
-    [served] = root.world_model.inference.open.steps
+    [step] = root.world_model.inference.open.steps
     logits = root.problem.logits
     if 'continuous' not in root.problem.rules:  # actions that are drawn have one prior in any case
         logits = np.zeros_like(logits).tolist()
@@ -182,7 +182,7 @@ def visits_of_equals(root: Root, draws_ties: bool) -> List[List[int]]:  # noqa: 
         rules={**root.problem.rules, 'draws_ties': draws_ties}, simulations=1, noises=None,
         legal=[[]] * compiled.ROWS, logits=logits
     )
-    return root.world_model.inference._device.run(served, problem)[0]  # type: ignore[no-any-return]
+    return root.world_model.inference._device.run(step, problem)[0]  # type: ignore[no-any-return]
 
 
 def assert_equals_are_drawn_or_the_first(root: Root) -> None:  # noqa: F811
@@ -197,11 +197,11 @@ def assert_equals_are_drawn_or_the_first(root: Root) -> None:  # noqa: F811
 def test_interpreted_what_is_no_number_is_counted_with_its_depth(_small: None, root: Root) -> None:  # noqa: F811
     weights = root.world_model.weights_source.read(False)
     broken = weights._replace(value=lambda x: weights.value(x) + float('nan'))
-    [served] = root.world_model.inference.open.steps
+    [step] = root.world_model.inference.open.steps
     search = root.world_model.inference._device
     search._source = search._source._replace(read=lambda captured: broken)
     with mock.patch.object(search._guard, 'report') as reported:
-        search.run(served, root.problem)
+        search.run(step, root.problem)
     np.testing.assert_array_equal(reported.call_args.args[0], [[compiled.SIMULATIONS] * 2, [1] * 2])
 
 
@@ -216,9 +216,9 @@ def test_interpreted_scores_that_are_no_numbers(_small: None, draws_ties: bool) 
             rules=dict(problem.rules, draws_ties=draws_ties),
             logits=[[float('nan')] * problem.slots, *problem.logits[1:]]
         )
-        [served] = inference.open.steps
-        visits, _, _ = inference._device.run(served, problem)
-        assert visits == root_visits(compiled.trees_of(inference._whole, served, problem))
+        [step] = inference.open.steps
+        visits, _, _ = inference._device.run(step, problem)
+        assert visits == root_visits(compiled.trees_of(inference._whole, step, problem))
         assert max(visits[0]) == sum(visits[0]) == compiled.SIMULATIONS
 
 
@@ -244,7 +244,7 @@ def test_exploration_is_that_of_the_compiled_trees(base: float, init: float) -> 
 def test_a_capture_that_fails_is_told_once_and_searches_go_on(works: bool, lines: Any) -> None:
     tried: List[int] = []
 
-    def make_space(problem: Any, rows: int) -> Any:
+    def make_memory(problem: Any, rows: int) -> Any:
         def capture() -> None:
             tried.append(rows)
             if not works:
@@ -255,10 +255,11 @@ def test_a_capture_that_fails_is_told_once_and_searches_go_on(works: bool, lines
     search = cached_model(case, 2, 5).world_model.inference._device
     search._source = search._source._replace(device=lambda: torch.device('cuda', 0))
     problem = problem_of(case, {}, [[0.] * case.action_space_size] * compiled.ROWS)
-    spaces = [search._space(problem, rows, (1, ), (), make_space) for rows in (3, ROWS_APART, 5 * ROWS_APART)]
-    assert spaces[0] is spaces[1] and [space.rows for space in spaces[1:]] == [ROWS_APART, 5 * ROWS_APART]
-    assert (len(tried), search._spaces.captures, search._spaces.usable) == ((2, 2, True) if works else (1, 0, False))
-    assert search._spaces.memory_mb == 4
+    memories = [search._memory(problem, rows, (1, ), (), make_memory) for rows in (3, ROWS_APART, 5 * ROWS_APART)]
+    assert memories[0] is memories[1] and [memory.rows for memory in memories[1:]] == [ROWS_APART, 5 * ROWS_APART]
+    kept = search._memories
+    assert (len(tried), kept.captures, kept.usable) == ((2, 2, True) if works else (1, 0, False))
+    assert kept.memory_mb == 4
     told = [message for level, message in lines() if level == 'WARNING']
     assert told == [] if works else told == [
         'A search cannot be captured here (operation not permitted): it is launched from Python from now on'
@@ -269,7 +270,7 @@ def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU may lack it."""
     monkeypatch.setitem(sys.modules, 'lzero_kvcache.search.tree', None)
     monkeypatch.setattr(NodeSearch, 'problem', lambda *args: 'a problem')
-    inference = types.SimpleNamespace(search=lambda served, problem: (problem, [1.], None))
+    inference = types.SimpleNamespace(search=lambda step, problem: (problem, [1.], None))
     model, roots = types.SimpleNamespace(world_model=types.SimpleNamespace(inference=inference)), Roots(1, [[]])
     search = NodeSearch.__new__(NodeSearch)
     search._running, step = StepsOfThread(), types.SimpleNamespace()
@@ -294,7 +295,7 @@ def waiting_refused() -> Iterator[List[torch.Size]]:
             torch.cuda.set_sync_debug_mode('error')
 
     number = torch.ones(1, device='cuda')
-    with mock.patch.object(device_space, 'to_cpu', to_cpu):
+    with mock.patch.object(device_memory, 'to_cpu', to_cpu):
         torch.cuda.set_sync_debug_mode('error')
         try:
             with pytest.raises(RuntimeError):
@@ -332,28 +333,29 @@ class TestOnGPU:
         np.testing.assert_allclose(values, root_values(other), atol=1e-5)
         if actions is not None:
             np.testing.assert_allclose(actions, root_actions(other), atol=1e-6)
-        assert on_gpu.world_model.kv_cache_manager.storage.slab.data[NULL_PAGE].abs().max() == 0
+        assert on_gpu.world_model.kv_cache_manager.store.slab.data[NULL_PAGE].abs().max() == 0
 
     def test_equal_scores(self, on_gpu: Root) -> None:
         assert_equals_are_drawn_or_the_first(on_gpu)
 
     def test_fewer_simulations_and_other_legal_actions_need_no_other_capture(self, on_gpu: Root) -> None:
         first = searched(on_gpu)
-        kept = on_gpu.world_model.inference._device._spaces.kept
-        [space] = kept.values()
+        kept = on_gpu.world_model.inference._device._memories.kept
+        [memory] = kept.values()
         sampled = 'sampled' in on_gpu.problem.rules
         fewer = searched(on_gpu, simulations=3, legal=[[] if sampled else [1, 0]] * compiled.ROWS)
         assert all(sampled or len(row) == 2 and sum(row) == 3 for row in fewer[0])
-        assert searched(on_gpu) == first and list(kept.values()) == [space]
+        assert searched(on_gpu) == first and list(kept.values()) == [memory]
 
     def test_captures_are_bounded_and_counted(self, on_gpu: Root) -> None:
         manager, counted = on_gpu.world_model.kv_cache_manager, []
         for simulations in range(1, MOST_KEPT + 3):
             searched(on_gpu, simulations=simulations)
             counted.append(manager.counters()['memory_mb'])
-        assert len(on_gpu.world_model.inference._device._spaces.kept) == MOST_KEPT
+        memories = on_gpu.world_model.inference._device._memories
+        assert len(memories.kept) == MOST_KEPT
         assert counted[0] < counted[1] < counted[2]
-        assert manager.counters()['captures'] >= on_gpu.world_model.inference._device._spaces.captures == MOST_KEPT + 2
+        assert manager.counters()['captures'] >= memories.captures == MOST_KEPT + 2
         before = manager.counters()['captures']
         searched(on_gpu, simulations=MOST_KEPT + 2)
         assert manager.counters()['captures'] == before
@@ -370,22 +372,19 @@ class TestOnGPU:
 
     def test_weights_that_change_in_place_are_seen(self, on_gpu: Root) -> None:
         first = searched(on_gpu)
-        captured = list(on_gpu.world_model.inference._device._spaces.kept.values())
+        captured = list(on_gpu.world_model.inference._device._memories.kept.values())
         with torch.no_grad():
             for parameter in on_gpu.world_model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
         visits, values, _ = searched(on_gpu)
         assert values != first[1]
         np.testing.assert_allclose(values, root_values(search_by_steps(on_gpu)), rtol=0.05, atol=0.05)
-        assert list(on_gpu.world_model.inference._device._spaces.kept.values()) == captured
+        assert list(on_gpu.world_model.inference._device._memories.kept.values()) == captured
 
     @pytest.mark.parametrize('matmul, most', [('tf32', 5e-3), ('bfloat16', 5e-2)])
     def test_other_products_agree_roughly(self, on_gpu: Root, matmul: str, most: float) -> None:
-        world_model, inference = on_gpu.world_model, on_gpu.world_model.inference
-        search = DeviceSearch(
-            inference.engine, world_model.weights_source, world_model.kv_cache_manager, world_model._storage,
-            inference._guard, inference.timings, matmul
-        )
+        inference = on_gpu.world_model.inference
+        search = DeviceSearch(inference.engine, inference.shared, matmul)
         exact = searched(on_gpu, simulations=1)[1]
         values = search.run(inference.open.steps[-1], on_gpu.problem._replace(simulations=1))[1]
         assert 1e-6 < np.abs(np.subtract(values, exact)).max() < most
@@ -410,10 +409,10 @@ def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool, gro
     visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
     assert visits == expected[0]
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
-    kept = list(question.world_model.inference._device._spaces.kept.values())
+    kept = list(question.world_model.inference._device._memories.kept.values())
     with waiting_refused() as ended:
         question.world_model.inference.reanalyze(*question[1:])
-    assert len(ended) == 1 and list(question.world_model.inference._device._spaces.kept.values()) == kept
+    assert len(ended) == 1 and list(question.world_model.inference._device._memories.kept.values()) == kept
     copies = copies_of(lambda: question.world_model.inference.reanalyze(*question[1:]))
     assert copies == (['Pinned'], ['Pinned'])
 
@@ -423,14 +422,15 @@ def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool, gro
 @pytest.mark.parametrize('kind', ['unizero', 'sampled', 'continuous'])
 def test_policies_search_on_a_gpu(kind: str, lines: Any) -> None:
     policy = make(kind, changes=dict(cuda=True, device='cuda'), device='cuda')
-    spaces, mask = policy._model.world_model.inference._device._spaces, [np.ones(5, np.int8)] * 3
+    memories, mask = policy._model.world_model.inference._device._memories, [np.ones(5, np.int8)] * 3
     for step in range(3):
         output = policy.collect_mode.forward(
             torch.randn(3, 4, device='cuda'), [None] * 3 if kind == 'continuous' else mask, to_play=[-1] * 3,
             ready_env_id=[0, 1, 2], timestep=[np.array(step)] * 3, temperature=1., epsilon=0.
         )
     assert [sum(row['visit_count_distributions']) for row in output.values()] == [SIMULATIONS] * 3
-    assert [space.rows for space in spaces.kept.values()] == [ROWS_APART] and spaces.usable and spaces.captures > 0
+    assert [memory.rows for memory in memories.kept.values()] == [ROWS_APART]
+    assert memories.usable and memories.captures > 0
     why = 'since the model is on cuda:0, where triton runs'
     told = f'Searching in arrays, {why}: a search is a graph that is replayed for each simulation'
     assert lines().count(('INFO', told)) == 1
@@ -461,23 +461,23 @@ def assert_all_are_replayed(policy: Any, outputs: List[Any]) -> None:
     (Case(num_layers=1), {}), (Case(num_layers=1, rotary=True, continuous=True), dict(sampled=True, continuous=True)),
 ], ids=['learned', 'continuous'])
 def test_interpreted_searches_are_replayed(_small: None, case: Case, rules: Dict[str, bool]) -> None:
-    """The last with a page of one environment that is not what it was when its root was served."""
+    """The last with a page of one environment that is not what it was when its root was inferred."""
     options = dict(validation='exact', validation_freq=1, validation_tol=1e-3, validation_action='raise')
     model, rng = cached_model(case, compiled.ROWS, 5, kv_cache_cfg=options), np.random.default_rng(0)
     world_model, actions = model.world_model, [-1] * compiled.ROWS  # type: Any, List[Any]
     seen = torch.from_numpy(rng.normal(size=(3, compiled.ROWS, *case.obs_shape)).astype(np.float32))
     for step in range(2):
-        with world_model.serving('collect', range(compiled.ROWS)) as served, torch.no_grad():
+        with world_model.open_step('collect', range(compiled.ROWS)) as opened, torch.no_grad():
             output = model.initial_inference(seen[step], actions, seen[step + 1], [step] * compiled.ROWS)
             if step == 1:
-                world_model.kv_cache_manager.storage.slab.data[served.roots[0][1, 0]] += 0.5
-            world_model.inference._device.run(served, problem_of(case, rules, output.policy_logits.tolist()))
+                world_model.kv_cache_manager.store.slab.data[opened.roots[0][1, 0]] += 0.5
+            world_model.inference._device.run(opened, problem_of(case, rules, output.policy_logits.tolist()))
             actions = [1] * compiled.ROWS
             if case.continuous:
                 actions = list(rng.uniform(-1, 1, (compiled.ROWS, case.action_space_size)).astype(np.float32))
             refused = pytest.raises(RuntimeError, match='environment 1, step 1')
             with refused if step == 1 else contextlib.nullcontext():
-                world_model.validator.check(served.trace, actions)
+                world_model.validator.check(opened.trace, actions)
     tally = world_model.validator.tally
     assert tally.inferences == 2 * (1 + compiled.SIMULATIONS) and 0 < tally.over == tally.unexplained
 
@@ -489,7 +489,7 @@ def test_interpreted_searches_are_replayed(_small: None, case: Case, rules: Dict
 def test_on_a_gpu_searches_are_replayed(kind: str, rotary: bool) -> None:
     policy = validated(kind, rotary=rotary, changes=dict(cuda=True, device='cuda'), device='cuda')
     assert_all_are_replayed(policy, OnGPU(policy).play())
-    assert policy._model.world_model.inference._device._spaces.captures
+    assert policy._model.world_model.inference._device._memories.captures
 
 
 @pytest.mark.gpu
@@ -500,9 +500,9 @@ def test_on_a_gpu_a_replay_sees_a_spoiled_page() -> None:
     run, manager, player = WholeSearch.run, policy._model.world_model.kv_cache_manager, OnGPU(policy)
     player.step([0, 1, 2])
 
-    def spoiled(search: Any, served: Any, problem: Any) -> Any:
-        manager.storage.slab.data[served.roots[0][1, 0]] += 0.5
-        return run(search, served, problem)
+    def spoiled(search: Any, step: Any, problem: Any) -> Any:
+        manager.store.slab.data[step.roots[0][1, 0]] += 0.5
+        return run(search, step, problem)
 
     with mock.patch.object(WholeSearch, 'run', spoiled), pytest.raises(RuntimeError, match='environment 1, step'):
         player.step([0, 1, 2])

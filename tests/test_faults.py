@@ -16,6 +16,7 @@ from forks import environment
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from trainings import PROJECT_ROOT
 
+from lzero_kvcache.cache.base import CURRENT
 from lzero_kvcache.training.checkpoints import read_checkpoint
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
@@ -172,6 +173,20 @@ def test_nan_in_one_environment_names_it_and_leaves_the_others(lines):
     warnings = [message for level, message in lines() if level == 'WARNING']
     assert len(warnings) == 1
     assert 'environment 1, step 1' in warnings[0]
+    audit(manager)
+
+
+def test_a_root_that_is_skipped_leaves_what_was_stored_by_key():
+    """By hand, for the same environment."""
+    policy = make_policy(True, kv_cache_cfg=dict(on_nan='skip'))
+    worker = Worker(policy)
+    worker.step([0, 1, 2])
+    manager = policy._model.world_model.kv_cache_manager
+    rows = manager.find_init('collect', [1], [CURRENT])
+    manager.store_init('collect', [1], ['mine'], rows)
+    blind(worker)
+    worker.step([0, 1, 2])
+    assert [manager.find_init('collect', [1], [key])[1].tolist() for key in (CURRENT, 'mine')] == [[0], [1]]
     audit(manager)
 
 

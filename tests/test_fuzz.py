@@ -96,7 +96,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 assert not model.entries
                 continue
             while len(model.entries) > len(pools[env_id]):
-                assert model.evict_but(self.manager._newest_keys.get((mode, env_id)))
+                assert model.evict_but(pools[env_id].newest)
 
     def contents_of(self, rows: Any) -> List[List[int]]:
         return [self.content(table, count) for table, count in zip(*rows)]
@@ -122,7 +122,7 @@ class ManagerMachine(RuleBasedStateMachine):
             fail_if(fail == 'after')
 
     @rule(mode=MODES, env_ids=ENV_IDS, fail=FAILS)
-    def served_step(self, mode: str, env_ids: List[int], fail: Optional[str]) -> None:
+    def step_by_environment(self, mode: str, env_ids: List[int], fail: Optional[str]) -> None:
         """By environment: the newest root alone is kept, and no page pressure takes it."""
         manager = self.manager
         keys = [CURRENT] * len(env_ids)
@@ -241,10 +241,10 @@ class ManagerMachine(RuleBasedStateMachine):
     def growth_fails(self) -> None:
         """As when device memory has run out."""
         capacity = self.manager.page_capacity
-        self.manager.storage.grow = lambda pages: False
+        self.manager.store.grow = lambda pages: False
         with self.step() as lease:
             lease.allocate(self.manager._pages.free + 1)
-        del self.manager.storage.grow
+        del self.manager.store.grow
         assert self.manager.page_capacity == capacity
         self.agree()
 

@@ -62,7 +62,7 @@ class TestNew:
     def test_pages_and_memory_are_those_of_the_first_use(self, new):
         rows, world_model = new
         manager = world_model.kv_cache_manager
-        data = manager.storage.slab.data
+        data = manager.store.slab.data
         page_bytes = data[0].numel() * data.element_size()
         assert rows['pages'] == f'{data.shape[0]:,} of {page_bytes:,} bytes, bfloat16'
         assert rows['pages of a context'] == '2 at the most'

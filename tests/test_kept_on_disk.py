@@ -39,7 +39,7 @@ def start(cache: Path, program: str = PROGRAM, **environment: str) -> subprocess
     stub = f'''
         import sys, types
         package = types.ModuleType('lzero_kvcache')
-        package.__path__, package.__version__ = [{str(package)!r}], '1'
+        package.__path__ = [{str(package)!r}]
         sys.modules['lzero_kvcache'] = package
     '''
     code = textwrap.dedent(stub) + textwrap.dedent(program)
@@ -90,9 +90,10 @@ def test_other_sources_are_compiled_anew(tmp_path: Path) -> None:
     for content, is_compiled in (('', True), ('', False), ('edited = 1', True), ('edited = 1', False)):
         (room / 'called.py').write_text(content)
         assert ('Compiling' in run(kept, program)) == is_compiled
-    edited = program.replace('compiled =', 'kept_on_disk.hash_of = lambda folders: str(len(folders))\n    compiled =')
+    other = 'kept_on_disk.hash_of = lambda folders: f"of {len(folders)}"\n    compiled ='
+    edited = program.replace('compiled =', other)
     assert 'Compiling' in run(kept, edited)
-    assert [path.name for path in kept.rglob('1-3')]
+    assert [path.name for path in kept.rglob('of 3')]
 
 
 def test_sources_are_read_once_for_all_functions_of_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +108,17 @@ def test_a_function_of_the_same_name_is_another(tmp_path: Path) -> None:
     """As one that was edited in a notebook."""
     run(tmp_path)
     assert 'Compiling' in run(tmp_path, PROGRAM.replace('x + 1', 'x + 2').replace('(41)', '(40)'))
+
+
+def test_a_closure_is_refused() -> None:
+    """Its code is the same whatever it closes over."""
+    added = 1
+
+    def add(x):
+        return x + added
+
+    with pytest.raises(ValueError, match='add is a closure over added, which would be compiled in: pass it instead'):
+        entry(add)
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:

@@ -47,10 +47,7 @@ def main() -> None:
             (Case(sampled=True, gru_gating=not ON_MAIN), dict(sampled=True), 'bfloat16')):
         for root in compiled.roots_of(cached_model(case, 2, 5), case, rules):
             inference, model = root.world_model.inference, root.world_model
-            search = DeviceSearch(
-                inference.engine, model.weights_source, model.kv_cache_manager, model._storage, inference._guard,
-                inference.timings, matmul
-            )
+            search = DeviceSearch(inference.engine, inference.shared, matmul)
             search.run(inference.open.steps[-1], root.problem)
             if not rules.get('sampled'):
                 latents, steps = torch.zeros(2, case.embed_dim).numpy(), torch.arange(2).numpy()

@@ -87,7 +87,7 @@ def another_search_from_the_same_root(model, player):
     if isinstance(player, ByKey):
         a_search_by_hand(model, player)
         return
-    with model.world_model.inference.search_by_node(player.served, SIMULATIONS) as expand:
+    with model.world_model.inference.search_by_node(player.step, SIMULATIONS) as expand:
         for simulation in range(SIMULATIONS):
             expand(simulation, np.full(ROWS, simulation), np.arange(ROWS), np.full(ROWS, 2), [simulation + 1] * ROWS)
 
@@ -199,7 +199,7 @@ def test_a_search_of_other_rows_than_its_step_is_refused():
     player.play(trace_of().events[0])
     problem = mock.Mock(rewards=[0.] * (ROWS - 1))
     with pytest.raises(ValueError, match=f'{ROWS - 1} rows for {ROWS} environments'):
-        model.world_model.inference.search(player.served, problem)
+        model.world_model.inference.search(player.step, problem)
     player.close()
 
 
@@ -215,7 +215,7 @@ def test_two_searches_from_one_root_side_by_side():
     model = model_of()
     player, other = ByNode(model), ByNode(model)
     player.play(root)
-    other.served = player.served
+    other.step = player.step
     other.open(SIMULATIONS)
     answers = [], []
     for number in range(SIMULATIONS):
@@ -276,8 +276,8 @@ def test_two_steps_that_take_turns_in_one_thread(kinds, places):
 
 def test_a_root_inference_that_could_be_of_two_steps_is_refused():
     model, event = model_of(), trace_of().events[0]
-    serving, told = model.world_model.serving, r'\[3, 2\] of collect or \[0, 1\] of eval'
-    with serving('collect', [3, 2]), serving('eval', [0, 1]), pytest.raises(RuntimeError, match=told):
+    open_step, told = model.world_model.open_step, r'\[3, 2\] of collect or \[0, 1\] of eval'
+    with open_step('collect', [3, 2]), open_step('eval', [0, 1]), pytest.raises(RuntimeError, match=told):
         Batch(model).play(event)
     audit(model.world_model.kv_cache_manager)
 
@@ -288,7 +288,7 @@ def test_a_search_from_a_step_of_another_thread_or_model_is_refused():
     player.play(trace_of().events[0])
 
     def search(searched=model):
-        with searched.world_model.inference.search_by_node(player.served, SIMULATIONS):
+        with searched.world_model.inference.search_by_node(player.step, SIMULATIONS):
             pass
 
     for refused in (lambda: search(other), lambda: in_threads(search)):
@@ -339,6 +339,22 @@ def test_a_step_that_failed_is_no_step(fail, done):
         player.close()
     assert_undisturbed(answers, expected)
     audit(model.world_model.kv_cache_manager)
+
+
+@pytest.mark.parametrize('fail', [failed, as_garbage])
+def test_a_step_that_failed_leaves_what_was_stored_by_key(fail):
+    """By hand, for one of its environments."""
+    model = model_of()
+    manager = model.world_model.kv_cache_manager
+    with manager.lease() as lease:
+        rows = np.zeros((1, manager.width), np.int64), np.ones(1, np.int64)
+        rows[0][0, 0] = lease.allocate(1)
+        manager.store_init('collect', [0], ['mine'], rows)
+    fail(model, trace_of().events[:2])
+    model.world_model.inference.open.end_abandoned()
+    assert manager.find_init('collect', [0], ['mine'])[1].tolist() == [1]
+    assert roots(manager) == [1, 0, 0, 0]
+    audit(manager)
 
 
 @pytest.mark.parametrize('kept', [1, 2])

@@ -337,7 +337,7 @@ class TestCopies:
         target = copy.deepcopy(model)
         ours, theirs = model.world_model.kv_cache_manager, target.world_model.kv_cache_manager
         assert theirs is not ours
-        assert theirs.storage.slab.data.data_ptr() != ours.storage.slab.data.data_ptr()
+        assert theirs.store.slab.data.data_ptr() != ours.store.slab.data.data_ptr()
         gone = weakref.ref(model.world_model)
         del model, ours
         gc.collect()
@@ -359,7 +359,7 @@ def test_what_a_model_stored_is_what_lightzero_stores():
         pool = manager.init_pools[0]
         newest = list(pool._slots.values())[-1]
         pages = pool.contexts.tables[[newest], :pool.contexts.counts[newest]]
-        window = manager.storage.slab.read(torch.from_numpy(pages))[0, 1:]  # [T, L, 2, E]
+        window = manager.store.slab.read(torch.from_numpy(pages))[0, 1:]  # [T, L, 2, E]
         found = (window + shift[:len(window)]).unflatten(-1, (world_model.config.num_heads, -1)).permute(1, 2, 3, 0, 4)
         right = tokens(theirs.world_model.shared_pool_init_infer[0][slot])[:, :, 0]
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
@@ -381,7 +381,7 @@ class TestUnderALimit:
         trace = random_trace(np.random.default_rng(0), case, 3, root_steps=20, simulations=4, episodes=0.1)
         alone = [LightZeroAlone(original_model(case, 1, 0)) for _ in range(3)]
         assert_same(differences(trace, Batch(model), alone))
-        assert used.storage.slab.memory_mb <= least + 0.01
+        assert used.store.slab.memory_mb <= least + 0.01
         assert sum(pool.stats.evictions for pool in used.init_pools) > 0
         audit(used)
 
@@ -414,7 +414,7 @@ class PlainManager(PagedCacheManager):
         return self.pages.capacity
 
     def use_store(self, store):
-        self.storage = store
+        self.store = store
 
     def lease(self):
         return self.pages.lease()
@@ -451,7 +451,7 @@ class PlainManager(PagedCacheManager):
         self.asked[pool].record(queries, hits)
 
     def counters(self):
-        return {'memory_mb': self.storage.memory_mb}
+        return {'memory_mb': self.store.memory_mb}
 
     def get_stats_summary(self):
         return {'stats_enabled': False}

@@ -105,6 +105,16 @@ class TestEnvironments:
         twins.step([1])
         twins.step([0, 1, 2])
 
+    def test_an_environment_keeps_no_observation_but_its_own(self):
+        """Whatever batches it was in."""
+        policy = make_policy(True)
+        worker = Worker(policy)
+        for env_ids in ([0, 1, 2], [0, 1], [0], [2, 0]):
+            worker.step(env_ids)
+        steps = policy._environments._steps.values()
+        kept = {step.observations.data_ptr(): step.observations.untyped_storage().nbytes() for step in steps}
+        assert sum(kept.values()) == 3 * 4 * 4
+
     def test_ready_environments_as_an_array_or_not_at_all(self):
         twins = Twins([0, 1, 2])
         twins.step([0, 1, 2], np.arange(3))
@@ -157,12 +167,19 @@ class TestSelection:
             st.lists(st.integers(0, 100), min_size=1, max_size=20).filter(any), min_size=1, max_size=6))
         ways = data.draw(st.lists(st.booleans(), min_size=len(visits), max_size=len(visits)))
         found = []
-        served = types.SimpleNamespace(visits=visits[1:])
-        for function in (lightzero_utils.select_action, row_loops.Selection(served)):
+        step = types.SimpleNamespace(visits=visits[1:])
+        for function in (lightzero_utils.select_action, row_loops.Selection(step)):
             np.random.seed(seed)
             found.append([function(row, temperature, way) for row, way in zip(visits, ways)])
             found[-1].append(np.random.random_sample())
         assert found[0] == found[1]
+
+    @pytest.mark.parametrize('deterministic', [True, False])
+    def test_a_root_without_visits_is_an_error(self, deterministic):
+        """As in LightZero, wherever it stands."""
+        for function in (lightzero_utils.select_action, row_loops.Selection(types.SimpleNamespace(visits=[[3, 1]]))):
+            with pytest.raises(ZeroDivisionError):
+                function([0, 0], 1., deterministic)
 
     @BOTH_FLAGS
     @pytest.mark.parametrize('whose', ['ours', 'somebody else\'s'])

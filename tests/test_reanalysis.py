@@ -33,7 +33,7 @@ prepare_rows, select_rows, backup_rows = map(entry, (tree.prepare_rows, tree.sel
 SAMPLES, UNROLL, SIMULATIONS = 5, 3, 10
 ROWS = SAMPLES * (UNROLL + 1)
 LEGAL = [[], [2, 0], [1]]
-FIRST = 2 ** 31  # number of a model's first reanalysis
+FIRST = 0  # number of a model's first reanalysis
 IN_ARRAYS = (
     'INFO', 'Reanalyzing in arrays, since the model can be compiled for the CPU: a search is one compiled call'
 )
@@ -133,8 +133,8 @@ def test_its_pages_take_no_more_memory_than_is_allowed(grows: bool, allowed: flo
     with mock.patch.object(search, '_from_states', noted):
         visits, _, _ = question.world_model.inference.reanalyze(*question[1:])
     assert sizes == at_once and [sum(row) for row in visits] == ROWS * [SIMULATIONS]
-    [[space]] = search._spaces._free.values()
-    assert space.slab.nbytes <= allowed * 2 ** 20
+    [[memory]] = search._memories._free.values()
+    assert memory.slab.nbytes <= allowed * 2 ** 20
 
 
 @CASES
@@ -145,7 +145,7 @@ def test_some_rows_at_a_time(case: Case, two_players: bool, grows: bool, monkeyp
     before = manager.memory_mb
     monkeypatch.setattr(whole, 'CHUNK', 2 * (UNROLL + 1))
     visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
-    small = search._spaces.memory_mb
+    small = search._memories.memory_mb
     assert manager.memory_mb - before == pytest.approx(small + search._model.memory_mb)
     parts = [by_steps(part_of(question, begin, min(begin + 8, ROWS)), FIRST + number)
              for number, begin in enumerate((0, 8, 16))]
@@ -155,7 +155,7 @@ def test_some_rows_at_a_time(case: Case, two_players: bool, grows: bool, monkeyp
     assert small > 4 * (latents + pages * 4 * case.num_layers) * case.embed_dim / 2 ** 20
     monkeypatch.setattr(whole, 'CHUNK', 64)
     question.world_model.inference.reanalyze(*question[1:])
-    assert small < search._spaces.memory_mb < 2.5 * small
+    assert small < search._memories.memory_mb < 2.5 * small
 
 
 def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_a_buffer_reanalyzes_in_arrays(life: Any, lines: Any) -> None:
     sums = policies.sum(-1)
     assert policies.shape == (3, UNROLL + 1, 2) and set(np.round(sums, 6).ravel()) <= {0., 1.} and sums.any()
     assert lines_of(lines) == [IN_ARRAYS]
-    assert policy._target_model.world_model.inference._whole._spaces.memory_mb > 0
+    assert policy._target_model.world_model.inference._whole._memories.memory_mb > 0
 
 
 @pytest.mark.parametrize('search, prepare, told', [

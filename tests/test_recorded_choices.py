@@ -13,13 +13,13 @@ from small_models import ON_MAIN
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.weights import Geometry
 from lzero_kvcache.search import device_search
-from lzero_kvcache.search.device_space import Space
+from lzero_kvcache.search.device_memory import DeviceMemory
 from lzero_kvcache.search.whole import Problem
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 
 
-class Replayed(Space):
+class Replayed(DeviceMemory):
     """A search whose model answers what was recorded."""
 
     def __init__(self, choices: Choices, place: torch.device) -> None:
@@ -52,15 +52,15 @@ def test_it_chooses_what_lightzeros_tree_chose(number: int, place: str) -> None:
     if place == 'cpu' and torch.cuda.is_available():
         pytest.skip('where there is a GPU, kernels are compiled')
     choices = recorded()[number]
-    space = Replayed(choices, torch.device(place))
+    memory = Replayed(choices, torch.device(place))
     if place == 'cuda':
-        space.capture()
-    space.begin()
+        memory.capture()
+    memory.begin()
     for chosen in zip(choices.parents, choices.actions, choices.depths):
-        space.simulate()
-        for part, right in zip((space.parents, space.actions, space.depths), chosen):
+        memory.simulate()
+        for part, right in zip((memory.parents, memory.actions, memory.depths), chosen):
             assert part.tolist() == right.tolist()
-    visits, values, _, broken = space.found(len(choices.values))
+    visits, values, _, broken = memory.found(len(choices.values))
     assert np.where(choices.visits < 0, -1, visits).tolist() == choices.visits.tolist()
     np.testing.assert_allclose(values, choices.values, rtol=1e-6, atol=1e-6)
     assert not broken.any()

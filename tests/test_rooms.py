@@ -19,8 +19,6 @@ PACKAGE = ROOT / 'lzero_kvcache'
 FILES = sorted(PACKAGE.rglob('*.py'))
 # Files that Python runs by `-m`: they hand over to the command line, and nothing imports them.
 PROGRAMS = {'__main__.py'}
-# What a file takes from the package itself, which imports every room.
-FROM_THE_PACKAGE = {'search/kept_on_disk.py': {'__version__'}}
 # Imports of modules by name, by the function that makes them.
 DYNAMIC = {
     'engine/compiling.py': {'find_spec'},  # numba, if it is installed
@@ -138,19 +136,7 @@ def test_imports_run_one_way():
     for room in ROOMS:
         allowed |= set(room.modules)
         for path in files_of(room):
-            own = own_imports(path)
-            if name_of(path) in FROM_THE_PACKAGE:
-                own -= {'__init__.py'}
-            assert {top_of(PACKAGE / name) for name in own} <= allowed, name_of(path)
-
-
-def test_what_is_taken_from_the_package_itself():
-    found: Dict[str, Set[str]] = {}
-    for path in FILES:
-        for parts in imports(path):
-            if parts[0] == 'lzero_kvcache' and _file_of(parts[1:]) == '__init__.py':
-                found.setdefault(name_of(path), set()).add(parts[-1])
-    assert found == FROM_THE_PACKAGE
+            assert {top_of(PACKAGE / name) for name in own_imports(path)} <= allowed, name_of(path)
 
 
 def test_comparison_knows_what_runs_leave_and_nothing_of_what_made_them():

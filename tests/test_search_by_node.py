@@ -157,8 +157,8 @@ class TestMisuse:
         world_model = cached_model(Case(), 2, SEED).world_model
         with pytest.raises(RuntimeError, match='root inference'), world_model.inference.search_by_node(None, 4):
             pass
-        with world_model.serving('collect', [0, 1]) as served, pytest.raises(RuntimeError, match='root inference'):
-            with world_model.inference.search_by_node(served, 4):
+        with world_model.open_step('collect', [0, 1]) as step, pytest.raises(RuntimeError, match='root inference'):
+            with world_model.inference.search_by_node(step, 4):
                 pass
 
     def test_roots_of_another_time_are_no_roots(self):
@@ -167,15 +167,15 @@ class TestMisuse:
         player = ByNode(model)
         player.play(random_trace(np.random.default_rng(SEED), case, 2, 1, 0).events[0])
         player.close()
-        for served in (None, player.served):  # and a step that is over is no step
-            with model.world_model.serving('collect', [0, 1]) as current:
+        for step in (None, player.step):  # and a step that is over is no step
+            with model.world_model.open_step('collect', [0, 1]) as current:
                 with pytest.raises(RuntimeError, match='root inference'):
-                    with model.world_model.inference.search_by_node(served or current, 4):
+                    with model.world_model.inference.search_by_node(step or current, 4):
                         pass
 
     def test_one_environment_in_two_rows(self):
         world_model = cached_model(Case(), 2, SEED).world_model
-        with pytest.raises(ValueError, match='two rows'), world_model.serving('collect', [1, 1]):
+        with pytest.raises(ValueError, match='two rows'), world_model.open_step('collect', [1, 1]):
             pass
 
 
@@ -394,7 +394,7 @@ class TestPages:
             answers.append(player.play(event))
             if isinstance(event, ClearEnv):  # somebody else's pages, for as long as this search takes
                 taken = model.world_model.kv_cache_manager.take(5)
-                model.world_model.kv_cache_manager.storage.slab.data[taken] = float('nan')
+                model.world_model.kv_cache_manager.store.slab.data[taken] = float('nan')
         model.world_model.kv_cache_manager._pages.release(taken)
         player.close()
         audit(model.world_model.kv_cache_manager)

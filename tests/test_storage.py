@@ -5,13 +5,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from builders import Worker, assert_same_outputs, audit, cache_cfg, make_policy, roots
+from builders import Worker, assert_same_outputs, audit, cache_cfg, in_threads, make_policy, roots
+from oracle import Batch, play, random_trace
+from small_models import Case, cached_model
 
 from lzero_kvcache import KVCacheManager
 from lzero_kvcache.cache.pages import OutOfPages, extend
 from lzero_kvcache.engine import slab
-from lzero_kvcache.engine.step import Window
+from lzero_kvcache.engine.step import Engine
 from lzero_kvcache.engine.store import PageStore
+from lzero_kvcache.engine.weights import Geometry
 
 OUT_OF_MEMORY = {
     'a GPU': torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 1.00 GiB'),
@@ -33,17 +36,29 @@ def allocation_fails(monkeypatch, error):
 
 
 def test_a_window_takes_the_memory_of_the_last_one():
-    pages, window = slab.Slab(layers=2, heads=1, head_dim=4), Window()
+    pages, engine = slab.Slab(layers=2, heads=1, head_dim=4), Engine(Geometry(2, 1, 4, 2, 1, False, 0))
     pages.ensure(6, torch.device('cpu'))
     pages.data.copy_(torch.arange(6.).view(6, 1, 1, 1, 1, 1).expand_as(pages.data))
-    first = pages.read(torch.tensor([[1, 2], [3, 4]]), window.room(pages, 4))
+    with engine._room(pages, 4) as [room]:
+        first = pages.read(torch.tensor([[1, 2], [3, 4]]), room)
     assert first.shape == (2, 4, 2, 2, 4)
-    assert window.memory_mb == 4 * pages.page_bytes / 2 ** 20
+    assert engine.windows.memory_mb == 4 * pages.page_bytes / 2 ** 20
     first.zero_()  # a step writes on its window, and the pages stay as they are
-    second = pages.read(torch.tensor([[5, 3]]), window.room(pages, 2))
+    with engine._room(pages, 2) as [room]:
+        second = pages.read(torch.tensor([[5, 3]]), room)
     assert second.data_ptr() == first.data_ptr()
     assert second[0, :, 0, 0, 0].tolist() == [5, 5, 3, 3]
     assert pages.read(torch.tensor([[5, 3]])).data_ptr() != first.data_ptr()
+
+
+def test_windows_of_all_threads_count():
+    """Whichever thread asks."""
+    trace = random_trace(np.random.default_rng(0), Case(), 2, root_steps=2, simulations=2)
+    models = [cached_model(Case(), 2, 0) for _ in range(2)]
+    play(Batch(models[0]), trace)
+    in_threads(lambda: play(Batch(models[1]), trace))
+    here, there = (model.world_model.kv_cache_manager.memory_mb for model in models)
+    assert here == there > models[0].world_model.kv_cache_manager.store.slab.memory_mb
 
 
 def use_up(policy):
@@ -88,22 +103,39 @@ def test_out_of_memory_while_growing(error, policy, monkeypatch, lines):
         store(manager, key)
     manager, taken = use_up(policy)
     asked = allocation_fails(monkeypatch, error)
-    data, contents, capacity = manager.storage.slab.data, manager.storage.slab.data.clone(), manager.page_capacity
+    data, contents, capacity = manager.store.slab.data, manager.store.slab.data.clone(), manager.page_capacity
     with pytest.raises(OutOfPages):
         manager.take(capacity)  # more than there can be
-    assert manager.storage.slab.data is data and torch.equal(data, contents)
+    assert manager.store.slab.data is data and torch.equal(data, contents)
     assert manager.page_capacity == capacity
     assert roots(manager) == [2, 2, 2]  # the current root of each is kept, and the newest that was stored by key
     assert manager.counters()['init']['evictions'] == 21
     for _ in range(4):
         assert_same_outputs(worker.step([0, 1, 2]), reference.step([0, 1, 2]), [0, 1, 2])
-    assert manager.storage.slab.data is data and manager.page_capacity == capacity
+    assert manager.store.slab.data is data and manager.page_capacity == capacity
     assert len(asked) == 1
     warnings = [message for level, message in lines(logging.WARNING) if 'Out of memory' in message]
     assert warnings == [
         f'Out of memory while the page storage grew from {capacity} to {2 * capacity} pages: '
         'it stays as it was, and older root contexts are evicted from now on'
     ]
+    manager._pages.release(taken)
+    audit(manager)
+
+
+def test_the_newest_root_by_key_is_kept_where_a_later_one_was_forgotten(policy, monkeypatch):
+    """As those of a search by key are at its end."""
+    Worker(policy).step([0, 1, 2])
+    manager = policy._model.world_model.kv_cache_manager
+    for key in ('older', 'newest', 'searched'):
+        store(manager, key)
+    manager.forget_init('collect', [0, 1, 2], ['searched'] * 3)
+    manager, taken = use_up(policy)
+    allocation_fails(monkeypatch, OUT_OF_MEMORY['a CPU'])
+    with pytest.raises(OutOfPages):
+        manager.take(manager.page_capacity)
+    counts = [manager.find_init('collect', [0, 1, 2], [key] * 3)[1].tolist() for key in ('older', 'newest')]
+    assert counts == [[0, 0, 0], [1, 1, 1]]
     manager._pages.release(taken)
     audit(manager)
 
@@ -157,7 +189,7 @@ def test_a_device_that_is_full(lines):
     for step in range(300):  # an episode of two environments, found by key
         with manager.lease() as lease:
             pages = lease.allocate(2)
-            storage = manager.storage.ready(manager.page_capacity, cuda)
+            storage = manager.store.ready(manager.page_capacity, cuda)
             token = torch.randn((2, *storage.page_shape), device=cuda)
             storage.write(torch.from_numpy(pages).to(cuda), token)
             contexts = extend(manager.find_init('collect', [0, 1], [step - 1] * 2), pages)

@@ -70,7 +70,7 @@ def test_the_target_model_of_an_update(tmp_path):
     """Whoever searches with it finds no context of its older weights."""
     training = Training(True, tmp_path)
     target = training.policy._target_model.world_model
-    with torch.no_grad(), target.serving('collect', [0, 1]):
+    with torch.no_grad(), target.open_step('collect', [0, 1]):
         target.forward_initial_inference(dict(obs=torch.zeros(2, 4), action=[-1, -1], current_obs=torch.ones(2, 4)))
     assert roots(target.kv_cache_manager) == [1, 1, 0]
     training.update()

@@ -115,9 +115,9 @@ class Checked(ByNode):
 
     def close(self):
         """End the search that is under way."""
-        if self.served is not None:
-            self.world_model.validator.check(self.served.trace, self._root_actions(self._acted))
-            self.served = None
+        if self.step is not None:
+            self.world_model.validator.check(self.step.trace, self._root_actions(self._acted))
+            self.step = None
         super().close()
 
 
@@ -204,13 +204,13 @@ class TestExact:
         trace = random_trace(np.random.default_rng(SEED), Case(), 2, root_steps=1, simulations=0)
         last_obs, obs = (torch.from_numpy(part) for part in (trace.events[0].last_obs, trace.events[0].obs))
         actions = torch.zeros(2).long()
-        with world_model.serving('collect', [0, 1]) as served:
+        with world_model.open_step('collect', [0, 1]) as step:
             _, root, *_ = world_model.forward_initial_inference(
                 dict(obs=last_obs, action=[-1, -1], current_obs=obs), [0, 0]
             )
             for latent in (root.numpy(), np.ones((2, 1, 32), np.float32)):
                 world_model.forward_recurrent_inference([(latent, actions)], 0, [1, 1], [0, 0])
-            world_model.validator.check(served.trace, [0, 0])
+            world_model.validator.check(step.trace, [0, 0])
         assert (world_model.validator.tally.inferences, world_model.validator.tally.searches) == (2, 0)
 
     def test_every_nth_search(self):
@@ -238,7 +238,7 @@ class TestCaught:
     def spoil_a_page(policy):
         manager = policy._model.world_model.kv_cache_manager
         page = manager._current['collect'].tables[1, 0]
-        manager.storage.slab.data[page] += 0.5
+        manager.store.slab.data[page] += 0.5
 
     @staticmethod
     def swap_contexts(policy):
@@ -519,7 +519,7 @@ class TestBackends:
         play(player, random_trace(np.random.default_rng(SEED), case, 3, root_steps=4, simulations=8))
         player.close()
         tally = player.world_model.validator.tally
-        assert player.world_model.inference.backend.memory_mb > 0
+        assert player.world_model.inference.backend.graphs.memory_mb > 0
         assert (tally.unexplained, tally.inferences) == (0, 4 * 9)
 
 

@@ -133,8 +133,8 @@ def world_model_of(policy):
     return policy._model.world_model
 
 
-def spaces_of(policy, part='_spaces'):
-    return getattr(world_model_of(policy).inference._whole, part)
+def memory_of(policy):
+    return world_model_of(policy).inference._whole._memories
 
 
 def counts(policy):
@@ -173,11 +173,11 @@ def test_searches_in_arrays(kind, search, lines):
 @pytest.mark.parametrize('search', ['tree', 'device'])
 def test_roots_are_stepped_as_they_are_searched(kind, search):
     policy, stepped = make(kind, search), []
-    step = RootInference._run_compiled
+    run_compiled = RootInference._run_compiled
 
-    def noted(self, served, given):
-        stepped.append(served.mode)
-        return step(self, served, given)
+    def noted(self, step, given):
+        stepped.append(step.mode)
+        return run_compiled(self, step, given)
 
     with mock.patch.object(RootInference, '_run_compiled', noted):
         Player(policy).play()
@@ -303,7 +303,7 @@ def test_a_search_of_ones_own_is_asked(where, lines):
     policy = make()
     own = Own(policy._cfg)
     # As a subclass of LightZero's policy makes it before the plugin sees it, or as one of the plugin's replaces it.
-    policy._mcts_collect = policy._mcts_of(own) if where == 'made by the policy' else own
+    policy._mcts_collect = policy._mcts_of(own, 'collect') if where == 'made by the policy' else own
     if where == 'made by the policy':
         assert lines()[-1][1].startswith('Searching by key: the policy has a search')
     with ways() as taken:
@@ -486,8 +486,8 @@ class BothWays:
                 again = copy.copy(roots)
                 if way == 'ctree':
                     again = in_ctree(self._search, roots, to_play)
-                    inference, served = model.world_model.inference, self._search._running.innermost
-                    self._search._search_in_ctree(again, inference, served, to_play)
+                    inference, step = model.world_model.inference, self._search._running.innermost
+                    self._search._search_in_ctree(again, inference, step, to_play)
                 else:
                     changed = dict(rules, discount_factor=0.5) if way == 'other' else rules
                     with mock.patch.object(self._search, '_rules', lambda rules=changed: rules):
@@ -578,18 +578,18 @@ def test_counts_and_times_are_those_of_lightzeros_tree(kind, mode):
 def test_trees_count_as_memory():
     """Those of one size, however many sizes there were."""
     policy, trees, read = make(simulations=40), [], tree.root_visits
-    spaces, player = spaces_of(policy), Player(policy)
-    with mock.patch.object(tree, 'root_visits', lambda found: trees.append((found, spaces.memory_mb)) or read(found)):
+    memories, player = memory_of(policy), Player(policy)
+    with mock.patch.object(tree, 'root_visits', lambda found: trees.append((found, memories.memory_mb)) or read(found)):
         player.step(ALL)
-        of_three, [(first, meanwhile)] = spaces.memory_mb, trees
+        of_three, [(first, meanwhile)] = memories.memory_mb, trees
         assert meanwhile == of_three
         assert 0 <= of_three - sum(array.nbytes for array in first) / 2 ** 20 < 0.01
         for env_ids in ([0, 1], [2], [0, 2], ALL):
             player.step(env_ids)
-    assert spaces.memory_mb == of_three
-    with mock.patch.object(cache_of(policy).storage, 'beside', []):
+    assert memories.memory_mb == of_three
+    with mock.patch.object(cache_of(policy).store, 'counted', []):
         without = cache_of(policy).memory_mb
-    scratch = spaces_of(policy, '_model').memory_mb
+    scratch = world_model_of(policy).inference._model.memory.memory_mb
     assert 0 < scratch < 0.5
     assert cache_of(policy).counters()['memory_mb'] == pytest.approx(without + scratch + of_three)
 
@@ -651,6 +651,7 @@ def twin(policy, **options):
     """A fresh policy with the same weights, whose next search draws the same numbers."""
     other = make(**options)
     other._model.load_state_dict(policy._model.state_dict())
+    world_model_of(other)._loaded = world_model_of(policy)._loaded
     other._mcts_collect._searches = policy._mcts_collect._searches
     return other
 
@@ -692,6 +693,39 @@ def test_weights_that_change_between_searches_are_seen_at_once(change, rotary):
         assert after == found(expected.step(ALL)) != found(other.step(ALL))
 
 
+def test_a_layer_that_cannot_be_compiled_is_noticed_when_it_comes_and_when_it_goes(lines):
+    policy = make()
+    player, head = Player(policy), world_model_of(policy).head_value.head_module
+    own, sizes = head[-1], (head[-1].out_features, head[-1].out_features)
+    with ways() as taken:
+        player.step(ALL)
+        head[-1] = torch.nn.Sequential(own, torch.nn.Linear(*sizes), torch.nn.Softplus())
+        player.step(ALL)
+        head[-1] = own
+        player.step(ALL)
+    assert taken == ['arrays', 'ctree', 'arrays']
+    assert [message.split(',')[0] for _, message in told(lines)] == [
+        'Searching in arrays', "Searching in LightZero's tree", 'Searching in arrays']
+
+
+def test_searches_for_other_ends_draw_other_numbers():
+    """Collection, evaluation and reanalysis, and a resumed training; one that is begun again draws the same."""
+
+    def seeds_of(policy):
+        seeds, run = [policy._target_model.world_model.seed_of('reanalysis')], WholeSearch.run
+        with mock.patch.object(WholeSearch, 'run', lambda search, step, problem: (
+                seeds.append(problem.seed), run(search, step, problem))[1]):
+            for mode in ('collect', 'eval'):
+                Player(policy, mode).step(ALL)
+        return seeds
+
+    resumed = make()
+    state = randomise(copy.deepcopy(resumed._model), Case(), 3).state_dict()
+    resumed._load_state_dict_learn(dict(resumed._state_dict_learn(), model=state, target_model=state))
+    first, again, later = map(seeds_of, (make(), make(), resumed))
+    assert first == again and len({*first, *later}) == 6
+
+
 @pytest.mark.parametrize('copied', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
                          ids=['deepcopy', 'pickle'])
 def test_copies_of_a_model_have_arrays_and_weights_of_their_own(copied):
@@ -699,18 +733,18 @@ def test_copies_of_a_model_have_arrays_and_weights_of_their_own(copied):
     player = Player(policy)
     player.step(ALL)
     model = copied(getattr(policy._model, '_orig_mod', policy._model))
-    assert model.world_model.inference._whole._spaces.memory_mb == 0 < spaces_of(policy).memory_mb
+    assert model.world_model.inference._whole._memories.memory_mb == 0 < memory_of(policy).memory_mb
     assert model.world_model.inference._whole._model._network is None  # or it would hold weights of the other
     other._model = other._collect_model = model
     add_noise(policy._model)  # which is not seen by the copy
     other._mcts_collect._searches = 0
     assert found(Player(other).step(ALL)) == found(Player(make()).step(ALL))
     arrays = [
-        [array for spaces in search._spaces._free.values() for space in spaces for array in space.tree]
+        [array for memories in search._memories._free.values() for memory in memories for array in memory.tree]
         for search in (model.world_model.inference._whole, world_model_of(policy).inference._whole)
     ]
     assert not any(np.shares_memory(one, another) for one in arrays[0] for another in arrays[1])
-    assert policy._target_model.world_model.inference._whole._spaces.memory_mb == 0
+    assert policy._target_model.world_model.inference._whole._memories.memory_mb == 0
 
 
 def test_checkpoints_have_the_same_keys():
@@ -757,7 +791,7 @@ def broken_at(function, calls):
 @pytest.mark.parametrize('name, owner, calls', [
     ('search_rows', lambda policy: compiled_search, [0]),
     ('search_rows', lambda policy: compiled_search, [0, 1, 2]),
-    ('ready', lambda policy: cache_of(policy).storage, [1]),
+    ('ready', lambda policy: cache_of(policy).store, [1]),
     ('take', cache_of, [1]),
     ('lease', cache_of, [1]),
     ('count_queries', cache_of, [1]),
@@ -839,9 +873,9 @@ def test_a_replay_sees_a_page_that_is_not_what_it_should_be(kind):
     player = Player(policy)
     player.step(ALL)
 
-    def spoiled(search, served, problem):
-        cache_of(policy).storage.slab.data[served.roots[0][1, 0]] += 0.5
-        return run(search, served, problem)
+    def spoiled(search, step, problem):
+        cache_of(policy).store.slab.data[step.roots[0][1, 0]] += 0.5
+        return run(search, step, problem)
 
     with mock.patch.object(WholeSearch, 'run', spoiled), pytest.raises(RuntimeError, match='environment 1, step'):
         player.step(ALL)

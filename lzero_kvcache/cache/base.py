@@ -155,7 +155,8 @@ class PagedCacheManager(BaseCacheManager):
     def store_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
         """
         Overview:
-            Store the contexts of new roots; an equal key of the same environment is replaced.
+            Store the contexts of new roots; an equal key of the same environment is replaced. Under ``CURRENT`` a
+            context of 0 pages says that the environment has none.
         """
 
     def forget_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> None:

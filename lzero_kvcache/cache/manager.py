@@ -2,7 +2,7 @@
 import logging
 import math
 import numbers
-from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Hashable, List, Optional, Sequence
 
 import numpy as np
 
@@ -39,11 +39,10 @@ class KVCacheManager(PagedCacheManager):
         self.enable_stats = (
             self.config.enable_stats if enable_stats is None else checked(bool, enable_stats, 'enable_stats'))
         self.width = self.config.context_length // 2 - 1
-        self.storage: Any = None  # by hand there is none
+        self.store: Any = None  # by hand there is none
         self._pages = PageAllocator(self._pages_of_a_search())
         # An environment's newest root is in no pool, so that nothing evicts it; its pool counts who asked for it.
         self._current = {mode: Contexts(self._pages, self.env_num, self.width) for mode in (COLLECT, EVAL)}
-        self._newest_keys: Dict[Tuple[str, int], Hashable] = {}  # of roots stored by key: a search may need them
         self._told: set = set()
         self._out_of_memory = False
 
@@ -55,7 +54,7 @@ class KVCacheManager(PagedCacheManager):
         self._pools = {COLLECT: self.init_pools, EVAL: self.eval_pools}
         self._asked = {'init': CacheStats(), 'recur': CacheStats()}
         # Contexts held after the last step: by the time tensorboard reads this, an update has emptied the pools.
-        self._held = {'init': 0, 'recur': 0}
+        self._occupied = {'init': 0, 'recur': 0}
         self._skipped = 0
         logger.info(f'Initialized KVCacheManager for {self.env_num} environments')
 
@@ -73,14 +72,14 @@ class KVCacheManager(PagedCacheManager):
     @property
     def page_limit(self) -> int:
         """Pages that ``max_memory_mb`` allows."""
-        if self.config.max_memory_mb is None or self.storage is None:
+        if self.config.max_memory_mb is None or self.store is None:
             return super().page_limit
-        return max(2, int(self.config.max_memory_mb * MIB / self.storage.page_bytes))
+        return max(2, int(self.config.max_memory_mb * MIB / self.store.page_bytes))
 
     # ---- what the world model calls -------------------------------------------------------------------------------
 
     def use_store(self, store: Any) -> None:
-        self.storage = store
+        self.store = store
         if self._pages.capacity > self.page_limit:
             least = self._pages.capacity * store.page_bytes / MIB
             raise ConfigError(
@@ -100,10 +99,7 @@ class KVCacheManager(PagedCacheManager):
             return rows
         rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
-            pool = pools[env_id]
-            [slot] = pool.slots([key])
-            if slot >= 0:
-                rows[0][row], rows[1][row] = pool.contexts.tables[slot], pool.contexts.counts[slot]
+            rows[0][row:row + 1], rows[1][row:row + 1] = pools[env_id].find([key])
         return rows
 
     def store_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
@@ -113,8 +109,7 @@ class KVCacheManager(PagedCacheManager):
         else:
             for row, (env_id, key) in enumerate(zip(env_ids, keys)):
                 pools[env_id].store([key], (rows[0][row:row + 1], rows[1][row:row + 1]))
-                self._newest_keys[mode, env_id] = key
-        self._held['init'] = sum(map(len, self.init_pools + self.eval_pools)) + sum(
+        self._occupied['init'] = sum(map(len, self.init_pools + self.eval_pools)) + sum(
             int((roots.counts > 0).sum()) for roots in self._current.values()
         )
 
@@ -144,10 +139,10 @@ class KVCacheManager(PagedCacheManager):
                 'evicted nodes are rebuilt without their context; raise kv_cache_cfg.recurrent_pool_size'
             )
         self.recur_pool.store(list(zip(env_ids, keys)), rows)
-        self._held['recur'] = len(self.recur_pool)
+        self._occupied['recur'] = len(self.recur_pool)
 
     def count_nodes(self, nodes: int) -> None:
-        self._held['recur'] = min(nodes, self.recur_pool.pool_size)
+        self._occupied['recur'] = min(nodes, self.recur_pool.pool_size)
 
     def count_queries(self, pool: str, queries: int, hits: int, by_node: bool = False) -> None:
         if self.enable_stats:
@@ -254,30 +249,30 @@ class KVCacheManager(PagedCacheManager):
             'init_pools': self._summaries(COLLECT, self.init_pools),
             'recur_pool': _summary(self.recur_pool),
             'wm_pool': _summary(self.wm_pool),
-            **self._of_storage(),
+            **self._of_store(),
         }
         if self.eval_pools:
             summary['eval_pools'] = self._summaries(EVAL, self.eval_pools)
         return summary
 
     def counters(self) -> Dict[str, Any]:
-        counters = self._of_storage()
+        counters = self._of_store()
         if self.enable_stats:
             counters.update(counters_of(self._asked), skipped=self._skipped)
-            add_pools(counters, {'init': self.init_pools + self.eval_pools, 'recur': [self.recur_pool]}, self._held)
+            add_pools(counters, {'init': self.init_pools + self.eval_pools, 'recur': [self.recur_pool]}, self._occupied)
         return counters
 
-    def _of_storage(self) -> Dict[str, Any]:
-        return {'memory_mb': self.memory_mb, 'captures': 0 if self.storage is None else self.storage.captures}
+    def _of_store(self) -> Dict[str, Any]:
+        return {'memory_mb': self.memory_mb, 'captures': 0 if self.store is None else self.store.captures}
 
     def _summaries(self, mode: str, pools: List[PagedPool]) -> Dict[str, Any]:
-        held = self._current[mode].counts > 0
-        return {f'env_{i}': _summary(pool, int(held[i])) for i, pool in enumerate(pools)}
+        current = self._current[mode].counts > 0
+        return {f'env_{i}': _summary(pool, int(current[i])) for i, pool in enumerate(pools)}
 
     @property
     def memory_mb(self) -> float:
         """MiB that the cache holds: pages, gathered windows, buffers of graphs and of the search."""
-        return 0.0 if self.storage is None else self.storage.memory_mb
+        return 0.0 if self.store is None else self.store.memory_mb
 
     @property
     def pages_used(self) -> int:
@@ -312,7 +307,7 @@ class KVCacheManager(PagedCacheManager):
             - OutOfPages: The running search and the current steps need all there are.
         """
         try:
-            with self._pages.lock:
+            with self._pages.turns.lock:
                 if count > self._pages.free:
                     self._make_room(count)
                 return self._pages.allocate(count)
@@ -349,7 +344,7 @@ class KVCacheManager(PagedCacheManager):
         before = self._pages.capacity
         wanted = min(before + max(count, before // 2), self.page_limit)
         if not self._out_of_memory and wanted - before >= count - self._pages.free:
-            if self.storage is None or self.storage.grow(wanted):
+            if self.store is None or self.store.grow(wanted):
                 logger.info(f'Grew the page storage from {before} to {wanted} pages ({self.memory_mb:.1f} MiB)')
                 self._pages.grow(wanted)
                 return
@@ -363,9 +358,9 @@ class KVCacheManager(PagedCacheManager):
                 'full', f'The page storage is full at {before} pages ({self.memory_mb:.1f} MiB): evicting older root '
                 'contexts; raise kv_cache_cfg.max_memory_mb or lower kv_cache_cfg.init_pool_size'
             )
-        for mode, pools in self._pools.items():
-            for env_id, pool in enumerate(pools):
-                while self._pages.free < count and pool.evict_but(self._newest_keys.get((mode, env_id))):
+        for pools in self._pools.values():
+            for pool in pools:
+                while self._pages.free < count and pool.evict_but(pool.newest):
                     pass
 
     def _warn_once(self, topic: str, message: str) -> None:
@@ -378,6 +373,6 @@ def _are_current(keys: Sequence[Hashable]) -> bool:
     return len(keys) > 0 and keys[0] is CURRENT
 
 
-def _summary(pool: KVCachePool, beside: int = 0) -> Dict[str, Any]:
+def _summary(pool: KVCachePool, current: int = 0) -> Dict[str, Any]:
     assert pool.stats is not None
-    return {**pool.stats.summary(), 'size': len(pool) + beside, 'capacity': pool.pool_size}
+    return {**pool.stats.summary(), 'size': len(pool) + current, 'capacity': pool.pool_size}

@@ -4,7 +4,7 @@ Page ids are int64. Tables of them may have any shape; where they are padded, it
 """
 import threading
 from collections import deque
-from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
+from typing import Any, Callable, Deque, List, Optional, Tuple
 
 import numpy as np
 
@@ -24,6 +24,16 @@ class OutOfPages(RuntimeError):
     """More pages were asked for than are free; the owner grows the slab or evicts, and asks again."""
 
 
+class Turns:
+    """Lets one thread in at a time; each copy of its owner has its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # a thread may search inside of its own search
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
 class PageAllocator:
     """
     Hands out page ids and counts who refers to them; a page is free when nobody does. The capacity is how many pages
@@ -37,13 +47,7 @@ class PageAllocator:
         self._top = capacity - RESERVED_PAGES
         self._mark = np.zeros(capacity, dtype=np.int64)
         self.returned: Deque[np.ndarray] = deque()
-        self.lock = threading.RLock()  # searches of several threads take pages and give them back
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != 'lock'}
-
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        self.__dict__.update(state, lock=threading.RLock())
+        self.turns = Turns()  # searches of several threads take pages and give them back
 
     @property
     def capacity(self) -> int:
@@ -63,7 +67,7 @@ class PageAllocator:
 
     def allocate(self, count: int) -> np.ndarray:
         """Take free pages ``[count]``, each with one reference; where fewer are free, :class:`OutOfPages`."""
-        with self.lock:
+        with self.turns.lock:
             if count > self.free:
                 raise OutOfPages(f'{count} pages wanted, {self._top} of {self.capacity} free')
             pages = self._stack[self._top - count:self._top][::-1].copy()
@@ -73,7 +77,7 @@ class PageAllocator:
 
     def retain(self, pages: np.ndarray) -> None:
         """Add one reference for each mention of a page."""
-        with self.lock:
+        with self.turns.lock:
             np.add.at(self.references, pages.ravel(), 1)
             self.references[NULL_PAGE] = 1
 
@@ -82,7 +86,7 @@ class PageAllocator:
         pages = pages.ravel()
         # Find each page once, without sorting: of equal pages, only the last one finds its own mark.
         order = np.arange(len(pages))
-        with self.lock:
+        with self.turns.lock:
             self._mark[pages] = order
             distinct = pages[self._mark[pages] == order]
             np.subtract.at(self.references, pages, 1)  # from here on nothing can raise
@@ -99,7 +103,7 @@ class PageAllocator:
         """Release the tables that leases have returned, all in one call."""
         if not self.returned:
             return
-        with self.lock:
+        with self.turns.lock:
             tables = list(self.returned)
             if tables:
                 self.release(np.concatenate([table.ravel() for table in tables]))
@@ -108,7 +112,7 @@ class PageAllocator:
 
     def grow(self, capacity: int) -> None:
         """Have so many pages; existing ones keep their ids and references."""
-        with self.lock:
+        with self.turns.lock:
             added = np.arange(capacity - 1, self.capacity - 1, -1, dtype=np.int64)
             free = np.concatenate([added, self._stack[:self._top]])
             grown = PageAllocator(capacity)

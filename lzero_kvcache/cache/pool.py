@@ -127,6 +127,11 @@ class KVCachePool:
         if key in self._slots:
             self._remove(key)
 
+    @property
+    def newest(self) -> Optional[Hashable]:
+        """The key that was stored last, or with 'lru' looked up or stored last; None if there is none."""
+        return next(reversed(self._slots), None)
+
     def evict_but(self, kept: Optional[Hashable]) -> bool:
         """
         Overview:

@@ -31,11 +31,6 @@ class CacheStats:
         """Hits per query, 0.0 before the first query."""
         return self.hits / self.total_queries if self.total_queries else 0.0
 
-    @property
-    def miss_rate(self) -> float:
-        """Misses per query, 0.0 before the first query."""
-        return self.misses / self.total_queries if self.total_queries else 0.0
-
     def reset(self) -> None:
         """
         Overview:

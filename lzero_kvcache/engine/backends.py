@@ -1,6 +1,6 @@
 """Backends of the recurrent step: launched eagerly, or replayed as a CUDA graph. ``N`` packed numbers, ``B`` rows."""
 import logging
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -24,16 +24,21 @@ class StepResult(NamedTuple):
 class EagerBackend:
     """Launches every operation of a step from Python."""
     name = 'eager'
-    reuses_output = False  # whether the next step overwrites what this one returned
-    memory_mb = 0.0  # held beside the slab
-    captures = 0
 
     def __init__(self, engine: Engine, source: Source) -> None:
         self.engine, self.source = engine, source
+        self.graphs = Graphs(f"kv_cache_cfg.backend='{self.name}' does not work here")
 
-    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> StepResult:
+    @property
+    def reuses_output(self) -> bool:
+        """Whether the next step overwrites what this one returned."""
+        return bool(self.graphs.kept)
+
+    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor],
+             addresses: Tuple[int, ...] = ()) -> StepResult:
         """One recurrent step from packed numbers ``[N, B]``. A search packs its actions with them, and gets scalars;
-        any other caller passes ``action``, which is on the device already."""
+        any other caller passes ``action``, which is on the device already. ``addresses`` are those of the weights, as
+        far as the caller knows them."""
         sent = torch.from_numpy(numbers).to(self.source.device(), non_blocking=True)
         return self._run(weights, slab, sent, action)
 
@@ -42,9 +47,6 @@ class EagerBackend:
         tables, counts, positions, packed_action = unpack(engine.geometry, numbers)
         output = engine.step(weights, slab, tables, counts, packed_action if action is None else action, positions)
         return StepResult(output, engine.for_search(weights, output) if action is None else None)
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.engine, self.source)  # a copy begins without graphs
 
 
 class _Graph(NamedTuple):
@@ -58,25 +60,9 @@ class CudaGraphBackend(EagerBackend):
     by its address and captured anew."""
     name = 'cudagraph'
 
-    def __init__(self, engine: Engine, source: Source) -> None:
-        super().__init__(engine, source)
-        self.graphs = Graphs(f"kv_cache_cfg.backend='{self.name}' does not work here")
-        self._checked: Tuple[Optional[Weights], Tuple[int, ...]] = None, ()
-
-    @property
-    def memory_mb(self) -> float:  # type: ignore[override]
-        return self.graphs.memory_mb
-
-    @property
-    def captures(self) -> int:  # type: ignore[override]
-        return self.graphs.captures
-
-    @property
-    def reuses_output(self) -> bool:  # type: ignore[override]
-        return bool(self.graphs.kept)
-
-    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor]) -> StepResult:
-        graph = self._graph(weights, slab, numbers, action)
+    def step(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor],
+             addresses: Tuple[int, ...] = ()) -> StepResult:
+        graph = self._graph(weights, slab, numbers, action, addresses)
         if graph is None:
             return super().step(weights, slab, numbers, action)
         rows = numbers.shape[1]
@@ -92,26 +78,24 @@ class CudaGraphBackend(EagerBackend):
         output, search = graph.captured.results[0]
         return StepResult(output.map(lambda part: part[:rows]), None if search is None else search[:rows])
 
-    def _graph(self, weights: Weights, slab: Slab, numbers: np.ndarray,
-               action: Optional[torch.Tensor]) -> Optional[_Graph]:
+    def _graph(self, weights: Weights, slab: Slab, numbers: np.ndarray, action: Optional[torch.Tensor],
+               addresses: Tuple[int, ...]) -> Optional[_Graph]:
         if weights.training or self.source.device().type != 'cuda':
             return None
-        if weights is not self._checked[0]:  # once per search
-            self._checked = weights, self.source.addresses()
         count, rows = numbers.shape
         return self.graphs.get(
-            rows, (count, action is not None), (*self._checked[1], slab.address),
+            rows, (count, action is not None), (*(addresses or self.source.addresses()), slab.address),
             lambda: self._capture(slab, rows, count, action)
         )
 
     def _capture(self, slab: Slab, rows: int, count: int, action: Optional[torch.Tensor]) -> _Graph:
         device = self.source.device()
         numbers = Pinned(torch.from_numpy(np.repeat(filler(self.engine.geometry, count), rows, axis=1)), device)
-        held = None if action is None else torch.zeros_like(action)
-        inputs = [numbers.memory, numbers.sent, *([] if held is None else [held])]
-        captured = capture(device, lambda: self._run_fresh(slab, numbers.sent, held), inputs=inputs)
+        given = None if action is None else torch.zeros_like(action)
+        inputs = [numbers.memory, numbers.sent, *([] if given is None else [given])]
+        captured = capture(device, lambda: self._run_fresh(slab, numbers.sent, given), inputs=inputs)
         logger.info(f'Captured a CUDA graph of a recurrent step for {rows} rows ({captured.memory_mb:.1f} MiB)')
-        return _Graph(captured, numbers, held)
+        return _Graph(captured, numbers, given)
 
     def _run_fresh(self, slab: Slab, numbers: torch.Tensor, action: Optional[torch.Tensor]) -> StepResult:
         """Reads the weights inside, so that each replay of a capture reads them again."""

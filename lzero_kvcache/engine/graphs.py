@@ -32,7 +32,7 @@ def capture(device: torch.device, *functions: Callable[[], Any], inputs: Sequenc
     """Capture functions that run one after another; what they return is overwritten by each replay. ``inputs`` were
     made for them, and count as their memory."""
     graphs: List[Any] = []
-    results, held = [], 0
+    results, reserved = [], 0
     with _capturing, torch.cuda.device(device):  # Triton launches on the current device
         stream = _stream_of(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
@@ -49,9 +49,9 @@ def capture(device: torch.device, *functions: Callable[[], Any], inputs: Sequenc
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'):
                 before = torch.cuda.memory_reserved()  # with nothing in it that is free: PyTorch empties its cache here
                 results.append(function())
-                held += max(0, torch.cuda.memory_reserved() - before)  # with what a replay needs only in between
+                reserved += max(0, torch.cuda.memory_reserved() - before)  # with what a replay needs only in between
             graphs.append(graph)
-    return Captured([graph.replay for graph in graphs], results, held / MIB + megabytes(*inputs))
+    return Captured([graph.replay for graph in graphs], results, reserved / MIB + megabytes(*inputs))
 
 
 @functools.lru_cache(maxsize=None)

@@ -75,7 +75,7 @@ class Scratch(NamedTuple):
     nothing: int = 0
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         return self.memory.nbytes
 
 

@@ -50,9 +50,10 @@ class Slab:
 
     def read(self, tables: torch.Tensor, out: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gather pages ``[B, W]`` into one window of tokens for each row ``[B, 2W, layers, 2, heads * head_dim]``,
-        float32, in new memory or in ``out``, of as many pages."""
+        float32, in new memory or in ``out``, of as many pages or more."""
         assert self.data is not None
-        rows = torch.index_select(self.data, 0, tables.reshape(-1), out=out)
+        ids = tables.reshape(-1)
+        rows = torch.index_select(self.data, 0, ids, out=None if out is None else out[:len(ids)])
         _, layers, _, heads, head_dim = self.page_shape
         window = rows.view(tables.shape[0], 2 * tables.shape[1], layers, 2, heads * head_dim)
         return window.to(torch.float32)

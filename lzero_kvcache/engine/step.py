@@ -4,16 +4,19 @@ Shapes: ``B`` rows, ``E`` embedding, ``H`` heads, ``D = E / H``, ``L`` layers, `
 of a window, at the most ``context_length / 2``: the context's, left-aligned, and in the last column the page that the
 step writes. A window has ``2W`` slots ``[-, o0, a0, o1, ..., action, observation]``. Slot 0 is that of an action that
 does not exist, and is never read, so that the token at position ``p`` of a context stands in slot ``p + 1``. Tables of
-pages are int64 ``[B, W]``, counts of pages ``[B]``, positions of tokens ``[K, B]``.
+pages are int64 ``[B, W]``, counts of pages ``[B]``, positions of tokens ``[K, B]``. Triton is imported by what launches
+its kernels, not with the package.
 """
-import threading
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
 from .kernel_check import KernelCheck
-from .slab import Slab, megabytes
+from .memory import MemoryPool
+from .slab import Slab
 from .weights import Geometry, Layer, Weights
 
 SHORT_WINDOW = 64
@@ -33,37 +36,12 @@ class StepOutput(NamedTuple):
         return StepOutput(*(None if part is None else function(part) for part in self))  # type: ignore[arg-type]
 
 
-class Window(threading.local):
-    """Memory for the gathered window, kept from step to step: on a CPU, allocating it takes several times as long as
-    the gather. Each thread has its own."""
-
-    def __init__(self) -> None:
-        self._kept: Optional[torch.Tensor] = None
-
-    def __reduce__(self) -> Any:
-        return type(self), ()  # a copy begins without
-
-    @property
-    def memory_mb(self) -> float:
-        return 0.0 if self._kept is None else megabytes(self._kept)
-
-    def room(self, slab: Slab, pages: int) -> Optional[torch.Tensor]:
-        """Room for some pages; None on a GPU, whose allocator keeps memory itself."""
-        assert slab.data is not None
-        if slab.data.device.type != 'cpu':
-            return None
-        kept = self._kept
-        if kept is None or len(kept) < pages or kept.shape[1:] != slab.page_shape or kept.dtype != slab.dtype:
-            kept = self._kept = slab.data.new_empty((pages,) + slab.page_shape)
-        return kept[:pages]
-
-
 class Engine:
     """The transformer's inference over pages. It holds no weights."""
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
-        self.window = Window()
+        self.windows = MemoryPool()
         self.kernels = KernelCheck()
         self._masks: Dict[Tuple[int, torch.device], Tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -113,16 +91,26 @@ class Engine:
         """
         if weights.captured and self.has_kernels(tables.device):
             return self.simulate(weights, slab, tables, counts, action, positions, latent)
-        window = slab.read(tables, self.window.room(slab, tables.numel()))
-        last = window.shape[1] - 1
-        if weights.shift is not None:
-            window[:, 1:last - 1] += weights.shift[:last - 2]
-        output = self._two_tokens(weights, window, counts, action, positions, latent)
-        page = window[:, last - 1:]
-        if weights.shift is not None:
-            page = page - weights.shift[positions.T]
-        slab.write(tables[:, -1], page)
+        with self._room(slab, tables.numel()) as [room]:
+            window = slab.read(tables, room)
+            last = window.shape[1] - 1
+            if weights.shift is not None:
+                window[:, 1:last - 1] += weights.shift[:last - 2]
+            output = self._two_tokens(weights, window, counts, action, positions, latent)
+            page = window[:, last - 1:]
+            if weights.shift is not None:
+                page = page - weights.shift[positions.T]
+            slab.write(tables[:, -1], page)
         return output
+
+    def _room(self, slab: Slab, pages: int) -> ContextManager[List[Any]]:
+        """Room for a window, which steps on a CPU reuse: allocating it takes several times as long as the gather. On a
+        GPU, whose allocator keeps memory itself, None."""
+        assert slab.data is not None
+        if slab.data.device.type != 'cpu':
+            return nullcontext([None])
+        make = partial(slab.data.new_empty, (pages, *slab.page_shape))
+        return self.windows.lease((slab.page_shape, slab.dtype), 1, make, lambda room: len(room) >= pages)
 
     def simulate(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
                  positions: torch.Tensor, latent: Optional[torch.Tensor] = None) -> StepOutput:

@@ -14,7 +14,7 @@ class PageStore:
     def __init__(self, slab: Slab, advice: str) -> None:
         self.slab = slab
         self._advice = advice  # what to do where memory runs out
-        self.beside: List[Any] = []  # windows, graphs, trees: with a memory_mb, and captures if they are captured
+        self.counted: List[Any] = []  # windows, graphs, trees: with a memory_mb, and captures if they are captured
 
     @property
     def page_bytes(self) -> int:
@@ -22,12 +22,12 @@ class PageStore:
 
     @property
     def memory_mb(self) -> float:
-        return self.slab.memory_mb + sum(part.memory_mb for part in self.beside)
+        return self.slab.memory_mb + sum(part.memory_mb for part in self.counted)
 
     @property
     def captures(self) -> int:
         """How often something was captured as CUDA graphs."""
-        return sum(getattr(part, 'captures', 0) for part in self.beside)
+        return sum(getattr(part, 'captures', 0) for part in self.counted)
 
     def ready(self, pages: int, device: torch.device) -> Slab:
         """The slab on a device, with room for so many pages, or ``OutOfPages``."""

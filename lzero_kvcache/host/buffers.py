@@ -32,14 +32,14 @@ class ReanalysisSearch(NodeSearch):
     roots = Roots
 
     def __init__(self, cfg: Any) -> None:
-        super().__init__(cfg, StepsOfThread())  # the buffer searches outside of any step
+        super().__init__(cfg, StepsOfThread(), 'reanalysis')  # the buffer searches outside of any step
 
     def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any = None,
                task_id: Any = None) -> Any:
         latents = np.asarray(latent_state_roots, dtype=np.float32).reshape(roots.num, -1)
         model.world_model.reserve_angles(timestep, self._cfg.num_simulations)
         roots.found = model.world_model.inference.reanalyze(
-            self.problem(roots), latents, timestep, lightzero.KEEPS_REANALYSES)
+            self.problem(roots, model.world_model), latents, timestep, lightzero.KEEPS_REANALYSES)
 
 
 def reanalyzed_in_arrays(compute: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,7 @@ from typing import Any, Callable, Dict, Sequence, Tuple
 
 import numpy as np
 
-from ..search.open_steps import Served
+from ..search.open_steps import OpenStep
 
 # No logarithm is taken of less.
 SMALLEST = 1e-12
@@ -15,8 +15,8 @@ class ExplorationMetrics:
     """LightZero's ``search_exploration_metrics`` for the roots of one step: the same numbers. ``of_one_row`` is
     LightZero's, which says what it does not take."""
 
-    def __init__(self, served: Served, of_one_row: Callable[..., Metrics]) -> None:
-        self._served, self._of_one_row = served, of_one_row
+    def __init__(self, step: OpenStep, of_one_row: Callable[..., Metrics]) -> None:
+        self._step, self._of_one_row = step, of_one_row
         self._found: Dict[Tuple[float, ...], Metrics] = {}
 
     def __call__(self, policy_logits: Any, visit_counts: Any, temperature: float) -> Metrics:
@@ -30,7 +30,7 @@ class ExplorationMetrics:
 
     def _measure(self, temperature: float) -> None:
         """Measure the rows that were searched; those with as many legal actions are computed together."""
-        rows = list(zip(self._served.logits, self._served.visits))
+        rows = list(zip(self._step.logits, self._step.visits))
         for slots in {len(visits) for _, visits in rows if any(visits)}:
             alike = [row for row in rows if len(row[1]) == slots and any(row[1])]
             logits, visits = (np.array(part, dtype=np.float64) for part in zip(*alike))

@@ -6,7 +6,7 @@ from lzero.model.unizero_world_models.kv_cache_manager import KVCacheManager as 
 
 from ..cache.stats import add_pools
 from ..config import KV_CACHE_REGISTRY, LIGHTZERO, OPTIONS, unread_options
-from .old_world_model import CountedFromOutside, OldWorldModel, Pool
+from .old_world_model import CountedFromOutside, LightZeroPool, OldWorldModel
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,9 @@ class CountedManager(LightZeroManager, CountedFromOutside):
         LightZeroManager.reset_stats(self)
         super(LightZeroManager, self).reset_stats()
 
-    def _pools(self) -> Tuple[List[Pool], Pool, Pool]:
-        *roots, nodes, working = [
-            Pool(len(pool), pool.pool_size, pool._pool) for pool in [*self.init_pools, self.recur_pool, self.wm_pool]
-        ]
+    def _pools(self) -> Tuple[List[LightZeroPool], LightZeroPool, LightZeroPool]:
+        pools = [*self.init_pools, self.recur_pool, self.wm_pool]
+        *roots, nodes, working = [LightZeroPool(len(pool), pool.pool_size, pool._pool) for pool in pools]
         return roots, nodes, working
 
 

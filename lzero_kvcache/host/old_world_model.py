@@ -16,7 +16,7 @@ from .patches import with_globals
 logger = logging.getLogger(__name__)
 
 
-class Pool(NamedTuple):
+class LightZeroPool(NamedTuple):
     """A pool of LightZero's own."""
     size: int
     capacity: int
@@ -38,7 +38,7 @@ class CountedFromOutside(BaseCacheManager):
         self._world_model = world_model
 
     @abstractmethod
-    def _pools(self) -> Tuple[List[Pool], Pool, Pool]:
+    def _pools(self) -> Tuple[List[LightZeroPool], LightZeroPool, LightZeroPool]:
         """Each environment's pool of roots, the pool of nodes, and that of the working batch."""
 
     @property
@@ -119,15 +119,15 @@ class OldCacheManager(CountedFromOutside):
         self.clear_recur_cache()
         self._world_model.keys_values_wm_list.clear()
 
-    def _pools(self) -> Tuple[List[Pool], Pool, Pool]:
+    def _pools(self) -> Tuple[List[LightZeroPool], LightZeroPool, LightZeroPool]:
         model = self._world_model  # its dicts only ever grow until they are cleared
         roots = [
-            Pool(len(cache), model.shared_pool_size_init, slots)
+            LightZeroPool(len(cache), model.shared_pool_size_init, slots)
             for cache, slots in zip(model.past_kv_cache_init_infer_envs, model.shared_pool_init_infer)
         ]
         nodes, capacity = model.past_kv_cache_recurrent_infer, getattr(model, lightzero.RECURRENT_SLOTS)
-        working = Pool(len(model.keys_values_wm_list), model.shared_pool_size_wm, model.shared_pool_wm)
-        return roots, Pool(len(nodes), capacity, model.shared_pool_recur_infer), working
+        working = LightZeroPool(len(model.keys_values_wm_list), model.shared_pool_size_wm, model.shared_pool_wm)
+        return roots, LightZeroPool(len(nodes), capacity, model.shared_pool_recur_infer), working
 
 
 class OldWorldModel(LightZeroWorldModel):

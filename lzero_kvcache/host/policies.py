@@ -19,12 +19,13 @@ from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSample
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 
 from ..cache.manager import COLLECT, EVAL
+from ..cache.pages import Turns
 from ..cache.stats import Timing
 from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
 from ..registry import register_in_place_of
 from ..run_hooks import HOOKS, leaving_no_folder, source_of_checkpoint
 from ..search.environments import Environments
-from ..search.open_steps import Served, StepsOfThread, Turns
+from ..search.open_steps import OpenStep, StepsOfThread
 from . import states
 from .lightzero import lightzero
 from .refused import check_policy, check_served, has_own_inference, is_own
@@ -89,20 +90,20 @@ class KVCachePolicy:
 
     def _init_collect(self) -> None:
         super()._init_collect()  # type: ignore[misc]
-        self._mcts_collect = self._mcts_of(self._mcts_collect)
+        self._mcts_collect = self._mcts_of(self._mcts_collect, COLLECT)
 
     def _init_eval(self) -> None:
         super()._init_eval()  # type: ignore[misc]
-        self._mcts_eval = self._mcts_of(self._mcts_eval)
+        self._mcts_eval = self._mcts_of(self._mcts_eval, EVAL)
 
-    def _mcts_of(self, mcts: Any) -> Any:
+    def _mcts_of(self, mcts: Any, mode: str) -> Any:
         """The search of a policy: by node where new mode can, or else the one that is there, timed from outside."""
         world_model = self._model.world_model
         if mcts is None:  # PPO's actions are drawn from the policy head
             return None
         if _is_new(world_model) and self._can_be_by_node(mcts):
             world_model.searches_in_arrays('Searching')  # and the log says so at the start
-            return self.node_search(mcts._cfg, self._running)
+            return self.node_search(mcts._cfg, self._running, mode)
         timings = getattr(world_model, 'timings', None)
         if timings is not None:
             mcts.search = _timed(mcts.search, timings['search'])
@@ -170,19 +171,19 @@ class KVCachePolicy:
         mcts = self._mcts_collect if mode == COLLECT else self._mcts_eval
         if world_model.training:
             self._model.eval()  # as LightZero does next
-        in_arrays = isinstance(mcts, self.node_search) and world_model.searches_in_arrays('Searching')
-        with world_model.serving(mode, env_ids, in_arrays) as served, self._in_the_middle_of(served):
-            if isinstance(mcts, self.node_search):
+        by_node = isinstance(mcts, self.node_search)
+        with world_model.open_step(mode, env_ids, in_arrays=by_node) as step, self._in_the_middle_of(step):
+            if by_node:
                 given.arguments['action_mask'] = masks = masks_of(given.arguments.get('action_mask'))
-                forward = with_rows_at_once(forward, served, masks)
-            if in_arrays:
+                forward = with_rows_at_once(forward, step, masks)
+            if step.in_arrays:
                 forward = mcts.in_arrays(forward)
-            if served.trace is not None:
-                served.trace.first_reset = (
+            if step.trace is not None:
+                step.trace.first_reset = (
                     super()._reset_collect if mode == COLLECT else super()._reset_eval)  # type: ignore[misc]
             output = forward(*given.args[1:], **given.kwargs)
-            if served.trace is not None:
-                world_model.validator.check(served.trace, [output[env_id]['action'] for env_id in env_ids])
+            if step.trace is not None:
+                world_model.validator.check(step.trace, [output[env_id]['action'] for env_id in env_ids])
         return output
 
     def _old_search(self, mode: str, env_ids: List[int],
@@ -198,8 +199,8 @@ class KVCachePolicy:
         return output
 
     @contextmanager
-    def _in_the_middle_of(self, served: Optional[Served]) -> Iterator[None]:
-        self._running.steps.append(served)
+    def _in_the_middle_of(self, step: Optional[OpenStep]) -> Iterator[None]:
+        self._running.steps.append(step)
         try:
             yield
         finally:

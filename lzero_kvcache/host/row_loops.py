@@ -10,7 +10,7 @@ from lzero.policy import utils as lightzero_utils
 from scipy.special import entr
 from scipy.stats import entropy as scipy_entropy
 
-from ..search.open_steps import Served
+from ..search.open_steps import OpenStep
 from .exploration import ExplorationMetrics
 from .patches import with_globals
 
@@ -36,17 +36,17 @@ def masks_of(action_mask: Optional[Iterable[Any]]) -> Any:
     return [mask.view(Mask) if type(mask) is np.ndarray else mask for mask in action_mask]
 
 
-def with_rows_at_once(forward: Callable[..., Any], served: Served, masks: Any) -> Callable[..., Any]:
+def with_rows_at_once(forward: Callable[..., Any], step: OpenStep, masks: Any) -> Callable[..., Any]:
     """A copy of a policy's step that draws noise, selects actions and measures them for all rows at once. Functions
     that are not LightZero's own are left alone."""
     names: Dict[str, Any] = {}
     found = getattr(forward, '__globals__', {})
     selecting = found.get('select_action')
     if selecting is lightzero_utils.select_action and selecting.__globals__.get('entropy') is scipy_entropy:
-        names['select_action'] = Selection(served)
+        names['select_action'] = Selection(step)
     measuring = found.get(MEASURING)
     if measuring is not None and measuring.__module__.startswith('lzero.'):
-        names[MEASURING] = ExplorationMetrics(served, measuring)
+        names[MEASURING] = ExplorationMetrics(step, measuring)
     if found.get('np') is np:
         names['np'] = drawing_at_once(masks or [])
     return with_globals(forward, **names) if names else forward
@@ -80,14 +80,14 @@ class _Changed:
 class Selection:
     """LightZero's ``select_action`` for the roots of one step: the same positions and entropies, and the same draws."""
 
-    def __init__(self, served: Served) -> None:
-        self._served = served
+    def __init__(self, step: OpenStep) -> None:
+        self._step = step
         self._found: Dict[Tuple[float, ...], Tuple[int, List[float], float]] = {}
 
     def __call__(self, visit_counts: Visits, temperature: float = 1, deterministic: bool = True) -> Tuple[int, float]:
         key = temperature, *visit_counts
         if key not in self._found:
-            self._select([*self._served.visits, visit_counts], temperature)
+            self._select([*self._step.visits, visit_counts], temperature)
         best, chances, entropy = self._found[key]
         return best if deterministic else bisect.bisect_right(chances, np.random.random_sample()), entropy
 
@@ -99,7 +99,10 @@ class Selection:
             counts = np.array(rows)
             # Python's powers: numpy's may differ in their last bits.
             powers = np.array([count ** (1 / temperature) for count in range(counts.max() + 1)])[counts]
-            shares = powers / powers.cumsum(axis=1)[:, -1:]
+            totals = powers.cumsum(axis=1)[:, -1:]
+            if not totals.all():
+                raise ZeroDivisionError('a root has no visits')  # as LightZero's
+            shares = powers / totals
             chances = shares.cumsum(axis=1)
             chances /= chances[:, -1:]
             entropies = entr(shares / shares.sum(axis=1, keepdims=True)).sum(axis=1) / np.log(2)  # as scipy's

@@ -54,9 +54,10 @@ class _NodeSearch:
     tree: Any
     sampled = False
 
-    def __init__(self, cfg: Any, running: StepsOfThread) -> None:
+    def __init__(self, cfg: Any, running: StepsOfThread, doing: str) -> None:
         super().__init__(cfg)  # type: ignore[call-arg]
         self._running = running  # what its policy is in the middle of
+        self._doing = doing  # 'collect', 'eval' or 'reanalysis'
         self._searches = 0
 
     def in_arrays(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,23 +70,23 @@ class _NodeSearch:
                task_id: Any = None) -> Any:
         """Search from the roots of the step that the policy is in the middle of, with LightZero's signature. Latent
         states and timesteps are not used: the world model has the roots' contexts and timesteps."""
-        inference, served = model.world_model.inference, self._running.innermost
+        inference, step = model.world_model.inference, self._running.innermost
         if isinstance(roots, Roots):
-            roots.found = inference.search(served, self.problem(roots))
-            served.logits = roots.legal_logits()
+            roots.found = inference.search(step, self.problem(roots, model.world_model))
+            step.logits = roots.legal_logits()
         else:
-            self._search_in_ctree(roots, inference, served, to_play_batch)
-        served.visits = roots.get_distributions()
+            self._search_in_ctree(roots, inference, step, to_play_batch)
+        step.visits = roots.get_distributions()
         return defaultdict(lambda: defaultdict(lambda: None))  # latent states, which only text is decoded from
 
-    def problem(self, roots: Roots) -> Problem:
+    def problem(self, roots: Roots, world_model: Any) -> Problem:
         """What roots that are prepared ask, as this object's next search."""
         slots, action_size = self._slots()
         number, self._searches = self._searches, self._searches + 1
         return Problem(
-            rules=self._rules(), seed=torch.initial_seed(), number=number, simulations=self._cfg.num_simulations,
-            slots=slots, action_size=action_size, rewards=roots.rewards, logits=roots.logits,
-            legal=[[]] * roots.num if self.sampled else roots.legal_actions, noises=roots.noises,
+            rules=self._rules(), seed=world_model.seed_of(self._doing), number=number,
+            simulations=self._cfg.num_simulations, slots=slots, action_size=action_size, rewards=roots.rewards,
+            logits=roots.logits, legal=[[]] * roots.num if self.sampled else roots.legal_actions, noises=roots.noises,
             noise_weight=roots.noise_weight
         )
 
@@ -109,12 +110,12 @@ class _NodeSearch:
     def _depths(self, results: Any, path: List[int]) -> List[int]:
         return results.get_search_len()
 
-    def _search_in_ctree(self, roots: Any, inference: Any, served: Any, to_play_batch: Any) -> None:
+    def _search_in_ctree(self, roots: Any, inference: Any, step: Any, to_play_batch: Any) -> None:
         cfg, tree, rows = self._cfg, self.tree, roots.num
         min_max_stats = tree.MinMaxStatsList(rows)
         min_max_stats.set_delta(cfg.value_delta_max)
         board_game = cfg.env_type != 'not_board_games'
-        with torch.no_grad(), inference.search_by_node(served, cfg.num_simulations) as expand:
+        with torch.no_grad(), inference.search_by_node(step, cfg.num_simulations) as expand:
             for simulation in range(cfg.num_simulations):
                 results = tree.ResultsWrapper(num=rows)
                 path, columns, actions, to_play = tree.batch_traverse(

@@ -1,5 +1,6 @@
 """LightZero's world model over pages: what LightZero reaches for, and when contexts are dropped."""
 import logging
+import zlib
 from functools import partial
 from typing import Any, ContextManager, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -18,7 +19,7 @@ from ..engine.store import PageStore
 from ..engine.transfer import send
 from ..engine.weights import Weights
 from ..search.inference import Inference
-from ..search.open_steps import Served
+from ..search.open_steps import OpenStep
 from ..search.timesteps import timesteps_of
 from ..validation import Validator
 from .exact_reference import ExactReference
@@ -58,23 +59,25 @@ class NewWorldModel(LightZeroWorldModel):
         self.weights_source = source_of(self, joined)
         geometry = self.weights_source.geometry
         slab = Slab(geometry.layers, geometry.heads, geometry.head_dim, getattr(torch, options.dtype))
-        self._storage = PageStore(
+        self._store = PageStore(
             slab, f'lower kv_cache_cfg.init_pool_size={options.init_pool_size} or set kv_cache_cfg.max_memory_mb'
         )
         self.kv_cache_manager = _manager_of(config, options, self.env_num)
-        self.kv_cache_manager.use_store(self._storage)
+        self.kv_cache_manager.use_store(self._store)
         self.inference = Inference(
-            self.weights_source, self.tokenizer.encode_to_obs_embeddings, self.kv_cache_manager, self._storage, options,
+            self.weights_source, self.tokenizer.encode_to_obs_embeddings, self.kv_cache_manager, self._store, options,
             self.validator, partial(read_network, self)
         )
         self.encoder_graph = EncoderGraph(self.weights_source, self.tokenizer.encode_to_obs_embeddings)
-        self._storage.beside += [self.encoder_graph.graphs, joined]
+        self._store.counted += [self.encoder_graph.graphs, joined]
         self.timings = self.inference.timings
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None
         self._told_weights_changed = False
+        self._loaded = 0  # a checksum of the weights that were loaded last
         self._angles_grow = bool(config.rotary_emb) and lightzero.ANGLES_GROW
-        self._why_not_in_arrays: Dict[Tuple[str, str], Optional[str]] = {}  # by kind of search and of device
+        # Why there are no searches in arrays, by kind of search and of device, and the weights' addresses then.
+        self._why_not_in_arrays: Dict[Tuple[str, str], Tuple[Optional[str], Tuple[int, ...]]] = {}
 
     # ---- what LightZero's constructor, policy and loss reach for ---------------------------------------------------
 
@@ -143,9 +146,16 @@ class NewWorldModel(LightZeroWorldModel):
             logger.info(f'Weights changed ({reason}): contexts made under older ones are dropped, now and from now on')
         self.forget()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.weights_changed('checkpoint loaded')
+        norm = state_dict.get(prefix + 'transformer.ln_f.weight')
+        self._loaded = 0 if norm is None else zlib.crc32(norm.detach().float().cpu().numpy())
+
+    def seed_of(self, doing: str) -> int:
+        """The seed of what searches draw for collection, evaluation or reanalysis: each has another, and another after
+        a checkpoint was loaded, so that a resumed training does not repeat what it drew at its beginning."""
+        return zlib.crc32(repr((torch.initial_seed(), doing, self._loaded)).encode())
 
     def _notice_moved_weights(self, addresses: Tuple[int, ...]) -> None:
         """Drop contexts if weights have moved. Addresses tell it: ``p.data = ...`` calls no hook, and version counters
@@ -178,20 +188,22 @@ class NewWorldModel(LightZeroWorldModel):
             return self.inference.engine.kernels.why_not(device)
         if device.type != 'cpu':
             return f'the model is on {device}'
-        return why_not_compiled() or what_is_missing(self, self._storage.slab.dtype)
+        return why_not_compiled() or what_is_missing(self, self._store.slab.dtype)
 
-    def searches_in_arrays(self, doing: str) -> bool:
+    def searches_in_arrays(self, doing: str, addresses: Optional[Tuple[int, ...]] = None) -> bool:
         """Whether to search in arrays, or else in LightZero's tree: by what ``kv_cache_cfg.search`` asks for, by what
-        can be, and by where and in which mode the model is now. The first time on a kind of device the log says so;
-        ``doing`` is its word for what the search is for."""
+        can be, and by where and in which mode the model is now. The log says so the first time on a kind of device, and
+        where weights at other ``addresses`` change it; ``doing`` is its word for what the search is for."""
         if self._options.search == 'tree':
             return False
-        kind = doing, self.weights_source.device().type
-        if kind not in self._why_not_in_arrays:
+        kind, addresses = (doing, self.weights_source.device().type), addresses or self.weights_source.addresses()
+        known = self._why_not_in_arrays.get(kind)
+        if known is None or known[1] != addresses:
             reason = self.why_not_whole()
-            self._tell_search(doing, reason)
-            self._why_not_in_arrays[kind] = reason
-        return not self.training and self._why_not_in_arrays[kind] is None
+            if known is None or known[0] != reason:
+                self._tell_search(doing, reason)
+            self._why_not_in_arrays[kind] = known = reason, addresses
+        return not self.training and known[0] is None
 
     def _tell_search(self, doing: str, reason: Optional[str]) -> None:
         """Log where trees are, and why there. Refuse what a GPU was asked for and cannot do: its tree takes many times
@@ -217,7 +229,7 @@ class NewWorldModel(LightZeroWorldModel):
 
     # ---- inference -------------------------------------------------------------------------------------------------
 
-    def serving(self, mode: str, env_ids: Iterable[int], in_arrays: bool = False) -> ContextManager[Served]:
+    def open_step(self, mode: str, env_ids: Iterable[int], in_arrays: bool = False) -> ContextManager[OpenStep]:
         """
         Overview:
             Say whose rows the root inference inside has, and the search that follows it. Outside, row ``i`` is
@@ -225,13 +237,15 @@ class NewWorldModel(LightZeroWorldModel):
         Arguments:
             - mode (:obj:`str`): 'collect' or 'eval'.
             - env_ids (:obj:`Iterable[int]`): The environment of each row; no environment twice.
-            - in_arrays (:obj:`bool`): Whether the search will be in arrays; then the root inference is compiled too.
+            - in_arrays (:obj:`bool`): Whether the search will be in arrays where that can be; then the root \
+                inference is compiled too.
         Returns:
-            - served (:obj:`Served`): The step; its ``trace`` is for :meth:`Validator.check`.
+            - step (:obj:`OpenStep`): The step; its ``trace`` is for :meth:`Validator.check`.
         """
         addresses = self.weights_source.addresses()
         self._notice_moved_weights(addresses)
-        return self.inference.open.serving(mode, [int(env_id) for env_id in env_ids], addresses, in_arrays)
+        in_arrays = in_arrays and self.searches_in_arrays('Searching', addresses)
+        return self.inference.open.begin(mode, [int(env_id) for env_id in env_ids], addresses, in_arrays)
 
     @torch.no_grad()
     def forward_initial_inference(self, obs_act_dict: Dict[str, Any], start_pos: Any = 0) -> Tuple[Any, ...]:

@@ -7,9 +7,9 @@ from typing import Any, Callable, ContextManager, Dict, List, Sequence, Set, Tup
 import numpy as np
 import torch
 
+from ..engine.memory import MemoryPool
 from ..engine.program import Batch, PagedNetwork
 from ..engine.weights import Source
-from .spaces import Spaces
 
 LEAST_ROWS = 8
 """Rows for each thread, at least: as many as the compiled step computes side by side."""
@@ -24,16 +24,12 @@ class CompiledModel:
     def __init__(self, read_network: Callable[[], Tuple[Any, Any]], source: Source) -> None:
         self._read_network, self._source = read_network, source
         self._network: Any = None  # what ``read_network`` returned, and the addresses it was read for
-        self._scratches = Spaces()
+        self.memory = MemoryPool()
         self._compiled: Set[Any] = set()  # functions that were called, and whether threads helped
 
     def __getstate__(self) -> Dict[str, Any]:
         """Copies read their own weights' addresses."""
         return {**self.__dict__, '_network': None, '_compiled': set()}
-
-    @property
-    def memory_mb(self) -> float:
-        return self._scratches.memory_mb
 
     def network_at(self, addresses: Tuple[int, ...]) -> Tuple[Any, Any]:
         """The network, which is read again when an address has changed, and an object that keeps its memory alive: the
@@ -94,7 +90,7 @@ class CompiledModel:
         from ..engine.layers import new_scratch
 
         size = width, network.embed, network.inner, network.widest
-        return self._scratches.lease(size, threads, partial(new_scratch, network, width))
+        return self.memory.lease(size, threads, partial(new_scratch, network, width))
 
 
 def _in_threads(function: Callable[..., Any], given: Sequence[Any], scratches: Sequence[Any], helpers: int,

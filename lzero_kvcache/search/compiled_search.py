@@ -11,10 +11,11 @@ from ..engine.compiling import inner
 from ..engine.layers import ROWS, help_out
 from ..engine.program import Batch, PagedNetwork
 from .kept_on_disk import entry
-from .tree import Key, Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
+from .random_numbers import PhiloxKey
+from .tree import Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
 
 
-class RootInputs(NamedTuple):
+class SearchInputs(NamedTuple):
     """Inputs of a search, as C-contiguous arrays."""
     reward: np.ndarray  # [B] float32
     logits: np.ndarray  # [B, P] float32
@@ -53,7 +54,8 @@ def make_nodes(tree: Tree, policy: int, latents: np.ndarray, timesteps: np.ndarr
 
 
 @inner
-def gather_rows(tree: Tree, rules: Rules, roots: RootInputs, pages: np.ndarray, batch: Batch, lo: int, hi: int) -> None:
+def gather_rows(tree: Tree, rules: Rules, roots: SearchInputs, pages: np.ndarray, batch: Batch, lo: int,
+                hi: int) -> None:
     """Fill the batch: the contexts of the selected parents, the actions taken there, and the pages ``[B]`` to write."""
     for row in range(lo, hi):
         node = parent(tree, row)
@@ -89,7 +91,7 @@ def mend_rows(tree: Tree, batch: Batch, broken: np.ndarray, lo: int, hi: int) ->
 
 
 @entry
-def search_rows(tree: Tree, rules: Rules, key: Key, roots: RootInputs, paged: PagedNetwork, pages: np.ndarray,
+def search_rows(tree: Tree, rules: Rules, key: PhiloxKey, roots: SearchInputs, paged: PagedNetwork, pages: np.ndarray,
                 nodes: Nodes, scratch: Any, begin: int, end: int, lo: int, hi: int) -> None:
     """Run simulations ``begin`` to ``end`` of rows ``lo`` to ``hi``; they write ``pages [N - 1, B]``."""
     batch, begun, reanalyzes = nodes.batch, nodes.begun, len(nodes.latents) > 0

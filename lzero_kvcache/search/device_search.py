@@ -1,26 +1,22 @@
 """Whole searches on a GPU. The CPU waits for nothing between the first simulation and the last: one copy sends the
-roots, and one brings visits and values back.
+roots, and one brings visits and values back. Triton is imported with the first search.
 """
 import logging
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import Any, Callable, Iterator, Tuple
 
 import numpy as np
 import torch
 
-from ..cache.base import PagedCacheManager
-from ..cache.stats import Timing
 from ..engine.graphs import Graphs
 from ..engine.slab import Slab
 from ..engine.step import Engine
-from ..engine.store import PageStore
 from ..engine.transfer import to_cpu
 from ..engine.weights import Source, Weights
-from .device_space import GrownReanalysis, Reanalysis, Space
-from .guard import NanGuard
+from .device_memory import DeviceMemory, GrownReanalysis, Reanalysis
 from .tree_arrays import padded
-from .whole import Found, Problem, WholeSearch, replayed
+from .whole import Found, Problem, Shared, WholeSearch, replayed
 
 logger = logging.getLogger(__name__)
 
@@ -31,30 +27,29 @@ MOST_ROWS = 256
 """Rows of a reanalysis that are searched at a time."""
 
 
-class _Spaces(Graphs):
-    """The spaces of one model, those that could not be captured among them."""
+class _Memories(Graphs):
+    """The memory of one model's searches, of those that could not be captured too."""
 
     @property
     def memory_mb(self) -> float:
-        return sum(space.memory_mb for space in list(self.kept.values()))
+        return sum(memory.memory_mb for memory in list(self.kept.values()))
 
 
 class DeviceSearch(WholeSearch):
     """On a GPU."""
 
-    def __init__(self, engine: Engine, source: Source, manager: PagedCacheManager, storage: PageStore, guard: NanGuard,
-                 timings: Dict[str, Timing], matmul: str) -> None:
+    def __init__(self, engine: Engine, shared: Shared, matmul: str) -> None:
         if matmul != 'float32':
-            source = source._replace(read=partial(_read, source, matmul))
-        super().__init__(source, manager, storage, guard, timings)
+            shared = shared._replace(source=shared.source._replace(read=partial(_read, shared.source, matmul)))
+        super().__init__(shared)
         self._engine = engine
-        self._spaces = _Spaces('A search cannot be captured here', 'it is launched from Python')
-        storage.beside.append(self._spaces)
+        self._memories = _Memories('A search cannot be captured here', 'it is launched from Python')
+        shared.store.counted.append(self._memories)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         device = self._source.device()
-        with self._spaces.lock, torch.cuda.device(device) if device.type == 'cuda' else nullcontext():
+        with self._memories.lock, torch.cuda.device(device) if device.type == 'cuda' else nullcontext():
             yield  # Triton launches on the current device
 
     def _rows_at_a_time(self, rows: int, within_limit: int) -> int:
@@ -62,52 +57,52 @@ class DeviceSearch(WholeSearch):
         count = -(-rows // most)
         return -(-rows // count)  # all need the same memory
 
-    def _from_roots(self, served: Any, problem: Problem, slab: Slab,
+    def _from_roots(self, step: Any, problem: Problem, slab: Slab,
                     pages: np.ndarray) -> Tuple[Found, np.ndarray, float]:
-        (tables, counts), rows = served.roots, len(served.env_ids)
+        (tables, counts), rows = step.roots, len(step.env_ids)
         width = tables.shape[1]
-        make = partial(Space, self._engine, self._source, slab, width)
-        space = self._space(problem, rows, served.addresses, (width, ), make)
-        _give(space, problem, served.timesteps)
-        given = space.given
+        make = partial(DeviceMemory, self._engine, self._source, slab, width)
+        memory = self._memory(problem, rows, step.addresses, (width, ), make)
+        _give(memory, problem, step.timesteps)
+        given = memory.given
         given.tables[:rows], given.counts[:rows] = tables, counts
         given.pages[:problem.simulations, :rows] = pages
-        return (*_search(space, problem, rows, replayed(served)), 0.)
+        return (*_search(memory, problem, rows, replayed(step)), 0.)
 
     def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray, addresses: Tuple[int, ...],
                      grows: bool) -> Tuple[Found, np.ndarray]:
         rows, width = len(latents), self._manager.width if grows else 1
         kind = GrownReanalysis if grows else Reanalysis
-        space = self._space(
+        memory = self._memory(
             problem, rows, addresses, (kind, width), partial(kind, self._engine, self._source, width))
-        _give(space, problem, timesteps)
-        space.given.latents[:rows] = latents
-        return _search(space, problem, rows, None)
+        _give(memory, problem, timesteps)
+        memory.given.latents[:rows] = latents
+        return _search(memory, problem, rows, None)
 
-    def _space(self, problem: Problem, rows: int, addresses: Tuple[int, ...], kind: Tuple[Any, ...],
-               make: Callable[[Problem, int], Any]) -> Any:
-        """A space that has room for the search, or else a new one, which is captured. ``kind`` and the problem tell
-        which searches can share one."""
-        spaces = self._spaces
-        addresses += (self._storage.slab.address,)
+    def _memory(self, problem: Problem, rows: int, addresses: Tuple[int, ...], kind: Tuple[Any, ...],
+                make: Callable[[Problem, int], Any]) -> Any:
+        """Memory that has room for the search, or else new memory, for which the search is captured. ``kind`` and the
+        problem tell which searches can share it."""
+        memories = self._memories
+        addresses += (self._store.slab.address,)
         kind += (problem.slots, problem.action_size, *sorted(problem.rules.items()))
-        space = spaces.find(
+        memory = memories.find(
             rows, addresses, lambda others: others[0] >= problem.simulations and others[1:] == kind
         )
-        if space is None:
-            spaces.make_room()
+        if memory is None:
+            memories.make_room()
             rows = -(-rows // ROWS_APART) * ROWS_APART
-            space = make(problem, rows)
-            if self._source.device().type == 'cuda' and spaces.usable:
-                spaces.attempt(partial(_capture, space))
-            spaces.kept[(rows, problem.simulations) + kind] = space
-        return space
+            memory = make(problem, rows)
+            if self._source.device().type == 'cuda' and memories.usable:
+                memories.attempt(partial(_capture, memory))
+            memories.kept[(rows, problem.simulations) + kind] = memory
+        return memory
 
 
-def _capture(space: Space) -> Space:
-    space.capture()
-    logger.info(f'Captured a simulation for {space.rows} rows ({space.memory_mb:.1f} MiB with the trees)')
-    return space
+def _capture(memory: DeviceMemory) -> DeviceMemory:
+    memory.capture()
+    logger.info(f'Captured a simulation for {memory.rows} rows ({memory.memory_mb:.1f} MiB with the trees)')
+    return memory
 
 
 def _read(source: Source, matmul: str, captured: bool) -> Weights:
@@ -116,27 +111,27 @@ def _read(source: Source, matmul: str, captured: bool) -> Weights:
     return computed_in(source.read(captured), matmul)
 
 
-def _search(space: Space, problem: Problem, rows: int, trace: Any) -> Tuple[Found, np.ndarray]:
-    """Search with the inputs in ``space.given``, and note each simulation if there is a trace. Returns what was found,
+def _search(memory: DeviceMemory, problem: Problem, rows: int, trace: Any) -> Tuple[Found, np.ndarray]:
+    """Search with the inputs in ``memory.given``, and note each simulation if there is a trace. Returns what was found,
     and ``broken [2, B]``."""
-    space.begin()
+    memory.begin()
     for _ in range(problem.simulations):
-        space.simulate()
+        memory.simulate()
         if trace is not None:
-            _note(trace, space, rows)
-    visits, values, draws, broken = space.found(rows)
+            trace.note_scalars(*_simulated(memory, rows))
+    visits, values, draws, broken = memory.found(rows)
     found = [row[:len(legal) or problem.slots] for row, legal in zip(visits.tolist(), problem.legal)]
-    return (found, values.tolist(), draws.tolist() if space.sampled else None), broken
+    return (found, values.tolist(), draws.tolist() if memory.sampled else None), broken
 
 
-def _give(space: Space, problem: Problem, timesteps: np.ndarray) -> None:
-    """Write the inputs of a search to ``space.given``, its pages apart."""
-    rows, given = len(timesteps), space.given
-    if space.rows > rows:
-        space.empty_rows(rows)
+def _give(memory: DeviceMemory, problem: Problem, timesteps: np.ndarray) -> None:
+    """Write the inputs of a search to ``memory.given``, its pages apart."""
+    rows, given = len(timesteps), memory.given
+    if memory.rows > rows:
+        memory.empty_rows(rows)
     given.key.view(np.uint32)[:] = problem.seed & 0xFFFFFFFF, problem.number & 0xFFFFFFFF
     given.timesteps[:rows], given.reward[:rows] = timesteps, problem.rewards
-    if space.sampled:  # whose scores have no use for noise
+    if memory.sampled:  # whose scores have no use for noise
         given.logits[:rows] = problem.logits
     else:
         _give_priors(given, problem, rows)
@@ -157,9 +152,9 @@ def _give_priors(given: Any, problem: Problem, rows: int) -> None:
     given.prior[where[0], order[where]] = mixed[where]
 
 
-def _note(trace: Any, space: Space, rows: int) -> None:
-    """Note one simulation for validation."""
-    predicted = to_cpu(torch.nan_to_num(space.predicted, 0.0, 0.0, 0.0)[:rows])
-    parts = space.parents, space.actions, space.depths
+def _simulated(memory: DeviceMemory, rows: int) -> Tuple[np.ndarray, ...]:
+    """The last simulation, as a trace notes it."""
+    predicted = to_cpu(torch.nan_to_num(memory.predicted, 0.0, 0.0, 0.0)[:rows])
+    parts = memory.parents, memory.actions, memory.depths
     taken = [to_cpu(part[:rows].clone()) for part in parts]
-    trace.note_scalars(*taken, predicted[:, 0], predicted[:, 1], predicted[:, 2:])
+    return (*taken, predicted[:, 0], predicted[:, 1], predicted[:, 2:])

@@ -16,7 +16,7 @@ from ..cache.pages import Lease, extend
 from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
 from .inference_base import hash_rows, zero_for_nan
-from .open_steps import Served
+from .open_steps import OpenStep
 from .roots import RootInference
 from .timesteps import reanalysis_timesteps_of, steps_after, timesteps_of
 from .whole import Found, Problem, WholeSearch
@@ -28,9 +28,9 @@ class Inference(RootInference):
     # ---- in arrays ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def search(self, served: Optional[Served], problem: Problem) -> Found:
+    def search(self, step: Optional[OpenStep], problem: Problem) -> Found:
         """Search in arrays from the roots of an open step, on the model's device."""
-        return self._in_arrays().run(self.open.check_searchable(served), problem)
+        return self._in_arrays().run(self.open.check_searchable(step), problem)
 
     @torch.no_grad()
     def reanalyze(self, problem: Problem, latent: np.ndarray, start_pos: Any, grows: bool = False) -> Found:
@@ -46,24 +46,24 @@ class Inference(RootInference):
     # ---- by node: the tree is LightZero's, and contexts are found by their place in it ------------------------------
 
     @contextmanager
-    def search_by_node(self, served: Optional[Served], simulations: int) -> Iterator[Callable[..., np.ndarray]]:
+    def search_by_node(self, step: Optional[OpenStep], simulations: int) -> Iterator[Callable[..., np.ndarray]]:
         """A context for a search from the roots of an open step; gives :meth:`expand` for it."""
-        served = self.open.check_searchable(served)
-        assert served.roots is not None
+        step = self.open.check_searchable(step)
+        assert step.roots is not None
         start = time.perf_counter()
-        served.searches += 1
+        step.searches += 1
         try:
             with self._manager.lease() as lease:
-                lease.hold(served.roots[0])
-                nodes = NodeTable(served.roots, lease.allocate(simulations * len(served.env_ids)))
+                lease.hold(step.roots[0])
+                nodes = NodeTable(step.roots, lease.allocate(simulations * len(step.env_ids)))
                 self._manager.count_nodes(nodes.pages.size)
-                yield partial(self.expand, served, nodes)
+                yield partial(self.expand, step, nodes)
         finally:
-            served.searches -= 1
+            step.searches -= 1
         self.timings['search'].record(time.perf_counter() - start)
 
     @torch.no_grad()
-    def expand(self, served: Served, nodes: NodeTable, simulation: int, path: np.ndarray, columns: np.ndarray,
+    def expand(self, step: OpenStep, nodes: NodeTable, simulation: int, path: np.ndarray, columns: np.ndarray,
                actions: np.ndarray, depths: Sequence[int]) -> np.ndarray:
         """One simulation of a search by node; one copy to the device, one back.
 
@@ -73,16 +73,15 @@ class Inference(RootInference):
         start = time.perf_counter()
         contexts, pages = nodes.expand(simulation, path, columns), nodes.pages[simulation]
         result = self._step(
-            self._weights_of(served), contexts, pages, steps_after(served.timesteps, depths), actions, None,
-            nodes.longest(simulation)
+            step, contexts, pages, steps_after(step.timesteps, depths), actions, None, nodes.longest(simulation)
         )
         self._manager.count_queries('recur', len(pages), len(pages), by_node=True)
         assert result.search is not None  # the actions came from the CPU
         predicted = to_cpu(result.search)
-        if served.trace is not None:
-            served.trace.note_node(path, actions, depths, result.output)
+        if step.trace is not None:
+            step.trace.note_node(path, actions, depths, result.output)
         what = 'A reward, value or policy'
-        kept = self._guard.finite(predicted, what, served.mode, served.env_ids, served.timesteps)
+        kept = self._guard.finite(predicted, what, step.mode, step.env_ids, step.timesteps)
         self.timings['step'].record(time.perf_counter() - start)
         return predicted if len(kept) == len(predicted) else np.nan_to_num(predicted, posinf=0.0, neginf=0.0)
 
@@ -95,9 +94,9 @@ class Inference(RootInference):
         start = time.perf_counter()
         rows, parents = len(latent), hash_rows(latent)
         timesteps = (reanalysis_timesteps_of if reanalysis else timesteps_of)(start_pos, rows)
-        served = None if reanalysis else self._step_of(parents)
+        step = None if reanalysis else self._step_of(parents)
         with self._manager.lease() as lease:
-            step = Served(COLLECT, list(range(rows)), (), lease, None) if served is None else served
+            step = step or OpenStep(COLLECT, list(range(rows)), (), lease, None)
             step.check_rows(rows)
             output, kept = self._node(
                 lease, step, parents, latent, action, timesteps, steps_after(timesteps, search_depth), reanalysis
@@ -107,17 +106,17 @@ class Inference(RootInference):
         self.timings['step'].record(time.perf_counter() - start)
         return output if len(kept) == rows else output.map(zero_for_nan)
 
-    def _step_of(self, parents: List[int]) -> Optional[Served]:
+    def _step_of(self, parents: List[int]) -> Optional[OpenStep]:
         """The open step that nodes below these parents are of."""
         for step in self.open.steps:
             if not step.searches:
                 self._give_roots_keys(step)
         return self.open.having(parents)
 
-    def _node(self, lease: Lease, step: Served, parents: List[int], latent: np.ndarray, action: torch.Tensor,
+    def _node(self, lease: Lease, step: OpenStep, parents: List[int], latent: np.ndarray, action: torch.Tensor,
               timesteps: np.ndarray, node_timesteps: np.ndarray, reanalysis: bool) -> Tuple[StepOutput, np.ndarray]:
         manager, rows, device = self._manager, len(latent), self._source.device()
-        mode, env_ids, weights = step.mode, step.env_ids, self._weights_of(step)
+        mode, env_ids = step.mode, step.env_ids
         pages = lease.allocate(rows)
         contexts = manager.find_recur(mode, env_ids, parents)
         lost = np.flatnonzero(contexts[1] == 0)
@@ -126,9 +125,9 @@ class Inference(RootInference):
         if len(lost):
             rebuilt = self._take_pages(lease, contexts, lost, 2 * timesteps[lost])
             begun, states = send(device, rebuilt, latent[lost])
-            self.engine.begin(weights, self._slab(), begun[0], states, begun[1])
+            self.engine.begin(self._weights_of(step), self._slab(), begun[0], states, begun[1])
         output = self._step(
-            weights, contexts, pages, node_timesteps, None, action.to(device), int(contexts[1].max()), reanalysis
+            step, contexts, pages, node_timesteps, None, action.to(device), int(contexts[1].max()), reanalysis
         ).output
         if self.backend.reuses_output:
             output = output.map(torch.clone)
@@ -142,15 +141,15 @@ class Inference(RootInference):
         step.seen.update(keys)
         return output, kept
 
-    def _give_roots_keys(self, served: Served) -> None:
+    def _give_roots_keys(self, step: OpenStep) -> None:
         """Store the roots under keys too, where a search by key looks."""
-        if served.roots is None or served.keys is not None:
+        if step.roots is None or step.keys is not None:
             return
-        assert served.latents is not None
-        kept, hashed = served.kept, hash_rows(to_cpu(served.latents))
-        served.keys = [served.env_ids[row] for row in kept], [hashed[row] for row in kept]
-        served.seen.update(hashed)
-        self._manager.store_init(served.mode, *served.keys, (served.roots[0][kept], served.roots[1][kept]))
+        assert step.latents is not None
+        kept, hashed = step.kept, hash_rows(to_cpu(step.latents))
+        step.keys = [step.env_ids[row] for row in kept], [hashed[row] for row in kept]
+        step.seen.update(hashed)
+        self._manager.store_init(step.mode, *step.keys, (step.roots[0][kept], step.roots[1][kept]))
 
     # ---- without contexts --------------------------------------------------------------------------------------------
 

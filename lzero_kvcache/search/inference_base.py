@@ -18,8 +18,8 @@ from ..engine.weights import Source, Weights
 from .compiled_model import CompiledModel
 from .device_search import DeviceSearch
 from .guard import NanGuard
-from .open_steps import OpenSteps, Served
-from .whole import CompiledSearch
+from .open_steps import OpenStep, OpenSteps
+from .whole import CompiledSearch, Shared
 
 
 class InferenceBase:
@@ -35,10 +35,10 @@ class InferenceBase:
         self._root_graphs = RootGraphs(self.engine, source, encode)
         self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
         self._model = CompiledModel(read_network, source)
-        store.beside += [self.backend, self._root_graphs.graphs, self.engine.window, self._model]
-        shared = source, manager, store, self._guard, self.timings
-        self._whole = CompiledSearch(self._model, *shared)
-        self._device = DeviceSearch(self.engine, *shared, options.matmul)
+        store.counted += [self.backend.graphs, self._root_graphs.graphs, self.engine.windows, self._model.memory]
+        self.shared = Shared(source, manager, store, self._guard, self.timings)
+        self._whole = CompiledSearch(self._model, self.shared)
+        self._device = DeviceSearch(self.engine, self.shared, options.matmul)
 
     def _take_pages(self, lease: Lease, rows: Rows, lost: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Give each of the ``lost [K]`` rows a context of one page. Returns what it takes to rebuild these contexts in
@@ -50,14 +50,14 @@ class InferenceBase:
         tables[lost, 0], counts[lost] = pages, 1
         return np.stack([pages, self._angle(positions), lost])
 
-    def _step(self, weights: Weights, rows: Rows, pages: np.ndarray, timesteps: np.ndarray,
+    def _step(self, step: OpenStep, rows: Rows, pages: np.ndarray, timesteps: np.ndarray,
               actions: Optional[np.ndarray], on_device: Optional[torch.Tensor], longest: int,
               reanalysis: bool = False) -> StepResult:
         """A recurrent step from nodes at ``timesteps``; one copy sends all inputs that come from the CPU. In
         LightZero's reanalysis both tokens have the angle of the action, one step later."""
         angles = (2 * timesteps + 3, 2 * timesteps + 3) if reanalysis else (2 * timesteps + 1, 2 * timesteps + 2)
         numbers = pack(self.engine.geometry, rows, pages, angles, actions, longest)
-        return self.backend.step(weights, self._slab(), numbers, on_device)
+        return self.backend.step(self._weights_of(step), self._slab(), numbers, on_device, step.addresses)
 
     def _latents(self, obs: torch.Tensor) -> torch.Tensor:
         return self._encode(obs).reshape(len(obs), -1)
@@ -69,11 +69,11 @@ class InferenceBase:
         geometry = self.engine.geometry
         return position % geometry.rotary_positions if geometry.rotary else position
 
-    def _weights_of(self, served: Served) -> Weights:
+    def _weights_of(self, step: OpenStep) -> Weights:
         """The current weights, read once for a step."""
-        if served.weights is None:
-            served.weights = self._source.read(False)
-        return served.weights
+        if step.weights is None:
+            step.weights = self._source.read(False)
+        return step.weights
 
     def actions_of(self, actions: Sequence[Any], rows: int) -> Tuple[np.ndarray, np.ndarray]:
         """Actions ``[B]`` or ``[B, A]``, and which rows have one; zeros where an episode starts."""

@@ -21,8 +21,12 @@ COMPILED_IN = [Path(__file__).parent.parent / room for room in ('engine', 'cache
 
 
 def entry(function: Function) -> Function:
-    """Compile a function that Python calls, once for a machine. It may be an inner one already."""
+    """Compile a function that Python calls, once for a machine. It may be an inner one already, and no closure: its
+    code must say all that it does."""
     plain: Any = getattr(function, 'py_func', function)
+    if plain.__closure__:
+        names = ', '.join(plain.__code__.co_freevars)
+        raise ValueError(f'{plain.__qualname__} is a closure over {names}, which would be compiled in: pass it instead')
     dispatcher: Any = compiled(plain)
     place = getattr(sys.modules[plain.__module__], '__file__', None)
     sources = hash_of(frozenset([*COMPILED_IN, *([Path(place).parent] if place else [])]))
@@ -39,9 +43,7 @@ def folder_of(sources: str) -> Path:
         base = Path('~/Library/Caches').expanduser()
     else:
         base = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
-    from .. import __version__
-
-    return base / 'lzero_kvcache' / f'{__version__}-{sources}'
+    return base / 'lzero_kvcache' / sources
 
 
 @functools.lru_cache(maxsize=None)

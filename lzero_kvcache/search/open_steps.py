@@ -12,7 +12,7 @@ from ..cache.base import CURRENT, PagedCacheManager
 from ..cache.pages import Lease, Rows
 
 
-class Served:
+class OpenStep:
     """A step of some environments: their root inference and the search that follows. It owns the pages of its roots."""
 
     def __init__(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...], lease: Lease, trace: Any,
@@ -58,62 +58,52 @@ class StepsOfThread(threading.local):
         return type(self), ()
 
 
-class Turns:
-    """Lets one thread in at a time; each copy of its owner has its own."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()  # a thread may search inside of its own search
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
-
-
 class OpenSteps:
     """The open steps of one model."""
 
     def __init__(self, manager: PagedCacheManager, validator: Any) -> None:
         self._manager, self._validator = manager, validator
         self._open = StepsOfThread()
-        self._abandoned: Deque[Served] = deque()  # steps that were entered and never left
+        self._abandoned: Deque[OpenStep] = deque()  # steps that were entered and never left
         self._opened = 0
 
     @property
-    def steps(self) -> List[Served]:
+    def steps(self) -> List[OpenStep]:
         """The open steps of this thread, the innermost last."""
         return self._open.steps
 
     @contextmanager
-    def serving(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...],
-                in_arrays: bool = False) -> Iterator[Served]:
+    def begin(self, mode: str, env_ids: List[int], addresses: Tuple[int, ...],
+              in_arrays: bool = False) -> Iterator[OpenStep]:
         """A context in which a root inference, and the search that follows, are for some environments."""
         if len(set(env_ids)) < len(env_ids):
             raise ValueError(f'an environment has two rows: {env_ids}')
         self.end_abandoned()
         trace = None if self._validator is None else self._validator.open(mode, env_ids)
-        served = Served(mode, env_ids, addresses, self._manager.lease(), trace, in_arrays)
+        step = OpenStep(mode, env_ids, addresses, self._manager.lease(), trace, in_arrays)
         self._opened += 1
-        served.number = self._opened
+        step.number = self._opened
         steps = self.steps
-        steps.append(served)
+        steps.append(step)
         try:
-            yield served
-            self._forget_keys(served)
+            yield step
+            self._forget_keys(step)
         except GeneratorExit:
-            self._abandoned.append(served)  # the garbage collector may close this in the middle of anything
+            self._abandoned.append(step)  # the garbage collector may close this in the middle of anything
             raise
         except BaseException:
-            self._end_failed(served)
+            self._end_failed(step)
             raise
         else:
-            served.lease.release()
-            self.end_abandoned(inside=served)
+            step.lease.release()
+            self.end_abandoned(inside=step)
             for other in [*steps, *self._abandoned]:
-                if other is not served and other.mode == mode:
+                if other is not step and other.mode == mode:
                     other.superseded.update(env_ids)
         finally:
-            steps.remove(served)
+            steps.remove(step)
 
-    def end_abandoned(self, inside: Optional[Served] = None) -> None:
+    def end_abandoned(self, inside: Optional[OpenStep] = None) -> None:
         """Undo the steps that were abandoned, the newest first; or those alone that were opened inside of another."""
         first = 0 if inside is None else inside.number
         for step in sorted(self._abandoned, key=lambda step: -step.number):
@@ -121,26 +111,23 @@ class OpenSteps:
                 self._abandoned.remove(step)
                 self._end_failed(step)
 
-    def _end_failed(self, served: Served) -> None:
-        with served.lease:
-            self._undo(served)
-            self._forget_keys(served)
+    def _end_failed(self, step: OpenStep) -> None:
+        with step.lease:
+            self._undo(step)
+            self._forget_keys(step)
 
-    def _forget_keys(self, served: Served) -> None:
-        if served.keys is not None:
-            self._manager.forget_init(served.mode, *served.keys)
+    def _forget_keys(self, step: OpenStep) -> None:
+        if step.keys is not None:
+            self._manager.forget_init(step.mode, *step.keys)
 
-    def _undo(self, served: Served) -> None:
+    def _undo(self, step: OpenStep) -> None:
         """Restore the roots that the environments had before a step."""
-        if served.before is None:
+        if step.before is None:
             return
-        undone = [row for row, env_id in enumerate(served.env_ids) if env_id not in served.superseded]
-        for row in undone:
-            self._manager.clear_init_caches(served.mode, served.env_ids[row])
-        there = [row for row in undone if served.before[1][row]]
-        if there:
-            rows = served.before[0][there], served.before[1][there]
-            self._manager.store_init(served.mode, [served.env_ids[row] for row in there], [CURRENT] * len(there), rows)
+        undone = [row for row, env_id in enumerate(step.env_ids) if env_id not in step.superseded]
+        if undone:
+            env_ids, rows = [step.env_ids[row] for row in undone], (step.before[0][undone], step.before[1][undone])
+            self._manager.store_init(step.mode, env_ids, [CURRENT] * len(undone), rows)
 
     def forget(self, mode: Optional[str], env_id: Optional[int]) -> None:
         """Called when roots of an environment, of a mode, or all were cleared: no open search by key may find them, and
@@ -151,15 +138,15 @@ class OpenSteps:
                 step.kept = np.array(left, dtype=np.int64)
                 step.superseded.update(step.env_ids if env_id is None else [env_id])
 
-    def check_searchable(self, served: Optional[Served]) -> Served:
+    def check_searchable(self, step: Optional[OpenStep]) -> OpenStep:
         """Refuse a step that this thread has not open, or that has no roots yet."""
-        if served is None or served not in self.steps or served.roots is None:
-            raise RuntimeError('a search follows a root inference inside `serving`, in the same thread')
-        return served
+        if step is None or step not in self.steps or step.roots is None:
+            raise RuntimeError('a search follows a root inference inside `open_step`, in the same thread')
+        return step
 
     # LightZero's code does not pass along which step an inference is of.
 
-    def awaiting_roots(self) -> Optional[Served]:
+    def awaiting_roots(self) -> Optional[OpenStep]:
         """The step that a root inference is of; None if no open step awaits one."""
         awaiting = [step for step in self.steps if step.roots is None]
         if not awaiting:
@@ -172,7 +159,7 @@ class OpenSteps:
             )
         return awaiting[0]
 
-    def having(self, keys: Sequence[Hashable]) -> Optional[Served]:
+    def having(self, keys: Sequence[Hashable]) -> Optional[OpenStep]:
         """The step that nodes with these keys are of: the one that has seen the most, of several the innermost. If
         none has seen any, the innermost, unless it is searched by node and so asks for nothing by key."""
         steps = self.steps

@@ -17,11 +17,12 @@ _KEY_0, _KEY_1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _FACTOR_0, _FACTOR_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _HALF, _UNIT = np.uint64(32), 2.0 ** -32
 
+PhiloxKey = Tuple[np.uint32, np.uint32]
 Words = Tuple[np.uint32, np.uint32, np.uint32, np.uint32]
 
 
 @inner
-def philox(key: Tuple[np.uint32, np.uint32], counter: Words) -> Words:
+def philox(key: PhiloxKey, counter: Words) -> Words:
     """Philox-4x32-10 (Salmon et al., 2011): the generator of Random123, and of Triton."""
     a, b, c, d = counter
     k, m = key
@@ -34,7 +35,7 @@ def philox(key: Tuple[np.uint32, np.uint32], counter: Words) -> Words:
 
 
 @inner
-def draw(key: Tuple[np.uint32, np.uint32], row: int, simulation: int, index: int, purpose: int) -> Words:
+def draw(key: PhiloxKey, row: int, simulation: int, index: int, purpose: int) -> Words:
     """The four random words of a counter."""
     return philox(key, (np.uint32(row), np.uint32(simulation), np.uint32(index), np.uint32(purpose)))
 

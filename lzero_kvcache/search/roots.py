@@ -1,6 +1,7 @@
 """Root inference: the states that searches begin at, each in its environment's context.
 
-``B`` rows, ``R`` pages of a context, ``A`` numbers of a continuous action, ``E`` embedding.
+``B`` rows, ``R`` pages of a context, ``A`` numbers of a continuous action, ``E`` embedding. numba is imported with the
+first root inference that is compiled.
 """
 from typing import Any, Hashable, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -16,11 +17,11 @@ from ..engine.program import OUTPUTS, Batch, PagedNetwork
 from ..engine.step import StepOutput, checksum
 from ..engine.transfer import send, to_cpu
 from .inference_base import InferenceBase, hash_rows, zero_for_nan
-from .open_steps import Served
+from .open_steps import OpenStep
 from .timesteps import timesteps_of
 
 
-class RootStep(NamedTuple):
+class RootInputs(NamedTuple):
     """Inputs of a root inference."""
     contexts: Rows  # of the last roots; 0 pages where an episode begins
     pages: np.ndarray  # [B], to write
@@ -31,7 +32,7 @@ class RootStep(NamedTuple):
     observations: torch.Tensor  # [B, ...], the current ones
 
 
-class Stepped(NamedTuple):
+class RootOutput(NamedTuple):
     """Outputs of a root inference."""
     latent: torch.Tensor  # [B, E]
     output: StepOutput
@@ -51,17 +52,17 @@ class RootInference(InferenceBase):
         """
         self.open.end_abandoned()
         rows = len(current_obs)
-        served = self.open.awaiting_roots()
-        if len(self.open.steps) <= (served is not None):
+        step = self.open.awaiting_roots()
+        if len(self.open.steps) <= (step is not None):
             self._manager.clear_recur_cache()  # unless a search around this one needs its nodes
-        if served is not None:
-            served.check_rows(rows)
-            return self._root(served, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
+        if step is not None:
+            step.check_rows(rows)
+            return self._root(step, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
         with self._manager.lease() as lease:
-            by_hand = Served(COLLECT, list(range(rows)), (), lease, None, by_key=True)
+            by_hand = OpenStep(COLLECT, list(range(rows)), (), lease, None, by_key=True)
             return self._root(by_hand, last_obs, last_actions, current_obs, timesteps_of(start_pos, rows))
 
-    def _root(self, step: Served, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
+    def _root(self, step: OpenStep, last_obs: torch.Tensor, last_actions: Sequence[Any], current_obs: torch.Tensor,
               timesteps: np.ndarray) -> StepOutput:
         manager, mode, env_ids = self._manager, step.mode, step.env_ids
         rows = len(current_obs)
@@ -73,26 +74,25 @@ class RootInference(InferenceBase):
         if self._guard.skips and last is not None and len(missing):  # a state with nan begins no context
             lost = missing[to_cpu(torch.isfinite(last).all(1))[missing]]
         rebuilt = self._take_pages(step.lease, contexts, lost, 2 * timesteps[lost])
-        given = RootStep(contexts, pages, timesteps, actions, rebuilt, last, current_obs)
+        given = RootInputs(contexts, pages, timesteps, actions, rebuilt, last, current_obs)
         latent, output, on_cpu = self._step_roots(step, given)
         kept = self._finite_roots(on_cpu, step, timesteps)
         roots = extend(contexts, pages)
-        kept_ids, kept_roots = [env_ids[row] for row in kept], (roots[0][kept], roots[1][kept])
+        kept_roots = roots[0][kept], roots[1][kept]
         if step.by_key:
             keys = hash_rows(on_cpu[:, :-1])
-            manager.store_init(mode, kept_ids, [keys[row] for row in kept], kept_roots)
+            manager.store_init(mode, [env_ids[row] for row in kept], [keys[row] for row in kept], kept_roots)
         else:
             step.roots, step.before, step.kept = roots, before, kept
             step.timesteps, step.latents = timesteps, latent
-            for env_id in set(env_ids).difference(kept_ids):  # an environment whose root was skipped begins afresh
-                manager.clear_init_caches(mode, env_id)
-            if kept_ids:
-                manager.store_init(mode, kept_ids, [CURRENT] * len(kept_ids), kept_roots)
+            stored = np.zeros_like(roots[0]), np.zeros_like(roots[1])  # environments without a root begin afresh
+            stored[0][kept], stored[1][kept] = kept_roots
+            manager.store_init(mode, env_ids, [CURRENT] * rows, stored)
         if step.trace is not None:
             step.trace.note_root(last_obs, last_actions, current_obs, timesteps, missing, output)
         return output if len(kept) == rows else output.map(zero_for_nan)
 
-    def _last_contexts(self, step: Served, last_obs: torch.Tensor, going: np.ndarray
+    def _last_contexts(self, step: OpenStep, last_obs: torch.Tensor, going: np.ndarray
                        ) -> Tuple[Rows, Optional[torch.Tensor], np.ndarray]:
         """The contexts of the last roots, the last latent states where they are needed, and the rows whose context is
         missing. By environment, last observations are encoded only if a context is missing."""
@@ -114,7 +114,7 @@ class RootInference(InferenceBase):
             last = self._latents(last_obs)
         return (tables, counts), last, missing
 
-    def _step_roots(self, step: Served, given: RootStep) -> Stepped:
+    def _step_roots(self, step: OpenStep, given: RootInputs) -> RootOutput:
         """Encode and step: by one compiled call if the search that follows is compiled, by a graph that a GPU replays,
         or else by torch."""
         if step.in_arrays and self._source.device().type == 'cpu' and not self._source.is_training():
@@ -126,17 +126,17 @@ class RootInference(InferenceBase):
             )
             if replayed is not None:
                 output, sums = replayed
-                return Stepped(output.latent_state.squeeze(1), output, sums)
+                return RootOutput(output.latent_state.squeeze(1), output, sums)
             given = given._replace(rebuilt=given.rebuilt[:, :0])  # that is done
         return self._launch_roots(step, given)
 
-    def _run_compiled(self, served: Served, given: RootStep) -> Stepped:
+    def _run_compiled(self, step: OpenStep, given: RootInputs) -> RootOutput:
         """One compiled call, and another before it if contexts are rebuilt."""
         from . import compiled_search
 
-        network, _held = self._model.network_at(served.addresses)
+        network, _held = self._model.network_at(step.addresses)
         (tables, counts), rows = given.contexts, len(given.pages)
-        served.shift = shift = self._model.shift()
+        step.shift = shift = self._model.shift()
         sizes = network.embed, network.embed, network.value[-1, OUTPUTS], network.policy
         sequence, latent, value, policy = (np.empty((rows, size), np.float32) for size in sizes)
         observations = np.zeros((0, 0), np.float32)
@@ -158,9 +158,9 @@ class RootInference(InferenceBase):
         parts = [torch.from_numpy(part).unsqueeze(1) for part in (sequence, latent, policy, value)]
         output = StepOutput(parts[0], parts[1], None, parts[2], parts[3])
         sums = np.stack([latent.sum(1), value.sum(1) + policy.sum(1)], axis=1)
-        return Stepped(torch.from_numpy(latent), output, sums)
+        return RootOutput(torch.from_numpy(latent), output, sums)
 
-    def _launch_roots(self, step: Served, given: RootStep) -> Stepped:
+    def _launch_roots(self, step: OpenStep, given: RootInputs) -> RootOutput:
         engine, weights, slab, counts = self.engine, self._weights_of(step), self._slab(), given.contexts[1]
         latent = self._latents(given.observations)
         numbers, rebuilt = send(self._source.device(), self._packed(given, int(counts.max())), given.rebuilt)
@@ -172,20 +172,20 @@ class RootInference(InferenceBase):
             output = engine.first(weights, slab, page_ids[:, -1], latent, positions[1])
         # Keys need whole latent states; otherwise a sum is enough to see whether they are finite.
         states = latent if step.by_key else latent.sum(1, keepdim=True)
-        return Stepped(latent, output, to_cpu(torch.cat([states, checksum(output)], dim=1)))
+        return RootOutput(latent, output, to_cpu(torch.cat([states, checksum(output)], dim=1)))
 
-    def _packed(self, given: RootStep, longest: int) -> np.ndarray:
+    def _packed(self, given: RootInputs, longest: int) -> np.ndarray:
         # Where an episode begins there is no action, nor an angle below 0.
         angles = 2 * given.timesteps - (given.contexts[1] > 0), 2 * given.timesteps
         return pack(self.engine.geometry, given.contexts, given.pages, angles, given.actions, longest)
 
-    def _rebuild(self, step: Served, given: RootStep, rebuilt: torch.Tensor) -> None:
+    def _rebuild(self, step: OpenStep, given: RootInputs, rebuilt: torch.Tensor) -> None:
         """Rebuild lost contexts; ``rebuilt`` is ``given.rebuilt`` on the device."""
         if rebuilt.shape[1]:
             assert given.last is not None
             self.engine.begin(self._weights_of(step), self._slab(), rebuilt[0], given.last[rebuilt[2]], rebuilt[1])
 
-    def _finite_roots(self, on_cpu: np.ndarray, step: Served, timesteps: np.ndarray) -> np.ndarray:
+    def _finite_roots(self, on_cpu: np.ndarray, step: OpenStep, timesteps: np.ndarray) -> np.ndarray:
         """Rows ``[K]`` whose latent state, value and policy are finite."""
         kept = self._guard.finite(on_cpu[:, :-1], 'A latent state', step.mode, step.env_ids, timesteps)
         return kept[self._guard.finite(

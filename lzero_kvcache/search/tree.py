@@ -4,15 +4,14 @@ Shapes are those of :mod:`.tree_arrays`. Everything is float32, in the order of 
 scores are equal to the last bit.
 """
 import math
-from typing import Any, List, NamedTuple, Tuple
+from typing import Any, List, NamedTuple
 
 import numpy as np
 
 from ..engine.compiling import inlined, inner
-from .random_numbers import ACTION, TIE, below, draw, normal, uniform
+from .random_numbers import ACTION, TIE, PhiloxKey, below, draw, normal, uniform
 from .tree_arrays import DECIMALS, FAR, FLOATS, MOST_DRAWN, NEAR, Tree, tree_shapes
 
-Key = Tuple[np.uint32, np.uint32]
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _FAR, _NEAR, _MOST_DRAWN = np.float32(FAR), np.float32(NEAR), np.float32(MOST_DRAWN)
 
@@ -40,7 +39,7 @@ def make_rules(pb_c_base: int, pb_c_init: float, discount_factor: float, value_d
     )
 
 
-def make_key(seed: int, search: int) -> Key:
+def make_key(seed: int, search: int) -> PhiloxKey:
     """The key of a search's draws."""
     return np.uint32(seed & 0xFFFFFFFF), np.uint32(search & 0xFFFFFFFF)
 
@@ -126,7 +125,7 @@ def score_children(tree: Tree, rules: Rules, row: int, node: int, mean: np.float
 
 
 @inlined
-def pick_best(tree: Tree, rules: Rules, count: int, key: Key, row: int, simulation: int, depth: int) -> int:
+def pick_best(tree: Tree, rules: Rules, count: int, key: PhiloxKey, row: int, simulation: int, depth: int) -> int:
     """The index of the first best score; or, if ties are drawn, of one drawn among it and the later ones within 1e-6.
     -1 if no score is a number."""
     first, best = -1, -_FAR
@@ -149,7 +148,7 @@ def pick_best(tree: Tree, rules: Rules, count: int, key: Key, row: int, simulati
 
 
 @inlined
-def select(tree: Tree, rules: Rules, key: Key, simulation: int, row: int) -> None:
+def select(tree: Tree, rules: Rules, key: PhiloxKey, simulation: int, row: int) -> None:
     """Walk from the root to where a simulation adds its node; writes path, depth and action, and links the node."""
     node, depth, above = 0, 0, _ZERO
     while node <= simulation:
@@ -168,7 +167,7 @@ def select(tree: Tree, rules: Rules, key: Key, simulation: int, row: int) -> Non
 
 
 @inner
-def select_rows(tree: Tree, rules: Rules, key: Key, simulation: int, lo: int, hi: int) -> None:
+def select_rows(tree: Tree, rules: Rules, key: PhiloxKey, simulation: int, lo: int, hi: int) -> None:
     """:func:`select` for rows ``lo`` to ``hi``."""
     for row in range(lo, hi):
         select(tree, rules, key, simulation, row)
@@ -201,7 +200,7 @@ def softmax(tree: Tree, row: int, node: int, logits: np.ndarray) -> None:
 
 
 @inner
-def draw_continuous(key: Key, row: int, node: int, logits: np.ndarray, draws: np.ndarray) -> None:
+def draw_continuous(key: PhiloxKey, row: int, node: int, logits: np.ndarray, draws: np.ndarray) -> None:
     """Draw actions ``[S, A]``: tanh of normal draws, by means and then deviations in ``logits``."""
     count, size = draws.shape
     for index in range(count):
@@ -213,7 +212,7 @@ def draw_continuous(key: Key, row: int, node: int, logits: np.ndarray, draws: np
 
 
 @inner
-def draw_discrete(key: Key, row: int, node: int, logits: np.ndarray, draws: np.ndarray) -> None:
+def draw_discrete(key: PhiloxKey, row: int, node: int, logits: np.ndarray, draws: np.ndarray) -> None:
     """Draw actions ``[S, 1]`` without replacement: those with the largest u ** (1 / p), the first of equal ones."""
     total = _ZERO
     for logit in logits:
@@ -257,7 +256,8 @@ def share(draws: np.ndarray, order: np.ndarray, prior: np.ndarray) -> None:
 
 
 @inlined
-def expand(tree: Tree, rules: Rules, key: Key, row: int, node: int, reward: np.float32, logits: np.ndarray) -> None:
+def expand(tree: Tree, rules: Rules, key: PhiloxKey, row: int, node: int, reward: np.float32,
+           logits: np.ndarray) -> None:
     """Initialise a node from its predictions. An ``order`` that is empty is filled with every slot."""
     tree.visits[row, node], tree.value_sum[row, node], tree.reward[row, node] = 0, _ZERO, reward
     for slot in range(tree.child.shape[2]):
@@ -277,7 +277,7 @@ def expand(tree: Tree, rules: Rules, key: Key, row: int, node: int, reward: np.f
 
 
 @inner
-def prepare_rows(tree: Tree, rules: Rules, key: Key, rewards: np.ndarray, logits: np.ndarray, legal: np.ndarray,
+def prepare_rows(tree: Tree, rules: Rules, key: PhiloxKey, rewards: np.ndarray, logits: np.ndarray, legal: np.ndarray,
                  noise: np.ndarray, weight: np.float32, lo: int, hi: int) -> None:
     """Initialise the roots of rows ``lo`` to ``hi``: by rewards ``[B]``, logits ``[B, P]``, legal actions ``[B, S]``
     followed by -1 (all -1: every action is legal), noise ``[B, S]`` in the order of legal actions, and its weight."""
@@ -330,7 +330,7 @@ def backup(tree: Tree, rules: Rules, row: int, value: np.float32) -> None:
 
 
 @inner
-def backup_rows(tree: Tree, rules: Rules, key: Key, simulation: int, rewards: np.ndarray, values: np.ndarray,
+def backup_rows(tree: Tree, rules: Rules, key: PhiloxKey, simulation: int, rewards: np.ndarray, values: np.ndarray,
                 logits: np.ndarray, lo: int, hi: int) -> None:
     """Expand the new nodes of rows ``lo`` to ``hi`` by predictions ``[B]``, ``[B]`` and ``[B, P]``, and back up their
     values."""

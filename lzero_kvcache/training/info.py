@@ -69,7 +69,7 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
             unread = unread_options(plan.main_config.policy.model.world_model_cfg)
             rows += [('not read', unread)] if unread else []
         return {'cache': rows}
-    slab, pages, evaluated = manager.storage.slab, manager.page_capacity, policy._cfg.evaluator_env_num
+    slab, pages, evaluated = manager.store.slab, manager.page_capacity, policy._cfg.evaluator_env_num
     rows += [
         ('search', _search(options.search, model.why_not_whole(), device)),
         ('backend', picked(options.backend, torch.device(device))),

@@ -1,7 +1,7 @@
 """What searches on a GPU work in: trees as tensors, and what is captured of a search, its begin and a simulation.
 
 A simulation is one CUDA graph, which is replayed for each: so any number of them needs no other capture. Shapes are
-those of :mod:`.tree_arrays`; ``E`` embedding.
+those of :mod:`.tree_arrays`; ``E`` embedding. Triton is imported with the first search.
 """
 import ctypes
 from typing import Any, Callable, NamedTuple, Tuple
@@ -33,7 +33,7 @@ class _Sent(NamedTuple):
     latents: Any  # [B, E] float32, the states of roots without contexts; nothing unless it is a reanalysis
 
 
-class Space:
+class DeviceMemory:
     """What searches of one size work in, for ``rows`` and ``simulations`` at the most."""
     begins_with_states = False
 
@@ -210,7 +210,7 @@ class Space:
         return numbers[:, :slots], floats[:, -1], floats[:, :-1].reshape(rows, slots, -1), numbers[:, -2:].T
 
 
-class _OfStates(Space):
+class _OfStates(DeviceMemory):
     """What reanalyses share: they begin at states, and have pages of their own."""
     begins_with_states = True
 

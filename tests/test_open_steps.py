@@ -1,4 +1,4 @@
-"""A policy's served step: what fails at any point of it leaves nothing behind, and roots are found by environment."""
+"""A policy's open step: what fails at any point of it leaves nothing behind, and roots are found by environment."""
 import contextlib
 from unittest import mock
 
@@ -23,11 +23,11 @@ class Broken(Exception):
 #: Where a step may fail, and the ways of searching that pass there.
 POINTS = {
     'taking pages': (lambda policy: (cache_of(policy), 'take'), 'both'),
-    'the slab': (lambda policy: (cache_of(policy).storage, 'ready'), 'both'),
+    'the slab': (lambda policy: (cache_of(policy).store, 'ready'), 'both'),
     'contexts begun anew': (lambda policy: (policy._model.world_model.inference.engine, 'begin'), 'both'),
     'first observations': (lambda policy: (policy._model.world_model.inference.engine, 'first'), 'both'),
     'a step': (lambda policy: (policy._model.world_model.inference.engine, 'step'), 'both'),
-    'writing pages': (lambda policy: (cache_of(policy).storage.slab, 'write'), 'both'),
+    'writing pages': (lambda policy: (cache_of(policy).store.slab, 'write'), 'both'),
     'finding roots': (lambda policy: (cache_of(policy), 'find_init'), 'both'),
     'storing roots': (lambda policy: (cache_of(policy), 'store_init'), 'both'),
     'finding nodes': (lambda policy: (cache_of(policy), 'find_recur'), 'by key'),
@@ -101,7 +101,7 @@ def test_a_failure_at_each_point_of_a_step(point, keyed):
 class TestByEnvironment:
 
     @pytest.mark.parametrize('mode', ['collect', 'eval'])
-    def test_a_served_step_hashes_nothing_and_copies_no_latent(self, mode, monkeypatch):
+    def test_an_open_step_hashes_nothing_and_copies_no_latent(self, mode, monkeypatch):
         hashed, copied = [], []
         for owner, found, name in ((root_inference, hashed, 'hash_rows'), (root_inference, copied, 'to_cpu'),
                                    (inference, copied, 'to_cpu')):
