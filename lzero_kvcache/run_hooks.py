@@ -37,9 +37,6 @@ ENTRY_PACKAGE = 'lzero.entry'  # a user's function is no entry, whatever its var
 class RunHook(LearnerHook):
     """Begins a run, tells of it or ends it, as its position says. The hooks of a learner share the run."""
 
-    def __init__(self, *args: Any, ext_args: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-
     def __call__(self, engine: Any) -> None:
         """``engine`` is DI-engine's learner. There is no run if the model is not the plugin's."""
         if manager_of(engine.policy) is not None:
@@ -58,8 +55,8 @@ class Run:
         cfg, folder = engine.policy.get_attribute('cfg'), engine.exp_name
         self._result = begun(
             saved_config(engine).get('seed', 0), device=str(cfg.device), exp_name=folder,
-            event_files=os.path.join(folder, EVENT_FILES), processes=engine.world_size, **limits_of_entry(),
-            **origin_of_entry())
+            event_files=os.path.join(folder, EVENT_FILES), processes=engine.world_size,
+            **entry_that_trains())
         self._result.cache = picked_manager(cfg.model.world_model_cfg)
         self._result.versions['LightZero'] = engine.policy.get_attribute('model').world_model.lightzero_version
 
@@ -116,12 +113,6 @@ def write_progress(result: Result, phase: str) -> None:
     result.write_progress(phase, evaluations=None)
 
 
-def limits_of_entry() -> Dict[str, Any]:
-    """The limits of the entry that trains."""
-    limits = _locals_of(ENTRY_PACKAGE, 'max_env_step', 'max_train_iter')
-    return {name: limit if limit and limit < UNBOUNDED else None for name, limit in limits.items()}
-
-
 def rewards_of_entry() -> Dict[str, Any]:
     """The last and the best reward of the entry that trains; nothing before its first evaluation."""
     known = _locals_of(ENTRY_PACKAGE, 'evaluator', 'reward')
@@ -132,13 +123,16 @@ def rewards_of_entry() -> Dict[str, Any]:
     return dict(last_reward=last, best_reward=max(last, getattr(known['evaluator'], '_max_episode_return', last)))
 
 
-def origin_of_entry() -> Dict[str, Any]:
-    """The name of the entry that trains, and the file that has called it, if it is one."""
-    frame = _frame_of(ENTRY_PACKAGE, 'max_env_step', 'max_train_iter')
+def entry_that_trains() -> Dict[str, Any]:
+    """Limits and name of the entry that trains, and the file that has called it, if it is one."""
+    names = 'max_env_step', 'max_train_iter'
+    frame = _frame_of(ENTRY_PACKAGE, *names)
     if frame is None:
         return {}
+    limits = {name: frame.f_locals[name] for name in names}
     caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ''
-    return dict(entry=frame.f_code.co_name, config=os.path.abspath(caller) if os.path.isfile(caller) else '')
+    return dict({name: limit if limit and limit < UNBOUNDED else None for name, limit in limits.items()},
+                entry=frame.f_code.co_name, config=os.path.abspath(caller) if os.path.isfile(caller) else '')
 
 
 def source_of_checkpoint() -> str:

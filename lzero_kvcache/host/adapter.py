@@ -36,7 +36,7 @@ class Adapter:
     INDEX_FOR_DEPTH = True
     """Whether the sampled search has a node's index in the search path for its depth."""
 
-    OWN_TARGETS: Tuple[str, ...] = ('use_root_value', )
+    OWN_TARGETS = ('use_root_value', 'bootstrap_value_context')
     """Options of a policy with which LightZero's own code computes target values."""
 
     HAS_MANAGER = False

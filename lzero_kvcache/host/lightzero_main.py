@@ -76,7 +76,6 @@ class MainBranch(Adapter):
     ANGLES_GROW = True
     KEEPS_REANALYSES = True
     INDEX_FOR_DEPTH = False
-    OWN_TARGETS = ('use_root_value', 'bootstrap_value_context')
     HAS_MANAGER = True
     DIVIDE_EMBEDDING = ('num_heads', )
     UNROLLS_WITHIN_BLOCKS = False
