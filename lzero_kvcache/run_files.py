@@ -106,7 +106,7 @@ def purge(folder: str, train_iter: int, env_step: int, evaluated: bool, see: Cal
     points = 0
     for path in event_files(folder):
         whole, cut, undecided, found = 0, False, 0, False
-        for end, event in _readable(path):
+        for end, event in readable_events(path):
             see(path, event)
             tags = [value.tag for value in event.summary.value]
             undecided += len(tags)
@@ -128,7 +128,7 @@ def purge(folder: str, train_iter: int, env_step: int, evaluated: bool, see: Cal
     return points
 
 
-def _readable(path: str) -> Iterator[Tuple[int, Event]]:
+def readable_events(path: str) -> Iterator[Tuple[int, Event]]:
     """The events of a file, which is refused if it cannot be read."""
     try:
         yield from events(path)

@@ -18,9 +18,9 @@ from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
 from .config import ConfigError, picked_manager
 from .lock_files import training_in
-from .run_files import CONFIG_FILES, EVALUATIONS, EVENT_FILES, LOADED, config_of, event_files, events
+from .run_files import CONFIG_FILES, EVALUATIONS, EVENT_FILES, LOADED, event_files, readable_events
 from .summary import SUMMARY, Evaluation, Result, begun, number_text, rate_text, reward_text
-from .telemetry import HOOK_CONFIG, HOOK_KEY, summed_over_ranks
+from .telemetry import HOOK_CONFIG, HOOK_KEY, manager_of, saved_config, summed_over_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -31,79 +31,54 @@ LOSS_TAG = f'learner_iter/{LOSS}_avg'
 EVALUATED = tuple(EVALUATIONS[0] + name for name in ('reward_mean', 'reward_std', 'episode_count'))
 EVALUATED_STEPS = EVALUATIONS[1] + 'reward_mean'
 UNBOUNDED = int(1e10)  # what LightZero's entries are given for no limit
+ENTRY_PACKAGE = 'lzero.entry'  # a user's function is no entry, whatever its variables are called
 
 
 class RunHook(LearnerHook):
-    """What the hooks know of a run: when it began, how far it is, and when it is to stop."""
-
-    def __init__(self, *args: Any, ext_args: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._result, self._began = begun(**limits_of_entry(), **origin_of_entry()), time.monotonic()
-        self._next = self._began  # when the next line is due
-
-    def look(self, engine: Any) -> Optional[Result]:
-        """The run as far as it is; None if the model is not the plugin's. ``engine`` is DI-engine's learner."""
-        model = engine.policy.get_attribute('model').world_model
-        manager = getattr(model, 'kv_cache_manager', None)
-        if manager is None:
-            return None
-        cfg, result = engine.policy.get_attribute('cfg'), self._result
-        if not result.exp_name:
-            result.exp_name, result.event_files = engine.exp_name, os.path.join(engine.exp_name, EVENT_FILES)
-            result.seed, result.processes = config_of(engine.exp_name).get('seed', 0), engine.world_size
-            result.run_id = next(hook._result.run_id for hook in engine._hooks['before_run']
-                                 if isinstance(hook, BeginHook))
-            result.versions['LightZero'] = model.lightzero_version
-        result.cache, result.device = picked_manager(cfg.model.world_model_cfg), str(cfg.device)
-        result.env_step = result.collected_env_step = max(0, engine.collector_envstep)
-        result.train_iter, result.seconds = engine.last_iter.val, time.monotonic() - self._began
-        result.env_steps_per_second = result.env_step / result.seconds
-        result.count(manager.counters())
-        return result
-
-
-class BeginHook(RunHook):
-    """Holds the run's folder, so that no second training goes on in it, until the training or its process ends."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.holding = contextlib.ExitStack()
+    """Begins a run, tells of it or ends it, as its position says. The hooks of a learner share the run."""
 
     def __call__(self, engine: Any) -> None:
-        """The first rank writes."""
-        if engine.rank != 0:
-            return
-        result = self.look(engine)
-        if result is not None:
-            self.holding.enter_context(training_in(engine.exp_name, engine.exp_name))
+        """``engine`` is DI-engine's learner. There is no run if the model is not the plugin's."""
+        if manager_of(engine.policy) is not None:
+            if not hasattr(engine, 'kv_cache_run'):
+                engine.kv_cache_run = Run(engine)
+            getattr(engine.kv_cache_run, self.position)(engine)
+
+
+class Run:
+    """What is known of a run of LightZero's entry: when it began, how far it is, and when it is to stop. It holds the
+    run's folder, so that no second training goes on in it, until it ends, or its process does."""
+
+    def __init__(self, engine: Any) -> None:
+        self._began = self._next = time.monotonic()  # when the next line is due
+        self._holding = contextlib.ExitStack()
+        cfg, folder = engine.policy.get_attribute('cfg'), engine.exp_name
+        self._result = begun(
+            saved_config(engine).get('seed', 0), device=str(cfg.device), exp_name=folder,
+            event_files=os.path.join(folder, EVENT_FILES), processes=engine.world_size,
+            **entry_that_trains())
+        self._result.cache = picked_manager(cfg.model.world_model_cfg)
+        self._result.versions['LightZero'] = engine.policy.get_attribute('model').world_model.lightzero_version
+
+    def before_run(self, engine: Any) -> None:
+        """Hold the folder; the first rank does, and writes that the run has begun."""
+        if engine.rank == 0:
+            result, folder = self._look(engine), engine.exp_name
+            self._holding.enter_context(training_in(folder, folder, again=True))
             write_progress(result, 'start')
 
-
-class ProgressHook(RunHook):
-    """Logs a line from time to time, and writes how far the run is: the record of one that is killed."""
-
-    def __call__(self, engine: Any) -> None:
-        """Only the first rank logs."""
+    def after_iter(self, engine: Any) -> None:
+        """Log a line from time to time, and write how far the run is: the record of one that is killed."""
         now = time.monotonic()
-        if engine.rank != 0 or now < self._next:
-            return
-        self._next = now + EVERY_SECONDS
-        result = self.look(engine)
-        if result is not None:
-            result.loss = engine.log_buffer['scalar'].get(LOSS)
-            result = replace(result, **rewards_of_entry())
+        if engine.rank == 0 and now >= self._next:
+            self._next = now + EVERY_SECONDS
+            result = replace(self._look(engine), loss=engine.log_buffer['scalar'].get(LOSS), **rewards_of_entry())
             logger.info(result.line('train'))
             write_progress(result, 'train')
 
-
-class SummaryHook(RunHook):
-    """Writes ``summary.json`` when the training ends, and logs a line."""
-
-    def __call__(self, engine: Any) -> None:
-        """All ranks add up their counts; the first one writes and logs."""
-        result = self.look(engine)
-        if result is None:
-            return
+    def after_run(self, engine: Any) -> None:
+        """Add up the counts of all ranks; the first one writes ``summary.json`` and logs a line."""
+        result = self._look(engine)
         counters = summed_over_ranks(result.counters)
         if engine.rank != 0:
             return
@@ -116,14 +91,21 @@ class SummaryHook(RunHook):
             last_reward=rewards[-1] if rewards else None, best_reward=max(rewards, default=None))
         result.write()
         result.write_progress('end')
-        for hook in engine._hooks['before_run']:
-            if isinstance(hook, BeginHook):
-                hook.holding.close()
+        self._holding.close()
         rates = ', '.join(f'{pool} {rate_text(rate)}' for pool, rate in result.hit_rates.items())
         last = reward_text(evaluations[-1]) if evaluations else number_text(None)
         logger.info(
             f'Hit rates of the cache: {rates}; its memory: {number_text(result.cache_memory_mb)} MiB; last reward '
             f'{last}, best {number_text(result.best_reward)}. {os.path.join(engine.exp_name, SUMMARY)} has all numbers')
+
+    def _look(self, engine: Any) -> Result:
+        """The run as far as it is."""
+        result = self._result
+        result.env_step = result.collected_env_step = max(0, engine.collector_envstep)
+        result.train_iter, result.seconds = engine.last_iter.val, time.monotonic() - self._began
+        result.env_steps_per_second = result.env_step / result.seconds
+        result.count(manager_of(engine.policy).counters())
+        return result
 
 
 def write_progress(result: Result, phase: str) -> None:
@@ -131,15 +113,9 @@ def write_progress(result: Result, phase: str) -> None:
     result.write_progress(phase, evaluations=None)
 
 
-def limits_of_entry() -> Dict[str, Any]:
-    """The limits of the entry that is making a learner."""
-    limits = _of_entry('max_env_step', 'max_train_iter')
-    return {name: limit if limit and limit < UNBOUNDED else None for name, limit in limits.items()}
-
-
 def rewards_of_entry() -> Dict[str, Any]:
     """The last and the best reward of the entry that trains; nothing before its first evaluation."""
-    known = _of_entry('evaluator', 'reward')
+    known = _locals_of(ENTRY_PACKAGE, 'evaluator', 'reward')
     episodes = known['reward'].get('eval_episode_return') if isinstance(known.get('reward'), dict) else None
     if episodes is None:
         return {}
@@ -147,22 +123,25 @@ def rewards_of_entry() -> Dict[str, Any]:
     return dict(last_reward=last, best_reward=max(last, getattr(known['evaluator'], '_max_episode_return', last)))
 
 
-def origin_of_entry() -> Dict[str, Any]:
-    """The name of the entry that is making a learner, and the file that has called it, if it is one."""
-    frame = _frame_of_entry('max_env_step', 'max_train_iter')
+def entry_that_trains() -> Dict[str, Any]:
+    """Limits and name of the entry that trains, and the file that has called it, if it is one."""
+    names = 'max_env_step', 'max_train_iter'
+    frame = _frame_of(ENTRY_PACKAGE, *names)
     if frame is None:
         return {}
+    limits = {name: frame.f_locals[name] for name in names}
     caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ''
-    return dict(entry=frame.f_code.co_name, config=os.path.abspath(caller) if os.path.isfile(caller) else '')
+    return dict({name: limit if limit and limit < UNBOUNDED else None for name, limit in limits.items()},
+                entry=frame.f_code.co_name, config=os.path.abspath(caller) if os.path.isfile(caller) else '')
 
 
 def source_of_checkpoint() -> str:
     """The option and the path of the checkpoint that DI-engine's learner or an entry is loading; nothing where another
     caller loads one."""
-    of_learner = _of_entry('engine', 'path', 'state_dict')
+    of_learner = _locals_of(LearnerHook.__module__, 'engine', 'path', 'state_dict')
     if of_learner:
         return f'{LOADED}={of_learner["path"]}'
-    of_entry = _of_entry('model_path', 'create_cfg')
+    of_entry = _locals_of(ENTRY_PACKAGE, 'model_path', 'create_cfg')
     return f'model_path={of_entry["model_path"]}' if of_entry else ''
 
 
@@ -173,25 +152,25 @@ def leaving_no_folder() -> Iterator[None]:
     try:
         yield
     except ConfigError:
-        frame = _frame_of_entry('cfg', 'create_cfg')
-        if frame is not None and frame.f_globals.get('__name__', '').startswith('lzero.entry.'):
-            folder = getattr(frame.f_locals.get('cfg'), 'exp_name', None)
-            if folder and os.path.isdir(folder) and set(os.listdir(folder)) <= CONFIG_FILES:
-                shutil.rmtree(folder, ignore_errors=True)
+        folder = getattr(_locals_of(ENTRY_PACKAGE, 'cfg', 'create_cfg').get('cfg'), 'exp_name', None)
+        if folder and os.path.isdir(folder) and set(os.listdir(folder)) <= CONFIG_FILES:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _of_entry(*names: str) -> Dict[str, Any]:
-    """Local variables of the entry that is running, by their names. LightZero hands them to no hook, so they are read
-    from the stack."""
-    frame = _frame_of_entry(*names)
+def _locals_of(module: str, *names: str) -> Dict[str, Any]:
+    """Local variables by their names, if :func:`_frame_of` finds them. LightZero hands them to no hook."""
+    frame = _frame_of(module, *names)
     return {} if frame is None else {name: frame.f_locals.get(name) for name in names}
 
 
-def _frame_of_entry(*names: str) -> Optional[FrameType]:
-    """The innermost frame whose function has these local variables."""
-    frames = (frame for frame, _ in traceback.walk_stack(sys._getframe()))
-    return next((frame for frame in frames if set(names) <= set(frame.f_code.co_varnames)), None)
+def _frame_of(module: str, *names: str) -> Optional[FrameType]:
+    """The innermost frame of a module, or of a package's, whose function has these local variables."""
+    for frame, _ in traceback.walk_stack(sys._getframe()):
+        of_module = f'{frame.f_globals.get("__name__")}.'.startswith(f'{module}.')
+        if of_module and set(names) <= set(frame.f_code.co_varnames):
+            return frame
+    return None
 
 
 class Seen:
@@ -224,18 +203,20 @@ class Seen:
 
 
 def read_events(folder: str) -> Seen:
-    """What the event files in a folder have; a script may log elsewhere."""
+    """What the event files in a folder have, with a warning for one that cannot be read; a script may log elsewhere."""
     seen = Seen()
     for path in event_files(folder):
-        for _, event in events(path):
-            seen.add(path, event)
+        try:
+            for _, event in readable_events(path):
+                seen.add(path, event)
+        except ConfigError as error:
+            logger.warning(str(error))
     return seen
 
 
 BEGIN_HOOK, PROGRESS_HOOK, SUMMARY_HOOK = 'kv_cache_folder', 'kv_cache_progress', 'kv_cache_summary'
-register_learner_hook(BEGIN_HOOK, BeginHook)
-register_learner_hook(PROGRESS_HOOK, ProgressHook)
-register_learner_hook(SUMMARY_HOOK, SummaryHook)
+for hook in (BEGIN_HOOK, PROGRESS_HOOK, SUMMARY_HOOK):
+    register_learner_hook(hook, RunHook)
 # By the key under which they stand in a policy's default config. DI-engine's own are at 20: one clears the losses, one
 # saves the last checkpoint.
 HOOKS = {

@@ -35,6 +35,19 @@ COMPARED = (
 )
 
 
+def manager_of(policy: Any) -> Any:
+    """What counts in the model of DI-engine's view on a policy; None if the model is not the plugin's."""
+    return getattr(policy.get_attribute('model').world_model, 'kv_cache_manager', None)
+
+
+def saved_config(engine: Any) -> Dict[str, Any]:
+    """The config that was saved in the folder of DI-engine's learner, which itself has that of its policy alone; parsed
+    once."""
+    if not hasattr(engine, 'kv_cache_config'):
+        engine.kv_cache_config = config_of(engine.exp_name)
+    return engine.kv_cache_config
+
+
 def summed_over_ranks(numbers: Dict[str, Any]) -> Dict[str, Any]:
     """Nested dicts with the sums of all ranks' numbers, and means of occupancies; all ranks must ask."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -71,8 +84,7 @@ class KVCacheStatsHook(LearnerHook):
     def __call__(self, engine: Any) -> None:
         """Write one point under every tag; ``engine`` is DI-engine's learner. Ranks without a logger write nothing."""
         policy, writer = engine.policy, engine.tb_logger
-        world_model = policy.get_attribute('model').world_model
-        manager = getattr(world_model, 'kv_cache_manager', None)
+        world_model, manager = policy.get_attribute('model').world_model, manager_of(policy)
         if manager is None:
             return
         timings = {name: vars(timing) for name, timing in world_model.timings.items()}
@@ -82,7 +94,7 @@ class KVCacheStatsHook(LearnerHook):
         if not self._introduced:
             self._introduced = True
             writer.add_custom_scalars(LAYOUT)
-            saved = config_of(engine.exp_name)
+            saved = saved_config(engine)
             known = dict(
                 world_model.hyperparameters, num_simulations=policy.get_attribute('cfg').num_simulations,
                 environment=saved.get('env.env_id', saved.get('env.type')), seed=saved.get('seed'))

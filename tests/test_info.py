@@ -146,7 +146,9 @@ def test_lightzeros_are_told_apart_by_what_they_have():
         def __init__(self):
             self.feed_forward = None
 
-    assert [adapter_of(block) for block in (Release, Main)] == ['lightzero_release', 'lightzero_main']
+    release, main = map(adapter_of, (Release, Main))
+    assert (release.NAME, main.NAME) == ('released 0.2.0', 'main branch')
+    assert {name for name in vars(type(main)) if name[0] != '_'} <= set(vars(type(release)))
     with pytest.raises(ImportError, match='no mlp and no feed_forward'):
         adapter_of(type('Other', (), {'__init__': lambda self: None}))
 

@@ -167,6 +167,13 @@ def test_only_the_host_names_attributes_of_lightzeros():
     assert found == [('run_hooks.py', '_max_episode_return')]  # of an entry's evaluator, as docs/patches.md says
 
 
+def test_a_training_does_not_know_how_the_cache_or_lightzeros_workers_work():
+    names = (r'policy\._', r'\.slab', 'page_capacity', '_output_log', 'log_buffer', 'sync_gradients', 'get_num_of_')
+    found = [(name_of(path), name) for path in FILES if top_of(path) == 'training' for name in names
+             if re.search(name, path.read_text(encoding='utf-8'))]
+    assert not found
+
+
 @pytest.mark.parametrize('room', ROOMS, ids=lambda room: room.name)
 def test_libraries(room):
     used = {library: name_of(path) for path in files_of(room) for library in sorted(libraries(path))}

@@ -4,19 +4,24 @@ import logging
 import os
 import re
 import traceback
+import types
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ding.worker.learner.learner_hook import build_learner_hook_by_cfg
+from easydict import EasyDict
 from event_runs import write_events
 from forks import in_forks
 from small_models import ON_MAIN
+from tensorboard.summary.writer.record_writer import RecordWriter
 from trainings import ITERATIONS, SMALL, WM, import_what_trainings_import, scalars, short_episodes, summary_of
 
 from lzero_kvcache import ConfigError, run_hooks
-from lzero_kvcache.lock_files import check_not_trained_in
-from lzero_kvcache.summary import Evaluation, read_progress, version_of
+from lzero_kvcache.lock_files import check_not_trained_in, training_in
+from lzero_kvcache.summary import Evaluation, read_progress, read_summary, version_of
+from lzero_kvcache.telemetry import HOOK_KEY
 from lzero_kvcache.training import make_plan
 
 LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
@@ -25,13 +30,9 @@ LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
 def keep_progress(write, result, phase):
     """Write it, and append it to a file, with whether the folder is held then."""
     write(result, phase)
-    try:
-        check_not_trained_in('run', 'run')
-        held = False
-    except ConfigError:
-        held = True
+    [held] = in_forks({'another': is_refused}).values()
     with open('written', 'a') as file:
-        file.write(json.dumps([read_progress('run'), held]) + '\n')
+        file.write(json.dumps([read_progress('run'), held is not None]) + '\n')
 
 
 def script(folder, new):
@@ -121,6 +122,60 @@ def test_an_entry_that_is_refused_says_one_error_and_leaves_no_folder(overrides,
     assert answered[1:] == [1, leaves]
 
 
+def a_learner():
+    """What the hooks see of DI-engine's learner."""
+    counted = dict(total=dict(queries=4, hits=1))
+    model = SimpleNamespace(world_model=SimpleNamespace(
+        kv_cache_manager=SimpleNamespace(counters=lambda: counted), lightzero_version='0'))
+    attributes = dict(model=model, cfg=EasyDict(device='cpu', model=dict(world_model_cfg={})))
+    return SimpleNamespace(
+        policy=SimpleNamespace(get_attribute=attributes.get), rank=0, world_size=1, exp_name='run',
+        collector_envstep=40, last_iter=SimpleNamespace(val=7), log_buffer=dict(scalar={}),
+        tb_logger=SimpleNamespace(flush=lambda: None))
+
+
+def the_hooks():
+    """By position, as a learner makes them of the default config."""
+    configs = {name: config for name, config in run_hooks.HOOKS.items() if name != HOOK_KEY}
+    return {position: hooks[0] for position, hooks in build_learner_hook_by_cfg(EasyDict(configs)).items() if hooks}
+
+
+def test_the_hooks_of_a_learner_tell_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir('run')
+    made, begun = [], run_hooks.begun
+    monkeypatch.setattr(run_hooks, 'begun', lambda *args, **known: made.append(begun(*args, **known)) or made[-1])
+    hooks, learner, told = the_hooks(), a_learner(), []
+    for position in ('before_run', 'after_iter', 'after_run'):
+        hooks[position](learner)
+        told.append([read_progress('run')[name] for name in ('phase', 'run_id', 'train_iter')])
+    assert told == [[phase, made[0].run_id, 7] for phase in ('start', 'train', 'end')]
+    assert len(made) == 1
+    assert read_summary('run').hit_rates == dict(total=0.25, init=None, recur=None)
+
+
+def is_refused():
+    try:
+        check_not_trained_in('run', 'run')
+    except ConfigError as error:
+        return str(error)
+
+
+def test_the_folder_of_a_training_that_failed_is_free_for_its_own_process(tmp_path, monkeypatch):
+    """A notebook keeps the traceback, and with it the learner."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir('run')
+    learners, begin = [a_learner() for _ in range(3)], the_hooks()['before_run']
+    for learner in learners:
+        begin(learner)
+        assert is_refused() is None
+    with training_in('run', 'run'):
+        refusal = f'run is being trained by process {os.getpid()}; wait for it, or end it'
+        assert is_refused() == refusal
+    begin(learners[0])
+    assert in_forks({'another': is_refused}) == {'another': refusal}
+
+
 def test_a_script_that_is_refused_keeps_its_own_folder(tmp_path):
     def script(cfg, create_cfg):
         with run_hooks.leaving_no_folder():
@@ -157,6 +212,26 @@ def test_an_evaluation_that_breaks_off_shifts_no_other(tmp_path):
         Evaluation(0, 0, 0.), Evaluation(50, 5, 5.), Evaluation(90, 9, 9.)]
 
 
+def test_what_is_no_event_file_is_told_of(tmp_path, caplog):
+    """The training has ended well, whatever a user keeps there."""
+    write_events(tmp_path, [(at, at, f'evaluator_{axis}/reward_mean', 4.) for axis, at in (('iter', 7), ('step', 70))])
+    (tmp_path / 'a folder of tfevents').mkdir()
+    (tmp_path / 'x.tfevents.txt').write_text('what is written here is no event')
+    with open(tmp_path / 'y.tfevents', 'wb') as file:
+        RecordWriter(file).write(b'no event')
+    assert run_hooks.read_events(str(tmp_path)).evaluations == [Evaluation(70, 7, 4.)]
+    assert [record.getMessage() for record in caplog.records if record.name == run_hooks.__name__] == [
+        f'{tmp_path}/a folder of tfevents cannot be read (Is a directory); move it away',
+        f'{tmp_path}/y.tfevents is no event file; move it away']
+
+
+def test_a_function_of_a_users_is_no_entry():
+    def script(max_env_step, max_train_iter, evaluator, reward):
+        return run_hooks.entry_that_trains(), run_hooks.rewards_of_entry()
+
+    assert script(300, 20, None, {'eval_episode_return': [4.]}) == ({}, {})
+
+
 def test_rewards_are_those_of_the_entrys_last_evaluation_and_of_its_best_one():
     returned = iter([[30., 50.], [10., 20.]])
 
@@ -167,5 +242,8 @@ def test_rewards_are_those_of_the_entrys_last_evaluation_and_of_its_best_one():
             said.append(run_hooks.rewards_of_entry())
         return said, reward
 
-    assert entry()[0] == [{}, dict(last_reward=40., best_reward=40.), dict(last_reward=15., best_reward=40.)]
+    of_lightzero = types.FunctionType(
+        entry.__code__, {**globals(), '__name__': 'lzero.entry.train_unizero'}, closure=entry.__closure__)
+    assert of_lightzero()[0] == [
+        {}, dict(last_reward=40., best_reward=40.), dict(last_reward=15., best_reward=40.)]
     assert run_hooks.rewards_of_entry() == {}

@@ -33,7 +33,7 @@ from trainings import (
 from trainings import train as main
 
 from lzero_kvcache import ConfigError, telemetry
-from lzero_kvcache.host import building, entries
+from lzero_kvcache.host import building, data_parallel, entries
 from lzero_kvcache.host.patches import applied
 from lzero_kvcache.summary import read_progress
 from lzero_kvcache.training import make_plan, runner
@@ -85,7 +85,7 @@ def test_alone_nothing_is_exchanged():
     assert alone.main
     assert alone.from_main(lambda: 'made') == 'made'
     original = ENTRY.calculate_update_per_collect
-    with applied(**alone.replacements()):
+    with applied(**data_parallel.replacements(alone)):
         assert ENTRY.calculate_update_per_collect is original
 
 
@@ -156,19 +156,20 @@ class TestAgreement:
 
     @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
     def test_at_the_end_of_a_collection(self, ranks, signum):
-        assert ranks._reduced(3, 'sum') == 3
-        assert isinstance(ranks._reduced(3, 'sum'), int)
-        assert ranks._reduced(1.5, 'avg') == 0.75
+        reduced = data_parallel.replacements(ranks)['allreduce'](None)
+        assert reduced(3, 'sum') == 3
+        assert isinstance(reduced(3, 'sum'), int)
+        assert reduced(1.5, 'avg') == 0.75
         ranks.in_collection()
         ranks.asked = signum
-        for leave in (ranks.in_collection, lambda: ranks._reduced(3, 'sum')):
+        for leave in (ranks.in_collection, lambda: reduced(3, 'sum')):
             with pytest.raises(Interrupted) as caught:
                 leave()
             assert (caught.value.signum, caught.value.agreed) == (signum, True)
 
     def test_after_an_evaluation(self, ranks):
         outcome = [True, {'eval_episode_return': 2.}]
-        ranks._broadcast(outcome, src=0)
+        ranks.broadcast(outcome, src=0)
         assert outcome == [True, {'eval_episode_return': 2.}]
         ranks.asked = signal.SIGTERM
         with pytest.raises(Interrupted, match='SIGTERM'):
@@ -193,7 +194,7 @@ class TestAgreement:
         segments = [range(7), range(4)], None
         config = EasyDict(policy=dict(update_per_collect=None, game_segment_length=5, replay_ratio=0.25))
         original = ENTRY.calculate_update_per_collect
-        with applied(**ranks.replacements()):
+        with applied(**data_parallel.replacements(ranks)):
             assert ENTRY.calculate_update_per_collect(config, segments, world_size=2) == 2
             config.policy.update_per_collect = 6
             assert ENTRY.calculate_update_per_collect(config, segments, world_size=2) == 6
@@ -201,7 +202,7 @@ class TestAgreement:
 
     def test_a_buffer_counts_as_the_emptiest_does(self, ranks):
         buffer = types.SimpleNamespace(get_num_of_transitions=lambda: 9, get_num_of_game_segments=lambda: 2, size=4)
-        common = ranks._counted(lambda config: buffer)('config')
+        common = data_parallel.replacements(ranks)['buffers'](lambda config: buffer)('config')
         assert (common.get_num_of_transitions(), common.get_num_of_game_segments(), common.size) == (9, 2, 4)
 
 

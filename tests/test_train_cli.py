@@ -39,6 +39,7 @@ from lzero_kvcache.cli import commands
 from lzero_kvcache.host import building
 from lzero_kvcache.host.policies import UniZeroPolicy
 from lzero_kvcache.host.states import fault_of_state
+from lzero_kvcache.host.watched import restore
 from lzero_kvcache.lock_files import check_not_trained_in, training_in
 from lzero_kvcache.run_hooks import read_events
 from lzero_kvcache.summary import (
@@ -54,6 +55,7 @@ from lzero_kvcache.summary import (
 from lzero_kvcache.training import Plan, make_plan
 from lzero_kvcache.training.checkpoints import STATE, Checkpoint, is_abandoned, read_checkpoint, save_atomically
 from lzero_kvcache.training.error_hints import hint
+from lzero_kvcache.training.past import Past
 from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache.training.runner import Interrupted, _Training, claim_folder, remove_empty
 from lzero_kvcache.training.terminal import Output
@@ -199,7 +201,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     running, flushed = a_watch(keep_checkpoints=2), []
     writer = SimpleNamespace(flush=lambda: flushed.append(len(os.listdir(tmp_path))))
     running.learner = SimpleNamespace(tb_logger=writer)
-    save = running._saved(None)
+    save = running.save
     for name, iteration in (('iteration_0', 0), ('ckpt_best', 0), ('iteration_9', 9), ('iteration_10', 10),
                             ('iteration_100', 100)):
         save(str(tmp_path / f'{name}.pth.tar'), {**dict.fromkeys(STATE, {}), 'last_iter': iteration})
@@ -597,8 +599,8 @@ def test_a_training_in_place_replaces_only_what_it_betters_and_is_evaluated_at_i
     running.collector = SimpleNamespace(envstep=50)
     running.evaluator = SimpleNamespace(_max_episode_return=float('-inf'),
                                         eval=lambda *arguments: evaluations.append(arguments))
-    running.checkpoint, running.best_reward = Checkpoint({}, 5, 50), best
-    running.restore()
+    running.checkpoint, running.past = Checkpoint({}, 5, 50), Past(best_reward=best)
+    restore(running)
     assert running.evaluator._max_episode_return == (float('-inf') if best is None else best)
     assert running.checkpoint is None  # as large as the model and its optimizer, for as long as the training lasts
     running.evaluate_last()
@@ -648,10 +650,10 @@ def test_a_checkpoint_is_not_saved_anew_where_a_run_goes_on_from_it(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     running = a_watch()
     running.learner = SimpleNamespace(tb_logger=SimpleNamespace(flush=lambda: None))
-    save = running._saved(None)
+    save = running.save
     for name in ('iteration_5', 'ckpt_best'):
         save(f'./{name}.pth.tar', dict(last_iter=5, weights=1))
-        running.goes_on_from = str(tmp_path / f'{name}.pth.tar'), 5
+        running.past = Past((str(tmp_path / f'{name}.pth.tar'), 5))
         save(f'./{name}.pth.tar', dict(last_iter=5, weights=2))
         assert torch.load(f'{name}.pth.tar')['weights'] == 1
         save(f'./{name}.pth.tar', dict(last_iter=6, weights=3))
@@ -765,26 +767,26 @@ def test_what_came_after_the_checkpoint_adds_nothing(ended, seconds, tmp_path, m
     """Neither time nor counts; its best reward stays what a better one must surpass."""
     run = a_run_in_place(tmp_path, monkeypatch, ended=ended, noted=noted(12., best_reward=15.))
     run._make_folder()
-    assert run._before.seconds == seconds
+    assert run.watch.past.result.seconds == seconds
     assert (run.result.env_step, run.result.collected_env_step) == (50, 50)
-    assert run.watch.best_reward == (15. if ended is None else 20.)
+    assert run.watch.past.best_reward == (15. if ended is None else 20.)
     run.watch.terminal, run.watch.on_change = SimpleNamespace(line=print), lambda: None
     run.watch.evaluated(Evaluation(60, 6, 10.))
-    assert run.result.best_reward == run._before.best_reward  # as the bar shows it, and in the end the summary
+    assert run.result.best_reward == run.watch.past.result.best_reward  # as the bar and the summary say
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_note(tmp_path, monkeypatch):
     run = a_run_in_place(tmp_path, monkeypatch, ended=Result(130, 'train', 'new', 0, seconds=99., train_iter=9))
     run._make_folder()
-    assert run._before is None
+    assert run.watch.past.result is None
 
 
 @pytest.mark.parametrize('other', [dict(train_iter=9), dict(env_step=90)])
 def test_a_note_of_another_state_is_not_that_of_the_checkpoint(other, tmp_path, monkeypatch):
     run = a_run_in_place(tmp_path, monkeypatch, noted=replace(noted(30., best_reward=7.), **other))
     run._make_folder()
-    assert run._before is None and run.result.best_reward is None
-    assert run.watch.best_reward == 7.
+    assert run.watch.past.result is None and run.result.best_reward is None
+    assert run.watch.past.best_reward == 7.
     assert run.terminal.shown == [
         'Nothing says what this training had taken at its checkpoint: summary.json will have the time, the counts and '
         'the evaluations from here on']
@@ -797,7 +799,7 @@ def test_the_best_checkpoint_of_lightzeros_own_entry_is_replaced_by_a_better_one
             ((0, 0), 5.), ((40, 3), 41.), ((90, 9), 60.)]) for kind, step in zip(('step', 'iter'), at)])
     run = a_run_in_place(tmp_path, monkeypatch)
     run._make_folder()
-    assert run.watch.best_reward == 60.
+    assert run.watch.past.best_reward == 60.
 
 
 @pytest.mark.parametrize('before', [20, 50])
@@ -807,9 +809,9 @@ def test_an_evaluation_that_nobody_noted_comes_again_if_it_may_come_after_the_ch
         (0, at, f'evaluator_{axis}/reward_mean', 9.) for axis, at in (('iter', 5), ('step', before))])
     run = a_run_in_place(tmp_path, monkeypatch, noted=noted(9.))
     run._make_folder()
-    assert run.watch.evaluated_at == (5 if before == 20 else None)
+    assert run.watch.past.evaluated_at == (5 if before == 20 else None)
     assert len(read_events('runs/a/log/serial').evaluations) == (before == 20)
-    assert run.watch.best_reward == 9.
+    assert run.watch.past.best_reward == 9.
 
 
 def test_nothing_goes_on_from_what_was_abandoned(capfd, tmp_path, monkeypatch):

@@ -1,32 +1,24 @@
 """Which LightZero is installed, told by what it has: ``lightzero`` is its adapter, with everything that differs between
 versions."""
-from typing import Any
-
 from lzero.model.unizero_world_models.transformer import Block
 
 from ..summary import version_of
-
-ADAPTERS = {'mlp': 'lightzero_release', 'feed_forward': 'lightzero_main'}
-"""By what the MLP of a transformer's block is called, since the version number is the same."""
+from .adapter import Adapter
 
 
-def adapter_of(block: type) -> str:
-    """The adapter for a LightZero with such blocks."""
+def adapter_of(block: type) -> Adapter:
+    """The adapter for a LightZero with such blocks. The name of their MLP tells, since the version number is the
+    same."""
     names = block.__init__.__code__.co_names  # type: ignore[misc]
-    for name, adapter in ADAPTERS.items():
-        if name in names:
-            return adapter
-    raise ImportError(f'this LightZero is neither its release 0.2.0 nor its main branch: its blocks have no '
-                      f'{" and no ".join(ADAPTERS)}; pip install LightZero==0.2.0')
+    if Adapter.MLP in names:
+        return Adapter()
+    if 'feed_forward' in names:
+        from .lightzero_main import MainBranch
+        return MainBranch()
+    raise ImportError('this LightZero is neither its release 0.2.0 nor its main branch: its blocks have no mlp and no '
+                      'feed_forward; pip install LightZero==0.2.0')
 
 
-lightzero: Any
-if adapter_of(Block) == 'lightzero_main':
-    from . import lightzero_main
-    lightzero = lightzero_main
-else:
-    from . import lightzero_release
-    lightzero = lightzero_release
-
-VERSION: str = version_of('LightZero') + lightzero.BESIDE_VERSION
+lightzero = adapter_of(Block)
+VERSION = version_of('LightZero') + lightzero.BESIDE_VERSION
 """What runs say that they were made with."""

@@ -1,6 +1,6 @@
 """
 Everything outside of this package that a training replaces for a time: of LightZero, of DI-engine and of the process.
-What is not in ``TABLE`` cannot be replaced.
+``applied`` and ``with_globals`` replace what is in ``TABLE`` alone; docs/patches.md says what others do beside it.
 """
 import contextlib
 import importlib

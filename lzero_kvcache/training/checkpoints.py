@@ -6,8 +6,7 @@ import contextlib
 import glob
 import os
 import re
-from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
 import torch
 
@@ -20,8 +19,7 @@ ABANDONED = 'abandoned'  # in what is noted beside a checkpoint
 STATE = ('model', 'target_model', 'optimizer_world_model')
 
 
-@dataclass
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """Where a training stood: the policy's state, and the counts that DI-engine's learner saves beside it."""
     state: Dict[str, Any]
     train_iter: int

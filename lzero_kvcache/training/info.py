@@ -10,7 +10,7 @@ from easydict import EasyDict
 
 from lzero_kvcache_options import lightzero_configs, our_configs
 
-from ..config import KV_CACHE_CFG, LIGHTZERO, MIB, OPTIONS, ConfigError, unread_options
+from ..config import KV_CACHE_CFG, LIGHTZERO, OPTIONS, ConfigError, unread_options
 from ..engine.backends import picked
 from ..host import building
 from ..host.lightzero import lightzero
@@ -46,9 +46,8 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
     configs = plan.main_config, plan.create_config
     device = str(plan.main_config.policy.model.world_model_cfg.device)
     options = check_config(*configs)
-    policy = building.build_policy(*configs)
-    model = policy._model.world_model
-    manager, sizes = model.kv_cache_manager, model.hyperparameters
+    cache = building.cache_of(*configs)
+    sizes = cache.sizes
     systems = {'old': 'old', LIGHTZERO: "LightZero's own new manager"}
     rows = [
         ('policy', str(plan.create_config.policy.type)),
@@ -58,10 +57,10 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
         ('recurrent pool', f'{sizes["recurrent_pool_size"]:,} contexts'),
         ('working batch', f'{sizes["env_num"]} contexts'),
         ('context', f'{sizes["context_length"]} tokens'),
-        ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB'),
+        ('memory now', f'{cache.memory_mb:,.2f} MiB'),
     ]
     if options.system != 'new':
-        rows.append(('memory at the most', _at_most(manager)))
+        rows.append(('memory at the most', _at_most(cache)))
         if options.system == 'old':
             refused = _refused_with_the_flag_on(*configs)
             rows += [('with the flag on', f'refused: {refused}')] if refused else []
@@ -69,15 +68,14 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
             unread = unread_options(plan.main_config.policy.model.world_model_cfg)
             rows += [('not read', unread)] if unread else []
         return {'cache': rows}
-    slab, pages, evaluated = manager.store.slab, manager.page_capacity, policy._cfg.evaluator_env_num
     rows += [
-        ('search', _search(options.search, model.why_not_whole(), device)),
+        ('search', _search(options.search, cache.why_not_whole, device)),
         ('backend', picked(options.backend, torch.device(device))),
-        ('of evaluation', f'{evaluated} x {options.init_pool_size} contexts'),
-        ('newest roots', f'{options.env_num} + {evaluated} contexts'),
-        ('pages', f'{pages:,} of {slab.page_bytes:,} bytes, {options.dtype}'),
-        ('pages of a context', f'{manager.width} at the most'),
-        ('memory of pages', f'{pages * slab.page_bytes / MIB:,.2f} MiB'),
+        ('of evaluation', f'{cache.evaluated} x {options.init_pool_size} contexts'),
+        ('newest roots', f'{options.env_num} + {cache.evaluated} contexts'),
+        ('pages', f'{cache.pages:,} of {cache.page_bytes:,} bytes, {options.dtype}'),
+        ('pages of a context', f'{cache.pages_of_context} at the most'),
+        ('memory of pages', f'{cache.full_memory_mb:,.2f} MiB'),
         ('memory of the old system', _of_the_old_system(plan)),
     ]
     read = [(key, repr(getattr(options, key)), option.meaning) for key, option in KV_CACHE_CFG.items()]
@@ -98,7 +96,7 @@ def _of_the_old_system(plan: Plan) -> str:
     set_cache('old', *configs)
     try:
         check_limits(leaves(building.completed(*configs)), plan.entry)
-        return _at_most(building.build_policy(*configs)._model.world_model.kv_cache_manager)
+        return _at_most(building.cache_of(*configs))
     except ConfigError as error:
         return f'refused: {error}'
 

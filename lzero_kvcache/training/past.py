@@ -4,7 +4,7 @@ nothing, and its points, summary and progress are removed.
 """
 import contextlib
 import os
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Tuple
 
 from ..run_files import EVENT_FILES, PROGRESS, SUMMARY, Record, purge
 from ..run_hooks import Seen
@@ -13,12 +13,12 @@ from .checkpoints import abandon_later, beside
 
 
 class Past(NamedTuple):
-    """The training at its checkpoint, if anything says what it was; its id, if it has one; the best reward, of what is
-    abandoned too; the checkpoint's iteration, if it was evaluated there."""
-    result: Optional[Result]
-    run_id: Optional[str]
-    best_reward: Optional[float]
-    evaluated_at: Optional[int]
+    """What a training goes on from in place, as far as that is known; all None where it begins."""
+    checkpoint: Optional[Tuple[str, int]] = None  # its path and its iteration
+    result: Optional[Result] = None  # as it was at the checkpoint
+    run_id: Optional[str] = None
+    best_reward: Optional[float] = None  # of what is abandoned, too
+    evaluated_at: Optional[int] = None  # the checkpoint's iteration, if it was evaluated there
 
 
 def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str], None]) -> Past:
@@ -47,4 +47,4 @@ def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str]
     rewards = [part.best_reward for part in (ended, noted) if part and part.best_reward is not None]
     best = max([*rewards, *(held.reward for held in seen.evaluations)], default=None)
     run_id = before.run_id if before else record.summary.get('run_id')
-    return Past(before, run_id, best, at if evaluated else None)
+    return Past((os.path.realpath(path), at), before, run_id, best, at if evaluated else None)

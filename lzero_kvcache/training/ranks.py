@@ -1,19 +1,16 @@
 """
-Data-parallel training under ``torchrun``, through LightZero's own multi-GPU path: NCCL on GPUs, gloo on CPUs. Of that
-path, what needs GPUs or lets processes part is replaced during a run.
+Data-parallel training under ``torchrun``, through LightZero's own multi-GPU path: NCCL on GPUs, gloo on CPUs.
 """
 import contextlib
-import logging
 import signal
-from types import SimpleNamespace
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, List, Optional
 
 import torch
 import torch.distributed as dist
 from easydict import EasyDict
 
 from ..config import ConfigError
-from ..host import entries
+from ..host import data_parallel
 
 SHARED_OUT = ('batch_size', 'n_episode', 'num_segments')
 # If both were sent, the first counts.
@@ -40,17 +37,9 @@ class DataParallel:
 
     def __init__(self, rank: int = 0, size: int = 1, on_this_machine: int = 1) -> None:
         self.rank, self.size, self._on_this_machine = rank, size, on_this_machine
+        self.main, self.several = rank == 0, size > 1  # the main rank speaks and writes
         self.asked: Optional[int] = None
-        self._device = torch.device('cpu')
-
-    @property
-    def main(self) -> bool:
-        """Whether this is the rank that speaks and writes."""
-        return self.rank == 0
-
-    @property
-    def several(self) -> bool:
-        return self.size > 1
+        self.device = torch.device('cpu')
 
     def join(self, device: str) -> None:
         """Meet the other ranks."""
@@ -65,8 +54,8 @@ class DataParallel:
                 f'{self._on_this_machine} processes need as many GPUs, and there are {gpus}: '
                 f'torchrun --nproc_per_node={gpus}, or --device cpu'
             )
-        entries.join_gpus()
-        self._device = torch.device('cuda', torch.cuda.current_device())
+        data_parallel.join_gpus()
+        self.device = torch.device('cuda', torch.cuda.current_device())
 
     def part(self) -> None:
         """Wait for all ranks, since torchrun ends the others as soon as one exits with an error, and leave."""
@@ -99,25 +88,25 @@ class DataParallel:
     def in_collection(self) -> None:
         """Leave a collection if an interrupt was asked for; the others learn of it at the end of theirs."""
         if self.asked is not None:
-            self._sum(0.0)
+            self.sum(0.0)
 
     def collected(self, before: int, after: int) -> int:
         """The environment steps of all ranks, by those of this one before and after a collection."""
-        return before + round(self._sum(after - before))
+        return before + round(self.sum(after - before))
 
     def in_evaluation(self) -> None:
         """Leave an evaluation if an interrupt was asked for; the others wait for its outcome."""
         if self.asked is not None:
-            self._broadcast([False, None], src=0)
+            self.broadcast([False, None], src=0)
 
     def after_update(self) -> None:
         """Learn whether an interrupt was asked for. All ranks have just exchanged the gradients of this update."""
-        self._sum(0.0)
+        self.sum(0.0)
 
-    def _sum(self, number: float) -> float:
+    def sum(self, number: float) -> float:
         """The sum of all ranks' numbers; raises on all of them if an interrupt was asked for on any."""
         asked = [float(self.asked == signum) for signum in ENDING]
-        numbers = torch.tensor([number, *asked], dtype=torch.float64, device=self._device)
+        numbers = torch.tensor([number, *asked], dtype=torch.float64, device=self.device)
         if self.several:
             dist.all_reduce(numbers)
         total, *flags = numbers.tolist()
@@ -126,20 +115,20 @@ class DataParallel:
                 raise Interrupted(signum, agreed=True)
         return total
 
-    def _least(self, number: int) -> int:
-        least = torch.tensor([number], device=self._device)
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        least = torch.tensor([number], device=self.device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         return int(least.item())
 
-    def _broadcast(self, objects: List[Any], src: int) -> None:
+    def broadcast(self, objects: List[Any], src: int) -> None:
+        """Take over one rank's objects, in place; raises on all of them if an interrupt was asked for there."""
         told = [*objects, self.asked]
         if self.several:
             dist.broadcast_object_list(told, src=src)
         *objects[:], asked = told
         if asked is not None:
             raise Interrupted(asked, agreed=True)
-
-    # ---- LightZero -------------------------------------------------------------------------------------------------
 
     def share_out(self, main_config: EasyDict, defaults: EasyDict, entry: str) -> None:
         """
@@ -156,7 +145,7 @@ class DataParallel:
         for key in SHARED_OUT:
             if defaults.policy.get(key) is not None:
                 policy[key] = defaults.policy[key]
-        entries.divide_among_ranks(main_config)
+        data_parallel.divide(main_config)
         collected = policy['num_segments' if 'segment' in entry else 'n_episode']
         environments = min(defaults.env.collector_env_num, collected)
         _check_segments(entry, collected, environments, ' in each process')
@@ -166,42 +155,6 @@ class DataParallel:
         if not self.main:
             policy.use_wandb = False
 
-    def replacements(self) -> Dict[str, Callable[[Any], Any]]:
-        """What ``applied`` replaces so that LightZero's multi-GPU path works, on CPUs too."""
-        if not self.several:
-            return {}
-        replacements: Dict[str, Callable[[Any], Any]] = dict(
-            allreduce=lambda original: self._reduced, broadcast=lambda original: self._broadcast,
-            buffers=self._counted, gradients=_synchronize_given, hook_rank=lambda original: lambda: self._device,
-        )
-        if self._device.type == 'cpu':
-            replacements['updates'] = self._updates
-        if not self.main:
-            replacements['loggers'] = lambda original: self._build_logger
-        return replacements
-
-    def _reduced(self, number: Any, op: str) -> Any:
-        total = self._sum(float(number)) / (self.size if op == 'avg' else 1)
-        return round(total) if isinstance(number, int) and op == 'sum' else total
-
-    def _updates(self, original: Callable[..., int]) -> Callable[..., int]:
-
-        def updates(cfg: EasyDict, new_data: Any, world_size: int = 1) -> int:
-            if cfg.policy.update_per_collect is not None:
-                return original(cfg, new_data)
-            policy = dict(
-                update_per_collect=None, game_segment_length=cfg.policy.game_segment_length, replay_ratio=1
-            )
-            return int(self._sum(original(EasyDict(policy=policy), new_data)) * cfg.policy.replay_ratio)
-
-        return updates
-
-    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: _CommonBuffer(original(*args, **kwargs), self._least)
-
-    def _build_logger(self, path: str, name: Optional[str] = None, *args: Any, **kwargs: Any) -> Tuple[Any, None]:
-        return logging.getLogger(f'rank{self.rank}.{name}'), None
-
 
 def _check_segments(entry: str, segments: int, environments: int, of_each: str = '') -> None:
     """The collector of segments has one for each environment of its process, or stops by an assertion."""
@@ -209,32 +162,3 @@ def _check_segments(entry: str, segments: int, environments: int, of_each: str =
         raise ConfigError(
             f'policy.num_segments={segments} contradicts env.collector_env_num={environments}{of_each}: it must be the '
             'same')
-
-
-def _synchronize_given(original: Callable[..., None]) -> Callable[..., None]:
-
-    def synchronize(policy: Any, model: torch.nn.Module) -> None:
-        given = [(name, parameter) for name, parameter in model.named_parameters() if parameter.grad is not None]
-        original(policy, SimpleNamespace(named_parameters=lambda: given))
-
-    return synchronize
-
-
-class _CommonBuffer:
-    """A replay buffer that reports the smallest count of all ranks."""
-
-    def __init__(self, buffer: Any, least: Callable[[int], int]) -> None:
-        self._buffer = buffer
-        self._least = least
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._buffer, name)
-
-    def __repr__(self) -> str:
-        return repr(self._buffer)
-
-    def get_num_of_transitions(self) -> int:
-        return self._least(self._buffer.get_num_of_transitions())
-
-    def get_num_of_game_segments(self) -> int:
-        return self._least(self._buffer.get_num_of_game_segments())

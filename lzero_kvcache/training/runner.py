@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..config import ConfigError, picked_manager
-from ..host import building, entries
+from ..host import building, entries, watched
 from ..host.lightzero import VERSION
 from ..host.patches import applied
 from ..lock_files import check_not_trained_in, training_in
@@ -101,7 +101,6 @@ class _Training:
         self._next_refresh = 0.0
         self._first_collected = 0
         self._bar: Bar
-        self._before: Optional[Result] = None  # what a training in place goes on from
 
     def run(self) -> Result:
         try:
@@ -237,13 +236,11 @@ class _Training:
 
     def _take_up(self, folder: str) -> None:
         """Go on from what the training was at its checkpoint."""
-        path, result, watch = str(self.plan.checkpoint), self.result, self.watch
-        past = self.ranks.from_main(
+        path, result = str(self.plan.checkpoint), self.result
+        past = self.watch.past = self.ranks.from_main(
             lambda: take_up(folder, path, result.train_iter, result.env_step, self.terminal.line))
-        watch.goes_on_from = os.path.realpath(path), result.train_iter
-        watch.best_reward, watch.evaluated_at, self._before = past.best_reward, past.evaluated_at, past.result
-        if self._before is not None:
-            result.best_reward = self._before.best_reward
+        if past.result is not None:
+            result.best_reward = past.result.best_reward
         if past.run_id is not None:
             result.run_id = past.run_id
 
@@ -271,9 +268,9 @@ class _Training:
         plan = self.plan
         configs = (plan.main_config, plan.create_config)
         if plan.task == EVALUATE:
-            self.watch.evaluate(configs, plan.seed)
+            watched.evaluate(self.watch, configs, plan.seed)
             return 'done'
-        with self.watch.watching():
+        with watched.watching(self.watch):
             entries.run_entry(
                 plan.entry, configs, model_path=plan.main_config.policy.get('model_path'),
                 seed=self.ranks.seed(plan.seed, plan.main_config.env.get('collector_env_num', 0)),
@@ -335,4 +332,5 @@ class _Training:
 
     def _whole(self, result: Result) -> Result:
         """That of all of the training, where this run went on in place: whatever is shown or written is of all."""
-        return result if self._before is None else add_up(self._before, result)
+        before = self.watch.past.result
+        return result if before is None else add_up(before, result)
