@@ -13,6 +13,8 @@ import numpy as np
 from ..config import ConfigError
 from ..run_files import (
     CONFIG_FILE,
+    DONE,
+    EVALUATE,
     EVENT_FILE,
     EVENT_FILES,
     EXPERIMENT,
@@ -25,7 +27,6 @@ from .event_files import ITERATIONS, REWARD, EventFile, Span, Unreadable
 
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
 
-WORLD_MODEL = 'policy.model.world_model_cfg.'
 OLD = 'old'
 # What an experiment appends to the name of a run that was cut off before its first checkpoint.
 CUT_OFF = re.compile(r'_cut_off\d+$')
@@ -83,7 +84,7 @@ class TrainedRun(Record):
     @property
     def outcome(self) -> str:
         """How it ended, as far as that is known."""
-        return str(self.summary.get('outcome', 'done'))
+        return str(self.summary.get('outcome', DONE))
 
     @property
     def host(self) -> Optional[str]:
@@ -203,7 +204,7 @@ def read_run(run: TrainedRun) -> None:
     if CUT_OFF.search(run.name) and os.path.exists(os.path.join(os.path.dirname(run.folder), EXPERIMENT)):
         raise Unreadable('its experiment began it anew')
     run.read()
-    if run.from_summary('task') == 'evaluate':
+    if run.from_summary('task') == EVALUATE:
         raise Unreadable('it evaluated a checkpoint and trained nothing')
     _read_events(run)
 
