@@ -156,6 +156,7 @@ def fake(tmp_path, monkeypatch):
         return [json.loads(line) for line in lines]
 
     do()
+    (tmp_path / 'e').mkdir()
     return SimpleNamespace(do=do, begun=begun, compared=compared, folder=str(tmp_path / 'e'))
 
 

@@ -136,7 +136,8 @@ TRAIN = [
                               for none in (-0.25, 0)]),
         (['policy.game_segment_length=9', 'policy.ignore_done=True'],
          'policy.game_segment_length=9 contradicts policy.num_unroll_steps=5 and '
-         "policy.td_steps=5 (LightZero's default) and policy.ignore_done=True and policy.use_priority=False (LightZero's default) and "
+         "policy.td_steps=5 (LightZero's default) and policy.ignore_done=True and "
+         "policy.use_priority=False (LightZero's default) and "
          "policy.sample_type='transition' (LightZero's default): it must be at least the sum of the first two"),
         *(([f'{key}=3'], f"there is no key '{key}'{nearest}") for key, nearest in (
             ('activation', " ('+activation"), ('env_manager.type', "; did you mean 'create_config.env_manager.type'?"),
