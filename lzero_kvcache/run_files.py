@@ -37,6 +37,12 @@ EVALUATIONS = ('evaluator_iter/', 'evaluator_step/')
 COLLECTIONS = ('collector_iter/', 'collector_step/')
 # The pools whose look-ups are counted.
 POOLS = 'init', 'recur', 'total'
+# What values of a summary are, where it has them: lists of some kind, or of one of several kinds.
+LISTS = {'resumed_at': int, 'earlier': dict, 'overrides': str, 'evaluations': dict}
+KINDS: Dict[str, Tuple[type, ...]] = {
+    'outcome': (str, ), 'run_id': (str, ), 'cache': (str, type(None)),
+    'max_env_step': (int, type(None)), 'max_train_iter': (int, type(None)),
+}
 # In an event file, a record is its length, a checksum of it, the event, and a checksum of that.
 RECORD_FRAME = 8 + 4 + 4
 
@@ -77,14 +83,16 @@ class Record:
 
 
 def _checked(summary: Dict[str, Any]) -> Dict[str, Any]:
-    """A summary whose lists are lists of what they hold; ``ValueError`` for any other."""
-    for name, kind in (('resumed_at', int), ('earlier', dict)):
+    """A summary whose values are of their kinds; ``ValueError`` for any other."""
+    for name, kind in LISTS.items():
         held = summary.get(name) or []
         if not isinstance(held, list) or not all(isinstance(part, kind) for part in held):
             raise ValueError(f'{name} is {held!r}')
-    for name in ('outcome', 'run_id'):
-        if not isinstance(summary.get(name, ''), str):
+    for name, kinds in KINDS.items():
+        if not isinstance(summary.get(name, kinds[0]()), kinds):
             raise ValueError(f'{name} is {summary[name]!r}')
+    for part in summary.get('earlier') or []:
+        _checked(part)
     return summary
 
 
@@ -193,7 +201,10 @@ def write_json(path: str, content: Any) -> None:
 def read_json(path: str) -> Dict[str, Any]:
     """The object in a file; ``ValueError`` if there is none."""
     with open(path, encoding='utf-8') as file:
-        content = json.load(file)
+        try:
+            content = json.load(file)
+        except RecursionError as error:
+            raise ValueError(str(error)) from error
     if not isinstance(content, dict):
         raise ValueError('it holds no object')
     return content
@@ -233,7 +244,7 @@ def cache_of(config: Dict[str, Any]) -> Optional[str]:
     """The cache system that a saved config picks: 'old', 'new' or the name of a registered manager; None if there is no
     config."""
     flag, manager = (config.get(f'{PREFIX}.{key}') for key in (FLAG, f'{OPTIONS}.type'))
-    return picked_manager({FLAG: flag, OPTIONS: {'type': manager}}) if config else None
+    return str(picked_manager({FLAG: flag, OPTIONS: {'type': manager}})) if config else None
 
 
 def _flattened(node: ast.Dict, prefix: str, source: str) -> Iterator[Tuple[str, Any]]:

@@ -51,11 +51,18 @@ class TestReading:
 
     @pytest.mark.parametrize('odd', [
         dict(resumed_at=['a']), dict(resumed_at=5), dict(earlier=[None]), dict(earlier={'a': 1}), dict(outcome=None),
-        dict(run_id=7)])
+        dict(run_id=7), dict(overrides=3), dict(earlier=[dict(overrides=[1])]), dict(evaluations=7),
+        dict(max_env_step='a')])
     def test_an_odd_summary_is_told_of(self, odd, tmp_path):
         folder = Path(write_run(tmp_path / 'new_s0', new=True))
         (folder / 'summary.json').write_text(json.dumps(odd))
         assert re.match(r'summary.json cannot be parsed \(\w+ is .*\)', read(str(folder))[0].notes[0])
+        assert compared(*pair(tmp_path / 'pair'), str(folder))
+
+    @pytest.mark.parametrize('text', ['[' * 100_000, '{"seconds": 1' + '0' * 400 + '}'])
+    def test_no_summary_keeps_a_run_from_being_compared(self, text, tmp_path):
+        folder = Path(write_run(tmp_path / 'new_s0', new=True))
+        (folder / 'summary.json').write_text(text)
         assert compared(*pair(tmp_path / 'pair'), str(folder))
 
     def test_several_files_of_one_run(self, tmp_path):

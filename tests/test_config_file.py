@@ -128,6 +128,7 @@ def test_the_entry_may_be_the_function_itself(write):
     (dict(rest='main_config = 3'), 'mine.py: main_config=3 must be a dict'),
     (dict(rest='del main_config["policy"]'), 'main_config.policy=None must be a dict'),
     (dict(rest='main_config["policy"]["model"] = dict()'), 'world_model_cfg=None must be a dict'),
+    (dict(rest='main_config["policy"][3] = 4'), 'mine.py: .* must be string'),
     (dict(rest='import surely_not_here'), "mine.py:7: there is no module 'surely_not_here': put its .* PYTHONPATH"),
     (dict(rest='1 / 0'), 'mine.py:7: ZeroDivisionError'),
     (dict(rest='def ('), 'mine.py:7: SyntaxError'),

@@ -78,6 +78,14 @@ TRAIN = [
     (['--config', 'config_new', '--set', f'{WM}.device=tpu'], f"{WM}.device='tpu' is none of torch's"),
     (['--config', 'config_new', '--set', '+policy.batch_size.x=3'], 'policy.batch_size is 64, which holds no keys'),
     (['--config', 'config_new', '--set', '+policy.model=3'], 'policy.model holds'),
+    (['--config', 'config_new', '--set', '+new=1', '+new.sub=2'], '--set +new.sub=2: new is 1, which holds no keys'),
+    *((['--config', 'config_new', '--set', f'{path}=3'], f'--set {path}=3: write KEY=VALUE')
+      for path in ('+policy..x', 'policy.', '.')),
+    (['--config', 'config_new', '--set', 'create_config.env.import_names=None'],
+     'create_config.env.import_names=None must be a list of names of modules'),
+    *((['--config', 'config_new', '--set', f'policy.model.{key}={wrong}'],
+       f'policy.model.{key}={wrong} must be a whole number above 0')
+      for key, wrong in (('action_space_size', 0), ('observation_shape', None), ('observation_shape', [0, 4]))),
     *((['--config', config, '--set', *changes], message) for config in ('config_old', 'config_new')
       for changes, message in [
         (['policy.model.action_space_size=60', f'{WM}.action_space_size=6'],
@@ -232,7 +240,8 @@ def test_numbers_of_continuous_actions(name, number, own, cache):
 
 @pytest.mark.parametrize('arguments', [['train'], ['train', '--cache', 'new'], ['info']], ids=' '.join)
 @pytest.mark.parametrize('key', [
-    'main_config.policy.replay_buffer_size', 'create_config.env.type', 'create_config.env_manager.type'])
+    'main_config.policy.replay_buffer_size', 'main_config.env.collector_env_num', 'main_config.env.evaluator_env_num',
+    'create_config.env.type', 'create_config.env_manager.type'])
 def test_a_key_without_a_default_is_asked_for(key, arguments, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     part, name = key.rsplit('.', 1)
@@ -244,6 +253,19 @@ def test_a_key_without_a_default_is_asked_for(key, arguments, capfd, tmp_path, m
     error = capfd.readouterr().err
     assert f'{key.replace("main_config.", "")} is missing: ' in error
     assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize('key', ['policy.learn', 'policy.learn.learner', 'policy.eps', 'env.manager'])
+def test_a_dict_is_asked_for_where_lightzero_reads_one(key, tmp_path):
+    """A file may say anything; --set is held to what is there."""
+    *above, last = key.split('.')
+    node = 'main_config' + ''.join(f'[{part!r}]' for part in above)
+    (tmp_path / 'mine.py').write_text(
+        'import copy\nfrom zoo.classic_control.cartpole.config import cartpole_unizero_config as theirs\n'
+        'main_config, create_config = copy.deepcopy(theirs.main_config), copy.deepcopy(theirs.create_config)\n'
+        f"main_config['policy'].setdefault('learn', {{}})\n{node}[{last!r}] = None\n")
+    with pytest.raises(ConfigError, match=f'^{key}=None must be a dict'):
+        make_plan(str(tmp_path / 'mine.py'))
 
 
 @pytest.mark.parametrize('changes', [

@@ -5,6 +5,7 @@ element for each point.
 import itertools
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
@@ -139,8 +140,9 @@ class TrainedRun(Record):
 
 
 def finite(value: Any) -> Optional[float]:
-    """The value if it is a finite number, else None."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value) else None
+    """The value if it is a number that a float can be, else None."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) <= sys.float_info.max else None
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------

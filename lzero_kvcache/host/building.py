@@ -9,7 +9,7 @@ from typing import Any, Iterable, Iterator, Optional, Sequence, Tuple
 import numpy as np
 from easydict import EasyDict
 
-from ..config import OPTIONS, ConfigError, missing, names_of_modules, nearest
+from ..config import OPTIONS, ConfigError, check_dict, missing, names_of_modules, nearest
 from . import root_level
 from .lightzero import lightzero
 from .states import loading
@@ -22,7 +22,7 @@ def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
     """A config with all defaults of its policy, environment and learner, as a run has it; nothing is changed."""
     from ding.config import compile_config
     from ding.utils import ENV_MANAGER_REGISTRY, ENV_REGISTRY, MODEL_REGISTRY, import_module
-    names_of_modules(create_config.policy.get('import_names'), 'create_config.policy.import_names')
+    names_of_modules(create_config.policy.get('import_names', []), 'create_config.policy.import_names')
     for part in ('env', 'env_manager'):
         if 'type' not in create_config[part]:
             raise missing(f'create_config.{part}.type')
@@ -31,7 +31,8 @@ def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
                                  ('env.type', ENV_REGISTRY, main_config.env),  # these two would take their place
                                  ('env.manager.type', ENV_MANAGER_REGISTRY, main_config.env.get('manager', {})),
                                  ('policy.model.type', MODEL_REGISTRY, main_config.policy.model)):
-        modules = names_of_modules(asked.get('import_names'), key.replace('.type', '.import_names'))
+        check_dict(asked, key[:-len('.type')])
+        modules = names_of_modules(asked.get('import_names', []), key.replace('.type', '.import_names'))
         import_module(modules)
         if 'type' in asked and asked.type not in registry:
             raise ConfigError(

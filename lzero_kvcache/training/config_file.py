@@ -91,7 +91,11 @@ def load_config(name: str) -> Plan:
         for part in key.split('.'):
             node = node.get(part)
         check_dict(node, f'{path}: {key}')
-    main_config, create_config = (EasyDict(copy.deepcopy(declared[name])) for name in ('main_config', 'create_config'))
+    try:
+        main_config, create_config = (
+            EasyDict(copy.deepcopy(declared[name])) for name in ('main_config', 'create_config'))
+    except TypeError as error:  # of a key that is no string
+        raise ConfigError(f'{path}: {error}') from error
     counts: Dict[str, Any] = {key: _whole_number(declared[key], key, path)
                               for key in COUNTS if declared.get(key) is not None}
     return Plan(path, main_config, create_config, entry or _guessed_entry(main_config, path), **counts)

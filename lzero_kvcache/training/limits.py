@@ -27,6 +27,9 @@ def one_of(*choices: str) -> Limit:
 
 REAL: Any = Real  # which mypy does not order
 SIZE = Limit('a whole number above 0', lambda value: isinstance(value, Integral) and int(value) > 0)
+SHAPE = Limit('a whole number above 0, or a list of such', lambda value: all(map(
+    SIZE.holds, value if isinstance(value, (list, tuple)) else [value])))
+DICT = Limit('a dict', lambda value: isinstance(value, dict))
 # Or a float that is one.
 ROUND = Limit(SIZE.said, lambda value: isinstance(value, REAL) and value > 0 and value % 1 == 0)
 WHOLE = Limit('a whole number', lambda value: isinstance(value, Integral))
@@ -46,10 +49,12 @@ LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
     (SIZE, (
         'env.collector_env_num', 'env.evaluator_env_num', 'env.n_evaluator_episode', 'policy.batch_size',
         'policy.collector_env_num', 'policy.evaluator_env_num', 'policy.num_simulations', 'policy.num_unroll_steps',
-        'policy.update_per_collect', *COLLECTED.values(),
+        'policy.update_per_collect', *COLLECTED.values(), 'policy.model.action_space_size', WM + 'action_space_size',
         *(WM + size for size in ('context_length', 'embed_dim', 'env_num', 'max_blocks', 'max_tokens', 'num_layers',
                                  *lightzero.DIVIDE_EMBEDDING)),
     )),
+    (SHAPE, ('policy.model.observation_shape', )),
+    (DICT, ('policy.eps', 'policy.learn', 'policy.learn.learner', 'policy.learn.learner.hook')),
     (ROUND, ('policy.game_segment_length', *lightzero.SCALES)),
     (WHOLE, ('policy.td_steps', )),
     (POSITIVE, ('policy.root_dirichlet_alpha', WM + 'rope_theta')),
@@ -70,6 +75,8 @@ LIMITS: Tuple[Tuple[Limit, Tuple[str, ...]], ...] = (
     (one_of('mse', 'group_kl', 'cos_sim'), (WM + 'predict_latent_loss_type', )),
     (one_of('transition', 'episode'), ('policy.sample_type', )),
 )
+# LightZero reads these, and has no default of them.
+WITHOUT_DEFAULT = BUFFER_SIZE, 'env.collector_env_num', 'env.evaluator_env_num'
 # These may be None.
 OR_NONE = 'policy.update_per_collect', 'policy.root_dirichlet_alpha'
 
@@ -137,8 +144,9 @@ def check(values: CompleteConfig, system: str) -> None:
 
 def check_limits(values: CompleteConfig) -> None:
     """Refuse a value with which no training can run, whatever the others are."""
-    if BUFFER_SIZE not in values:
-        raise missing(BUFFER_SIZE)
+    for path in WITHOUT_DEFAULT:
+        if path not in values:
+            raise missing(path)
     unread = _unread(values)
     for limit, paths in LIMITS:
         for path in paths:

@@ -42,7 +42,7 @@ def apply_overrides(
     changed: Dict[str, Any] = {}
     for assignment in assignments:
         try:
-            changed.update(_parse(assignment, known))
+            changed.update(_parse(assignment, {**known, **changed}))
         except ConfigError as error:
             raise ConfigError(f'--set {assignment}: {error}') from None
     followed = follow(known, changed)
@@ -87,7 +87,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = '') -> Dict[str, Any]:
 def _parse(assignment: str, known: Mapping[str, Any]) -> Dict[str, Any]:
     key, equals, text = (part.strip() for part in assignment.partition('='))
     path = key.lstrip(ADD)
-    if not equals or not path:
+    if not equals or not all(path.split('.')):
         raise ConfigError('write KEY=VALUE, as in --set policy.num_simulations=25')
     value = _literal(text)
     children = [known_path for known_path in known if known_path.startswith(path + '.')]
