@@ -3,7 +3,7 @@ LightZero's configs keep several copies of one number, and numbers that follow f
 those that follow from it are changed too, if they did before and the user did not set them as well.
 """
 import re
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Tuple
 
 from ..config import PREFIX, ConfigError
 from ..host.building import atari_actions
@@ -117,11 +117,6 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
         if renamed != name:
             complete['exp_name'] = renamed
     return complete
-
-
-def copies_of(path: str) -> List[str]:
-    """The paths that hold the same value in most configs, this one first."""
-    return [path, *(rule.sources[0] for rule in RULES if rule.target == path and rule.compute is _same)]
 
 
 def rename(name: str, before: Mapping[str, Any], changed: Mapping[str, Any]) -> str:

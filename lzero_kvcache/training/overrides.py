@@ -11,7 +11,7 @@ from lzero_kvcache_options import flag_of, reader_of
 from ..config import FLAG, KV_CACHE_CFG, OPTIONS, PREFIX, SIZES, ConfigError
 from ..host import building
 from .config_file import Plan
-from .linked_keys import copies_of, follow
+from .linked_keys import COPIES, follow
 
 CREATE = 'create_config'
 ADD = '+'
@@ -66,7 +66,8 @@ class CompleteConfig(Dict[str, Any]):
     def said(self, path: str) -> str:
         """A path and its value, and whose that is if nobody has chosen it; of copies, the one that ``--set`` names."""
         value = self.get(path)
-        path = next((copy for copy in copies_of(path) if copy in self._given and self.get(copy) == value), path)
+        copies = next((group for group in COPIES if path in group), ())
+        path = next((copy for copy in (path, *copies) if copy in self._given and self.get(copy) == value), path)
         whose = "LightZero's default" if path.startswith('policy.') else "the environment's default"
         return f'{path}={value!r}' + ('' if path in self.chosen else f' ({whose})')
 
