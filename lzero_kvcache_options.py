@@ -21,6 +21,7 @@ LIGHTZERO_PREFIX = 'lightzero:'
 SYSTEMS = ('old', 'lightzero', 'new')
 # Where experiments are, if --out does not say.
 EXPERIMENTS = 'data_experiment'
+NO_CHECKPOINT = '{}: no such checkpoint; an experiment has them in its folder ckpt/'
 DEVICES = ('auto', 'cpu', 'cuda')
 TRAIN_EXAMPLES = """
 examples:
@@ -110,24 +111,15 @@ def lightzero_configs() -> Dict[str, str]:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse options that lack what they need, name a thing twice, or want results where none can be written."""
+    """Refuse options that lack what they need, or name a thing twice."""
     if getattr(options, 'overrides', None) and options.config is None:
         raise UsageError('--set changes a config; give --config too')
     for path in (getattr(options, 'resume', None), getattr(options, 'evaluate', None)):
         if path is not None and not os.path.isfile(path):
-            raise UsageError(f'{path}: no such checkpoint; an experiment has them in its folder ckpt/')
+            raise UsageError(NO_CHECKPOINT.format(path))
     for option, values in (('cache', getattr(options, 'caches', [])), ('seeds', getattr(options, 'seeds', []))):
         if len(set(values)) < len(values):
             raise UsageError(f'--{option} {" ".join(map(str, values))}: give each of them once')
-    if getattr(options, 'out', None) == '':
-        raise UsageError("--out '' names no folder")
-    if hasattr(options, 'out'):
-        out = options.out or EXPERIMENTS
-        there = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            fault = 'cannot be written to' if there.is_dir() else 'is a file'
-            shown = there if Path(out).is_absolute() else os.path.relpath(there)
-            raise UsageError(f'--out {out}: {shown} {fault}; give another folder')
 
 
 def find_config(name: str) -> str:
@@ -151,8 +143,8 @@ def find_config(name: str) -> str:
 
 
 def near_names(name: str, names: Sequence[str]) -> List[str]:
-    """Up to three names of configs that have one in them, or else the one that it may be misspelt from. What nearly all
-    names have in common makes none alike."""
+    """Up to three names of configs that have one in them, or else the one that it may be misspelt from. 'unizero' and
+    '_config' are ignored, since nearly all names contain them."""
     own = {each: re.sub(rf'^{LIGHTZERO_PREFIX}|_?unizero|_config$', '', each) for each in names}
     wanted = re.sub(rf'^{LIGHTZERO_PREFIX}|_?unizero|_config$', '', name)
     within = [each for each in own if len(wanted) > 2 and wanted in own[each]]
@@ -292,14 +284,12 @@ class TrainOptions:
         """The command line that says the same."""
         words: List[str] = []
         for name, option in TRAIN_OPTIONS.items():
-            value = getattr(self, name)
-            if value == option.default or value == []:
+            value, flag = getattr(self, name), flag_of(name)
+            if value == option.default:
                 continue
-            words.append(flag_of(name))
-            if 'nargs' in option.metadata:
-                words += value
-            elif value is not True:
-                words.append(str(value))
+            values = value if 'nargs' in option.metadata else [value]
+            # In one word, since a value may begin with '-'.
+            words += [flag if each is True else f'{flag}={each}' for each in values]
         return words
 
 
@@ -333,7 +323,8 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 def _add(parser: Any, *names: str, **more: Any) -> None:
-    """Give a parser options of ``TrainOptions``. What is not typed is None, for which the field's default stands."""
+    """Give a parser options of ``TrainOptions``. An option that was not given is None; ``TrainOptions.of`` then uses
+    the field's default."""
     for name in names:
         of_parser = {**TRAIN_OPTIONS[name].metadata, **more}
         parser.add_argument(of_parser.pop('flag'), dest=name, default=None, **of_parser)

@@ -63,7 +63,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 def names_of_modules(value: Any, key: str) -> List[str]:
     """What ``import_names`` lists. A string is one name; DI-engine would import each of its letters."""
-    names = [value] if isinstance(value, str) else value or []
+    names = [value] if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f'{key}={value!r} must be a list of names of modules')
     return list(names)

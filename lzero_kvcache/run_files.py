@@ -1,10 +1,13 @@
 """What a run leaves in its folder: tensorboard's event files, DI-engine's config, its progress and its summary."""
 import ast
+import contextlib
 import json
 import os
+import shlex
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from google.protobuf.message import DecodeError
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
@@ -20,8 +23,10 @@ CONFIG_FILE = 'total_config.py'
 CONFIG_FILES = {CONFIG_FILE, 'formatted_total_config.py', 'git_log.txt', 'git_diff.txt'}
 SUMMARY = 'summary.json'
 PROGRESS = 'progress.json'
-# The outcome of a run that has left its progress and no summary.
-NO_END = 'it was killed, or failed, or is not done yet'
+# What a run was for.
+TRAIN, EVALUATE = 'train', 'evaluate'
+# The outcomes of runs, the last of those that have left their progress and no summary.
+DONE, STOPPED, NO_END = 'done', 'reward reached env.stop_value', 'it was killed, or failed, or is not done yet'
 # In the folder of an experiment, above those of its runs.
 EXPERIMENT = 'experiment.json'
 # In a config: the checkpoint that DI-engine's learner loads as it begins.
@@ -30,8 +35,14 @@ LOADED = 'policy.learn.learner.hook.load_ckpt_before_run'
 # evaluation of its own iteration if it counts that one's environment steps.
 EVALUATIONS = ('evaluator_iter/', 'evaluator_step/')
 COLLECTIONS = ('collector_iter/', 'collector_step/')
-# The pools whose look-ups are counted, and what a comparison calls them.
-POOLS = {'init': 'roots', 'recur': 'nodes', 'total': 'all'}
+# The pools whose look-ups are counted.
+POOLS = 'init', 'recur', 'total'
+# What values of a summary are, where it has them: lists of some kind, or of one of several kinds.
+LISTS = {'resumed_at': int, 'earlier': dict, 'overrides': str, 'evaluations': dict}
+KINDS: Dict[str, Tuple[type, ...]] = {
+    'outcome': (str, ), 'run_id': (str, ), 'cache': (str, type(None)),
+    'max_env_step': (int, type(None)), 'max_train_iter': (int, type(None)),
+}
 # In an event file, a record is its length, a checksum of it, the event, and a checksum of that.
 RECORD_FRAME = 8 + 4 + 4
 
@@ -72,14 +83,16 @@ class Record:
 
 
 def _checked(summary: Dict[str, Any]) -> Dict[str, Any]:
-    """A summary whose lists are lists of what they hold; ``ValueError`` for any other."""
-    for name, kind in (('resumed_at', int), ('earlier', dict)):
+    """A summary whose values are of their kinds; ``ValueError`` for any other."""
+    for name, kind in LISTS.items():
         held = summary.get(name) or []
         if not isinstance(held, list) or not all(isinstance(part, kind) for part in held):
             raise ValueError(f'{name} is {held!r}')
-    for name in ('outcome', 'run_id'):
-        if not isinstance(summary.get(name, ''), str):
+    for name, kinds in KINDS.items():
+        if not isinstance(summary.get(name, kinds[0]()), kinds):
             raise ValueError(f'{name} is {summary[name]!r}')
+    for part in summary.get('earlier') or []:
+        _checked(part)
     return summary
 
 
@@ -146,6 +159,38 @@ def _is_torn(path: str, begin: int) -> bool:
         return begin < os.path.getsize(path) < begin + RECORD_FRAME + length
 
 
+@contextlib.contextmanager
+def writing_to(folder: str) -> Iterator[None]:
+    """Turn what the system says against writing into a folder of results into a ``ConfigError``."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f'--out {shlex.quote(folder)} cannot be written to ({error.strerror}); give another folder') from error
+
+
+def remove_empty(folders: Iterable[str]) -> None:
+    """Remove those of some folders that are there and empty, in their order."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def results_in(folder: str) -> Iterator[None]:
+    """A context that begins with a folder that can be written to. After an error, folders that were made for it are
+    removed, but for those with something in them."""
+    made = [str(path) for path in (Path(folder), *Path(folder).parents) if not os.path.lexists(path)]
+    try:
+        with writing_to(folder):
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
 def write_json(path: str, content: Any) -> None:
     """Replace a file in one step, so that nobody reads half of it."""
     with open(path + '.tmp', 'w', encoding='utf-8') as file:
@@ -156,7 +201,10 @@ def write_json(path: str, content: Any) -> None:
 def read_json(path: str) -> Dict[str, Any]:
     """The object in a file; ``ValueError`` if there is none."""
     with open(path, encoding='utf-8') as file:
-        content = json.load(file)
+        try:
+            content = json.load(file)
+        except RecursionError as error:
+            raise ValueError(str(error)) from error
     if not isinstance(content, dict):
         raise ValueError('it holds no object')
     return content
@@ -196,7 +244,7 @@ def cache_of(config: Dict[str, Any]) -> Optional[str]:
     """The cache system that a saved config picks: 'old', 'new' or the name of a registered manager; None if there is no
     config."""
     flag, manager = (config.get(f'{PREFIX}.{key}') for key in (FLAG, f'{OPTIONS}.type'))
-    return picked_manager({FLAG: flag, OPTIONS: {'type': manager}}) if config else None
+    return str(picked_manager({FLAG: flag, OPTIONS: {'type': manager}})) if config else None
 
 
 def _flattened(node: ast.Dict, prefix: str, source: str) -> Iterator[Tuple[str, Any]]:

@@ -18,7 +18,7 @@ from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
 from .config import ConfigError, picked_manager
 from .lock_files import training_in
-from .run_files import CONFIG_FILES, EVALUATIONS, EVENT_FILES, LOADED, event_files, readable_events
+from .run_files import CONFIG_FILES, DONE, EVALUATIONS, EVENT_FILES, LOADED, event_files, readable_events
 from .summary import SUMMARY, Evaluation, Result, begun, number_text, rate_text, reward_text
 from .telemetry import HOOK_CONFIG, HOOK_KEY, manager_of, saved_config, summed_over_ranks
 
@@ -87,7 +87,7 @@ class Run:
         evaluations = seen.evaluations
         rewards = [evaluation.reward for evaluation in evaluations]
         result = result.at_its_end(
-            counters, outcome='done', exit_code=0, evaluations=evaluations, loss=seen.loss,
+            counters, outcome=DONE, exit_code=0, evaluations=evaluations, loss=seen.loss,
             last_reward=rewards[-1] if rewards else None, best_reward=max(rewards, default=None))
         result.write()
         result.write_progress('end')

@@ -14,9 +14,8 @@ from typing import Any, Dict, List, Optional
 import ding
 import torch
 
-from .run_files import POOLS, PROGRESS, SUMMARY, read_json, write_json
-
-TRAIN, EVALUATE = 'train', 'evaluate'
+from .run_files import POOLS, PROGRESS, SUMMARY, TRAIN, read_json, write_json
+from .text import time_text
 
 
 @dataclass
@@ -113,7 +112,7 @@ class Result:
             steps += f'/{total:,} ({min(1., self.collected_env_step / total):.0%})'
             if speed:
                 left = max(0, total - self.collected_env_step) / speed
-                steps += f', {datetime.timedelta(seconds=round(left))} left'
+                steps += f', {time_text(left)} left'
         rewards = f'reward {number_text(self.last_reward)}, best {number_text(self.best_reward)}'
         rate = rate_text(self.hit_rates.get('total'))
         loss = '' if self.loss is None else f'  loss {self.loss:.3g}'

@@ -8,7 +8,7 @@ import time
 
 
 def main() -> int:
-    given = dict(zip(sys.argv[1:], sys.argv[2:]))
+    given = dict(word.partition('=')[::2] for word in sys.argv[1:])
     folder = given.get('--exp-name') or os.path.dirname(os.path.dirname(given['--resume']))
     with open(os.environ['FAKE_TRAINER']) as file:
         script = json.load(file)

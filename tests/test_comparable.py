@@ -73,32 +73,32 @@ class TestWarnings:
         assert self.warnings(*pair(tmp_path)) == []
 
     @pytest.mark.parametrize(('new', 'expected'), [
-        (dict(seed=4), 'Other seeds: old: 0; new: 4'),
-        (dict(env_id='MsPacman-v0'), 'Other environments (old: CartPole-v0; new: MsPacman-v0): nothing here is '
+        (dict(seed=4), 'Different seeds: old: 0; new: 4'),
+        (dict(env_id='MsPacman-v0'), 'Different environments (old: CartPole-v0; new: MsPacman-v0): nothing here is '
          'comparable'),
-        (dict(env_steps=2000), f'Other budgets of environment steps (old: 1,000; new: 2,000): {OF_OTHER_LENGTHS}'),
+        (dict(env_steps=2000), f'Different budgets of environment steps (old: 1,000; new: 2,000): {OF_OTHER_LENGTHS}'),
     ])
     def test_what_a_run_was(self, tmp_path, new, expected):
         assert self.warnings(*pair(tmp_path, new=new)) == [expected]
 
     @pytest.mark.parametrize(('summary', 'expected'), [
-        (dict(machine={**MACHINE, 'cpus': 64}), ['Other numbers of CPUs (old: 2; new: 64): times and memory are not '
-                                                 'comparable']),
-        (dict(machine={**MACHINE, 'gpu': 'H100'}), ['Other GPUs (old: none; new: H100): times and memory are not '
+        (dict(machine={**MACHINE, 'cpus': 64}), ['Different numbers of CPUs (old: 2; new: 64): times and memory are '
+                                                 'not comparable']),
+        (dict(machine={**MACHINE, 'gpu': 'H100'}), ['Different GPUs (old: none; new: H100): times and memory are not '
                                                     'comparable']),
-        (dict(device='cuda'), ['Other devices (old: cpu; new: cuda): times and memory are not comparable']),
-        (dict(processes=2), ['Other numbers of processes (old: 1; new: 2): times and memory are not comparable']),
+        (dict(device='cuda'), ['Different devices (old: cpu; new: cuda): times and memory are not comparable']),
+        (dict(processes=2), ['Different numbers of processes (old: 1; new: 2): times and memory are not comparable']),
         (dict(outcome='interrupted by SIGINT'), [f'new_seed0 has 1:40 for 1,000 environment steps (interrupted by '
                                                  f'SIGINT): {OF_WHOLE_RUNS}']),
         (dict(outcome='interrupted by SIGINT', env_step=900, seconds=90.),
          [f'new_seed0 has 1:30 for 900 of 1,000 environment steps (interrupted by SIGINT): {OF_WHOLE_RUNS}']),
         (dict(outcome=STOPPED), [
-            f'Other ends (old: done; new: {STOPPED}): {OF_WHOLE_RUNS}',
+            f'Different ends (old: done; new: {STOPPED}): {OF_WHOLE_RUNS}',
             'new_seed0 ended when its reward reached env.stop_value, after 1,000 environment steps']),
         (dict(max_train_iter=50), []),
         (dict(versions=dict(LightZero='0.1.0', lzero_kvcache='0.2.0', commit='b')), [
-            'Other versions of LightZero (old: 0.2.0; new: 0.1.0): what differs may come from these',
-            'Other commits (old: a; new: b): what differs may come from these']),
+            'Different versions of LightZero (old: 0.2.0; new: 0.1.0): what differs may come from these',
+            'Different commits (old: a; new: b): what differs may come from these']),
     ])
     def test_what_a_summary_says(self, tmp_path, summary, expected):
         paths = pair(tmp_path)
@@ -113,7 +113,7 @@ class TestWarnings:
         comparison = compared(*(write_run(tmp_path / f'new_{steps}', new=True, env_steps=steps, began=BEGAN + steps,
                                           summary=dict(max_env_step=steps)) for steps in (300, 5000)))
         said = ' '.join(warning.text for warning in comparison.warnings)
-        assert f'Other budgets of environment steps (new: 300, 5,000): {OF_OTHER_LENGTHS}' in said
+        assert f'Different budgets of environment steps (new: 300, 5,000): {OF_OTHER_LENGTHS}' in said
         spreads = {name: row(comparison, name).spreads['new'] for name in ('seconds', 'last_reward', 'init_hit_rate')}
         assert {name: spread and spread.runs for name, spread in spreads.items()} == dict(
             seconds=None, last_reward=None, init_hit_rate=2)
@@ -123,7 +123,7 @@ class TestWarnings:
         paths = [write_run(tmp_path / 'old_s0'),
                  write_run(tmp_path / 'new_s0', new=True, env_steps=740, began=BEGAN + 500)]
         assert self.warnings(*paths) == [
-            f'Other lengths in environment steps (old: old_s0 1,000; new: new_s0 740): {OF_OTHER_LENGTHS}']
+            f'Different lengths in environment steps (old: old_s0 1,000; new: new_s0 740): {OF_OTHER_LENGTHS}']
 
     def test_runs_of_one_budget_that_ends_some_steps_later(self, tmp_path):
         """As a first look with three seeds: what one step takes is comparable, what all of them take is not."""
@@ -133,7 +133,7 @@ class TestWarnings:
                  for number, (name, steps) in enumerate(lengths.items())]
         comparison = compared(*paths)
         assert [warning.text for warning in comparison.warnings] == [
-            'Other lengths (old: old_s2 342, old_s1 414; new: new_s2 300, new_s1 350) under one budget of 300 '
+            'Different lengths (old: old_s2 342, old_s1 414; new: new_s2 300, new_s1 350) under one budget of 300 '
             'environment steps, which the last collection goes beyond: training times, host memory, counts and rewards '
             'are not comparable; a longer budget makes them alike']
         ratios = {row.measure.name: row.ratios['new'] for row in comparison.rows}
@@ -165,7 +165,7 @@ class TestWarnings:
         path = tmp_path / 'new_seed0' / 'summary.json'
         path.write_text(json.dumps({**json.loads(path.read_text()), 'max_env_step': 1000}))
         assert self.warnings(*paths) == [
-            'Training times are of other numbers of environment steps (medians, old: 1,000; new: 880), which makes '
+            'Training times are of different numbers of environment steps (medians, old: 1,000; new: 880), which makes '
             'some of their difference; environment steps per second are without it']
         assert row(compared(*paths), 'seconds').ratios['new'] == 1
 
@@ -174,7 +174,7 @@ class TestWarnings:
         path = event_file(paths[1])
         path.rename(path.with_name('events.out.tfevents.1700000000.far.away.12.0'))
         [warning] = self.warnings(*paths)
-        assert warning.startswith('Other hosts (old: ')
+        assert warning.startswith('Different hosts (old: ')
         assert warning.endswith('; new: far.away): times are comparable if these are of one kind')
 
     @pytest.mark.parametrize(('new', 'summary', 'without', 'with_one'), [
@@ -367,7 +367,7 @@ def test_more_runs_of_one_seed_are_no_other_seeds(tmp_path):
     paths = [*pair(tmp_path), write_run(tmp_path / 'new_again_seed0', new=True, summary={}, began=BEGAN + 2000)]
     said = [warning.text for warning in compared(*paths).warnings]
     assert "More than one run of 'new' has seed 0: their spread is not one of seeds" in said
-    assert not [text for text in said if text.startswith('Other seeds')]
+    assert not [text for text in said if text.startswith('Different seeds')]
 
 
 def test_the_plugins_own_hooks_are_no_difference_of_configs(tmp_path):

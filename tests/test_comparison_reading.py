@@ -10,6 +10,7 @@ from event_runs import BEGAN, break_off, compare_json, compared, event_file, pai
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from lzero_kvcache import ConfigError
 from lzero_kvcache import comparison as package
 from lzero_kvcache.comparison import compare_runs
 from lzero_kvcache.comparison.event_files import REWARD, Unreadable
@@ -50,11 +51,18 @@ class TestReading:
 
     @pytest.mark.parametrize('odd', [
         dict(resumed_at=['a']), dict(resumed_at=5), dict(earlier=[None]), dict(earlier={'a': 1}), dict(outcome=None),
-        dict(run_id=7)])
+        dict(run_id=7), dict(overrides=3), dict(earlier=[dict(overrides=[1])]), dict(evaluations=7),
+        dict(max_env_step='a')])
     def test_an_odd_summary_is_told_of(self, odd, tmp_path):
         folder = Path(write_run(tmp_path / 'new_s0', new=True))
         (folder / 'summary.json').write_text(json.dumps(odd))
         assert re.match(r'summary.json cannot be parsed \(\w+ is .*\)', read(str(folder))[0].notes[0])
+        assert compared(*pair(tmp_path / 'pair'), str(folder))
+
+    @pytest.mark.parametrize('text', ['[' * 100_000, '{"seconds": 1' + '0' * 400 + '}'])
+    def test_no_summary_keeps_a_run_from_being_compared(self, text, tmp_path):
+        folder = Path(write_run(tmp_path / 'new_s0', new=True))
+        (folder / 'summary.json').write_text(text)
         assert compared(*pair(tmp_path / 'pair'), str(folder))
 
     def test_several_files_of_one_run(self, tmp_path):
@@ -249,8 +257,25 @@ class TestFinding:
         (tmp_path / 'new_s0' / 'total_config.py').write_text('exp_config = {}')
         printed = io.StringIO()
         monkeypatch.setattr(package, '_write', lambda *_: [])
-        compare_runs([str(tmp_path)], console=Console(file=printed, width=200))
+        compare_runs([str(tmp_path)], str(tmp_path / 'out'), console=Console(file=printed, width=200))
         assert 'new_s0 is left out: no event file in it' in printed.getvalue().split('\n')
+
+
+class TestOut:
+
+    @pytest.mark.parametrize('out', ['/proc/comparison', '/proc'])
+    def test_a_folder_that_cannot_be_written_to_is_told_of_before_a_run_is_looked_for(self, out):
+        with pytest.raises(ConfigError, match=f'--out {out} cannot be written to .*; give another folder'):
+            compare_runs(['nosuch'], out)
+
+    @pytest.mark.parametrize('there', ['.', 'a'])
+    def test_a_comparison_that_fails_leaves_no_folder_behind(self, there, tmp_path):
+        (tmp_path / 'run').mkdir()
+        (tmp_path / there).mkdir(exist_ok=True)
+        before = set(tmp_path.rglob('*'))
+        with pytest.raises(ConfigError, match='no run can be read'):
+            compare_runs([str(tmp_path / 'run')], str(tmp_path / 'a' / 'b'))
+        assert set(tmp_path.rglob('*')) == before
 
 
 class TestConfig:

@@ -8,52 +8,27 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
-import torch
-from event_runs import BEGAN, write_events
+from fake_runs import checkpoint, result
 from forks import environment
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard import SummaryWriter
 from trainings import PROJECT_ROOT, said_by, when
 
 from lzero_kvcache import ConfigError, comparison
 from lzero_kvcache.lock_files import training_in
-from lzero_kvcache.run_files import purge
-from lzero_kvcache.run_hooks import read_events
-from lzero_kvcache.summary import Evaluation, Result, Segment, add_up, read_progress, read_summary
+from lzero_kvcache.summary import read_progress, read_summary
 from lzero_kvcache.training import processes
-from lzero_kvcache.training.checkpoints import abandon_later, prune
+from lzero_kvcache.training.checkpoints import abandon_later
 from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
-from lzero_kvcache.training.past import take_up
 from lzero_kvcache.training.processes import Children
 from lzero_kvcache_options import TrainOptions, main
 
 SMALL = ['policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2', 'env.evaluator_env_num=1']
 
 
-def result(**changes):
-    return Result(**{**dict(
-        outcome='done', exit_code=0, exp_name='', config='c', entry='train_unizero', task='train', cache='new', seed=0,
-        device='cpu', max_env_step=60, max_train_iter=None, env_step=60, train_iter=6, seconds=12.,
-        env_steps_per_second=5., host_memory_mb=10., device_memory_mb=None, cache_memory_mb=1.,
-        hit_rates={}, counters={}, last_reward=15., best_reward=15.,
-        evaluations=[], event_files='e', checkpoint=None, log_file=None, processes=1, machine={},
-    ), **changes})
-
-
-def checkpoint(path, env_step):
-    os.makedirs(os.path.dirname(str(path)), exist_ok=True)
-    torch.save(dict(model={}, target_model={}, optimizer_world_model={}, last_iter=env_step // 10, last_step=env_step),
-               str(path))
-    return str(path)
-
-
 def make(folder, caches=('old', 'new'), seeds=(0, 1), config='config_new', **changes):
     return Experiment(str(folder), TrainOptions(config, **{'max_env_step': 60, **changes}), caches, seeds)
 
 
-# ---------------------------------------------------------------------------------------------------- what is run
-
+# ---- what is run -----------------------------------------------------------------------------------------------------
 
 def test_a_run_is_begun_with_all_that_was_asked_for(tmp_path):
     made = make(tmp_path, device='cpu', overrides=SMALL)
@@ -86,18 +61,6 @@ def test_it_goes_on_from_no_checkpoint_that_was_abandoned(tmp_path):
     assert last_checkpoint(run.folder, 60) == paths[0]
 
 
-def test_the_furthest_are_kept_and_none_that_was_abandoned(tmp_path):
-    """Whatever the times of the files are."""
-    paths = [checkpoint(tmp_path / f'iteration_{step}.pth.tar', step) for step in (20, 50, 100)]
-    for age, path in enumerate(paths):
-        os.utime(path, (1e9 - age, 1e9 - age))
-    prune(str(tmp_path), 2)
-    assert not os.path.exists(paths[0]) and os.path.exists(paths[2])
-    abandon_later(paths[1], 5, 50)
-    prune(str(tmp_path), 1)
-    assert [name for name in os.listdir(tmp_path) if name.endswith('.tar')] == ['iteration_50.pth.tar']
-
-
 def test_it_begins_anew_beside_what_is_left_of_one_that_nothing_can_go_on_from(tmp_path):
     made = make(tmp_path)
     run = made.trials[0]
@@ -123,8 +86,7 @@ def test_which_runs_are_done(changes, is_done, tmp_path):
     assert run.result is None
 
 
-# ---------------------------------------------------------------------------------------------------- its folder
-
+# ---- its folder ------------------------------------------------------------------------------------------------------
 
 def opened(made):
     with made.opened():
@@ -134,7 +96,7 @@ def opened(made):
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(max_env_step=70), 'max_env_step 60, not 70'),
     (dict(threads=2), 'threads 1, not 2'),
-    (dict(overrides=['policy.num_simulations=3']), "options .'--max-env-step', '60'"),
+    (dict(overrides=['policy.num_simulations=3']), "options .'--max-env-step=60'"),
     (dict(config='cartpole_unizero_config', threads=1), 'config_new.py as it'),
 ])
 def test_an_experiment_of_other_settings_is_refused(changes, message, tmp_path):
@@ -171,8 +133,7 @@ def test_a_config_that_never_ends_is_refused(tmp_path):
         make(tmp_path, config=str(config), max_env_step=None)
 
 
-# ---------------------------------------------------------------------------------------------------- its processes
-
+# ---- its processes ---------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
@@ -195,6 +156,7 @@ def fake(tmp_path, monkeypatch):
         return [json.loads(line) for line in lines]
 
     do()
+    (tmp_path / 'e').mkdir()
     return SimpleNamespace(do=do, begun=begun, compared=compared, folder=str(tmp_path / 'e'))
 
 
@@ -211,7 +173,7 @@ def test_all_are_run_and_compared(fake, capfd):
         [('old', 'old_seed*'), ('new', 'new_seed*')]
     )]
     said = capfd.readouterr().out
-    assert all(f'{name}: done, 60 env steps in 0:00:12, last reward 15.0' in said for name in names)
+    assert all(f'{name}: done, 60 env steps in 0:12, last reward 15.0' in said for name in names)
     assert '4 of 4 runs are done' in said
     assert '\x1b' not in said
 
@@ -299,9 +261,9 @@ def test_an_interrupt_ends_all_and_the_same_command_goes_on(fake, capfd, interru
     again = dict(fake.begun()[2:])
     for name in ('old_seed0', 'new_seed0'):
         path = os.path.join(fake.folder, name, 'ckpt', 'iteration_3.pth.tar')
-        assert ' '.join(again[name]).endswith(f'--resume {path} --in-place')
+        assert ' '.join(again[name]).endswith(f'--resume={path} --in-place')
         assert f'{name}: goes on from {path}' in capfd.readouterr().out or name == 'new_seed0'
-    assert '--resume' not in again['old_seed1']
+    assert '--resume' not in ' '.join(again['old_seed1'])
     assert len(fake.compared[0][0]) == 4
 
 
@@ -341,40 +303,7 @@ def test_what_has_ended_is_not_told_of(fake):
             opened(make(fake.folder))
 
 
-# ---------------------------------------------------------------------------------------------------- going on in place
-
-
-def test_two_parts_add_up():
-    counts = dict(queries=10, hits=5, misses=5, occupancy=0.5)
-    before = result(seconds=10., env_steps_per_second=4., host_memory_mb=9., best_reward=20., last_reward=20.,
-                    counters=dict(total=counts, skipped=5, captures=2), evaluations=[Evaluation(0, 0, 20.)],
-                    exit_code=130)
-    after = result(seconds=30., env_steps_per_second=2., host_memory_mb=7., best_reward=12., last_reward=12.,
-                   counters=dict(total=dict(counts, hits=10, misses=0), memory_mb=2., skipped=1, captures=3),
-                   evaluations=[Evaluation(60, 6, 12.)])
-    before.command, before.overrides = ['train.py', '--set', 'a=1'], ['a=1']
-    after.command = ['train.py', '--in-place']
-    both = add_up(before, after)
-    assert (both.command, both.overrides) == (['train.py', '--in-place'], [])
-    assert both.earlier == [Segment(['train.py', '--set', 'a=1'], ['a=1'])]
-    assert [part.command[-1] for part in add_up(both, after).earlier] == ['a=1', '--in-place']
-    assert (both.seconds, both.env_steps_per_second, both.host_memory_mb) == (40., 2.5, 9.)
-    assert (both.best_reward, both.last_reward, both.exit_code, both.outcome) == (20., 12., 0, 'done')
-    assert both.counters == dict(
-        total=dict(queries=20, hits=15, misses=5, occupancy=0.5), memory_mb=2., skipped=6, captures=5)
-    assert both.hit_rates == dict(init=None, recur=None, total=0.75)
-    assert [evaluation.reward for evaluation in both.evaluations] == [20., 12.]
-
-
-def test_a_part_without_steps_or_evaluations_adds_nothing():
-    after = result(seconds=2., env_steps_per_second=None, best_reward=None, last_reward=None)
-    both = add_up(result(), after)
-    assert (both.last_reward, both.best_reward) == (15., 15.)
-    assert both.env_steps_per_second == pytest.approx(60 / 14)
-
-
-# ---------------------------------------------------------------------------------------------------- a real one
-
+# ---- a real one ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_a_real_experiment_is_cut_off_and_goes_on(tmp_path):
@@ -409,104 +338,3 @@ def test_a_real_experiment_is_cut_off_and_goes_on(tmp_path):
     events = tmp_path / 'e' / 'old_seed0' / 'log' / 'serial'
     assert len(list(events.iterdir())) == 2
     assert (tmp_path / 'e' / 'compare.json').exists()
-
-
-def cut(folder, train_iter, env_step, evaluated=True):
-    return purge(str(folder), train_iter, env_step, evaluated, lambda path, event: None)
-
-
-def test_points_after_the_checkpoint_are_cut_off(tmp_path):
-    """Tags of both kinds of steps, in several files, one of which is torn."""
-    def write(steps, suffix):
-        writer = SummaryWriter(str(tmp_path), filename_suffix=suffix)
-        for step in steps:
-            for tag, at in (('learner_iter/loss', step), ('kv_cache_step/hits', 30 * step)):
-                writer.add_scalar(tag, step, at)
-        writer.close()
-
-    write(range(3), '.0')
-    write(range(3, 9), '.1')
-    torn = max(tmp_path.iterdir(), key=lambda path: path.name[-1])
-    torn.write_bytes(torn.read_bytes()[:-5])
-    assert cut(tmp_path, 5, 150) == 2 * 4 - 1
-    write(range(5, 7), '.2')
-    events = EventAccumulator(str(tmp_path), size_guidance={'scalars': 0})
-    events.Reload()
-    assert [point.step for point in events.Scalars('learner_iter/loss')] == list(range(7))
-    assert [point.step for point in events.Scalars('kv_cache_step/hits')] == [30 * step for step in range(7)]
-    assert cut(tmp_path / 'none', 5, 150) == 0
-
-
-@pytest.mark.parametrize(('env_step', 'evaluated', 'evaluations', 'collections'), [
-    (45, False, [4], [4]), (45, True, [4, 5], [4]), (49, False, [4, 5], [4]), (50, False, [4, 5], [4, 5]),
-    (50, True, [4, 5], [4, 5])])
-def test_what_the_checkpoint_comes_after_is_not_cut_off(env_step, evaluated, evaluations, collections, tmp_path):
-    """A collection whose steps it counts, and an evaluation before that, which is not made again. Of an evaluation of
-    the same steps, somebody must know that it came before."""
-    written = dict(evaluator=5, collector=0, learner=0)
-    writer = SummaryWriter(str(tmp_path))
-    for step in range(4, 7):
-        for name, before in written.items():
-            for what in ('of', 'more'):
-                writer.add_scalar(f'{name}_iter/{what}', step, step)
-                writer.add_scalar(f'{name}_step/{what}', step, 10 * step - before)
-    writer.close()
-    left = dict(evaluator=evaluations, collector=collections, learner=[4])
-    assert cut(tmp_path, 5, env_step, evaluated) == 4 * (9 - sum(map(len, left.values())))
-    events = EventAccumulator(str(tmp_path), size_guidance={'scalars': 0})
-    events.Reload()
-    for name, steps in left.items():
-        for what in ('of', 'more'):
-            assert [point.step for point in events.Scalars(f'{name}_iter/{what}')] == steps
-            assert [point.step for point in events.Scalars(f'{name}_step/{what}')] == [
-                10 * step - written[name] for step in steps]
-
-
-def test_an_event_file_that_cannot_be_read_loses_nothing_of_the_record(tmp_path):
-    path = checkpoint(tmp_path / 'ckpt' / 'iteration_20.pth.tar', 20)
-    result(exp_name=str(tmp_path)).write()
-    events = tmp_path / 'log' / 'serial'
-    events.mkdir(parents=True)
-    with open(events / 'events.out.tfevents.1.host', 'wb') as file:
-        RecordWriter(file).write(b'no event')
-    with pytest.raises(ConfigError, match=r'tfevents\.1\.host is no event file; move it away'):
-        take_up(str(tmp_path), path, 2, 20, print)
-    assert read_summary(str(tmp_path)) == result(exp_name=str(tmp_path))
-
-
-def test_an_evaluation_that_stands_in_several_files_is_kept_once(tmp_path):
-    for number in range(3):
-        write_events(tmp_path, [(0, at, f'evaluator_{axis}/reward_mean', 1.)
-                                for axis, at in (('iter', 5), ('step', 50))], BEGAN + number)
-    assert cut(tmp_path, 5, 50) == 4
-    assert read_events(str(tmp_path)).evaluations == [Evaluation(50, 5, 1.)]
-
-
-@pytest.mark.parametrize('torn', [3, 9, 30])
-def test_a_torn_record_is_cut_off_where_nothing_follows_the_checkpoint(torn, tmp_path):
-    """Or else the run would count as damaged for good."""
-    path = write_events(tmp_path, [(0, 4, 'learner_iter/loss', 1.)])
-    whole = path.read_bytes()
-    write_events(tmp_path, [(0, 4, 'learner_iter/loss', 1.), (0, 5, 'learner_iter/loss', 1.)])
-    path.write_bytes(path.read_bytes()[:len(whole) + torn])
-    assert cut(tmp_path, 5, 50) == 0
-    assert path.read_bytes() == whole
-
-
-def test_nothing_but_what_is_torn_of_an_event_file_is_cut_off(tmp_path):
-    """Neither a file of another kind nor what comes after a damaged record."""
-    path = write_events(tmp_path, [(0, step, 'learner_iter/loss', 1.) for step in range(4)])
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2] ^= 0xff
-    path.write_bytes(damaged)
-    (tmp_path / 'notes.txt').write_text('mine')
-    assert cut(tmp_path, 5, 50) == 0
-    assert path.read_bytes() == damaged and (tmp_path / 'notes.txt').read_text() == 'mine'
-
-
-def test_a_collection_of_which_one_point_was_written_is_cut_off(tmp_path):
-    writer = SummaryWriter(str(tmp_path))
-    writer.add_scalar('collector_step/of', 1, 40)
-    writer.add_scalar('collector_iter/of', 1, 5)
-    writer.close()
-    assert cut(tmp_path, 5, 50) == 1

@@ -141,7 +141,7 @@ def test_imports_run_one_way():
 
 def test_comparison_knows_what_runs_leave_and_nothing_of_what_made_them():
     assert {top_of(PACKAGE / name) for path in FILES if top_of(path) == 'comparison'
-            for name in own_imports(path)} == {'comparison', 'config', 'run_files'}
+            for name in own_imports(path)} == {'comparison', 'config', 'run_files', 'text'}
 
 
 def test_nothing_imports_a_program():

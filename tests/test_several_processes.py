@@ -397,3 +397,15 @@ def test_under_torchrun_ctrl_c_ends_all(tmp_path):
     assert process.returncode != 0
     assert 'Training: interrupted by SIGINT' in shown
     assert_ended_together(tmp_path, signal.SIGINT)
+
+
+def test_any_error_of_the_first_rank_is_told_to_all(monkeypatch):
+    told = []
+    monkeypatch.setattr('torch.distributed.broadcast_object_list', lambda made, src: told.extend(made))
+
+    def full():
+        raise OSError('disk full')
+
+    with pytest.raises(OSError, match='disk full'):
+        DataParallel(0, 2, 2).from_main(full)
+    assert [type(error) for error in told] == [OSError]

@@ -5,13 +5,15 @@ import re
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_models import ON_MAIN
 from trainings import WM
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.host.building import try_environment
 from lzero_kvcache.training import make_plan
-from lzero_kvcache_options import TrainOptions, command_parser, main, version
+from lzero_kvcache_options import DEVICES, SYSTEMS, TrainOptions, command_parser, main, version
 
 WITH_A_CONFIG = [
     (['--config', 'nosuch'], '--config nosuch: there is no such file'),
@@ -76,6 +78,14 @@ TRAIN = [
     (['--config', 'config_new', '--set', f'{WM}.device=tpu'], f"{WM}.device='tpu' is none of torch's"),
     (['--config', 'config_new', '--set', '+policy.batch_size.x=3'], 'policy.batch_size is 64, which holds no keys'),
     (['--config', 'config_new', '--set', '+policy.model=3'], 'policy.model holds'),
+    (['--config', 'config_new', '--set', '+new=1', '+new.sub=2'], '--set +new.sub=2: new is 1, which holds no keys'),
+    *((['--config', 'config_new', '--set', f'{path}=3'], f'--set {path}=3: write KEY=VALUE')
+      for path in ('+policy..x', 'policy.', '.')),
+    (['--config', 'config_new', '--set', 'create_config.env.import_names=None'],
+     'create_config.env.import_names=None must be a list of names of modules'),
+    *((['--config', 'config_new', '--set', f'policy.model.{key}={wrong}'],
+       f'policy.model.{key}={wrong} must be a whole number above 0')
+      for key, wrong in (('action_space_size', 0), ('observation_shape', None), ('observation_shape', [0, 4]))),
     *((['--config', config, '--set', *changes], message) for config in ('config_old', 'config_new')
       for changes, message in [
         (['policy.model.action_space_size=60', f'{WM}.action_space_size=6'],
@@ -133,8 +143,10 @@ TRAIN = [
         *([] if ON_MAIN else [([f'policy.replay_ratio={none}'], f'policy.replay_ratio={none} must be a number above 0')
                               for none in (-0.25, 0)]),
         (['policy.game_segment_length=9', 'policy.ignore_done=True'],
-         'policy.game_segment_length=9 contradicts policy.num_unroll_steps=5 and policy.td_steps=5 with '
-         'policy.ignore_done=True: it must be at least their sum, 10'),
+         'policy.game_segment_length=9 contradicts policy.num_unroll_steps=5 and '
+         "policy.td_steps=5 (LightZero's default) and policy.ignore_done=True and "
+         "policy.use_priority=False (LightZero's default) and "
+         "policy.sample_type='transition' (LightZero's default): it must be at least the sum of the first two"),
         *(([f'{key}=3'], f"there is no key '{key}'{nearest}") for key, nearest in (
             ('activation', " ('+activation"), ('env_manager.type', "; did you mean 'create_config.env_manager.type'?"),
             ('env_manager.typ', "; did you mean 'create_config.env_manager.type'?"),
@@ -157,7 +169,6 @@ TRAIN = [
     (['--config', 'config_new', '--set', f'{WM}.context_length=22'],
      'context_length=22 must not exceed max_tokens=20'),
     (['--config', 'config_new', '--threads', '100000'], "'100000' is more than"),
-    (['--config', 'config_new', '--seed', '9' * 20], f"seed={'9' * 20} must be below"),
     *((['--config', 'config_old', '--cache', cache, '--set', f'{WM}.use_new_cache_manager={not flag}'],
        f'--cache {cache} contradicts --set, which picks') for cache, flag in (('old', False), ('new', True))),
     (['--config', 'config_new', '--set', 'max_env_step=5'], 'give --max-env-step 5 in its place'),
@@ -167,11 +178,14 @@ TRAIN = [
     (['--config', 'config_new', '--set', '+policy.model.type=UniZeroModl'],
      "policy.model.type='UniZeroModl' is registered by none"),
 ]
+# Root may write to all of them, as far as their permissions say.
+UNWRITABLE = [(__file__, 'File exists'), (__file__ + '/sub', 'Not a directory'),
+              *((out, 'No such file or directory') for out in ('/proc/sub', '/proc'))]
 EXPERIMENT = WITH_A_CONFIG + [
     (['--config', 'config_new', '--cache', 'old', 'old'], '--cache old old: give each of them once'),
     (['--config', 'config_new', '--seeds', '1', '2', '1'], '--seeds 1 2 1: give each of them once'),
-    *((['--config', 'config_new', '--out', out], 'test_usage.py is a file; give another folder')
-      for out in (__file__, __file__ + '/sub')),
+    *((['--config', 'config_new', '--out', out], f'--out {out} cannot be written to ({why}); give another folder')
+      for out, why in UNWRITABLE),
     (['--config', 'config_new', '--seeds', '0', '4294967296'], 'seed=4294967296 must be below 2**32'),
     (['--config', 'config_new', '--set', 'policy.model.action_space_size=3'], 'contradicts the environment of'),
     (['--config', 'config_old', '--set', f'{WM}.kv_cache_cfg.max_memory_mb=0.001'], 'max_memory_mb=0.001 is too small'),
@@ -182,8 +196,9 @@ COMPARE = [
     (['.', '--group', 'old'], "'old' is not NAME=PATTERN"),
     (['.', '--colour'], '--colour'),
     (['.'], 'no run can be read: '),
-    (['.', '--out', __file__], f'--out {__file__}: '),
-    (['.', '--out', ''], "--out '' names no folder"),
+    *((['.', '--out', out], f'--out {out} cannot be written to ({why}); give another folder')
+      for out, why in UNWRITABLE),
+    (['.', '--out', ''], "--out '' cannot be written to"),
 ]
 
 
@@ -225,7 +240,8 @@ def test_numbers_of_continuous_actions(name, number, own, cache):
 
 @pytest.mark.parametrize('arguments', [['train'], ['train', '--cache', 'new'], ['info']], ids=' '.join)
 @pytest.mark.parametrize('key', [
-    'main_config.policy.replay_buffer_size', 'create_config.env.type', 'create_config.env_manager.type'])
+    'main_config.policy.replay_buffer_size', 'main_config.env.collector_env_num', 'main_config.env.evaluator_env_num',
+    'create_config.env.type', 'create_config.env_manager.type'])
 def test_a_key_without_a_default_is_asked_for(key, arguments, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     part, name = key.rsplit('.', 1)
@@ -237,6 +253,19 @@ def test_a_key_without_a_default_is_asked_for(key, arguments, capfd, tmp_path, m
     error = capfd.readouterr().err
     assert f'{key.replace("main_config.", "")} is missing: ' in error
     assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize('key', ['policy.learn', 'policy.learn.learner', 'policy.eps', 'env.manager'])
+def test_a_dict_is_asked_for_where_lightzero_reads_one(key, tmp_path):
+    """A file may say anything; --set is held to what is there."""
+    *above, last = key.split('.')
+    node = 'main_config' + ''.join(f'[{part!r}]' for part in above)
+    (tmp_path / 'mine.py').write_text(
+        'import copy\nfrom zoo.classic_control.cartpole.config import cartpole_unizero_config as theirs\n'
+        'main_config, create_config = copy.deepcopy(theirs.main_config), copy.deepcopy(theirs.create_config)\n'
+        f"main_config['policy'].setdefault('learn', {{}})\n{node}[{last!r}] = None\n")
+    with pytest.raises(ConfigError, match=f'^{key}=None must be a dict'):
+        make_plan(str(tmp_path / 'mine.py'))
 
 
 @pytest.mark.parametrize('changes', [
@@ -270,7 +299,7 @@ def test_what_lightzero_trains_with_is_not_refused(changes):
     make_plan('config_old', overrides=[change if '=' in change else f'+{change}' for change in changes])
 
 
-@pytest.mark.parametrize(('new', 'least'), [(False, 8), (True, 2)], ids=['old', 'new'])
+@pytest.mark.parametrize(('new', 'least'), [(False, r"8 \(LightZero's default\)"), (True, '2')], ids=['old', 'new'])
 def test_environments_are_held_to_what_stands_for_a_missing_env_num(new, least, tmp_path):
     """LightZero's default, and in the new system as many as the policy says."""
     (tmp_path / 'mine.py').write_text(
@@ -300,13 +329,17 @@ def test_bad_usage_waits_for_no_import(arguments, capfd, monkeypatch):
     assert 'is not installed' not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize('changes', [
-    dict(), dict(seed=0, cache='old', exp_name='a b', max_env_step=60, max_train_iter=5, device='cpu', threads=1),
-    dict(resume='c', in_place=True, keep_checkpoints=2, overrides=['policy.batch_size=8', '+a.b=-1']),
-    dict(evaluate='c'),
-])
-def test_what_is_asked_for_is_read_from_its_own_arguments(changes):
-    asked = TrainOptions('config_new', **changes)
+TEXTS = st.text() | st.text().map('-{}'.format)  # paths and overrides may begin as options do
+COUNTS = st.none() | st.integers(1, 2 ** 63)
+ASKED = dict(
+    config=TEXTS.filter(bool), exp_name=st.none() | TEXTS, overrides=st.just(()) | st.lists(TEXTS, min_size=1),
+    max_env_step=COUNTS, max_train_iter=COUNTS, keep_checkpoints=COUNTS, seed=st.none() | st.integers(0, 2 ** 63),
+    threads=st.none() | st.integers(1, 8), device=st.sampled_from([None, *DEVICES]),
+    cache=st.sampled_from([None, *SYSTEMS]), in_place=st.booleans())
+
+
+@given(st.builds(TrainOptions, resume=st.none() | TEXTS, **ASKED) | st.builds(TrainOptions, evaluate=TEXTS, **ASKED))
+def test_what_is_asked_for_is_read_from_its_own_arguments(asked):
     assert TrainOptions.of(command_parser().parse_args(['train', *asked.arguments()])) == asked
 
 

@@ -14,6 +14,8 @@ from rich.console import Console
 from lzero_kvcache_options import EXPERIMENTS, INTERRUPTED, TrainOptions, ranks_of_torchrun, refused
 
 from ..config import ConfigError
+from ..run_files import results_in
+from ..text import drawn
 from ..training import run as run_plan
 from ..training.error_hints import hinted
 from ..training.experiment import Experiment
@@ -21,7 +23,7 @@ from ..training.info import installed, of_plan, of_zoo
 from ..training.plan import plan_of
 from ..training.processes import Children
 from ..training.ranks import DataParallel
-from ..training.terminal import PACKAGE_LOGGER, Output, drawn
+from ..training.terminal import PACKAGE_LOGGER, Output
 
 FAILED = 1
 # Of what goes to a file or a pipe, if COLUMNS says nothing.
@@ -73,21 +75,22 @@ def experiment(options: argparse.Namespace) -> int:
     from ..comparison import compare_runs
     name = os.path.splitext(os.path.basename(options.config))[0]
     folder = options.out or os.path.join(EXPERIMENTS, name)
-    with Output(silent=True):  # loading a config prints much
-        experiment = Experiment(folder, TrainOptions.of(options), options.caches, options.seeds)
-    with experiment.opened() as lock:
-        children = Children(experiment, lock, options.jobs)
-        children.run()
-        done = [trial for trial in experiment.trials if trial.result is not None]
-        print(f'{len(done)} of {len(experiment.trials)} runs are done, in {folder}')
-        if children.interrupted is not None:
-            print('interrupted; the same command goes on')
-            return 128 + children.interrupted
-        if done:
-            caches = {trial.cache for trial in done}
-            groups = [(cache, f'{cache}_seed*') for cache in experiment.caches if cache in caches]
-            compare_runs([trial.folder for trial in done], folder, groups, console())
-        return 1 if children.failed else 0
+    with results_in(folder):
+        with Output(silent=True):  # loading a config prints much
+            experiment = Experiment(folder, TrainOptions.of(options), options.caches, options.seeds)
+        with experiment.opened() as lock:
+            children = Children(experiment, lock, options.jobs)
+            children.run()
+            done = [trial for trial in experiment.trials if trial.result is not None]
+            print(f'{len(done)} of {len(experiment.trials)} runs are done, in {folder}')
+            if children.interrupted is not None:
+                print('interrupted; the same command goes on')
+                return 128 + children.interrupted
+            if done:
+                caches = {trial.cache for trial in done}
+                groups = [(cache, f'{cache}_seed*') for cache in experiment.caches if cache in caches]
+                compare_runs([trial.folder for trial in done], folder, groups, console())
+            return FAILED if children.failed else 0
 
 
 def info(options: argparse.Namespace) -> int:
@@ -97,7 +100,7 @@ def info(options: argparse.Namespace) -> int:
         if options.config is not None:
             tables.update(of_plan(plan_of(TrainOptions.of(options))))
     for title, rows in tables.items():
-        console().print(drawn(title, rows))
+        console().print(drawn(title, (), rows))
     return 0
 
 
@@ -105,7 +108,7 @@ def zoo(options: argparse.Namespace) -> int:
     """Print which configs there are, and what they need."""
     with Output(silent=True):  # building environments prints much
         rows = of_zoo()
-    console().print(drawn('configs', rows))
+    console().print(drawn('configs', (), rows))
     return 0
 
 

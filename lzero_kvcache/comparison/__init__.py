@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..config import ConfigError
+from ..run_files import results_in, writing_to
 from .event_files import Unreadable
 from .judging import Comparison, as_json, judge
 from .page import draw, report_of
@@ -33,7 +34,11 @@ def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[
     pattern) of each side, the baseline first. Runs that no pattern matches are grouped by their config, or else by
     their name without the seed.
     """
-    console = console or Console(highlight=False)
+    with results_in(out):
+        _compare(runs, out, groups, console or Console(highlight=False))
+
+
+def _compare(runs: Sequence[str], out: str, groups: Sequence[Tuple[str, str]], console: Console) -> None:
     found = find_runs(runs)
     check_groups(found, groups)
     readable: List[TrainedRun] = []
@@ -58,10 +63,7 @@ def _write(comparison: Comparison, out: str) -> List[str]:
     contents = {name: draw(comparison, name.rpartition('.')[2]) for name in PICTURES}
     contents.update({PAGE: report_of(comparison).encode('utf-8'), DATA: data.encode('utf-8')})
     paths = [os.path.join(out, name) for name in contents]
-    try:
-        os.makedirs(out, exist_ok=True)
+    with writing_to(out):
         for path, content in zip(paths, contents.values()):
             Path(path).write_bytes(content)
-    except OSError as error:
-        raise ConfigError(f'--out {out}: it cannot be written to ({error.strerror})') from error
     return paths

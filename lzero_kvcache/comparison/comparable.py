@@ -3,7 +3,10 @@ import itertools
 import statistics
 from typing import Any, Callable, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
-from .reading import WORLD_MODEL, TrainedRun, finite
+from ..config import PREFIX
+from ..run_files import DONE, STOPPED
+from ..text import time_text
+from .reading import TrainedRun, finite
 from .sides import Side
 
 # What a measure is about: a difference between runs may make times incomparable, for example, and not rewards. The
@@ -16,7 +19,6 @@ OF_ONE_LENGTH = (TIME, SPEED, HOST_MEMORY, COUNT, REWARDS)
 OF_ONE_MACHINE = (TIME, CALL_TIME, SPEED, HOST_MEMORY, MEMORY)
 # Collection ends with a whole phase, so that runs of one budget end some steps apart.
 BUDGET_TOLERANCE, SAID_TOLERANCE = 0.75, 0.95
-DONE, STOPPED = 'done', 'reward reached env.stop_value'
 
 
 class Caution(NamedTuple):
@@ -63,13 +65,6 @@ def _resumed_at(run: TrainedRun) -> List[str]:
     return said or ([] if run.before is None else [f'iteration {run.first_iteration:,}'])
 
 
-def time_text(seconds: float) -> str:
-    """As '1:02:03' or '2:03'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
-
-
 def _effect(blocks: Sequence[str]) -> str:
     return f'{", ".join(blocks[:-1])} and {blocks[-1]} are not comparable'
 
@@ -93,7 +88,7 @@ def _environment(run: TrainedRun) -> Any:
 
 
 def _device(run: TrainedRun) -> Any:
-    return run.from_summary('device') or run.config.get(WORLD_MODEL + 'device')
+    return run.from_summary('device') or run.config.get(PREFIX + '.device')
 
 
 def _of_machine(key: str) -> Callable[[TrainedRun], Any]:
@@ -133,7 +128,7 @@ def _disagreements(sides: Sequence[Side], values_of: Mapping[str, Callable[[Trai
         values = {side.name: distinct(f'{value:,}' if isinstance(value, int) else str(value)
                                       for value in map(value_of, side.runs) if value is not None) for side in sides}
         if len(set(itertools.chain(*values.values()))) > 1:
-            yield Caution(f'Other {what} ({_by_side(values)}): {effect}', blocks)
+            yield Caution(f'Different {what} ({_by_side(values)}): {effect}', blocks)
 
 
 def _by_side(values: Mapping[str, List[Any]]) -> str:
@@ -149,7 +144,7 @@ def distinct(texts: Iterable[str]) -> List[str]:
 def _seeds(sides: Sequence[Side]) -> Iterator[Caution]:
     seeds = {side.name: sorted(run.seed for run in side.runs if run.seed is not None) for side in sides}
     if any(set(found) != set(seeds[sides[0].name]) for found in seeds.values()):
-        yield Caution(f'Other seeds: {_by_side(seeds)}')
+        yield Caution(f'Different seeds: {_by_side(seeds)}')
     single = [f"'{side.name}'" for side in sides if len(side.runs) == 1]
     if single:
         yield Caution(f"One run of {' and of '.join(single)}: without a spread, chance cannot be told from effect")
@@ -256,11 +251,11 @@ def _other_lengths(sides: Sequence[Side]) -> Iterator[Caution]:
                      for name, found in lengths.items()})
     budget = runs[0].from_summary('max_env_step')
     if budget is not None and all(map(_is_whole, runs)):
-        yield Caution(f'Other lengths ({said}) under one budget of {budget:,} environment steps, which the last '
+        yield Caution(f'Different lengths ({said}) under one budget of {budget:,} environment steps, which the last '
                       f'collection goes beyond: {_effect(OF_A_WHOLE_RUN)}; a longer budget makes them alike',
                       OF_A_WHOLE_RUN)
     else:
-        yield Caution(f'Other lengths in environment steps ({said}): {_effect(OF_ONE_LENGTH)}', OF_ONE_LENGTH)
+        yield Caution(f'Different lengths in environment steps ({said}): {_effect(OF_ONE_LENGTH)}', OF_ONE_LENGTH)
 
 
 def _nearly_one_length(sides: Sequence[Side]) -> Iterator[Caution]:
@@ -270,8 +265,8 @@ def _nearly_one_length(sides: Sequence[Side]) -> Iterator[Caution]:
     medians = {name: statistics.median(found) for name, found in lengths.items() if found}
     if medians and min(medians.values()) < SAID_TOLERANCE * max(medians.values()):
         said = '; '.join(f'{name}: {steps:,.0f}' for name, steps in medians.items())
-        yield Caution(f'Training times are of other numbers of environment steps (medians, {said}), which makes some '
-                      'of their difference; environment steps per second are without it')
+        yield Caution(f'Training times are of different numbers of environment steps (medians, {said}), which makes '
+                      'some of their difference; environment steps per second are without it')
 
 
 def _is_whole(run: TrainedRun) -> bool:

@@ -4,8 +4,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Se
 import numpy as np
 from scipy.stats import trim_mean
 
-from ..config import FLAG, OPTIONS
-from ..run_files import LOADED, POOLS
+from ..config import FLAG, OPTIONS, PREFIX
+from ..run_files import LOADED
 from .comparable import (
     CALL_TIME,
     COUNT,
@@ -22,17 +22,19 @@ from .comparable import (
     notes,
 )
 from .event_files import CACHE, MEMORY_OF_DEVICE, MEMORY_OF_HOST, REWARD
-from .reading import WORLD_MODEL, TrainedRun, finite
+from .reading import TrainedRun, finite
 from .sides import OF_ONE_RUN, Side, sort_into_sides
 
 ABSENT = '(absent)'
 # What the plugin adds to a policy's config, whichever system it has.
 OWN_HOOKS = 'policy.learn.learner.hook.kv_cache_'
 # What the cache systems differ in. Of other keys so many are named above the table.
-CACHE_OPTIONS = (WORLD_MODEL + FLAG, WORLD_MODEL + OPTIONS)
+CACHE_OPTIONS = (f'{PREFIX}.{FLAG}', f'{PREFIX}.{OPTIONS}')
 SAID_KEYS = 3
 # What other lines tell of.
-TOLD_OF = ('env.env_id', 'env.env_name', 'env.type', 'policy.cuda', 'policy.device', WORLD_MODEL + 'device', LOADED)
+TOLD_OF = ('env.env_id', 'env.env_name', 'env.type', 'policy.cuda', 'policy.device', PREFIX + '.device', LOADED)
+# What hit rates are of, by pool.
+LOOKED_UP = {'init': 'roots', 'recur': 'nodes', 'total': 'all'}
 # What no measure is about.
 CONFIGS = 'configs'
 # If each side has so many runs, it is shown by interquartile mean and bootstrap interval, not by median and range.
@@ -157,7 +159,7 @@ def _hit_rate(pool: str) -> Measure:
     def counted(run: TrainedRun) -> Number:
         return _ratio(run.last(f'{CACHE}{pool}_hits'), run.last(f'{CACHE}{pool}_queries'))
 
-    return Measure(f'{pool}_hit_rate', f'hit rate, {POOLS[pool]}', 'share', HITS, counted, ('hit_rates', pool))
+    return Measure(f'{pool}_hit_rate', f'hit rate, {LOOKED_UP[pool]}', 'share', HITS, counted, ('hit_rates', pool))
 
 
 MEASURES = (
@@ -172,7 +174,7 @@ MEASURES = (
     Measure('device_memory_mb', 'peak device memory, MiB', 'number', MEMORY, _device_memory, ('device_memory_mb',)),
     Measure('cache_memory_mb', 'peak cache memory, MiB', 'number', MEMORY,
             lambda run: run.highest(CACHE + 'memory_mb')),
-    *map(_hit_rate, POOLS),
+    *map(_hit_rate, LOOKED_UP),
     Measure('evictions', 'evictions', 'count', COUNT, lambda run: run.last(CACHE + 'total_evictions'),
             ('counters', 'total', 'evictions')),
     Measure('last_reward', 'last reward', 'number', REWARDS, lambda run: run.last(REWARD), ('last_reward',)),

@@ -5,6 +5,7 @@ element for each point.
 import itertools
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
@@ -13,6 +14,8 @@ import numpy as np
 from ..config import ConfigError
 from ..run_files import (
     CONFIG_FILE,
+    DONE,
+    EVALUATE,
     EVENT_FILE,
     EVENT_FILES,
     EXPERIMENT,
@@ -25,7 +28,6 @@ from .event_files import ITERATIONS, REWARD, EventFile, Span, Unreadable
 
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
 
-WORLD_MODEL = 'policy.model.world_model_cfg.'
 OLD = 'old'
 # What an experiment appends to the name of a run that was cut off before its first checkpoint.
 CUT_OFF = re.compile(r'_cut_off\d+$')
@@ -83,7 +85,7 @@ class TrainedRun(Record):
     @property
     def outcome(self) -> str:
         """How it ended, as far as that is known."""
-        return str(self.summary.get('outcome', 'done'))
+        return str(self.summary.get('outcome', DONE))
 
     @property
     def host(self) -> Optional[str]:
@@ -138,8 +140,9 @@ class TrainedRun(Record):
 
 
 def finite(value: Any) -> Optional[float]:
-    """The value if it is a finite number, else None."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value) else None
+    """The value if it is a number that a float can be, else None."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) <= sys.float_info.max else None
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------
@@ -203,7 +206,7 @@ def read_run(run: TrainedRun) -> None:
     if CUT_OFF.search(run.name) and os.path.exists(os.path.join(os.path.dirname(run.folder), EXPERIMENT)):
         raise Unreadable('its experiment began it anew')
     run.read()
-    if run.from_summary('task') == 'evaluate':
+    if run.from_summary('task') == EVALUATE:
         raise Unreadable('it evaluated a checkpoint and trained nothing')
     _read_events(run)
 

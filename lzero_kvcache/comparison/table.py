@@ -4,10 +4,10 @@ import shlex
 from typing import List, NamedTuple, Optional, Sequence
 
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
-from .comparable import CALL_TIME, HITS, HOST_MEMORY, MEMORY, REWARDS, SPEED, TIME, time_text
+from ..text import drawn, time_text
+from .comparable import CALL_TIME, HITS, HOST_MEMORY, MEMORY, REWARDS, SPEED, TIME
 from .judging import INTERQUARTILE_MEAN, MEDIAN, Comparison, Row, Spread
 from .reading import TrainedRun
 from .sides import Side
@@ -149,15 +149,15 @@ def show(comparison: Comparison, console: Console) -> None:
         if warning.blocks:
             line(console, f'WARNING: {warning.text}')
     for others in [[side] for side in comparison.sides[1:]] or [[]]:
-        console.print(_drawn(measures_table(comparison, others), numbers=True))
+        console.print(drawn(*measures_table(comparison, others), numbers=True))
     several = len(comparison.sides) < len(comparison.runs) and comparison.statistic == MEDIAN
     if several or any(comparison.mixed.values()):
         for beside in _beside_each_other(comparison.runs, console.width):
-            console.print(_drawn(runs_table(comparison, beside), numbers=True))
+            console.print(drawn(*runs_table(comparison, beside), numbers=True))
     differences = config_table(comparison)
     if differences.rows:
         shown = differences._replace(rows=differences.rows[:SHOWN_DIFFERENCES])
-        console.print(_drawn(shown, numbers=False))
+        console.print(drawn(*shown))
         more = len(differences.rows) - len(shown.rows)
         if more:
             line(console, f'... and {more} more; report.html has all of them')
@@ -178,12 +178,3 @@ def _beside_each_other(runs: Sequence[TrainedRun], width: int) -> List[Sequence[
 def line(console: Console, text: str) -> None:
     """Print one line as it is."""
     console.print(Text(text), soft_wrap=True)
-
-
-def _drawn(table: Table, numbers: bool) -> RichTable:
-    drawn = RichTable(title=Text(table.caption), title_justify='left')
-    for index, heading in enumerate(table.headings):
-        drawn.add_column(Text(heading), justify='right' if numbers and index else 'left', overflow='fold')
-    for row in table.rows:
-        drawn.add_row(*map(Text, row))
-    return drawn

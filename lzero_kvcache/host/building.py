@@ -10,7 +10,7 @@ from typing import Any, Iterable, Iterator, Optional, Sequence, Tuple
 import numpy as np
 from easydict import EasyDict
 
-from ..config import MIB, OPTIONS, ConfigError, missing, names_of_modules, nearest
+from ..config import MIB, OPTIONS, ConfigError, check_dict, missing, names_of_modules, nearest
 from . import root_level
 from .lightzero import lightzero
 from .states import loading
@@ -23,7 +23,7 @@ def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
     """A config with all defaults of its policy, environment and learner, as a run has it; nothing is changed."""
     from ding.config import compile_config
     from ding.utils import ENV_MANAGER_REGISTRY, ENV_REGISTRY, MODEL_REGISTRY, import_module
-    names_of_modules(create_config.policy.get('import_names'), 'create_config.policy.import_names')
+    names_of_modules(create_config.policy.get('import_names', []), 'create_config.policy.import_names')
     for part in ('env', 'env_manager'):
         if 'type' not in create_config[part]:
             raise missing(f'create_config.{part}.type')
@@ -32,7 +32,8 @@ def completed(main_config: EasyDict, create_config: EasyDict) -> EasyDict:
                                  ('env.type', ENV_REGISTRY, main_config.env),  # these two would take their place
                                  ('env.manager.type', ENV_MANAGER_REGISTRY, main_config.env.get('manager', {})),
                                  ('policy.model.type', MODEL_REGISTRY, main_config.policy.model)):
-        modules = names_of_modules(asked.get('import_names'), key.replace('.type', '.import_names'))
+        check_dict(asked, key[:-len('.type')])
+        modules = names_of_modules(asked.get('import_names', []), key.replace('.type', '.import_names'))
         import_module(modules)
         if 'type' in asked and asked.type not in registry:
             raise ConfigError(
@@ -129,7 +130,7 @@ def cache_of(main_config: EasyDict, create_config: EasyDict) -> SimpleNamespace:
         return cache
     cache.evaluated, cache.why_not_whole = policy._cfg.evaluator_env_num, model.why_not_whole()
     cache.pages, cache.pages_of_context = manager.page_capacity, manager.width
-    cache.page_bytes = manager.storage.slab.page_bytes
+    cache.page_bytes = manager.store.slab.page_bytes
     cache.full_memory_mb = cache.pages * cache.page_bytes / MIB
     return cache
 

@@ -1,7 +1,7 @@
 """States of checkpoints that are of another model, told in one line."""
 import contextlib
 import re
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Optional, Sequence
 
 from ..config import ConfigError
 
@@ -26,9 +26,9 @@ def loading(source: str) -> Iterator[None]:
         raise ConfigError(f'{source}: {fault}' if source else fault) from None
 
 
-def check_parts(state: Any) -> None:
-    """Refuse what lacks a part of a policy's state that LightZero loads."""
-    missing = [part for part in ('model', 'target_model') if not isinstance(state, dict) or part not in state]
+def check_parts(state: Any, parts: Sequence[str] = ('model', 'target_model')) -> None:
+    """Refuse what lacks a part of a policy's state; these are the ones that LightZero loads."""
+    missing = [part for part in parts if not isinstance(state, dict) or part not in state]
     if missing:
         raise ConfigError(f'it is no checkpoint of a UniZero training; it lacks {", ".join(missing)}')
 

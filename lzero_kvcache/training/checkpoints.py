@@ -10,7 +10,10 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
 
 import torch
 
+from lzero_kvcache_options import NO_CHECKPOINT
+
 from ..config import ConfigError
+from ..host.states import check_parts, loading
 from ..run_files import read_json, write_json
 from ..summary import read_result
 
@@ -31,14 +34,13 @@ def read_checkpoint(path: str) -> Checkpoint:
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
     except (FileNotFoundError, IsADirectoryError):
-        raise ConfigError(f'{path}: no such checkpoint; an experiment has them in its folder ckpt/') from None
+        raise ConfigError(NO_CHECKPOINT.format(path)) from None
     except Exception as error:
         raise ConfigError(
             f'{path} is torn, or holds more than weights and counts ({type(error).__name__}); take another checkpoint'
         ) from error
-    missing = [key for key in STATE if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise ConfigError('{} is no checkpoint of a UniZero training; it lacks {}'.format(path, ', '.join(missing)))
+    with loading(path):
+        check_parts(content, STATE)
     return Checkpoint(content, int(content.pop('last_iter', 0)), int(content.pop('last_step', 0)))
 
 

@@ -18,11 +18,11 @@ from easydict import EasyDict
 
 import lzero_kvcache_options
 
-from ..config import ConfigError
+from ..config import ConfigError, check_dict
 from ..host.building import zoo_folder
 from ..host.patches import ENTRIES, applied, forget_configs
 from ..host.recorded import recorded_call, trainings
-from ..summary import TRAIN
+from ..run_files import TRAIN
 from .error_hints import hint
 
 # The numbers that a config file may declare beside its configs and its entry.
@@ -86,8 +86,16 @@ def load_config(name: str) -> Plan:
             f"--config {path}: it declares no {' and no '.join(missing)}; a LightZero config file has 'main_config' "
             f"and 'create_config', or calls {' or '.join(ENTRIES)}"
         )
-    _check_shape(declared, path)
-    main_config, create_config = (EasyDict(copy.deepcopy(declared[name])) for name in ('main_config', 'create_config'))
+    for key in NEEDED:
+        node: Any = declared
+        for part in key.split('.'):
+            node = node.get(part)
+        check_dict(node, f'{path}: {key}')
+    try:
+        main_config, create_config = (
+            EasyDict(copy.deepcopy(declared[name])) for name in ('main_config', 'create_config'))
+    except TypeError as error:  # of a key that is no string
+        raise ConfigError(f'{path}: {error}') from error
     counts: Dict[str, Any] = {key: _whole_number(declared[key], key, path)
                               for key in COUNTS if declared.get(key) is not None}
     return Plan(path, main_config, create_config, entry or _guessed_entry(main_config, path), **counts)
@@ -217,16 +225,6 @@ def _dotted(node: ast.expr, imported: Dict[str, str]) -> str:
     if isinstance(node, ast.Attribute):
         return f'{_dotted(node.value, imported)}.{node.attr}'
     return imported.get(node.id, node.id) if isinstance(node, ast.Name) else ''
-
-
-def _check_shape(declared: Dict[str, Any], path: str) -> None:
-    for needed in NEEDED:
-        node: Any = declared
-        for key in needed.split('.'):
-            node = node.get(key)
-        if not isinstance(node, dict):
-            what = 'missing' if node is None else f'a {type(node).__name__}'
-            raise ConfigError(f"{path}: {needed} is {what}; LightZero's UniZero configs have a dict there")
 
 
 def _whole_number(value: Any, name: str, path: str) -> int:

@@ -14,8 +14,8 @@ from lzero_kvcache_options import TrainOptions
 from ..config import FLAG, OPTIONS, PREFIX, ConfigError, system_of
 from ..host import building
 from ..lock_files import check_not_trained_in, held
-from ..run_files import EXPERIMENT, read_json, write_json
-from ..summary import TRAIN, Result, read_summary
+from ..run_files import EXPERIMENT, TRAIN, read_json, write_json
+from ..summary import Result, read_summary
 from . import overrides
 from .checkpoints import CHECKPOINTS, in_folder, is_abandoned, read_checkpoint
 from .config_file import Plan
@@ -111,10 +111,6 @@ class Experiment:
         """
         path = os.path.join(self.folder, EXPERIMENT)
         settings = self._agreed(path)
-        try:
-            os.makedirs(self.folder, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f'--out {self.folder} cannot be written ({error.strerror}); give another') from error
         refusal = f'--out {self.folder}: its runs are still going on, in {{who}}; wait for them, or end them'
         with held(os.path.join(self.folder, LOCK), refusal) as lock:
             write_json(path, settings)

@@ -19,7 +19,7 @@ from ..summary import version_of
 from .config_file import Plan
 from .error_hints import hinted
 from .limits import check_limits
-from .overrides import leaves
+from .overrides import CompleteConfig
 from .plan import make_plan, set_cache
 from .terminal import TableRows
 
@@ -95,7 +95,7 @@ def _of_the_old_system(plan: Plan) -> str:
     configs = plan.main_config, plan.create_config
     set_cache('old', *configs)
     try:
-        check_limits(leaves(building.completed(*configs)), plan.entry)
+        check_limits(CompleteConfig(plan))
         return _at_most(building.cache_of(*configs))
     except ConfigError as error:
         return f'refused: {error}'

@@ -2,14 +2,16 @@
 import argparse
 import ast
 import difflib
-from typing import Any, Dict, Iterable, List, Mapping, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
 from easydict import EasyDict
 
 from lzero_kvcache_options import flag_of, reader_of
 
-from ..config import FLAG, KV_CACHE_CFG, OPTIONS, PREFIX, SIZES, ConfigError, missing
-from .linked_keys import follow
+from ..config import FLAG, KV_CACHE_CFG, OPTIONS, PREFIX, SIZES, ConfigError
+from ..host import building
+from .config_file import Plan
+from .linked_keys import COPIES, follow
 
 CREATE = 'create_config'
 ADD = '+'
@@ -40,7 +42,7 @@ def apply_overrides(
     changed: Dict[str, Any] = {}
     for assignment in assignments:
         try:
-            changed.update(_parse(assignment, known))
+            changed.update(_parse(assignment, {**known, **changed}))
         except ConfigError as error:
             raise ConfigError(f'--set {assignment}: {error}') from None
     followed = follow(known, changed)
@@ -49,16 +51,29 @@ def apply_overrides(
     return followed
 
 
-def given_keys(assignments: Iterable[str]) -> List[str]:
-    """The keys that ``--set`` names."""
-    return [assignment.partition('=')[0].strip().lstrip(ADD) for assignment in assignments]
-
-
 class CompleteConfig(Dict[str, Any]):
-    """The values of a config with all of LightZero's defaults, by path."""
+    """
+    The values of a plan's config with all defaults, by path, and which of them somebody has chosen: in the config or by
+    ``--set``.
+    """
 
-    def __missing__(self, path: str) -> Any:
-        raise missing(path)
+    def __init__(self, plan: Plan, assignments: Sequence[str] = ()) -> None:
+        chosen = leaves({**plan.main_config, CREATE: plan.create_config})
+        super().__init__({**leaves(building.completed(plan.main_config, plan.create_config)), **chosen})
+        self.entry, self.chosen = plan.entry, set(chosen)
+        self._given = [assignment.partition('=')[0].strip().lstrip(ADD) for assignment in assignments]
+
+    def said(self, path: str) -> str:
+        """A path and its value, and whose that is if nobody has chosen it; of copies, the one that ``--set`` names."""
+        value = self.get(path)
+        copies = next((group for group in COPIES if path in group), ())
+        path = next((copy for copy in (path, *copies) if copy in self._given and self.get(copy) == value), path)
+        whose = "LightZero's default" if path.startswith('policy.') else "the environment's default"
+        return f'{path}={value!r}' + ('' if path in self.chosen else f' ({whose})')
+
+    def contradiction(self, path: str, others: Sequence[str], right: str) -> ConfigError:
+        """The error for a value beside others, with what would be right."""
+        return ConfigError(f'{self.said(path)} contradicts {" and ".join(map(self.said, others))}: {right}')
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = '') -> Dict[str, Any]:
@@ -73,7 +88,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = '') -> Dict[str, Any]:
 def _parse(assignment: str, known: Mapping[str, Any]) -> Dict[str, Any]:
     key, equals, text = (part.strip() for part in assignment.partition('='))
     path = key.lstrip(ADD)
-    if not equals or not path:
+    if not equals or not all(path.split('.')):
         raise ConfigError('write KEY=VALUE, as in --set policy.num_simulations=25')
     value = _literal(text)
     children = [known_path for known_path in known if known_path.startswith(path + '.')]

@@ -9,15 +9,15 @@ from easydict import EasyDict
 
 from lzero_kvcache_options import TrainOptions, UsageError
 
-from ..config import DEFAULT_ENV_NUM, LIGHTZERO, PREFIX, ConfigError, picked_system
+from ..config import LIGHTZERO, PREFIX, ConfigError, picked_system
 from ..host import building
 from ..loading import check_config, disable, enable, load_plugin, policy_type
-from ..summary import EVALUATE, TRAIN
+from ..run_files import EVALUATE, TRAIN
 from .checkpoints import CHECKPOINTS
 from .config_file import Plan, load_config
-from .limits import check_limits
-from .linked_keys import check, replace_token
-from .overrides import CompleteConfig, apply_overrides, given_keys, leaves
+from .limits import check
+from .linked_keys import replace_token
+from .overrides import CompleteConfig, apply_overrides
 
 
 def make_plan(config: str, **asked: Any) -> Plan:
@@ -63,17 +63,13 @@ def plan_of(asked: TrainOptions) -> Plan:
         main_config.exp_name += '_eval'
     else:
         main_config.exp_name = replace_token(main_config.exp_name, 'seed', plan.seed, seed)
-    values = CompleteConfig(leaves(building.completed(main_config, create_config)))
+    values = CompleteConfig(plan, asked.overrides)
     if values.get('policy.async_pipeline.enabled'):
         raise ConfigError(
             f'policy.async_pipeline.enabled=True, but {plan.entry} collects in this process: call '
             'train_unizero_segment_async, which needs ray, in a script of your own, or set it to False'
         )
-    check_limits(values, plan.entry, given_keys(asked.overrides))
-    if f'{PREFIX}.env_num' not in values:
-        of_policy = max(values['policy.collector_env_num'], values['policy.evaluator_env_num'])
-        values[f'{PREFIX}.env_num'] = of_policy if picked == 'new' else DEFAULT_ENV_NUM
-    check(values, plan.entry, create_config.policy.type, given_keys(asked.overrides))
+    check(values, picked)
     check_config(main_config, create_config)
     return replace(
         plan, seed=seed, max_env_step=asked.max_env_step or plan.max_env_step,

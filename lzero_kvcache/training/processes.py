@@ -1,6 +1,5 @@
 """The trainings of an experiment as processes: started, watched, interrupted together, shown on the terminal."""
 import contextlib
-import datetime
 import os
 import signal
 import subprocess
@@ -12,9 +11,10 @@ from typing import IO, Deque, Dict, Iterator, List, Optional
 from ..config import ConfigError
 from ..host.patches import applied
 from ..lock_files import tell_holders
-from ..summary import read_progress
+from ..summary import number_text, read_progress
+from ..text import time_text
 from .experiment import Experiment, Trial
-from .terminal import Bar, Terminal, number_text
+from .terminal import Bar, Terminal
 
 PROGRAM = (sys.executable, '-m', 'lzero_kvcache_options', 'train')
 POLL_SECONDS = 0.25
@@ -106,9 +106,8 @@ class Children:
         result = trial.result
         if result is not None:
             self._done += 1
-            time_taken = datetime.timedelta(seconds=round(result.seconds))
-            reward = number_text(result.last_reward)
-            how = f'done, {result.env_step:,} env steps in {time_taken}, last reward {reward}'
+            how = (f'done, {result.env_step:,} env steps in {time_text(result.seconds)}, '
+                   f'last reward {number_text(result.last_reward)}')
         elif self.interrupted is not None:
             how = 'interrupted'
         else:

@@ -11,16 +11,16 @@ import signal
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from ..config import ConfigError, picked_manager
 from ..host import building, entries, watched
 from ..host.lightzero import VERSION
 from ..host.patches import applied
 from ..lock_files import check_not_trained_in, training_in
-from ..run_files import EVENT_FILES, LOADED, Record
+from ..run_files import DONE, EVALUATE, EVENT_FILES, LOADED, STOPPED, TRAIN, Record, remove_empty
 from ..run_hooks import UNBOUNDED
-from ..summary import EVALUATE, TRAIN, Result, add_up, begun
+from ..summary import Result, add_up, begun
 from ..telemetry import summed_over_ranks
 from .checkpoints import beside, is_abandoned, read_checkpoint
 from .config_file import Plan
@@ -69,13 +69,6 @@ def claim_folder(asked: str) -> Tuple[str, List[str]]:
             raise ConfigError(
                 f'{asked}: the folder of the experiment cannot be made ({error.strerror}); give another --exp-name'
             ) from error
-
-
-def remove_empty(folders: Sequence[str]) -> None:
-    """Remove those of some folders that are there and empty, in their order."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)
 
 
 class _Training:
@@ -269,14 +262,14 @@ class _Training:
         configs = (plan.main_config, plan.create_config)
         if plan.task == EVALUATE:
             watched.evaluate(self.watch, configs, plan.seed)
-            return 'done'
+            return DONE
         with watched.watching(self.watch):
             entries.run_entry(
                 plan.entry, configs, model_path=plan.main_config.policy.get('model_path'),
                 seed=self.ranks.seed(plan.seed, plan.main_config.env.get('collector_env_num', 0)),
                 max_train_iter=plan.max_train_iter or UNBOUNDED, max_env_step=plan.max_env_step or UNBOUNDED,
             )
-        return 'reward reached env.stop_value' if self.watch.stopped else 'done'
+        return STOPPED if self.watch.stopped else DONE
 
     def _on_signal(self, signum: int, _: Any) -> None:
         # Ctrl-C goes to the environments' processes as well, which inherit this handler; their parent ends them.

@@ -4,7 +4,6 @@ terminal, and beside LightZero's own output, plain lines take the place of the b
 worker processes print goes to a log file.
 """
 import contextlib
-import datetime
 import io
 import logging
 import os
@@ -19,11 +18,12 @@ from typing import Iterator, List, Optional, Sequence, TextIO, Tuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from ..host.patches import applied
 from ..summary import Result, number_text, rate_text, reward_text
+from ..text import drawn, time_text
 
 # What a training prints is kept in files, where a path should be in one piece.
 PLAIN_WIDTH = 240
@@ -67,17 +67,7 @@ class Terminal:
 
     def table(self, title: str, rows: TableRows) -> None:
         """Show names and values."""
-        self.console.print(drawn(title, rows), soft_wrap=False)
-
-
-def drawn(title: str, rows: TableRows) -> Table:
-    """A table of names, and what is said of each."""
-    table = Table(title=Text(title), title_justify='left', show_header=False)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    for index, column in enumerate(table.columns):
-        column.overflow, column.no_wrap = 'fold', index == 0
-    return table
+        self.console.print(drawn(title, (), rows), soft_wrap=False)
 
 
 class Bar:
@@ -139,7 +129,7 @@ def summary_rows(result: Result) -> List[Tuple[str, str]]:
     return [
         ('cache system', result.cache),
         *([('processes', str(result.processes))] if result.processes > 1 else []),
-        ('time', str(datetime.timedelta(seconds=round(result.seconds)))),
+        ('time', time_text(result.seconds)),
         ('environment steps', steps_text(result.env_step, result.collected_env_step)),
         ('training iterations', f'{result.train_iter:,}'),
         ('steps per second', number_text(result.env_steps_per_second)),
