@@ -146,7 +146,7 @@ def test_some_rows_at_a_time(case: Case, two_players: bool, grows: bool, monkeyp
     monkeypatch.setattr(whole, 'CHUNK', 2 * (UNROLL + 1))
     visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
     small = search._memories.memory_mb
-    assert manager.memory_mb - before == pytest.approx(small + search._model.memory_mb)
+    assert manager.memory_mb - before == pytest.approx(small + search._model.memory.memory_mb)
     parts = [by_steps(part_of(question, begin, min(begin + 8, ROWS)), FIRST + number)
              for number, begin in enumerate((0, 8, 16))]
     assert visits == [row for part, _ in parts for row in part]

@@ -3,6 +3,7 @@ import contextlib
 import copy
 import random
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -598,8 +599,8 @@ def test_tags(validated, tmp_path):
     worker = Worker(policy)
     hook, = build_learner_hook_by_cfg(EasyDict({HOOK_KEY: copy.deepcopy(HOOK_CONFIG)}))['after_iter']
     with SummaryWriter(str(tmp_path)) as writer:
-        engine = mock.Mock(
-            tb_logger=writer, collector_envstep=5, exp_name=str(tmp_path),
+        engine = SimpleNamespace(
+            tb_logger=writer, collector_envstep=5, exp_name=str(tmp_path), last_iter=SimpleNamespace(val=0),
             policy=mock.Mock(get_attribute=lambda name: {'model': policy._model, 'cfg': policy._cfg}[name])
         )
         for iteration in range(4):
