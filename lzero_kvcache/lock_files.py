@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from multiprocessing import util
-from typing import IO, ContextManager, Iterator, Sequence
+from typing import IO, Iterator, Sequence
 
 from .config import ConfigError
 
@@ -23,16 +23,13 @@ TRAINED = '{} is being trained by {{who}}; wait for it, or end it'
 PATIENCE_SECONDS = 0.5
 # What a file system without locks says.
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
-# Beside its holder in a lock file: that process may take the lock again.
-AGAIN = 'again'
 
 
 @contextlib.contextmanager
-def held(path: str, refusal: str, again: bool = False) -> Iterator[IO[str]]:
+def held(path: str, refusal: str) -> Iterator[IO[str]]:
     """
     A context in which this process holds a lock file, and with it those that inherit the descriptor. If others do, they
-    are told of as ``{who}`` in a ``ConfigError``. This process may take it ``again``, where nothing says when its work
-    has failed. The file stays: a name that is removed could be held twice.
+    are told of as ``{who}`` in a ``ConfigError``. The file stays: a name that is removed could be held twice.
     """
     try:
         file = open(path, 'a+', encoding='utf-8')
@@ -48,13 +45,15 @@ def held(path: str, refusal: str, again: bool = False) -> Iterator[IO[str]]:
                 raise
             logger.warning('%s cannot be locked (%s): see to it that nothing else writes there',
                            os.path.dirname(path) or '.', error.strerror)
-        tell_holders(file, [os.getpid(), *([AGAIN] if again else [])])
+        tell_holders(file, [os.getpid()])
         yield file
 
 
-def training_in(folder: str, shown: str, again: bool = False) -> ContextManager[IO[str]]:
+@contextlib.contextmanager
+def training_in(folder: str, shown: str) -> Iterator[None]:
     """A context in which this process, and no other, trains in a folder."""
-    return held(os.path.join(folder, TRAINING), TRAINED.format(shown), again)
+    with held(os.path.join(folder, TRAINING), TRAINED.format(shown)):
+        yield
 
 
 def check_not_trained_in(folder: str, shown: str) -> None:
@@ -63,7 +62,7 @@ def check_not_trained_in(folder: str, shown: str) -> None:
         _lock(file, fcntl.LOCK_SH, TRAINED.format(shown))
 
 
-def tell_holders(file: IO[str], processes: Sequence[object]) -> None:
+def tell_holders(file: IO[str], processes: Sequence[int]) -> None:
     """Write into a lock file which processes hold it. If the disk is full, none are told of."""
     with contextlib.suppress(OSError):  # not through the file's buffer, which would be written again when it closes
         os.ftruncate(file.fileno(), 0)
@@ -77,32 +76,17 @@ def _lock(file: IO[str], how: int, refusal: str) -> None:
         try:
             return fcntl.flock(file, how | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holders = file.read()
-            own = holders == f'{socket.gethostname()} {os.getpid()} {AGAIN}'
-            if own and how == fcntl.LOCK_SH:
-                return
             if how == fcntl.LOCK_SH or time.monotonic() > deadline:
-                raise ConfigError(refusal.replace('{who}', _running(holders))) from None
-            if own:
-                _give_back(file)
+                raise ConfigError(refusal.replace('{who}', _holders(file))) from None
         time.sleep(0.01)
 
 
-def _give_back(file: IO[str]) -> None:
-    """Give back the lock that this process has on a file, by whichever descriptor it was taken."""
-    for descriptor in map(int, os.listdir('/dev/fd')):
-        with contextlib.suppress(OSError):  # one of those was that of the list
-            if os.path.sameopenfile(descriptor, file.fileno()):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-def _running(holders: str) -> str:
+def _holders(file: IO[str]) -> str:
     """The processes that a lock file tells of and that still run, as far as can be seen from here."""
-    host, _, processes = holders.partition(' ')
+    file.seek(0)
+    host, _, processes = file.read().partition(' ')
     here = host == socket.gethostname()
-    numbers = [process for process in processes.split() if process != AGAIN]
-    running = [process for process in numbers if not here or _runs(int(process))]
+    running = [process for process in processes.split() if not here or _runs(int(process))]
     if not running:
         return 'another process'
     return f'process{"es" * (len(running) > 1)} {", ".join(running)}' + (f' on {host}' if not here else '')

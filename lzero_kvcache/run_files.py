@@ -41,7 +41,7 @@ POOLS = 'init', 'recur', 'total'
 LISTS = {'resumed_at': int, 'earlier': dict, 'overrides': str, 'evaluations': dict}
 KINDS: Dict[str, Tuple[type, ...]] = {
     'outcome': (str, ), 'run_id': (str, ), 'cache': (str, type(None)),
-    'max_env_step': (int, type(None)), 'max_train_iter': (int, type(None)),
+    'max_env_step': (int, float, type(None)), 'max_train_iter': (int, float, type(None)),
 }
 # In an event file, a record is its length, a checksum of it, the event, and a checksum of that.
 RECORD_FRAME = 8 + 4 + 4

@@ -64,7 +64,7 @@ class Run:
         """Hold the folder; the first rank does, and writes that the run has begun."""
         if engine.rank == 0:
             result, folder = self._look(engine), engine.exp_name
-            self._holding.enter_context(training_in(folder, folder, again=True))
+            self._holding.enter_context(training_in(folder, folder))
             write_progress(result, 'start')
 
     def after_iter(self, engine: Any) -> None:

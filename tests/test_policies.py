@@ -111,9 +111,15 @@ class TestEnvironments:
         worker = Worker(policy)
         for env_ids in ([0, 1, 2], [0, 1], [0], [2, 0]):
             worker.step(env_ids)
-        steps = policy._environments._steps.values()
+        steps = policy._environments._steps['collect'].values()
         kept = {step.observations.data_ptr(): step.observations.untyped_storage().nbytes() for step in steps}
         assert sum(kept.values()) == 3 * 4 * 4
+
+    def test_old_mode_keeps_no_observation(self):
+        """LightZero's policies keep their own."""
+        policy = make_policy(False)
+        Worker(policy).step([0, 1, 2])
+        assert [step.observations for step in policy._environments._steps['collect'].values()] == [None] * 3
 
     def test_ready_environments_as_an_array_or_not_at_all(self):
         twins = Twins([0, 1, 2])

@@ -143,7 +143,7 @@ class TestTwoPolicies:
         worker.step([0, 1, 2])
         with in_the_middle(lambda: in_threads(lambda: policy.collect_mode.reset([1]))):
             worker.step([2, 0])
-        assert [('collect', env_id) in policy._environments for env_id in range(3)] == [True, False, True]
+        assert [policy._environments.inside('collect', env_id) for env_id in range(3)] == [True, False, True]
         assert not new or roots(cache_of(policy)) == [1, 0, 1]
 
     def test_models_that_are_built_in_two_threads(self):

@@ -19,7 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from trainings import ITERATIONS, SMALL, WM, import_what_trainings_import, scalars, short_episodes, summary_of
 
 from lzero_kvcache import ConfigError, run_hooks
-from lzero_kvcache.lock_files import check_not_trained_in, training_in
+from lzero_kvcache.lock_files import check_not_trained_in
 from lzero_kvcache.summary import Evaluation, read_progress, read_summary, version_of
 from lzero_kvcache.telemetry import HOOK_KEY
 from lzero_kvcache.training import make_plan
@@ -159,21 +159,6 @@ def is_refused():
         check_not_trained_in('run', 'run')
     except ConfigError as error:
         return str(error)
-
-
-def test_the_folder_of_a_training_that_failed_is_free_for_its_own_process(tmp_path, monkeypatch):
-    """A notebook keeps the traceback, and with it the learner."""
-    monkeypatch.chdir(tmp_path)
-    os.mkdir('run')
-    learners, begin = [a_learner() for _ in range(3)], the_hooks()['before_run']
-    for learner in learners:
-        begin(learner)
-        assert is_refused() is None
-    with training_in('run', 'run'):
-        refusal = f'run is being trained by process {os.getpid()}; wait for it, or end it'
-        assert is_refused() == refusal
-    begin(learners[0])
-    assert in_forks({'another': is_refused}) == {'another': refusal}
 
 
 def test_a_script_that_is_refused_keeps_its_own_folder(tmp_path):

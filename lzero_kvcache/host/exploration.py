@@ -30,7 +30,7 @@ class ExplorationMetrics:
 
     def _measure(self, temperature: float) -> None:
         """Measure the rows that were searched; those with as many legal actions are computed together."""
-        rows = list(zip(self._step.logits, self._step.visits))
+        rows = list(zip(self._step.logits(), self._step.visits))
         for slots in {len(visits) for _, visits in rows if any(visits)}:
             alike = [row for row in rows if len(row[1]) == slots and any(row[1])]
             logits, visits = (np.array(part, dtype=np.float64) for part in zip(*alike))

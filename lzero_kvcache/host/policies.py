@@ -158,10 +158,11 @@ class KVCachePolicy:
         env_ids = lightzero.environments_of(range(len(observations)) if ready is None else ready)
         if not _is_new(self._model.world_model):
             output = self._old_search(mode, env_ids, functools.partial(forward, *args, **kwargs))
-        else:
-            with self._turns.lock:
-                output = self._new_search(mode, env_ids, forward, given)
-        self._environments.remember(mode, env_ids, observations, output)
+            self._environments.remember(mode, env_ids, None, output)
+            return output
+        with self._turns.lock:
+            output = self._new_search(mode, env_ids, forward, given)
+            self._environments.remember(mode, env_ids, observations, output)
         return output
 
     def _new_search(self, mode: str, env_ids: List[int], forward: Callable[..., Dict[int, Any]],
@@ -189,7 +190,7 @@ class KVCachePolicy:
     def _old_search(self, mode: str, env_ids: List[int],
                     forward: 'functools.partial[Dict[int, Any]]') -> Dict[int, Any]:
         world_model = self._model.world_model
-        following = sum((mode, env_id) in self._environments for env_id in env_ids)
+        following = sum(self._environments.inside(mode, env_id) for env_id in env_ids)
         hits = world_model.root_hit_cnt
         with self._in_the_middle_of(None):
             output = forward()

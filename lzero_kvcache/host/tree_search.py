@@ -73,7 +73,7 @@ class _NodeSearch:
         inference, step = model.world_model.inference, self._running.innermost
         if isinstance(roots, Roots):
             roots.found = inference.search(step, self.problem(roots, model.world_model))
-            step.logits = roots.legal_logits()
+            step.logits = roots.legal_logits
         else:
             self._search_in_ctree(roots, inference, step, to_play_batch)
         step.visits = roots.get_distributions()

@@ -11,7 +11,6 @@ from ding.envs import create_env_manager, get_vec_env_setting
 from ding.policy import create_policy
 from ding.utils import set_pkg_seed
 from lzero.worker import MuZeroEvaluator
-from torch.utils.tensorboard import SummaryWriter
 
 from ..run_files import EVENT_FILES
 from ..run_hooks import LOSS, RunHook
@@ -35,6 +34,8 @@ def evaluate(watch: Any, configs: Configs, seed: int) -> None:
     cfg = compile_config(
         configs[0], seed=seed, env=None, auto=True, create_cfg=configs[1], save_cfg=True, renew_dir=False
     )
+    from torch.utils.tensorboard import SummaryWriter
+
     env_fn, _, env_configs = get_vec_env_setting(cfg.env, collect=False)
     env = create_env_manager(cfg.env.manager, [functools.partial(env_fn, cfg=config) for config in env_configs])
     env.seed(seed, dynamic_seed=False)

@@ -153,8 +153,8 @@ class NewWorldModel(LightZeroWorldModel):
         self._loaded = 0 if norm is None else zlib.crc32(norm.detach().float().cpu().numpy())
 
     def seed_of(self, doing: str) -> int:
-        """The seed of what searches draw for collection, evaluation or reanalysis: each has another, and another after
-        a checkpoint was loaded, so that a resumed training does not repeat what it drew at its beginning."""
+        """The seed of what searches draw for collection, evaluation or reanalysis: each has another, and another with
+        the weights of a checkpoint, so that a resumed training does not repeat what it drew at its beginning."""
         return zlib.crc32(repr((torch.initial_seed(), doing, self._loaded)).encode())
 
     def _notice_moved_weights(self, addresses: Tuple[int, ...]) -> None:

@@ -3,7 +3,7 @@ is abandoned."""
 import threading
 from collections import deque
 from contextlib import contextmanager
-from typing import Any, Deque, Hashable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Deque, Hashable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ class OpenStep:
         self.keys: Optional[Tuple[List[int], List[Hashable]]] = None  # environments and keys, if stored by key too
         self.seen: Set[Hashable] = set()  # keys of its roots and nodes, if they are stored by key
         self.visits: Sequence[Sequence[int]] = ()  # of its roots, when they have been searched
-        self.logits: Sequence[Sequence[float]] = ()  # of its roots' legal actions, if they were searched in arrays
+        # Of its roots' legal actions; none unless they were searched in arrays.
+        self.logits: Callable[[], Sequence[Sequence[float]]] = list
         self.searches = 0  # searches by node that are running
         self.number = 0  # in the order in which steps were opened
 
