@@ -117,7 +117,7 @@ class TestAlone:
 def contexts(life: Life, env_id: int) -> Any:
     """All that collection goes on from in one environment: tokens of its newest root, last observation and action."""
     tables, counts = life.cache._current['collect'].find([env_id])
-    step = life.policy._environments._steps.get(('collect', env_id), ())
+    step = life.policy._environments._steps['collect'].get(env_id, ())
     return life.cache.store.slab.data[tables[0][:counts[0]]].tolist(), [np.array(part).tolist() for part in step]
 
 

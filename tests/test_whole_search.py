@@ -90,13 +90,13 @@ class Player(Worker):
 
     def forward(self, env_ids):
         output = super().forward(env_ids)
-        steps, model = self.whole._environments._steps, self.whole._cfg.model
+        steps, model = self.whole._environments._steps[self.mode], self.whole._cfg.model
         for env_id in env_ids if self.goes_its_own_way and not self.one_legal else []:
             rng = np.random.default_rng([env_id, self._timestep[env_id]])
             action = int(rng.integers(ACTIONS))
             if model.world_model_cfg.continuous_action_space:
                 action = rng.uniform(-1, 1, 2).astype(np.float32)
-            steps[self.mode, env_id] = steps[self.mode, env_id]._replace(action=action)
+            steps[env_id] = steps[env_id]._replace(action=action)
         return output
 
     def restart(self):
