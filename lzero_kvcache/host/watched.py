@@ -31,11 +31,11 @@ def watching(watch: Any) -> ContextManager[None]:
 
 def evaluate(watch: Any, configs: Configs, seed: int) -> None:
     """Evaluate the watch's checkpoint, and nothing else: LightZero's own entry for this refuses sampled UniZero."""
+    from torch.utils.tensorboard import SummaryWriter
+
     cfg = compile_config(
         configs[0], seed=seed, env=None, auto=True, create_cfg=configs[1], save_cfg=True, renew_dir=False
     )
-    from torch.utils.tensorboard import SummaryWriter
-
     env_fn, _, env_configs = get_vec_env_setting(cfg.env, collect=False)
     env = create_env_manager(cfg.env.manager, [functools.partial(env_fn, cfg=config) for config in env_configs])
     env.seed(seed, dynamic_seed=False)
