@@ -269,7 +269,8 @@ def test_speed_is_that_of_all_parts_wherever_it_is_shown(tmp_path, monkeypatch):
     run.result.collected_env_step = 50 + 6000
     run._refresh(now=True)
     assert '  4.0 steps/s' in lines[-1]
-    assert run._completed({}).env_steps_per_second == read_progress('runs/a')['env_steps_per_second'] == 4.
+    shown = run._completed({}).env_steps_per_second, read_progress('runs/a')['env_steps_per_second']
+    assert shown == pytest.approx((4., 4.))  # clocks that have run for long round the seconds between
 
 
 def test_a_run_that_is_killed_as_it_goes_on_leaves_a_record(tmp_path, monkeypatch):

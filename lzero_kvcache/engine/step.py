@@ -227,16 +227,12 @@ class Engine:
     def _write(self, qkv: torch.Tensor, slot: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Write the keys and values of ``qkv [B x K, 3E]`` into their slots; returns the queries ``[B, K, H, D]``."""
         rows, tokens, _, heads, head_dim = slot.shape
+        if self.geometry.rotary:  # turn queries and keys where they are
+            pairs = qkv.view(rows, tokens, 3 * heads, head_dim // 2, 2)[:, :, :2 * heads]
+            torch.view_as_complex(pairs).mul_(places)
         vectors = qkv.view(rows, tokens, 3, heads, head_dim)
-        if not self.geometry.rotary:
-            slot.copy_(vectors[:, :, 1:])
-            return vectors[:, :, 0]
-        pairs = torch.view_as_complex(qkv.view(rows, tokens, 3 * heads, head_dim // 2, 2)[:, :, :2 * heads])
-        query, key = torch.view_as_real(pairs * places).view(rows, tokens, 2, heads, head_dim).unbind(2)
-        key_slot, value_slot = slot.unbind(2)
-        key_slot.copy_(key)
-        value_slot.copy_(vectors[:, :, 2])
-        return query
+        slot.copy_(vectors[:, :, 1:])
+        return vectors[:, :, 0]
 
     def _attend(self, weights: Weights, query: torch.Tensor, context: torch.Tensor,
                 bias: Optional[torch.Tensor]) -> torch.Tensor:
