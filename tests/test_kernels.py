@@ -90,7 +90,8 @@ def test_norms_among_products(device: str, wide: int) -> None:
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=[pytest.mark.gpu, needs_gpu])])
 @pytest.mark.parametrize('other, launches', [
-    ('alike', 4), ('with a norm at the end', 5), ('without a bias', 6), ('of another width', 6), ('longer', 8)
+    ('alike', 4), ('with a norm at the end', 5), ('without a bias', 6), ('of another width', 6), ('longer', 8),
+    ('with norms, as on the main branch', 5)
 ])
 def test_two_heads_are_computed_together(device: str, other: str, launches: int,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,14 +107,19 @@ def test_two_heads_are_computed_together(device: str, other: str, launches: int,
         weight = torch.randn(outputs, inputs, device=device) / inputs ** 0.5
         return Linear(weight, torch.randn(outputs, device=device) if biased else None, rows)
 
+    def norm(size: int) -> Norm:
+        return Norm((size, ), *torch.randn(2, size, device=device), 1e-5)
+
     first = Chain((linear(embed), gelu, linear(37)))
+    if other == 'with norms, as on the main branch':
+        first = Chain((norm(embed), linear(96), norm(96), gelu, linear(37, 96)))
     second = {
         'alike': (linear(embed), gelu, linear(70)),
-        'with a norm at the end': (linear(embed), gelu, linear(70), torch.tanh, Norm((70, ), *torch.randn(
-            2, 70, device=device), 1e-5)),
+        'with a norm at the end': (linear(embed), gelu, linear(70), torch.tanh, norm(70)),
         'without a bias': (linear(embed), gelu, linear(70, biased=False)),
         'of another width': (linear(40), gelu, linear(70, 40)),
         'longer': (linear(embed), gelu, linear(33), gelu, linear(70, 33)),
+        'with norms, as on the main branch': (norm(embed), linear(96), norm(96), gelu, linear(70, 96), torch.tanh),
     }[other]
     x = torch.randn(rows, embed, device=device)
     expected = linear_kernels.apply(first, x), linear_kernels.apply(Chain(second), x)

@@ -147,9 +147,9 @@ def apply_both(first: Function, second: Function, x: torch.Tensor) -> Tuple[torc
     """Two functions of ``x [B, K]``; while their stages are alike, one launch computes both."""
     left, right = _stages(first), _stages(second)
     both = x, x
-    while left and right and _are_alike(left[0], right[0]):
+    while left and right and _are_alike(left[0], right[0]) and (left[0].linear or both[0] is both[1]):
         stages = left.pop(0), right.pop(0)
-        both = _finished(_multiplied(both, stages), stages)  # type: ignore[assignment]
+        both = _finished(_parts(both, stages), stages)  # type: ignore[assignment]
     return _run(left, both[0]), _run(right, both[1])
 
 
@@ -204,11 +204,11 @@ def _stages(function: Function) -> List[Any]:
 
 def _are_alike(*stages: Any) -> bool:
     """Whether one launch can compute both products, and another one what follows on them."""
-    if not all(isinstance(stage, _Stage) and stage.linear for stage in stages):
+    if not all(isinstance(stage, _Stage) for stage in stages):
         return False
     one, other = [
-        (linear.weight.shape[1], linear.weight.dtype, linear.matmul, linear.bias is None, norm and norm.eps, then_gelu)
-        for linear, norm, then_gelu in stages
+        (linear and (linear.weight.shape[1], linear.weight.dtype, linear.matmul, linear.bias is None),
+         norm and norm.eps, then_gelu) for linear, norm, then_gelu in stages
     ]
     return one == other
 
@@ -218,9 +218,13 @@ def _run(stages: List[Any], x: torch.Tensor) -> torch.Tensor:
         if not isinstance(stage, _Stage):
             x = stage(x)
         else:
-            parts = x[None].contiguous() if stage.linear is None else _multiplied((x, ), (stage, ))
-            x = _finished(parts, (stage, ))[0]
+            x = _finished(_parts((x, ), (stage, )), (stage, ))[0]
     return x
+
+
+def _parts(xs: Sequence[torch.Tensor], stages: Sequence[_Stage]) -> torch.Tensor:
+    """What :func:`_finished` finishes: products in parts, or for norms alone the one input that they share."""
+    return _multiplied(xs, stages) if stages[0].linear else xs[0][None].contiguous()
 
 
 def _multiplied(xs: Sequence[torch.Tensor], stages: Sequence[_Stage]) -> torch.Tensor:
@@ -248,6 +252,7 @@ def _finished(parts: torch.Tensor, stages: Sequence[_Stage], residual: Optional[
     norm."""
     count, rows, end = parts.shape
     sizes = [end if stage.linear is None else len(stage.linear.weight) for stage in stages]
+    start2 = 0 if stages[0].linear is None else _aligned(sizes[0])
     results = [parts.new_empty(rows, size) for size in sizes]
     out = results[0] if residual is None else torch.empty_like(results[0])
     biases = [None if stage.linear is None else stage.linear.bias for stage in stages]
@@ -259,7 +264,7 @@ def _finished(parts: torch.Tensor, stages: Sequence[_Stage], residual: Optional[
         _finish, (rows, sum(triton.cdiv(size, lanes) for size in sizes)), parts,
         out if biases[0] is None else biases[0], out if biases[-1] is None else biases[-1],
         out if residual is None else residual, out if chosen is None else chosen, *weights, out, results[0],
-        results[-1], sizes[0], sizes[-1], _aligned(sizes[0]), parts.stride(1), rows,
+        results[-1], sizes[0], sizes[-1], start2, parts.stride(1), rows,
         0.0 if norm is None else norm.eps, PARTS=count, BIAS=biases[0] is not None, RESIDUAL=residual is not None,
         CHOSEN=chosen is not None, NORM=norm is not None, GELU=stages[0].then_gelu, LANES=lanes, BOTH=len(stages) == 2,
         num_warps=4 if lanes <= 1024 else 8
