@@ -51,6 +51,9 @@ class Adapter:
     UPDATES_AT_LEAST_ONCE = False
     """Whether a collection is followed by an update, whatever ``replay_ratio`` is."""
 
+    POLICY_BASE: type = object
+    """What a policy has before LightZero's own methods."""
+
     POLICY_FIELDS: Tuple[str, ...] = ('collect', )
     """What a policy must be built for to collect."""
 

@@ -3,7 +3,6 @@ import copy
 from collections import defaultdict
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from lzero.mcts import UniZeroGameBuffer
 from lzero.model.unizero_world_models.transformer import Block, TransformerConfig, precompute_freqs_cis
@@ -63,6 +62,21 @@ class KeptByEnvironment(KeptWithUniZerosResets):
             self.policy, *names, trace.obs, list(actions), trace.env_ids, len(getattr(self.policy, names[1])))
 
 
+class PolicyWithRows:
+    """UniZero finds the last step of each row by its environment, and copies it there for the next; in new mode it is
+    handed the rows in their order, by :meth:`MainBranch.hand_rows`."""
+    _options: Any
+
+    def _select_last_infer_inputs(self, observations: torch.Tensor, actions: List[Any], *where: Any) -> Any:
+        if self._options.system == 'new':
+            return observations, actions
+        return super()._select_last_infer_inputs(observations, actions, *where)  # type: ignore[misc]
+
+    def _update_last_infer_inputs(self, *step: Any) -> None:
+        if self._options.system != 'new':
+            super()._update_last_infer_inputs(*step)  # type: ignore[misc]
+
+
 class MainBranch(Adapter):
     """What is otherwise there than in the release."""
 
@@ -80,6 +94,7 @@ class MainBranch(Adapter):
     DIVIDE_EMBEDDING = ('num_heads', )
     UNROLLS_WITHIN_BLOCKS = False
     UPDATES_AT_LEAST_ONCE = True
+    POLICY_BASE = PolicyWithRows
     POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
     SUPPORT = 'policy.model.value_support_range'
     SCALES = ()
@@ -195,10 +210,6 @@ class MainBranch(Adapter):
                   actions: List[Any]) -> None:
         if hasattr(policy, 'last_batch_obs'):  # Sampled UniZero
             return super().hand_rows(policy, mode, env_ids, observations, actions)
-        environments = policy.collector_env_num if mode == 'collect' else policy.evaluator_env_num
-        if len(env_ids) == environments:  # then UniZero finds a row by its environment, or else takes them as they are
-            order = np.argsort(env_ids).tolist()
-            observations, actions = observations[order], [actions[row] for row in order]
         setattr(policy, f'last_batch_obs_{mode}', observations)
         setattr(policy, f'last_batch_action_{mode}', actions)
 

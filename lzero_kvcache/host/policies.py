@@ -36,7 +36,7 @@ from .world_model import NewWorldModel
 logger = logging.getLogger(__name__)
 
 
-class KVCachePolicy:
+class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
     """What the plugin adds to a LightZero UniZero policy, in front of it in the method resolution order."""
     node_search: Any  # the search by node that goes with the policy
     _cfg: Any
@@ -70,7 +70,7 @@ class KVCachePolicy:
         self._environments = Environments()
         self._running = StepsOfThread()  # the steps that this policy is in the middle of; None for one in old mode
         self._turns = Turns()  # LightZero keeps the rows of a batch as attributes of its policy
-        super().__init__(cfg, *args, **kwargs)  # type: ignore[call-arg]
+        super().__init__(cfg, *args, **kwargs)
         if use_new and not _is_new(self._model.world_model):
             raise ConfigError(
                 f'{PREFIX}.{FLAG}=True, but {type(self._model.world_model).__name__} of policy.model.type='
@@ -86,14 +86,14 @@ class KVCachePolicy:
             cfg = copy.copy(cfg)
             cfg.model = copy.copy(cfg.model)
             cfg.model.world_model_cfg = handed_down(cfg.model.world_model_cfg, self._options)
-        return super()._create_model(cfg, model)  # type: ignore[misc]
+        return super()._create_model(cfg, model)
 
     def _init_collect(self) -> None:
-        super()._init_collect()  # type: ignore[misc]
+        super()._init_collect()
         self._mcts_collect = self._mcts_of(self._mcts_collect, COLLECT)
 
     def _init_eval(self) -> None:
-        super()._init_eval()  # type: ignore[misc]
+        super()._init_eval()
         self._mcts_eval = self._mcts_of(self._mcts_eval, EVAL)
 
     def _mcts_of(self, mcts: Any, mode: str) -> Any:
@@ -128,12 +128,12 @@ class KVCachePolicy:
     def _load_state_dict_learn(self, state_dict: Dict[str, Any]) -> None:
         with states.loading(source_of_checkpoint()):
             states.check_parts(state_dict)
-            super()._load_state_dict_learn(state_dict)  # type: ignore[misc]
+            super()._load_state_dict_learn(state_dict)
 
     def _forward_learn(self, *args: Any, **kwargs: Any) -> Any:
         parameters = list(self._target_model.parameters()) if _is_new(self._target_model.world_model) else []
         places = [parameter.data for parameter in parameters]
-        output = super()._forward_learn(*args, **kwargs)  # type: ignore[misc]
+        output = super()._forward_learn(*args, **kwargs)
         _put_back(parameters, places)
         for model, reason in ((self._model, 'learner step'), (self._target_model, 'target model updated')):
             if _is_new(model.world_model):
@@ -141,16 +141,16 @@ class KVCachePolicy:
         return output
 
     def _forward_collect(self, *args: Any, **kwargs: Any) -> Dict[int, Any]:
-        return self._search(COLLECT, super()._forward_collect, args, kwargs)  # type: ignore[misc]
+        return self._search(COLLECT, super()._forward_collect, args, kwargs)
 
     def _forward_eval(self, *args: Any, **kwargs: Any) -> Dict[int, Any]:
-        return self._search(EVAL, super()._forward_eval, args, kwargs)  # type: ignore[misc]
+        return self._search(EVAL, super()._forward_eval, args, kwargs)
 
     def _reset_collect(self, env_id: Union[None, int, List[int]] = None, *args: Any, **kwargs: Any) -> None:
-        self._reset(COLLECT, super()._reset_collect, env_id, args, kwargs)  # type: ignore[misc]
+        self._reset(COLLECT, super()._reset_collect, env_id, args, kwargs)
 
     def _reset_eval(self, env_id: Union[None, int, List[int]] = None, *args: Any, **kwargs: Any) -> None:
-        self._reset(EVAL, super()._reset_eval, env_id, args, kwargs)  # type: ignore[misc]
+        self._reset(EVAL, super()._reset_eval, env_id, args, kwargs)
 
     def _search(self, mode: str, forward: Callable[..., Dict[int, Any]], args: Any, kwargs: Any) -> Dict[int, Any]:
         given = _signature(forward.__func__).bind(self, *args, **kwargs)  # type: ignore[attr-defined]
@@ -181,7 +181,7 @@ class KVCachePolicy:
                 forward = mcts.in_arrays(forward)
             if step.trace is not None:
                 step.trace.first_reset = (
-                    super()._reset_collect if mode == COLLECT else super()._reset_eval)  # type: ignore[misc]
+                    super()._reset_collect if mode == COLLECT else super()._reset_eval)
             output = forward(*given.args[1:], **given.kwargs)
             if step.trace is not None:
                 world_model.validator.check(step.trace, [output[env_id]['action'] for env_id in env_ids])
