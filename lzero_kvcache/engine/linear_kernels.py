@@ -27,7 +27,8 @@ class Tiling(NamedTuple):
 def tiling_of(rows: int, outputs: int, inputs: int) -> Tiling:
     """The fastest of those that were tried in searches on an H200 (docs/results.md)."""
     if rows <= 16:
-        return Tiling(16, 64 if outputs > 1024 else 32, 64 if inputs > 1024 else 32, 8, 4, 3)
+        parts = 8 if outputs <= 4096 else 4  # of 8 rows they stay below 1 MiB, from where on PyTorch reserves 20
+        return Tiling(16, 64 if outputs > 1024 else 32, 64 if inputs > 1024 else 32, parts, 4, 3)
     if rows <= 128:
         return Tiling(64, 64 if max(outputs, inputs) > 1024 else 32, 32, 8, 4, 3)
     return Tiling(64, 64, 32, 4 if outputs > 1024 else 8, 4, 3)
