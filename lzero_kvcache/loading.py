@@ -7,9 +7,8 @@ from ding.utils import POLICY_REGISTRY, deep_merge_dicts, import_module
 from easydict import EasyDict
 
 from .config import FLAG, OPTIONS, PREFIX, CacheConfig, ConfigError, check_dict, names_of_modules, nearest, settle
-from .host import building
+from .host import building, policies
 from .host.lightzero import lightzero
-from .host.policies import KVCachePolicy
 from .host.refused import check_draws, check_policy
 
 PLUGIN = 'lzero_kvcache'
@@ -72,7 +71,7 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     if config.system == 'new':
         if name == 'sampled_unizero':
             check_draws(merged)
-        if not issubclass(policy, KVCachePolicy):
+        if not issubclass(policy, policies.KVCachePolicy):
             raise ConfigError(
                 f'{PREFIX}.{FLAG}=True, but {policy.__module__}.{policy.__qualname__}, which is registered as '
                 f'{name!r}, is no policy of lzero_kvcache: derive it from lzero_kvcache.host.policies.UniZeroPolicy '

@@ -111,8 +111,8 @@ class Result:
         if total is not None:
             steps += f'/{total:,} ({min(1., self.collected_env_step / total):.0%})'
             if speed:
-                left = max(0, total - self.collected_env_step) / speed
-                steps += f', {time_text(left)} left'
+                left = max(0, total - self.collected_env_step)
+                steps += f', {time_text(left / speed)} left' if left else ', the last updates' * (phase == 'train')
         rewards = f'reward {number_text(self.last_reward)}, best {number_text(self.best_reward)}'
         rate = rate_text(self.hit_rates.get('total'))
         loss = '' if self.loss is None else f'  loss {self.loss:.3g}'

@@ -32,7 +32,7 @@ def make(folder, caches=('old', 'new'), seeds=(0, 1), config='config_new', **cha
 
 def test_a_run_is_begun_with_all_that_was_asked_for(tmp_path):
     made = make(tmp_path, device='cpu', overrides=SMALL)
-    assert made.ask(made.trials[0]) == TrainOptions(
+    assert made.ask(made.trials[0], print) == TrainOptions(
         'config_new', max_env_step=60, device='cpu', overrides=SMALL, cache='old', seed=0,
         exp_name=str(tmp_path / 'old_seed0'))
 
@@ -46,7 +46,7 @@ def test_it_goes_on_from_the_last_whole_checkpoint(tmp_path):
         file.truncate(100)
     for age, path in enumerate(paths):
         os.utime(path, (1e9 - age, 1e9 - age))
-    asked = made.ask(run)
+    asked = made.ask(run, print)
     assert (asked.resume, asked.in_place, asked.exp_name) == (paths[2], True, None)
     assert last_checkpoint(run.folder, 61) == paths[4]
     assert last_checkpoint(run.folder, 20) is None
@@ -66,8 +66,11 @@ def test_it_begins_anew_beside_what_is_left_of_one_that_nothing_can_go_on_from(t
     run = made.trials[0]
     for attempt in (1, 2):
         checkpoint(tmp_path / 'old_seed0' / 'ckpt' / 'iteration_0.pth.tar', 0)
-        asked = made.ask(run)
+        said = []
+        asked = made.ask(run, said.append)
         assert (asked.resume, asked.in_place, asked.exp_name) == (None, False, run.folder)
+        assert said == [
+            f'old_seed0: has no checkpoint to go on from; its folder is now old_seed0_cut_off{attempt}']
         assert not os.path.exists(run.folder)
         assert (tmp_path / f'old_seed0_cut_off{attempt}' / 'ckpt' / 'iteration_0.pth.tar').exists()
 

@@ -42,6 +42,10 @@ def imported(*names):
     import_module(names[::-1])
     import lzero_kvcache
     importlib.reload(lzero_kvcache)
+    from lzero_kvcache.training import load_config
+    config = load_config('config_new')
+    importlib.reload(lzero_kvcache.host.policies)  # as notebooks do with a module that was edited
+    lzero_kvcache.check_config(config.main_config, config.create_config)
     for name in [name for name in sys.modules if name.split('.')[0] == 'lzero_kvcache']:
         del sys.modules[name]
     import lzero_kvcache

@@ -112,6 +112,8 @@ def test_an_evaluation_is_a_mean_with_its_deviation():
           loss=0.51234, device='cpu'),
      'collect  280+20/600 (50%), 0:30 left  reward -, best 12.0  loss 0.512  hit rate -  10.0 steps/s on cpu'),
     (dict(env_step=650, collected_env_step=650, max_env_step=600), 'collect  650+0/600 (100%)  reward -, best -'),
+    (dict(env_step=650, collected_env_step=650, max_env_step=600, env_steps_per_second=10.),
+     'collect  650+0/600 (100%)  reward -, best -'),
     (dict(env_step=5, collected_env_step=5), 'collect  5+0  reward -'),
     (dict(env_step=200, collected_env_step=200, max_env_step=8000, train_iter=20, max_train_iter=50,
           env_steps_per_second=10.), 'collect  200+0/500 (40%), 0:30 left'),  # the iterations end it
@@ -120,6 +122,12 @@ def test_an_evaluation_is_a_mean_with_its_deviation():
 ])
 def test_progress_says_how_much_is_done_and_left(held, said):
     assert Result(0, 'train', 'new', 0, **held).line('collect').startswith(said)
+
+
+def test_no_time_is_said_to_be_left_while_the_last_updates_are_made():
+    result = Result(0, 'train', 'new', 0, env_step=650, collected_env_step=650, max_env_step=600,
+                    env_steps_per_second=10.)
+    assert result.line('train').startswith('train    650+0/600 (100%), the last updates  reward')
 
 
 def test_a_line_says_that_a_run_finishes_what_it_began(a_run, tmp_path, monkeypatch):

@@ -61,7 +61,8 @@ def test_it_says_how_far_it_is_and_leaves_a_summary(new, tmp_path):
     [reward] = scalars(tmp_path / 'run', 'evaluator_iter/reward_mean')
     ends = [None, *(round(steps * ITERATIONS / iteration) for iteration in range(1, ITERATIONS))]
     for line, end in zip(progress, ends):
-        how_far = rf'{steps}\+0' + (rf'/{end} \({steps / end:.0%}\), [\d:]+ left' if end else '')
+        how_far = rf'{steps}\+0' + (rf'/{end} \({steps / end:.0%}\), ' + (
+            r'[\d:]+ left' if end > steps else 'the last updates') if end else '')
         assert re.fullmatch(
             rf'train    {how_far}  reward {reward.value:.1f}, best {reward.value:.1f}  loss \S+  hit rate \d+\.\d%  '
             r'[\d.]+ steps/s on cpu', line), line

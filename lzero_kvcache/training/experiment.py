@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 from dataclasses import dataclass, replace
-from typing import IO, Any, Dict, Iterator, Optional, Sequence
+from typing import IO, Any, Callable, Dict, Iterator, Optional, Sequence
 
 from lzero_kvcache_options import TrainOptions
 
@@ -116,10 +116,10 @@ class Experiment:
             write_json(path, settings)
             yield lock
 
-    def ask(self, trial: Trial) -> TrainOptions:
+    def ask(self, trial: Trial, tell: Callable[[str], None]) -> TrainOptions:
         """
         What a trial that is not done is to do: go on in its folder from the last whole checkpoint there; without one it
-        begins anew, and a folder of that name is renamed. Nothing is done where somebody trains.
+        begins anew, and a folder of that name is renamed, which is told. Nothing is done where somebody trains.
         """
         check_not_trained_in(trial.folder, trial.folder)
         asked = replace(self.shared, cache=trial.cache, seed=trial.seed)
@@ -128,7 +128,9 @@ class Experiment:
             return replace(asked, resume=checkpoint, in_place=True)
         if os.path.exists(trial.folder):
             names = (f'{trial.folder}_cut_off{attempt}' for attempt in itertools.count(1))
-            os.rename(trial.folder, next(name for name in names if not os.path.exists(name)))
+            aside = next(name for name in names if not os.path.exists(name))
+            os.rename(trial.folder, aside)
+            tell(f'{trial.name}: has no checkpoint to go on from; its folder is now {os.path.basename(aside)}')
         return replace(asked, exp_name=trial.folder)
 
     def _agreed(self, path: str) -> Dict[str, Any]:

@@ -75,7 +75,7 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
         ('newest roots', f'{options.env_num} + {cache.evaluated} contexts'),
         ('pages', f'{cache.pages:,} of {cache.page_bytes:,} bytes, {options.dtype}'),
         ('pages of a context', f'{cache.pages_of_context} at the most'),
-        ('memory of pages', f'{cache.full_memory_mb:,.2f} MiB'),
+        ('memory of pages', f'{cache.full_memory_mb:,.2f} MiB, beside what searches work in'),
         ('memory of the old system', _of_the_old_system(plan)),
     ]
     read = [(key, repr(getattr(options, key)), option.meaning) for key, option in KV_CACHE_CFG.items()]

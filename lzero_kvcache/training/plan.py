@@ -22,8 +22,10 @@ from .overrides import CompleteConfig, apply_overrides
 
 def make_plan(config: str, **asked: Any) -> Plan:
     """Load a config file and change it as asked, by fields of ``TrainOptions``, as ``max_env_step=300``."""
+    if not isinstance(config, (str, os.PathLike)):
+        raise ConfigError(f'config={config!r} must be a path, or the name of a config')
     try:
-        options = TrainOptions(config, **asked)
+        options = TrainOptions(os.fspath(config), **asked)
     except UsageError as error:
         raise ConfigError(str(error)) from None
     return plan_of(options)

@@ -76,7 +76,7 @@ class Children:
     def start(self, trial: Trial) -> None:
         """Begin a trial, or go on with it."""
         try:
-            asked = self._experiment.ask(trial)
+            asked = self._experiment.ask(trial, self._terminal.line)
         except ConfigError as error:
             self.failed.append(trial)
             self._terminal.line(f'{trial.name}: {error}')

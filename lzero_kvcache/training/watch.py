@@ -71,12 +71,12 @@ class Watch:
 
     def evaluate_last(self) -> None:
         """
-        Evaluate the weights that the training ended with, which LightZero's entries do not. A run that was too short
-        for any evaluation has none here either.
+        Evaluate the weights that the training ended with, which LightZero's entries do not. A run that begins and was
+        too short for any evaluation has none here either.
         """
         evaluations, train_iter = self.result.evaluations, self.learner.train_iter
         last = evaluations[-1].train_iter if evaluations else -1
-        if (evaluations or self.past.best_reward is not None) and last < train_iter:
+        if (evaluations or self.result.resumed_at) and last < train_iter:
             self.evaluator.eval(self.learner.save_checkpoint, train_iter, self.collector.envstep)
 
     def save_checkpoint(self) -> None:
