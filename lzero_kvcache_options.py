@@ -114,9 +114,9 @@ def check_options(options: argparse.Namespace) -> None:
     """Refuse options that lack what they need, or name a thing twice."""
     if getattr(options, 'overrides', None) and options.config is None:
         raise UsageError('--set changes a config; give --config too')
-    for path in (getattr(options, 'resume', None), getattr(options, 'evaluate', None)):
+    for option, path in (('resume', getattr(options, 'resume', None)), ('eval', getattr(options, 'evaluate', None))):
         if path is not None and not os.path.isfile(path):
-            raise UsageError(NO_CHECKPOINT.format(path))
+            raise UsageError(f'--{option} {NO_CHECKPOINT.format(path)}')
     for option, values in (('cache', getattr(options, 'caches', [])), ('seeds', getattr(options, 'seeds', []))):
         if len(set(values)) < len(values):
             raise UsageError(f'--{option} {" ".join(map(str, values))}: give each of them once')

@@ -154,8 +154,9 @@ class CacheConfig:
         ('float32', 'bfloat16', 'float16'))
     max_memory_mb: Optional[float] = _option(float, None, 'upper bound of the page storage, in MiB')
     backend: str = _option(
-        str, 'auto', "how a recurrent step is launched: 'eager', 'cudagraph', or 'auto': a CUDA graph on a GPU, "
-        'eager on a CPU', ('auto', 'eager', 'cudagraph'), refused={'compile': "was removed: use 'auto'"})
+        str, 'auto', "how root inferences, and steps of searches in LightZero's tree, are launched: 'eager', "
+        "'cudagraph', or 'auto': a CUDA graph on a GPU, eager on a CPU", ('auto', 'eager', 'cudagraph'),
+        refused={'compile': "was removed: use 'auto'"})
     search: str = _option(
         str, 'auto', "where search trees are: 'device' (in arrays, a search is one compiled call, or on a GPU a "
         "replayed graph), 'tree' (LightZero's C++ tree), or 'auto': 'device' where it is served",

@@ -20,7 +20,7 @@ from .config import ConfigError, picked_manager
 from .lock_files import training_in
 from .run_files import CONFIG_FILES, DONE, EVALUATIONS, EVENT_FILES, LOADED, event_files, readable_events
 from .summary import SUMMARY, Evaluation, Result, begun, number_text, rate_text, reward_text
-from .telemetry import HOOK_CONFIG, HOOK_KEY, manager_of, saved_config, summed_over_ranks
+from .telemetry import HOOK_CONFIG, HOOK_KEY, counters_of, manager_of, saved_config, summed_over_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Run:
         result.env_step = result.collected_env_step = max(0, engine.collector_envstep)
         result.train_iter, result.seconds = engine.last_iter.val, time.monotonic() - self._began
         result.env_steps_per_second = result.env_step / result.seconds
-        result.count(manager_of(engine.policy).counters())
+        result.count(counters_of(engine.policy))
         return result
 
 

@@ -40,6 +40,20 @@ def manager_of(policy: Any) -> Any:
     return getattr(policy.get_attribute('model').world_model, 'kv_cache_manager', None)
 
 
+def counters_of(policy: Any) -> Dict[str, Any]:
+    """What is counted in the model of a policy, with the memory of its target model's cache too, which answers for
+    target values and reanalyses; nothing if the model is not the plugin's."""
+    manager = manager_of(policy)
+    if manager is None:
+        return {}
+    counters = manager.counters()
+    try:
+        target = policy.get_attribute('target_model').world_model.kv_cache_manager
+    except NotImplementedError:  # the policy does not learn
+        return counters
+    return {**counters, 'memory_mb': counters['memory_mb'] + target.counters()['memory_mb']}
+
+
 def saved_config(engine: Any) -> Dict[str, Any]:
     """The config that was saved in the folder of DI-engine's learner, which itself has that of its policy alone; parsed
     once."""
@@ -84,11 +98,11 @@ class KVCacheStatsHook(LearnerHook):
     def __call__(self, engine: Any) -> None:
         """Write one point under every tag; ``engine`` is DI-engine's learner. Ranks without a logger write nothing."""
         policy, writer = engine.policy, engine.tb_logger
-        world_model, manager = policy.get_attribute('model').world_model, manager_of(policy)
-        if manager is None:
+        counters, world_model = counters_of(policy), policy.get_attribute('model').world_model
+        if not counters:
             return
         timings = {name: vars(timing) for name, timing in world_model.timings.items()}
-        counted = summed_over_ranks(dict(counters=manager.counters(), timings=timings))
+        counted = summed_over_ranks(dict(counters=counters, timings=timings))
         if writer is None:
             return
         if not self._introduced:

@@ -18,7 +18,7 @@ from lzero_kvcache.summary import read_progress, read_summary
 from lzero_kvcache.training import processes
 from lzero_kvcache.training.checkpoints import abandon_later
 from lzero_kvcache.training.experiment import Experiment, Trial, last_checkpoint
-from lzero_kvcache.training.processes import Children
+from lzero_kvcache.training.processes import TrialProcesses
 from lzero_kvcache_options import TrainOptions, main
 
 SMALL = ['policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2', 'env.evaluator_env_num=1']
@@ -208,7 +208,7 @@ def test_an_error_leaves_no_training_to_nobody(fake):
     made = make(fake.folder)
     with made.opened() as lock:
         os.mkdir(made.trials[1].log)
-        children = Children(made, lock, 2)
+        children = TrialProcesses(made, lock, 2)
         with pytest.raises(IsADirectoryError):
             children.run()
     try:
@@ -272,8 +272,8 @@ def test_an_interrupt_ends_all_and_the_same_command_goes_on(fake, capfd, interru
 
 def test_no_more_run_at_once_than_jobs(fake, tmp_path, monkeypatch):
     at_once = []
-    show = Children._show
-    monkeypatch.setattr(Children, '_show', lambda self, bar: at_once.append(len(self.running)) or show(self, bar))
+    show = TrialProcesses._show
+    monkeypatch.setattr(TrialProcesses, '_show', lambda self, bar: at_once.append(len(self.running)) or show(self, bar))
     assert run_experiment(fake, '--seeds', '0', '1', '2', '--jobs', '2') == 0
     assert max(at_once) == 2
     assert len(fake.begun()) == 6
@@ -287,7 +287,7 @@ def test_nobody_else_works_on_it_while_any_of_its_processes_lives(fake):
     with made.opened() as lock:
         with refused:
             opened(make(fake.folder))
-        children = Children(made, lock, 1)
+        children = TrialProcesses(made, lock, 1)
         children.start(made.trials[0])
     process = children.running[made.trials[0]]
     try:
@@ -301,7 +301,7 @@ def test_nobody_else_works_on_it_while_any_of_its_processes_lives(fake):
 
 def test_what_has_ended_is_not_told_of(fake):
     with make(fake.folder).opened() as lock:
-        Children(make(fake.folder), lock, 1).run()
+        TrialProcesses(make(fake.folder), lock, 1).run()
         with pytest.raises(ConfigError, match=rf'going on, in process {os.getpid()}; wait for them'):
             opened(make(fake.folder))
 

@@ -13,7 +13,7 @@ from lzero_kvcache.summary import read_summary
 from lzero_kvcache.training import load_config, overrides
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.experiment import Trial
-from lzero_kvcache.training.processes import Children
+from lzero_kvcache.training.processes import TrialProcesses
 from lzero_kvcache.training.terminal import summary_rows
 from lzero_kvcache_options import main
 
@@ -120,7 +120,7 @@ def again(copied, monkeypatch):
         pytest.skip('the experiment is one of the released LightZero, whose config has other values')
     monkeypatch.setattr(comparison, 'compare_runs', lambda *arguments: None)
     begun = []
-    monkeypatch.setattr(Children, 'start', lambda self, trial: begun.append(trial.name))
+    monkeypatch.setattr(TrialProcesses, 'start', lambda self, trial: begun.append(trial.name))
     held = loaded('experiment', 'experiment.json')
 
     def call(*further, caches=held['caches'], seeds=held['seeds']):

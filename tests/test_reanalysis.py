@@ -18,6 +18,7 @@ from seeded_search import seeded_search
 from small_models import ON_MAIN, Case, cached_model, original_model
 from test_tree import alike
 
+from lzero_kvcache.engine.weights import to_scalar
 from lzero_kvcache.host import entries
 from lzero_kvcache.host.buffers import ReanalysisSearch, reanalyzed_in_arrays
 from lzero_kvcache.host.lightzero import lightzero
@@ -83,7 +84,7 @@ def by_steps(question: Asked, number: int = FIRST) -> Tuple[List[List[int]], Lis
         problem.padded_legal(), np.float32(problem.noises), np.float32(problem.noise_weight), 0,
         len(roots)
     )
-    latents, scalar = [roots], world_model.weights_source.read(False).scalar
+    latents = [roots]
     with mock.patch.object(world_model, 'reanalyze_phase', True), torch.no_grad(), \
             mock.patch.object(lightzero, 'KEEPS_REANALYSES', grows):
         for simulation in range(SIMULATIONS):
@@ -95,7 +96,7 @@ def by_steps(question: Asked, number: int = FIRST) -> Tuple[List[List[int]], Lis
                 timesteps
             )
             latents.append(latent.squeeze(1).cpu().numpy())
-            rewards, values = (scalar(logits.squeeze(1)).cpu().numpy().reshape(-1) for logits in (reward, value))
+            rewards, values = (to_scalar(logits.squeeze(1)).cpu().numpy().reshape(-1) for logits in (reward, value))
             backup_rows(found, rules, key, simulation, rewards, values, policy.squeeze(1).cpu().numpy(), 0, len(roots))
     return root_visits(found), root_values(found)
 

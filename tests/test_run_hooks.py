@@ -125,10 +125,10 @@ def test_an_entry_that_is_refused_says_one_error_and_leaves_no_folder(overrides,
 
 def a_learner():
     """What the hooks see of DI-engine's learner."""
-    counted = dict(total=dict(queries=4, hits=1))
+    counted = dict(total=dict(queries=4, hits=1), memory_mb=1.)
     model = SimpleNamespace(world_model=SimpleNamespace(
         kv_cache_manager=SimpleNamespace(counters=lambda: counted), lightzero_version='0'))
-    attributes = dict(model=model, cfg=EasyDict(device='cpu', model=dict(world_model_cfg={})))
+    attributes = dict(model=model, target_model=model, cfg=EasyDict(device='cpu', model=dict(world_model_cfg={})))
     return SimpleNamespace(
         policy=SimpleNamespace(get_attribute=attributes.get), rank=0, world_size=1, exp_name='run',
         collector_envstep=40, last_iter=SimpleNamespace(val=7), log_buffer=dict(scalar={}),

@@ -4,6 +4,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from builders import Worker, make_policy
 from ding.config.config import save_config_py
 from small_models import ON_MAIN
@@ -16,7 +17,14 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups, metadata
 from torch.utils.tensorboard import SummaryWriter
 
-from lzero_kvcache.telemetry import COMPARED, HOOK_KEY, HYPERPARAMETERS, KVCacheStatsHook, write_hyperparameters
+from lzero_kvcache.telemetry import (
+    COMPARED,
+    HOOK_KEY,
+    HYPERPARAMETERS,
+    KVCacheStatsHook,
+    counters_of,
+    write_hyperparameters,
+)
 
 BOTH_FLAGS = pytest.mark.parametrize('new', [False, True], ids=['old', 'new'])
 OLD_TAGS = {
@@ -26,6 +34,30 @@ NEW_TAGS = OLD_TAGS | {
     f'{pool}_{metric}' for pool in ('init', 'recur', 'total') for metric in ('evictions', 'occupancy')
 }
 TIMES = {'search_ms', 'step_ms'}
+
+
+@BOTH_FLAGS
+def test_memory_is_that_of_the_model_and_of_its_target_model(new):
+    """The target model answers for target values and reanalyses, with a cache of its own."""
+    policy = make_policy(new, simulations=2)
+    managers = [model.world_model.kv_cache_manager for model in (policy._model, policy._target_model)]
+    Worker(policy).step([0, 1])
+    if new:
+        managers[1].store.ready(64, torch.device('cpu'))
+    memory = [manager.counters()['memory_mb'] for manager in managers]
+    assert memory[0] > 0 and (not new or memory[1] > 0)
+    for view in (policy.learn_mode, policy.eval_mode):
+        assert counters_of(view)['memory_mb'] == sum(memory)
+    assert counters_of(types.SimpleNamespace(get_attribute=without_a_target_of(policy)))['memory_mb'] == memory[0]
+
+
+def without_a_target_of(policy):
+    """As DI-engine answers for a policy that does not learn."""
+    def get_attribute(name):
+        if name == 'target_model':
+            raise NotImplementedError
+        return policy._get_attribute(name)
+    return get_attribute
 
 
 def hook():

@@ -601,7 +601,7 @@ def test_tags(validated, tmp_path):
     with SummaryWriter(str(tmp_path)) as writer:
         engine = SimpleNamespace(
             tb_logger=writer, collector_envstep=5, exp_name=str(tmp_path), last_iter=SimpleNamespace(val=0),
-            policy=mock.Mock(get_attribute=lambda name: {'model': policy._model, 'cfg': policy._cfg}[name])
+            policy=mock.Mock(get_attribute=lambda name: getattr(policy, f'_{name}'))
         )
         for iteration in range(4):
             if iteration in (0, 2):

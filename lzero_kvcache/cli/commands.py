@@ -21,7 +21,7 @@ from ..training.error_hints import hinted
 from ..training.experiment import Experiment
 from ..training.info import installed, of_plan, of_zoo
 from ..training.plan import plan_of
-from ..training.processes import Children
+from ..training.processes import TrialProcesses
 from ..training.ranks import DataParallel
 from ..training.terminal import PACKAGE_LOGGER, Output
 
@@ -79,7 +79,7 @@ def experiment(options: argparse.Namespace) -> int:
         with Output(silent=True):  # loading a config prints much
             experiment = Experiment(folder, TrainOptions.of(options), options.caches, options.seeds)
         with experiment.opened() as lock:
-            children = Children(experiment, lock, options.jobs)
+            children = TrialProcesses(experiment, lock, options.jobs)
             children.run()
             done = [trial for trial in experiment.trials if trial.result is not None]
             print(f'{len(done)} of {len(experiment.trials)} runs are done, in {folder}')

@@ -15,10 +15,10 @@ from rich.progress import track
 from ..config import ConfigError
 from ..run_files import results_in, writing_to
 from .event_files import Unreadable
+from .grouping import check_groups
 from .judging import Comparison, as_json, judge
 from .page import draw, report_of
 from .reading import TrainedRun, find_runs, read_run
-from .sides import check_groups
 from .table import line, show
 
 __all__ = ['compare_runs']

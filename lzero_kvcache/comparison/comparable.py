@@ -6,8 +6,8 @@ from typing import Any, Callable, Iterable, Iterator, List, Mapping, NamedTuple,
 from ..config import PREFIX
 from ..run_files import DONE, STOPPED
 from ..text import time_text
+from .grouping import Side
 from .reading import TrainedRun, finite
-from .sides import Side
 
 # What a measure is about: a difference between runs may make times incomparable, for example, and not rewards. The
 # time of one search or step is about the same in a short run and in a long one; the host's memory grows with the replay

@@ -22,8 +22,8 @@ from .comparable import (
     notes,
 )
 from .event_files import CACHE, MEMORY_OF_DEVICE, MEMORY_OF_HOST, REWARD
+from .grouping import OF_ONE_RUN, Side, sort_into_sides
 from .reading import TrainedRun, finite
-from .sides import OF_ONE_RUN, Side, sort_into_sides
 
 ABSENT = '(absent)'
 # What the plugin adds to a policy's config, whichever system it has.

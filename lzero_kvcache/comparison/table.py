@@ -8,9 +8,9 @@ from rich.text import Text
 
 from ..text import drawn, time_text
 from .comparable import CALL_TIME, HITS, HOST_MEMORY, MEMORY, REWARDS, SPEED, TIME
+from .grouping import Side
 from .judging import INTERQUARTILE_MEAN, MEDIAN, Comparison, Row, Spread
 from .reading import TrainedRun
-from .sides import Side
 
 NONE = '-'
 # The words for a side whose number is greater than the baseline's, and for one whose number is less. What is only

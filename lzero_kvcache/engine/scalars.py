@@ -10,7 +10,7 @@ from .kernel_launch import launch, wait
 
 @triton.jit
 def _number(logits, size, SIZE: tl.constexpr):
-    """The mean of a support, then the inverse value rescaling: ``Weights.scalar``."""
+    """The mean of a support, then the inverse value rescaling: ``weights.to_scalar``."""
     index = tl.arange(0, SIZE)
     numbers = tl.load(logits + index, mask=index < size, other=-float('inf'))
     powers = tl.exp(numbers - tl.max(numbers, 0))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .kernel_check import KernelCheck
 from .memory import MemoryPool
 from .slab import Slab
-from .weights import Geometry, Layer, Weights
+from .weights import Geometry, Layer, Weights, to_scalar
 
 SHORT_WINDOW = 64
 """Slots up to which attention of many rows is faster without a matrix product."""
@@ -46,14 +46,14 @@ class Engine:
         self._masks: Dict[Tuple[int, torch.device], Tuple[torch.Tensor, torch.Tensor]] = {}
 
     def for_search(self, weights: Weights, output: StepOutput) -> torch.Tensor:
-        """What a search takes to the host: reward and value as numbers, and policy logits ``[B, 2 + P]``."""
+        """What a search takes to the CPU: reward and value as numbers, and policy logits ``[B, 2 + P]``."""
         assert output.logits_rewards is not None
         rows = output.logits_value.shape[0]
         if weights.captured and self.has_kernels(output.logits_value.device):
             from .scalars import for_search
 
             return for_search(output, output.logits_value.new_empty(rows, 2 + output.logits_policy.shape[-1]))
-        scalars = weights.scalar(torch.cat([output.logits_rewards.squeeze(1), output.logits_value.squeeze(1)]))
+        scalars = to_scalar(torch.cat([output.logits_rewards.squeeze(1), output.logits_value.squeeze(1)]))
         return torch.cat([scalars.view(2, rows).T, output.logits_policy.squeeze(1)], dim=1)
 
     def has_kernels(self, device: torch.device) -> bool:

@@ -64,6 +64,16 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return twice_u.sigmoid_().mul_(x)
 
 
+def to_scalar(logits: torch.Tensor) -> torch.Tensor:
+    """Logits over a support ``[N, S]`` as numbers ``[N]``, by the inverse of the value rescaling: MuZero
+    (https://arxiv.org/abs/1911.08265), appendix F, epsilon = 0.001."""
+    size = logits.shape[1]
+    support = torch.arange(size, device=logits.device, dtype=logits.dtype) - (size - 1) // 2
+    value = logits.softmax(1) @ support
+    root = ((value.abs() * 0.004 + 1.004004).sqrt() - 1) * 500
+    return value.sign() * (root * root - 1)
+
+
 class Geometry(NamedTuple):
     """Sizes of a model, which never change."""
     layers: int
@@ -109,7 +119,6 @@ class Weights(NamedTuple):
     observations: Function
     policy: Function
     value: Function
-    scalar: Function  # logits over a support [N, S] -> numbers [N]
     places: torch.Tensor  # [positions, E] learned embeddings, or [positions, D / 2] rotary factors
     shift: Optional[torch.Tensor]  # [2W, L, 2, E]: what learned positions add to keys and values; None with rotary
     many_rows: int  # for so many rows or more, several fast kernels beat one slow one

@@ -51,6 +51,9 @@ class Adapter:
     UPDATES_AT_LEAST_ONCE = False
     """Whether a collection is followed by an update, whatever ``replay_ratio`` is."""
 
+    ADDS_UP_STEPS = True
+    """Whether collectors count what all processes have collected."""
+
     POLICY_BASE: type = object
     """What a policy has before LightZero's own methods."""
 

@@ -94,6 +94,7 @@ class MainBranch(Adapter):
     DIVIDE_EMBEDDING = ('num_heads', )
     UNROLLS_WITHIN_BLOCKS = False
     UPDATES_AT_LEAST_ONCE = True
+    ADDS_UP_STEPS = False
     POLICY_BASE = PolicyWithRows
     POLICY_FIELDS = ('learn', 'collect')  # the first sets what collecting pads observations with
     SUPPORT = 'policy.model.value_support_range'

@@ -28,7 +28,7 @@ from ..search.environments import Environments
 from ..search.open_steps import OpenStep, StepsOfThread
 from . import states
 from .lightzero import lightzero
-from .refused import check_policy, check_served, has_own_inference, is_own
+from .refused import check_policy, check_served, has_own_inference, is_own, tell_uncalled
 from .row_loops import masks_of, with_rows_at_once
 from .tree_search import NodeSearch, SampledNodeSearch
 from .world_model import NewWorldModel
@@ -80,6 +80,7 @@ class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
             )
         if use_new:  # again, now that a subclass has built what it builds after its base class
             check_served(self._model.world_model)
+            tell_uncalled(self._model.world_model.kv_cache_manager)
 
     def _create_model(self, cfg: EasyDict, model: Optional[torch.nn.Module] = None) -> torch.nn.Module:
         if model is None:  # hand the options that were read down in the config, a copy: the caller's stays as it is

@@ -1,10 +1,13 @@
 """What the new system refuses: options that it does not know, and code of a user's own that it would pass over."""
+import logging
 from typing import Any, Iterator, Optional, Tuple
 
 from torch import nn
 
 from ..config import FLAG, PREFIX, ConfigError, missing
 from .lightzero import lightzero
+
+logger = logging.getLogger(__name__)
 
 MEND = f'set {PREFIX}.{FLAG}=False for the old system'
 KNOWN = ('lzero', 'lzero_kvcache', 'torch')
@@ -35,6 +38,15 @@ def check_served(world_model: Any) -> None:
 def _check_options(world_model_cfg: Any) -> None:
     for option in lightzero.unserved_of(world_model_cfg):
         raise ConfigError(f'{PREFIX}.{option}, which the new cache does not know; {MEND}')
+
+
+def tell_uncalled(manager: Any) -> None:
+    """Warn of methods of somebody's own manager that nothing but a caller by hand calls."""
+    by_hand = ('get_init_cache', 'set_init_cache', 'get_recur_cache', 'set_recur_cache', 'hierarchical_get')
+    own = [name for name in by_hand if is_own(manager, name)]
+    if own:
+        logger.warning(f'{type(manager).__name__} has a {" and a ".join(own)} of its own, which searches do not call: '
+                       'they call find_init, store_init, find_recur and store_recur')
 
 
 def is_own(owner: Any, name: str) -> bool:

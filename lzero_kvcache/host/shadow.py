@@ -9,11 +9,11 @@ import torch
 from lzero.model.unizero_world_models.world_model import WorldModel
 
 from ..config import FLAG
+from ..engine.weights import to_scalar
 from ..validation.trace import Node
 from ..validation.validator import Reference
 from .lightzero import lightzero
 from .patches import with_globals
-from .weights import to_scalar
 
 
 class Shadow(WorldModel):

@@ -17,6 +17,7 @@ from ..run_hooks import LOSS, RunHook
 from ..summary import Evaluation
 from . import data_parallel
 from .entries import Configs
+from .lightzero import lightzero
 from .patches import applied
 
 
@@ -129,8 +130,7 @@ def _watched_collector(watch: Any, base: Any) -> type:
 
         def _output_log(self, train_iter: int) -> None:
             """Called as a collection ends, on every rank."""
-            adds_up = 'allreduce_data' in base.collect.__code__.co_names  # what all processes have collected
-            if watch.ranks.several and not adds_up:
+            if watch.ranks.several and not lightzero.ADDS_UP_STEPS:
                 own = int(self.envstep)
                 self._total_envstep_count = self._begun_at  # an interrupt cuts it off here
                 self._total_envstep_count = watch.ranks.collected(self._begun_at, own)

@@ -78,7 +78,7 @@ def read_weights(world_model: Any, geometry: Geometry, joined: JoinedProjections
         embed_action=functools.partial(_embed_action, world_model),
         embed_dropout=transformer.drop.forward if training else None,
         attention_dropout=world_model.config.attn_pdrop if training else 0.0,
-        rewards=rewards, observations=observations, policy=policy, value=value, scalar=to_scalar,
+        rewards=rewards, observations=observations, policy=policy, value=value,
         places=transformer.freqs_cis if geometry.rotary else world_model.pos_emb.weight,
         shift=_shift(world_model, geometry), many_rows=many_rows,
         captured=captured, training=training,
@@ -127,15 +127,6 @@ def _embed_action(world_model: Any, action: torch.Tensor) -> torch.Tensor:
         # SimNorm needs the time dimension that LightZero gives it.
         return table(action.float().reshape(action.shape[0], 1, -1)).squeeze(1)
     return table(action.reshape(-1))
-
-
-def to_scalar(logits: torch.Tensor) -> torch.Tensor:
-    """The inverse of the value rescaling: MuZero (https://arxiv.org/abs/1911.08265), appendix F, epsilon = 0.001."""
-    size = logits.shape[1]
-    support = torch.arange(size, device=logits.device, dtype=logits.dtype) - (size - 1) // 2
-    value = logits.softmax(1) @ support
-    root = ((value.abs() * 0.004 + 1.004004).sqrt() - 1) * 500
-    return value.sign() * (root * root - 1)
 
 
 def _addresses(world_model: Any) -> Tuple[int, ...]:

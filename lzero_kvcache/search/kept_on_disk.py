@@ -21,8 +21,8 @@ COMPILED_IN = [Path(__file__).parent.parent / room for room in ('engine', 'cache
 
 
 def entry(function: Function) -> Function:
-    """Compile a function that Python calls, once for a machine. It may be an inner one already, and no closure: its
-    code must say all that it does."""
+    """Compile a function that Python calls, once for a machine. It must be no closure: what is kept is
+    found by its code, which does not tell what it closes over."""
     plain: Any = getattr(function, 'py_func', function)
     if plain.__closure__:
         names = ', '.join(plain.__code__.co_freevars)

@@ -21,7 +21,7 @@ POLL_SECONDS = 0.25
 LINES_EVERY_SECONDS = 60.0
 
 
-class Children:
+class TrialProcesses:
     """
     Runs what an experiment lacks, ``jobs`` at once, each training in a process of its own that holds the experiment's
     lock for as long as it lives. ``failed`` are the trials whose process failed, ``interrupted`` is the signal that

@@ -22,7 +22,7 @@ from ..run_files import DONE, EVALUATE, EVENT_FILES, LOADED, STOPPED, TRAIN, Rec
 from ..run_hooks import UNBOUNDED
 from ..summary import Result, add_up, begun
 from ..telemetry import summed_over_ranks
-from .checkpoints import beside, is_abandoned, read_checkpoint
+from .checkpoints import Checkpoint, beside, is_abandoned, read_checkpoint
 from .config_file import Plan
 from .error_hints import hinted
 from .past import take_up
@@ -153,12 +153,12 @@ class _Training:
         self._absolute = os.path.isabs(os.path.expanduser(str(given)))
         policy = plan.main_config.policy
         # LightZero and DI-engine load these without looking at what they hold.
-        loaded = [(f'{key}={path}', read_checkpoint(path).state) for key, path in (
+        loaded = [(f'{key}={path}', _given(f'{key}=', path).state) for key, path in (
             ('policy.model_path', policy.get('model_path')),
             (LOADED, self._loaded_by_learner)) if path]
         if plan.checkpoint is not None:
-            watch.checkpoint = read_checkpoint(plan.checkpoint)
             option = '--resume' if plan.task == TRAIN else '--eval'
+            watch.checkpoint = _given(f'{option} ', plan.checkpoint)
             loaded.append((f'{option} {plan.checkpoint}', watch.checkpoint.state))
             result.env_step, result.train_iter = watch.checkpoint.env_step, watch.checkpoint.train_iter
             result.collected_env_step = result.env_step
@@ -327,3 +327,11 @@ class _Training:
         """That of all of the training, where this run went on in place: whatever is shown or written is of all."""
         before = self.watch.past.result
         return result if before is None else add_up(before, result)
+
+
+def _given(option: str, path: str) -> Checkpoint:
+    """The checkpoint that an option gives."""
+    try:
+        return read_checkpoint(path)
+    except ConfigError as error:
+        raise ConfigError(f'{option}{error}') from error

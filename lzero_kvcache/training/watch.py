@@ -5,7 +5,7 @@ from typing import Any, Callable, Optional
 
 from ..host.patches import applied
 from ..summary import Evaluation, Result, reward_text
-from ..telemetry import manager_of
+from ..telemetry import counters_of
 from .checkpoints import Checkpoint, prune, save_atomically
 from .past import Past
 from .ranks import DataParallel
@@ -40,8 +40,7 @@ class Watch:
         # What the other ranks collect is known when the collection ends, and never less.
         result.collected_env_step = max(result.collected_env_step, result.env_step + self.under_way)
         if self.evaluator is not None:
-            manager = manager_of(self.evaluator.policy)
-            result.count({} if manager is None else manager.counters())
+            result.count(counters_of(self.evaluator.policy))
 
     def enter(self, phase: str) -> None:
         self.phase = phase
@@ -88,7 +87,7 @@ class Watch:
 
     def save(self, path: str, data: Any, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint, in place of DI-engine's ``save_file``."""
-        # DI-engine saves at the first update, too: a checkpoint would change by being gone on from.
+        # DI-engine also saves at the first update: it would write over the checkpoint that the training goes on from.
         if (os.path.realpath(path), data.get('last_iter')) == self.past.checkpoint:
             return
         save_atomically(data, path)

@@ -25,7 +25,7 @@ def relative_differences(actual: torch.Tensor, expected: torch.Tensor) -> torch.
 
 
 def differences_of(actual: Sequence[Answer], expected: Sequence[Answer]) -> np.ndarray:
-    """The differences ``[Q, I, B]`` of a search, brought to the host at once; nan where there is nothing to compare.
+    """The differences ``[Q, I, B]`` of a search, brought to the CPU at once; nan where there is nothing to compare.
     Of a search that ran on a GPU, nodes were noted on the CPU, and roots where they were."""
     device = actual[0]['value'].device
     nothing = torch.full_like(actual[0]['value'][:, 0], float('nan'))
