@@ -47,6 +47,8 @@ class TestSides:
         write_run(tmp_path / 'old_s0')
         with pytest.raises(ConfigError, match=r"--group a=b\*: it matches none of the runs \(old_s0\)"):
             compare_runs([str(tmp_path)], groups=[('a', 'b*')])
+        with pytest.raises(ConfigError, match=r'--group b=old\*: the runs that it matches are all in earlier groups'):
+            compare_runs([str(tmp_path)], groups=[('a', '*'), ('b', 'old*')])
 
     def test_the_old_system_comes_first(self, tmp_path):
         paths = pair(tmp_path)

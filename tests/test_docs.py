@@ -1,5 +1,6 @@
 """What the documentation says is so: links, tables, snippets, commands, paths, and the example of docs/design.md."""
 import ast
+import contextlib
 import copy
 import importlib.util
 import os
@@ -467,3 +468,30 @@ class TestExample:
                     manager.store_recur([0], [name], child)
         manager.clear_recur_cache()
         assert manager.pages_used == 2
+
+
+def moved_to():
+    """What the change log says that modules are now called, `.name` being one of the same package, or of a room."""
+    table = read('CHANGELOG.md').split('| before | now |')[1].split('\n\n')[0]
+    for row in table.split('\n')[2:]:
+        whole = ''
+        for name in re.findall(r'`((?:lzero_kvcache)?\.[\w.]+)`', row.split('|')[2]):
+            whole = name if not name.startswith('.') else whole
+            yield whole, name
+
+
+def test_the_change_log_names_modules_that_are_there():
+    names = list(moved_to())
+    assert len(names) > 25
+    for whole, name in names:
+        parents = ['lzero_kvcache', whole.rpartition('.')[0]] if name.startswith('.') else ['']
+        assert any(map(is_there, [parent + name for parent in parents])), name
+
+
+def is_there(name):
+    """Whether a module is there, or what a module has."""
+    parent, _, last = name.rpartition('.')
+    with contextlib.suppress(ModuleNotFoundError):
+        module = importlib.import_module(parent)
+        return hasattr(module, last) or importlib.util.find_spec(name) is not None
+    return False

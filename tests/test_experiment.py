@@ -28,6 +28,12 @@ def make(folder, caches=('old', 'new'), seeds=(0, 1), config='config_new', **cha
     return Experiment(str(folder), TrainOptions(config, **{'max_env_step': 60, **changes}), caches, seeds)
 
 
+def test_its_folders_have_no_other_name(tmp_path):
+    with pytest.raises(ConfigError, match='--set exp_name: an experiment names its folders by system and seed; --out'):
+        make(tmp_path, overrides=['exp_name=x'])
+    assert not list(tmp_path.iterdir())
+
+
 # ---- what is run -----------------------------------------------------------------------------------------------------
 
 def test_a_run_is_begun_with_all_that_was_asked_for(tmp_path):

@@ -18,11 +18,14 @@ class Side(NamedTuple):
 
 
 def check_groups(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]]) -> None:
-    """Refuse a pattern that matches no run."""
+    """Refuse a pattern that matches no run, and a group whose runs are all in earlier ones."""
+    filled = {name for run in runs for name in _groups_of(run, groups)[:1]}
     for name, pattern in groups:
         if not any(_matches(run, pattern) for run in runs):
             there = ', '.join(run.name for run in runs)
             raise ConfigError(f'--group {name}={pattern}: it matches none of the runs ({there})')
+        if name not in filled:
+            raise ConfigError(f'--group {name}={pattern}: the runs that it matches are all in earlier groups')
 
 
 def sort_into_sides(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]]) -> List[Side]:
@@ -30,7 +33,7 @@ def sort_into_sides(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]
     named: Dict[str, List[TrainedRun]] = {name: [] for name, _ in groups}
     others: Dict[Any, List[TrainedRun]] = {}
     for run in runs:
-        matching = [name for name, pattern in groups if _matches(run, pattern)]
+        matching = _groups_of(run, groups)
         if matching:
             named[matching[0]].append(run)
         else:
@@ -38,6 +41,10 @@ def sort_into_sides(runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]
     automatic = sorted(others.values(), key=lambda members: members[0].cache != OLD)
     names = _side_names(automatic, taken=list(named))
     return [Side(name, members) for name, members in [*named.items(), *zip(names, automatic)] if members]
+
+
+def _groups_of(run: TrainedRun, groups: Sequence[Tuple[str, str]]) -> List[str]:
+    return [name for name, pattern in groups if _matches(run, pattern)]
 
 
 def _matches(run: TrainedRun, pattern: str) -> bool:

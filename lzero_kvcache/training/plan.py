@@ -45,7 +45,8 @@ def plan_of(asked: TrainOptions) -> Plan:
         changed = apply_overrides(
             main_config, create_config, asked.overrides, building.completed(main_config, create_config))
         if 'seed' in changed:  # LightZero's entries take it as an argument
-            raise ConfigError(f'--set seed={changed["seed"]}: give --seed {changed["seed"]} in its place')
+            raise ConfigError(
+                f'--set seed={changed["seed"]}: give --seed {changed["seed"]} in its place (an experiment: --seeds)')
         policy_type(main_config, create_config)
     name = main_config.exp_name if asked.exp_name is None else asked.exp_name
     if not isinstance(name, str) or not name:
