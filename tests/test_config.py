@@ -265,7 +265,7 @@ class TestSettle:
 
     @pytest.mark.parametrize(('flag', 'wrong'), [
         (False, dict(kv_cache_cfg=dict(evicton='lru'))), (True, dict(kv_cache_cfg=dict(evicton='lru'))),
-        (True, dict(num_simulations='4')),
+        (True, dict(num_simulations='4')), (False, dict(action_space_size=108)), (True, dict(action_space_size=108)),
     ])
     def test_a_policy_refuses_before_it_builds_a_model(self, flag, wrong, monkeypatch):
         monkeypatch.setattr(models.UniZeroModel, '__init__', None)

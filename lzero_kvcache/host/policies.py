@@ -28,7 +28,7 @@ from ..search.environments import Environments
 from ..search.open_steps import OpenStep, StepsOfThread
 from . import states
 from .lightzero import lightzero
-from .refused import check_policy, check_served, has_own_inference, is_own, tell_uncalled
+from .refused import check_actions, check_policy, check_served, has_own_inference, is_own, tell_uncalled
 from .row_loops import masks_of, with_rows_at_once
 from .tree_search import NodeSearch, SampledNodeSearch
 from .world_model import NewWorldModel
@@ -67,6 +67,7 @@ class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
         self._options = settle(cfg, lightzero.simulations_of(cfg))
         use_new = self._options.system == 'new'
         check_policy(cfg, self._options.system)
+        check_actions(cfg)
         self._environments = Environments()
         self._running = StepsOfThread()  # the steps that this policy is in the middle of; None for one in old mode
         self._turns = Turns()  # LightZero keeps the rows of a batch as attributes of its policy

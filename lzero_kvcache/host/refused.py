@@ -115,6 +115,16 @@ def _is_known(module: str) -> bool:
     return module.split('.')[0] in KNOWN
 
 
+def check_actions(policy_cfg: Any) -> None:
+    """Refuse a model and a world model of other numbers of actions: LightZero's C++ trees read past the end of the
+    logits."""
+    model = policy_cfg['model']
+    size, of_world_model = model['action_space_size'], model['world_model_cfg']['action_space_size']
+    if size != of_world_model:
+        raise ConfigError(f'policy.model.action_space_size={size!r} contradicts {PREFIX}.action_space_size='
+                          f'{of_world_model!r}: they must be the same')
+
+
 def check_policy(policy_cfg: Any, system: str) -> None:
     """Refuse a policy that LightZero cannot run or whose world model it does not build, and one that the new cache does
     not serve, or would serve in part."""
