@@ -145,6 +145,14 @@ def source_of_checkpoint() -> str:
     return f'model_path={of_entry["model_path"]}' if of_entry else ''
 
 
+def check_checkpoint_of_entry() -> None:
+    """Refuse a checkpoint that is not there, which LightZero's own entry would load when its environments have
+    begun."""
+    path = _locals_of(ENTRY_PACKAGE, 'model_path', 'create_cfg').get('model_path')
+    if isinstance(path, str) and not os.path.isfile(path):
+        raise ConfigError(f'model_path={path}: there is no such file')
+
+
 @contextlib.contextmanager
 def leaving_no_folder() -> Iterator[None]:
     """Where LightZero's own entry is refused before it trains, remove the folder that DI-engine has just made for its

@@ -113,9 +113,10 @@ def refused(folder, overrides, way):
 
 @pytest.mark.parametrize(('overrides', 'way', 'said', 'leaves'), [
     ([], dict(model_path='other'), 'model_path=other: the checkpoint is of another model: ', False),
+    ([], dict(model_path='nosuch'), 'model_path=nosuch: there is no such file', False),
     ([f'+{LOADED}=other'], {}, f'{LOADED}=other: the checkpoint is of another model: ', True),  # the log is begun
     ([f'{WM}.kv_cache_cfg.max_memory_mb=0.001'], {}, f'{WM}.kv_cache_cfg.max_memory_mb=0.001 is too small', False),
-], ids=['entry', 'learner', 'policy'])
+], ids=['entry', 'no file', 'learner', 'policy'])
 def test_an_entry_that_is_refused_says_one_error_and_leaves_no_folder(overrides, way, said, leaves, tmp_path):
     answered = in_forks({'entry': partial(refused, str(tmp_path), overrides, way)})['entry']
     assert isinstance(answered, list), answered

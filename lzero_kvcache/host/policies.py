@@ -23,7 +23,7 @@ from ..cache.pages import Turns
 from ..cache.stats import Timing
 from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
 from ..registry import register_in_place_of
-from ..run_hooks import HOOKS, leaving_no_folder, source_of_checkpoint
+from ..run_hooks import HOOKS, check_checkpoint_of_entry, leaving_no_folder, source_of_checkpoint
 from ..search.environments import Environments
 from ..search.open_steps import OpenStep, StepsOfThread
 from . import states
@@ -68,6 +68,7 @@ class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
         use_new = self._options.system == 'new'
         check_policy(cfg, self._options.system)
         check_actions(cfg)
+        check_checkpoint_of_entry()
         self._environments = Environments()
         self._running = StepsOfThread()  # the steps that this policy is in the middle of; None for one in old mode
         self._turns = Turns()  # LightZero keeps the rows of a batch as attributes of its policy
