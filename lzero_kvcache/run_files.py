@@ -131,7 +131,7 @@ def purge(folder: str, train_iter: int, env_step: int, evaluated: bool, see: Cal
                     found = found or event.step == env_step
                 elif '_iter/' in tag and not tag.startswith(COLLECTIONS[0]):
                     cut = cut or event.step >= train_iter + tag.startswith(EVALUATIONS[0])
-            # The first point of either against iterations is followed by the same against steps, which decides.
+            # A point of either against iterations stands before the same point against steps, and that one decides.
             if not cut and not any(tag.startswith((COLLECTIONS[0], EVALUATIONS[0])) for tag in tags):
                 whole, undecided = end, 0
         evaluated = evaluated and not found  # the first file that has the evaluation keeps it

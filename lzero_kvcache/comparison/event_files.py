@@ -25,9 +25,9 @@ TAGS = frozenset([
     *(CACHE + name for name in ('search_ms', 'step_ms', 'memory_mb', 'total_evictions')),
     *(f'{CACHE}{pool}_{count}' for pool in POOLS for count in ('hits', 'queries')),
 ])
-# Tags against environment steps are called NAME_step/TAG, tags against iterations NAME_iter/TAG. A file that goes on
-# from a checkpoint begins at the checkpoint's iteration, but with more environment steps.
-# An evaluation has been made again if a later file has one at as many environment steps, or at fewer.
+# Along each of these a file's first point tells which points of earlier files were abandoned: tags against environment
+# steps, tags against iterations, and evaluations. A file that goes on from a checkpoint begins at its iteration, but
+# with more environment steps. An evaluation was made again if a later file has one at as many steps, or at fewer.
 AXES = ENV_STEPS, ITERATIONS, AGAIN = '_step/', '_iter/', EVALUATIONS[1]
 
 # From when to when, in seconds since 1970.

@@ -24,7 +24,7 @@ SHORT_WINDOW = 64
 
 
 class StepOutput(NamedTuple):
-    """What a step predicts for each row; the names are LightZero's."""
+    """What a step predicts for each row."""
     output_sequence: torch.Tensor  # [B, 1, E]
     latent_state: torch.Tensor  # [B, 1, E]
     logits_rewards: Optional[torch.Tensor]  # [B, 1, S]; None where no action was taken

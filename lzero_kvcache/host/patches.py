@@ -65,7 +65,8 @@ TABLE: Dict[str, Patch] = {
         'all other trainings begin with it', LOAD),
     'registered': Patch(
         ('ding.utils.registry:Registry._register_generic.__code__', ),
-        'the same, but for what a module has registered that is gone', 'a config may be loaded again', LOAD),
+        'the same, but what is registered by a module that was removed may be registered again',
+        'a config may be loaded again', LOAD),
     'ddp_config': Patch(
         ('lzero.config.utils:lz_to_ddp_config.__code__', ), 'code that returns its argument',
         'the share of each process is worked out when it runs', LOAD),

@@ -1,4 +1,4 @@
-"""LightZero's searches with contexts that are found by node: latent states stay on the device and nothing is hashed.
+"""LightZero's searches whose contexts need no key: latent states stay on the device and nothing is hashed.
 
 The tree is in arrays on the model's device (``kv_cache_cfg.search='device'``), or LightZero's own in C++ ('tree').
 """

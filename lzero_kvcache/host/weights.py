@@ -37,7 +37,7 @@ class JoinedProjections:
         """Weights or biases of a layer in one tensor, which the next call for these overwrites."""
         kept, detached = self._kept.get((layer, kind)), [part.detach() for part in parts]
         if kept is None or (kept.device, kept.dtype) != (detached[0].device, detached[0].dtype):
-            with torch.inference_mode(False):  # or none but inference could overwrite it
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be overwritten outside of it
                 self._kept[layer, kind] = kept = torch.cat(detached)
         return torch.cat(detached, out=kept)
 

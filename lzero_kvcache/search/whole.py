@@ -81,7 +81,8 @@ class SearchMemory(NamedTuple):
 
 
 class WholeSearch(ABC):
-    """Runs searches of one model in arrays, on one kind of device; several threads may search at once."""
+    """Runs searches of one model in arrays, on one kind of device. Threads search at once on a CPU, in turns on a
+    GPU."""
 
     def __init__(self, shared: Shared) -> None:
         self._source, self._manager, self._store, self._guard, self._timings = shared

@@ -30,7 +30,7 @@ def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str]
     if before is None:
         line(f'Nothing says what this training had taken at its checkpoint: {SUMMARY} will have the time, the counts '
              'and the evaluations from here on')
-    else:  # kept there if this run is killed; its past is not its own summary
+    else:  # for a training that goes on from here if this run is killed, which leaves no summary
         before.write(beside(path))
     evaluated, seen = any(held.train_iter == at for held in before.evaluations) if before else False, Seen()
     cut = purge(os.path.join(folder, EVENT_FILES), at, env_step, evaluated, seen.add)
