@@ -1,4 +1,5 @@
 """The cache's numbers in tensorboard (and wandb) at every training iteration, and its options, once."""
+import contextlib
 import importlib
 from typing import Any, Dict, List, Tuple
 
@@ -47,11 +48,11 @@ def counters_of(policy: Any) -> Dict[str, Any]:
     if manager is None:
         return {}
     counters = manager.counters()
-    try:
-        target = policy.get_attribute('target_model').world_model.kv_cache_manager
-    except NotImplementedError:  # the policy does not learn
-        return counters
-    return {**counters, 'memory_mb': counters['memory_mb'] + target.counters()['memory_mb']}
+    with contextlib.suppress(NotImplementedError):  # of a policy that does not learn
+        of_target = policy.get_attribute('target_model').world_model.kv_cache_manager.counters()
+        if 'memory_mb' in counters and 'memory_mb' in of_target:
+            return {**counters, 'memory_mb': counters['memory_mb'] + of_target['memory_mb']}
+    return counters
 
 
 def saved_config(engine: Any) -> Dict[str, Any]:

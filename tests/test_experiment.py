@@ -28,9 +28,10 @@ def make(folder, caches=('old', 'new'), seeds=(0, 1), config='config_new', **cha
     return Experiment(str(folder), TrainOptions(config, **{'max_env_step': 60, **changes}), caches, seeds)
 
 
-def test_its_folders_have_no_other_name(tmp_path):
+@pytest.mark.parametrize('override', ['exp_name=x', '+exp_name=x', ' exp_name =x'])
+def test_its_folders_have_no_other_name(override, tmp_path):
     with pytest.raises(ConfigError, match='--set exp_name: an experiment names its folders by system and seed; --out'):
-        make(tmp_path, overrides=['exp_name=x'])
+        make(tmp_path, overrides=[override])
     assert not list(tmp_path.iterdir())
 
 

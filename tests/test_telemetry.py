@@ -17,6 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups, metadata
 from torch.utils.tensorboard import SummaryWriter
 
+from lzero_kvcache import KVCacheManager
 from lzero_kvcache.telemetry import (
     COMPARED,
     HOOK_KEY,
@@ -34,6 +35,18 @@ NEW_TAGS = OLD_TAGS | {
     f'{pool}_{metric}' for pool in ('init', 'recur', 'total') for metric in ('evictions', 'occupancy')
 }
 TIMES = {'search_ms', 'step_ms'}
+
+
+def test_a_managers_methods_that_no_search_calls_are_told_of(registered, lines):
+    def hierarchical_get(self, env_id, cache_key):
+        raise AssertionError
+
+    registered('mine', type('Mine', (KVCacheManager, ), dict(hierarchical_get=hierarchical_get)))
+    policy = make_policy(True, simulations=2, kv_cache_cfg=dict(type='mine'))
+    Worker(policy).step([0, 1])
+    assert [text for level, text in lines() if level == 'WARNING'] == [
+        'Mine has a hierarchical_get of its own, which searches do not call: they call find_init, store_init, '
+        'find_recur and store_recur']
 
 
 @BOTH_FLAGS

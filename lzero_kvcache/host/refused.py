@@ -42,7 +42,8 @@ def _check_options(world_model_cfg: Any) -> None:
 
 def tell_uncalled(manager: Any) -> None:
     """Warn of methods of somebody's own manager that nothing but a caller by hand calls."""
-    by_hand = ('get_init_cache', 'set_init_cache', 'get_recur_cache', 'set_recur_cache', 'hierarchical_get')
+    by_hand = ('get_init_cache', 'set_init_cache', 'get_recur_cache', 'set_recur_cache', 'hierarchical_get',
+               'get_wm_cache', 'set_wm_cache')
     own = [name for name in by_hand if is_own(manager, name)]
     if own:
         logger.warning(f'{type(manager).__name__} has a {" and a ".join(own)} of its own, which searches do not call: '
@@ -119,8 +120,8 @@ def check_actions(policy_cfg: Any) -> None:
     """Refuse a model and a world model of other numbers of actions: LightZero's C++ trees read past the end of the
     logits."""
     model = policy_cfg['model']
-    size, of_world_model = model['action_space_size'], model['world_model_cfg']['action_space_size']
-    if size != of_world_model:
+    size, of_world_model = (held.get('action_space_size') for held in (model, model['world_model_cfg']))
+    if None not in (size, of_world_model) and size != of_world_model:
         raise ConfigError(f'policy.model.action_space_size={size!r} contradicts {PREFIX}.action_space_size='
                           f'{of_world_model!r}: they must be the same')
 

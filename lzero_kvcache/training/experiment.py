@@ -74,7 +74,7 @@ class Experiment:
     def __init__(self, folder: str, shared: TrainOptions, caches: Sequence[str], seeds: Sequence[int]) -> None:
         self.folder, self.shared = folder, shared
         self.caches, self.seeds = list(dict.fromkeys(caches)), list(dict.fromkeys(seeds))
-        if any(text.startswith('exp_name=') for text in shared.overrides):
+        if any(text.partition('=')[0].strip(' +') == 'exp_name' for text in shared.overrides):
             raise ConfigError('--set exp_name: an experiment names its folders by system and seed; --out says where')
         plans = {cache: plan_of(replace(shared, cache=cache, seed=max(self.seeds), exp_name=EXPERIMENT))
                  for cache in dict.fromkeys(('old', *self.caches))}
