@@ -159,6 +159,25 @@ def test_products_are_exact(rows: int, outputs: int, inputs: int) -> None:
         torch.testing.assert_close(together, linear_kernels.apply(alone, x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings('ignore:.* encountered in')
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize('scale, weight_scale', [(1e6, 1), (1, 1e4), (0.05, 0.001)])
+def test_products_of_numbers_that_halves_do_not_reach(device: str, scale: float, weight_scale: float) -> None:
+    """Nor is a row wrong whose neighbour has no number."""
+    from lzero_kvcache.engine import linear_kernels
+
+    if device == 'cpu' and torch.cuda.is_available():
+        pytest.skip('where there is a GPU, kernels are compiled')
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 96, device=device), weight_scale * torch.randn(40, 96, device=device)
+    x[1:3] *= scale
+    x[4, 7] = float('nan')
+    found = linear_kernels.apply(Linear(weight, None, 5), x)
+    right = torch.nn.functional.linear(x.double(), weight.double())
+    assert ((found - right).abs().amax(1) <= 2e-6 * right.abs().amax(1))[:4].all()
+    assert found[4].isnan().all()
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize('matmul, least, most', [('tf32', 1e-5, 1e-3), ('bfloat16', 1e-4, 1e-2)])

@@ -27,16 +27,50 @@ class Tiling(NamedTuple):
 def tiling_of(rows: int, outputs: int, inputs: int) -> Tiling:
     """The fastest of those that were tried in searches on an H200 (docs/results.md)."""
     if rows <= 16:
-        parts = 8 if outputs <= 4096 else 4  # of 8 rows they stay below 1 MiB, from where on PyTorch reserves 20
-        return Tiling(16, 64 if outputs > 1024 else 32, 64 if inputs > 1024 else 32, parts, 4, 3)
-    if rows <= 128:
-        return Tiling(64, 64 if max(outputs, inputs) > 1024 else 32, 32, 8, 4, 3)
-    return Tiling(64, 64, 32, 4 if outputs > 1024 else 8, 4, 3)
+        of_rows, of_outputs, of_inputs, stages, programs = 16, 32, 64, 3, 264
+    elif rows <= 128:
+        of_rows, of_outputs, of_inputs, stages, programs = 64, 32, 32, 4, 400
+    else:
+        of_rows, of_outputs, of_inputs, stages, programs = 64, 64, 32, 3, 400
+    blocks = triton.cdiv(rows, of_rows) * triton.cdiv(outputs, of_outputs)
+    parts = max(1, min(programs // blocks, inputs // of_inputs, 16))
+    return Tiling(of_rows, of_outputs, of_inputs, parts, 4, stages)
 
 
-PRECISIONS = {'float32': 'tf32x3', 'tf32': 'tf32', 'bfloat16': 'tf32'}
-"""Triton's ``input_precision`` for each value of ``kv_cache_cfg.matmul``: 'tf32x3' is as exact as float32; bfloat16
-ignores it."""
+PRECISIONS = {'float32': 'halves', 'tf32': 'tf32', 'bfloat16': 'tf32'}
+"""How products are computed for each value of ``kv_cache_cfg.matmul``: from halves of float32, or with Triton's
+``input_precision``, which bfloat16 ignores."""
+
+
+@triton.jit
+def _halves(x, SCALE: tl.constexpr):
+    """``x`` times a power of two, as the sum of two float16: together they have nearly the bits of a float32."""
+    scaled = x * SCALE
+    high = scaled.to(tl.float16)
+    return high, (scaled - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _sum(x, weight, row, output, rows, outputs, first, last, inputs, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+         INPUTS: tl.constexpr, PRECISION: tl.constexpr):
+    """A block of the product over inputs ``first`` to ``last``. Tensor cores add with fewer bits than float32 has, so
+    that from halves they add the products of few inputs only."""
+    total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for begin in range(first, last, INPUTS):
+        index = begin + tl.arange(0, INPUTS)
+        left_mask = (row < rows)[:, None] & (index < inputs)[None, :]
+        right_mask = (output < outputs)[None, :] & (index < inputs)[:, None]
+        left = tl.load(x + row[:, None] * inputs + index[None, :], mask=left_mask, other=0.0)
+        right = tl.load(weight + output[None, :] * inputs + index[:, None], mask=right_mask, other=0.0)
+        if PRECISION == 'halves':
+            left, left_low = _halves(left, 8)
+            right, right_low = _halves(right, 256)
+            total += tl.dot(left, right, tl.dot(left, right_low, tl.dot(left_low, right)))
+        else:
+            total = tl.dot(left.to(right.dtype), right, total, input_precision=PRECISION)
+    if PRECISION == 'halves':
+        total *= 1 / (8 * 256)
+    return total
 
 
 @triton.jit
@@ -58,14 +92,11 @@ def _multiply(x, x2, weight, weight2, outputs, outputs2, parts, start2, step, ro
         outputs = tl.where(second, outputs2, outputs)
     output = block * OUTPUTS + tl.arange(0, OUTPUTS)
     share = tl.cdiv(inputs, PARTS * INPUTS) * INPUTS
-    total = tl.zeros((ROWS, OUTPUTS), tl.float32)
-    for begin in range(part * share, min((part + 1) * share, inputs), INPUTS):
-        index = begin + tl.arange(0, INPUTS)
-        left_mask = (row < rows)[:, None] & (index < inputs)[None, :]
-        right_mask = (output < outputs)[None, :] & (index < inputs)[:, None]
-        left = tl.load(x + row[:, None] * inputs + index[None, :], mask=left_mask, other=0.0)
-        right = tl.load(weight + output[None, :] * inputs + index[:, None], mask=right_mask, other=0.0)
-        total = tl.dot(left.to(right.dtype), right, total, input_precision=PRECISION)
+    first, last = part * share, min((part + 1) * share, inputs)
+    total = _sum(x, weight, row, output, rows, outputs, first, last, inputs, ROWS, OUTPUTS, INPUTS, PRECISION)
+    if PRECISION == 'halves':
+        if tl.max((total - total != 0).to(tl.int32)) > 0:  # numbers beyond the range of float16
+            total = _sum(x, weight, row, output, rows, outputs, first, last, inputs, ROWS, OUTPUTS, INPUTS, 'tf32x3')
     tl.store(parts + place[:, None] + output[None, :], total, mask=(row < rows)[:, None] & (output < outputs)[None, :])
 
 
