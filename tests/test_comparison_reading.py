@@ -13,9 +13,8 @@ from rich.console import Console
 from lzero_kvcache import ConfigError
 from lzero_kvcache import comparison as package
 from lzero_kvcache.comparison import compare_runs
-from lzero_kvcache.comparison.event_files import REWARD, Unreadable
-from lzero_kvcache.comparison.page import PANELS, _draw_panel, band_of, draw, line_of, report_of
-from lzero_kvcache.comparison.reading import Curve, find_runs
+from lzero_kvcache.comparison.page import PANELS, _draw_panel, band_of, line_of, picture_of, report_of
+from lzero_kvcache.comparison.reading import REWARD, Curve, Unreadable, find_runs
 from lzero_kvcache.comparison.table import measures_table, origin
 from lzero_kvcache.run_files import read_config
 
@@ -121,7 +120,8 @@ class TestReading:
         [run] = read(str(tmp_path))
         steps, _, values = run.curves[REWARD]
         assert (steps.tolist(), values.tolist()) == ([0, 50, 90], [1, 4, 5])
-        assert run.notes == ['2 points and their time do not count: it went on from a checkpoint before them']
+        assert run.notes == ['2 points and their time do not count: it went on from a checkpoint before them',
+                             'of evaluations that its event files have more than once (1), the last counts']
 
     def test_environment_steps_that_are_counted_anew_cut_nothing_off(self, tmp_path):
         """As by LightZero's own entry; iterations go on."""
@@ -258,7 +258,7 @@ class TestFinding:
         printed = io.StringIO()
         monkeypatch.setattr(package, '_write', lambda *_: [])
         compare_runs([str(tmp_path)], str(tmp_path / 'out'), console=Console(file=printed, width=200))
-        assert 'new_s0 is left out: no event file in it' in printed.getvalue().split('\n')
+        assert 'WARNING: new_s0 is left out: no event file in it' in printed.getvalue().split('\n')
 
 
 class TestOut:
@@ -340,8 +340,8 @@ class TestSources:
         assert cells['search, ms'] == ['-', '60.0', '-']
         assert cells['hit rate, roots'] == ['-', '60.0%', '-']
         assert cells['last reward'] == ['150.0', '150.0', 'the same']
-        assert draw(comparison).startswith(b'\x89PNG')
-        drawn = draw(comparison, 'svg').decode()
+        assert picture_of(comparison).startswith(b'\x89PNG')
+        drawn = picture_of(comparison, 'svg').decode()
         for text in origin(comparison)[:3]:  # the small print is wrapped
             assert text[:40] in drawn
 
