@@ -32,26 +32,23 @@ def compare_runs(runs: Sequence[str], out: str = 'comparison', groups: Sequence[
     pattern) of each side, the baseline first. Runs that no pattern matches are grouped by their config, or else by
     their name without the seed.
     """
+    console = console or Console(highlight=False)
     with results_in(out):
-        _compare(runs, out, groups, console or Console(highlight=False))
-
-
-def _compare(runs: Sequence[str], out: str, groups: Sequence[Tuple[str, str]], console: Console) -> None:
-    found = find_runs(runs)
-    check_groups(found, groups)
-    readable: List[TrainedRun] = []
-    left_out: Dict[str, str] = {}
-    for run in track(found, 'reading', console=console, transient=True, disable=not console.is_terminal):
-        try:
-            read_run(run)
-            readable.append(run)
-        except Unreadable as error:
-            left_out[run.name] = str(error)
-    if not readable:
-        raise ConfigError('no run can be read: ' + '; '.join(f'{name} ({why})' for name, why in left_out.items()))
-    comparison = Comparison(readable, groups, left_out)
-    show(comparison, console)
-    line(console, f'Wrote {", ".join(_write(comparison, out))}')
+        found = find_runs(runs)
+        check_groups(found, groups)
+        readable: List[TrainedRun] = []
+        left_out: Dict[str, str] = {}
+        for run in track(found, 'reading', console=console, transient=True, disable=not console.is_terminal):
+            try:
+                read_run(run)
+                readable.append(run)
+            except Unreadable as error:
+                left_out[run.name] = str(error)
+        if not readable:
+            raise ConfigError('no run can be read: ' + '; '.join(f'{name} ({why})' for name, why in left_out.items()))
+        comparison = Comparison(readable, groups, left_out)
+        show(comparison, console)
+        line(console, f'Wrote {", ".join(_write(comparison, out))}')
 
 
 def _write(comparison: Comparison, out: str) -> List[str]:

@@ -9,7 +9,7 @@ import statistics
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from ..config import FLAG, OPTIONS, PREFIX, ConfigError
-from ..run_files import DONE, LOADED, STOPPED
+from ..run_files import DONE, LOADED, STOPPED, Expression
 from ..text import time_text
 from .reading import TrainedRun, finite
 
@@ -23,6 +23,7 @@ CACHE_OPTIONS = (f'{PREFIX}.{FLAG}', f'{PREFIX}.{OPTIONS}')
 ENVIRONMENT_KEYS = ('env.env_id', 'env.env_name', 'env.type')
 TOLD_OF = (*ENVIRONMENT_KEYS, 'policy.cuda', 'policy.device', PREFIX + '.device', LOADED)
 SAID_KEYS = 3
+ABSENT = Expression('(absent)')
 # What a measure is about: a difference between runs may make times incomparable, for example, and not rewards. The
 # time of one search or step is about the same in a short run and in a long one; the host's memory grows with the replay
 # buffer.
@@ -34,6 +35,9 @@ OF_ONE_MACHINE = (TIME, CALL_TIME, SPEED, HOST_MEMORY, MEMORY)
 CONFIGS = 'configs'  # no measure is about these
 # Collection ends with a whole phase, so that runs of one budget end some steps apart.
 BUDGET_TOLERANCE, SAID_TOLERANCE = 0.75, 0.95
+# What a run has one value of, None if that is not known; and several of these by what they are.
+Value = Callable[[TrainedRun], Any]
+Values = Mapping[str, Value]
 
 
 class Side(NamedTuple):
@@ -46,10 +50,6 @@ class Caution(NamedTuple):
     """A warning; measures about what ``blocks`` names are not comparable because of it."""
     text: str
     blocks: Tuple[str, ...] = ()
-
-
-# What a run has one value of, None if that is not known.
-Value = Callable[[TrainedRun], Any]
 
 
 # ---- sides -----------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def config_differences(sides: Sequence[Side]) -> Dict[str, Dict[str, str]]:
             if key not in OF_ONE_RUN and not key.startswith(OWN_HOOKS)}
     differences = {}
     for key in sorted(keys):
-        values = {name: '; '.join(_distinct(repr(config[key]) if key in config else '(absent)' for config in configs))
+        values = {name: '; '.join(dict.fromkeys(repr(config.get(key, ABSENT)) for config in configs))
                   for name, configs in known.items() if configs}
         if len(set(values.values())) > 1:
             differences[key] = values
@@ -118,7 +118,7 @@ def config_differences(sides: Sequence[Side]) -> Dict[str, Dict[str, str]]:
 
 # ---- warnings --------------------------------------------------------------------------------------------------------
 
-def all_cautions(sides: Sequence[Side], differences: Mapping[str, Any]) -> List[Caution]:
+def warnings_of(sides: Sequence[Side], differences: Mapping[str, Any]) -> List[Caution]:
     """What has to be said of runs, of sides and of what their configs differ in; first why they are not comparable."""
     runs = runs_of(sides)
     noted = [Caution(f'{run.name}: {note}') for run in runs for note in run.notes]
@@ -197,12 +197,12 @@ def _of_machine(key: str) -> Value:
     return value_of
 
 
-ENVIRONMENT: Mapping[str, Value] = {'environments': lambda run: next(
+ENVIRONMENT: Values = {'environments': lambda run: next(
     (run.config[key] for key in ENVIRONMENT_KEYS if run.config.get(key) is not None), None)}
-ENDS: Mapping[str, Value] = {'ends': lambda run: run.outcome if run.outcome in (DONE, STOPPED) else None}
+ENDS: Values = {'ends': lambda run: run.outcome if run.outcome in (DONE, STOPPED) else None}
 BUDGETS = {'budgets of environment steps': _said('max_env_step'),
            'budgets of training iterations': _said('max_train_iter')}
-MACHINE: Mapping[str, Value] = {
+MACHINE: Values = {
     'devices': lambda run: run.from_summary('device') or run.config.get(PREFIX + '.device'),
     'numbers of processes': _said('processes'), 'systems': _of_machine('system'),
     'processors': _of_machine('processor'), 'CPUs': _of_machine('cpu'), 'numbers of CPUs': _of_machine('cpus'),
@@ -210,16 +210,16 @@ MACHINE: Mapping[str, Value] = {
     'versions of Python': _of_machine('python'), 'versions of torch': _of_machine('torch'),
     'versions of DI-engine': _of_machine('ding'),
 }
-HOST: Mapping[str, Value] = {'hosts': lambda run: run.host}
+HOST: Values = {'hosts': lambda run: run.host}
 VERSIONS = {'versions of LightZero': _said('versions', 'LightZero'),
             'versions of lzero_kvcache': _said('versions', 'lzero_kvcache'), 'commits': _said('versions', 'commit')}
 
 
-def _disagreements(sides: Sequence[Side], values_of: Mapping[str, Value], effect: str,
+def _disagreements(sides: Sequence[Side], values_of: Values, effect: str,
                    blocks: Tuple[str, ...] = ()) -> Iterator[Caution]:
     """A line for each thing that runs are known to have more than one value of."""
     for what, value_of in values_of.items():
-        values = {side.name: _distinct(f'{value:,}' if isinstance(value, int) else str(value)
+        values = {side.name: dict.fromkeys(f'{value:,}' if isinstance(value, int) else str(value)
                                        for value in map(value_of, side.runs) if value is not None) for side in sides}
         if len(set(itertools.chain(*values.values()))) > 1:
             yield Caution(f'Different {what} ({_by_side(values)}): {effect}', blocks)
@@ -227,10 +227,6 @@ def _disagreements(sides: Sequence[Side], values_of: Mapping[str, Value], effect
 
 def _by_side(values: Mapping[str, Iterable[Any]]) -> str:
     return '; '.join(f"{name}: {', '.join(map(str, found)) or 'unknown'}" for name, found in values.items())
-
-
-def _distinct(texts: Iterable[str]) -> List[str]:
-    return list(dict.fromkeys(texts))
 
 
 # ---- seeds and repeats -----------------------------------------------------------------------------------------------
@@ -243,7 +239,7 @@ def _seeds(sides: Sequence[Side]) -> Iterator[Caution]:
     if single:
         yield Caution(f"One run of {' and of '.join(single)}: without a spread, chance cannot be told from effect")
     for name, found in seeds.items():
-        repeated = _distinct(str(seed) for seed in found if found.count(seed) > 1)
+        repeated = dict.fromkeys(str(seed) for seed in found if found.count(seed) > 1)
         if repeated:
             yield Caution(f"More than one run of '{name}' has seed {', '.join(repeated)}: their spread is not one of "
                           'seeds')
@@ -331,29 +327,22 @@ def _uneven(lengths: Iterable[Optional[int]]) -> bool:
 
 
 def _other_lengths(sides: Sequence[Side]) -> Iterator[Caution]:
-    """Of runs that are not known to have other budgets."""
+    """Of runs that are not known to have other budgets. The times of nearly equal lengths are compared."""
     runs = runs_of(sides)
-    if not _uneven(run.steps for run in runs):
-        yield from _nearly_one_length(sides)
-        return
-    lengths = {side.name: sorted((run.steps, run.name) for run in side.runs if run.steps is not None) for side in sides}
-    said = _by_side({name: _distinct(f'{run} {steps:,}' for steps, run in (found[:1] + found[-1:]))
-                     for name, found in lengths.items()})
     budget = runs[0].from_summary('max_env_step')
-    if budget is not None and all(map(_is_whole, runs)):
+    lengths = {side.name: sorted((run.steps, run.name) for run in side.runs if run.steps is not None) for side in sides}
+    said = _by_side({name: dict.fromkeys(f'{run} {steps:,}' for steps, run in (found[:1] + found[-1:]))
+                     for name, found in lengths.items()})
+    whole = {side.name: [run.steps for run in side.runs if run.steps is not None and _is_whole(run)] for side in sides}
+    medians = {name: statistics.median(found) for name, found in whole.items() if found}
+    uneven = _uneven(run.steps for run in runs)
+    if uneven and budget is not None and all(map(_is_whole, runs)):
         yield Caution(f'Different lengths ({said}) under one budget of {budget:,} environment steps, which the last '
                       f'collection goes beyond: {_effect(OF_A_WHOLE_RUN)}; a longer budget makes them alike',
                       OF_A_WHOLE_RUN)
-    else:
+    elif uneven:
         yield Caution(f'Different lengths in environment steps ({said}): {_effect(OF_ONE_LENGTH)}', OF_ONE_LENGTH)
-
-
-def _nearly_one_length(sides: Sequence[Side]) -> Iterator[Caution]:
-    """The times of whole runs are compared, but are not quite of one length."""
-    lengths = {side.name: [run.steps for run in side.runs if run.steps is not None and _is_whole(run)]
-               for side in sides}
-    medians = {name: statistics.median(found) for name, found in lengths.items() if found}
-    if medians and min(medians.values()) < SAID_TOLERANCE * max(medians.values()):
+    elif medians and min(medians.values()) < SAID_TOLERANCE * max(medians.values()):
         said = '; '.join(f'{name}: {steps:,.0f}' for name, steps in medians.items())
         yield Caution(f'Training times are of different numbers of environment steps (medians, {said}), which makes '
                       'some of their difference; environment steps per second are without it')

@@ -37,10 +37,8 @@ STYLE_OF_FIGURES = {
     'axes.titlelocation': 'left', 'axes.titleweight': 'bold', 'font.size': 9.5, 'text.parse_math': False,
     'xtick.major.size': 0, 'ytick.major.size': 0, 'svg.hashsalt': 'comparison',
 }
-
 # Of the small print below the curves: the height of a line, characters to an inch, and as many lines as do not crowd.
 FOOTER_INCHES, FOOTER_CHARACTERS, FOOTER_LINES = 0.115, 22, 12
-
 Line = Tuple[np.ndarray, np.ndarray]
 
 
@@ -76,15 +74,14 @@ def picture_of(comparison: Comparison, form: str = 'png') -> bytes:
         footer = _footer(comparison, width)
         foot = (len(footer) + 1) * FOOTER_INCHES
         height = lines * PANEL_INCHES[1] + 0.7 + foot
-        layout = ConstrainedLayoutEngine(
-            w_pad=0.12, h_pad=0.1, rect=(0, foot / height, 1, 1 - (0.45 + foot) / height))
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, rect=(0, foot / height, 1, 1 - (0.45 + foot) / height))
         figure = Figure(figsize=(width, height), layout=layout)
         for index, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, comparison)
         handles = [Line2D([], [], color=colours[side.name], linewidth=2.4, label=' ' + table.side_text(side))
                    for side in comparison.sides]
-        figure.legend(handles=handles, loc='upper left',
-                      bbox_to_anchor=(0.005, 1.), ncols=len(handles), frameon=False, fontsize=11)
+        figure.legend(handles=handles, loc='upper left', bbox_to_anchor=(0.005, 1.), ncols=len(handles), frameon=False,
+                      fontsize=11)
         figure.text(0.12 / width, 0.5 * FOOTER_INCHES / height, '\n'.join(footer), fontsize=6, color='0.4',
                     verticalalignment='bottom')
         file = io.BytesIO()

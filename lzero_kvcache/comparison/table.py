@@ -88,7 +88,7 @@ class Comparison:
         self.mixed = {side.name: judging.blocked([side]) for side in self.sides}
         self.apart = {side.name: judging.blocked([self.baseline, side]) for side in self.others}
         self.differences = judging.config_differences(self.sides)
-        self.warnings = judging.all_cautions(self.sides, self.differences)
+        self.warnings = judging.warnings_of(self.sides, self.differences)
         many = all(len(side.runs) >= MANY_RUNS for side in self.sides)
         self.statistic = INTERQUARTILE_MEAN if many else MEDIAN
         self.rows = [self._row(measure) for measure in MEASURES]
