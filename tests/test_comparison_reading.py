@@ -13,7 +13,7 @@ from rich.console import Console
 from lzero_kvcache import ConfigError
 from lzero_kvcache import comparison as package
 from lzero_kvcache.comparison import compare_runs
-from lzero_kvcache.comparison.page import PANELS, _draw_panel, band_of, line_of, picture_of, report_of
+from lzero_kvcache.comparison.page import COLOURS, PANELS, _draw_panel, band_of, line_of, picture_of, report_of
 from lzero_kvcache.comparison.reading import REWARD, Curve, Unreadable, find_runs
 from lzero_kvcache.comparison.table import measures_table, origin
 from lzero_kvcache.run_files import read_config
@@ -383,6 +383,14 @@ class TestPicture:
             pytest.approx(expected) for expected in ([7, 14.5], [5, 10], [9, 19])]
         assert band_of(lines[:1], 'median') is None
         assert band_of([lines[0], (np.array([11., 12.]), np.array([1., 1.]))], 'median') is None
+
+    def test_sides_have_the_colours_of_tensorboards_runs(self, tmp_path):
+        """Which go by the runs' names; the sides' own order is that of the baseline first."""
+        comparison = compared(*pair(tmp_path))
+        axes = Figure().add_subplot()
+        _draw_panel(axes, PANELS[0], comparison)
+        assert [side.name for side in comparison.sides] == ['old', 'new']
+        assert [line.get_color() for line in axes.lines] == [COLOURS[1], COLOURS[0]]
 
     def test_runs_that_are_no_repeats_of_each_other_have_no_band(self, tmp_path):
         budgets = dict(a_s0=1000, a_s1=5000, b_s2=1000, b_s3=1000)

@@ -224,13 +224,14 @@ class EventFile:
         points: Dict[str, array] = defaultdict(lambda: array('d'))
         times = array('d')
         try:
+            size = os.path.getsize(path)  # before it is read, since its training may go on
             for end, event in run_files.events(path):
                 for value in event.summary.value:
                     if value.HasField('simple_value'):
                         points[value.tag].extend((event.step, len(times), value.simple_value))
                 times.append(event.wall_time)
                 whole = end
-            if whole < os.path.getsize(path):
+            if whole < size:
                 self.fault = f'{name} breaks off or is damaged'
         except OSError as error:
             self.fault = f'{name} cannot be read ({error.strerror})'
@@ -238,7 +239,8 @@ class EventFile:
             self.fault = f'{name} is no event file'
         self.points = {tag: np.array(held).reshape(-1, 3) for tag, held in points.items()}
         self.along = {axis: self._along(axis) for axis in AXES}
-        self.scalars = np.concatenate([np.empty(0), *(held[:, 1] for held in self.points.values())])  # their events
+        # The number of the event that each scalar is in.
+        self.scalars = np.concatenate([np.empty(0), *(held[:, 1] for held in self.points.values())])
         self.end = len(times)
         # Where the clock was set back, all later times are moved forward by as much.
         passed = np.diff(times, prepend=times[:1])
@@ -284,7 +286,7 @@ class EventFile:
 
     def curve(self, tag: str) -> np.ndarray:
         """Step, time and value of the points of a tag, by step."""
-        curve = self.kept(self.points.get(tag, np.empty((0, 3)))).copy()
+        curve = self.kept(self.points.get(tag, np.empty((0, 3))))
         curve[:, 1] = self._clock[curve[:, 1].astype(int)]
         return curve[np.argsort(curve[:, 0], kind='stable')]
 
