@@ -26,7 +26,7 @@ class TestReading:
         folder = write_run(tmp_path / 'old_s0', search_ms=values)
         [run] = read(folder)
         assert run.curves['kv_cache_iter/search_ms'].values.tolist() == values.tolist()
-        assert run.mean('kv_cache_iter/search_ms') == 499.5
+        assert run.reduced('kv_cache_iter/search_ms', np.mean) == 499.5
         assert run.points == 2 + 3 + 2 * (12_000 + 5 * 2)
 
     def test_an_evaluation_is_no_training(self, tmp_path):
@@ -83,7 +83,7 @@ class TestReading:
         points = [(second - 3600 * (second > 30), 10 * second, REWARD, float(second)) for second in range(60)]
         write_events(tmp_path / 'old_s0', points)
         [run] = read(str(tmp_path))
-        assert run.last(REWARD) == 59
+        assert run.curves[REWARD].values[-1] == 59
         assert run.curves[REWARD].values.tolist() == list(range(60))
         assert run.seconds == 58  # the second in which it was set back is not known
         assert (np.diff(run.curves[REWARD].seconds) >= 0).all()
@@ -105,7 +105,7 @@ class TestReading:
         steps, _, values = run.curves[REWARD]
         assert (steps.tolist(), values.tolist()) == ([0, 600, 900], [10, 50, 90])
         # 60 of 100 seconds until the step at which it went on, and as many after that.
-        assert (run.last(REWARD), run.env_step, run.seconds) == (90, 900, pytest.approx(120, abs=1))
+        assert (run.curves[REWARD].values[-1], run.env_step, run.seconds) == (90, 900, pytest.approx(120, abs=1))
         fault, abandoned = run.notes
         assert re.fullmatch(r'events\.\S+ breaks off or is damaged: its events end at step 1,000', fault)
         assert re.fullmatch(r'\d+ points and their time do not count: it went on from a checkpoint before them',
@@ -151,7 +151,7 @@ class TestReading:
         write_events(tmp_path / 'old_s0', [(0, 110, REWARD, 3.), (60, 200, REWARD, 4.)], BEGAN - 3600)
         [run] = read(str(tmp_path))
         assert run.curves[REWARD].values.tolist() == [1, 2, 3, 4]
-        assert (run.last(REWARD), run.seconds, run.notes) == (4, 120, [])
+        assert (run.curves[REWARD].values[-1], run.seconds, run.notes) == (4, 120, [])
 
     def test_event_files_of_two_runs_in_one_folder(self, tmp_path):
         """As of somebody who collects event files. What is left of an abandoned part, one iteration, is no run."""
@@ -174,7 +174,7 @@ class TestReading:
             writer.add_text('config', 'evaluator_step/reward_mean')
             writer.add_histogram('weights', np.arange(9.))
         [run] = read(str(tmp_path))
-        assert run.last(REWARD) == 12.5
+        assert run.curves[REWARD].values[-1] == 12.5
         assert run.points == 1
 
     def test_a_file_damaged_in_the_middle(self, tmp_path):

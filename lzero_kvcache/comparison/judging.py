@@ -317,8 +317,7 @@ def _length(run: TrainedRun) -> str:
         return 'no environment steps'
     if run.before:
         return f'{own:,} of its {run.before + own:,} environment steps'
-    whole = f' of {budget:,}' if isinstance(budget, int) and budget > own else ''
-    return f'{own:,}{whole} environment steps'
+    return f'{own:,}' + (f' of {budget:,}' if isinstance(budget, int) and budget > own else '') + ' environment steps'
 
 
 def _uneven(lengths: Iterable[Optional[int]]) -> bool:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.style import context
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
 from . import table
 from .judging import CALL_TIME, HITS, HOST_MEMORY, MEMORY, REWARDS, TIME
@@ -128,11 +128,10 @@ def _draw_panel(axes: Any, panel: Panel, comparison: Comparison) -> None:
             places, centre, low, high = band
             axes.plot(places, centre, color=colour, linewidth=2.2)
             axes.fill_between(places, low, high, color=colour, alpha=0.16, linewidth=0)
-    axes.set_title(panel.title)
+    axes.set(title=panel.title, xlabel=panel.against)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axes.set_xlabel(panel.against)
-    axes.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
-    axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
+    axes.yaxis.set_major_formatter('{x:,g}')
+    axes.xaxis.set_major_formatter('{x:,g}')
     if panel.from_zero:
         axes.set_ylim(0, 1.08 * axes.dataLim.y1 or None)
     axes.set_xlim(left=min(0, axes.dataLim.x0))

@@ -140,16 +140,8 @@ class TrainedRun(run_files.Record):
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
-    def last(self, tag: str) -> Optional[float]:
-        return self._reduced(tag, lambda values: values[-1])
-
-    def highest(self, tag: str) -> Optional[float]:
-        return self._reduced(tag, np.nanmax)
-
-    def mean(self, tag: str) -> Optional[float]:
-        return self._reduced(tag, np.nanmean)
-
-    def _reduced(self, tag: str, function: Callable[[np.ndarray], Any]) -> Optional[float]:
+    def reduced(self, tag: str, function: Callable[[np.ndarray], Any]) -> Optional[float]:
+        """The number that a function makes of the values of a tag, None if there is none."""
         curve = self.curves.get(tag)
         return None if curve is None or np.isnan(curve.values).all() else finite(float(function(curve.values)))
 

@@ -3,6 +3,7 @@ The numbers of a comparison, by run and by side; their tables, the same on the t
 terminal shows them.
 """
 import datetime
+import operator
 import shlex
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -13,15 +14,16 @@ from scipy.stats import trim_mean
 
 from ..text import drawn, time_text
 from . import judging
+from .judging import CALL_TIME, COUNT, HITS, HOST_MEMORY, MEMORY, REWARDS, SPEED, TIME, Side
 from .reading import CACHE, MEMORY_OF_DEVICE, MEMORY_OF_HOST, REWARD, TrainedRun, finite
 
 NONE, SAME = '-', 'the same'
+LAST = operator.itemgetter(-1)
 # The words for a side whose number is greater than the baseline's, and for one whose number is less. What is only
 # counted, as environment steps, is neither better nor worse for it.
 WORDS = {
-    judging.TIME: ('slower', 'faster'), judging.CALL_TIME: ('slower', 'faster'), judging.SPEED: ('faster', 'slower'),
-    judging.HOST_MEMORY: ('more', 'less'), judging.MEMORY: ('more', 'less'), judging.HITS: ('higher', 'lower'),
-    judging.REWARDS: ('higher', 'lower'),
+    TIME: ('slower', 'faster'), CALL_TIME: ('slower', 'faster'), SPEED: ('faster', 'slower'),
+    HOST_MEMORY: ('more', 'less'), MEMORY: ('more', 'less'), HITS: ('higher', 'lower'), REWARDS: ('higher', 'lower'),
 }
 # If each side has so many runs, it is shown by interquartile mean and bootstrap interval, not by median and range.
 MANY_RUNS = 10
@@ -160,7 +162,7 @@ def _ratio(one: Number, other: Number) -> Number:
 # ---- measures --------------------------------------------------------------------------------------------------------
 
 def _device_memory(run: TrainedRun) -> Number:
-    gigabytes = run.highest(MEMORY_OF_DEVICE)
+    gigabytes = run.reduced(MEMORY_OF_DEVICE, np.nanmax)
     return gigabytes * 1024 if gigabytes else None
 
 
@@ -170,30 +172,29 @@ def _speed(run: TrainedRun) -> Number:
 
 
 def _hit_rate(pool: str, what: str) -> Measure:
-    def counted(run: TrainedRun) -> Number:
-        return _ratio(run.last(f'{CACHE}{pool}_hits'), run.last(f'{CACHE}{pool}_queries'))
-
-    return Measure(f'{pool}_hit_rate', f'hit rate, {what}', 'share', judging.HITS, counted, ('hit_rates', pool))
+    hits, queries = f'{CACHE}{pool}_hits', f'{CACHE}{pool}_queries'
+    return Measure(f'{pool}_hit_rate', f'hit rate, {what}', 'share', HITS,
+                   lambda run: _ratio(run.reduced(hits, LAST), run.reduced(queries, LAST)), ('hit_rates', pool))
 
 
 MEASURES = (
-    Measure('seconds', 'training time', 'time', judging.TIME, lambda run: run.seconds, ('seconds', )),
-    Measure('env_step', 'environment steps', 'count', judging.COUNT, lambda run: run.env_step, ('env_step', )),
-    Measure('env_steps_per_second', 'environment steps per second', 'number', judging.SPEED, _speed,
+    Measure('seconds', 'training time', 'time', TIME, lambda run: run.seconds, ('seconds', )),
+    Measure('env_step', 'environment steps', 'count', COUNT, lambda run: run.env_step, ('env_step', )),
+    Measure('env_steps_per_second', 'environment steps per second', 'number', SPEED, _speed,
             ('env_steps_per_second', )),
-    Measure('search_ms', 'search, ms', 'number', judging.CALL_TIME, lambda run: run.mean(CACHE + 'search_ms')),
-    Measure('step_ms', 'recurrent step, ms', 'number', judging.CALL_TIME, lambda run: run.mean(CACHE + 'step_ms')),
-    Measure('host_memory_mb', 'peak host memory, MiB', 'number', judging.HOST_MEMORY,
-            lambda run: run.highest(MEMORY_OF_HOST), ('host_memory_mb', )),
-    Measure('device_memory_mb', 'peak device memory, MiB', 'number', judging.MEMORY, _device_memory,
-            ('device_memory_mb', )),
-    Measure('cache_memory_mb', 'peak cache memory, MiB', 'number', judging.MEMORY,
-            lambda run: run.highest(CACHE + 'memory_mb')),
+    Measure('search_ms', 'search, ms', 'number', CALL_TIME, lambda run: run.reduced(CACHE + 'search_ms', np.nanmean)),
+    Measure('step_ms', 'recurrent step, ms', 'number', CALL_TIME,
+            lambda run: run.reduced(CACHE + 'step_ms', np.nanmean)),
+    Measure('host_memory_mb', 'peak host memory, MiB', 'number', HOST_MEMORY,
+            lambda run: run.reduced(MEMORY_OF_HOST, np.nanmax), ('host_memory_mb', )),
+    Measure('device_memory_mb', 'peak device memory, MiB', 'number', MEMORY, _device_memory, ('device_memory_mb', )),
+    Measure('cache_memory_mb', 'peak cache memory, MiB', 'number', MEMORY,
+            lambda run: run.reduced(CACHE + 'memory_mb', np.nanmax)),
     _hit_rate('init', 'roots'), _hit_rate('recur', 'nodes'), _hit_rate('total', 'all'),
-    Measure('evictions', 'evictions', 'count', judging.COUNT, lambda run: run.last(CACHE + 'total_evictions'),
+    Measure('evictions', 'evictions', 'count', COUNT, lambda run: run.reduced(CACHE + 'total_evictions', LAST),
             ('counters', 'total', 'evictions')),
-    Measure('last_reward', 'last reward', 'number', judging.REWARDS, lambda run: run.last(REWARD), ('last_reward', )),
-    Measure('best_reward', 'best reward', 'number', judging.REWARDS, lambda run: run.highest(REWARD),
+    Measure('last_reward', 'last reward', 'number', REWARDS, lambda run: run.reduced(REWARD, LAST), ('last_reward', )),
+    Measure('best_reward', 'best reward', 'number', REWARDS, lambda run: run.reduced(REWARD, np.nanmax),
             ('best_reward', )),
 )
 
@@ -207,7 +208,7 @@ class Table(NamedTuple):
     rows: List[List[str]]
 
 
-def measures_table(comparison: Comparison, others: Optional[Sequence[judging.Side]] = None) -> Table:
+def measures_table(comparison: Comparison, others: Optional[Sequence[Side]] = None) -> Table:
     """The measures by side; after each side that is not the baseline, a column says which is better and by how much."""
     baseline, others = comparison.baseline, comparison.others if others is None else others
     table = Table(f"Comparison: {' / '.join(side.name for side in [baseline, *others])}",
@@ -272,7 +273,7 @@ def _value_text(value: Optional[float], kind: str, beside: Optional[float] = Non
     return '{:,.{}f}'.format(value, 0 if kind == 'count' or size >= 1000 else 2 if size < 10 else 1)
 
 
-def _spread_text(row: Row, side: judging.Side) -> str:
+def _spread_text(row: Row, side: Side) -> str:
     """As '12.3 [11.9, 12.8]'; the centre alone where there is nothing around it."""
     spread = row.spreads[side.name]
     if spread is None:
@@ -282,19 +283,19 @@ def _spread_text(row: Row, side: judging.Side) -> str:
     return centre if low == high else f'{centre} [{low}, {high}]'
 
 
-def _verdict(row: Row, baseline: judging.Side, side: judging.Side) -> str:
+def _verdict(row: Row, baseline: Side, side: Side) -> str:
     """As '1.62 x faster' or, where a ratio says little, '33.9 points higher'; a dash where nothing can be said."""
     base, own = row.spreads[baseline.name], row.spreads[side.name]
     if base is None or own is None or row.measure.about not in WORDS:
         return NONE
     greater, less = WORDS[row.measure.about]
-    if row.measure.about in (judging.HITS, judging.REWARDS):
+    if row.measure.about in (HITS, REWARDS):
         # Of the numbers as they are shown, from which a reader will work it out.
         shown = [float(_value_text(spread.centre, row.measure.kind).strip('%').replace(',', ''))
                  for spread in (base, own)]
         difference = shown[1] - shown[0]
         text = f'{abs(difference):.1f} points'
-        if row.measure.about == judging.REWARDS:
+        if row.measure.about == REWARDS:
             text = _value_text(abs(difference), row.measure.kind, max(shown, key=abs))
         return f'{text} {greater if difference > 0 else less}' if any(map('123456789'.count, text)) else SAME
     ratio = row.ratios[side.name]
@@ -304,7 +305,7 @@ def _verdict(row: Row, baseline: judging.Side, side: judging.Side) -> str:
     return SAME if times == '1.00' else f'{times} x {less if ratio > 1 else greater}'
 
 
-def side_text(side: judging.Side) -> str:
+def side_text(side: Side) -> str:
     return f'{side.name}, {runs_text(len(side.runs))}'
 
 
