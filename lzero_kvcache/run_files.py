@@ -39,7 +39,7 @@ COLLECTIONS = ('collector_iter/', 'collector_step/')
 POOLS = 'init', 'recur', 'total'
 # What values of a summary are, where it has them: lists of some kind, or of one of several kinds.
 LISTS = {'resumed_at': int, 'earlier': dict, 'overrides': str, 'evaluations': dict}
-KINDS: Dict[str, Tuple[type, ...]] = {
+SUMMARY_KINDS: Dict[str, Tuple[type, ...]] = {
     'outcome': (str, ), 'run_id': (str, ), 'cache': (str, type(None)),
     'max_env_step': (int, float, type(None)), 'max_train_iter': (int, float, type(None)),
 }
@@ -88,7 +88,7 @@ def _checked(summary: Dict[str, Any]) -> Dict[str, Any]:
         held = summary.get(name) or []
         if not isinstance(held, list) or not all(isinstance(part, kind) for part in held):
             raise ValueError(f'{name} is {held!r}')
-    for name, kinds in KINDS.items():
+    for name, kinds in SUMMARY_KINDS.items():
         if not isinstance(summary.get(name, kinds[0]()), kinds):
             raise ValueError(f'{name} is {summary[name]!r}')
     for part in summary.get('earlier') or []:

@@ -7,8 +7,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from lzero_kvcache.comparison.judging import judge
 from lzero_kvcache.comparison.reading import find_runs, read_run
+from lzero_kvcache.comparison.table import Comparison
 
 # Some moment in the past; every value below is exact in the 32 bits of an event file.
 BEGAN = 1_700_000_000.
@@ -96,7 +96,7 @@ def read(*paths):
 
 def compared(*paths, groups=()):
     """Their comparison."""
-    return judge(read(*paths), groups, {})
+    return Comparison(read(*paths), groups, {})
 
 
 def compare_json(folder):

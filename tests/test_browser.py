@@ -13,8 +13,8 @@ from rich.console import Console
 from test_comparison_numbers import Page
 
 from lzero_kvcache.comparison import compare_runs
-from lzero_kvcache.comparison.judging import MEASURES
 from lzero_kvcache.comparison.page import COLOURS
+from lzero_kvcache.comparison.table import MEASURES
 
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
 FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.comparison import compare_runs
-from lzero_kvcache.comparison.comparable import ALL, OF_A_WHOLE_RUN, OF_ONE_LENGTH, STOPPED, Caution
+from lzero_kvcache.comparison.judging import ALL, OF_A_WHOLE_RUN, OF_ONE_LENGTH, STOPPED, Caution
 from lzero_kvcache.comparison.page import PANELS, _draw_panel, report_of
 from lzero_kvcache.comparison.table import measures_table, runs_table, show
 

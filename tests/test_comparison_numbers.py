@@ -15,8 +15,7 @@ from rich.console import Console
 
 from lzero_kvcache.__main__ import main
 from lzero_kvcache.comparison import compare_runs
-from lzero_kvcache.comparison.judging import MEASURES, summed_up
-from lzero_kvcache.comparison.table import measures_table, origin
+from lzero_kvcache.comparison.table import MEASURES, measures_table, origin, summed_up
 
 FLAG = 'policy.model.world_model_cfg.use_new_cache_manager'
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,8 +118,8 @@ class TestWhole:
     def test_one_line_for_each_run_that_cannot_be_read(self, whole, data):
         lines = [line for line in whole[1].split('\n') if 'left out' in line]
         assert len(lines) == 2
-        assert re.fullmatch(r'cartpole_new_seed3 is left out: no scalar in events\.\S+', lines[0])
-        assert re.fullmatch(r'cartpole_old_seed3 is left out: events\.\S+ breaks off or is damaged', lines[1])
+        assert re.fullmatch(r'WARNING: cartpole_new_seed3 is left out: no scalar in events\.\S+', lines[0])
+        assert re.fullmatch(r'WARNING: cartpole_old_seed3 is left out: events\.\S+ breaks off or is damaged', lines[1])
         assert list(data['left_out']) == ['cartpole_new_seed3', 'cartpole_old_seed3']
 
     def test_warnings(self, whole, data):

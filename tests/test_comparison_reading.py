@@ -13,9 +13,8 @@ from rich.console import Console
 from lzero_kvcache import ConfigError
 from lzero_kvcache import comparison as package
 from lzero_kvcache.comparison import compare_runs
-from lzero_kvcache.comparison.event_files import REWARD, Unreadable
-from lzero_kvcache.comparison.page import PANELS, _draw_panel, band_of, draw, line_of, report_of
-from lzero_kvcache.comparison.reading import Curve, find_runs
+from lzero_kvcache.comparison.page import COLOURS, PANELS, _draw_panel, band_of, line_of, picture_of, report_of
+from lzero_kvcache.comparison.reading import REWARD, Curve, Unreadable, find_runs
 from lzero_kvcache.comparison.table import measures_table, origin
 from lzero_kvcache.run_files import read_config
 
@@ -27,7 +26,7 @@ class TestReading:
         folder = write_run(tmp_path / 'old_s0', search_ms=values)
         [run] = read(folder)
         assert run.curves['kv_cache_iter/search_ms'].values.tolist() == values.tolist()
-        assert run.mean('kv_cache_iter/search_ms') == 499.5
+        assert run.reduced('kv_cache_iter/search_ms', np.mean) == 499.5
         assert run.points == 2 + 3 + 2 * (12_000 + 5 * 2)
 
     def test_an_evaluation_is_no_training(self, tmp_path):
@@ -84,7 +83,7 @@ class TestReading:
         points = [(second - 3600 * (second > 30), 10 * second, REWARD, float(second)) for second in range(60)]
         write_events(tmp_path / 'old_s0', points)
         [run] = read(str(tmp_path))
-        assert run.last(REWARD) == 59
+        assert run.curves[REWARD].values[-1] == 59
         assert run.curves[REWARD].values.tolist() == list(range(60))
         assert run.seconds == 58  # the second in which it was set back is not known
         assert (np.diff(run.curves[REWARD].seconds) >= 0).all()
@@ -106,7 +105,7 @@ class TestReading:
         steps, _, values = run.curves[REWARD]
         assert (steps.tolist(), values.tolist()) == ([0, 600, 900], [10, 50, 90])
         # 60 of 100 seconds until the step at which it went on, and as many after that.
-        assert (run.last(REWARD), run.env_step, run.seconds) == (90, 900, pytest.approx(120, abs=1))
+        assert (run.curves[REWARD].values[-1], run.env_step, run.seconds) == (90, 900, pytest.approx(120, abs=1))
         fault, abandoned = run.notes
         assert re.fullmatch(r'events\.\S+ breaks off or is damaged: its events end at step 1,000', fault)
         assert re.fullmatch(r'\d+ points and their time do not count: it went on from a checkpoint before them',
@@ -121,7 +120,8 @@ class TestReading:
         [run] = read(str(tmp_path))
         steps, _, values = run.curves[REWARD]
         assert (steps.tolist(), values.tolist()) == ([0, 50, 90], [1, 4, 5])
-        assert run.notes == ['2 points and their time do not count: it went on from a checkpoint before them']
+        assert run.notes == ['2 points and their time do not count: it went on from a checkpoint before them',
+                             'of evaluations that its event files have more than once (1), the last counts']
 
     def test_environment_steps_that_are_counted_anew_cut_nothing_off(self, tmp_path):
         """As by LightZero's own entry; iterations go on."""
@@ -151,7 +151,7 @@ class TestReading:
         write_events(tmp_path / 'old_s0', [(0, 110, REWARD, 3.), (60, 200, REWARD, 4.)], BEGAN - 3600)
         [run] = read(str(tmp_path))
         assert run.curves[REWARD].values.tolist() == [1, 2, 3, 4]
-        assert (run.last(REWARD), run.seconds, run.notes) == (4, 120, [])
+        assert (run.curves[REWARD].values[-1], run.seconds, run.notes) == (4, 120, [])
 
     def test_event_files_of_two_runs_in_one_folder(self, tmp_path):
         """As of somebody who collects event files. What is left of an abandoned part, one iteration, is no run."""
@@ -174,7 +174,7 @@ class TestReading:
             writer.add_text('config', 'evaluator_step/reward_mean')
             writer.add_histogram('weights', np.arange(9.))
         [run] = read(str(tmp_path))
-        assert run.last(REWARD) == 12.5
+        assert run.curves[REWARD].values[-1] == 12.5
         assert run.points == 1
 
     def test_a_file_damaged_in_the_middle(self, tmp_path):
@@ -258,7 +258,7 @@ class TestFinding:
         printed = io.StringIO()
         monkeypatch.setattr(package, '_write', lambda *_: [])
         compare_runs([str(tmp_path)], str(tmp_path / 'out'), console=Console(file=printed, width=200))
-        assert 'new_s0 is left out: no event file in it' in printed.getvalue().split('\n')
+        assert 'WARNING: new_s0 is left out: no event file in it' in printed.getvalue().split('\n')
 
 
 class TestOut:
@@ -340,8 +340,8 @@ class TestSources:
         assert cells['search, ms'] == ['-', '60.0', '-']
         assert cells['hit rate, roots'] == ['-', '60.0%', '-']
         assert cells['last reward'] == ['150.0', '150.0', 'the same']
-        assert draw(comparison).startswith(b'\x89PNG')
-        drawn = draw(comparison, 'svg').decode()
+        assert picture_of(comparison).startswith(b'\x89PNG')
+        drawn = picture_of(comparison, 'svg').decode()
         for text in origin(comparison)[:3]:  # the small print is wrapped
             assert text[:40] in drawn
 
@@ -383,6 +383,14 @@ class TestPicture:
             pytest.approx(expected) for expected in ([7, 14.5], [5, 10], [9, 19])]
         assert band_of(lines[:1], 'median') is None
         assert band_of([lines[0], (np.array([11., 12.]), np.array([1., 1.]))], 'median') is None
+
+    def test_sides_have_the_colours_of_tensorboards_runs(self, tmp_path):
+        """Which go by the runs' names; the sides' own order is that of the baseline first."""
+        comparison = compared(*pair(tmp_path))
+        axes = Figure().add_subplot()
+        _draw_panel(axes, PANELS[0], comparison)
+        assert [side.name for side in comparison.sides] == ['old', 'new']
+        assert [line.get_color() for line in axes.lines] == [COLOURS[1], COLOURS[0]]
 
     def test_runs_that_are_no_repeats_of_each_other_have_no_band(self, tmp_path):
         budgets = dict(a_s0=1000, a_s1=5000, b_s2=1000, b_s3=1000)

@@ -8,43 +8,37 @@ import textwrap
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.style import context
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
-from .comparable import CALL_TIME, HITS, HOST_MEMORY, MEMORY, REWARDS, TIME
-from .event_files import CACHE_BY_STEP, MEMORY_OF_HOST, REWARD
-from .judging import INTERQUARTILE_MEAN, MEDIAN, Comparison, summed_up
-from .reading import Curve, TrainedRun
-from .table import Table, config_table, measures_table, origin, runs_table, runs_text, side_text
+from . import table
+from .judging import CALL_TIME, HITS, HOST_MEMORY, MEMORY, REWARDS, TIME
+from .reading import CACHE_BY_STEP, MEMORY_OF_HOST, REWARD, Curve, TrainedRun
+from .table import INTERQUARTILE_MEAN, MEDIAN, Comparison, Table
 
 # Readers who are colour-blind can tell them apart (Okabe and Ito).
 COLOURS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 COLUMNS, PANEL_INCHES, DPI = 3, (4.1, 2.9), 144
 STEPS, MINUTES = 'environment steps', 'minutes'
-# More points than a panel has pixels to show them are averaged.
-SHOWN_POINTS = 200
-# A band needs an interval at each of its points, so each has fewer resamples than one in a table.
-BAND_RESAMPLES = 500
-
+SHOWN_POINTS = 200  # more are averaged: a panel has no pixels for them
+BAND_RESAMPLES = 500  # fewer than in a table, since a band needs an interval at each of its points
 # No dates, so that the same comparison gives the same file.
 UNDATED = {'png': None, 'svg': {'Date': None}, 'pdf': {'CreationDate': None}}
 STYLE_OF_FIGURES = {
     **dict.fromkeys(('text.color', 'axes.labelcolor', 'axes.titlecolor', 'xtick.color', 'ytick.color'), '#1F2328'),
     **dict.fromkeys(('axes.edgecolor', 'grid.color'), '#D7DCE1'), 'axes.grid': True, 'grid.linewidth': 0.6,
-    'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 11, 'axes.titlelocation': 'left',
-    'axes.titleweight': 'bold', 'font.size': 9.5, 'text.parse_math': False, 'xtick.major.size': 0,
-    'ytick.major.size': 0, 'svg.hashsalt': 'comparison',
+    'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 11,
+    'axes.titlelocation': 'left', 'axes.titleweight': 'bold', 'font.size': 9.5, 'text.parse_math': False,
+    'xtick.major.size': 0, 'ytick.major.size': 0, 'svg.hashsalt': 'comparison',
 }
-
 # Of the small print below the curves: the height of a line, characters to an inch, and as many lines as do not crowd.
 FOOTER_INCHES, FOOTER_CHARACTERS, FOOTER_LINES = 0.115, 22, 12
-
 Line = Tuple[np.ndarray, np.ndarray]
 
 
@@ -70,9 +64,9 @@ PANELS = (
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
-def draw(comparison: Comparison, form: str = 'png') -> bytes:
+def picture_of(comparison: Comparison, form: str = 'png') -> bytes:
     """All panels that a run has points for as a PNG, SVG or PDF."""
-    panels = _shown_panels(comparison)
+    panels, colours = _shown_panels(comparison), _colours(comparison)
     with context(['default', STYLE_OF_FIGURES]):
         columns = max(1, min(COLUMNS, len(panels)))
         lines = max(1, -(-len(panels) // columns))
@@ -80,15 +74,14 @@ def draw(comparison: Comparison, form: str = 'png') -> bytes:
         footer = _footer(comparison, width)
         foot = (len(footer) + 1) * FOOTER_INCHES
         height = lines * PANEL_INCHES[1] + 0.7 + foot
-        layout = ConstrainedLayoutEngine(
-            w_pad=0.12, h_pad=0.1, rect=(0, foot / height, 1, 1 - (0.45 + foot) / height))
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, rect=(0, foot / height, 1, 1 - (0.45 + foot) / height))
         figure = Figure(figsize=(width, height), layout=layout)
         for index, panel in enumerate(panels):
             _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, comparison)
-        handles = [Line2D([], [], color=COLOURS[index % len(COLOURS)], linewidth=2.4)
-                   for index in range(len(comparison.sides))]
-        figure.legend(handles, [' ' + side_text(side) for side in comparison.sides], loc='upper left',
-                      bbox_to_anchor=(0.005, 1.), ncols=len(handles), frameon=False, fontsize=11)
+        handles = [Line2D([], [], color=colours[side.name], linewidth=2.4, label=' ' + table.side_text(side))
+                   for side in comparison.sides]
+        figure.legend(handles=handles, loc='upper left', bbox_to_anchor=(0.005, 1.), ncols=len(handles), frameon=False,
+                      fontsize=11)
         figure.text(0.12 / width, 0.5 * FOOTER_INCHES / height, '\n'.join(footer), fontsize=6, color='0.4',
                     verticalalignment='bottom')
         file = io.BytesIO()
@@ -96,9 +89,15 @@ def draw(comparison: Comparison, form: str = 'png') -> bytes:
     return file.getvalue()
 
 
+def _colours(comparison: Comparison) -> Dict[str, str]:
+    """Those of the sides, in the order of their runs' names, as tensorboard colours runs."""
+    ordered = sorted(comparison.sides, key=lambda side: min(run.name for run in side.runs))
+    return {side.name: COLOURS[index % len(COLOURS)] for index, side in enumerate(ordered)}
+
+
 def _footer(comparison: Comparison, inches: float) -> List[str]:
     """Lines of a width in inches: where the runs are from; of many runs the first ones."""
-    wrapped = [part for said in origin(comparison)
+    wrapped = [part for said in table.origin(comparison)
                for part in textwrap.wrap(said, int(inches * FOOTER_CHARACTERS), subsequent_indent='    ')]
     more = len(wrapped) - FOOTER_LINES
     return wrapped if more <= 0 else [*wrapped[:FOOTER_LINES], f'... and {more} lines more, in report.html']
@@ -114,8 +113,9 @@ def _shown_runs(panel: Panel, runs: Sequence[TrainedRun]) -> List[TrainedRun]:
 
 
 def _draw_panel(axes: Any, panel: Panel, comparison: Comparison) -> None:
-    for index, side in enumerate(comparison.sides):
-        colour = COLOURS[index % len(COLOURS)]
+    colours = _colours(comparison)
+    for side in comparison.sides:
+        colour = colours[side.name]
         lines = [line_of(run.curves[panel.tag], panel) for run in _shown_runs(panel, side.runs)]
         lines = [line for line in lines if len(line[0])]
         about = {panel.about, TIME} if panel.against == MINUTES else {panel.about}
@@ -128,12 +128,10 @@ def _draw_panel(axes: Any, panel: Panel, comparison: Comparison) -> None:
             places, centre, low, high = band
             axes.plot(places, centre, color=colour, linewidth=2.2)
             axes.fill_between(places, low, high, color=colour, alpha=0.16, linewidth=0)
-    axes.set_title(panel.title)
+    axes.set(title=panel.title, xlabel=panel.against)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axes.set_xlabel(panel.against)
-    axes.set_axisbelow(True)
-    axes.yaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
-    axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,g}'))
+    axes.yaxis.set_major_formatter('{x:,g}')
+    axes.xaxis.set_major_formatter('{x:,g}')
     if panel.from_zero:
         axes.set_ylim(0, 1.08 * axes.dataLim.y1 or None)
     axes.set_xlim(left=min(0, axes.dataLim.x0))
@@ -162,47 +160,45 @@ def band_of(lines: Sequence[Line], statistic: str) -> Optional[Tuple[np.ndarray,
         return None
     places = np.linspace(first, last, SHOWN_POINTS)
     values = np.stack([np.interp(places, x, y) for x, y in lines])
-    return (places, *summed_up(values, statistic, BAND_RESAMPLES))
+    return (places, *table.summed_up(values, statistic, BAND_RESAMPLES))
 
 
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 # Its content security policy makes the browser refuse everything that would have to be fetched.
 TEMPLATE = Template(Path(__file__).with_name('page.html').read_text(encoding='utf-8'))
-CURVES = {MEDIAN: 'Thick: the median of all runs of a side; band: their range; thin: each run.',
-          INTERQUARTILE_MEAN: 'Thick: the interquartile mean of all runs of a side; band: its 95% bootstrap interval; '
-                              'thin: each run.'}
+BANDS = {MEDIAN: 'the median of all runs of a side; band: their range',
+         INTERQUARTILE_MEAN: 'the interquartile mean of all runs of a side; band: its 95% bootstrap interval'}
 
 
 def report_of(comparison: Comparison) -> str:
     """The page as HTML."""
-    baseline, *others = (side.name for side in comparison.sides)
-    lead = runs_text(len(comparison.runs)) + (f'; {_listed(others)} against {baseline}' if others else ' of one side')
+    names = [side.name for side in comparison.sides]
+    against = f'; {_listed(names[1:])} against {names[0]}' if comparison.others else ' of one side'
     return TEMPLATE.substitute(
-        title=f'KV cache: {escape(comparison.title)}', lead=escape(lead), notes=_notes(comparison),
-        measures=_table(measures_table(comparison), 'numbers', 'measures'), curves=_figure(comparison),
-        configs=_configs(comparison), runs=_table(runs_table(comparison), 'numbers', 'runs'),
-        origin=''.join(f'<p>{escape(line)}</p>' for line in origin(comparison)))
+        title=escape(f"KV cache: {' / '.join(names)}"), lead=escape(table.runs_text(len(comparison.runs)) + against),
+        notes=_notes(comparison), measures=_table(table.measures_table(comparison), 'numbers', 'measures'),
+        curves=_figure(comparison), configs=_configs(comparison),
+        runs=_table(table.runs_table(comparison), 'numbers', 'runs'),
+        origin=''.join(f'<p>{escape(line)}</p>' for line in table.origin(comparison)))
 
 
 def _notes(comparison: Comparison) -> str:
-    lines = [warning.text for warning in comparison.warnings]
-    lines += [f'{name} is left out: {why}' for name, why in comparison.left_out.items()]
-    if not lines:
-        return ''
+    lines = [*(warning.text for warning in comparison.warnings), *comparison.lines_left_out]
     items = ''.join(f'<li>{escape(line)}</li>' for line in lines)
-    return f'<section class="notes" aria-label="Warnings"><strong>Before you compare</strong><ul>{items}</ul></section>'
+    return ('<section class="notes" aria-label="Warnings"><strong>Before you compare</strong>'
+            f'<ul>{items}</ul></section>' if lines else '')
 
 
-def _table(table: Table, kind: str, label: str) -> str:
-    def cell(text: str) -> str:
-        return f'<code>{escape(text)}</code>' if kind == 'keys' else escape(text)
-
-    head = ''.join(f'<th scope="col">{escape(heading)}</th>' for heading in table.headings)
-    body = ''.join(f'<tr><th scope="row">{cell(name)}</th>{"".join(f"<td>{cell(text)}</td>" for text in cells)}</tr>\n'
-                   for name, *cells in table.rows)
+def _table(content: Table, kind: str, label: str) -> str:
+    tag = '<code>{}</code>' if kind == 'keys' else '{}'
+    head = ''.join(f'<th scope="col">{escape(heading)}</th>' for heading in content.headings)
+    rows = [[tag.format(escape(cell)) for cell in row] for row in content.rows]
+    body = ''.join(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>\n'
+                   for name, *cells in rows)
     return (f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{label}"><table class="{kind}">'
-            f'<caption>{escape(table.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>')
+            f'<caption>{escape(content.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n'
+            f'<tbody>{body}</tbody></table></div>')
 
 
 def _figure(comparison: Comparison) -> str:
@@ -211,23 +207,22 @@ def _figure(comparison: Comparison) -> str:
         return '<p>No run wrote a curve that is shown here.</p>'
     shown = '; '.join(f'{panel.title} against {panel.against}' for panel in panels)
     alt = f'Curves of {_listed([side.name for side in comparison.sides])}: {shown}.'
-    picture = base64.b64encode(draw(comparison)).decode('ascii')
+    caption = f'Thick: {BANDS[comparison.statistic]}; thin: each run.'
+    mixed = [side.name for side in comparison.sides if len(side.runs) > 1 and comparison.mixed[side.name]]
+    if mixed:
+        caption += f" Runs of {' and of '.join(mixed)} that are not comparable have no band."
+    parts = [run.name for run in comparison.runs if run.before is not None]
+    if parts:
+        caption += (f' Curves against minutes are without {_listed(parts)}: the minutes before its checkpoint are not '
+                    'known.')
+    picture = base64.b64encode(picture_of(comparison)).decode('ascii')
     return (f'<figure><div class="scroll" role="region" tabindex="0" aria-labelledby="curves">'
             f'<img src="data:image/png;base64,{picture}" alt="{escape(alt)}"></div>'
-            f'<figcaption>{_caption(comparison)}</figcaption></figure>')
-
-
-def _caption(comparison: Comparison) -> str:
-    mixed = ' and of '.join(escape(side.name) for side in comparison.sides
-                            if len(side.runs) > 1 and comparison.mixed[side.name])
-    parts = escape(_listed([run.name for run in comparison.runs if run.before is not None]))
-    return (CURVES[comparison.statistic] + (f' Runs of {mixed} that are not comparable have no band.' if mixed else '')
-            + (f' Curves against minutes are without {parts}: the minutes before its checkpoint are not known.'
-               if parts else ''))
+            f'<figcaption>{escape(caption)}</figcaption></figure>')
 
 
 def _configs(comparison: Comparison) -> str:
-    differences = config_table(comparison)
+    differences = table.config_table(comparison)
     if differences.rows:
         return _table(differences, 'keys', 'configs')
     if sum(any(run.config for run in side.runs) for side in comparison.sides) > 1:

@@ -1,39 +1,49 @@
 """
-What runs left behind: event files, the saved config and the summary. The arrays of a curve have one dimension, an
-element for each point.
+What runs left behind: where it is, and what is in their event files, saved configs and summaries. The arrays of a curve
+have one dimension, an element for each point; those of an event file are ``[N, 3]``, a row for each point.
 """
 import itertools
 import os
 import re
 import sys
+from array import array
+from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
+from .. import run_files
 from ..config import ConfigError
-from ..run_files import (
-    CONFIG_FILE,
-    DONE,
-    EVALUATE,
-    EVENT_FILE,
-    EVENT_FILES,
-    EXPERIMENT,
-    LOADED,
-    NO_END,
-    SUMMARY,
-    Record,
-)
-from .event_files import ITERATIONS, REWARD, EventFile, Span, Unreadable
 
 FILE_NAME = re.compile(r'events\.out\.tfevents\.\d+\.(?P<host>.+?)(\.\d+\.\d+)?$')
-
-OLD = 'old'
 # What an experiment appends to the name of a run that was cut off before its first checkpoint.
 CUT_OFF = re.compile(r'_cut_off\d+$')
 # The time that train.py and DI-engine append to a name that exists, and what looks like a seed in a name.
 STAMP = re.compile(r'_\d{6}_\d{6}(_\d+)?$')
 SEED = re.compile(r'(?i)(?:(?<=[_\-.])|^)(?:seed|s)[_\-]?(\d+)(?=[_\-.]|$)|(?<=[_\-.])(\d+)$')
+
+# The tags that are compared, or how they begin.
+REWARD = 'evaluator_step/reward_mean'
+MEMORY_OF_HOST = 'Buffer/memory_usage/process'
+MEMORY_OF_DEVICE = 'learner_iter/Max_GPU_avg'
+CACHE, CACHE_BY_STEP = 'kv_cache_iter/', 'kv_cache_step/'
+COMPARED = (REWARD, MEMORY_OF_HOST, MEMORY_OF_DEVICE, CACHE, CACHE_BY_STEP)
+# What tags count. The first point of a file along each of these tells what earlier files had written after the
+# checkpoint that it goes on from: it begins with the checkpoint's iteration, but with more environment steps, and an
+# evaluation of earlier files that it has too was made again.
+AXES = ENV_STEPS, ITERATIONS, EVALUATED = '_step/', '_iter/', run_files.EVALUATIONS[1]
+# Seconds by which the events of one file may be out of order.
+CLOCK_TOLERANCE = 1.
+
+# From when to when, in seconds since 1970.
+Span = Tuple[float, float]
+
+
+class Unreadable(Exception):
+    """A run that cannot be compared; the message says why, in one line."""
 
 
 class Curve(NamedTuple):
@@ -44,7 +54,7 @@ class Curve(NamedTuple):
 
 
 @dataclass
-class TrainedRun(Record):
+class TrainedRun(run_files.Record):
     """
     A run: where its files are, event files oldest first, a name that tells it apart from the others, and, when it was
     read, what is in them. It has several spans if it was cut off and resumed. ``env_step`` is the last step in its
@@ -67,7 +77,12 @@ class TrainedRun(Record):
         if said is None:
             return self.env_step
         # What a run that has no summary says of itself is some seconds old.
-        return max(int(said), self.env_step or 0) if self.outcome == NO_END else int(said)
+        return max(int(said), self.env_step or 0) if self.outcome == run_files.NO_END else int(said)
+
+    @property
+    def own_steps(self) -> Optional[int]:
+        """Those that its time is for."""
+        return None if self.steps is None else self.steps - (self.before or 0)
 
     @property
     def before(self) -> Optional[int]:
@@ -80,12 +95,12 @@ class TrainedRun(Record):
             return resumed[-1 - len(earlier)]
         if not self.first_iteration:
             return None
-        return 0 if self.config.get(LOADED) else self.first_step if resumed is None else None
+        return 0 if self.config.get(run_files.LOADED) else self.first_step if resumed is None else None
 
     @property
     def outcome(self) -> str:
         """How it ended, as far as that is known."""
-        return str(self.summary.get('outcome', DONE))
+        return str(self.summary.get('outcome', run_files.DONE))
 
     @property
     def host(self) -> Optional[str]:
@@ -125,16 +140,8 @@ class TrainedRun(Record):
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
-    def last(self, tag: str) -> Optional[float]:
-        return self._reduced(tag, lambda values: values[-1])
-
-    def highest(self, tag: str) -> Optional[float]:
-        return self._reduced(tag, np.nanmax)
-
-    def mean(self, tag: str) -> Optional[float]:
-        return self._reduced(tag, np.nanmean)
-
-    def _reduced(self, tag: str, function: Callable[[np.ndarray], Any]) -> Optional[float]:
+    def reduced(self, tag: str, function: Callable[[np.ndarray], Any]) -> Optional[float]:
+        """The number that a function makes of the values of a tag, None if there is none."""
         curve = self.curves.get(tag)
         return None if curve is None or np.isnan(curve.values).all() else finite(float(function(curve.values)))
 
@@ -150,43 +157,39 @@ def finite(value: Any) -> Optional[float]:
 def find_runs(paths: Sequence[str]) -> List[TrainedRun]:
     """The runs below paths (of runs, of folders of runs, or of event files), each once, in the order of the paths."""
     found: Dict[str, TrainedRun] = {}
-    for path in paths:
-        for folder, files in _look_into(os.path.expanduser(path)).items():
+    for path in map(os.path.expanduser, paths):
+        for folder, file in _look_into(path) or [(path, '')]:
             run = found.setdefault(os.path.realpath(folder), TrainedRun(folder))
-            run.event_files += [file for file in files if file not in run.event_files]
+            if run_files.EVENT_FILE in os.path.basename(file) and os.path.realpath(file) not in run.event_files:
+                run.event_files.append(os.path.realpath(file))
     for real, run in found.items():
         run.event_files.sort(key=lambda file: (os.path.basename(file), file))
         run.name = _distinct_end(real, list(found))
     return list(found.values())
 
 
-def _look_into(path: str) -> Dict[str, List[str]]:
-    """The event files of each run's folder below a path."""
+def _look_into(path: str) -> List[Tuple[str, str]]:
+    """The event files and saved configs below a path, each with the folder of its run, folders before those in them."""
     if os.path.isfile(path):
-        if EVENT_FILE not in os.path.basename(path):
-            raise ConfigError(f'{path}: an event file has {EVENT_FILE} in its name; give one, or the folder of a run')
-        return {_run_folder_of(os.path.dirname(os.path.abspath(path))): [os.path.realpath(path)]}
-    if not os.path.isdir(path):
+        if run_files.EVENT_FILE not in os.path.basename(path):
+            raise ConfigError(
+                f'{path}: an event file has {run_files.EVENT_FILE} in its name; give one, or the folder of a run')
+        files = [os.path.abspath(path)]
+    elif os.path.isdir(path):
+        files = [os.path.join(folder, name) for folder, _, names in os.walk(os.path.abspath(path)) for name in names
+                 if run_files.EVENT_FILE in name or name == run_files.CONFIG_FILE]
+    else:
         raise ConfigError(f'{path}: no such folder or event file')
-    found: Dict[str, List[str]] = {}
-    for folder, subfolders, files in os.walk(path):
-        subfolders.sort()
-        events = [os.path.realpath(os.path.join(folder, file)) for file in files if EVENT_FILE in file]
-        if events:
-            found.setdefault(_run_folder_of(os.path.abspath(folder)), []).extend(events)
-        elif CONFIG_FILE in files:
-            found.setdefault(os.path.abspath(folder), [])
-    return found or {path: []}
+    folders = [(_run_folder_of(os.path.dirname(file)), file) for file in files]
+    return sorted(folders, key=lambda found: os.path.dirname(found[1]).split(os.sep))
 
 
 def _run_folder_of(folder: str) -> str:
     """The folder of the run whose event files lie in ``folder``: this one or one above it."""
-    above = folder
-    for _ in range(4):
-        if any(os.path.exists(os.path.join(above, file)) for file in (CONFIG_FILE, SUMMARY)):
+    for above in [folder, *map(str, Path(folder).parents)][:4]:
+        if any(os.path.exists(os.path.join(above, file)) for file in (run_files.CONFIG_FILE, run_files.SUMMARY)):
             return above
-        above = os.path.dirname(above)
-    before, log, _ = (folder + os.sep).partition(os.sep + EVENT_FILES + os.sep)
+    before, log, _ = (folder + os.sep).partition(os.sep + run_files.EVENT_FILES + os.sep)
     return before if log else folder
 
 
@@ -199,75 +202,152 @@ def _distinct_end(path: str, paths: Sequence[str]) -> str:
     return os.sep.join(parts[-depth:])
 
 
+# ---- event files -----------------------------------------------------------------------------------------------------
+
+class EventFile:
+    """
+    One event file as far as it is whole; ``fault`` says if it is not. Of each scalar, ``points`` has by its tag the
+    step, the number of the event and the value, and ``along`` by its axis the step, the number of the event and the
+    last checkpoint that is without it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.fault, name, whole = '', os.path.basename(path), 0
+        points: Dict[str, array] = defaultdict(lambda: array('d'))
+        times = array('d')
+        try:
+            size = os.path.getsize(path)  # before it is read, since its training may go on
+            for end, event in run_files.events(path):
+                for value in event.summary.value:
+                    if value.HasField('simple_value'):
+                        points[value.tag].extend((event.step, len(times), value.simple_value))
+                times.append(event.wall_time)
+                whole = end
+            if whole < size:
+                self.fault = f'{name} breaks off or is damaged'
+        except OSError as error:
+            self.fault = f'{name} cannot be read ({error.strerror})'
+        except DecodeError:
+            self.fault = f'{name} is no event file'
+        self.points = {tag: np.array(held).reshape(-1, 3) for tag, held in points.items()}
+        self.along = {axis: self._along(axis) for axis in AXES}
+        # The number of the event that each scalar is in.
+        self.scalars = np.concatenate([np.empty(0), *(held[:, 1] for held in self.points.values())])
+        self.end = len(times)
+        # Where the clock was set back, all later times are moved forward by as much.
+        passed = np.diff(times, prepend=times[:1])
+        back = np.where(passed < -CLOCK_TOLERANCE, -passed, 0.)
+        self.set_back = back.sum()
+        self._clock = np.maximum.accumulate(np.array(times) + np.cumsum(back))
+
+    def _along(self, axis: str) -> np.ndarray:
+        found = [np.empty((0, 3))]
+        for tag, points in self.points.items():
+            if axis in tag and not tag.startswith(run_files.COLLECTIONS[0]):  # environment steps tell of these
+                saved_after = axis == ENV_STEPS or tag.startswith(run_files.EVALUATIONS[0])
+                found.append(np.column_stack([points[:, :2], points[:, 0] - saved_after]))
+        joined = np.concatenate(found)
+        return joined[np.argsort(joined[:, 1], kind='stable')]
+
+    def cut_off(self, later: 'EventFile') -> None:
+        """Drop the points after the checkpoint from which a later file goes on, if it lies within this file."""
+        own, others = self.along[ITERATIONS][:, 0], later.along[ITERATIONS][:, 0]
+        together = np.array_equal(own[:1], others[:1])
+        if together and len(own) and min(own.max(), others.max()) > own[0] and self.points.keys() & later.points.keys():
+            raise Unreadable('its event files are of more than one run, and each run needs a folder of its own')
+        for axis, along in self.along.items():
+            first = later.along[axis][:1, 0]
+            if len(along) and len(first) and along[0, 0] < first[0] + (axis == EVALUATED and together):
+                self.end = min([self.end, *along[along[:, 2] >= first[0], 1][:1].astype(int)])
+
+    @property
+    def span(self) -> Span:
+        last = self.scalars[self.scalars < self.end].max(initial=0)
+        return self._clock[0], self._clock[int(last)]
+
+    def end_text(self, of: Optional[int]) -> str:
+        """Where it ends or breaks off, as 'step 790 of 1,013'."""
+        steps = self.along[ENV_STEPS][:, 0]
+        if not len(steps):
+            return 'their beginning'
+        return f'step {steps.max():,.0f}' + (f' of {of:,}' if of is not None and of >= steps.max() else '')
+
+    def kept(self, points: np.ndarray) -> np.ndarray:
+        """Those that are not cut off."""
+        return points[points[:, 1] < self.end]
+
+    def curve(self, tag: str) -> np.ndarray:
+        """Step, time and value of the points of a tag, by step."""
+        curve = self.kept(self.points.get(tag, np.empty((0, 3))))
+        curve[:, 1] = self._clock[curve[:, 1].astype(int)]
+        return curve[np.argsort(curve[:, 0], kind='stable')]
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 def read_run(run: TrainedRun) -> None:
     """Read all that a run left behind."""
-    if CUT_OFF.search(run.name) and os.path.exists(os.path.join(os.path.dirname(run.folder), EXPERIMENT)):
+    if CUT_OFF.search(run.name) and os.path.exists(os.path.join(os.path.dirname(run.folder), run_files.EXPERIMENT)):
         raise Unreadable('its experiment began it anew')
     run.read()
-    if run.from_summary('task') == EVALUATE:
+    if run.from_summary('task') == run_files.EVALUATE:
         raise Unreadable('it evaluated a checkpoint and trained nothing')
-    _read_events(run)
-
-
-def _read_events(run: TrainedRun) -> None:
     if not run.event_files:
         raise Unreadable('no event file in it')
     files = [EventFile(path) for path in run.event_files]
     faults = [file for file in files if file.fault]
-    filled = [file for file in files if file.scalars.any()]
+    filled = [file for file in files if file.points]
     if not filled:
-        raise Unreadable('; '.join(file.fault for file in faults if file.fault)
+        raise Unreadable('; '.join(file.fault for file in faults)
                          or 'no scalar in ' + ', '.join(map(os.path.basename, run.event_files)))
     for earlier, later in itertools.combinations(filled, 2):
-        if earlier.begins_like(later):
-            raise Unreadable('its event files are of more than one run, and each run needs a folder of its own')
         earlier.cut_off(later)
-    run.spans = _united([file.span for file in filled if file.end])
-    run.points = sum(int(file.scalars.sum()) for file in filled)
-    for tag in sorted({tag for file in filled for tag in file.points}):
-        parts = sorted(filter(len, (file.curve(tag) for file in filled)), key=lambda part: part[0, 0])
+    _join(run, filled)
+    run.damaged = bool(faults)
+    run.notes += _notes(run, faults, filled)
+
+
+def _join(run: TrainedRun, files: Sequence[EventFile]) -> None:
+    """Hold what is not cut off of a run's event files."""
+    run.points = sum(len(file.scalars) for file in files)
+    for started, ended in sorted(file.span for file in files if file.end):
+        if run.spans and started <= run.spans[-1][1]:
+            started, ended = run.spans[-1][0], max(ended, run.spans.pop()[1])
+        run.spans.append((started, ended))
+    for tag in sorted({tag for file in files for tag in file.points if tag.startswith(COMPARED)}):
+        parts = sorted(filter(len, (file.curve(tag) for file in files)), key=lambda part: part[0, 0])
         if parts:
             steps, times, values = np.concatenate(parts).T
             seconds = sum((np.clip(times, *span) - span[0] for span in run.spans), np.zeros_like(times))
             run.curves[tag] = Curve(steps.astype(int), seconds, values)
-    env_steps = np.concatenate([file.env_steps for file in filled])
+    env_steps = np.concatenate([file.kept(file.along[ENV_STEPS])[:, 0] for file in files])
     if len(env_steps):
-        run.env_step = int(env_steps.max())
-        run.first_step = int(env_steps.min())
-    iterations = [file.steps[ITERATIONS][0, 0] for file in filled if len(file.steps[ITERATIONS])]
-    run.first_iteration = int(min(iterations)) if iterations else None
-    set_back, abandoned = sum(file.set_back for file in filled), sum(file.abandoned for file in filled)
-    run.damaged, of = bool(faults), run.steps if run.summary else None
-    run.notes += [f'{file.fault}: its events end at {_step_text(file.last_step, of)}' for file in faults]
+        run.first_step, run.env_step = int(env_steps.min()), int(env_steps.max())
+    iterations = [int(file.along[ITERATIONS][0, 0]) for file in files if len(file.along[ITERATIONS])]
+    run.first_iteration = min(iterations, default=None)
+
+
+def _notes(run: TrainedRun, faults: Sequence[EventFile], filled: Sequence[EventFile]) -> Iterator[str]:
+    """What has to be said of a run's event files."""
+    for file in faults:
+        yield f'{file.fault}: its events end at {file.end_text(run.steps if run.summary else None)}'
+    evaluated: Sequence[int] = run.curves[REWARD].steps.tolist() if REWARD in run.curves else []
+    iterations = max(int((file.along[ITERATIONS][:, 2] + 1).max(initial=0)) for file in filled)
     lacking = [f'{held:,} of {said:,} {what}' for what, held, said in (
-        ('iterations', max(file.iterations for file in filled), run.from_summary('train_iter')),
-        ('evaluations', len(run.curves.get(REWARD, ([], ))[0]), len(run.from_summary('evaluations') or [])),
+        ('iterations', iterations, run.from_summary('train_iter')),
+        ('evaluations', len(evaluated), len(run.from_summary('evaluations') or [])),
     ) if faults and said and held < said]
     if lacking:
-        run.notes.append(f'its event files have {" and ".join(lacking)}, and its means and curves are of these')
+        yield f'its event files have {" and ".join(lacking)}, and its means and curves are of these'
+    set_back = sum(file.set_back for file in filled)
     if set_back:
-        run.notes.append(f'its clock was set back by {set_back:,.0f} s in all; no time is counted there')
+        yield f'its clock was set back by {set_back:,.0f} s in all; no time is counted there'
     if len(run.spans) < sum(file.end > 0 for file in filled):
-        run.notes.append('its event files overlap in time, which is counted once')
+        yield 'its event files overlap in time, which is counted once'
+    abandoned = sum((file.scalars >= file.end).sum() for file in filled)
     if abandoned:
-        run.notes.append(f'{abandoned:,} points and their time do not count: it went on from a checkpoint before them')
-
-
-def _step_text(step: Optional[int], of: Optional[int]) -> str:
-    """As 'step 790 of 1,013'."""
-    if step is None:
-        return 'their beginning'
-    return f'step {step:,}' + (f' of {of:,}' if of is not None and of >= step else '')
-
-
-def _united(spans: Sequence[Span]) -> List[Span]:
-    """Spans in their order, those that overlap as one."""
-    united: List[Span] = []
-    for started, ended in sorted(spans):
-        if united and started <= united[-1][1]:
-            united[-1] = united[-1][0], max(ended, united[-1][1])
-        else:
-            united.append((started, ended))
-    return united
+        yield f'{abandoned:,} points and their time do not count: it went on from a checkpoint before them'
+    again = {step for file in filled for step, number, _ in file.points.get(REWARD, ()) if number >= file.end}
+    again.intersection_update(evaluated)
+    if again:
+        yield f'of evaluations that its event files have more than once ({len(again)}), the last counts'
