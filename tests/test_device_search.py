@@ -24,13 +24,13 @@ from torch.autograd import DeviceType
 from lzero_kvcache.cache.pages import NULL_PAGE
 from lzero_kvcache.config import MIB
 from lzero_kvcache.engine import transfer
+from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.graphs import MOST_KEPT
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.host.tree_search import NodeSearch, Roots
 from lzero_kvcache.search import device_memory, device_search, whole
 from lzero_kvcache.search.device_memory import DeviceMemory, GrownReanalysis, Reanalysis, explorations
 from lzero_kvcache.search.device_search import ROWS_APART, DeviceSearch
-from lzero_kvcache.search.kept_on_disk import entry
 from lzero_kvcache.search.open_steps import StepsOfThread
 from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
 from lzero_kvcache.search.tree import exploration, make_rules, root_actions, root_values, root_visits
