@@ -8,6 +8,7 @@ from lzero.model.common import SimNorm
 from torch import nn
 
 from ..config import MIB
+from ..copies import MadeAnew
 from ..engine.weights import Chain, Function, Geometry, Layer, Linear, Norm, Weights, gelu
 from .lightzero import lightzero
 from .refused import has_own_encoding, heads_of
@@ -20,14 +21,11 @@ MANY_CAPTURED_ROWS = 32
 """The same in a CUDA graph, where launches cost little."""
 
 
-class JoinedProjections:
+class JoinedProjections(MadeAnew):
     """Where captures join projections: one copy for all captures of a model, each of which would have its own."""
 
     def __init__(self) -> None:
         self._kept: Dict[Any, torch.Tensor] = {}
-
-    def __reduce__(self) -> Any:
-        return type(self), ()  # a copy begins without
 
     @property
     def memory_mb(self) -> float:

@@ -7,7 +7,6 @@ import xxhash
 
 from ..cache.base import PagedCacheManager
 from ..cache.pages import Lease, Rows
-from ..cache.stats import Timing
 from ..config import CacheConfig
 from ..engine.backends import Backend, StepResult
 from ..engine.packing import pack
@@ -19,6 +18,7 @@ from .compiled_model import CompiledModel
 from .device_search import DeviceSearch
 from .guard import NanGuard
 from .open_steps import OpenStep, OpenSteps
+from .timing import Timing
 from .whole import CompiledSearch, Shared
 
 

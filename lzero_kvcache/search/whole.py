@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from ..cache.base import PagedCacheManager
-from ..cache.stats import Timing
 from ..engine.memory import MemoryPool
 from ..engine.program import PagedNetwork
 from ..engine.slab import Slab
@@ -20,6 +19,7 @@ from ..engine.store import PageStore
 from ..engine.weights import Source
 from .compiled_model import CompiledModel
 from .guard import NanGuard
+from .timing import Timing
 from .tree_arrays import padded
 
 CHUNK = 64
