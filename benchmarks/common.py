@@ -149,7 +149,7 @@ class StepTimes:
     def caching_percent(self, whole: float) -> Union[float, str]:
         """The share of caching in ``whole`` milliseconds; '-' where a graph has steps in one piece."""
         backend = getattr(getattr(self._world_model, 'inference', None), 'backend', None)
-        if backend is not None and backend.reuses_output:
+        if backend is not None and backend.replayed.graphs.kept:
             return '-'
         return 100 * (self.milliseconds['step'] - self.milliseconds['forward']) / whole
 

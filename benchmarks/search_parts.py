@@ -19,6 +19,7 @@ from collect_step import build_policies, collect, fill, preset_configs
 from common import parser, report
 
 from lzero_kvcache.engine import compiled_step, layers, program
+from lzero_kvcache.engine.compiling import ZERO
 from lzero_kvcache.engine.lanes import NUMBER, WIDTH
 from lzero_kvcache.host.row_loops import Selection
 from lzero_kvcache.host.tree_search import NodeSearch
@@ -39,7 +40,7 @@ def layers_often(part: int, times: int, network: Any, shift: int, step: int, scr
     tiles = (rows + WIDTH - 1) // WIDTH
     for _ in range(times):
         if part == LINEAR:
-            layers.linear(weight, bias, source, target, outputs * WIDTH, inputs, outputs, tiles, scratch.nothing,
+            layers.linear(weight, bias, source, target, outputs * WIDTH, inputs, outputs, tiles, ZERO,
                           scratch.team)
         elif part == NORM:
             layers.norm(weight, bias, source, target, inputs, tiles, network.eps)
@@ -47,7 +48,7 @@ def layers_often(part: int, times: int, network: Any, shift: int, step: int, scr
             layers.elementwise(program.GELU, source, inputs * tiles)
         else:
             for tile in range(tiles):
-                compiled_step._attend(network, 0 * tile, shift, step, scratch, tile, min(WIDTH, rows - tile * WIDTH))
+                compiled_step._attend(network, ZERO, shift, step, scratch, tile, min(WIDTH, rows - tile * WIDTH))
 
 
 @numba.njit(nogil=True, error_model='numpy')
@@ -55,9 +56,9 @@ def trees_alone(found: Any, rules: Any, key: Any, pages: np.ndarray, numbers: np
                 rows: int) -> None:
     """What a search does to its trees, whose new nodes all predict the same."""
     for simulation in range(len(pages)):
-        tree.select_rows(found, rules, key, simulation, 0 * rows, rows)
-        tree.extend_rows(found, pages[simulation], simulation, 0 * rows, rows)
-        tree.backup_rows(found, rules, key, simulation, numbers[0], numbers[1], logits, 0 * rows, rows)
+        tree.select_rows(found, rules, key, simulation, ZERO, rows)
+        tree.extend_rows(found, pages[simulation], simulation, ZERO, rows)
+        tree.backup_rows(found, rules, key, simulation, numbers[0], numbers[1], logits, ZERO, rows)
 
 
 def main() -> None:
@@ -129,11 +130,11 @@ def parts_of_a_step(policy: Any, envs: int, steps: int) -> Tuple[Dict[str, float
 
 def products(network: Any) -> List[Tuple[int, int, int, int, int]]:
     """The products of a simulation: how often, weight, bias, inputs and outputs."""
-    embed, inner, layers, block = network.embed, network.inner, len(network.blocks), network.blocks[0]
+    embed, mlp_width, layers, block = network.embed, network.mlp_width, len(network.blocks), network.blocks[0]
     found = [
         (8 * layers, block[program.QUERY_WEIGHT], block[program.QUERY_BIAS], embed, embed),
-        (2 * layers, block[program.WIDEN_WEIGHT], block[program.WIDEN_BIAS], embed, inner),
-        (2 * layers, block[program.NARROW_WEIGHT], block[program.NARROW_BIAS], inner, embed),
+        (2 * layers, block[program.WIDEN_WEIGHT], block[program.WIDEN_BIAS], embed, mlp_width),
+        (2 * layers, block[program.NARROW_WEIGHT], block[program.NARROW_BIAS], mlp_width, embed),
     ]
     columns = program.WEIGHT, program.BIAS, program.INPUTS, program.OUTPUTS
     for name in ('continuous', 'rewards', 'observations', 'value', 'trunk', 'first', 'second'):
@@ -146,12 +147,12 @@ def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repe
     """Milliseconds of parts of a simulation, each by itself."""
     problem, memory, paged, tables, pages = *given[:4], given[6]
     shift = paged.shift.ctypes.data
-    embed, inner, depth, block = network.embed, network.inner, len(network.blocks), network.blocks[0]
+    embed, mlp_width, depth, block = network.embed, network.mlp_width, len(network.blocks), network.blocks[0]
     rules, key = tree.make_rules(**problem.rules), tree.make_key(problem.seed, problem.number)
     side, model = layers.ROWS, policy._model.world_model.inference._whole._model
     with model.scratches(network, tables.shape[1], 1) as [scratch]:
         pass  # which has the contexts of the last search
-    source, target = np.zeros((2, (max(embed, inner, network.widest) + WIDTH) * side), np.float32)
+    source, target = np.zeros((2, (max(embed, mlp_width, network.widest) + WIDTH) * side), np.float32)
     step = 0 if network.rotary else depth * 2 * embed * NUMBER
     sums: Dict[str, float] = {'products': 0., 'attention': 0., 'norms': 0., 'GELU': 0.}
 
@@ -168,7 +169,7 @@ def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repe
         add('attention', ATTENTION, 2 * depth, rows, 0, 0, embed, embed)
         add('norms', NORM, 2 * (2 * depth + 1), rows, block[program.NORM1_WEIGHT], block[program.NORM1_BIAS], embed,
             embed)
-        add('GELU', GELU, 2 * depth, rows, 0, 0, inner, inner)
+        add('GELU', GELU, 2 * depth, rows, 0, 0, mlp_width, mlp_width)
     numbers, logits = np.zeros((2, envs), np.float32), np.zeros((envs, network.policy), np.float32)
     walk = partial(trees_alone, memory.tree, rules, key, pages, numbers, logits, envs)
     sums['trees'] = best(walk, repeats) / problem.simulations

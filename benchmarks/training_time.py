@@ -167,9 +167,9 @@ class Worker:
 
     def _time_compiling(self) -> None:
         """Compile with numba and Triton, load what was compiled before, and capture CUDA graphs."""
-        from lzero_kvcache.engine import backends, encoder_graph, root_graph
+        from lzero_kvcache.engine import encoder_graph, graphs
         from lzero_kvcache.search import device_memory
-        self._time([backends, encoder_graph, root_graph, device_memory], 'capture', COMPILING)
+        self._time([graphs, encoder_graph, device_memory], 'capture', COMPILING)
         with contextlib.suppress(ImportError):
             from triton.compiler.compiler import CompiledKernel
             from triton.runtime.jit import JITFunction

@@ -231,3 +231,10 @@ def to_scalar(support: int) -> Callable[[torch.Tensor], torch.Tensor]:
     transform = InverseScalarTransform(support, 'cpu', True)
     # As probabilities, since it takes logits that happen to sum up to 1 for such.
     return lambda logits: transform(logits.softmax(-1))
+
+
+def altered(source: Any, **functions: Callable[..., Any]) -> Any:
+    """A model's source of weights, some of whose functions are others."""
+    source = copy.copy(source)
+    vars(source).update(functions)
+    return source

@@ -13,11 +13,11 @@ import pytest
 import torch
 from oracle import TOLERANCE, Batch, play, random_trace, relative_error
 from players import answers_of, largest_error
-from small_models import BOTH_ACTIONS, BOTH_POSITIONS, Case, cached_model
+from small_models import BOTH_ACTIONS, BOTH_POSITIONS, Case, altered, cached_model
 
 from lzero_kvcache.cache.pages import NULL_PAGE, RESERVED_PAGES, SCRATCH_PAGE
-from lzero_kvcache.engine import backends, graphs, packing
-from lzero_kvcache.engine.graphs import Captured
+from lzero_kvcache.engine import graphs, packing
+from lzero_kvcache.engine.graphs import Captured, ReplayedStep
 from lzero_kvcache.engine.transfer import Pinned
 
 SEED = 5
@@ -39,9 +39,9 @@ class Device(str):
 class StandIn:
     """A graph that computes over the storage of its capture, and into the results of its capture."""
 
-    def __init__(self, backend, slab, sent, action):
-        self._backend, self._slab, self._inputs = backend, slab, (sent, action)
-        world_model, *_ = backend.source.read.args  # whose weights it reads
+    def __init__(self, run, slab, sent, action):
+        self._run_fresh, self._slab, self._inputs = run, slab, (sent, action)
+        world_model = run.__self__.source._world_model  # whose weights it reads
         self._parameters = [(parameter, parameter.data) for parameter in world_model.parameters()]
         self._pages = slab.data
         self.result = self._run()
@@ -64,7 +64,7 @@ class StandIn:
 
     def _run(self):
         with torch.no_grad():
-            return self._backend._run_fresh(self._slab, *self._inputs)
+            return self._run_fresh(self._slab, *self._inputs)
 
 
 class Copied:
@@ -92,23 +92,23 @@ def copies(monkeypatch):
 @pytest.fixture
 def captured(monkeypatch, copies):
     """All captures, in turn."""
-    graphs = []
+    stand_ins = []
 
-    def capture(self, slab, rows, count, action):
-        column = packing.filler(self.engine.geometry, count)
-        numbers = Pinned(torch.from_numpy(np.repeat(column, rows, axis=1)), Device('cpu'))
-        held = None if action is None else torch.zeros_like(action)
-        graphs.append(StandIn(self, slab, numbers.sent, held))
-        return backends._Graph(Captured([graphs[-1].replay], [graphs[-1].result], 1.), numbers, held)
+    def capture(self, slab, rows, count, given, device):
+        column = packing.filler(self._geometry, count)
+        numbers = Pinned(torch.from_numpy(np.repeat(column, rows, axis=1)), device)
+        held = None if given is None else torch.zeros_like(given)
+        stand_ins.append(StandIn(self._function, slab, numbers.sent, held))
+        return graphs._Step(Captured([stand_ins[-1].replay], [stand_ins[-1].result], 1.), numbers, held)
 
-    monkeypatch.setattr(backends.CudaGraphBackend, '_capture', capture)
-    return graphs
+    monkeypatch.setattr(ReplayedStep, '_capture', capture)
+    return stand_ins
 
 
 def on_gpu(model):
     """Make a model's backend believe that the model is on a GPU."""
     backend = model.world_model.inference.backend
-    backend.source = backend.source._replace(device=lambda: Device('cpu'))
+    backend.source = altered(backend.source, device=lambda: Device('cpu'))
     return model
 
 
@@ -270,7 +270,7 @@ class TestReplays:
         steps.new_search()
         assert steps.step()
         assert len(captured) == 2
-        assert steps.backend.graphs.memory_mb == 1  # the first one is gone
+        assert steps.backend.replayed.graphs.memory_mb == 1  # the first one is gone
         for _ in range(3):
             steps.new_search()
             assert steps.step()
@@ -287,7 +287,7 @@ class TestReplays:
             joined.append(weakref.ref(weights.layers[0].qkv.weight))
             return weights
 
-        inference._source = inference._source._replace(read=noted)
+        inference._source = altered(inference._source, read=noted)
         play(Batch(model), random_trace(np.random.default_rng(SEED), Case(), 2, root_steps=1, simulations=2))
         gc.collect()
         assert captured and joined and not [part for part in joined if part() is not None]
@@ -320,12 +320,11 @@ class TestReplays:
         expected = answers_of(model, trace)
         target = copy.deepcopy(model)
         backend = target.world_model.inference.backend
-        assert type(backend) is backends.CudaGraphBackend
         assert backend is not model.world_model.inference.backend
         assert backend.source.addresses() == target.world_model.weights_source.addresses()
         assert backend.source.addresses() != model.world_model.weights_source.addresses()
-        assert not backend.graphs.kept
-        assert backend.graphs.memory_mb == 0
+        assert not backend.replayed.graphs.kept
+        assert backend.replayed.graphs.memory_mb == 0
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
@@ -365,9 +364,9 @@ class TestGivingUp:
             assert steps.step(), number
             steps.change(lambda parameter: setattr(parameter, 'data', parameter.data * 1.01))
             steps.new_search()
-        assert len(captured) == steps.backend.graphs.captures == 3
-        assert not steps.backend.reuses_output
-        assert steps.backend.graphs.memory_mb == 0
+        assert len(captured) == steps.backend.replayed.graphs.captures == 3
+        assert not steps.backend.replayed.graphs.kept
+        assert steps.backend.replayed.graphs.memory_mb == 0
         warning, = warnings_of(lines)
         assert "backend='cudagraph'" in warning
         assert 'its storage keeps moving' in warning
@@ -380,7 +379,7 @@ class TestGivingUp:
             tried.append(args)
             raise RuntimeError('operation not permitted when stream is capturing\nand a long trace')
 
-        monkeypatch.setattr(backends.CudaGraphBackend, '_capture', capture)
+        monkeypatch.setattr(ReplayedStep, '_capture', capture)
         steps = Steps(name=name)
         for _ in range(3):
             assert steps.step()
@@ -399,4 +398,4 @@ class TestGivingUp:
         expected = answers_of(cached_model(case, 2, SEED, **cfg('eager')), trace)
         assert largest_error(answers_of(model, trace), expected) == 0
         assert not warnings_of(lines)
-        assert not model.world_model.inference.backend.graphs.kept
+        assert not model.world_model.inference.backend.replayed.graphs.kept

@@ -72,8 +72,7 @@ def test_every_way_gives_one_answer(rotary, continuous, context_length, least_pa
         for by_node in (False, True):
             model.world_model.forget()
             assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE, (name, by_node)
-        assert model.world_model.inference.backend.reuses_output == (name == 'cudagraph')
-        assert (model.world_model.inference.backend.graphs.memory_mb > 0) == (name == 'cudagraph')
+        assert (model.world_model.inference.backend.replayed.graphs.memory_mb > 0) == (name == 'cudagraph')
     for env in (0, rows - 1):
         right = alone_on_cuda(case, trace, env)
         assert largest_error(rows_of(expected, env), right) <= TOLERANCE
@@ -98,7 +97,7 @@ def test_weights_that_an_optimizer_changes(rotary, by_node):
     model = on_cuda(case, 4, 'cudagraph')
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
     before = answers_of(model, trace, by_node)
-    graphs = dict(model.world_model.inference.backend.graphs.kept)
+    graphs = dict(model.world_model.inference.backend.replayed.graphs.kept)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
@@ -108,7 +107,7 @@ def test_weights_that_an_optimizer_changes(rotary, by_node):
     other.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
     assert largest_error(after, answers_of(other, trace, by_node)) <= TOLERANCE
     assert largest_error(after, before) > 1e-2
-    assert model.world_model.inference.backend.graphs.kept == graphs
+    assert model.world_model.inference.backend.replayed.graphs.kept == graphs
 
 
 @BOTH_WAYS
@@ -126,14 +125,14 @@ def test_storage_that_moves(by_node, monkeypatch):
     model.world_model.forget()
     other.world_model.forget()
     assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
-    assert model.world_model.inference.backend.graphs.moves == 1
+    assert model.world_model.inference.backend.replayed.graphs.moves == 1
     manager = model.world_model.kv_cache_manager
     held.append(manager.store.slab.data)
     manager._pages.grow(manager.page_capacity + 100)
     model.world_model.forget()
     other.world_model.forget()
     assert largest_error(answers_of(model, trace, by_node), answers_of(other, trace, by_node)) <= TOLERANCE
-    assert model.world_model.inference.backend.graphs.moves == 2
+    assert model.world_model.inference.backend.replayed.graphs.moves == 2
 
 
 @BOTH_WAYS
@@ -145,7 +144,7 @@ def test_smaller_batches(by_node):
         model.world_model.forget()
         expected = answers_of(cached_model(case, rows, SEED, **cfg('eager')), trace, by_node)
         assert largest_error(answers_of(model, trace, by_node), expected) <= TOLERANCE
-    assert len(model.world_model.inference.backend.graphs.kept) == 1
+    assert len(model.world_model.inference.backend.replayed.graphs.kept) == 1
 
 
 def test_no_graph_where_dropout_is_live():
@@ -153,7 +152,7 @@ def test_no_graph_where_dropout_is_live():
     trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=1, simulations=3)
     model = on_cuda(case, 2, 'cudagraph').train()
     answers_of(model, trace)
-    assert not model.world_model.inference.backend.graphs.kept
+    assert not model.world_model.inference.backend.replayed.graphs.kept
 
 
 @pytest.mark.parametrize('rows', [1, 31, 40, 256])

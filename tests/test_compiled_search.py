@@ -10,9 +10,9 @@ import torch
 from forks import in_forks
 from small_models import Case, cached_model
 
+from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.team import FINISHED
 from lzero_kvcache.search import compiled_model, compiled_search, tree, whole
-from lzero_kvcache.search.kept_on_disk import entry
 from lzero_kvcache.search.tree import Tree, make_key, make_rules, make_tree, root_values, root_visits
 from lzero_kvcache.search.whole import Problem
 

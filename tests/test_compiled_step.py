@@ -13,11 +13,11 @@ import pytest
 import torch
 from small_models import ON_MAIN, Case, cached_model
 
+from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.packing import pack, unpack
 from lzero_kvcache.engine.program import Batch, Network, PagedNetwork
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.host.network import read_network, what_is_missing
-from lzero_kvcache.search.kept_on_disk import entry
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
 

@@ -16,7 +16,7 @@ import test_compiled_search as compiled
 import test_reanalysis as reanalysis
 import torch
 from ding.utils import MODEL_REGISTRY
-from small_models import Case, cached_model, construct, original_model
+from small_models import Case, altered, cached_model, construct, original_model
 from test_compiled_search import Root, problem_of, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
 from test_whole_search import SIMULATIONS, Player, make, validated
 from torch.autograd import DeviceType
@@ -24,13 +24,13 @@ from torch.autograd import DeviceType
 from lzero_kvcache.cache.pages import NULL_PAGE
 from lzero_kvcache.config import MIB
 from lzero_kvcache.engine import transfer
+from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.graphs import MOST_KEPT
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.host.tree_search import NodeSearch, Roots
 from lzero_kvcache.search import device_memory, device_search, whole
 from lzero_kvcache.search.device_memory import DeviceMemory, GrownReanalysis, Reanalysis, explorations
 from lzero_kvcache.search.device_search import ROWS_APART, DeviceSearch
-from lzero_kvcache.search.kept_on_disk import entry
 from lzero_kvcache.search.open_steps import StepsOfThread
 from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
 from lzero_kvcache.search.tree import exploration, make_rules, root_actions, root_values, root_visits
@@ -199,7 +199,7 @@ def test_interpreted_what_is_no_number_is_counted_with_its_depth(_small: None, r
     broken = weights._replace(value=lambda x: weights.value(x) + float('nan'))
     [step] = root.world_model.inference.open.steps
     search = root.world_model.inference._device
-    search._source = search._source._replace(read=lambda captured: broken)
+    search._source = altered(search._source, read=lambda captured: broken)
     with mock.patch.object(search._guard, 'report') as reported:
         search.run(step, root.problem)
     np.testing.assert_array_equal(reported.call_args.args[0], [[compiled.SIMULATIONS] * 2, [1] * 2])
@@ -253,7 +253,7 @@ def test_a_capture_that_fails_is_told_once_and_searches_go_on(works: bool, lines
 
     case = Case()
     search = cached_model(case, 2, 5).world_model.inference._device
-    search._source = search._source._replace(device=lambda: torch.device('cuda', 0))
+    search._source = altered(search._source, device=lambda: torch.device('cuda', 0))
     problem = problem_of(case, {}, [[0.] * case.action_space_size] * compiled.ROWS)
     memories = [search._memory(problem, rows, (1, ), (), make_memory) for rows in (3, ROWS_APART, 5 * ROWS_APART)]
     assert memories[0] is memories[1] and [memory.rows for memory in memories[1:]] == [ROWS_APART, 5 * ROWS_APART]

@@ -10,7 +10,7 @@ from lzero_kvcache.engine.kernel_check import KernelCheck
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.step import Engine
 from lzero_kvcache.engine.weights import Chain, Linear, Norm, gelu
-from lzero_kvcache.host.weights import JoinedProjections, source_of
+from lzero_kvcache.host.weights import ModelWeights
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason='where there is a GPU, kernels are compiled')
@@ -39,7 +39,7 @@ def test_long_contexts_are_split_over_programs(device: str, rotary: bool) -> Non
     counts, width = torch.tensor([1, 40, 65], device=device), 66
     case = Case(context_length=2 * width, rotary=rotary, num_layers=1)
     model = original_model(case, 1, 5).to(device).world_model
-    source, tables = source_of(model, JoinedProjections()), torch.randperm(3 * width, device=device).view(3, width) + 1
+    source, tables = ModelWeights(model), torch.randperm(3 * width, device=device).view(3, width) + 1
     engine, weights, slabs = Engine(source.geometry), source.read(False), [Slab(1, 2, 16), Slab(1, 2, 16)]
     for slab in slabs:
         torch.manual_seed(0)

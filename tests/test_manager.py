@@ -179,6 +179,17 @@ def test_the_order_of_a_hierarchical_get():
     assert [used.hierarchical_get(env_id, 'key') for env_id in range(2)] == ['root', 'of nobody']
 
 
+def test_by_hand_nothing_is_found_of_what_searches_stored():
+    used = paged()
+    root(used, 'key')
+    with used.lease() as lease:
+        used.store_recur([0], ['key'], (np.pad(lease.allocate(1)[None], ((0, 0), (0, 2))), np.ones(1, np.int64)))
+    assert used.get_init_cache(0, 'key') is None
+    used.set_recur_cache('key', 'of nobody')
+    assert used.hierarchical_get(0, 'key') == 'of nobody'
+    assert (used.init_pools[0].stats.hits, used.recur_pool.stats.hits) == (0, 1)
+
+
 class TestClearing:
 
     @staticmethod

@@ -42,12 +42,10 @@ def store(pool, keys):
 
 def found(pool, key):
     """What was set under a key, or written to its pages; counts a look-up."""
-    value = pool.get(key)
-    if value is not None or key not in pool or not isinstance(pool, PagedPool):
-        return value
-    slot = pool._slots[key]
-    count = pool.contexts.counts[slot]
-    return [pool.content[page] for page in pool.contexts.tables[slot, :count].tolist()] or None
+    if not isinstance(pool, PagedPool) or key not in pool or not pool.contexts.counts[pool._slots[key]]:
+        return pool.get(key)
+    [table], [count] = pool.find([key])
+    return [pool.content[page] for page in table[:count].tolist()]
 
 
 def held(pool, keys):
@@ -109,7 +107,7 @@ class PoolTestMixin:
     def test_without_counts(self, strategy):
         pool = self.filled(2, strategy, enable_stats=False)
         pool.set(2, self.value(2))
-        assert (pool.get(2), pool.get('nothing'), pool.stats) == (self.value(2), None, None)
+        assert (pool.get(2), pool.get('nothing'), pool.stats) == (self.value(2), None, CacheStats())
 
     def test_debug_lines(self, strategy, debug_lines):
         pool = self.pool(1, strategy, name='mine')
@@ -235,7 +233,14 @@ class TestPagedPool(PoolTestMixin):
             pages = store(pool, keys)
             assert held(pool, keys) == keys[-3:]
             assert pool._pages.used == len(pool) <= 3
-        assert pool.contexts.tables[pool.slots(['g', 'h', 'i']), 0].tolist() == pages[1:]
+        assert pool.find(['g', 'h', 'i'])[0][:, 0].tolist() == pages[1:]
+
+    def test_contexts_and_what_was_set_miss_each_other(self):
+        pool = paged_pool(3, 'lru')
+        store(pool, ['context'])
+        pool.set('value', 1)
+        assert (pool.get('context'), pool.find(['value', 'context'])[1].tolist()) == (None, [0, 1])
+        assert (pool.stats.hits, pool.stats.misses) == (1, 2)
 
     def test_a_key_that_no_dict_takes(self, strategy):
         """Found out after the pages were taken: they go back."""

@@ -18,13 +18,13 @@ from seeded_search import seeded_search
 from small_models import ON_MAIN, Case, cached_model, original_model
 from test_tree import alike
 
+from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.weights import to_scalar
 from lzero_kvcache.host import entries
 from lzero_kvcache.host.buffers import ReanalysisSearch, reanalyzed_in_arrays
 from lzero_kvcache.host.lightzero import lightzero
 from lzero_kvcache.host.patches import applied
 from lzero_kvcache.search import tree, whole
-from lzero_kvcache.search.kept_on_disk import entry
 from lzero_kvcache.search.tree import make_key, make_rules, make_tree, root_values, root_visits
 from lzero_kvcache.search.whole import Problem
 

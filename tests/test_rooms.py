@@ -21,13 +21,13 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 PROGRAMS = {'__main__.py'}
 # Imports of modules by name, by the function that makes them.
 DYNAMIC = {
-    'engine/compiling.py': {'find_spec'},  # numba, if it is installed
+    # numba, if it is installed; and what it has compiled of this room, from its file
+    'engine/compiling.py': {'find_spec', 'loads'},
     'engine/kernel_check.py': {'find_spec'},  # Triton, if it is installed
     # import_names of a config's environment and model; a policy of LightZero's
     'host/building.py': {'find_spec', 'import_module'},
     'host/patches.py': {'import_module'},  # the modules of TABLE
     'loading.py': {'import_module'},  # import_names of a config's policy
-    'search/kept_on_disk.py': {'loads'},  # what numba has compiled of this room, from its file
     'telemetry.py': {'import_module'},  # the module beside a tensorboard writer's, which is torch's or tensorboardX's
     'training/config_file.py': {'exec'},  # config files
 }

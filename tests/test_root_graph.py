@@ -7,11 +7,11 @@ import pytest
 import torch
 from oracle import random_trace
 from players import ByNode, answers_of
-from small_models import BOTH_ACTIONS, BOTH_POSITIONS, Case, cached_model
+from small_models import BOTH_ACTIONS, BOTH_POSITIONS, Case, altered, cached_model
 from test_backends import TOLERANCE, Device, copies, largest_error  # noqa: F401 (a fixture)
 
 from lzero_kvcache.cache.pages import RESERVED_PAGES
-from lzero_kvcache.engine import graphs, root_graph
+from lzero_kvcache.engine import graphs
 from lzero_kvcache.engine.kernel_check import KernelCheck
 
 SEED = 5
@@ -35,7 +35,7 @@ def captured(monkeypatch, copies):  # noqa: F811
 
         return graphs.Captured([replay], [result], 1 + graphs.megabytes(*inputs))
 
-    monkeypatch.setattr(root_graph, 'capture', capture)
+    monkeypatch.setattr(graphs, 'capture', capture)
     return replays
 
 
@@ -43,7 +43,7 @@ def model_on_gpu(case, rows, backend='cudagraph'):
     """A model whose root inferences, and nothing else, believe that it is on a GPU."""
     model = cached_model(case, rows, SEED, kv_cache_cfg=dict(backend=backend))
     roots = model.world_model.inference._root_graphs
-    roots._source = roots._source._replace(device=lambda: Device('cpu'))
+    roots._source = altered(roots._source, device=lambda: Device('cpu'))
     roots._engine.kernels = KernelCheck(lambda device: None)
     return model
 
@@ -57,9 +57,10 @@ def test_a_trace_with_episodes_that_begin_and_contexts_that_are_lost(rotary, con
     for _ in range(2):
         assert largest_error(answers_of(model, trace, True), answers_of(plain, trace, True)) <= TOLERANCE
     assert captured == [12]
-    [graph], manager = model.world_model.inference._root_graphs.graphs.kept.values(), model.world_model.kv_cache_manager
-    read = graphs.megabytes(graph.numbers.memory, graph.numbers.sent, graph.observations)
-    assert read > 0 and model.world_model.inference._root_graphs.graphs.memory_mb == pytest.approx(1 + read)
+    captures, manager = model.world_model.inference._root_graphs.replayed.graphs, model.world_model.kv_cache_manager
+    [graph] = captures.kept.values()
+    read = graphs.megabytes(graph.numbers.memory, graph.numbers.sent, graph.given)
+    assert read > 0 and captures.memory_mb == pytest.approx(1 + read)
     assert manager.counters()['captures'] == manager.get_stats_summary()['captures'] == 1
 
 
@@ -90,7 +91,7 @@ def test_after_an_interrupt_numbers_are_written_when_they_were_copied(captured):
     player.close()
     player = ByNode(model)
     answers = [player.play(event) for event in trace.events[:3]]
-    [graph] = model.world_model.inference._root_graphs.graphs.kept.values()
+    [graph] = model.world_model.inference._root_graphs.replayed.graphs.kept.values()
     copied, replay = graph.numbers._copied, graph.captured.replays[0]
 
     def interrupted():
@@ -167,7 +168,7 @@ def test_a_capture_that_fails_is_told_once(kind, captured, monkeypatch, lines):
     def fail(*args, **options):
         raise kind('operation not permitted when stream is capturing\nand a long trace')
 
-    monkeypatch.setattr(root_graph, 'capture', fail)
+    monkeypatch.setattr(graphs, 'capture', fail)
     case = Case()
     trace = random_trace(np.random.default_rng(SEED), case, 2, root_steps=3, simulations=2)
     answers = answers_of(model_on_gpu(case, 2), trace, True)
@@ -217,7 +218,7 @@ def test_on_a_gpu(rotary, continuous):
     for _ in range(2):
         assert largest_error(answers_of(model, trace, True), expected) <= TOLERANCE
         model.world_model.forget()
-    graph, = model.world_model.inference._root_graphs.graphs.kept.values()
+    graph, = model.world_model.inference._root_graphs.replayed.graphs.kept.values()
     assert graph.captured.memory_mb > 0
 
 

@@ -12,7 +12,7 @@ from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
 from lzero.mcts.buffer.game_segment import GameSegment
 from lzero.policy.unizero import UniZeroPolicy
 from oracle import TOLERANCE
-from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, cached_model, original_model
+from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, altered, cached_model, original_model
 
 from lzero_kvcache.host import buffers
 from lzero_kvcache.host.patches import applied
@@ -249,7 +249,7 @@ def test_values_take_the_value_head_alone():
     buffer = filled(case, config(case))
     context, _, actions, _, timesteps = batch_of(buffer)
     source = new.world_model.weights_source
-    new.world_model.weights_source = source._replace(read=lambda captured: source.read(captured)._replace(
+    new.world_model.weights_source = altered(source, read=lambda captured: source.read(captured)._replace(
         rewards=None, observations=None, policy=None))
     buffer._compute_target_reward_value(context, new, actions, timesteps)
     with pytest.raises(TypeError):

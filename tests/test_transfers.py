@@ -51,7 +51,7 @@ class Counting:
             monkeypatch.setattr(world_model.inference, name, call)
         if device == ON_CPU:
             places = [(owner, name) for owner in (roots, inference) for name in ('send', 'to_cpu')]
-            for owner, name in [*places, (backends.EagerBackend, 'step')]:
+            for owner, name in [*places, (backends.Backend, 'step')]:
                 way = 'back' if name == 'to_cpu' else 'there'
                 monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), way))
 

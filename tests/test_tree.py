@@ -15,9 +15,9 @@ from numba import njit
 from scipy import stats
 
 from lzero_kvcache.cache.pages import extend
+from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.search import random_numbers as numbers
 from lzero_kvcache.search import tree as trees
-from lzero_kvcache.search.kept_on_disk import entry
 from lzero_kvcache.search.tree import (
     Rules,
     Tree,

@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.config import CacheConfig
-from lzero_kvcache.engine.backends import EagerBackend
+from lzero_kvcache.engine.backends import EAGER, Backend
 from lzero_kvcache.host.kept_rows import KeptRows
 from lzero_kvcache.host.legacy_reference import CAUSES
 from lzero_kvcache.host.lightzero import lightzero
@@ -483,9 +483,8 @@ class TestTraces:
         assert (tally_of(policy).inferences, tally_of(policy).unexplained) == (2 * 3 * 5, 0)
 
 
-class Overwriting(EagerBackend):
+class Overwriting(Backend):
     """Hands out what the next step overwrites, as a replayed graph does."""
-    reuses_output = True
     _held = None
 
     def step(self, *args):
@@ -503,7 +502,7 @@ class TestBackends:
     def test_results_that_are_overwritten(self):
         policy = make_policy(True, simulations=6, kv_cache_cfg=options(action='raise'))
         world_model = policy._model.world_model
-        backend = Overwriting(world_model.inference.engine, world_model.weights_source)
+        backend = Overwriting(EAGER, world_model.inference.engine, world_model.weights_source)
         world_model.inference.backend = backend
         stepped(policy, ALL, ALL, ALL)
         assert (tally_of(policy).inferences, tally_of(policy).over) == (3 * 7, 0)
@@ -520,7 +519,7 @@ class TestBackends:
         play(player, random_trace(np.random.default_rng(SEED), case, 3, root_steps=4, simulations=8))
         player.close()
         tally = player.world_model.validator.tally
-        assert player.world_model.inference.backend.graphs.memory_mb > 0
+        assert player.world_model.inference.backend.replayed.graphs.memory_mb > 0
         assert (tally.unexplained, tally.inferences) == (0, 4 * 9)
 
 

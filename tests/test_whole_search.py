@@ -21,7 +21,7 @@ from builders import Worker, audit, cache_of, calls_of, compiled, small_cartpole
 from ding.utils import POLICY_REGISTRY
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 from lzero.policy.utils import select_action
-from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, randomise
+from small_models import ON_MAIN, ON_RELEASE_ALONE, Case, altered, randomise
 from test_tree import alike
 
 from lzero_kvcache import ConfigError, KVCacheManager
@@ -222,7 +222,7 @@ def test_what_cannot_be_compiled_is_searched_by_node(options, reason, search, li
 def on_a_gpu_whose_kernels(policy, run):
     """A policy whose model is said to be on a GPU, where a probe does what it is told."""
     world_model = world_model_of(policy)
-    world_model.weights_source = world_model.weights_source._replace(device=lambda: torch.device('cuda', 0))
+    world_model.weights_source = altered(world_model.weights_source, device=lambda: torch.device('cuda', 0))
     world_model.inference.engine.kernels = KernelCheck(run)
     return world_model
 
@@ -345,7 +345,7 @@ def test_a_model_elsewhere_is_not_searched_in_arrays():
     """As after a move to a GPU: the device is asked for at every search."""
     policy = make()
     world_model = world_model_of(policy)
-    elsewhere = world_model.weights_source._replace(device=lambda: torch.device('meta'))
+    elsewhere = altered(world_model.weights_source, device=lambda: torch.device('meta'))
     with mock.patch.object(world_model, 'weights_source', elsewhere), \
             ways() as taken:
         assert world_model.why_not_whole() == 'the model is on meta'

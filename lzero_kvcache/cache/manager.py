@@ -95,7 +95,7 @@ class KVCacheManager(PagedCacheManager):
         if _are_current(keys):
             rows = self._current[mode].find(env_ids)
             for env_id, count in zip(env_ids, rows[1].tolist()):
-                pools[env_id].count(CURRENT, count > 0)
+                pools[env_id].count([CURRENT], [count > 0])
             return rows
         rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
@@ -147,9 +147,8 @@ class KVCacheManager(PagedCacheManager):
     def count_queries(self, pool: str, queries: int, hits: int, by_node: bool = False) -> None:
         if self.enable_stats:
             self._asked[pool].record(queries, hits)
-            if self.wm_pool.stats is not None:
-                self.wm_pool.stats.record(queries, hits)
-            if by_node and self.recur_pool.stats is not None:
+            self.wm_pool.stats.record(queries, hits)
+            if by_node:
                 self.recur_pool.stats.record(queries, hits)
 
     def count_skipped(self, rows: int) -> None:
@@ -227,7 +226,7 @@ class KVCacheManager(PagedCacheManager):
         """
         found = self.get_init_cache(env_id, cache_key)
         if found is None and (env_id, cache_key) in self.recur_pool:
-            return self.get_recur_cache(cache_key, env_id)
+            found = self.get_recur_cache(cache_key, env_id)
         return self.get_recur_cache(cache_key) if found is None else found
 
     # ---- numbers ---------------------------------------------------------------------------------------------------
@@ -282,8 +281,7 @@ class KVCacheManager(PagedCacheManager):
     def reset_stats(self) -> None:
         pools = [*self.init_pools, *self.eval_pools, self.recur_pool, self.wm_pool]
         for stats in [*(pool.stats for pool in pools), *self._asked.values()]:
-            if stats is not None:
-                stats.reset()
+            stats.reset()
         self._skipped = 0
 
     def __repr__(self) -> str:
@@ -374,5 +372,4 @@ def _are_current(keys: Sequence[Hashable]) -> bool:
 
 
 def _summary(pool: KVCachePool, current: int = 0) -> Dict[str, Any]:
-    assert pool.stats is not None
     return {**pool.stats.summary(), 'size': len(pool) + current, 'capacity': pool.pool_size}

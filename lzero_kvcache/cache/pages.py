@@ -2,11 +2,12 @@
 
 Page ids are int64. Tables of them may have any shape; where they are padded, it is with the null page.
 """
-import threading
 from collections import deque
 from typing import Any, Callable, Deque, List, Optional, Tuple
 
 import numpy as np
+
+from ..copies import Turns
 
 Rows = Tuple[np.ndarray, np.ndarray]
 """``(tables, counts)``: page ids ``[B, R]`` (int64, left-aligned, padded with the null page), pages in use ``[B]``."""
@@ -22,16 +23,6 @@ RESERVED_PAGES = 2
 
 class OutOfPages(RuntimeError):
     """More pages were asked for than are free; the owner grows the slab or evicts, and asks again."""
-
-
-class Turns:
-    """Lets one thread in at a time; each copy of its owner has its own."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()  # a thread may search inside of its own search
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
 
 
 class PageAllocator:

@@ -2,7 +2,7 @@
 import functools
 import logging
 import numbers
-from typing import Any, Dict, Hashable, List, Optional, Sequence, Union
+from typing import Any, Dict, Hashable, Optional, Sequence, Union
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class KVCachePool:
         self.eviction_strategy = EvictionStrategy(eviction_strategy)
         self.enable_stats = enable_stats
         self.name = name
-        self.stats: Optional[CacheStats] = CacheStats() if enable_stats else None
+        self.stats = CacheStats()
         self._empty()
         logger.info(
             f"Initialized KVCachePool '{name}' with size={self.pool_size}, strategy={self.eviction_strategy.value}"
@@ -64,7 +64,8 @@ class KVCachePool:
         Returns:
             - value (:obj:`Optional[Any]`): What was stored, or None.
         """
-        [slot] = self.slots([cache_key])
+        slot = self._slots.get(cache_key, -1)
+        self._looked_up([cache_key], [slot in self._values])
         return private_copy(self._values.get(slot))
 
     def set(self, cache_key: Hashable, kv_cache: Any, priority: Optional[float] = None) -> int:
@@ -88,36 +89,21 @@ class KVCachePool:
         self._slots.rank(cache_key, priority)
         return slot
 
-    def slots(self, keys: Sequence[Hashable]) -> List[int]:
+    def count(self, keys: Sequence[Hashable], found: Sequence[bool]) -> None:
         """
         Overview:
-            Look keys up and count it.
-        Arguments:
-            - keys (:obj:`Sequence[Hashable]`): The keys.
-        Returns:
-            - slots (:obj:`List[int]`): Where their values are, -1 for those that are not there.
+            Count look-ups, which the manager may have made: an environment's newest root is in no pool.
         """
-        get = self._slots.get
-        slots = [get(key, -1) for key in keys]
-        misses = slots.count(-1)
-        if self.stats is not None:
-            self.stats.record(len(keys), len(keys) - misses)
-        if misses and logger.isEnabledFor(logging.DEBUG):
-            for key, slot in zip(keys, slots):
-                if slot < 0:
+        if self.enable_stats:
+            self.stats.record(len(keys), sum(found))
+        if logger.isEnabledFor(logging.DEBUG):
+            for key, there in zip(keys, found):
+                if not there:
                     logger.debug("Miss in KVCachePool '%s': key=%s", self.name, key)
-        self._slots.read(key for key, slot in zip(keys, slots) if slot >= 0)
-        return slots
 
-    def count(self, key: Hashable, found: bool) -> None:
-        """
-        Overview:
-            Count a look-up that the manager made: an environment's newest root is in no pool.
-        """
-        if self.stats is not None:
-            self.stats.record(1, int(found))
-        if not found:
-            logger.debug("Miss in KVCachePool '%s': key=%s", self.name, key)
+    def _looked_up(self, keys: Sequence[Hashable], found: Sequence[bool]) -> None:
+        self.count(keys, found)
+        self._slots.read(key for key, there in zip(keys, found) if there)
 
     def remove(self, key: Hashable) -> None:
         """
@@ -141,7 +127,7 @@ class KVCachePool:
             return False
         key = self._slots.next_but(kept)
         slot = self._remove(key)
-        if self.stats is not None:
+        if self.enable_stats:
             self.stats.evictions += 1
         logger.debug("Eviction from KVCachePool '%s': key=%s, slot=%s", self.name, key, slot)
         return True
@@ -196,7 +182,7 @@ def private_copy(value: Any) -> Any:
 
 class PagedPool(KVCachePool):
     """A pool whose entries are contexts of ``width`` pages at the most; those that share pages share the memory behind
-    them. What is stored by :meth:`set` has no pages."""
+    them. What is stored by :meth:`set` has no pages: :meth:`find` misses it, as :meth:`get` misses contexts."""
 
     def __init__(self, *args: Any, pages: PageAllocator, width: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -205,11 +191,12 @@ class PagedPool(KVCachePool):
 
     def find(self, keys: Sequence[Hashable]) -> Rows:
         """The context of each key, an empty one where there is none."""
-        slots = self.slots(keys)
+        slots = [self._slots.get(key, -1) for key in keys]
         tables, counts = self.contexts.find(slots)
         if -1 in slots:
             missing = np.less(slots, 0)
             tables[missing], counts[missing] = NULL_PAGE, 0
+        self._looked_up(keys, (counts > 0).tolist())
         return tables, counts
 
     def store(self, keys: Sequence[Hashable], rows: Rows) -> None:

@@ -46,18 +46,6 @@ class CacheStats:
         return {**asdict(self), 'hit_rate': self.hit_rate}
 
 
-@dataclass
-class Timing:
-    """How often something ran, and for how long in all."""
-    count: int = 0
-    seconds: float = 0.0
-
-    def record(self, seconds: float, count: int = 1) -> None:
-        """Count one run, or several that took so long together."""
-        self.count += count
-        self.seconds += seconds
-
-
 def counters_of(asked: Mapping[str, CacheStats]) -> Dict[str, Dict[str, Any]]:
     """What the searches asked of 'init' and 'recur', and of both in 'total', as tensorboard shows it."""
     total = CacheStats()

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from ..cache.pages import NULL_PAGE
-from .compiling import inner
+from .compiling import ZERO, inner
 from .lanes import (
     NUMBER,
     WIDTH,
@@ -141,7 +141,7 @@ def _attend(network: Network, layer: int, shift: int, shift_step: int, scratch: 
 def _run_layers(network: Network, shift: int, scratch: Scratch, rows: int, predicts: bool) -> None:
     """Run the tokens in ``scratch.x`` through all layers and write their keys and values; the outputs go to
     ``scratch.y``, if it predicts."""
-    embed, tiles, nothing, team = network.embed, (rows + WIDTH - 1) // WIDTH, scratch.nothing, scratch.team
+    embed, tiles, team = network.embed, (rows + WIDTH - 1) // WIDTH, scratch.team
     step = embed * WIDTH
     shift_step = 0 if network.rotary else len(network.blocks) * 2 * network.embed * NUMBER
     for layer in range(len(network.blocks)):
@@ -150,7 +150,7 @@ def _run_layers(network: Network, shift: int, scratch: Scratch, rows: int, predi
         for part in range(3):  # queries, keys and values
             linear(
                 block[QUERY_WEIGHT + 2 * part], block[QUERY_BIAS + 2 * part], scratch.y,
-                scratch.qkv + part * step * NUMBER, 3 * step, embed, embed, tiles, nothing, team
+                scratch.qkv + part * step * NUMBER, 3 * step, embed, embed, tiles, ZERO, team
             )
         if network.rotary:
             _rotate(network, scratch, tiles)
@@ -165,12 +165,12 @@ def _run_layers(network: Network, shift: int, scratch: Scratch, rows: int, predi
         )
         norm(block[NORM2_WEIGHT], block[NORM2_BIAS], scratch.between, scratch.y, embed, tiles, network.eps)
         linear(
-            block[WIDEN_WEIGHT], block[WIDEN_BIAS], scratch.y, scratch.inner, network.inner * WIDTH, embed,
-            network.inner, tiles, nothing, team
+            block[WIDEN_WEIGHT], block[WIDEN_BIAS], scratch.y, scratch.hidden, network.mlp_width * WIDTH, embed,
+            network.mlp_width, tiles, ZERO, team
         )
-        elementwise(GELU, scratch.inner, network.inner * tiles)
+        elementwise(GELU, scratch.hidden, network.mlp_width * tiles)
         linear(
-            block[NARROW_WEIGHT], block[NARROW_BIAS], scratch.inner, scratch.x, step, network.inner, embed, tiles,
+            block[NARROW_WEIGHT], block[NARROW_BIAS], scratch.hidden, scratch.x, step, network.mlp_width, embed, tiles,
             scratch.between, team
         )
     norm(network.norm_weight, network.norm_bias, scratch.x, scratch.y, embed, tiles, network.eps)
@@ -269,8 +269,8 @@ def _scalars(logits: int, size: int, scratch: Scratch, start: int, rows: int, ou
         store(mean / sum, scratch.rows, 0)
         for row in range(first, min(first + WIDTH, rows)):
             value = np.float64(read(scratch.rows, row - first))
-            inner = (math.sqrt(abs(value) * 0.004 + 1.004004) - 1) * 500
-            out[start + row] = np.sign(value) * (inner * inner - 1)
+            root = (math.sqrt(abs(value) * 0.004 + 1.004004) - 1) * 500
+            out[start + row] = np.sign(value) * (root * root - 1)
 
 
 @inner

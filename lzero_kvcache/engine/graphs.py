@@ -5,10 +5,14 @@ import logging
 import threading
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 
 from ..config import MIB
-from .slab import megabytes
+from .packing import filler
+from .slab import Slab, megabytes
+from .transfer import Pinned
+from .weights import Geometry
 
 logger = logging.getLogger(__name__)
 
@@ -132,3 +136,48 @@ class Graphs:
             return None
         self.captures += 1
         return made
+
+
+class _Step(NamedTuple):
+    captured: Captured
+    numbers: Pinned  # [N, rows], packed
+    given: Optional[torch.Tensor]
+
+
+class ReplayedStep:
+    """Captures and replays a function of a slab, packed numbers ``[N, B]``, and a tensor ``[B, ...]`` or None. Weights
+    that change in place are seen by the next replay if the function reads them; storage that moved is noticed by its
+    address and captured anew."""
+
+    def __init__(self, geometry: Geometry, function: Callable[[Slab, torch.Tensor, Any], Any], name: str,
+                 told: str) -> None:
+        self._geometry, self._function, self._name = geometry, function, name
+        self.graphs = Graphs(told)
+
+    def run(self, slab: Slab, numbers: np.ndarray, given: Optional[torch.Tensor], device: torch.device,
+            addresses: Tuple[int, ...]) -> Any:
+        """What the function returns for these rows, and after them for rows that only fill up; the next run overwrites
+        it. None where nothing can be captured. ``addresses`` are those of all that it reads beside the slab."""
+        count, rows = numbers.shape
+        kind = (count, None if given is None else (given.shape[1:], given.dtype))
+        step = self.graphs.get(
+            rows, kind, (*addresses, slab.address), lambda: self._capture(slab, rows, count, given, device)
+        )
+        if step is None:
+            return None
+        pinned = step.numbers.writable()
+        pinned[:, :rows], pinned[:, rows:] = numbers, filler(self._geometry, count)
+        step.numbers.send()
+        if given is not None:
+            step.given[:rows].copy_(given)
+        step.captured.replays[0]()
+        return step.captured.results[0]
+
+    def _capture(self, slab: Slab, rows: int, count: int, given: Optional[torch.Tensor],
+                 device: torch.device) -> _Step:
+        numbers = Pinned(torch.from_numpy(np.repeat(filler(self._geometry, count), rows, axis=1)), device)
+        held = None if given is None else torch.zeros_like(given)
+        inputs = [numbers.memory, numbers.sent, *([] if held is None else [held])]
+        captured = capture(device, lambda: self._function(slab, numbers.sent, held), inputs=inputs)
+        logger.info(f'Captured {self._name} for {rows} rows ({captured.memory_mb:.1f} MiB)')
+        return _Step(captured, numbers, held)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .compiling import inner
+from .compiling import ZERO, inner
 from .lanes import (
     NUMBER,
     WIDTH,
@@ -63,7 +63,7 @@ class Scratch(NamedTuple):
     between: int
     y: int
     qkv: int  # [tiles, 3E, 8]
-    inner: int
+    hidden: int  # [tiles, widths of MLPs, 8]
     left: int  # operations of a program read one of left and right and write the other
     right: int
     places: int
@@ -72,7 +72,6 @@ class Scratch(NamedTuple):
     scores: int  # [tokens, 8]
     ends: int  # [8]: the lengths of a tile's rows
     team: np.ndarray  # of the threads that compute products together; empty where one computes alone
-    nothing: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +84,7 @@ def new_scratch(network: Network, width: int) -> Scratch:
     step = _whole(max(3 * embed, network.widest))
     widest = max(network.widest, embed)
     sizes = dict(
-        x=embed * ROWS, between=embed * ROWS, y=widest * ROWS, qkv=3 * embed * ROWS, inner=network.inner * ROWS,
+        x=embed * ROWS, between=embed * ROWS, y=widest * ROWS, qkv=3 * embed * ROWS, hidden=network.mlp_width * ROWS,
         left=widest * ROWS, right=widest * ROWS, places=embed * ROWS, rows=step * WIDTH,
         scores=tokens * WIDTH, ends=WIDTH
     )
@@ -153,16 +152,15 @@ def help_out(team: np.ndarray, worker: int) -> None:
 def linear(weight: int, bias: int, source: int, target: int, target_step: int, inputs: int, outputs: int, tiles: int,
            added: int, team: np.ndarray) -> None:
     """``target = weight source + bias``, ``+ added`` unless that is 0; ``target_step`` numbers from tile to tile."""
-    first = outputs - outputs  # numba gives a literal 0 another type, for which it would compile anew
     if len(team) == 0:
-        _columns(weight, bias, source, target, target_step, inputs, first, outputs, tiles, added)
+        _columns(weight, bias, source, target, target_step, inputs, ZERO, outputs, tiles, added)
         return
     job = team[JOB:]
     job[0], job[1], job[2], job[3], job[4] = weight, bias, source, target, target_step
     job[5], job[6], job[7], job[8] = inputs, outputs, tiles, added
     finished = team[FINISHED] + team[WORKERS]
     count_up(team, POSTED)
-    _share(team, first)
+    _share(team, ZERO)
     await_count(team, FINISHED, finished)
 
 
@@ -207,8 +205,8 @@ def _scale(weight: int, bias: int, at: int, size: int, tiles: int) -> None:
 @inner
 def _gelu(x: Any) -> Any:
     """``x (1 + tanh(u)) / 2 = x sigmoid(2 u)``, ``u = sqrt(2 / pi) (x + 0.044715 x^3)``."""
-    inner = multiply_add(x * x, constant(-2 * 0.044715 * math.sqrt(2 / math.pi)), constant(-2 * math.sqrt(2 / math.pi)))
-    return x / (constant(1.0) + exponential(x * inner))
+    slope = multiply_add(x * x, constant(-2 * 0.044715 * math.sqrt(2 / math.pi)), constant(-2 * math.sqrt(2 / math.pi)))
+    return x / (constant(1.0) + exponential(x * slope))
 
 
 @inner
@@ -254,8 +252,7 @@ def run(program: np.ndarray, source: int, scratch: Scratch, tiles: int, eps: flo
         if operation[KIND] == LINEAR:
             inputs = operation[INPUTS]
             linear(
-                operation[WEIGHT], operation[BIAS], at, target, size * WIDTH, inputs, size, tiles, scratch.nothing,
-                scratch.team
+                operation[WEIGHT], operation[BIAS], at, target, size * WIDTH, inputs, size, tiles, ZERO, scratch.team
             )
             at = target
         elif operation[KIND] == LAYER_NORM:

@@ -3,17 +3,15 @@ from contextlib import contextmanager
 from typing import Any, Callable, Dict, Hashable, Iterator, List
 
 from ..config import MIB
+from ..copies import MadeAnew
 
 
-class MemoryPool:
+class MemoryPool(MadeAnew):
     """Memory of one model, leased by size; several threads may lease at once."""
 
     def __init__(self) -> None:
         self._free: Dict[Hashable, List[Any]] = {}
         self._leased: Dict[int, Any] = {}
-
-    def __reduce__(self) -> Any:
-        return type(self), ()  # a copy begins without
 
     @property
     def memory_mb(self) -> float:

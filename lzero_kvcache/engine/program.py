@@ -22,7 +22,7 @@ and variances."""
 class Network(NamedTuple):
     embed: int
     heads: int
-    inner: int  # width of the MLPs
+    mlp_width: int
     widest: int  # the largest input or output of an operation
     policy: int  # numbers that the policy head predicts
     rotary: int  # positions that there are factors for; 0 with learned ones

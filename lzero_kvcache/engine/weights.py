@@ -4,7 +4,7 @@
 """
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Protocol, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -126,12 +126,24 @@ class Weights(NamedTuple):
     training: bool  # whether dropout is live
 
 
-class Source(NamedTuple):
-    """Where weights come from: functions of one model."""
+class Source(Protocol):
+    """Where weights come from: one model, as it is now."""
     geometry: Geometry
-    read: Callable[[bool], Weights]  # the argument is ``Weights.captured``
-    shift: Callable[[], Optional[torch.Tensor]]  # the current ``Weights.shift``
-    addresses: Callable[[], Tuple[int, ...]]  # changes when the storage of a weight moves
-    device: Callable[[], torch.device]
-    is_training: Callable[[], bool]
-    has_own_encoding: Callable[[], bool]  # whether the encoder runs Python code that a replayed graph would skip
+
+    def read(self, captured: bool) -> Weights:
+        """Its weights; the argument is ``Weights.captured``."""
+
+    def shift(self) -> Optional[torch.Tensor]:
+        """``Weights.shift``."""
+
+    def addresses(self) -> Tuple[int, ...]:
+        """Where the weights lie; they change when the storage of one moves."""
+
+    def device(self) -> torch.device:
+        """Where the model is."""
+
+    def is_training(self) -> bool:
+        """Whether it is in training mode."""
+
+    def has_own_encoding(self) -> bool:
+        """Whether the encoder runs Python code that a replayed graph would skip."""

@@ -57,7 +57,7 @@ class _Reader:
             raise NotServed('its layers are gated')
         embed = config.embed_dim
         blocks = [self._block(block) for block in wm.transformer.blocks]
-        inner = lightzero.mlp_of(wm.transformer.blocks[0])[0].out_features
+        mlp_width = lightzero.mlp_of(wm.transformer.blocks[0])[0].out_features
         norm = self._norm(wm.transformer.ln_f)
         factors = wm.transformer.freqs_cis if config.rotary_emb else None
         places = wm.pos_emb.weight if factors is None else torch.view_as_real(factors)
@@ -76,7 +76,7 @@ class _Reader:
         sizes = [operation[column] for program in programs.values() for operation in program
                  for column in (INPUTS, OUTPUTS)]
         network = Network(
-            embed=embed, heads=config.num_heads, inner=inner, widest=max(sizes),
+            embed=embed, heads=config.num_heads, mlp_width=mlp_width, widest=max(sizes),
             policy=sum(program[-1][OUTPUTS] for program in (first, second) if program),
             rotary=lightzero.angles_of(config) if config.rotary_emb else 0, discrete=discrete, eps=self._eps[0],
             places=self._address(places), actions=self._address(action.weight) if discrete else 0,

@@ -7,8 +7,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
 from ..cache.base import BaseCacheManager
-from ..cache.stats import CacheStats, Timing, counters_of
+from ..cache.stats import CacheStats, counters_of
 from ..config import KV_CACHE_REGISTRY, MIB, CacheConfig
+from ..search.timing import Timing
 from .keys_values import bytes_of
 from .lightzero import VERSION, lightzero
 from .patches import with_globals

@@ -19,13 +19,13 @@ from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSample
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 
 from ..cache.manager import COLLECT, EVAL
-from ..cache.pages import Turns
-from ..cache.stats import Timing
 from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
+from ..copies import Turns
 from ..registry import register_in_place_of
 from ..run_hooks import HOOKS, check_checkpoint_of_entry, leaving_no_folder, source_of_checkpoint
 from ..search.environments import Environments
 from ..search.open_steps import OpenStep, StepsOfThread
+from ..search.timing import Timing
 from . import states
 from .lightzero import lightzero
 from .refused import check_actions, check_policy, check_served, has_own_inference, is_own, tell_uncalled

@@ -8,7 +8,8 @@ from lzero.model.common import SimNorm
 from torch import nn
 
 from ..config import MIB
-from ..engine.weights import Chain, Function, Geometry, Layer, Linear, Norm, Source, Weights, gelu
+from ..copies import MadeAnew
+from ..engine.weights import Chain, Function, Geometry, Layer, Linear, Norm, Weights, gelu
 from .lightzero import lightzero
 from .refused import has_own_encoding, heads_of
 
@@ -20,14 +21,11 @@ MANY_CAPTURED_ROWS = 32
 """The same in a CUDA graph, where launches cost little."""
 
 
-class JoinedProjections:
+class JoinedProjections(MadeAnew):
     """Where captures join projections: one copy for all captures of a model, each of which would have its own."""
 
     def __init__(self) -> None:
         self._kept: Dict[Any, torch.Tensor] = {}
-
-    def __reduce__(self) -> Any:
-        return type(self), ()  # a copy begins without
 
     @property
     def memory_mb(self) -> float:
@@ -42,47 +40,80 @@ class JoinedProjections:
         return torch.cat(detached, out=kept)
 
 
-def source_of(world_model: Any, joined: JoinedProjections) -> Source:
-    """The weights of a LightZero world model that :func:`check_served` lets pass."""
-    config = world_model.config
-    geometry = Geometry(
-        layers=config.num_layers, heads=config.num_heads, embed_dim=config.embed_dim,
-        width=config.context_length // 2, action_size=config.action_space_size,
-        continuous=bool(config.continuous_action_space),
-        rotary_positions=lightzero.angles_of(config) if config.rotary_emb else 0,
-    )
-    return Source(
-        geometry, functools.partial(read_weights, world_model, geometry, joined),
-        functools.partial(_shift, world_model, geometry), functools.partial(_addresses, world_model),
-        functools.partial(_device, world_model), functools.partial(_is_training, world_model),
-        functools.partial(_has_own_encoding, world_model),
-    )
+class ModelWeights:
+    """The weights of a LightZero world model that :func:`check_served` lets pass, as the engine asks for them."""
 
+    def __init__(self, world_model: Any) -> None:
+        config = world_model.config
+        self.geometry = Geometry(
+            layers=config.num_layers, heads=config.num_heads, embed_dim=config.embed_dim,
+            width=config.context_length // 2, action_size=config.action_space_size,
+            continuous=bool(config.continuous_action_space),
+            rotary_positions=lightzero.angles_of(config) if config.rotary_emb else 0,
+        )
+        self.joined = JoinedProjections()
+        self._world_model = world_model
 
-def read_weights(world_model: Any, geometry: Geometry, joined: JoinedProjections, captured: bool = False) -> Weights:
-    """The model as it is now: fused copies of the projections, everything else in place."""
-    device, training = _device(world_model), world_model.training
-    many_rows = MANY_CAPTURED_ROWS if captured else MANY_ROWS.get(device.type, MANY_ROWS['cpu'])
+    def read(self, captured: bool) -> Weights:
+        """Fused copies of the projections, everything else in place."""
+        world_model, training = self._world_model, self.is_training()
+        many_rows = MANY_CAPTURED_ROWS if captured else MANY_ROWS.get(self.device().type, MANY_ROWS['cpu'])
 
-    def read(module: nn.Module) -> Function:
-        return _function(module, many_rows)
+        def read(module: nn.Module) -> Function:
+            return _function(module, many_rows)
 
-    transformer, heads = world_model.transformer, heads_of(world_model)
-    rewards, observations, policy, value = [_without_dicts(read(head.head_module)) for head in heads]
-    return Weights(
-        layers=[
-            _layer(block, read, many_rows, functools.partial(joined.join, index) if captured else _joined)
-            for index, block in enumerate(transformer.blocks)
-        ],
-        norm=read(transformer.ln_f),
-        embed_action=functools.partial(_embed_action, world_model),
-        embed_dropout=transformer.drop.forward if training else None,
-        attention_dropout=world_model.config.attn_pdrop if training else 0.0,
-        rewards=rewards, observations=observations, policy=policy, value=value,
-        places=transformer.freqs_cis if geometry.rotary else world_model.pos_emb.weight,
-        shift=_shift(world_model, geometry), many_rows=many_rows,
-        captured=captured, training=training,
-    )
+        transformer, heads = world_model.transformer, heads_of(world_model)
+        rewards, observations, policy, value = [_without_dicts(read(head.head_module)) for head in heads]
+        return Weights(
+            layers=[
+                _layer(block, read, many_rows, functools.partial(self.joined.join, index) if captured else _joined)
+                for index, block in enumerate(transformer.blocks)
+            ],
+            norm=read(transformer.ln_f),
+            embed_action=functools.partial(_embed_action, world_model),
+            embed_dropout=transformer.drop.forward if training else None,
+            attention_dropout=world_model.config.attn_pdrop if training else 0.0,
+            rewards=rewards, observations=observations, policy=policy, value=value,
+            places=transformer.freqs_cis if self.geometry.rotary else world_model.pos_emb.weight,
+            shift=self.shift(), many_rows=many_rows, captured=captured, training=training,
+        )
+
+    def shift(self) -> Optional[torch.Tensor]:
+        """What learned positions add to keys and values ``[2W, L, 2, E]``; None with rotary ones.
+
+        LightZero moves a kept key from position p to p - 2 by adding W pos(p - 2) - W pos(p), ``pos_emb_diff_k``. These
+        differences telescope: pages hold k - W pos(p), and W pos(p) is added for the place that a token has now.
+        """
+        if self.geometry.rotary:
+            return None
+        slots = 2 * self.geometry.width
+        embeddings = self._world_model.pos_emb.weight[:slots]
+        shifts: List[torch.Tensor] = []
+        for block in self._world_model.transformer.blocks:
+            shifts += [F.linear(embeddings, block.attn.key.weight), F.linear(embeddings, block.attn.value.weight)]
+        return torch.stack(shifts, dim=1).view(slots, self.geometry.layers, 2, -1)
+
+    def addresses(self) -> Tuple[int, ...]:
+        world_model = self._world_model
+        modules = [
+            world_model.transformer, world_model.act_embedding_table, *heads_of(world_model), world_model.tokenizer
+        ]
+        if not self.geometry.rotary:
+            modules.append(world_model.pos_emb)
+        tensors = [
+            tensor for module in walked(modules) for group in (module._parameters, module._buffers) if group
+            for tensor in group.values() if tensor is not None
+        ]
+        return tuple([tensor.data_ptr() for tensor in tensors])
+
+    def device(self) -> torch.device:
+        return self._world_model.transformer.ln_f.weight.device
+
+    def is_training(self) -> bool:
+        return self._world_model.training
+
+    def has_own_encoding(self) -> bool:
+        return has_own_encoding(self._world_model.tokenizer)
 
 
 def _joined(_kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -106,40 +137,12 @@ def _layer(block: Any, read: Callable[[nn.Module], Function], many_rows: int,
     )
 
 
-def _shift(world_model: Any, geometry: Geometry) -> Optional[torch.Tensor]:
-    """What learned positions add to keys and values ``[2W, L, 2, E]``; None with rotary ones.
-
-    LightZero moves a kept key from position p to p - 2 by adding W pos(p - 2) - W pos(p), ``pos_emb_diff_k``. These
-    differences telescope: pages hold k - W pos(p), and W pos(p) is added for the place that a token has now.
-    """
-    if geometry.rotary:
-        return None
-    embeddings = world_model.pos_emb.weight[:2 * geometry.width]
-    shifts: List[torch.Tensor] = []
-    for block in world_model.transformer.blocks:
-        shifts += [F.linear(embeddings, block.attn.key.weight), F.linear(embeddings, block.attn.value.weight)]
-    return torch.stack(shifts, dim=1).view(2 * geometry.width, geometry.layers, 2, -1)
-
-
 def _embed_action(world_model: Any, action: torch.Tensor) -> torch.Tensor:
     table = world_model.act_embedding_table
     if world_model.continuous_action_space:
         # SimNorm needs the time dimension that LightZero gives it.
         return table(action.float().reshape(action.shape[0], 1, -1)).squeeze(1)
     return table(action.reshape(-1))
-
-
-def _addresses(world_model: Any) -> Tuple[int, ...]:
-    modules = [
-        world_model.transformer, world_model.act_embedding_table, *heads_of(world_model), world_model.tokenizer
-    ]
-    if not world_model.config.rotary_emb:
-        modules.append(world_model.pos_emb)
-    tensors = [
-        tensor for module in walked(modules) for group in (module._parameters, module._buffers) if group
-        for tensor in group.values() if tensor is not None
-    ]
-    return tuple([tensor.data_ptr() for tensor in tensors])
 
 
 def walked(modules: Iterable[Optional[nn.Module]]) -> List[nn.Module]:
@@ -149,18 +152,6 @@ def walked(modules: Iterable[Optional[nn.Module]]) -> List[nn.Module]:
         if module._modules:
             found += [child for child in module._modules.values() if child is not None]
     return found
-
-
-def _device(world_model: Any) -> torch.device:
-    return world_model.transformer.ln_f.weight.device
-
-
-def _is_training(world_model: Any) -> bool:
-    return world_model.training
-
-
-def _has_own_encoding(world_model: Any) -> bool:
-    return has_own_encoding(world_model.tokenizer)
 
 
 def _without_dicts(function: Function) -> Function:

@@ -27,7 +27,7 @@ from .legacy_reference import LegacyReference
 from .lightzero import VERSION, lightzero
 from .network import read_network, what_is_missing
 from .refused import check_served
-from .weights import JoinedProjections, source_of
+from .weights import ModelWeights
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,7 @@ class NewWorldModel(LightZeroWorldModel):
         for name in ('shared_pool_recur_infer', 'shared_pool_init_infer', 'shared_pool_wm'):
             del self.__dict__[name]
         check_served(self)
-        joined = JoinedProjections()
-        self.weights_source = source_of(self, joined)
+        self.weights_source = ModelWeights(self)
         geometry = self.weights_source.geometry
         slab = Slab(geometry.layers, geometry.heads, geometry.head_dim, getattr(torch, options.dtype))
         self._store = PageStore(
@@ -69,7 +68,7 @@ class NewWorldModel(LightZeroWorldModel):
             self.validator, partial(read_network, self)
         )
         self.encoder_graph = EncoderGraph(self.weights_source, self.tokenizer.encode_to_obs_embeddings)
-        self._store.counted += [self.encoder_graph.graphs, joined]
+        self._store.counted += [self.encoder_graph.graphs, self.weights_source.joined]
         self.timings = self.inference.timings
         self._options = options
         self._weights_place: Optional[Tuple[torch.device, Tuple[int, ...]]] = None

@@ -89,7 +89,7 @@ class CompiledModel:
         """Working memory of some threads, for tables of ``width`` pages."""
         from ..engine.layers import new_scratch
 
-        size = width, network.embed, network.inner, network.widest
+        size = width, network.embed, network.mlp_width, network.widest
         return self.memory.lease(size, threads, partial(new_scratch, network, width))
 
 

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..engine.compiled_step import begin_contexts, observe_roots, simulate
-from ..engine.compiling import inner
+from ..engine.compiling import entry, inner
 from ..engine.layers import ROWS, help_out
 from ..engine.program import Batch, PagedNetwork
-from .kept_on_disk import entry
 from .random_numbers import PhiloxKey
 from .tree import Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
 

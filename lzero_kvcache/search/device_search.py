@@ -1,6 +1,7 @@
 """Whole searches on a GPU. The CPU waits for nothing between the first simulation and the last: one copy sends the
 roots, and one brings visits and values back. Triton is imported with the first search.
 """
+import copy
 import logging
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -40,7 +41,9 @@ class DeviceSearch(WholeSearch):
 
     def __init__(self, engine: Engine, shared: Shared, matmul: str) -> None:
         if matmul != 'float32':
-            shared = shared._replace(source=shared.source._replace(read=partial(_read, shared.source, matmul)))
+            source = copy.copy(shared.source)
+            source.read = partial(_read, shared.source, matmul)  # type: ignore[method-assign]
+            shared = shared._replace(source=source)
         super().__init__(shared)
         self._engine = engine
         self._memories = _Memories('A search cannot be captured here', 'it is launched from Python')

@@ -129,8 +129,6 @@ class Inference(RootInference):
         output = self._step(
             step, contexts, pages, node_timesteps, None, action.to(device), int(contexts[1].max()), reanalysis
         ).output
-        if self.backend.reuses_output:
-            output = output.map(torch.clone)
         on_cpu = to_cpu(torch.cat([output.latent_state.reshape(rows, -1), checksum(output)], dim=1))
         kept = self._guard.finite(on_cpu[:, -1:], 'A reward, value or policy', mode, env_ids, timesteps)
         keys, nodes = hash_rows(on_cpu[:, :-1]), extend(contexts, pages)

@@ -7,9 +7,8 @@ import xxhash
 
 from ..cache.base import PagedCacheManager
 from ..cache.pages import Lease, Rows
-from ..cache.stats import Timing
 from ..config import CacheConfig
-from ..engine.backends import StepResult, make_backend
+from ..engine.backends import Backend, StepResult
 from ..engine.packing import pack
 from ..engine.root_graph import RootGraphs
 from ..engine.step import Engine
@@ -19,6 +18,7 @@ from .compiled_model import CompiledModel
 from .device_search import DeviceSearch
 from .guard import NanGuard
 from .open_steps import OpenStep, OpenSteps
+from .timing import Timing
 from .whole import CompiledSearch, Shared
 
 
@@ -28,14 +28,16 @@ class InferenceBase:
     def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor], manager: PagedCacheManager,
                  store: PageStore, options: CacheConfig, validator: Any, read_network: Callable[[], Any]) -> None:
         self.engine = Engine(source.geometry)
-        self.backend = make_backend(options.backend, self.engine, source)
+        self.backend = Backend(options.backend, self.engine, source)
         self.timings = {'search': Timing(), 'step': Timing()}
         self.open = OpenSteps(manager, validator)
         self._source, self._encode, self._manager, self._store = source, encode, manager, store
         self._root_graphs = RootGraphs(self.engine, source, encode)
         self._guard = NanGuard(options.on_nan, manager.count_skipped, options.dtype)
         self._model = CompiledModel(read_network, source)
-        store.counted += [self.backend.graphs, self._root_graphs.graphs, self.engine.windows, self._model.memory]
+        store.counted += [
+            self.backend.replayed.graphs, self._root_graphs.replayed.graphs, self.engine.windows, self._model.memory
+        ]
         self.shared = Shared(source, manager, store, self._guard, self.timings)
         self._whole = CompiledSearch(self._model, self.shared)
         self._device = DeviceSearch(self.engine, self.shared, options.matmul)

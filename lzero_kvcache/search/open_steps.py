@@ -10,6 +10,7 @@ import torch
 
 from ..cache.base import CURRENT, PagedCacheManager
 from ..cache.pages import Lease, Rows
+from ..copies import MadeAnew
 
 
 class OpenStep:
@@ -44,7 +45,7 @@ class OpenStep:
             raise ValueError(f'{rows} rows for {len(self.env_ids)} environments {self.env_ids}')
 
 
-class StepsOfThread(threading.local):
+class StepsOfThread(MadeAnew, threading.local):
     """Open steps; each thread has its own, and so has each copy of a model or policy."""
 
     def __init__(self) -> None:
@@ -54,9 +55,6 @@ class StepsOfThread(threading.local):
     def innermost(self) -> Any:
         """The step that was opened last, or None."""
         return self.steps[-1] if self.steps else None
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
 
 
 class OpenSteps:

@@ -11,7 +11,6 @@ import torch
 from ..cache.base import CURRENT
 from ..cache.manager import COLLECT
 from ..cache.pages import Rows, extend
-from ..engine.backends import CudaGraphBackend
 from ..engine.packing import pack, unpack
 from ..engine.program import OUTPUTS, Batch, PagedNetwork
 from ..engine.step import StepOutput, checksum
@@ -119,7 +118,7 @@ class RootInference(InferenceBase):
         or else by torch."""
         if step.in_arrays and self._source.device().type == 'cpu' and not self._source.is_training():
             return self._run_compiled(step, given)
-        if not step.by_key and self.backend.name == CudaGraphBackend.name and self._root_graphs.serves():
+        if not step.by_key and self.backend.replays and self._root_graphs.serves():
             self._rebuild(step, given, send(self._source.device(), given.rebuilt)[0])
             replayed = self._root_graphs.run(
                 self._slab(), self._packed(given, self.engine.geometry.width), given.observations, step.addresses

@@ -8,7 +8,7 @@ from typing import Any, List, NamedTuple
 
 import numpy as np
 
-from ..engine.compiling import inlined, inner
+from ..engine.compiling import ZERO, inlined, inner
 from .random_numbers import ACTION, TIE, PhiloxKey, below, draw, normal, uniform
 from .tree_arrays import DECIMALS, FAR, FLOATS, MOST_DRAWN, NEAR, Tree, tree_shapes
 
@@ -283,12 +283,11 @@ def prepare_rows(tree: Tree, rules: Rules, key: PhiloxKey, rewards: np.ndarray, 
     followed by -1 (all -1: every action is legal), noise ``[B, S]`` in the order of legal actions, and its weight."""
     for row in range(lo, hi):
         tree.order[row, 0] = legal[row]
-        root = int(np.int64(0))  # a literal 0 has a type of its own, for which all would be compiled again
-        expand(tree, rules, key, row, root, rewards[row], logits)
+        expand(tree, rules, key, row, ZERO, rewards[row], logits)
         if not rules.sampled:  # sampled trees ignore noise
-            for index in range(filled(tree, row, root)):
-                slot = tree.order[row, root, index]
-                tree.prior[row, root, slot] = tree.prior[row, root, slot] * (_ONE - weight) + noise[row, index] * weight
+            for index in range(filled(tree, row, ZERO)):
+                slot = tree.order[row, 0, index]
+                tree.prior[row, 0, slot] = tree.prior[row, 0, slot] * (_ONE - weight) + noise[row, index] * weight
         tree.visits[row, 0], tree.low[row], tree.high[row] = 1, _FAR, -_FAR
 
 

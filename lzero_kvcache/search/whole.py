@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from ..cache.base import PagedCacheManager
-from ..cache.stats import Timing
 from ..engine.memory import MemoryPool
 from ..engine.program import PagedNetwork
 from ..engine.slab import Slab
@@ -20,6 +19,7 @@ from ..engine.store import PageStore
 from ..engine.weights import Source
 from .compiled_model import CompiledModel
 from .guard import NanGuard
+from .timing import Timing
 from .tree_arrays import padded
 
 CHUNK = 64
@@ -232,7 +232,7 @@ class CompiledSearch(WholeSearch):
             slab = (pages * rows + 1, 2, geometry.layers, 2, geometry.heads, geometry.head_dim)
             return SearchMemory(tree, latents, np.zeros(slab, np.float32))
 
-        sizes = (network.embed, network.inner, network.widest, network.policy, len(network.blocks))
+        sizes = (network.embed, network.mlp_width, network.widest, network.policy, len(network.blocks))
         size = (problem.simulations, problem.slots, problem.action_size, width, pages, int(has_states), *sizes)
         with self._memories.lease(size, 1, make, lambda memory: len(memory.tree.depth) >= rows) as [memory]:
             tree = type(memory.tree)(*(array[:rows] for array in memory.tree))

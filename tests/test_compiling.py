@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lzero_kvcache.engine.compiling import why_not_compiled
-from lzero_kvcache.search.kept_on_disk import entry
+from lzero_kvcache.engine.compiling import entry, why_not_compiled
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
 
@@ -18,12 +17,12 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reaso
 PROGRAM = '''
     import logging, sys
     logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format='%(name)s %(levelname)s %(message)s')
-    from lzero_kvcache.search import kept_on_disk
+    from lzero_kvcache.engine import compiling
 
     def add_one(x):
         return x + 1
 
-    compiled = kept_on_disk.entry(add_one)
+    compiled = compiling.entry(add_one)
     print('answer', compiled(41), 'of', len(compiled.overloads))
 '''
 
@@ -70,7 +69,7 @@ def test_each_compilation_is_told_of(tmp_path: Path) -> None:
     more = PROGRAM.replace("print('answer'", """def add_two(x):
         return x + 2
 
-    kept_on_disk.entry(add_two)(40)
+    compiling.entry(add_two)(40)
     compiled(41.)
     print('answer'""").replace('len(compiled.overloads)', 'len(compiled.overloads) - 1')
     said = run(tmp_path, more)
@@ -90,7 +89,7 @@ def test_other_sources_are_compiled_anew(tmp_path: Path) -> None:
     for content, is_compiled in (('', True), ('', False), ('edited = 1', True), ('edited = 1', False)):
         (room / 'called.py').write_text(content)
         assert ('Compiling' in run(kept, program)) == is_compiled
-    other = 'kept_on_disk.hash_of = lambda folders: f"of {len(folders)}"\n    compiled ='
+    other = 'compiling.hash_of = lambda folders: f"of {len(folders)}"\n    compiled ='
     edited = program.replace('compiled =', other)
     assert 'Compiling' in run(kept, edited)
     assert [path.name for path in kept.rglob('of 3')]
