@@ -13,7 +13,7 @@ from easydict import EasyDict
 from ..config import MIB, OPTIONS, ConfigError, check_dict, missing, names_of_modules, nearest
 from . import root_level
 from .lightzero import lightzero
-from .states import loading
+from .states import faults_under
 
 UNKNOWN_ENVIRONMENT = 'UnregisteredEnv', 'DeprecatedEnv'
 """Errors of gym and of gymnasium for an id of which they have no environment."""
@@ -141,7 +141,7 @@ def try_policy(main_config: EasyDict, create_config: EasyDict, states: Iterable[
     with root_level.kept():
         policy = build_policy(main_config, create_config, ('learn', 'collect', 'eval'))
     for source, state in states:
-        with loading(source):
+        with faults_under(source):
             policy.learn_mode.load_state_dict(state)
 
 

@@ -2,7 +2,7 @@
 import logging
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Protocol, Tuple
 
 import torch
 from ding.utils import dist_init
@@ -10,6 +10,28 @@ from easydict import EasyDict
 from lzero.config.utils import lz_to_ddp_config
 
 from .patches import Make
+
+
+class Ranks(Protocol):
+    """The processes of one training. They exchange numbers and objects, and leave together: each of these may raise
+    where an end was asked for on any of them."""
+    rank: int
+    size: int
+    main: bool
+    several: bool
+    device: torch.device
+
+    def in_collection(self) -> None: ...
+
+    def in_evaluation(self) -> None: ...
+
+    def collected(self, before: int, after: int) -> int: ...
+
+    def sum(self, number: float) -> float: ...
+
+    def least(self, number: int) -> int: ...
+
+    def broadcast(self, objects: List[Any], src: int) -> None: ...
 
 
 def join_gpus() -> None:
@@ -22,9 +44,8 @@ def divide(main_config: EasyDict) -> None:
     lz_to_ddp_config(main_config)
 
 
-def replacements(ranks: Any) -> Dict[str, Make]:
-    """What ``applied`` replaces so that several processes train together, on CPUs too. ``ranks`` exchange numbers and
-    objects, and leave together."""
+def replacements(ranks: Ranks) -> Dict[str, Make]:
+    """What ``applied`` replaces so that several processes train together, on CPUs too."""
     if not ranks.several:
         return {}
     replaced: Dict[str, Make] = dict(
@@ -39,19 +60,19 @@ def replacements(ranks: Any) -> Dict[str, Make]:
     return replaced
 
 
-def _reduced(ranks: Any, number: Any, op: str) -> Any:
+def _reduced(ranks: Ranks, number: Any, op: str) -> Any:
     total = ranks.sum(float(number)) / (ranks.size if op == 'avg' else 1)
     return round(total) if isinstance(number, int) and op == 'sum' else total
 
 
-def _updates(ranks: Any, original: Callable[..., int], cfg: EasyDict, new_data: Any, world_size: int = 1) -> int:
+def _updates(ranks: Ranks, original: Callable[..., int], cfg: EasyDict, new_data: Any, world_size: int = 1) -> int:
     if cfg.policy.update_per_collect is not None:
         return original(cfg, new_data)
     policy = dict(update_per_collect=None, game_segment_length=cfg.policy.game_segment_length, replay_ratio=1)
     return int(ranks.sum(original(EasyDict(policy=policy), new_data)) * cfg.policy.replay_ratio)
 
 
-def _build_logger(ranks: Any, path: str, name: Optional[str] = None, *args: Any, **kwargs: Any) -> Tuple[Any, None]:
+def _build_logger(ranks: Ranks, path: str, name: Optional[str] = None, *args: Any, **kwargs: Any) -> Tuple[Any, None]:
     return logging.getLogger(f'rank{ranks.rank}.{name}'), None
 
 

@@ -14,11 +14,11 @@ from .checkpoints import abandon_later, beside
 
 class Past(NamedTuple):
     """What a training goes on from in place, as far as that is known; all None where it begins."""
-    checkpoint: Optional[Tuple[str, int]] = None  # its path and its iteration
+    saved: Optional[Tuple[str, int]] = None  # the checkpoint's path, and its iteration
     result: Optional[Result] = None  # as it was at the checkpoint
     run_id: Optional[str] = None
     best_reward: Optional[float] = None  # of what is abandoned, too
-    evaluated_at: Optional[int] = None  # the checkpoint's iteration, if it was evaluated there
+    evaluated_at: Optional[int] = None  # its iteration, if it was evaluated there
 
 
 def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str], None]) -> Past:

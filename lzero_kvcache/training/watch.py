@@ -3,32 +3,29 @@ import contextlib
 import os
 from typing import Any, Callable, Optional
 
+from ..host import watched
 from ..host.patches import applied
 from ..summary import Evaluation, Result, reward_text
 from ..telemetry import counters_of
-from .checkpoints import Checkpoint, prune, save_atomically
+from .checkpoints import prune, save_atomically
 from .past import Past
 from .ranks import DataParallel
 from .terminal import Terminal
 
 
-class Watch:
+class Watch(watched.Watch):
     """
     Keeps a result up to date. ``on_change`` is called whenever something moved, ``on_saved`` with the path of each
     checkpoint.
     """
+    ranks: DataParallel
+    past: Past
 
     def __init__(self, result: Result, terminal: Terminal, ranks: DataParallel, on_change: Callable[[], None],
                  on_saved: Callable[[str], None], keep_checkpoints: Optional[int] = None) -> None:
         self.result, self.terminal, self.ranks = result, terminal, ranks
         self.on_change, self.on_saved, self.keep_checkpoints = on_change, on_saved, keep_checkpoints
-        self.learner: Any = None
-        self.collector: Any = None
-        self.evaluator: Any = None
         self.phase = 'start'
-        self.stopped = False
-        self.under_way = 0  # env steps of this process in the collection that is under way, or that was cut off
-        self.checkpoint: Optional[Checkpoint] = None  # to go on from, or to evaluate
         self.past = Past()
 
     def look(self) -> None:
@@ -47,7 +44,6 @@ class Watch:
         self.on_change()
 
     def stepped(self, steps: int) -> None:
-        """Count steps of the collection that is under way."""
         self.under_way += steps
         self.on_change()
 
@@ -86,9 +82,8 @@ class Watch:
                 self.learner.save_checkpoint()
 
     def save(self, path: str, data: Any, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint, in place of DI-engine's ``save_file``."""
         # DI-engine also saves at the first update: it would write over the checkpoint that the training goes on from.
-        if (os.path.realpath(path), data.get('last_iter')) == self.past.checkpoint:
+        if (os.path.realpath(path), data.get('last_iter')) == self.past.saved:
             return
         save_atomically(data, path)
         self.learner.tb_logger.flush()  # a training that is killed goes on from these points
