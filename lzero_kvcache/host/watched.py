@@ -174,6 +174,10 @@ def _watched_collector(watch: Watch, base: Any) -> type:
             watch.stepped(-watch.under_way)
             return collected
 
+        def take_back(self) -> None:
+            """Count the last collection no more."""
+            self._total_envstep_count = self._begun_at
+
         def _output_log(self, train_iter: int) -> None:
             """Called as a collection ends, on every rank."""
             if watch.ranks.several and not lightzero.ADDS_UP_STEPS:

@@ -125,6 +125,7 @@ class _Training:
                     raise
                 result.outcome, result.exit_code = f'interrupted by {interrupt}', 128 + interrupt.signum
                 together = interrupt.agreed
+                self.watch.cut_off(plan.max_env_step or UNBOUNDED)
                 if plan.task == TRAIN and self.ranks.main:
                     self.watch.save_checkpoint()
             finally:

@@ -74,6 +74,13 @@ class Watch(watched.Watch):
         if (evaluations or self.result.resumed_at) and last < train_iter:
             self.evaluator.eval(self.learner.save_checkpoint, train_iter, self.collector.envstep)
 
+    def cut_off(self, max_env_step: float) -> None:
+        """Count the last collection as one that is not trained on, if its updates were cut off: nothing could go on
+        from a checkpoint that has all steps."""
+        self.look()
+        if self.result.env_step >= max_env_step and self.phase != 'evaluate':
+            self.collector.take_back()
+
     def save_checkpoint(self) -> None:
         """Save where the training stands, if there is anything to save yet."""
         if self.learner is not None and self.collector is not None:
