@@ -48,7 +48,7 @@ class UsageError(ValueError):
     """Options that no parser accepts, in one line."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -308,7 +308,7 @@ def reader_of(name: str) -> Callable[[Any], Any]:
 
 def command_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = _Parser(prog=COMMAND, description='Trainings with the KV cache of UniZero, and tools around it.')
+    parser = Parser(prog=COMMAND, description='Trainings with the KV cache of UniZero, and tools around it.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     _add_train(commands)
     _add_compare(commands)
