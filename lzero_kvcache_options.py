@@ -63,7 +63,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         options = command_parser().parse_args(argv)
         check_options(options)
         if getattr(options, 'config', None) is not None:
-            options.config = find_config(options.config)
+            options.config = path_of_config(options.config)
             if ranks_of_torchrun()[0] == 0:
                 print(f'Config: {options.config}', flush=True)
         # What LightZero, DI-engine and gym say while they are imported is of no use here.
@@ -122,7 +122,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise UsageError(f'--{option} {" ".join(map(str, values))}: give each of them once')
 
 
-def find_config(name: str) -> str:
+def path_of_config(name: str) -> str:
     """The absolute path of a config file; ``.py`` may be left out."""
     stem = re.sub(r'\.py$', '', name)
     for path in (name, stem + '.py'):

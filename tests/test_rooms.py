@@ -46,6 +46,7 @@ FORBIDDEN = {
     'validation': {'lzero', 'zoo', 'ding'},
     'telemetry': {'lzero', 'zoo'},
     'training': {'lzero', 'zoo', 'ding', 'gym', 'gymnasium'},
+    'info': {'lzero', 'zoo', 'ding', 'gym', 'gymnasium'},
     'comparison': {'torch', 'lzero', 'zoo', 'ding'},
     'cli': {'torch', 'lzero', 'zoo', 'ding', 'numpy'},
 }
@@ -168,7 +169,8 @@ def test_only_the_host_names_attributes_of_lightzeros():
 
 
 def test_a_training_does_not_know_how_the_cache_or_lightzeros_workers_work():
-    names = (r'policy\._', r'\.slab', 'page_capacity', '_output_log', 'log_buffer', 'sync_gradients', 'get_num_of_')
+    names = (r'policy\._', r'\.slab', 'page_capacity', r'manager\.width',
+             '_output_log', 'log_buffer', 'sync_gradients', 'get_num_of_')
     found = [(name_of(path), name) for path in FILES if top_of(path) == 'training' for name in names
              if re.search(name, path.read_text(encoding='utf-8'))]
     assert not found

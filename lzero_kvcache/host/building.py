@@ -4,13 +4,12 @@ import copy
 import importlib.util
 import os
 import traceback
-from types import SimpleNamespace
 from typing import Any, Iterable, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 from easydict import EasyDict
 
-from ..config import MIB, OPTIONS, ConfigError, check_dict, missing, names_of_modules, nearest
+from ..config import OPTIONS, ConfigError, check_dict, missing, names_of_modules, nearest
 from . import root_level
 from .lightzero import lightzero
 from .states import faults_under
@@ -117,22 +116,6 @@ def build_policy(main_config: EasyDict, create_config: EasyDict,
     cfg.multi_gpu = cfg.use_wandb = False  # one process alone, which has no run
     with _fault_named():
         return create_policy(cfg, enable_field=list(fields))
-
-
-def cache_of(main_config: EasyDict, create_config: EasyDict) -> SimpleNamespace:
-    """The cache of a config as it is on the CPU, and what it takes at the most; of the new one its pages too."""
-    policy = build_policy(main_config, create_config)
-    model = policy._model.world_model
-    manager = model.kv_cache_manager
-    cache = SimpleNamespace(sizes=model.hyperparameters, memory_mb=manager.counters()['memory_mb'])
-    if hasattr(manager, 'full_memory_mb'):
-        cache.full_memory_mb = manager.full_memory_mb
-        return cache
-    cache.evaluated, cache.why_not_whole = policy._cfg.evaluator_env_num, model.why_not_whole()
-    cache.pages, cache.pages_of_context = manager.page_capacity, manager.width
-    cache.page_bytes = manager.store.slab.page_bytes
-    cache.full_memory_mb = cache.pages * cache.page_bytes / MIB
-    return cache
 
 
 def try_policy(main_config: EasyDict, create_config: EasyDict, states: Iterable[Tuple[str, Any]] = ()) -> None:

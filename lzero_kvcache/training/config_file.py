@@ -64,7 +64,7 @@ class Plan:
 def find_config(name: str) -> str:
     """The absolute path of a config file: of a path, of a name of ours, or of one of LightZero's own zoo."""
     try:
-        return lzero_kvcache_options.find_config(name)
+        return lzero_kvcache_options.path_of_config(name)
     except lzero_kvcache_options.UsageError as error:
         raise ConfigError(str(error)) from None
 

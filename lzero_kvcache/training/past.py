@@ -24,7 +24,7 @@ class Past(NamedTuple):
 def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str], None]) -> Past:
     """Go on in a folder from a checkpoint of these counts, with a line for what is abandoned or not known."""
     record = Record(folder).read()
-    ended, noted = as_result(record.summary) if record.ended else None, read_result(beside(path))
+    ended, noted = as_result(record.summary) if record.has_ended else None, read_result(beside(path))
     before = next((part for part in (ended, noted) if part and (part.train_iter, part.env_step) == (at, env_step)),
                   None)
     if before is None:
