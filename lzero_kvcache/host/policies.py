@@ -258,18 +258,12 @@ def _is_new(world_model: Any) -> bool:
 
 
 class UniZeroPolicy(KVCachePolicy, LightZeroUniZeroPolicy):
-    """
-    Overview:
-        LightZero's ``UniZeroPolicy`` with the plugin.
-    """
+    """LightZero's ``UniZeroPolicy`` with the plugin."""
     node_search = NodeSearch
 
 
 class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
-    """
-    Overview:
-        LightZero's ``SampledUniZeroPolicy`` with the plugin.
-    """
+    """LightZero's ``SampledUniZeroPolicy`` with the plugin."""
     node_search = SampledNodeSearch
 
 

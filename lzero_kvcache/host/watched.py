@@ -2,7 +2,7 @@
 happens."""
 import functools
 from abc import ABC, abstractmethod
-from typing import Any, Callable, List, Optional, Protocol, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -13,22 +13,20 @@ from ding.utils import set_pkg_seed
 from lzero.worker import MuZeroEvaluator
 
 from ..run_hooks import LOSS, RunHook
-from ..summary import Evaluation
+from ..summary import Evaluation, Result
 from . import data_parallel, entries
 from .lightzero import lightzero
 from .patches import applied
 from .states import Checkpoint
 
 
-class Past(Protocol):
-    """What a training goes on from."""
-
-    @property
-    def best_reward(self) -> Optional[float]: ...
-
-    @property
-    def evaluated_at(self) -> Optional[int]:
-        """The iteration that it begins at, if its weights were evaluated there."""
+class Past(NamedTuple):
+    """What a training goes on from in place, as far as that is known; all None where it begins."""
+    saved: Optional[Tuple[str, int]] = None  # the checkpoint's path, and its iteration
+    result: Optional[Result] = None  # as it was at the checkpoint
+    run_id: Optional[str] = None
+    best_reward: Optional[float] = None  # of what is abandoned, too
+    evaluated_at: Optional[int] = None  # its iteration, if it was evaluated there
 
 
 class Watch(ABC):
@@ -39,7 +37,7 @@ class Watch(ABC):
     stopped = False  # since the reward is high enough
     under_way = 0  # env steps of this process in the collection that is under way, or that was cut off
     loaded: Optional[Checkpoint] = None  # to go on from, or to evaluate
-    past: Past
+    past = Past()
     ranks: data_parallel.Ranks
 
     @abstractmethod

@@ -30,10 +30,10 @@ from .error_hints import hint
 COUNTS = 'seed', 'max_env_step', 'max_train_iter', 'threads'
 
 MODULE = 'lzero.entry'  # of LightZero's trainings
-# The dicts that every config has, parents first; then those of UniZero's.
-NEEDED = 'main_config', 'main_config.policy', 'create_config', 'create_config.policy'
-NEEDED_OF_UNIZERO = ('main_config.env', 'main_config.policy.model', 'main_config.policy.model.world_model_cfg',
-                     'create_config.env', 'create_config.env_manager')
+# The dicts that every config has, parents first, and first those that tell the policy.
+NEEDED = ('main_config', 'main_config.policy', 'create_config', 'create_config.policy', 'main_config.env',
+          'main_config.policy.model', 'main_config.policy.model.world_model_cfg', 'create_config.env',
+          'create_config.env_manager')
 
 # The folder of the last config, with what removes it from the import path, of which the process has only one.
 _beside: Dict[str, contextlib.ExitStack] = {}
@@ -87,14 +87,18 @@ def load_config(name: str) -> Plan:
             f"--config {path}: it declares no {' and no '.join(missing)}; a LightZero config file has 'main_config' "
             f"and 'create_config', or calls {' or '.join(ENTRIES)}"
         )
-    _check_dicts(declared, NEEDED, path)
+    for key in NEEDED:
+        node: Any = declared
+        for part in key.split('.'):
+            node = node.get(part)
+        check_dict(node, f'{path}: {key}')
+        if key == 'create_config.policy':
+            policy_type(declared['main_config'], declared['create_config'])
     try:
         main_config, create_config = (
             EasyDict(copy.deepcopy(declared[name])) for name in ('main_config', 'create_config'))
     except TypeError as error:  # of a key that is no string
         raise ConfigError(f'{path}: {error}') from error
-    policy_type(main_config, create_config)
-    _check_dicts(declared, NEEDED_OF_UNIZERO, path)
     counts: Dict[str, Any] = {key: _whole_number(declared[key], key, path)
                               for key in COUNTS if declared.get(key) is not None}
     return Plan(path, main_config, create_config, entry or _guessed_entry(main_config, path), **counts)
@@ -138,14 +142,6 @@ def _is_program(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and any(
         isinstance(part, ast.Name) and part.id == '__name__' for part in ast.walk(node.test)
     )
-
-
-def _check_dicts(declared: Dict[str, Any], keys: Sequence[str], path: str) -> None:
-    for key in keys:
-        node: Any = declared
-        for part in key.split('.'):
-            node = node.get(part)
-        check_dict(node, f'{path}: {key}')
 
 
 def _missing(declared: Dict[str, Any]) -> List[str]:

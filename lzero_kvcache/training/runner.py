@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..config import ConfigError, picked_manager
 from ..host import building, watched
+from ..host.data_parallel import Interrupted
 from ..host.entries import UNBOUNDED, check_wandb_login
 from ..host.lightzero import VERSION
 from ..host.patches import applied
@@ -28,7 +29,7 @@ from .checkpoints import Checkpoint, beside, is_abandoned, read_checkpoint
 from .config_file import Plan
 from .error_hints import hinted
 from .past import take_up
-from .ranks import DataParallel, Interrupted
+from .ranks import DataParallel
 from .terminal import Bar, Output, summary_rows, unlogged
 from .watch import Watch
 

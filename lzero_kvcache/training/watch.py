@@ -8,7 +8,6 @@ from ..host.patches import applied
 from ..summary import Evaluation, Result, reward_text
 from ..telemetry import counters_of
 from .checkpoints import prune, save_atomically
-from .past import Past
 from .ranks import DataParallel
 from .terminal import Terminal
 
@@ -18,15 +17,12 @@ class Watch(watched.Watch):
     Keeps a result up to date. ``on_change`` is called whenever something moved, ``on_saved`` with the path of each
     checkpoint.
     """
-    ranks: DataParallel
-    past: Past
 
     def __init__(self, result: Result, terminal: Terminal, ranks: DataParallel, on_change: Callable[[], None],
                  on_saved: Callable[[str], None], keep_checkpoints: Optional[int] = None) -> None:
         self.result, self.terminal, self.ranks = result, terminal, ranks
         self.on_change, self.on_saved, self.keep_checkpoints = on_change, on_saved, keep_checkpoints
         self.phase = 'start'
-        self.past = Past()
 
     def look(self) -> None:
         """Bring the result up to date."""
