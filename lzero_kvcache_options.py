@@ -48,7 +48,7 @@ class UsageError(ValueError):
     """Options that no parser accepts, in one line."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -63,7 +63,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         options = command_parser().parse_args(argv)
         check_options(options)
         if getattr(options, 'config', None) is not None:
-            options.config = find_config(options.config)
+            options.config = path_of_config(options.config)
             if ranks_of_torchrun()[0] == 0:
                 print(f'Config: {options.config}', flush=True)
         # What LightZero, DI-engine and gym say while they are imported is of no use here.
@@ -122,7 +122,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise UsageError(f'--{option} {" ".join(map(str, values))}: give each of them once')
 
 
-def find_config(name: str) -> str:
+def path_of_config(name: str) -> str:
     """The absolute path of a config file; ``.py`` may be left out."""
     stem = re.sub(r'\.py$', '', name)
     for path in (name, stem + '.py'):
@@ -308,7 +308,7 @@ def reader_of(name: str) -> Callable[[Any], Any]:
 
 def command_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = _Parser(prog=COMMAND, description='Trainings with the KV cache of UniZero, and tools around it.')
+    parser = Parser(prog=COMMAND, description='Trainings with the KV cache of UniZero, and tools around it.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     _add_train(commands)
     _add_compare(commands)

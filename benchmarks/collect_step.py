@@ -17,6 +17,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
+import usage
 from common import (
     PRESETS,
     StepTimes,
@@ -205,5 +206,5 @@ def main() -> None:
 
 if __name__ == '__main__':
     start = time.perf_counter()
-    main()
+    usage.run(main)
     print(f'{time.perf_counter() - start:.0f} s')

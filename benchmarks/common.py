@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple, Union
 from unittest import mock
 
 import torch
+import usage
 from ding.utils import MODEL_REGISTRY
 from easydict import EasyDict
 from rich.console import Console
@@ -40,8 +41,7 @@ PRESETS: Dict[str, Dict[str, Any]] = {
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    options = argparse.ArgumentParser(description=description)
-    options.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    options = usage.parser(description)
     options.add_argument('--model', choices=sorted(PRESETS), default='cartpole')
     options.add_argument('--context', type=int, default=8, help='context_length')
     options.add_argument('--layers', type=int, default=2)

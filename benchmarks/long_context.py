@@ -6,12 +6,12 @@ Contexts are full when the measurement begins, or filled to the shares that --fi
 the time of a collect step goes, by the operations that torch ran; the rest is Python, in the old system mostly copies
 of containers, and smaller operations.
 """
-import argparse
 import contextlib
 import io
 import time
 from typing import Any, Dict, List
 
+import usage
 from collect_step import build_policies, collect, measure, zoo_configs
 from common import report
 from torch.profiler import ProfilerActivity, profile
@@ -48,13 +48,12 @@ def used_mb(policy: Any) -> float:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = usage.parser(__doc__)
     options.add_argument('--contexts', type=int, nargs='+', default=[8, 20, 64, 128, 512], help='context_length')
     options.add_argument('--filled', type=float, nargs='+', default=[1.0], help='shares of the contexts in use')
     options.add_argument('--envs', type=int, default=8)
     options.add_argument('--simulations', type=int, default=25)
     options.add_argument('--repeats', type=int, default=1, help='four collect steps each')
-    options.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     options.add_argument('--backend', choices=KV_CACHE_CFG['backend'].choices, default='auto', help='of the new system')
     options.add_argument(
         '--matmul', choices=KV_CACHE_CFG['matmul'].choices, default='float32', help='of the new system, on a GPU')
@@ -82,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    usage.run(main)

@@ -10,6 +10,7 @@ from typing import Any, Dict, List
 from unittest import mock
 
 import numpy as np
+import usage
 from collect_step import build_policies, collect, fill, preset_configs
 from common import median, parser, report, timed
 
@@ -71,4 +72,4 @@ def agreement(exact: List[Any], other: List[Any]) -> Dict[str, float]:
 
 
 if __name__ == '__main__':
-    main()
+    usage.run(main)

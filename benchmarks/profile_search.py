@@ -9,6 +9,7 @@ import pstats
 from typing import Any
 
 import torch
+import usage
 from collect_step import build_policies, collect, preset_configs
 from common import parser
 
@@ -47,4 +48,4 @@ def kernels(policies: Any, args: Any) -> str:
 
 
 if __name__ == '__main__':
-    main()
+    usage.run(main)

@@ -9,6 +9,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 import torch
+import usage
 from common import PRESETS, allocated_mb, build_models, median, parser, report, timed
 from easydict import EasyDict
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
@@ -74,4 +75,4 @@ def reanalyze(search: Any, args: Any, actions: int, model: Any, latent: np.ndarr
 
 
 if __name__ == '__main__':
-    main()
+    usage.run(main)

@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Union
 
 import numpy as np
 import torch
+import usage
 from common import PRESETS, StepTimes, allocated_mb, build_models, median, memory_of_contexts, parser, report, timed
 
 
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    usage.run(main)

@@ -15,6 +15,7 @@ from unittest import mock
 import numba
 import numpy as np
 import torch
+import usage
 from collect_step import build_policies, collect, fill, preset_configs
 from common import parser, report
 
@@ -187,4 +188,4 @@ def best(function: Callable[[], Any], repeats: int) -> float:
 
 
 if __name__ == '__main__':
-    main()
+    usage.run(main)

@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterator, List
 import numpy as np
 import psutil
 import torch
+import usage
 from common import PRESETS, build_models, parser, report
 
 from lzero_kvcache import KVCacheManager
@@ -142,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    usage.run(main)

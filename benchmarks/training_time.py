@@ -19,8 +19,11 @@ import time
 from statistics import median
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
+import usage
 from rich.console import Console
 from rich.table import Table
+
+from lzero_kvcache_options import BAD_USAGE, UsageError
 
 SYSTEMS = 'old', 'new'
 SEARCH, STEP, LEARNER = 'search', 'rest of a collect step', 'learner step'
@@ -235,7 +238,10 @@ def train(system: str, args: argparse.Namespace) -> Dict[str, Any]:
         code = subprocess.call(command)
         if code:
             with open(log) as file:
-                sys.exit(f'{system}: exit code {code}\n' + ''.join(file.readlines()[-30:]))
+                said = file.readlines()
+            if code == BAD_USAGE:
+                raise UsageError(said[-1].partition('error: ')[2].strip())
+            sys.exit(f'{system}: exit code {code}\n' + ''.join(said[-30:]))
         with open(os.path.join(folder, 'times.json')) as file:
             return json.load(file)
 
@@ -272,12 +278,11 @@ def compared(runs: List[Tuple[Dict[str, Any], Dict[str, Any]]]) -> Tuple[List[Di
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = usage.parser(__doc__)
     options.add_argument('--config', required=True, help='as for train.py')
     options.add_argument('--iterations', type=int, default=300, help='trained at least; a collection ends with them')
     options.add_argument('--repeats', type=int, default=1, help='trainings in each system')
     options.add_argument('--evaluation-steps', type=int, default=20, help='after which an evaluation is cut short')
-    options.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     options.add_argument('--cpu-time', action='store_true',
                          help='of all threads of the process, in place of wall time: for a machine that has other work')
     options.add_argument('--seed', type=int)
@@ -310,4 +315,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    usage.run(main)

@@ -5,6 +5,7 @@ new one holds after a collect step of every environment (pages, gathered windows
 """
 from typing import Any, Dict, List
 
+import usage
 from collect_step import build_policies, collect, zoo_configs
 from common import parser, report, silent
 
@@ -38,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    usage.run(main)

@@ -83,13 +83,13 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
 def policy_type(main_config: EasyDict, create_config: EasyDict) -> str:
     """The name of a config's policy; one that is not served is refused. DI-engine takes the one of ``main_config``, if
     it has one, and LightZero's entries the other."""
-    name = create_config.policy.get('type')
+    name = create_config['policy'].get('type')
     if name not in lightzero.POLICIES:
         served = nearest(str(name), lightzero.POLICIES)
         if building.is_algorithm(name):  # another one, and not a misspelt name
             served = f'served are {", ".join(map(repr, lightzero.POLICIES))}'
         raise ConfigError(f'create_config.policy.type={name!r} is not a UniZero policy: {served}')
-    of_main = main_config.policy.get('type', name)
+    of_main = main_config['policy'].get('type', name)
     if of_main != name:
         raise ConfigError(
             f'policy.type={of_main!r} contradicts create_config.policy.type={name!r}: leave it out, and set the latter'

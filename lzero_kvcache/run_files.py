@@ -37,9 +37,9 @@ EVALUATIONS = ('evaluator_iter/', 'evaluator_step/')
 COLLECTIONS = ('collector_iter/', 'collector_step/')
 # The pools whose look-ups are counted.
 POOLS = 'init', 'recur', 'total'
-# What values of a summary are, where it has them: lists of some kind, or of one of several kinds.
+# What values of a summary are, where it has them: lists of some kind, or single ones of one of several kinds.
 LISTS = {'resumed_at': int, 'earlier': dict, 'overrides': str, 'evaluations': dict}
-SUMMARY_KINDS: Dict[str, Tuple[type, ...]] = {
+SINGLE: Dict[str, Tuple[type, ...]] = {
     'outcome': (str, ), 'run_id': (str, ), 'cache': (str, type(None)),
     'max_env_step': (int, float, type(None)), 'max_train_iter': (int, float, type(None)),
 }
@@ -51,12 +51,12 @@ RECORD_FRAME = 8 + 4 + 4
 class Record:
     """
     What a run's folder says of it. ``config`` has dotted keys; ``summary`` is what its progress says, if it has no
-    summary and so has not ``ended``. Both are empty where nothing was saved. ``notes`` say what is missing.
+    summary and so has not ended. Both are empty where nothing was saved. ``notes`` say what is missing.
     """
     folder: str
     config: Dict[str, Any] = field(default_factory=dict)
     summary: Dict[str, Any] = field(default_factory=dict)
-    ended: bool = False
+    has_ended: bool = False
     notes: List[str] = field(default_factory=list)
 
     @property
@@ -73,7 +73,7 @@ class Record:
         for name, known in ((SUMMARY, {}), (PROGRESS, {'outcome': NO_END})):
             try:
                 self.summary = _checked({**read_json(os.path.join(self.folder, name)), **known})
-                self.ended = name == SUMMARY
+                self.has_ended = name == SUMMARY
                 break
             except FileNotFoundError:
                 continue
@@ -88,7 +88,7 @@ def _checked(summary: Dict[str, Any]) -> Dict[str, Any]:
         held = summary.get(name) or []
         if not isinstance(held, list) or not all(isinstance(part, kind) for part in held):
             raise ValueError(f'{name} is {held!r}')
-    for name, kinds in SUMMARY_KINDS.items():
+    for name, kinds in SINGLE.items():
         if not isinstance(summary.get(name, kinds[0]()), kinds):
             raise ValueError(f'{name} is {summary[name]!r}')
     for part in summary.get('earlier') or []:

@@ -5,20 +5,16 @@ from time to time, and a summary at the end. ``train.py`` removes them, and show
 import contextlib
 import logging
 import os
-import shutil
-import sys
 import time
-import traceback
 from dataclasses import replace
 from itertools import repeat
-from types import FrameType
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
+from ding.worker.learner.learner_hook import LearnerHook
 
 from .config import ConfigError, picked_manager
 from .lock_files import training_in
-from .run_files import CONFIG_FILES, DONE, EVALUATIONS, EVENT_FILES, LOADED, event_files, readable_events
+from .run_files import DONE, EVALUATIONS, EVENT_FILES, event_files, readable_events
 from .summary import SUMMARY, Evaluation, Result, begun, number_text, rate_text, reward_text
 from .telemetry import HOOK_CONFIG, HOOK_KEY, counters_of, manager_of, saved_config, summed_over_ranks
 
@@ -30,18 +26,19 @@ LOSS_TAG = f'learner_iter/{LOSS}_avg'
 # Mean, standard deviation and number of episodes of each evaluation.
 EVALUATED = tuple(EVALUATIONS[0] + name for name in ('reward_mean', 'reward_std', 'episode_count'))
 EVALUATED_STEPS = EVALUATIONS[1] + 'reward_mean'
-UNBOUNDED = int(1e10)  # what LightZero's entries are given for no limit
-ENTRY_PACKAGE = 'lzero.entry'  # a user's function is no entry, whatever its variables are called
 
 
 class RunHook(LearnerHook):
-    """Begins a run, tells of it or ends it, as its position says. The hooks of a learner share the run."""
+    """Begins a run, tells of it or ends it, as its position says. The hooks of a learner share the run. Who registers
+    one says what is known of the entry that trains."""
+    entry_that_trains: Callable[[], Dict[str, Any]]  # its limits, its name, and the file that has called it
+    rewards_of_entry: Callable[[], Dict[str, Any]]  # the last and the best
 
     def __call__(self, engine: Any) -> None:
         """``engine`` is DI-engine's learner. There is no run if the model is not the plugin's."""
         if manager_of(engine.policy) is not None:
             if not hasattr(engine, 'kv_cache_run'):
-                engine.kv_cache_run = Run(engine)
+                engine.kv_cache_run = Run(engine, self)
             getattr(engine.kv_cache_run, self.position)(engine)
 
 
@@ -49,14 +46,15 @@ class Run:
     """What is known of a run of LightZero's entry: when it began, how far it is, and when it is to stop. It holds the
     run's folder, so that no second training goes on in it, until it ends, or its process does."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, hook: RunHook) -> None:
+        self._rewards = hook.rewards_of_entry
         self._began = self._next = time.monotonic()  # when the next line is due
         self._holding = contextlib.ExitStack()
         cfg, folder = engine.policy.get_attribute('cfg'), engine.exp_name
         self._result = begun(
             saved_config(engine).get('seed', 0), device=str(cfg.device), exp_name=folder,
             event_files=os.path.join(folder, EVENT_FILES), processes=engine.world_size,
-            **entry_that_trains())
+            **hook.entry_that_trains())
         self._result.cache = picked_manager(cfg.model.world_model_cfg)
         self._result.versions['LightZero'] = engine.policy.get_attribute('model').world_model.lightzero_version
 
@@ -72,7 +70,7 @@ class Run:
         now = time.monotonic()
         if engine.rank == 0 and now >= self._next:
             self._next = now + EVERY_SECONDS
-            result = replace(self._look(engine), loss=engine.log_buffer['scalar'].get(LOSS), **rewards_of_entry())
+            result = replace(self._look(engine), loss=engine.log_buffer['scalar'].get(LOSS), **self._rewards())
             logger.info(result.line('train'))
             write_progress(result, 'train')
 
@@ -111,74 +109,6 @@ class Run:
 def write_progress(result: Result, phase: str) -> None:
     """How far a run is. Its evaluations would have to be looked for in its event files, which grow."""
     result.write_progress(phase, evaluations=None)
-
-
-def rewards_of_entry() -> Dict[str, Any]:
-    """The last and the best reward of the entry that trains; nothing before its first evaluation."""
-    known = _locals_of(ENTRY_PACKAGE, 'evaluator', 'reward')
-    episodes = known['reward'].get('eval_episode_return') if isinstance(known.get('reward'), dict) else None
-    if episodes is None:
-        return {}
-    last = float(sum(episodes)) / len(episodes)
-    return dict(last_reward=last, best_reward=max(last, getattr(known['evaluator'], '_max_episode_return', last)))
-
-
-def entry_that_trains() -> Dict[str, Any]:
-    """Limits and name of the entry that trains, and the file that has called it, if it is one."""
-    names = 'max_env_step', 'max_train_iter'
-    frame = _frame_of(ENTRY_PACKAGE, *names)
-    if frame is None:
-        return {}
-    limits = {name: frame.f_locals[name] for name in names}
-    caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ''
-    return dict({name: limit if limit and limit < UNBOUNDED else None for name, limit in limits.items()},
-                entry=frame.f_code.co_name, config=os.path.abspath(caller) if os.path.isfile(caller) else '')
-
-
-def source_of_checkpoint() -> str:
-    """The option and the path of the checkpoint that DI-engine's learner or an entry is loading; nothing where another
-    caller loads one."""
-    of_learner = _locals_of(LearnerHook.__module__, 'engine', 'path', 'state_dict')
-    if of_learner:
-        return f'{LOADED}={of_learner["path"]}'
-    of_entry = _locals_of(ENTRY_PACKAGE, 'model_path', 'create_cfg')
-    return f'model_path={of_entry["model_path"]}' if of_entry else ''
-
-
-def check_checkpoint_of_entry() -> None:
-    """Refuse a checkpoint that is not there, which LightZero's own entry would load when its environments have
-    begun."""
-    path = _locals_of(ENTRY_PACKAGE, 'model_path', 'create_cfg').get('model_path')
-    if isinstance(path, str) and not os.path.isfile(path):
-        raise ConfigError(f'model_path={path}: there is no such file')
-
-
-@contextlib.contextmanager
-def leaving_no_folder() -> Iterator[None]:
-    """Where LightZero's own entry is refused before it trains, remove the folder that DI-engine has just made for its
-    config, if it holds nothing else."""
-    try:
-        yield
-    except ConfigError:
-        folder = getattr(_locals_of(ENTRY_PACKAGE, 'cfg', 'create_cfg').get('cfg'), 'exp_name', None)
-        if folder and os.path.isdir(folder) and set(os.listdir(folder)) <= CONFIG_FILES:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _locals_of(module: str, *names: str) -> Dict[str, Any]:
-    """Local variables by their names, if :func:`_frame_of` finds them. LightZero hands them to no hook."""
-    frame = _frame_of(module, *names)
-    return {} if frame is None else {name: frame.f_locals.get(name) for name in names}
-
-
-def _frame_of(module: str, *names: str) -> Optional[FrameType]:
-    """The innermost frame of a module, or of a package's, whose function has these local variables."""
-    for frame, _ in traceback.walk_stack(sys._getframe()):
-        of_module = f'{frame.f_globals.get("__name__")}.'.startswith(f'{module}.')
-        if of_module and set(names) <= set(frame.f_code.co_varnames):
-            return frame
-    return None
 
 
 class Seen:
@@ -223,8 +153,6 @@ def read_events(folder: str) -> Seen:
 
 
 BEGIN_HOOK, PROGRESS_HOOK, SUMMARY_HOOK = 'kv_cache_folder', 'kv_cache_progress', 'kv_cache_summary'
-for hook in (BEGIN_HOOK, PROGRESS_HOOK, SUMMARY_HOOK):
-    register_learner_hook(hook, RunHook)
 # By the key under which they stand in a policy's default config. DI-engine's own are at 20: one clears the losses, one
 # saves the last checkpoint.
 HOOKS = {

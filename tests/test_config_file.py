@@ -289,3 +289,8 @@ def test_a_policy_that_is_not_served_is_refused_before_it_is_built(kind, tmp_pat
     )
     with pytest.raises(ConfigError, match='create_config.policy.type=.* is not a UniZero policy'):
         make_plan(str(tmp_path / 'config.py'))
+
+
+def test_a_config_of_another_algorithm_is_told_so_before_what_it_lacks():
+    with pytest.raises(ConfigError, match="^create_config.policy.type='muzero' is not a UniZero policy: served are "):
+        make_plan(lightzeros_cartpole.__file__.replace('unizero', 'muzero'))

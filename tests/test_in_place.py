@@ -165,10 +165,10 @@ def test_a_training_in_place_replaces_only_what_it_betters_and_is_evaluated_at_i
     running.collector = SimpleNamespace(envstep=50)
     running.evaluator = SimpleNamespace(_max_episode_return=float('-inf'),
                                         eval=lambda *arguments: evaluations.append(arguments))
-    running.checkpoint, running.past = Checkpoint({}, 5, 50), Past(best_reward=best)
+    running.loaded, running.past = Checkpoint({}, 5, 50), Past(best_reward=best)
     restore(running)
     assert running.evaluator._max_episode_return == (float('-inf') if best is None else best)
-    assert running.checkpoint is None  # as large as the model and its optimizer, for as long as the training lasts
+    assert running.loaded is None  # as large as the model and its optimizer, for as long as the training lasts
     running.evaluate_last()
     assert evaluations == []  # it was too short for any
     running.result.resumed_at = [50]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from builders import Worker, make_policy
 
-from lzero_kvcache import __version__
+from lzero_kvcache import __version__, info
 from lzero_kvcache.cli import commands
 from lzero_kvcache.config import KV_CACHE_CFG
 from lzero_kvcache.engine.slab import MIB
 from lzero_kvcache.host import building
 from lzero_kvcache.host.lightzero import adapter_of, lightzero
-from lzero_kvcache.training import info, make_plan
+from lzero_kvcache.training import make_plan
 from lzero_kvcache_options import lightzero_configs, main, our_configs
 
 WM = 'policy.model.world_model_cfg.'

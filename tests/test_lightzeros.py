@@ -35,8 +35,8 @@ from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartp
 
 from lzero_kvcache import CacheConfig, ConfigError, check_config
 from lzero_kvcache.host.exploration import ExplorationMetrics
+from lzero_kvcache.info import of_plan, of_zoo
 from lzero_kvcache.training import make_plan
-from lzero_kvcache.training.info import of_plan, of_zoo
 from lzero_kvcache.training.plan import set_cache
 from lzero_kvcache_options import main
 

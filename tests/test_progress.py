@@ -12,6 +12,7 @@ import pytest
 from fake_runs import a_watch
 from trainings import PROJECT_ROOT, summary_of
 
+from lzero_kvcache.host.watched import _watched_collector
 from lzero_kvcache.summary import Evaluation, Result, read_progress, read_result, reward_text, versions
 from lzero_kvcache.training import Plan
 from lzero_kvcache.training.checkpoints import read_checkpoint
@@ -60,6 +61,21 @@ def test_an_interrupt_in_a_step_of_an_environment(a_run):
     with pytest.raises(RuntimeError) as caught:
         manager._step(0, 1)
     assert a_run._interrupt(caught.value).signum == signal.SIGINT
+
+
+@pytest.mark.parametrize(('phase', 'counted'), [('collect', 40), ('train', 40), ('evaluate', 66)])
+def test_a_collection_whose_last_updates_are_cut_off_is_not_trained_on(phase, counted, a_run):
+    """From a checkpoint that had all steps nothing could go on. The last evaluation comes after all updates."""
+    watch = a_run.watch
+    base = type('Base', (), {'reset_policy': None, 'envstep': property(lambda self: self._total_envstep_count)})
+    watch.collector = _watched_collector(watch, base)()
+    watch.collector._begun_at, watch.collector._total_envstep_count = 40, 66
+    watch.learner, watch.phase = SimpleNamespace(train_iter=4), phase
+    watch.cut_off(67)
+    assert watch.collector.envstep == 66  # these were no last updates
+    watch.cut_off(60)
+    watch.look()
+    assert (watch.result.env_step, watch.result.collected_env_step) == (counted, 66)
 
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',

@@ -19,6 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from trainings import ITERATIONS, SMALL, WM, import_what_trainings_import, scalars, short_episodes, summary_of
 
 from lzero_kvcache import ConfigError, run_hooks
+from lzero_kvcache.host import entries
 from lzero_kvcache.lock_files import check_not_trained_in
 from lzero_kvcache.summary import Evaluation, read_progress, read_summary, version_of
 from lzero_kvcache.telemetry import HOOK_KEY
@@ -165,7 +166,7 @@ def is_refused():
 
 def test_a_script_that_is_refused_keeps_its_own_folder(tmp_path):
     def script(cfg, create_cfg):
-        with run_hooks.leaving_no_folder():
+        with entries.leaving_no_folder():
             raise ConfigError('refused')
 
     (tmp_path / 'total_config.py').write_text('')
@@ -214,7 +215,7 @@ def test_what_is_no_event_file_is_told_of(tmp_path, caplog):
 
 def test_a_function_of_a_users_is_no_entry():
     def script(max_env_step, max_train_iter, evaluator, reward):
-        return run_hooks.entry_that_trains(), run_hooks.rewards_of_entry()
+        return entries.entry_that_trains(), entries.rewards_of_entry()
 
     assert script(300, 20, None, {'eval_episode_return': [4.]}) == ({}, {})
 
@@ -223,14 +224,14 @@ def test_rewards_are_those_of_the_entrys_last_evaluation_and_of_its_best_one():
     returned = iter([[30., 50.], [10., 20.]])
 
     def entry():
-        evaluator, said = SimpleNamespace(_max_episode_return=float('-inf')), [run_hooks.rewards_of_entry()]
+        evaluator, said = SimpleNamespace(_max_episode_return=float('-inf')), [entries.rewards_of_entry()]
         for best in (40., 40.):
             evaluator._max_episode_return, reward = best, {'eval_episode_return': next(returned)}
-            said.append(run_hooks.rewards_of_entry())
+            said.append(entries.rewards_of_entry())
         return said, reward
 
     of_lightzero = types.FunctionType(
         entry.__code__, {**globals(), '__name__': 'lzero.entry.train_unizero'}, closure=entry.__closure__)
     assert of_lightzero()[0] == [
         {}, dict(last_reward=40., best_reward=40.), dict(last_reward=15., best_reward=40.)]
-    assert run_hooks.rewards_of_entry() == {}
+    assert entries.rewards_of_entry() == {}

@@ -34,11 +34,12 @@ from trainings import train as main
 
 from lzero_kvcache import ConfigError, telemetry
 from lzero_kvcache.host import building, data_parallel, entries
+from lzero_kvcache.host.data_parallel import Interrupted
 from lzero_kvcache.host.patches import applied
 from lzero_kvcache.summary import read_progress
 from lzero_kvcache.training import make_plan, runner
 from lzero_kvcache.training.checkpoints import read_checkpoint
-from lzero_kvcache.training.ranks import DataParallel, Interrupted
+from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache_options import ranks_of_torchrun
 
 # A segment of ten steps ends before its episode does.

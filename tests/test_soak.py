@@ -20,7 +20,7 @@ def soak(monkeypatch):
     level = logger.level
     yield soak
     logger.setLevel(level)  # a soak is quiet, and so would be whatever comes after it
-    for name in ('soak', 'common'):
+    for name in ('soak', 'common', 'usage'):
         sys.modules.pop(name, None)
 
 

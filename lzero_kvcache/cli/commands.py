@@ -14,12 +14,12 @@ from rich.console import Console
 from lzero_kvcache_options import EXPERIMENTS, INTERRUPTED, TrainOptions, ranks_of_torchrun, refused
 
 from ..config import ConfigError
+from ..info import installed, of_plan, of_zoo
 from ..run_files import results_in
 from ..text import drawn
 from ..training import run as run_plan
 from ..training.error_hints import hinted
 from ..training.experiment import Experiment
-from ..training.info import installed, of_plan, of_zoo
 from ..training.plan import plan_of
 from ..training.processes import TrialProcesses
 from ..training.ranks import DataParallel

@@ -4,16 +4,15 @@ import copy
 import importlib.util
 import os
 import traceback
-from types import SimpleNamespace
 from typing import Any, Iterable, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 from easydict import EasyDict
 
-from ..config import MIB, OPTIONS, ConfigError, check_dict, missing, names_of_modules, nearest
+from ..config import OPTIONS, ConfigError, check_dict, missing, names_of_modules, nearest
 from . import root_level
 from .lightzero import lightzero
-from .states import loading
+from .states import faults_under
 
 UNKNOWN_ENVIRONMENT = 'UnregisteredEnv', 'DeprecatedEnv'
 """Errors of gym and of gymnasium for an id of which they have no environment."""
@@ -119,29 +118,13 @@ def build_policy(main_config: EasyDict, create_config: EasyDict,
         return create_policy(cfg, enable_field=list(fields))
 
 
-def cache_of(main_config: EasyDict, create_config: EasyDict) -> SimpleNamespace:
-    """The cache of a config as it is on the CPU, and what it takes at the most; of the new one its pages too."""
-    policy = build_policy(main_config, create_config)
-    model = policy._model.world_model
-    manager = model.kv_cache_manager
-    cache = SimpleNamespace(sizes=model.hyperparameters, memory_mb=manager.counters()['memory_mb'])
-    if hasattr(manager, 'full_memory_mb'):
-        cache.full_memory_mb = manager.full_memory_mb
-        return cache
-    cache.evaluated, cache.why_not_whole = policy._cfg.evaluator_env_num, model.why_not_whole()
-    cache.pages, cache.pages_of_context = manager.page_capacity, manager.width
-    cache.page_bytes = manager.store.slab.page_bytes
-    cache.full_memory_mb = cache.pages * cache.page_bytes / MIB
-    return cache
-
-
 def try_policy(main_config: EasyDict, create_config: EasyDict, states: Iterable[Tuple[str, Any]] = ()) -> None:
     """Build the policy of a training, and load states of checkpoints into it, each with the option and the path that it
     came by, so that what is refused of them is found before anything of the run is there."""
     with root_level.kept():
         policy = build_policy(main_config, create_config, ('learn', 'collect', 'eval'))
     for source, state in states:
-        with loading(source):
+        with faults_under(source):
             policy.learn_mode.load_state_dict(state)
 
 

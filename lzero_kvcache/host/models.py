@@ -98,20 +98,14 @@ class MemoryTokenizer(Tokenizer):
 
 
 class UniZeroModel(KVCacheModel, unizero_model.UniZeroModel):
-    """
-    Overview:
-        LightZero's ``UniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
-        ``old_world_model``, which a subclass may name its own world models by.
-    """
+    """LightZero's ``UniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
+    ``old_world_model``, which a subclass may name its own world models by."""
     module = unizero_model
 
 
 class SampledUniZeroModel(KVCacheModel, sampled_unizero_model.SampledUniZeroModel):
-    """
-    Overview:
-        LightZero's ``SampledUniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
-        ``old_world_model``, which a subclass may name its own world models by.
-    """
+    """LightZero's ``SampledUniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
+    ``old_world_model``, which a subclass may name its own world models by."""
     module = sampled_unizero_model
 
 

@@ -41,11 +41,13 @@ def _of_models(name: str) -> Tuple[str, ...]:
     )
 
 
-def _of_policies(name: str) -> Tuple[str, ...]:
-    return tuple(
-        f'copy of lzero.policy.{module}:{policy}._forward_{mode}:{name}' for mode in ('collect', 'eval')
-        for module, policy in (('unizero', 'UniZeroPolicy'), ('sampled_unizero', 'SampledUniZeroPolicy'))
-    )
+UNIZERO, SAMPLED = 'unizero:UniZeroPolicy', 'sampled_unizero:SampledUniZeroPolicy'
+PPO = 'unizero_ppo:UniZeroPPOPolicy'  # of the main branch
+
+
+def _of_policies(name: str, *policies: str) -> Tuple[str, ...]:
+    return tuple(f'copy of lzero.policy.{policy}._forward_{mode}:{name}'
+                 for mode in ('collect', 'eval') for policy in policies)
 
 
 CALL = 'the call returns'
@@ -85,7 +87,7 @@ TABLE: Dict[str, Patch] = {
     'collector': Patch(_of_entries('Collector'), 'a subclass', 'counts environment steps as they are taken', RUN),
     'evaluator': Patch(_of_entries('Evaluator'), 'a subclass', 'keeps the reward of each evaluation', RUN),
     'save_file': Patch(
-        ('ding.worker.learner.learner_hook:save_file', ), 'checkpoints.save_atomically',
+        ('ding.worker.learner.learner_hook:save_file', ), 'the same in one step',
         'a kill during a save would leave a torn checkpoint', RUN),
     'reanalysis': Patch(
         ('lzero.mcts.buffer.game_buffer_unizero:UniZeroGameBuffer._compute_target_policy_reanalyzed', ),
@@ -122,15 +124,18 @@ TABLE: Dict[str, Patch] = {
     'Tokenizer': Patch(
         _of_models('Tokenizer'), 'MemoryTokenizer', "LightZero cannot construct 'image_memory' models without", CALL),
     'MCTSCtree': Patch(
-        (*_of_policies('MCTSCtree'), 'copy of lzero.mcts.buffer.game_buffer_unizero:'
+        (*_of_policies('MCTSCtree', UNIZERO, SAMPLED, PPO), 'copy of lzero.mcts.buffer.game_buffer_unizero:'
          'UniZeroGameBuffer._compute_target_policy_reanalyzed:MCTSCtree'),
         'roots that are searched in arrays', 'a search is one compiled call', CALL),
     'select_action': Patch(
-        _of_policies('select_action'), 'row_loops.Selection', 'it selects for all rows at once', CALL),
+        _of_policies('select_action', UNIZERO, SAMPLED, PPO), 'row_loops.Selection',
+        'it selects for all rows at once', CALL),
     'search_exploration_metrics': Patch(
-        ('copy of lzero.policy.unizero:UniZeroPolicy._forward_collect:search_exploration_metrics', ),
-        'exploration.ExplorationMetrics', 'it measures all rows at once, with PPO too, on the main branch', CALL),
-    'np': Patch(_of_policies('np'), 'numpy with another random.dirichlet', 'it draws for all rows at once', CALL),
+        _of_policies('search_exploration_metrics', UNIZERO, PPO), 'exploration.ExplorationMetrics',
+        'it measures all rows at once, on the main branch', CALL),
+    'np': Patch(
+        _of_policies('np', UNIZERO, SAMPLED, PPO), 'numpy with another random.dirichlet',
+        'it draws for all rows at once', CALL),
     'print': Patch(
         ('copy of lzero.model.unizero_world_models.world_model:WorldModel.clear_caches:print',
          'copy of lzero.policy.unizero:UniZeroPolicy._reset_collect:print',
@@ -144,7 +149,7 @@ TABLE: Dict[str, Patch] = {
         ('descriptor:1', 'descriptor:2'), 'the log file', 'worker processes and C code write there', OUTPUT),
     'stdout': Patch(('sys:stdout', ), *PRINTED),
     'stderr': Patch(('sys:stderr', ), *PRINTED),
-    'threads': Patch(('threads', ), 'as many as --threads says', 'PyTorch computes with these', RUN),
+    'threads': Patch(('threads', ), 'as many as were asked for', 'PyTorch computes with these', RUN),
     'plain_logs': Patch(
         ('environ:DISABLE_RICH', ), "'1'", "ditk's rich handler wraps a log file at 80 characters", OUTPUT),
     'neighbours': Patch(
@@ -164,11 +169,16 @@ def applied(**replacements: Make) -> Iterator[None]:
 
 
 def with_globals(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
-    """A copy of a function, or of a bound method, that finds other objects under names of ``TABLE``. It is made for one
-    call, so that two policies or two threads never see each other's."""
+    """A copy of a function of ``TABLE``, or of a user's own in its place, or of such a bound method, that finds other
+    objects under the names there. It is made for one call, so that two policies or two threads never see each
+    other's."""
     if isinstance(function, types.MethodType):
         return types.MethodType(with_globals(function.__func__, **names), function.__self__)
-    assert isinstance(function, types.FunctionType) and names.keys() <= TABLE.keys()
+    assert isinstance(function, types.FunctionType)
+    is_lightzeros = function.__module__.startswith('lzero.')
+    copied = f' {function.__module__}:{function.__qualname__}' if is_lightzeros else f'.{function.__name__}'
+    for name in names:
+        assert any(target.endswith(f'{copied}:{name}') for target in TABLE[name].targets), (copied, name)
     copy = types.FunctionType(
         function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__,
         function.__closure__

@@ -22,11 +22,12 @@ from ..cache.manager import COLLECT, EVAL
 from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
 from ..copies import Turns
 from ..registry import register_in_place_of
-from ..run_hooks import HOOKS, check_checkpoint_of_entry, leaving_no_folder, source_of_checkpoint
+from ..run_hooks import HOOKS
 from ..search.environments import Environments
 from ..search.open_steps import OpenStep, StepsOfThread
 from ..search.timing import Timing
 from . import states
+from .entries import check_checkpoint_of_entry, leaving_no_folder, source_of_checkpoint
 from .lightzero import lightzero
 from .refused import check_actions, check_policy, check_served, has_own_inference, is_own, tell_uncalled
 from .row_loops import masks_of, with_rows_at_once
@@ -129,7 +130,7 @@ class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
 
     @leaving_no_folder()
     def _load_state_dict_learn(self, state_dict: Dict[str, Any]) -> None:
-        with states.loading(source_of_checkpoint()):
+        with states.faults_under(source_of_checkpoint()):
             states.check_parts(state_dict)
             super()._load_state_dict_learn(state_dict)
 
@@ -257,18 +258,12 @@ def _is_new(world_model: Any) -> bool:
 
 
 class UniZeroPolicy(KVCachePolicy, LightZeroUniZeroPolicy):
-    """
-    Overview:
-        LightZero's ``UniZeroPolicy`` with the plugin.
-    """
+    """LightZero's ``UniZeroPolicy`` with the plugin."""
     node_search = NodeSearch
 
 
 class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
-    """
-    Overview:
-        LightZero's ``SampledUniZeroPolicy`` with the plugin.
-    """
+    """LightZero's ``SampledUniZeroPolicy`` with the plugin."""
     node_search = SampledNodeSearch
 
 

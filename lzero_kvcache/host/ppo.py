@@ -26,20 +26,14 @@ class NewPPOWorldModel(NewWorldModel, PPOWorldModel):
 
 
 class UniZeroPPOModel(KVCacheModel, unizero_ppo_model.UniZeroPPOModel):
-    """
-    Overview:
-        LightZero's ``UniZeroPPOModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
-        ``old_world_model``, which a subclass may name its own world models by.
-    """
+    """LightZero's ``UniZeroPPOModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
+    ``old_world_model``, which a subclass may name its own world models by."""
     module, replaced = unizero_model, PPOWorldModel
     old_world_model, manager_world_model, new_world_model = OldPPOWorldModel, ManagerPPOWorldModel, NewPPOWorldModel
 
 
 class UniZeroPPOPolicy(KVCachePolicy, LightZeroUniZeroPPOPolicy):
-    """
-    Overview:
-        LightZero's ``UniZeroPPOPolicy`` with the plugin.
-    """
+    """LightZero's ``UniZeroPPOPolicy`` with the plugin."""
     node_search = NodeSearch
 
 

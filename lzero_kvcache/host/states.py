@@ -1,7 +1,7 @@
-"""States of checkpoints that are of another model, told in one line."""
+"""States of checkpoints; where one is of another model, that is told in one line."""
 import contextlib
 import re
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence
 
 from ..config import ConfigError
 
@@ -13,8 +13,15 @@ _OTHER_SHAPE = re.compile(
 _OTHER_KEYS = re.compile(r'(Missing|Unexpected) key\(s\) in state_dict: ((?:"[^"]*"(?:, )?)+)')
 
 
+class Checkpoint(NamedTuple):
+    """Where a training stood: the policy's state, and the counts that DI-engine's learner saves beside it."""
+    state: Dict[str, Any]
+    train_iter: int
+    env_step: int
+
+
 @contextlib.contextmanager
-def loading(source: str) -> Iterator[None]:
+def faults_under(source: str) -> Iterator[None]:
     """Where a state is of another model, say so under the option and the path that it came by, without torch's list of
     all parameters."""
     try:

@@ -1,8 +1,8 @@
-"""LightZero's learner, collector and evaluator as a ``watch`` sees them: they put themselves there, and tell it what
+"""LightZero's learner, collector and evaluator as a ``Watch`` sees them: they put themselves there, and tell it what
 happens."""
 import functools
-import os
-from typing import Any, Callable, ContextManager, List, Optional, Tuple
+from abc import ABC, abstractmethod
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -12,28 +12,73 @@ from ding.policy import create_policy
 from ding.utils import set_pkg_seed
 from lzero.worker import MuZeroEvaluator
 
-from ..run_files import EVENT_FILES
 from ..run_hooks import LOSS, RunHook
-from ..summary import Evaluation
-from . import data_parallel
-from .entries import Configs
+from ..summary import Evaluation, Result
+from . import data_parallel, entries
 from .lightzero import lightzero
 from .patches import applied
+from .states import Checkpoint
 
 
-def watching(watch: Any) -> ContextManager[None]:
-    """A context in which LightZero's entries train under a watch, into a folder that exists already."""
-    return applied(
-        compile_config=lambda original: functools.partial(original, renew_dir=False),
-        learner=functools.partial(_watched_learner, watch), collector=functools.partial(_watched_collector, watch),
-        evaluator=functools.partial(_watched_evaluator, watch), save_file=lambda original: watch.save,
-        **data_parallel.replacements(watch.ranks))
+class Past(NamedTuple):
+    """What a training goes on from in place, as far as that is known; all None where it begins."""
+    saved: Optional[Tuple[str, int]] = None  # the checkpoint's path, and its iteration
+    result: Optional[Result] = None  # as it was at the checkpoint
+    run_id: Optional[str] = None
+    best_reward: Optional[float] = None  # of what is abandoned, too
+    evaluated_at: Optional[int] = None  # its iteration, if it was evaluated there
 
 
-def evaluate(watch: Any, configs: Configs, seed: int) -> None:
-    """Evaluate the watch's checkpoint, and nothing else: LightZero's own entry for this refuses sampled UniZero."""
-    from torch.utils.tensorboard import SummaryWriter
+class Watch(ABC):
+    """What is told how a training or an evaluation goes on."""
+    learner: Any = None
+    collector: Any = None
+    evaluator: Any = None
+    stopped = False  # since the reward is high enough
+    under_way = 0  # env steps of this process in the collection that is under way, or that was cut off
+    loaded: Optional[Checkpoint] = None  # to go on from, or to evaluate
+    past = Past()
+    ranks: data_parallel.Ranks
 
+    @abstractmethod
+    def enter(self, phase: str) -> None:
+        """A collection begins, 'collect', or an evaluation, 'evaluate'."""
+
+    @abstractmethod
+    def stepped(self, steps: int) -> None:
+        """So many environment steps of a collection were taken."""
+
+    @abstractmethod
+    def updated(self, loss: Optional[float]) -> None:
+        """An update is done."""
+
+    @abstractmethod
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """An evaluation is done."""
+
+    @abstractmethod
+    def evaluate_last(self) -> None:
+        """The training has ended: evaluate what it ended with, if that is to be."""
+
+    @abstractmethod
+    def save(self, path: str, data: Any, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint, in place of DI-engine's ``save_file``."""
+
+
+def train(watch: Watch, entry: str, configs: entries.Configs, **arguments: Any) -> Any:
+    """Run one of LightZero's entries under a watch, into a folder that exists already; returns the trained policy."""
+    with applied(
+            compile_config=lambda original: functools.partial(original, renew_dir=False),
+            learner=functools.partial(_watched_learner, watch), collector=functools.partial(_watched_collector, watch),
+            evaluator=functools.partial(_watched_evaluator, watch), save_file=lambda original: watch.save,
+            **data_parallel.replacements(watch.ranks)):
+        return entries.run_entry(entry, configs, **arguments)
+
+
+def evaluate(watch: Watch, configs: entries.Configs, seed: int, writer: Any) -> None:
+    """Evaluate the watch's checkpoint, and nothing else, with a tensorboard writer: LightZero's own entry for this
+    refuses sampled UniZero."""
+    assert watch.loaded is not None
     cfg = compile_config(
         configs[0], seed=seed, env=None, auto=True, create_cfg=configs[1], save_cfg=True, renew_dir=False
     )
@@ -42,27 +87,26 @@ def evaluate(watch: Any, configs: Configs, seed: int) -> None:
     env.seed(seed, dynamic_seed=False)
     set_pkg_seed(seed, use_cuda=cfg.policy.cuda)
     policy = create_policy(cfg.policy, enable_field=['learn', 'collect', 'eval'])
-    state, train_iter, env_step = watch.checkpoint
+    state, train_iter, env_step = watch.loaded
     policy.learn_mode.load_state_dict(state)
     _watched_evaluator(watch, MuZeroEvaluator)(
         eval_freq=cfg.policy.eval_freq, n_evaluator_episode=cfg.env.n_evaluator_episode, stop_value=cfg.env.stop_value,
-        env=env, policy=policy.eval_mode, tb_logger=SummaryWriter(os.path.join(cfg.exp_name, EVENT_FILES)),
-        exp_name=cfg.exp_name, policy_config=cfg.policy,
+        env=env, policy=policy.eval_mode, tb_logger=writer, exp_name=cfg.exp_name, policy_config=cfg.policy,
     ).eval(None, train_iter, env_step)
 
 
-def restore(watch: Any) -> None:
+def restore(watch: Watch) -> None:
     """Put a new training where the watch's checkpoint stood. LightZero itself would restore the weights alone."""
-    if watch.checkpoint is None:
+    if watch.loaded is None:
         return
-    state, train_iter, env_step = watch.checkpoint
+    state, train_iter, env_step = watch.loaded
     watch.learner.policy.load_state_dict(state)
     watch.learner.last_iter.update(train_iter)
     watch.learner.collector_envstep = env_step
     watch.collector._total_envstep_count = env_step
     if watch.past.best_reward is not None:  # else the next evaluation, whatever it is, would replace ckpt_best
         watch.evaluator._max_episode_return = watch.past.best_reward
-    watch.checkpoint = None  # it is as large as the model and its optimizer
+    watch.loaded = None  # it is as large as the model and its optimizer
 
 
 def _before_each(action: Callable[[], None], policy: Any, after: Callable[[Any], None] = lambda output: None) -> Any:
@@ -80,7 +124,7 @@ def _before_each(action: Callable[[], None], policy: Any, after: Callable[[Any],
     return policy._replace(forward=forward)
 
 
-def _watched_learner(watch: Any, base: type) -> type:
+def _watched_learner(watch: Watch, base: type) -> type:
 
     class WatchedLearner(base):
 
@@ -109,7 +153,7 @@ def _watched_learner(watch: Any, base: type) -> type:
     return WatchedLearner
 
 
-def _watched_collector(watch: Any, base: Any) -> type:
+def _watched_collector(watch: Watch, base: Any) -> type:
 
     class WatchedCollector(base):
 
@@ -128,6 +172,10 @@ def _watched_collector(watch: Any, base: Any) -> type:
             watch.stepped(-watch.under_way)
             return collected
 
+        def take_back(self) -> None:
+            """Count the last collection no more."""
+            self._total_envstep_count = self._begun_at
+
         def _output_log(self, train_iter: int) -> None:
             """Called as a collection ends, on every rank."""
             if watch.ranks.several and not lightzero.ADDS_UP_STEPS:
@@ -139,7 +187,7 @@ def _watched_collector(watch: Any, base: Any) -> type:
     return WatchedCollector
 
 
-def _watched_evaluator(watch: Any, base: type) -> type:
+def _watched_evaluator(watch: Watch, base: type) -> type:
 
     class WatchedEvaluator(base):
 

@@ -33,16 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 class NewWorldModel(LightZeroWorldModel):
-    """
-    Overview:
-        LightZero's world model whose contexts live in pages. Training is LightZero's own; root, recurrent and
-        reanalysis inference run on the engine, for any batch at once.
-    Arguments:
-        - config (:obj:`Any`): A ``world_model_cfg``.
-        - tokenizer (:obj:`Any`): LightZero's tokenizer.
-    Raises:
-        - ConfigError: An option is wrong, or the new cache cannot serve this model.
-    """
+    """LightZero's world model whose contexts live in pages. Training is LightZero's own; root, recurrent and reanalysis
+    inference run on the engine, for any batch at once."""
     use_new_cache_manager = True
     lightzero_version = VERSION
 
@@ -91,10 +83,7 @@ class NewWorldModel(LightZeroWorldModel):
         """The working batch is gathered anew for each step."""
 
     def precompute_pos_emb_diff_kv(self) -> None:
-        """
-        Overview:
-            Nothing to precompute: positions come from the weights as they are at each step.
-        """
+        """Nothing to precompute: positions come from the weights as they are at each step."""
         if self.validator is not None:
             self.validator.reference.precompute()
 
@@ -109,22 +98,13 @@ class NewWorldModel(LightZeroWorldModel):
         )
 
     def clear_caches(self) -> None:
-        """
-        Overview:
-            Forget every context, and say which system was cleared.
-        """
+        """Forget every context, and say which system was cleared."""
         self.forget()
         if not self.reanalyze_phase:
             print('Cleared WorldModel KV caches (NEW system).')
 
     def forget(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
-        """
-        Overview:
-            Forget the contexts of one environment, of a mode, or everything.
-        Arguments:
-            - mode (:obj:`Optional[str]`): 'collect' or 'eval'; None for both.
-            - env_id (:obj:`Optional[int]`): The environment; None for all.
-        """
+        """Forget the contexts of one environment or of all, in 'collect', 'eval' or both."""
         if mode is None and env_id is None:
             self.kv_cache_manager.clear_all()
         else:
@@ -134,12 +114,7 @@ class NewWorldModel(LightZeroWorldModel):
             self.validator.reference.forget(mode, env_id)
 
     def weights_changed(self, reason: str) -> None:
-        """
-        Overview:
-            Drop the contexts that were made under older weights; the first time, say so.
-        Arguments:
-            - reason (:obj:`str`): What changed them.
-        """
+        """Drop the contexts that were made under older weights; the first time, say what changed them."""
         if not self._told_weights_changed:
             self._told_weights_changed = True
             logger.info(f'Weights changed ({reason}): contexts made under older ones are dropped, now and from now on')
@@ -229,18 +204,9 @@ class NewWorldModel(LightZeroWorldModel):
     # ---- inference -------------------------------------------------------------------------------------------------
 
     def open_step(self, mode: str, env_ids: Iterable[int], in_arrays: bool = False) -> ContextManager[OpenStep]:
-        """
-        Overview:
-            Say whose rows the root inference inside has, and the search that follows it. Outside, row ``i`` is
-            environment ``i`` of collection.
-        Arguments:
-            - mode (:obj:`str`): 'collect' or 'eval'.
-            - env_ids (:obj:`Iterable[int]`): The environment of each row; no environment twice.
-            - in_arrays (:obj:`bool`): Whether the search will be in arrays where that can be; then the root \
-                inference is compiled too.
-        Returns:
-            - step (:obj:`OpenStep`): The step; its ``trace`` is for :meth:`Validator.check`.
-        """
+        """Say whose rows the root inference inside has, and the search that follows it: the environment of each, none
+        twice. Outside, row ``i`` is environment ``i`` of collection. Where the search will be in arrays, if that can
+        be, the root inference is compiled too."""
         addresses = self.weights_source.addresses()
         self._notice_moved_weights(addresses)
         in_arrays = in_arrays and self.searches_in_arrays('Searching', addresses)
@@ -248,19 +214,10 @@ class NewWorldModel(LightZeroWorldModel):
 
     @torch.no_grad()
     def forward_initial_inference(self, obs_act_dict: Dict[str, Any], start_pos: Any = 0) -> Tuple[Any, ...]:
-        """
-        Overview:
-            The root inference of a search, or of a training batch's sequences (then ``current_obs`` is None).
-        Arguments:
-            - obs_act_dict (:obj:`Dict[str, Any]`): ``obs`` and ``action`` of the last step, ``current_obs``; an \
-                action of -1 starts an episode in its row.
-            - start_pos (:obj:`Any`): Timesteps of the current observations ``[B]``, or one for all.
-        Returns:
-            - outputs (:obj:`Tuple`): Output sequence ``[B, 1, E]``, latent state ``[B, 1, E]``, and the logits of \
-                reward (empty), policy and value ``[B, 1, ...]``.
-        Raises:
-            - ValueError: More rows than environments; the message names the key to raise.
-        """
+        """The root inference of a search, or of a training batch's sequences (then ``current_obs`` is None), from
+        ``obs`` and ``action`` of the last step (-1 starts an episode) and timesteps of ``current_obs``, ``[B]`` or one.
+        Returns output sequence and latent state ``[B, 1, E]``, and the logits of reward (empty), policy and value
+        ``[B, 1, ...]``."""
         if obs_act_dict['current_obs'] is None:
             if self.training or np.ndim(start_pos) < 2:
                 return super().forward_initial_inference(obs_act_dict, start_pos)
@@ -300,19 +257,10 @@ class NewWorldModel(LightZeroWorldModel):
     @torch.no_grad()
     def forward_recurrent_inference(self, state_action_history: Sequence[Any], simulation_index: int = 0,
                                     search_depth: Sequence[int] = (), start_pos: Any = 0) -> Tuple[Any, ...]:
-        """
-        Overview:
-            One simulation: the node of each row, an action, and the node that follows.
-        Arguments:
-            - state_action_history (:obj:`Sequence`): Its last item is the latent states ``[B, 1, E]`` (numpy) and \
-                the actions ``[B]``, or ``[B, A]`` for continuous ones.
-            - simulation_index (:obj:`int`): Unused; LightZero's signature.
-            - search_depth (:obj:`Sequence[int]`): Depth of each row's node, for rotary positions.
-            - start_pos (:obj:`Any`): Timesteps of the roots.
-        Returns:
-            - outputs (:obj:`Tuple`): Output sequence, next latent state ``[B, 1, E]``, and the logits of reward, \
-                policy and value ``[B, 1, ...]``.
-        """
+        """One simulation: the node of each row, an action, and the node that follows. The last item of the history is
+        the latent states ``[B, 1, E]`` (numpy) and the actions ``[B]``, or ``[B, A]`` for continuous ones; depths of
+        the rows' nodes and timesteps of their roots tell rotary positions. Returns output sequence and next latent
+        state ``[B, 1, E]``, and the logits of reward, policy and value ``[B, 1, ...]``."""
         latent, action = state_action_history[-1]
         latent = np.ascontiguousarray(torch.as_tensor(latent).cpu().numpy(), dtype=np.float32)
         latent = latent.reshape(latent.shape[0], -1)

@@ -6,27 +6,20 @@ import contextlib
 import glob
 import os
 import re
-from typing import Any, Dict, List, Mapping, NamedTuple, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 
 from lzero_kvcache_options import NO_CHECKPOINT
 
 from ..config import ConfigError
-from ..host.states import check_parts, loading
+from ..host.states import Checkpoint, check_parts, faults_under
 from ..run_files import read_json, write_json
 from ..summary import read_result
 
 CHECKPOINTS = 'ckpt'
 ABANDONED = 'abandoned'  # in what is noted beside a checkpoint
 STATE = ('model', 'target_model', 'optimizer_world_model')
-
-
-class Checkpoint(NamedTuple):
-    """Where a training stood: the policy's state, and the counts that DI-engine's learner saves beside it."""
-    state: Dict[str, Any]
-    train_iter: int
-    env_step: int
 
 
 def read_checkpoint(path: str) -> Checkpoint:
@@ -39,7 +32,7 @@ def read_checkpoint(path: str) -> Checkpoint:
         raise ConfigError(
             f'{path} is torn, or holds more than weights and counts ({type(error).__name__}); take another checkpoint'
         ) from error
-    with loading(path):
+    with faults_under(path):
         check_parts(content, STATE)
     return Checkpoint(content, int(content.pop('last_iter', 0)), int(content.pop('last_step', 0)))
 

@@ -22,6 +22,7 @@ from ..config import ConfigError, check_dict
 from ..host.building import zoo_folder
 from ..host.patches import ENTRIES, applied, forget_configs
 from ..host.recorded import recorded_call, trainings
+from ..loading import policy_type
 from ..run_files import TRAIN
 from .error_hints import hint
 
@@ -29,10 +30,10 @@ from .error_hints import hint
 COUNTS = 'seed', 'max_env_step', 'max_train_iter', 'threads'
 
 MODULE = 'lzero.entry'  # of LightZero's trainings
-# The dicts that every config has, parents first.
-NEEDED = ('main_config', 'main_config.env', 'main_config.policy', 'main_config.policy.model',
-          'main_config.policy.model.world_model_cfg', 'create_config', 'create_config.env',
-          'create_config.env_manager', 'create_config.policy')
+# The dicts that every config has, parents first, and first those that tell the policy.
+NEEDED = ('main_config', 'main_config.policy', 'create_config', 'create_config.policy', 'main_config.env',
+          'main_config.policy.model', 'main_config.policy.model.world_model_cfg', 'create_config.env',
+          'create_config.env_manager')
 
 # The folder of the last config, with what removes it from the import path, of which the process has only one.
 _beside: Dict[str, contextlib.ExitStack] = {}
@@ -63,7 +64,7 @@ class Plan:
 def find_config(name: str) -> str:
     """The absolute path of a config file: of a path, of a name of ours, or of one of LightZero's own zoo."""
     try:
-        return lzero_kvcache_options.find_config(name)
+        return lzero_kvcache_options.path_of_config(name)
     except lzero_kvcache_options.UsageError as error:
         raise ConfigError(str(error)) from None
 
@@ -91,6 +92,8 @@ def load_config(name: str) -> Plan:
         for part in key.split('.'):
             node = node.get(part)
         check_dict(node, f'{path}: {key}')
+        if key == 'create_config.policy':
+            policy_type(declared['main_config'], declared['create_config'])
     try:
         main_config, create_config = (
             EasyDict(copy.deepcopy(declared[name])) for name in ('main_config', 'create_config'))

@@ -4,27 +4,19 @@ nothing, and its points, summary and progress are removed.
 """
 import contextlib
 import os
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Callable
 
+from ..host.watched import Past
 from ..run_files import EVENT_FILES, PROGRESS, SUMMARY, Record, purge
 from ..run_hooks import Seen
-from ..summary import Result, as_result, read_result
+from ..summary import as_result, read_result
 from .checkpoints import abandon_later, beside
-
-
-class Past(NamedTuple):
-    """What a training goes on from in place, as far as that is known; all None where it begins."""
-    checkpoint: Optional[Tuple[str, int]] = None  # its path and its iteration
-    result: Optional[Result] = None  # as it was at the checkpoint
-    run_id: Optional[str] = None
-    best_reward: Optional[float] = None  # of what is abandoned, too
-    evaluated_at: Optional[int] = None  # the checkpoint's iteration, if it was evaluated there
 
 
 def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str], None]) -> Past:
     """Go on in a folder from a checkpoint of these counts, with a line for what is abandoned or not known."""
     record = Record(folder).read()
-    ended, noted = as_result(record.summary) if record.ended else None, read_result(beside(path))
+    ended, noted = as_result(record.summary) if record.has_ended else None, read_result(beside(path))
     before = next((part for part in (ended, noted) if part and (part.train_iter, part.env_step) == (at, env_step)),
                   None)
     if before is None:

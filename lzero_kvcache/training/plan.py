@@ -35,7 +35,6 @@ def plan_of(asked: TrainOptions) -> Plan:
     """The config of what is asked for, changed by it and checked."""
     plan = load_config(asked.config)
     main_config, create_config = plan.main_config, plan.create_config
-    policy_type(main_config, create_config)
     load_plugin(create_config)
     if asked.cache:
         set_cache(asked.cache, main_config, create_config)

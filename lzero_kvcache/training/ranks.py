@@ -1,10 +1,4 @@
-"""
-Data-parallel training under ``torchrun``, through LightZero's own multi-GPU path: NCCL on GPUs, gloo on CPUs.
-"""
-import contextlib
-import signal
-from typing import Any, Callable, List, Optional
-
+"""The processes that torchrun starts for a training: how they meet, and what each of them collects and trains on."""
 import torch
 import torch.distributed as dist
 from easydict import EasyDict
@@ -13,33 +7,14 @@ from ..config import ConfigError
 from ..host import data_parallel
 
 SHARED_OUT = ('batch_size', 'n_episode', 'num_segments')
-# If both were sent, the first counts.
-ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to end. LightZero's ``except Exception`` does not catch it."""
-
-    def __init__(self, signum: int, agreed: bool = False) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-        self.agreed = agreed  # by all ranks
-
-
-class DataParallel:
-    """
-    The processes of one training; a single process exchanges nothing.
-
-    An interrupt ends a collection or an evaluation before its next step, but an update only when it is complete: half
-    an update would leave weights of two iterations in one checkpoint. Ranks agree on the end where all of them meet
-    anyway (at the end of a collection, after an evaluation, after an update), so that none waits for one that has left.
-    """
+class DataParallel(data_parallel.Ranks):
+    """What a training asks of its processes."""
 
     def __init__(self, rank: int = 0, size: int = 1, on_this_machine: int = 1) -> None:
-        self.rank, self.size, self._on_this_machine = rank, size, on_this_machine
-        self.main, self.several = rank == 0, size > 1  # the main rank speaks and writes
-        self.asked: Optional[int] = None
-        self.device = torch.device('cpu')
+        super().__init__(rank, size)
+        self._on_this_machine = on_this_machine
 
     def join(self, device: str) -> None:
         """Meet the other ranks."""
@@ -57,78 +32,9 @@ class DataParallel:
         data_parallel.join_gpus()
         self.device = torch.device('cuda', torch.cuda.current_device())
 
-    def part(self) -> None:
-        """Wait for all ranks, since torchrun ends the others as soon as one exits with an error, and leave."""
-        if self.several:
-            with contextlib.suppress(RuntimeError):
-                dist.barrier()
-                dist.destroy_process_group()
-
-    def from_main(self, make: Callable[[], Any]) -> Any:
-        """Make something on the first rank, for all; its error is raised on every rank."""
-        if not self.several:
-            return make()
-        made: List[Any] = [None]
-        if self.main:
-            try:
-                made = [make()]
-            except Exception as error:
-                made = [error]
-        dist.broadcast_object_list(made, src=0)
-        if isinstance(made[0], Exception):
-            raise made[0]
-        return made[0]
-
     def seed(self, seed: int, environments: int) -> int:
         """The seed of this rank's environments. LightZero gives all ranks the same one: they would collect the same."""
         return seed + self.rank * environments
-
-    # ---- ending together -------------------------------------------------------------------------------------------
-
-    def in_collection(self) -> None:
-        """Leave a collection if an interrupt was asked for; the others learn of it at the end of theirs."""
-        if self.asked is not None:
-            self.sum(0.0)
-
-    def collected(self, before: int, after: int) -> int:
-        """The environment steps of all ranks, by those of this one before and after a collection."""
-        return before + round(self.sum(after - before))
-
-    def in_evaluation(self) -> None:
-        """Leave an evaluation if an interrupt was asked for; the others wait for its outcome."""
-        if self.asked is not None:
-            self.broadcast([False, None], src=0)
-
-    def after_update(self) -> None:
-        """Learn whether an interrupt was asked for. All ranks have just exchanged the gradients of this update."""
-        self.sum(0.0)
-
-    def sum(self, number: float) -> float:
-        """The sum of all ranks' numbers; raises on all of them if an interrupt was asked for on any."""
-        asked = [float(self.asked == signum) for signum in ENDING]
-        numbers = torch.tensor([number, *asked], dtype=torch.float64, device=self.device)
-        if self.several:
-            dist.all_reduce(numbers)
-        total, *flags = numbers.tolist()
-        for flag, signum in zip(flags, ENDING):
-            if flag:
-                raise Interrupted(signum, agreed=True)
-        return total
-
-    def least(self, number: int) -> int:
-        """The smallest of all ranks' numbers."""
-        least = torch.tensor([number], device=self.device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
-        return int(least.item())
-
-    def broadcast(self, objects: List[Any], src: int) -> None:
-        """Take over one rank's objects, in place; raises on all of them if an interrupt was asked for there."""
-        told = [*objects, self.asked]
-        if self.several:
-            dist.broadcast_object_list(told, src=src)
-        *objects[:], asked = told
-        if asked is not None:
-            raise Interrupted(asked, agreed=True)
 
     def share_out(self, main_config: EasyDict, defaults: EasyDict, entry: str) -> None:
         """

@@ -13,20 +13,23 @@ import traceback
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+from torch.utils.tensorboard import SummaryWriter
+
 from ..config import ConfigError, picked_manager
-from ..host import building, entries, watched
+from ..host import building, watched
+from ..host.data_parallel import Interrupted
+from ..host.entries import UNBOUNDED, check_wandb_login
 from ..host.lightzero import VERSION
 from ..host.patches import applied
 from ..lock_files import check_not_trained_in, training_in
 from ..run_files import DONE, EVALUATE, EVENT_FILES, LOADED, STOPPED, TRAIN, Record, remove_empty
-from ..run_hooks import UNBOUNDED
 from ..summary import Result, add_up, begun
 from ..telemetry import summed_over_ranks
 from .checkpoints import Checkpoint, beside, is_abandoned, read_checkpoint
 from .config_file import Plan
 from .error_hints import hinted
 from .past import take_up
-from .ranks import DataParallel, Interrupted
+from .ranks import DataParallel
 from .terminal import Bar, Output, summary_rows, unlogged
 from .watch import Watch
 
@@ -123,6 +126,7 @@ class _Training:
                     raise
                 result.outcome, result.exit_code = f'interrupted by {interrupt}', 128 + interrupt.signum
                 together = interrupt.agreed
+                self.watch.cut_off(plan.max_env_step or UNBOUNDED)
                 if plan.task == TRAIN and self.ranks.main:
                     self.watch.save_checkpoint()
             finally:
@@ -158,9 +162,9 @@ class _Training:
             (LOADED, self._loaded_by_learner)) if path]
         if plan.checkpoint is not None:
             option = '--resume' if plan.task == TRAIN else '--eval'
-            watch.checkpoint = _given(f'{option} ', plan.checkpoint)
-            loaded.append((f'{option} {plan.checkpoint}', watch.checkpoint.state))
-            result.env_step, result.train_iter = watch.checkpoint.env_step, watch.checkpoint.train_iter
+            watch.loaded = _given(f'{option} ', plan.checkpoint)
+            loaded.append((f'{option} {plan.checkpoint}', watch.loaded.state))
+            result.env_step, result.train_iter = watch.loaded.env_step, watch.loaded.train_iter
             result.collected_env_step = result.env_step
         result.cache = picked_manager(policy.model.world_model_cfg)
         result.device = str(policy.model.world_model_cfg.device)
@@ -168,7 +172,7 @@ class _Training:
             self._check_place()
         self._first_collected = result.collected_env_step
         if policy.get('use_wandb', False):
-            entries.check_wandb_login()
+            check_wandb_login()
         if plan.task == TRAIN and result.env_step >= (plan.max_env_step or UNBOUNDED):
             raise ConfigError(
                 f'--resume {plan.checkpoint}: it stands at {result.env_step} environment steps, and max_env_step is '
@@ -261,14 +265,14 @@ class _Training:
         plan = self.plan
         configs = (plan.main_config, plan.create_config)
         if plan.task == EVALUATE:
-            watched.evaluate(self.watch, configs, plan.seed)
+            writer = SummaryWriter(os.path.join(plan.main_config.exp_name, EVENT_FILES))
+            watched.evaluate(self.watch, configs, plan.seed, writer)
             return DONE
-        with watched.watching(self.watch):
-            entries.run_entry(
-                plan.entry, configs, model_path=plan.main_config.policy.get('model_path'),
-                seed=self.ranks.seed(plan.seed, plan.main_config.env.get('collector_env_num', 0)),
-                max_train_iter=plan.max_train_iter or UNBOUNDED, max_env_step=plan.max_env_step or UNBOUNDED,
-            )
+        watched.train(
+            self.watch, plan.entry, configs, model_path=plan.main_config.policy.get('model_path'),
+            seed=self.ranks.seed(plan.seed, plan.main_config.env.get('collector_env_num', 0)),
+            max_train_iter=plan.max_train_iter or UNBOUNDED, max_env_step=plan.max_env_step or UNBOUNDED,
+        )
         return STOPPED if self.watch.stopped else DONE
 
     def _on_signal(self, signum: int, _: Any) -> None:

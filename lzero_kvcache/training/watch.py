@@ -3,16 +3,16 @@ import contextlib
 import os
 from typing import Any, Callable, Optional
 
+from ..host import watched
 from ..host.patches import applied
 from ..summary import Evaluation, Result, reward_text
 from ..telemetry import counters_of
-from .checkpoints import Checkpoint, prune, save_atomically
-from .past import Past
+from .checkpoints import prune, save_atomically
 from .ranks import DataParallel
 from .terminal import Terminal
 
 
-class Watch:
+class Watch(watched.Watch):
     """
     Keeps a result up to date. ``on_change`` is called whenever something moved, ``on_saved`` with the path of each
     checkpoint.
@@ -22,14 +22,7 @@ class Watch:
                  on_saved: Callable[[str], None], keep_checkpoints: Optional[int] = None) -> None:
         self.result, self.terminal, self.ranks = result, terminal, ranks
         self.on_change, self.on_saved, self.keep_checkpoints = on_change, on_saved, keep_checkpoints
-        self.learner: Any = None
-        self.collector: Any = None
-        self.evaluator: Any = None
         self.phase = 'start'
-        self.stopped = False
-        self.under_way = 0  # env steps of this process in the collection that is under way, or that was cut off
-        self.checkpoint: Optional[Checkpoint] = None  # to go on from, or to evaluate
-        self.past = Past()
 
     def look(self) -> None:
         """Bring the result up to date."""
@@ -47,7 +40,6 @@ class Watch:
         self.on_change()
 
     def stepped(self, steps: int) -> None:
-        """Count steps of the collection that is under way."""
         self.under_way += steps
         self.on_change()
 
@@ -78,6 +70,13 @@ class Watch:
         if (evaluations or self.result.resumed_at) and last < train_iter:
             self.evaluator.eval(self.learner.save_checkpoint, train_iter, self.collector.envstep)
 
+    def cut_off(self, max_env_step: float) -> None:
+        """Count the last collection as one that is not trained on, if its updates were cut off: nothing could go on
+        from a checkpoint that has all steps."""
+        self.look()
+        if self.result.env_step >= max_env_step and self.phase != 'evaluate':
+            self.collector.take_back()
+
     def save_checkpoint(self) -> None:
         """Save where the training stands, if there is anything to save yet."""
         if self.learner is not None and self.collector is not None:
@@ -86,9 +85,8 @@ class Watch:
                 self.learner.save_checkpoint()
 
     def save(self, path: str, data: Any, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint, in place of DI-engine's ``save_file``."""
         # DI-engine also saves at the first update: it would write over the checkpoint that the training goes on from.
-        if (os.path.realpath(path), data.get('last_iter')) == self.past.checkpoint:
+        if (os.path.realpath(path), data.get('last_iter')) == self.past.saved:
             return
         save_atomically(data, path)
         self.learner.tb_logger.flush()  # a training that is killed goes on from these points

@@ -10,18 +10,18 @@ from easydict import EasyDict
 
 from lzero_kvcache_options import lightzero_configs, our_configs
 
-from ..config import KV_CACHE_CFG, LIGHTZERO, OPTIONS, ConfigError, unread_options
-from ..engine.backends import picked
-from ..host import building
-from ..host.lightzero import lightzero
-from ..loading import check_config, enable
-from ..summary import version_of
-from .config_file import Plan
-from .error_hints import hinted
-from .limits import check_limits
-from .overrides import CompleteConfig
-from .plan import make_plan, set_cache
-from .terminal import TableRows
+from .config import KV_CACHE_CFG, LIGHTZERO, MIB, OPTIONS, ConfigError, unread_options
+from .engine.backends import picked
+from .host import building
+from .host.lightzero import lightzero
+from .loading import check_config, enable
+from .summary import version_of
+from .training.config_file import Plan
+from .training.error_hints import hinted
+from .training.limits import check_limits
+from .training.overrides import CompleteConfig
+from .training.plan import make_plan, set_cache
+from .training.terminal import TableRows
 
 
 def installed() -> TableRows:
@@ -46,8 +46,9 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
     configs = plan.main_config, plan.create_config
     device = str(plan.main_config.policy.model.world_model_cfg.device)
     options = check_config(*configs)
-    cache = building.cache_of(*configs)
-    sizes = cache.sizes
+    policy = building.build_policy(*configs)
+    model, evaluated = policy._model.world_model, policy._cfg.evaluator_env_num
+    manager, sizes = model.kv_cache_manager, model.hyperparameters
     systems = {'old': 'old', LIGHTZERO: "LightZero's own new manager"}
     rows = [
         ('policy', str(plan.create_config.policy.type)),
@@ -57,10 +58,10 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
         ('recurrent pool', f'{sizes["recurrent_pool_size"]:,} contexts'),
         ('working batch', f'{sizes["env_num"]} contexts'),
         ('context', f'{sizes["context_length"]} tokens'),
-        ('memory now', f'{cache.memory_mb:,.2f} MiB'),
+        ('memory now', f'{manager.counters()["memory_mb"]:,.2f} MiB'),
     ]
     if options.system != 'new':
-        rows.append(('memory at the most', _at_most(cache)))
+        rows.append(('memory at the most', _at_most(manager)))
         if options.system == 'old':
             refused = _refused_with_the_flag_on(*configs)
             rows += [('with the flag on', f'refused: {refused}')] if refused else []
@@ -68,14 +69,15 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
             unread = unread_options(plan.main_config.policy.model.world_model_cfg)
             rows += [('not read', unread)] if unread else []
         return {'cache': rows}
+    pages, page_bytes = manager.page_capacity, manager.store.slab.page_bytes
     rows += [
-        ('search', _search(options.search, cache.why_not_whole, device)),
+        ('search', _search(options.search, model.why_not_whole(), device)),
         ('backend', picked(options.backend, torch.device(device))),
-        ('of evaluation', f'{cache.evaluated} x {options.init_pool_size} contexts'),
-        ('newest roots', f'{options.env_num} + {cache.evaluated} contexts'),
-        ('pages', f'{cache.pages:,} of {cache.page_bytes:,} bytes, {options.dtype}'),
-        ('pages of a context', f'{cache.pages_of_context} at the most'),
-        ('memory of pages', f'{cache.full_memory_mb:,.2f} MiB, beside what searches work in'),
+        ('of evaluation', f'{evaluated} x {options.init_pool_size} contexts'),
+        ('newest roots', f'{options.env_num} + {evaluated} contexts'),
+        ('pages', f'{pages:,} of {page_bytes:,} bytes, {options.dtype}'),
+        ('pages of a context', f'{manager.width} at the most'),
+        ('memory of pages', f'{pages * page_bytes / MIB:,.2f} MiB, beside what searches work in'),
         ('memory of the old system', _of_the_old_system(plan)),
     ]
     read = [(key, repr(getattr(options, key)), option.meaning) for key, option in KV_CACHE_CFG.items()]
@@ -96,7 +98,7 @@ def _of_the_old_system(plan: Plan) -> str:
     set_cache('old', *configs)
     try:
         check_limits(CompleteConfig(plan))
-        return _at_most(building.cache_of(*configs))
+        return _at_most(building.build_policy(*configs)._model.world_model.kv_cache_manager)
     except ConfigError as error:
         return f'refused: {error}'
 
