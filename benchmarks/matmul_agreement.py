@@ -14,7 +14,7 @@ from collect_step import build_policies, collect, fill, preset_configs
 from common import median, parser, report, timed
 
 from lzero_kvcache.config import KV_CACHE_CFG
-from lzero_kvcache.search.device_search import DeviceSearch
+from lzero_kvcache.search.gpu_search import GpuSearch
 
 EXACT, *OTHERS = KV_CACHE_CFG['matmul'].choices
 
@@ -37,7 +37,7 @@ def compare(policy: Any, envs: int, args: Any) -> List[Dict[str, Any]]:
     world_model = policy._model.world_model
     inference = world_model.inference
     searches = {
-        matmul: DeviceSearch(inference.engine, inference.shared, matmul) for matmul in (EXACT, *OTHERS)
+        matmul: GpuSearch(inference.engine, inference.shared, matmul) for matmul in (EXACT, *OTHERS)
     }
     found: Dict[str, List[Any]] = {matmul: [] for matmul in searches}
     times: Dict[str, List[float]] = {matmul: [] for matmul in searches}

@@ -33,7 +33,7 @@ def main() -> None:
     from triton.runtime.jit import JITFunction
 
     from lzero_kvcache.engine import kernel_launch
-    from lzero_kvcache.search.device_search import DeviceSearch
+    from lzero_kvcache.search.gpu_search import GpuSearch
 
     names: Set[str] = set()
     JITFunction.run = lambda kernel, *args, grid, warmup, **options: compile_launch(kernel, args, options, names)
@@ -47,7 +47,7 @@ def main() -> None:
             (Case(sampled=True, gru_gating=not ON_MAIN), dict(sampled=True), 'bfloat16')):
         for root in compiled.roots_of(cached_model(case, 2, 5), case, rules):
             inference, model = root.world_model.inference, root.world_model
-            search = DeviceSearch(inference.engine, inference.shared, matmul)
+            search = GpuSearch(inference.shared, matmul)
             search.run(inference.open.steps[-1], root.problem)
             if not rules.get('sampled'):
                 latents, steps = torch.zeros(2, case.embed_dim).numpy(), torch.arange(2).numpy()

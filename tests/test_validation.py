@@ -251,8 +251,8 @@ class TestCaught:
     def shift_angles(policy):
         inference = policy._model.world_model.inference
         step = inference._step
-        inference._step = lambda weights, rows, pages, timesteps, *rest: step(
-            weights, rows, pages, timesteps + 1, *rest)
+        inference._step = lambda opened, rows, pages, positions, *rest: step(
+            opened, rows, pages, tuple(part + 2 for part in positions), *rest)
 
     @pytest.mark.parametrize('spoil', ['spoil_a_page', 'swap_contexts', 'shift_angles'])
     def test_it_is_counted_and_told(self, spoil, lines):

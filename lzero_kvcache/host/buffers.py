@@ -14,7 +14,7 @@ from ..search.open_steps import StepsOfThread
 from .lightzero import lightzero
 from .patches import with_globals
 from .refused import has_own_inference
-from .tree_search import NodeSearch, Roots
+from .tree_search import KeylessSearch, Roots
 from .world_model import NewWorldModel
 
 
@@ -26,7 +26,7 @@ def _is_served(model: Any, kind: str) -> bool:
 # ---- searches anew ---------------------------------------------------------------------------------------------------
 
 
-class ReanalysisSearch(NodeSearch):
+class ReanalysisSearch(KeylessSearch):
     """What the buffer's method finds as ``MCTSCtree``."""
 
     roots = Roots

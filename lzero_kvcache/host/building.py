@@ -128,8 +128,8 @@ def cache_of(main_config: EasyDict, create_config: EasyDict) -> SimpleNamespace:
     if hasattr(manager, 'full_memory_mb'):
         cache.full_memory_mb = manager.full_memory_mb
         return cache
-    cache.evaluated, cache.why_not_whole = policy._cfg.evaluator_env_num, model.why_not_whole()
-    cache.pages, cache.pages_of_context = manager.page_capacity, manager.width
+    cache.evaluated, cache.why_not_whole = policy._cfg.evaluator_env_num, model.why_not_in_arrays()
+    cache.pages, cache.pages_of_context = manager.page_capacity, manager.context_pages
     cache.page_bytes = manager.store.slab.page_bytes
     cache.full_memory_mb = cache.pages * cache.page_bytes / MIB
     return cache
