@@ -107,7 +107,7 @@ def found(root: Root, **changes: Any) -> List[Any]:
 def trees_of(search: CpuSearch, step: Any, problem: Problem) -> Tree:
     """The trees of a search, which the next one writes over."""
     with mock.patch.object(cpu_search, '_found', lambda tree, rules: tree):
-        return search.run(step, problem)  # type: ignore[return-value]
+        return search.search(step, problem)  # type: ignore[return-value]
 
 
 def left(tree: Tree) -> List[Any]:
@@ -203,7 +203,7 @@ def test_two_threads_search_one_model(root: Root, monkeypatch: pytest.MonkeyPatc
         search_rows(*args[:-4], SIMULATIONS // 2, SIMULATIONS, *args[-2:])
 
     def run(number: int) -> List[Any]:
-        return left(search.run(step, root.problem._replace(number=number)))
+        return left(search.search(step, root.problem._replace(number=number)))
 
     monkeypatch.setattr(compiled_search, 'search_rows', in_halves)
     monkeypatch.setattr(cpu_search, '_found', lambda tree, rules: tree)

@@ -70,7 +70,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None:  # noqa: F811
     [step] = root.world_model.inference.open.steps
     step.trace = noted = Trace('collect', step.env_ids, 1, replayed=True)
-    visits, values, actions = root.world_model.inference._gpu_search.run(step, root.problem)
+    visits, values, actions = root.world_model.inference._gpu_search.search(step, root.problem)
     [memory] = root.world_model.inference._gpu_search._memories.kept.values()
     step.trace = Trace('collect', step.env_ids, 1, replayed=True)
     tree = compiled.trees_of(root.world_model.inference._cpu_search, step, root.problem)
@@ -104,8 +104,8 @@ def test_interpreted_it_is_the_compiled_reanalysis(_small: None, case: Case, two
     world_model, problem, latents, timesteps, _ = reanalysis.asked(case, two_players)
     search, steps = world_model.inference._gpu_search, reanalysis_timesteps_of(timesteps, reanalysis.ROWS)
     with torch.no_grad():
-        visits, values, _ = search.reanalyze(problem, latents, steps, world_model.weights_source.addresses(), grows)
-    expected = world_model.inference.reanalyze(problem, latents, timesteps, grows)
+        visits, values, _ = search.reanalyze(problem, latents, steps, grows)
+    expected = world_model.inference.in_arrays.reanalyze(problem, latents, timesteps, grows)
     assert visits == expected[0]
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
     [memory] = search._memories.kept.values()
@@ -168,7 +168,7 @@ def on_gpu(case: Case, rules: Dict[str, bool]) -> Iterator[Root]:
 
 def searched(root: Root, **changes: Any) -> List[Any]:  # noqa: F811
     inference = root.world_model.inference
-    return list(inference.search(inference.open.steps[-1], root.problem._replace(**changes)))
+    return list(inference.in_arrays.search(inference.open.steps[-1], root.problem._replace(**changes)))
 
 
 def visits_of_equals(root: Root, draws_ties: bool) -> List[List[int]]:  # noqa: F811
@@ -181,7 +181,7 @@ def visits_of_equals(root: Root, draws_ties: bool) -> List[List[int]]:  # noqa: 
         rules=root.problem.rules._replace(draws_ties=draws_ties), simulations=1, noises=None,
         legal=[[]] * compiled.ROWS, logits=logits
     )
-    return root.world_model.inference._gpu_search.run(step, problem)[0]  # type: ignore[no-any-return]
+    return root.world_model.inference._gpu_search.search(step, problem)[0]  # type: ignore[no-any-return]
 
 
 def assert_equals_are_drawn_or_the_first(root: Root) -> None:  # noqa: F811
@@ -201,7 +201,7 @@ def test_interpreted_what_is_no_number_is_counted_with_its_depth(_small: None, r
     shared = search._shared
     search._shared = shared._replace(source=shared.source._replace(read=lambda captured: broken))
     with mock.patch.object(shared.guard, 'report') as reported:
-        search.run(step, root.problem)
+        search.search(step, root.problem)
     np.testing.assert_array_equal(reported.call_args.args[0], [[compiled.SIMULATIONS] * 2, [1] * 2])
 
 
@@ -217,7 +217,7 @@ def test_interpreted_scores_that_are_no_numbers(_small: None, draws_ties: bool) 
             logits=[[float('nan')] * problem.slots, *problem.logits[1:]]
         )
         [step] = inference.open.steps
-        visits, _, _ = inference._gpu_search.run(step, problem)
+        visits, _, _ = inference._gpu_search.search(step, problem)
         assert visits == root_visits(compiled.trees_of(inference._cpu_search, step, problem))
         assert max(visits[0]) == sum(visits[0]) == compiled.SIMULATIONS
 
@@ -386,7 +386,7 @@ class TestOnGPU:
         inference = on_gpu.world_model.inference
         search = GpuSearch(inference.engine, inference.shared, matmul)
         exact = searched(on_gpu, simulations=1)[1]
-        values = search.run(inference.open.steps[-1], on_gpu.problem._replace(simulations=1))[1]
+        values = search.search(inference.open.steps[-1], on_gpu.problem._replace(simulations=1))[1]
         assert 1e-6 < np.abs(np.subtract(values, exact)).max() < most
 
     def test_what_is_no_number_is_counted(self, on_gpu: Root) -> None:
@@ -406,14 +406,14 @@ class TestOnGPU:
 def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool, grows: bool) -> None:
     question = reanalysis.asked(case, two_players, grows, 'cuda')
     expected = reanalysis.by_steps(question)
-    visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
+    visits, values, _ = question.world_model.inference.in_arrays.reanalyze(*question[1:])
     assert visits == expected[0]
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
     kept = list(question.world_model.inference._gpu_search._memories.kept.values())
     with waiting_refused() as ended:
-        question.world_model.inference.reanalyze(*question[1:])
+        question.world_model.inference.in_arrays.reanalyze(*question[1:])
     assert len(ended) == 1 and list(question.world_model.inference._gpu_search._memories.kept.values()) == kept
-    copies = copies_of(lambda: question.world_model.inference.reanalyze(*question[1:]))
+    copies = copies_of(lambda: question.world_model.inference.in_arrays.reanalyze(*question[1:]))
     assert copies == (['Pinned'], ['Pinned'])
 
 
@@ -471,7 +471,7 @@ def test_interpreted_searches_are_replayed(_small: None, case: Case, rules: Dict
             output = model.initial_inference(seen[step], actions, seen[step + 1], [step] * compiled.ROWS)
             if step == 1:
                 world_model.kv_cache_manager.store.slab.data[opened.roots[0][1, 0]] += 0.5
-            world_model.inference._gpu_search.run(opened, problem_of(case, rules, output.policy_logits.tolist()))
+            world_model.inference._gpu_search.search(opened, problem_of(case, rules, output.policy_logits.tolist()))
             actions = [1] * compiled.ROWS
             if case.continuous:
                 actions = list(rng.uniform(-1, 1, (compiled.ROWS, case.action_space_size)).astype(np.float32))
@@ -497,12 +497,12 @@ def test_on_a_gpu_searches_are_replayed(kind: str, rotary: bool) -> None:
 def test_on_a_gpu_a_replay_sees_a_spoiled_page() -> None:
     """Of one environment, between its root and its search."""
     policy = validated(changes=dict(cuda=True, device='cuda'), device='cuda')
-    run, manager, player = ArraySearch.run, policy._model.world_model.kv_cache_manager, OnGPU(policy)
+    run, manager, player = ArraySearch.search, policy._model.world_model.kv_cache_manager, OnGPU(policy)
     player.step([0, 1, 2])
 
     def spoiled(search: Any, step: Any, problem: Any) -> Any:
         manager.store.slab.data[step.roots[0][1, 0]] += 0.5
         return run(search, step, problem)
 
-    with mock.patch.object(ArraySearch, 'run', spoiled), pytest.raises(RuntimeError, match='environment 1, step'):
+    with mock.patch.object(ArraySearch, 'search', spoiled), pytest.raises(RuntimeError, match='environment 1, step'):
         player.step([0, 1, 2])

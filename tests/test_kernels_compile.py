@@ -46,13 +46,13 @@ def main() -> None:
             (Case(rotary=True, continuous=True), dict(sampled=True, continuous=True), 'float32'),
             (Case(sampled=True, gru_gating=not ON_MAIN), dict(sampled=True), 'bfloat16')):
         for root in compiled.roots_of(cached_model(case, 2, 5), case, rules):
-            inference, model = root.world_model.inference, root.world_model
+            inference = root.world_model.inference
             search = GpuSearch(inference.shared, matmul)
-            search.run(inference.open.steps[-1], root.problem)
+            search.search(inference.open.steps[-1], root.problem)
             if not rules.get('sampled'):
                 latents, steps = torch.zeros(2, case.embed_dim).numpy(), torch.arange(2).numpy()
                 for grows in (False, True):
-                    search.reanalyze(root.problem, latents, steps, model.weights_source.addresses(), grows)
+                    search.reanalyze(root.problem, latents, steps, grows)
     print('compiled:', *sorted(names))
 
 

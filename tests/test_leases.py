@@ -199,7 +199,7 @@ def test_a_search_of_other_rows_than_its_step_is_refused():
     player.play(trace_of().events[0])
     problem = mock.Mock(rewards=[0.] * (ROWS - 1))
     with pytest.raises(ValueError, match=f'{ROWS - 1} rows for {ROWS} environments'):
-        model.world_model.inference.search(player.step, problem)
+        model.world_model.inference.in_arrays.search(player.step, problem)
     player.close()
 
 

@@ -112,7 +112,7 @@ def part_of(question: Asked, begin: int, end: int) -> Asked:
 @CASES
 def test_it_is_the_search_by_steps(case: Case, two_players: bool, grows: bool) -> None:
     question = asked(case, two_players, grows)
-    visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
+    visits, values, _ = question.world_model.inference.in_arrays.reanalyze(*question[1:])
     expected, expected_values = by_steps(question)
     assert visits == expected
     np.testing.assert_allclose(values, expected_values, atol=TOLERANCE)
@@ -131,7 +131,7 @@ def test_its_pages_take_no_more_memory_than_is_allowed(grows: bool, allowed: flo
         return find(problem, latents, *args)
 
     with mock.patch.object(search, '_from_states', noted):
-        visits, _, _ = question.world_model.inference.reanalyze(*question[1:])
+        visits, _, _ = question.world_model.inference.in_arrays.reanalyze(*question[1:])
     assert sizes == at_once and [sum(row) for row in visits] == ROWS * [SIMULATIONS]
     [[memory]] = search._memories._free.values()
     assert memory.slab.nbytes <= allowed * 2 ** 20
@@ -144,7 +144,7 @@ def test_some_rows_at_a_time(case: Case, two_players: bool, grows: bool, monkeyp
     manager, search = question.world_model.kv_cache_manager, question.world_model.inference._cpu_search
     before = manager.memory_mb
     monkeypatch.setattr(cpu_search, 'ROWS', 2 * (UNROLL + 1))
-    visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
+    visits, values, _ = question.world_model.inference.in_arrays.reanalyze(*question[1:])
     small = search._memories.memory_mb
     assert manager.memory_mb - before == pytest.approx(small + search._model.memory.memory_mb)
     parts = [by_steps(part_of(question, begin, min(begin + 8, ROWS)), FIRST + number)
@@ -154,7 +154,7 @@ def test_some_rows_at_a_time(case: Case, two_players: bool, grows: bool, monkeyp
     latents, pages = (0, 1 + 8 * (1 + SIMULATIONS)) if grows else (8 * (1 + SIMULATIONS), 1 + 8 * 2)
     assert small > 4 * (latents + pages * 4 * case.num_layers) * case.embed_dim / 2 ** 20
     monkeypatch.setattr(cpu_search, 'ROWS', 64)
-    question.world_model.inference.reanalyze(*question[1:])
+    question.world_model.inference.in_arrays.reanalyze(*question[1:])
     assert small < search._memories.memory_mb < 2.5 * small
 
 
@@ -162,7 +162,7 @@ def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     question = asked(Case(), False)
     alone = by_steps(question)[0]
     torch.set_num_threads(2)
-    visits, _, _ = question.world_model.inference.reanalyze(*question[1:])
+    visits, _, _ = question.world_model.inference.in_arrays.reanalyze(*question[1:])
     torch.set_num_threads(1)
     assert visits == alone
 
@@ -174,7 +174,7 @@ def test_what_is_no_number_is_reported() -> None:
             question.world_model.head_value.head_module[-1].bias.fill_(float('nan'))
         raised = pytest.raises(FloatingPointError, match='with nan or inf in reanalysis, row 0, step 40')
         with raised if on_nan == 'raise' else contextlib.nullcontext():
-            question.world_model.inference.reanalyze(*question[1:])
+            question.world_model.inference.in_arrays.reanalyze(*question[1:])
         assert question.world_model.kv_cache_manager.counters()['skipped'] == (ROWS * SIMULATIONS) * (on_nan == 'skip')
 
 

@@ -146,7 +146,7 @@ def counts(policy):
 
 def ways():
     """The ways that searches go inside."""
-    return calls_of(arrays=(ArraySearch, 'run'), ctree=(_KeylessSearch, '_search_in_ctree'))
+    return calls_of(arrays=(ArraySearch, 'search'), ctree=(_KeylessSearch, '_search_in_ctree'))
 
 
 # ---- which search --------------------------------------------------------------------------------------------------
@@ -712,8 +712,8 @@ def test_searches_for_other_ends_draw_other_numbers():
     """Collection, evaluation and reanalysis, and a resumed training; one that is begun again draws the same."""
 
     def seeds_of(policy):
-        seeds, run = [policy._target_model.world_model.seed_of('reanalysis')], ArraySearch.run
-        with mock.patch.object(ArraySearch, 'run', lambda search, step, problem: (
+        seeds, run = [policy._target_model.world_model.seed_of('reanalysis')], ArraySearch.search
+        with mock.patch.object(ArraySearch, 'search', lambda search, step, problem: (
                 seeds.append(problem.seed), run(search, step, problem))[1]):
             for mode in ('collect', 'eval'):
                 Player(policy, mode).step(ALL)
@@ -869,7 +869,7 @@ def test_only_searches_that_are_replayed_are_noted(monkeypatch):
 @pytest.mark.parametrize('kind', ['unizero', 'continuous'])
 def test_a_replay_sees_a_page_that_is_not_what_it_should_be(kind):
     """Of one environment, between its root and its search."""
-    policy, run = validated(kind), ArraySearch.run
+    policy, run = validated(kind), ArraySearch.search
     player = Player(policy)
     player.step(ALL)
 
@@ -877,7 +877,7 @@ def test_a_replay_sees_a_page_that_is_not_what_it_should_be(kind):
         cache_of(policy).store.slab.data[step.roots[0][1, 0]] += 0.5
         return run(search, step, problem)
 
-    with mock.patch.object(ArraySearch, 'run', spoiled), pytest.raises(RuntimeError, match='environment 1, step'):
+    with mock.patch.object(ArraySearch, 'search', spoiled), pytest.raises(RuntimeError, match='environment 1, step'):
         player.step(ALL)
     tally = world_model_of(policy).validator.tally
     assert 0 < tally.unexplained <= SIMULATIONS

@@ -19,12 +19,9 @@ and variances."""
 """Columns of a transformer block."""
 
 
-WIDTH = 8
-"""Numbers in a vector, and rows side by side."""
-
-ROWS = 64
-"""Rows that are computed together, at most: their activations fit into a core's own cache, and each weight is read
-once for all of them."""
+WIDTH, ROWS = 8, 64
+"""Rows side by side in a vector, and rows that are computed together, at the most: their activations fit into a core's
+own cache, and each weight is read once for all of them."""
 
 
 class Network(NamedTuple):

@@ -38,7 +38,7 @@ class ReanalysisSearch(KeylessSearch):
                task_id: Any = None) -> Any:
         latents = np.asarray(latent_state_roots, dtype=np.float32).reshape(roots.num, -1)
         model.world_model.reserve_angles(timestep, self._cfg.num_simulations)
-        roots.found = model.world_model.inference.reanalyze(
+        roots.found = model.world_model.inference.in_arrays.reanalyze(
             self.problem(roots, model.world_model), latents, timestep, lightzero.KEEPS_REANALYSES)
 
 

@@ -73,7 +73,7 @@ class _KeylessSearch:
         states and timesteps are not used: the world model has the roots' contexts and timesteps."""
         inference, step = model.world_model.inference, self._running.innermost
         if isinstance(roots, Roots):
-            roots.found = inference.search(step, self.problem(roots, model.world_model))
+            roots.found = inference.in_arrays.search(step, self.problem(roots, model.world_model))
             step.logits = roots.legal_logits
         else:
             self._search_in_ctree(roots, inference, step, to_play_batch)
@@ -146,10 +146,9 @@ class SampledKeylessSearch(_KeylessSearch, SampledUniZeroMCTSCtree):
         return model.num_of_sampled_actions, model.action_space_size if model.continuous_action_space else 1
 
     def _rules(self) -> Rules:
+        continuous = bool(self._cfg.model.continuous_action_space)
         return super()._rules()._replace(
-            sampled=True, continuous=bool(self._cfg.model.continuous_action_space),
-            index_for_depth=lightzero.INDEX_FOR_DEPTH
-        )
+            sampled=True, continuous=continuous, index_for_depth=lightzero.INDEX_FOR_DEPTH)
 
     def _traverse_options(self) -> Tuple[Any, ...]:
         return (self._cfg.model.continuous_action_space,)

@@ -6,9 +6,12 @@ from contextlib import nullcontext
 from typing import Any, ContextManager, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+import torch
 
 from ..engine.slab import Slab
+from .open_steps import OpenStep
 from .shared import Shared
+from .timesteps import reanalysis_timesteps_of
 from .tree_arrays import Rules, padded
 
 
@@ -58,8 +61,11 @@ class ArraySearch(ABC):
         self._shared = shared
         self._reanalyses = itertools.count()
 
-    def run(self, step: Any, problem: Problem) -> Found:
+    @torch.no_grad()
+    def search(self, step: Optional[OpenStep], problem: Problem) -> Found:
         """Search from the roots of an open step."""
+        step = self._shared.open.check_searchable(step)
+        assert step.roots is not None
         step.check_rows(len(problem.rewards))
         start, manager, timings = time.perf_counter(), self._shared.manager, self._shared.timings
         with self._alone(), manager.lease() as lease:
@@ -74,23 +80,24 @@ class ArraySearch(ABC):
         timings['step'].record(seconds, problem.simulations)
         return found
 
-    def reanalyze(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray,
-                  addresses: Tuple[int, ...], grows: bool) -> Found:
-        """Search from states ``[B, E]`` without contexts, some rows at a time. Either contexts grow along the paths, or
-        a node's context is its parent's state alone."""
-        visits: List[List[int]] = []
-        values: List[float] = []
-        rows = len(latents)
+    @torch.no_grad()
+    def reanalyze(self, problem: Problem, latents: np.ndarray, start_pos: Any, grows: bool = False) -> Found:
+        """Search from states ``[B, E]`` without contexts, some rows at a time; ``start_pos`` are timesteps ``[batch,
+        unroll]`` or ``[B]``, as a replay buffer passes them. Either contexts grow along the paths, or a node's context
+        is its parent's state alone."""
+        found = Found([], [])
+        rows, addresses = len(latents), self._shared.source.addresses()
+        timesteps = reanalysis_timesteps_of(start_pos, rows)
         most = self._rows_at_a_time(rows, self._rows_within_limit(problem.simulations + 1 if grows else 2))
         for begin in range(0, rows, most):
             chosen = slice(begin, min(begin + most, rows))
-            part = problem.part(chosen, next(self._reanalyses))
+            asked = problem.part(chosen, next(self._reanalyses))
             with self._alone():
-                found, broken = self._from_states(part, latents[chosen], timesteps[chosen], addresses, grows)
+                part, broken = self._from_states(asked, latents[chosen], timesteps[chosen], addresses, grows)
             self._shared.guard.report(broken, 'reanalysis', range(begin, chosen.stop), timesteps[chosen])
-            visits += found.visits
-            values += found.values
-        return Found(visits, values)
+            found.visits.extend(part.visits)
+            found.values.extend(part.values)
+        return found
 
     def _alone(self) -> ContextManager[Any]:
         """A context for one search. Where searches share memory, it lets one run at a time."""

@@ -83,14 +83,12 @@ class GpuMemory:
                       (rows, slots), (rows, ), (rows, self._policy * self.rules.sampled), (rows, states))
         numbers = [int(np.prod(size)) for size in sizes]
         self._inputs = Pinned(torch.zeros(sum(numbers), dtype=torch.int32), device)
-        views = [
-            _Sent(*(part.view(size) for part, size in zip(memory.split(numbers), sizes)))
+        kinds = [torch.int32] * 6 + [torch.float32] * 4
+        given, self._sent = [
+            _Sent(*(part.view(size).view(kind) for part, size, kind in zip(memory.split(numbers), sizes, kinds)))
             for memory in (self._inputs.memory, self._inputs.sent)
         ]
-        floats = [{name: getattr(view, name).view(torch.float32) for name in ('prior', 'reward', 'logits', 'latents')}
-                  for view in views]
-        views = [view._replace(**others) for view, others in zip(views, floats)]
-        self._given, self._sent = _Sent(*(part.numpy() for part in views[0])), views[1]
+        self._given = _Sent(*(part.numpy() for part in given))
 
     @property
     def given(self) -> _Sent:

@@ -5,7 +5,7 @@
 import time
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -13,16 +13,16 @@ import torch
 from ..cache.base import PagedCacheManager
 from ..cache.manager import COLLECT
 from ..cache.nodes import NodeTable
-from ..cache.pages import Lease, Rows, extend
+from ..cache.pages import extend
 from ..cache.stats import Timing
 from ..config import CacheConfig
-from ..engine.backends import CudaGraphBackend, StepResult, make_backend
+from ..engine.backends import CudaGraphBackend, make_backend
 from ..engine.packing import pack
 from ..engine.step import Engine, StepOutput, checksum
 from ..engine.store import PageStore
 from ..engine.transfer import send, to_cpu
 from ..engine.weights import Source
-from .array_search import ArraySearch, Found, Problem
+from .array_search import ArraySearch
 from .compiled_model import CompiledModel
 from .cpu_search import CpuSearch
 from .gpu_search import GpuSearch
@@ -30,15 +30,7 @@ from .guard import NanGuard
 from .open_steps import OpenStep, OpenSteps
 from .roots import RootInference
 from .shared import Shared, hash_rows, zero_for_nan
-from .timesteps import (
-    NODE_OFFSETS,
-    REANALYSIS_OFFSETS,
-    node_positions,
-    observed_at,
-    reanalysis_timesteps_of,
-    steps_after,
-    timesteps_of,
-)
+from .timesteps import node_positions, observed_at, reanalysis_timesteps_of, timesteps_of
 
 
 class Inference:
@@ -57,22 +49,9 @@ class Inference:
         self.roots = RootInference(self.shared, encode, model, self.backend.name == CudaGraphBackend.name)
         self._cpu_search, self._gpu_search = CpuSearch(model, self.shared), GpuSearch(self.shared, options.matmul)
 
-    # ---- in arrays ---------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def search(self, step: Optional[OpenStep], problem: Problem) -> Found:
-        """Search in arrays from the roots of an open step, on the model's device."""
-        return self._in_arrays().run(self.open.check_searchable(step), problem)
-
-    @torch.no_grad()
-    def reanalyze(self, problem: Problem, latent: np.ndarray, start_pos: Any, grows: bool = False) -> Found:
-        """Search in arrays from states ``[B, E]`` without contexts, some rows at a time; ``start_pos`` are timesteps
-        ``[batch, unroll]`` or ``[B]``, as a replay buffer passes them. Contexts grow along the paths; or else a node's
-        is the state before it."""
-        timesteps = reanalysis_timesteps_of(start_pos, len(latent))
-        return self._in_arrays().reanalyze(problem, latent, timesteps, self.shared.source.addresses(), grows)
-
-    def _in_arrays(self) -> ArraySearch:
+    @property
+    def in_arrays(self) -> ArraySearch:
+        """Searches in arrays, on the device that the model is on."""
         return self._cpu_search if self.shared.source.device().type == 'cpu' else self._gpu_search
 
     # ---- by node: the tree is LightZero's, and contexts are found by their place in it ------------------------------
@@ -102,17 +81,18 @@ class Inference:
         ``path [B]`` and ``columns [B]`` are the index in the search path and the row of each node, ``depths [B]`` what
         LightZero's tree passes as such. Returns reward, value and policy logits ``[B, 2 + P]``; 0 for what is skipped.
         """
-        start = time.perf_counter()
+        start, shared = time.perf_counter(), self.shared
         contexts, pages = nodes.expand(simulation, path, columns), nodes.pages[simulation]
-        positions = node_positions(steps_after(step.timesteps, depths), NODE_OFFSETS)
-        result = self._step(step, contexts, pages, positions, actions, None, nodes.longest(simulation))
-        self.shared.manager.count_queries('recur', len(pages), len(pages), by_node=True)
+        positions = node_positions(step.timesteps, depths)
+        numbers = pack(self.engine.geometry, contexts, pages, positions, actions, nodes.longest(simulation))
+        result = self.backend.step(shared.weights_of(step), shared.slab(), numbers, None, step.addresses)
+        shared.manager.count_queries('recur', len(pages), len(pages), by_node=True)
         assert result.search is not None  # the actions came from the CPU
         predicted = to_cpu(result.search)
         if step.trace is not None:
             step.trace.note_node(path, actions, depths, result.output)
         what = 'A reward, value or policy'
-        kept = self.shared.guard.finite(predicted, what, step.mode, step.env_ids, step.timesteps)
+        kept = shared.guard.finite(predicted, what, step.mode, step.env_ids, step.timesteps)
         self.timings['step'].record(time.perf_counter() - start)
         return predicted if len(kept) == len(predicted) else np.nan_to_num(predicted, posinf=0.0, neginf=0.0)
 
@@ -122,16 +102,36 @@ class Inference:
              in_reanalysis: bool = False) -> StepOutput:
         """One simulation whose contexts are found by key: one copy to the device and one back, and one more to the
         device if contexts are lost. Predictions of skipped rows are 0."""
-        start = time.perf_counter()
-        rows, parents = len(latent), hash_rows(latent)
+        start, shared, manager = time.perf_counter(), self.shared, self.shared.manager
+        rows, parents, device = len(latent), hash_rows(latent), shared.source.device()
         timesteps = (reanalysis_timesteps_of if in_reanalysis else timesteps_of)(start_pos, rows)
-        offsets = REANALYSIS_OFFSETS if in_reanalysis else NODE_OFFSETS
+        positions = node_positions(timesteps, search_depth, in_reanalysis)
         step = None if in_reanalysis else self._step_of(parents)
-        with self.shared.manager.lease() as lease:
+        with manager.lease() as lease:
             step = step or OpenStep(COLLECT, list(range(rows)), (), lease, None)
             step.check_rows(rows)
-            positions = node_positions(steps_after(timesteps, search_depth), offsets)
-            output, kept = self._node(lease, step, parents, latent, action, timesteps, positions)
+            mode, env_ids, pages = step.mode, step.env_ids, lease.allocate(rows)
+            contexts = manager.find_recur(mode, env_ids, parents)
+            lost = np.flatnonzero(contexts[1] == 0)
+            manager.count_queries('recur', rows, rows - len(lost))
+            lease.hold(contexts[0])
+            if len(lost):
+                rebuilt = shared.take_pages(lease, contexts, lost, timesteps)
+                begun, states = send(device, rebuilt, latent[lost])
+                self.engine.begin(shared.weights_of(step), shared.slab(), begun[0], states, begun[1])
+            weights, slab, on_device = shared.weights_of(step), shared.slab(), action.to(device)
+            numbers = pack(self.engine.geometry, contexts, pages, positions, None, int(contexts[1].max()))
+            output = self.backend.step(weights, slab, numbers, on_device, step.addresses).output
+            if self.backend.reuses_output:
+                output = output.map(torch.clone)
+            on_cpu = to_cpu(torch.cat([output.latent_state.reshape(rows, -1), checksum(output)], dim=1))
+            kept = shared.guard.finite(on_cpu[:, -1:], 'A reward, value or policy', mode, env_ids, timesteps)
+            keys, nodes = hash_rows(on_cpu[:, :-1]), extend(contexts, pages)
+            if len(kept) < rows:
+                env_ids, keys = [env_ids[row] for row in kept], [keys[row] for row in kept]
+                nodes = nodes[0][kept], nodes[1][kept]
+            manager.store_recur(env_ids, keys, nodes)
+            step.seen.update(keys)
         if step.trace is not None:
             step.trace.note_keyed_node(latent, action, search_depth, output)
         self.timings['step'].record(time.perf_counter() - start)
@@ -143,33 +143,6 @@ class Inference:
             if not step.searches:
                 self._give_roots_keys(step)
         return self.open.having(parents)
-
-    def _node(self, lease: Lease, step: OpenStep, parents: List[int], latent: np.ndarray, action: torch.Tensor,
-              timesteps: np.ndarray, positions: Tuple[np.ndarray, np.ndarray]) -> Tuple[StepOutput, np.ndarray]:
-        shared, rows, device = self.shared, len(latent), self.shared.source.device()
-        manager, mode, env_ids = shared.manager, step.mode, step.env_ids
-        pages = lease.allocate(rows)
-        contexts = manager.find_recur(mode, env_ids, parents)
-        lost = np.flatnonzero(contexts[1] == 0)
-        manager.count_queries('recur', rows, rows - len(lost))
-        lease.hold(contexts[0])
-        if len(lost):
-            rebuilt = shared.take_pages(lease, contexts, lost, timesteps)
-            begun, states = send(device, rebuilt, latent[lost])
-            self.engine.begin(shared.weights_of(step), shared.slab(), begun[0], states, begun[1])
-        longest = int(contexts[1].max())
-        output = self._step(step, contexts, pages, positions, None, action.to(device), longest).output
-        if self.backend.reuses_output:
-            output = output.map(torch.clone)
-        on_cpu = to_cpu(torch.cat([output.latent_state.reshape(rows, -1), checksum(output)], dim=1))
-        kept = shared.guard.finite(on_cpu[:, -1:], 'A reward, value or policy', mode, env_ids, timesteps)
-        keys, nodes = hash_rows(on_cpu[:, :-1]), extend(contexts, pages)
-        if len(kept) < rows:
-            env_ids, keys = [env_ids[row] for row in kept], [keys[row] for row in kept]
-            nodes = nodes[0][kept], nodes[1][kept]
-        manager.store_recur(env_ids, keys, nodes)
-        step.seen.update(keys)
-        return output, kept
 
     def _give_roots_keys(self, step: OpenStep) -> None:
         """Store the roots under keys too, where a search by key looks."""
@@ -190,16 +163,9 @@ class Inference:
         device = source.device()
         if geometry.rotary:
             timesteps = reanalysis_timesteps_of(start_pos, len(latent))
-            after = node_positions(steps_after(timesteps, search_depth), REANALYSIS_OFFSETS)
+            after = node_positions(timesteps, search_depth, in_reanalysis=True)
             numbers = np.stack([observed_at(timesteps), *after]) % geometry.rotary_positions
             positions, state = send(device, numbers, latent)
         else:
             [state] = send(device, latent)
         return self.engine.step_alone(source.read(False), state, torch.as_tensor(action).to(device), positions)
-
-    def _step(self, step: OpenStep, rows: Rows, pages: np.ndarray, positions: Tuple[np.ndarray, np.ndarray],
-              actions: Optional[np.ndarray], on_device: Optional[torch.Tensor], longest: int) -> StepResult:
-        """A recurrent step; one copy sends all inputs that come from the CPU."""
-        shared = self.shared
-        numbers = pack(self.engine.geometry, rows, pages, positions, actions, longest)
-        return self.backend.step(shared.weights_of(step), shared.slab(), numbers, on_device, step.addresses)

@@ -20,14 +20,14 @@ from ..engine.weights import Geometry
 from .compiled_model import CompiledModel
 from .open_steps import OpenStep
 from .shared import Shared, hash_rows, zero_for_nan
-from .timesteps import root_positions, timesteps_of
+from .timesteps import Positions, root_positions, timesteps_of
 
 
 class RootInputs(NamedTuple):
     """Inputs of a root inference."""
     contexts: Rows  # of the last roots; 0 pages where an episode begins
     pages: np.ndarray  # [B], to write
-    timesteps: np.ndarray  # [B]
+    positions: Positions
     actions: np.ndarray  # [B] or [B, A]; zeros where an episode begins
     rebuilt: np.ndarray  # [3, K], lost contexts that are rebuilt first: their pages, positions and rows
     last: Optional[torch.Tensor]  # [B, E], last latent states, if a context is rebuilt
@@ -83,9 +83,12 @@ class RootInference:
         if self._shared.guard.skips and last is not None and len(missing):  # a state with nan begins no context
             lost = missing[to_cpu(torch.isfinite(last).all(1))[missing]]
         rebuilt = self._shared.take_pages(step.lease, contexts, lost, timesteps)
-        given = RootInputs(contexts, pages, timesteps, actions, rebuilt, last, current_obs)
+        given = RootInputs(contexts, pages, root_positions(timesteps, contexts[1]), actions, rebuilt, last, current_obs)
         latent, output, on_cpu = self._step_roots(step, given)
-        kept = self._finite_roots(on_cpu, step, timesteps)
+        finite = self._shared.guard.finite
+        kept = finite(on_cpu[:, :-1], 'A latent state', mode, env_ids, timesteps)
+        kept = kept[finite(
+            on_cpu[kept, -1:], 'A value or policy', mode, [env_ids[row] for row in kept], timesteps[kept])]
         roots = extend(contexts, pages)
         kept_roots = roots[0][kept], roots[1][kept]
         if step.by_key:
@@ -159,9 +162,8 @@ class RootInference:
             assert given.last is not None
             self._model.begin(paged, tables[lost], begun, started, given.last[lost].numpy())
         batch = Batch(
-            tables, counts, given.pages, np.stack(root_positions(given.timesteps, counts)),
-            given.actions.reshape(rows, -1).astype(np.float32), observations, latent=latent, sequence=sequence,
-            value=value, policy=policy
+            tables, counts, given.pages, np.stack(given.positions), given.actions.reshape(rows, -1).astype(np.float32),
+            observations, latent=latent, sequence=sequence, value=value, policy=policy
         )
         self._model.run(compiled_search.step_roots, (paged, batch, False), network, tables.shape[1], rows)
         parts = [torch.from_numpy(part).unsqueeze(1) for part in (sequence, latent, policy, value)]
@@ -185,8 +187,7 @@ class RootInference:
         return RootOutput(latent, output, to_cpu(torch.cat([states, checksum(output)], dim=1)))
 
     def _packed(self, given: RootInputs, longest: int) -> np.ndarray:
-        positions = root_positions(given.timesteps, given.contexts[1])
-        return pack(self._shared.engine.geometry, given.contexts, given.pages, positions, given.actions, longest)
+        return pack(self._shared.engine.geometry, given.contexts, given.pages, given.positions, given.actions, longest)
 
     def _rebuild(self, step: OpenStep, given: RootInputs, rebuilt: torch.Tensor) -> None:
         """Rebuild lost contexts; ``rebuilt`` is ``given.rebuilt`` on the device."""
@@ -194,14 +195,6 @@ class RootInference:
             assert given.last is not None
             shared, states = self._shared, given.last[rebuilt[2]]
             shared.engine.begin(shared.weights_of(step), shared.slab(), rebuilt[0], states, rebuilt[1])
-
-    def _finite_roots(self, on_cpu: np.ndarray, step: OpenStep, timesteps: np.ndarray) -> np.ndarray:
-        """Rows ``[K]`` whose latent state, value and policy are finite."""
-        guard = self._shared.guard
-        kept = guard.finite(on_cpu[:, :-1], 'A latent state', step.mode, step.env_ids, timesteps)
-        return kept[guard.finite(
-            on_cpu[kept, -1:], 'A value or policy', step.mode, [step.env_ids[row] for row in kept], timesteps[kept]
-        )]
 
     def _latents(self, obs: torch.Tensor) -> torch.Tensor:
         return self._encode(obs).reshape(len(obs), -1)

@@ -18,7 +18,7 @@ WHOLE = tl.constexpr(2.0 ** 52)  # adding it to a smaller float64 rounds that to
 @triton.jit
 def _words(key, row, node, index):
     same = index * 0
-    first, second, _c, _d = tl.philox(key, row + same, node + same, index, _ACTION + same)
+    first, second, _c, _d = tl.philox(key, row + same, node + same, index, same + _ACTION)
     return first.to(tl.float64), second.to(tl.float64)
 
 
