@@ -1,4 +1,4 @@
-"""A whole search as one compiled call, against the same trees with the model's own step by node."""
+"""A search in arrays as one compiled call, against the same trees with the model's own step by node."""
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, List, NamedTuple
@@ -18,7 +18,7 @@ from lzero_kvcache.search.cpu_search import CpuSearch
 from lzero_kvcache.search.kept_on_disk import entry
 from lzero_kvcache.search.tree import Tree, make_key, make_tree, root_values, root_visits
 
-# Compiled once for a machine, as the whole search is.
+# Compiled once for a machine, as the search is.
 prepare_rows, select_rows, backup_rows = map(entry, (tree.prepare_rows, tree.select_rows, tree.backup_rows))
 
 ROWS, SIMULATIONS = 25, 12

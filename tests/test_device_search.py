@@ -253,7 +253,8 @@ def test_a_capture_that_fails_is_told_once_and_searches_go_on(works: bool, lines
 
     case = Case()
     search = cached_model(case, 2, 5).world_model.inference._gpu_search
-    search._source = search._source._replace(device=lambda: torch.device('cuda', 0))
+    shared = search._shared
+    search._shared = shared._replace(source=shared.source._replace(device=lambda: torch.device('cuda', 0)))
     problem = problem_of(case, {}, [[0.] * case.action_space_size] * compiled.ROWS)
     memories = [search._memory(problem, rows, (1, ), (), make_memory) for rows in (3, ROWS_APART, 5 * ROWS_APART)]
     assert memories[0] is memories[1] and [memory.rows for memory in memories[1:]] == [ROWS_APART, 5 * ROWS_APART]
