@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from collect_step import build_policies, collect, fill, preset_configs
 from common import parser, report
-from lzero_kvcache.search.whole import CpuSearch
 
 from lzero_kvcache.engine import compiled_step, layers, program
 from lzero_kvcache.engine.lanes import NUMBER, WIDTH
 from lzero_kvcache.host.row_loops import Selection
 from lzero_kvcache.host.tree_search import KeylessSearch
 from lzero_kvcache.search import tree
-from lzero_kvcache.search.inference import Inference
+from lzero_kvcache.search.cpu_search import CpuSearch
+from lzero_kvcache.search.roots import RootInference
 
 LINEAR, ATTENTION, NORM, GELU = range(4)
 
@@ -107,7 +107,7 @@ def parts_of_a_step(policy: Any, envs: int, steps: int) -> Tuple[Dict[str, float
 
     search = timed(CpuSearch._search, 'compiled')
     places = [
-        (Inference, 'root', 'root inference'), (KeylessSearch, 'search', 'search'),
+        (RootInference, 'infer', 'root inference'), (KeylessSearch, 'search', 'search'),
         (type(policy._collect_model), 'eval', 'eval()'), (np.random, 'dirichlet', 'noise'),
         (Selection, '__call__', 'action selection'),
     ]
@@ -147,7 +147,7 @@ def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repe
     problem, memory, paged, tables, pages = *given[:4], given[6]
     shift = paged.shift.ctypes.data
     embed, inner, depth, block = network.embed, network.inner, len(network.blocks), network.blocks[0]
-    rules, key = tree.make_rules(**problem.rules), tree.make_key(problem.seed, problem.number)
+    rules, key = problem.rules, tree.make_key(problem.seed, problem.number)
     side, model = layers.ROWS, policy._model.world_model.inference._cpu_search._model
     with model.scratches(network, tables.shape[1], 1) as [scratch]:
         pass  # which has the contexts of the last search
