@@ -29,7 +29,7 @@ from lzero_kvcache.engine.graphs import MOST_KEPT
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.host.tree_search import KeylessSearch, Roots
 from lzero_kvcache.search import cpu_search, gpu_memory, gpu_search
-from lzero_kvcache.search.array_search import ArraySearch
+from lzero_kvcache.search.array_search import ArraySearch, Found
 from lzero_kvcache.search.gpu_memory import GpuMemory, GrownReanalysis, Reanalysis, explorations
 from lzero_kvcache.search.gpu_search import ROWS_APART, GpuSearch
 from lzero_kvcache.search.kept_on_disk import entry
@@ -271,7 +271,8 @@ def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU may lack it."""
     monkeypatch.setitem(sys.modules, 'lzero_kvcache.search.tree', None)
     monkeypatch.setattr(KeylessSearch, 'problem', lambda *args: 'a problem')
-    inference = types.SimpleNamespace(search=lambda step, problem: (problem, [1.], None))
+    searches = types.SimpleNamespace(search=lambda step, problem: Found(problem, [1.]))
+    inference = types.SimpleNamespace(in_arrays=searches)
     model, roots = types.SimpleNamespace(world_model=types.SimpleNamespace(inference=inference)), Roots(1, [[]])
     search = KeylessSearch.__new__(KeylessSearch)
     search._running, step = StepsOfThread(), types.SimpleNamespace()
