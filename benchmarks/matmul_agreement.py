@@ -15,7 +15,8 @@ from collect_step import build_policies, collect, fill, preset_configs
 from common import median, parser, report, timed
 
 from lzero_kvcache.config import KV_CACHE_CFG
-from lzero_kvcache.search.device_search import DeviceSearch
+from lzero_kvcache.search.array_search import Found
+from lzero_kvcache.search.gpu_search import GpuSearch
 
 EXACT, *OTHERS = KV_CACHE_CFG['matmul'].choices
 
@@ -37,22 +38,20 @@ def compare(policy: Any, envs: int, args: Any) -> List[Dict[str, Any]]:
     """A row for each way to multiply."""
     world_model = policy._model.world_model
     inference = world_model.inference
-    searches = {
-        matmul: DeviceSearch(inference.engine, inference.shared, matmul) for matmul in (EXACT, *OTHERS)
-    }
+    searches = {matmul: GpuSearch(inference.shared, matmul) for matmul in (EXACT, *OTHERS)}
     found: Dict[str, List[Any]] = {matmul: [] for matmul in searches}
     times: Dict[str, List[float]] = {matmul: [] for matmul in searches}
 
-    def search_all(problem: Any) -> Any:
+    def search_all(step: Any, problem: Any) -> Any:
         for matmul, search in searches.items():
-            result, milliseconds = timed(partial(search.run, inference.open.steps[-1], problem), args.device)
+            result, milliseconds = timed(partial(search.search, step, problem), args.device)
             found[matmul].append(result[:2])
             times[matmul].append(milliseconds)
-        return found[EXACT][-1] + (None, )
+        return Found(*found[EXACT][-1])
 
     with contextlib.redirect_stdout(io.StringIO()):
         fill({'new': policy}, envs, world_model.context_length // 2)
-        with mock.patch.object(inference, 'search', search_all):
+        with mock.patch.object(inference.in_arrays, 'search', search_all):
             collect({'new': policy}, envs, 1 + 4 * args.repeats, first=world_model.context_length // 2)
     return [{'envs': envs, 'matmul': matmul, 'search ms': median(times[matmul][1:]),
              **agreement(found[EXACT][1:], found[matmul][1:])} for matmul in searches]

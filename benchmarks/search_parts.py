@@ -23,10 +23,10 @@ from lzero_kvcache.engine import compiled_step, layers, program
 from lzero_kvcache.engine.compiling import ZERO
 from lzero_kvcache.engine.lanes import NUMBER, WIDTH
 from lzero_kvcache.host.row_loops import Selection
-from lzero_kvcache.host.tree_search import NodeSearch
+from lzero_kvcache.host.tree_search import KeylessSearch
 from lzero_kvcache.search import tree
-from lzero_kvcache.search.inference import Inference
-from lzero_kvcache.search.whole import CompiledSearch
+from lzero_kvcache.search.cpu_search import CpuSearch
+from lzero_kvcache.search.roots import RootInference
 
 LINEAR, ATTENTION, NORM, GELU = range(4)
 
@@ -74,7 +74,7 @@ def main() -> None:
             fill({'new': policy}, envs, args.context // 2 + 1)
             step, search = parts_of_a_step(policy, envs, 8 * args.repeats)
         assert search, 'searches are not in arrays: the log says why'
-        network, _ = policy._model.world_model.inference._whole._model._network[0]
+        network, _ = policy._model.world_model.inference._cpu_search._model._network[0]
         weights = sum(times * inputs * outputs for times, _, _, inputs, outputs in products(network))
         floor = 2e-6 * envs * weights / args.gflops
         simulation = parts_of_a_simulation(policy, network, search[-1], envs, 20 * args.repeats)
@@ -107,14 +107,14 @@ def parts_of_a_step(policy: Any, envs: int, steps: int) -> Tuple[Dict[str, float
         given.append((problem, memory, *rest))
         return search(self, problem, memory, *rest)
 
-    search = timed(CompiledSearch._search, 'compiled')
+    search = timed(CpuSearch._search, 'compiled')
     places = [
-        (Inference, 'root', 'root inference'), (NodeSearch, 'search', 'search'),
+        (RootInference, 'infer', 'root inference'), (KeylessSearch, 'search', 'search'),
         (type(policy._collect_model), 'eval', 'eval()'), (np.random, 'dirichlet', 'noise'),
         (Selection, '__call__', 'action selection'),
     ]
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(CompiledSearch, '_search', noted))
+        patches.enter_context(mock.patch.object(CpuSearch, '_search', noted))
         for owner, name, part in places:
             times[part] = []
             patches.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), part)))
@@ -149,8 +149,8 @@ def parts_of_a_simulation(policy: Any, network: Any, given: Any, envs: int, repe
     problem, memory, paged, tables, pages = *given[:4], given[6]
     shift = paged.shift.ctypes.data
     embed, mlp_width, depth, block = network.embed, network.mlp_width, len(network.blocks), network.blocks[0]
-    rules, key = tree.make_rules(**problem.rules), tree.make_key(problem.seed, problem.number)
-    side, model = layers.ROWS, policy._model.world_model.inference._whole._model
+    rules, key = problem.rules, tree.make_key(problem.seed, problem.number)
+    side, model = layers.ROWS, policy._model.world_model.inference._cpu_search._model
     with model.scratches(network, tables.shape[1], 1) as [scratch]:
         pass  # which has the contexts of the last search
     source, target = np.zeros((2, (max(embed, mlp_width, network.widest) + WIDTH) * side), np.float32)

@@ -135,8 +135,8 @@ class Worker:
         from lzero.worker import MuZeroCollector, MuZeroEvaluator, MuZeroSegmentCollector
 
         from lzero_kvcache.host.policies import KVCachePolicy
-        from lzero_kvcache.host.tree_search import NodeSearch
-        searches = UniZeroMCTSCtree, SampledUniZeroMCTSCtree, *NodeSearch.__bases__
+        from lzero_kvcache.host.tree_search import KeylessSearch
+        searches = UniZeroMCTSCtree, SampledUniZeroMCTSCtree, *KeylessSearch.__bases__
         self._time(searches, 'search', SEARCH)
         self._time([KVCachePolicy], '_forward_collect', STEP)
         self._time([KVCachePolicy], '_forward_learn', LEARNER)
@@ -171,8 +171,8 @@ class Worker:
     def _time_compiling(self) -> None:
         """Compile with numba and Triton, load what was compiled before, and capture CUDA graphs."""
         from lzero_kvcache.engine import encoder_graph, graphs
-        from lzero_kvcache.search import device_memory
-        self._time([graphs, encoder_graph, device_memory], 'capture', COMPILING)
+        from lzero_kvcache.search import gpu_memory
+        self._time([graphs, encoder_graph, gpu_memory], 'capture', COMPILING)
         with contextlib.suppress(ImportError):
             from triton.compiler.compiler import CompiledKernel
             from triton.runtime.jit import JITFunction

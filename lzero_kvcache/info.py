@@ -71,12 +71,12 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
         return {'cache': rows}
     pages, page_bytes = manager.page_capacity, manager.store.slab.page_bytes
     rows += [
-        ('search', _search(options.search, model.why_not_whole(), device)),
+        ('search', _search(options.search, model.why_not_in_arrays(), device)),
         ('backend', picked(options.backend, torch.device(device))),
         ('of evaluation', f'{evaluated} x {options.init_pool_size} contexts'),
         ('newest roots', f'{options.env_num} + {evaluated} contexts'),
         ('pages', f'{pages:,} of {page_bytes:,} bytes, {options.dtype}'),
-        ('pages of a context', f'{manager.width} at the most'),
+        ('pages of a context', f'{manager.context_pages} at the most'),
         ('memory of pages', f'{pages * page_bytes / MIB:,.2f} MiB, beside what searches work in'),
         ('memory of the old system', _of_the_old_system(plan)),
     ]

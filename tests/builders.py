@@ -24,7 +24,7 @@ from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartp
 from lzero_kvcache import KVCacheManager
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.store import PageStore
-from lzero_kvcache.host.tree_search import NodeSearch
+from lzero_kvcache.host.tree_search import KeylessSearch
 
 LAYERS, HEADS, HEAD_DIM, CONTEXT_LENGTH = 2, 2, 4, 8
 PAGE_MB = 2 * LAYERS * 2 * HEADS * HEAD_DIM * 4 / 2 ** 20
@@ -186,7 +186,7 @@ class Worker:
 
     def step(self, env_ids: Sequence[int]) -> Dict[int, Any]:
         """One step of some environments; what the policy returned for each."""
-        with contextlib.redirect_stdout(io.StringIO()), seeded_search(NodeSearch):
+        with contextlib.redirect_stdout(io.StringIO()), seeded_search(KeylessSearch):
             return self.forward(env_ids)
 
     def forward(self, env_ids: Sequence[int]) -> Dict[int, Any]:

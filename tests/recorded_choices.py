@@ -8,6 +8,8 @@ from typing import Any, List, NamedTuple, Tuple
 
 import numpy as np
 
+from lzero_kvcache.search.tree_arrays import Rules
+
 FILE = Path(__file__).resolve().parent / 'fixtures' / 'tree_choices' / 'choices.npz'
 COUNT, LEAST_ROWS = 8, 3
 NEAR = 1e-3  # logits nearer to each other, though not equal: their order hangs on last bits of an exponential
@@ -31,6 +33,12 @@ class Choices(NamedTuple):
     @property
     def legal_lists(self) -> List[List[int]]:
         return [row[row >= 0].tolist() for row in self.legal]
+
+
+def make_rules(base: float = 19652, init: float = 1.25, discount: float = 0.997, delta: float = 0.01,
+               two_players: bool = False, **others: bool) -> Rules:
+    """Rules, with LightZero's defaults."""
+    return Rules(*np.float32([base, init, discount, delta]), two_players, **others)
 
 
 def recorded() -> List[Choices]:
@@ -70,7 +78,7 @@ def record() -> List[Choices]:
 
 def chosen_by_compiled(choices: Choices) -> Tuple[Any, ...]:
     """Parents, actions and depths ``[N, B]``, visits and values by the trees in arrays on a CPU."""
-    from test_tree import Case, Ours, make_rules, padded
+    from test_tree import Case, Ours, padded
 
     *numbers, two_players = choices.rules.tolist()
     ours, chosen = Ours(Case(

@@ -24,7 +24,7 @@ from seeded_search import seeded_search
 from small_models import ON_MAIN, Case, randomise
 from tensorboardX import SummaryWriter
 
-from lzero_kvcache.host.tree_search import NodeSearch
+from lzero_kvcache.host.tree_search import KeylessSearch
 
 OBS_SHAPE, ACTIONS = 4, 2
 #: Lengths of the episodes of each script, in turn.
@@ -192,12 +192,12 @@ class Life:
 
     def collect(self, worker: Any, **amount: int) -> Any:
         """One ``collect`` of a collector, in which ties are broken the same way every time."""
-        with quiet(), seeded_search(NodeSearch):
+        with quiet(), seeded_search(KeylessSearch):
             return worker.collect(train_iter=0, policy_kwargs=dict(temperature=1., epsilon=0.), **amount)
 
     def evaluate(self, worker: Any, **amount: int) -> Any:
         """One ``eval`` of an evaluator."""
-        with quiet(), seeded_search(NodeSearch):
+        with quiet(), seeded_search(KeylessSearch):
             return worker.eval(**amount)
 
     def buffer(self) -> UniZeroGameBuffer:

@@ -280,14 +280,15 @@ class TestReplays:
         """Those of a step that is over would be memory that nobody counts."""
         model, joined = graph_model(Case(), 2), []
         inference = model.world_model.inference
-        read = inference._source.read
+        read = inference.shared.source.read
 
         def noted(captured):
             weights = read(captured)
             joined.append(weakref.ref(weights.layers[0].qkv.weight))
             return weights
 
-        inference._source = altered(inference._source, read=noted)
+        shared = inference.shared
+        inference.shared = shared._replace(source=altered(shared.source, read=noted))
         play(Batch(model), random_trace(np.random.default_rng(SEED), Case(), 2, root_steps=1, simulations=2))
         gc.collect()
         assert captured and joined and not [part for part in joined if part() is not None]

@@ -91,7 +91,7 @@ def infer(model: Any, step: Step, compiled: bool) -> Any:
     with world_model.open_step('collect', range(ROWS), compiled) as opened, torch.no_grad():
         output = model.initial_inference(step.last, step.actions, step.current, step.timesteps)
         tables, counts = opened.roots
-        pages = world_model.inference._slab().data.numpy()[tables]
+        pages = world_model.inference.shared.slab().data.numpy()[tables]
         for row, count in enumerate(counts):
             pages[row, count:] = 0
         pages[np.setdiff1d(np.arange(ROWS), opened.kept)] = 0

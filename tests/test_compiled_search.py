@@ -1,4 +1,4 @@
-"""A whole search as one compiled call, against the same trees with the model's own step by node."""
+"""A search in arrays as one compiled call, against the same trees with the model's own step by node."""
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, List, NamedTuple
@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from forks import in_forks
+from recorded_choices import make_rules
 from small_models import Case, cached_model
 
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.team import FINISHED
-from lzero_kvcache.search import compiled_model, compiled_search, tree, whole
-from lzero_kvcache.search.tree import Tree, make_key, make_rules, make_tree, root_values, root_visits
-from lzero_kvcache.search.whole import Problem
+from lzero_kvcache.search import compiled_model, compiled_search, cpu_search, tree
+from lzero_kvcache.search.array_search import Problem
+from lzero_kvcache.search.cpu_search import CpuSearch
+from lzero_kvcache.search.tree import Tree, make_key, make_tree, root_values, root_visits
 
-# Compiled once for a machine, as the whole search is.
+# Compiled once for a machine, as the search is.
 prepare_rows, select_rows, backup_rows = map(entry, (tree.prepare_rows, tree.select_rows, tree.backup_rows))
 
 ROWS, SIMULATIONS = 25, 12
@@ -65,10 +67,9 @@ def problem_of(case: Case, rules: Dict[str, bool], logits: List[List[float]]) ->
     sampled, slots = 'sampled' in rules, 4 if case.continuous else case.action_space_size
     legal: List[List[int]] = [[] if sampled else LEGAL[row % 3] for row in range(ROWS)]
     noises = [np.random.dirichlet([0.3] * (len(actions) or slots)).tolist() for actions in legal]
-    constants = dict(pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=False)
     action_size = case.action_space_size if case.continuous else 1
     return Problem(
-        {**constants, **rules}, 1, 2, SIMULATIONS, slots, action_size if sampled else 0, [0.] * ROWS, logits, legal,
+        make_rules(**rules), 1, 2, SIMULATIONS, slots, action_size if sampled else 0, [0.] * ROWS, logits, legal,
         noises, 0.25
     )
 
@@ -76,7 +77,7 @@ def problem_of(case: Case, rules: Dict[str, bool], logits: List[List[float]]) ->
 def search_by_steps(root: Root) -> Tree:
     """The same search with the engine's step in torch."""
     problem, rows = root.problem, np.arange(ROWS)
-    rules, key = make_rules(**problem.rules), make_key(problem.seed, problem.number)
+    rules, key = problem.rules, make_key(problem.seed, problem.number)
     tree = make_tree(ROWS, SIMULATIONS, problem.slots, 1, problem.action_size)
     prepare_rows(
         tree, rules, key, np.zeros(ROWS, np.float32), np.float32(problem.logits),
@@ -99,14 +100,14 @@ def search_by_steps(root: Root) -> Tree:
 def found(root: Root, **changes: Any) -> List[Any]:
     """What a compiled search leaves."""
     inference = root.world_model.inference
-    return left(trees_of(inference._whole, inference.open.steps[-1], root.problem._replace(**changes)))
+    return left(trees_of(inference._cpu_search, inference.open.steps[-1], root.problem._replace(**changes)))
 
 
 @torch.no_grad()
-def trees_of(search: whole.CompiledSearch, step: Any, problem: Problem) -> Tree:
+def trees_of(search: CpuSearch, step: Any, problem: Problem) -> Tree:
     """The trees of a search, which the next one writes over."""
-    with mock.patch.object(whole, 'found_in', lambda tree, problem: tree):
-        return search.run(step, problem)  # type: ignore[return-value]
+    with mock.patch.object(cpu_search, '_found', lambda tree, rules: tree):
+        return search.search(step, problem)  # type: ignore[return-value]
 
 
 def left(tree: Tree) -> List[Any]:
@@ -155,7 +156,7 @@ def test_threads_share_the_products_of_a_wide_model(root: Root, monkeypatch: pyt
             helped.append((threading.current_thread(), worker, int(team[FINISHED])))
 
     monkeypatch.setattr(compiled_search, 'help_search', noted)
-    monkeypatch.setattr(compiled_model, 'LEAST_ROWS', ROWS)
+    monkeypatch.setattr(compiled_model, 'WIDTH', ROWS)
     torch.set_num_threads(3)
     assert found(root) == alone and helped == []
     monkeypatch.setattr(compiled_model, 'LEAST_COLUMNS', 10)
@@ -175,7 +176,7 @@ def test_who_helps_out_leaves_a_search_that_fails(root: Root, monkeypatch: pytes
         raise Broken
 
     before = found(root)
-    monkeypatch.setattr(compiled_model, 'LEAST_ROWS', ROWS)
+    monkeypatch.setattr(compiled_model, 'WIDTH', ROWS)
     monkeypatch.setattr(compiled_model, 'LEAST_COLUMNS', 10)
     torch.set_num_threads(2)
     with monkeypatch.context() as meanwhile, pytest.raises(Broken):
@@ -190,7 +191,7 @@ def test_who_helps_out_leaves_a_search_that_fails(root: Root, monkeypatch: pytes
 def test_two_threads_search_one_model(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is in the middle of its search when the other goes on."""
     alone = [found(root, number=number) for number in (3, 4)]
-    [step], search = root.world_model.inference.open.steps, root.world_model.inference._whole
+    [step], search = root.world_model.inference.open.steps, root.world_model.inference._cpu_search
     search_rows, middle, begun = compiled_search.search_rows, threading.Barrier(2, timeout=60), threading.Event()
 
     def in_halves(*args: Any) -> None:
@@ -202,10 +203,10 @@ def test_two_threads_search_one_model(root: Root, monkeypatch: pytest.MonkeyPatc
         search_rows(*args[:-4], SIMULATIONS // 2, SIMULATIONS, *args[-2:])
 
     def run(number: int) -> List[Any]:
-        return left(search.run(step, root.problem._replace(number=number)))
+        return left(search.search(step, root.problem._replace(number=number)))
 
     monkeypatch.setattr(compiled_search, 'search_rows', in_halves)
-    monkeypatch.setattr(whole, 'found_in', lambda tree, problem: tree)
+    monkeypatch.setattr(cpu_search, '_found', lambda tree, rules: tree)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(run, 3)
         assert begun.wait(60)

@@ -16,6 +16,7 @@ import test_compiled_search as compiled
 import test_reanalysis as reanalysis
 import torch
 from ding.utils import MODEL_REGISTRY
+from recorded_choices import make_rules
 from small_models import Case, altered, cached_model, construct, original_model
 from test_compiled_search import Root, problem_of, root, roots_of, search_by_steps  # noqa: F401  (a fixture)
 from test_whole_search import SIMULATIONS, Player, make, validated
@@ -27,14 +28,14 @@ from lzero_kvcache.engine import transfer
 from lzero_kvcache.engine.compiling import entry
 from lzero_kvcache.engine.graphs import MOST_KEPT
 from lzero_kvcache.engine.slab import Slab
-from lzero_kvcache.host.tree_search import NodeSearch, Roots
-from lzero_kvcache.search import device_memory, device_search, whole
-from lzero_kvcache.search.device_memory import DeviceMemory, GrownReanalysis, Reanalysis, explorations
-from lzero_kvcache.search.device_search import ROWS_APART, DeviceSearch
+from lzero_kvcache.host.tree_search import KeylessSearch, Roots
+from lzero_kvcache.search import cpu_search, gpu_memory, gpu_search
+from lzero_kvcache.search.array_search import ArraySearch, Found
+from lzero_kvcache.search.gpu_memory import GpuMemory, GrownReanalysis, Reanalysis, explorations
+from lzero_kvcache.search.gpu_search import ROWS_APART, GpuSearch
 from lzero_kvcache.search.open_steps import StepsOfThread
 from lzero_kvcache.search.timesteps import reanalysis_timesteps_of
-from lzero_kvcache.search.tree import exploration, make_rules, root_actions, root_values, root_visits
-from lzero_kvcache.search.whole import WholeSearch
+from lzero_kvcache.search.tree import exploration, root_actions, root_values, root_visits
 from lzero_kvcache.validation.trace import Trace
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
@@ -57,7 +58,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter takes a millisecond for each operation on a row."""
     monkeypatch.setattr(compiled, 'ROWS', 2)
     monkeypatch.setattr(compiled, 'SIMULATIONS', 4)
-    monkeypatch.setattr(device_search, 'ROWS_APART', 1)
+    monkeypatch.setattr(gpu_search, 'ROWS_APART', 1)
     for name, number in dict(SAMPLES=1, ROWS=4, SIMULATIONS=2).items():
         monkeypatch.setattr(reanalysis, name, number)
 
@@ -69,18 +70,18 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None:  # noqa: F811
     [step] = root.world_model.inference.open.steps
     step.trace = noted = Trace('collect', step.env_ids, 1, replayed=True)
-    visits, values, actions = root.world_model.inference._device.run(step, root.problem)
-    [memory] = root.world_model.inference._device._memories.kept.values()
+    visits, values, actions = root.world_model.inference._gpu_search.search(step, root.problem)
+    [memory] = root.world_model.inference._gpu_search._memories.kept.values()
     step.trace = Trace('collect', step.env_ids, 1, replayed=True)
-    tree = compiled.trees_of(root.world_model.inference._whole, step, root.problem)
+    tree = compiled.trees_of(root.world_model.inference._cpu_search, step, root.problem)
     assert visits == root_visits(tree)
     np.testing.assert_allclose(values, root_values(tree), atol=3e-4)  # what float32 makes of the model's steps
-    ordered = slice(None) if root.problem.rules.get('sampled') else 0  # nodes that have all actions need no order
+    ordered = slice(None) if root.problem.rules.sampled else 0  # nodes that have all actions need no order
     assert memory.tree.child.tolist() == tree.child.tolist()
     assert memory.tree.order[:, ordered].tolist() == tree.order[:, ordered].tolist()
     np.testing.assert_allclose(memory.tree.reward, tree.reward, atol=3e-4)
     np.testing.assert_allclose(memory.tree.draws, tree.draws, atol=1e-5)
-    assert (actions is not None) == ('sampled' in root.problem.rules)
+    assert (actions is not None) == root.problem.rules.sampled
     if actions is not None:
         np.testing.assert_allclose(actions, root_actions(tree), atol=1e-6)
     assert len(noted.nodes) == compiled.SIMULATIONS
@@ -98,13 +99,13 @@ def test_interpreted_it_is_the_compiled_search(_small: None, root: Root) -> None
 def test_interpreted_it_is_the_compiled_reanalysis(_small: None, case: Case, two_players: bool, grows: bool,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """Some rows at a time, each with draws of their own."""
-    monkeypatch.setattr(whole, 'CHUNK', 2)
-    monkeypatch.setattr(device_search, 'MOST_ROWS', 2)
+    monkeypatch.setattr(cpu_search, 'ROWS', 2)
+    monkeypatch.setattr(gpu_search, 'MOST_ROWS', 2)
     world_model, problem, latents, timesteps, _ = reanalysis.asked(case, two_players)
-    search, steps = world_model.inference._device, reanalysis_timesteps_of(timesteps, reanalysis.ROWS)
+    search, steps = world_model.inference._gpu_search, reanalysis_timesteps_of(timesteps, reanalysis.ROWS)
     with torch.no_grad():
-        visits, values, _ = search.reanalyze(problem, latents, steps, world_model.weights_source.addresses(), grows)
-    expected = world_model.inference.reanalyze(problem, latents, timesteps, grows)
+        visits, values, _ = search.reanalyze(problem, latents, steps, grows)
+    expected = world_model.inference.in_arrays.reanalyze(problem, latents, timesteps, grows)
     assert visits == expected[0]
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
     [memory] = search._memories.kept.values()
@@ -115,15 +116,14 @@ def test_interpreted_it_is_the_compiled_reanalysis(_small: None, case: Case, two
     (20, sys.maxsize, 20), (600, sys.maxsize, 200), (20, 13, 7), (600, 130, 120), (20, 3, 7)])
 def test_no_more_rows_of_a_reanalysis_than_memory_is_allowed_for(rows: int, within_limit: int, at_once: int) -> None:
     """A search is captured for multiples of eight rows, and for eight at least."""
-    search = cached_model(Case(), 2, 5).world_model.inference._device
+    search = cached_model(Case(), 2, 5).world_model.inference._gpu_search
     assert search._rows_at_a_time(rows, within_limit) == at_once
 
 
 @interpreted
 def test_rows_that_only_fill_up_a_reanalysis_have_pages_of_their_own() -> None:
     world_model = cached_model(Case(), 2, 5).world_model
-    rules = dict(pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=False)
-    problem: Any = types.SimpleNamespace(rules=rules, simulations=5, slots=3, action_size=0)
+    problem: Any = types.SimpleNamespace(rules=make_rules(), simulations=5, slots=3, action_size=0)
     memory = GrownReanalysis(world_model.inference.engine, world_model.weights_source, 3, problem, 8)
     before = memory.given.pages.copy(), memory.given.tables.copy()
     assert len({*before[0].ravel(), *before[1][:, 0]}) == 6 * 8
@@ -133,19 +133,18 @@ def test_rows_that_only_fill_up_a_reanalysis_have_pages_of_their_own() -> None:
     assert (memory.given.tables == before[1]).all() and (memory.given.counts == 1).all()
 
 
-@pytest.mark.parametrize('kind', [DeviceMemory, Reanalysis, GrownReanalysis])
+@pytest.mark.parametrize('kind', [GpuMemory, Reanalysis, GrownReanalysis])
 @pytest.mark.parametrize('case', [Case(rotary=True), Case(), Case(continuous=True)],
                          ids=['rotary', 'learned', 'continuous'])
 def test_all_that_a_memory_holds_is_counted(case: Case, kind: Any) -> None:
     world_model = cached_model(case, 2, 5).world_model
     slots, draws = (4, case.action_space_size) if case.continuous else (case.action_space_size, 0)
-    rules = dict(pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=False)
     problem: Any = types.SimpleNamespace(
-        rules=dict(rules, sampled=draws > 0), simulations=5, slots=slots, action_size=draws)
+        rules=make_rules(sampled=draws > 0), simulations=5, slots=slots, action_size=draws)
     gc.collect()
     before = storages()
     given = world_model.inference.engine, world_model.weights_source
-    own = [Slab(1, 1, 2)] if kind is DeviceMemory else []
+    own = [Slab(1, 1, 2)] if kind is GpuMemory else []
     memory = kind(*given, *own, 1 if kind is Reanalysis else 3, problem, 8)
     made = [size for address, size in storages().items() if address not in before]
     assert memory.memory_mb * MIB == sum(made) > 8 * 6 * slots
@@ -169,20 +168,20 @@ def on_gpu(case: Case, rules: Dict[str, bool]) -> Iterator[Root]:
 
 def searched(root: Root, **changes: Any) -> List[Any]:  # noqa: F811
     inference = root.world_model.inference
-    return list(inference.search(inference.open.steps[-1], root.problem._replace(**changes)))
+    return list(inference.in_arrays.search(inference.open.steps[-1], root.problem._replace(**changes)))
 
 
 def visits_of_equals(root: Root, draws_ties: bool) -> List[List[int]]:  # noqa: F811
     """Visits of the roots after one simulation, where all actions have one prior."""
     [step] = root.world_model.inference.open.steps
     logits = root.problem.logits
-    if 'continuous' not in root.problem.rules:  # actions that are drawn have one prior in any case
+    if not root.problem.rules.continuous:  # actions that are drawn have one prior in any case
         logits = np.zeros_like(logits).tolist()
     problem = root.problem._replace(
-        rules={**root.problem.rules, 'draws_ties': draws_ties}, simulations=1, noises=None,
+        rules=root.problem.rules._replace(draws_ties=draws_ties), simulations=1, noises=None,
         legal=[[]] * compiled.ROWS, logits=logits
     )
-    return root.world_model.inference._device.run(step, problem)[0]  # type: ignore[no-any-return]
+    return root.world_model.inference._gpu_search.search(step, problem)[0]  # type: ignore[no-any-return]
 
 
 def assert_equals_are_drawn_or_the_first(root: Root) -> None:  # noqa: F811
@@ -198,10 +197,11 @@ def test_interpreted_what_is_no_number_is_counted_with_its_depth(_small: None, r
     weights = root.world_model.weights_source.read(False)
     broken = weights._replace(value=lambda x: weights.value(x) + float('nan'))
     [step] = root.world_model.inference.open.steps
-    search = root.world_model.inference._device
-    search._source = altered(search._source, read=lambda captured: broken)
-    with mock.patch.object(search._guard, 'report') as reported:
-        search.run(step, root.problem)
+    search = root.world_model.inference._gpu_search
+    shared = search._shared
+    search._shared = shared._replace(source=altered(shared.source, read=lambda captured: broken))
+    with mock.patch.object(shared.guard, 'report') as reported:
+        search.search(step, root.problem)
     np.testing.assert_array_equal(reported.call_args.args[0], [[compiled.SIMULATIONS] * 2, [1] * 2])
 
 
@@ -213,12 +213,12 @@ def test_interpreted_scores_that_are_no_numbers(_small: None, draws_ties: bool) 
     for asked in compiled.roots_of(cached_model(case, compiled.ROWS, 5), case, {}):
         inference, problem = asked.world_model.inference, asked.problem
         problem = problem._replace(
-            rules=dict(problem.rules, draws_ties=draws_ties),
+            rules=problem.rules._replace(draws_ties=draws_ties),
             logits=[[float('nan')] * problem.slots, *problem.logits[1:]]
         )
         [step] = inference.open.steps
-        visits, _, _ = inference._device.run(step, problem)
-        assert visits == root_visits(compiled.trees_of(inference._whole, step, problem))
+        visits, _, _ = inference._gpu_search.search(step, problem)
+        assert visits == root_visits(compiled.trees_of(inference._cpu_search, step, problem))
         assert max(visits[0]) == sum(visits[0]) == compiled.SIMULATIONS
 
 
@@ -252,8 +252,9 @@ def test_a_capture_that_fails_is_told_once_and_searches_go_on(works: bool, lines
         return types.SimpleNamespace(rows=rows, memory_mb=2., capture=capture)
 
     case = Case()
-    search = cached_model(case, 2, 5).world_model.inference._device
-    search._source = altered(search._source, device=lambda: torch.device('cuda', 0))
+    search = cached_model(case, 2, 5).world_model.inference._gpu_search
+    shared = search._shared
+    search._shared = shared._replace(source=altered(shared.source, device=lambda: torch.device('cuda', 0)))
     problem = problem_of(case, {}, [[0.] * case.action_space_size] * compiled.ROWS)
     memories = [search._memory(problem, rows, (1, ), (), make_memory) for rows in (3, ROWS_APART, 5 * ROWS_APART)]
     assert memories[0] is memories[1] and [memory.rows for memory in memories[1:]] == [ROWS_APART, 5 * ROWS_APART]
@@ -269,10 +270,11 @@ def test_a_capture_that_fails_is_told_once_and_searches_go_on(works: bool, lines
 def test_numba_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU may lack it."""
     monkeypatch.setitem(sys.modules, 'lzero_kvcache.search.tree', None)
-    monkeypatch.setattr(NodeSearch, 'problem', lambda *args: 'a problem')
-    inference = types.SimpleNamespace(search=lambda step, problem: (problem, [1.], None))
+    monkeypatch.setattr(KeylessSearch, 'problem', lambda *args: 'a problem')
+    searches = types.SimpleNamespace(search=lambda step, problem: Found(problem, [1.]))
+    inference = types.SimpleNamespace(in_arrays=searches)
     model, roots = types.SimpleNamespace(world_model=types.SimpleNamespace(inference=inference)), Roots(1, [[]])
-    search = NodeSearch.__new__(NodeSearch)
+    search = KeylessSearch.__new__(KeylessSearch)
     search._running, step = StepsOfThread(), types.SimpleNamespace()
     search._running.steps.append(step)
     roots.prepare_no_noise([0.], [[]], None)
@@ -295,7 +297,7 @@ def waiting_refused() -> Iterator[List[torch.Size]]:
             torch.cuda.set_sync_debug_mode('error')
 
     number = torch.ones(1, device='cuda')
-    with mock.patch.object(device_memory, 'to_cpu', to_cpu):
+    with mock.patch.object(gpu_memory, 'to_cpu', to_cpu):
         torch.cuda.set_sync_debug_mode('error')
         try:
             with pytest.raises(RuntimeError):
@@ -340,9 +342,9 @@ class TestOnGPU:
 
     def test_fewer_simulations_and_other_legal_actions_need_no_other_capture(self, on_gpu: Root) -> None:
         first = searched(on_gpu)
-        kept = on_gpu.world_model.inference._device._memories.kept
+        kept = on_gpu.world_model.inference._gpu_search._memories.kept
         [memory] = kept.values()
-        sampled = 'sampled' in on_gpu.problem.rules
+        sampled = on_gpu.problem.rules.sampled
         fewer = searched(on_gpu, simulations=3, legal=[[] if sampled else [1, 0]] * compiled.ROWS)
         assert all(sampled or len(row) == 2 and sum(row) == 3 for row in fewer[0])
         assert searched(on_gpu) == first and list(kept.values()) == [memory]
@@ -352,7 +354,7 @@ class TestOnGPU:
         for simulations in range(1, MOST_KEPT + 3):
             searched(on_gpu, simulations=simulations)
             counted.append(manager.counters()['memory_mb'])
-        memories = on_gpu.world_model.inference._device._memories
+        memories = on_gpu.world_model.inference._gpu_search._memories
         assert len(memories.kept) == MOST_KEPT
         assert counted[0] < counted[1] < counted[2]
         assert manager.counters()['captures'] >= memories.captures == MOST_KEPT + 2
@@ -372,21 +374,21 @@ class TestOnGPU:
 
     def test_weights_that_change_in_place_are_seen(self, on_gpu: Root) -> None:
         first = searched(on_gpu)
-        captured = list(on_gpu.world_model.inference._device._memories.kept.values())
+        captured = list(on_gpu.world_model.inference._gpu_search._memories.kept.values())
         with torch.no_grad():
             for parameter in on_gpu.world_model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
         visits, values, _ = searched(on_gpu)
         assert values != first[1]
         np.testing.assert_allclose(values, root_values(search_by_steps(on_gpu)), rtol=0.05, atol=0.05)
-        assert list(on_gpu.world_model.inference._device._memories.kept.values()) == captured
+        assert list(on_gpu.world_model.inference._gpu_search._memories.kept.values()) == captured
 
     @pytest.mark.parametrize('matmul, most', [('tf32', 5e-3), ('bfloat16', 5e-2)])
     def test_other_products_agree_roughly(self, on_gpu: Root, matmul: str, most: float) -> None:
         inference = on_gpu.world_model.inference
-        search = DeviceSearch(inference.engine, inference.shared, matmul)
+        search = GpuSearch(inference.engine, inference.shared, matmul)
         exact = searched(on_gpu, simulations=1)[1]
-        values = search.run(inference.open.steps[-1], on_gpu.problem._replace(simulations=1))[1]
+        values = search.search(inference.open.steps[-1], on_gpu.problem._replace(simulations=1))[1]
         assert 1e-6 < np.abs(np.subtract(values, exact)).max() < most
 
     def test_what_is_no_number_is_counted(self, on_gpu: Root) -> None:
@@ -406,14 +408,14 @@ class TestOnGPU:
 def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool, grows: bool) -> None:
     question = reanalysis.asked(case, two_players, grows, 'cuda')
     expected = reanalysis.by_steps(question)
-    visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
+    visits, values, _ = question.world_model.inference.in_arrays.reanalyze(*question[1:])
     assert visits == expected[0]
     np.testing.assert_allclose(values, expected[1], atol=reanalysis.TOLERANCE)
-    kept = list(question.world_model.inference._device._memories.kept.values())
+    kept = list(question.world_model.inference._gpu_search._memories.kept.values())
     with waiting_refused() as ended:
-        question.world_model.inference.reanalyze(*question[1:])
-    assert len(ended) == 1 and list(question.world_model.inference._device._memories.kept.values()) == kept
-    copies = copies_of(lambda: question.world_model.inference.reanalyze(*question[1:]))
+        question.world_model.inference.in_arrays.reanalyze(*question[1:])
+    assert len(ended) == 1 and list(question.world_model.inference._gpu_search._memories.kept.values()) == kept
+    copies = copies_of(lambda: question.world_model.inference.in_arrays.reanalyze(*question[1:]))
     assert copies == (['Pinned'], ['Pinned'])
 
 
@@ -422,7 +424,7 @@ def test_on_gpu_a_reanalysis_is_that_by_steps(case: Case, two_players: bool, gro
 @pytest.mark.parametrize('kind', ['unizero', 'sampled', 'continuous'])
 def test_policies_search_on_a_gpu(kind: str, lines: Any) -> None:
     policy = make(kind, changes=dict(cuda=True, device='cuda'), device='cuda')
-    memories, mask = policy._model.world_model.inference._device._memories, [np.ones(5, np.int8)] * 3
+    memories, mask = policy._model.world_model.inference._gpu_search._memories, [np.ones(5, np.int8)] * 3
     for step in range(3):
         output = policy.collect_mode.forward(
             torch.randn(3, 4, device='cuda'), [None] * 3 if kind == 'continuous' else mask, to_play=[-1] * 3,
@@ -471,7 +473,7 @@ def test_interpreted_searches_are_replayed(_small: None, case: Case, rules: Dict
             output = model.initial_inference(seen[step], actions, seen[step + 1], [step] * compiled.ROWS)
             if step == 1:
                 world_model.kv_cache_manager.store.slab.data[opened.roots[0][1, 0]] += 0.5
-            world_model.inference._device.run(opened, problem_of(case, rules, output.policy_logits.tolist()))
+            world_model.inference._gpu_search.search(opened, problem_of(case, rules, output.policy_logits.tolist()))
             actions = [1] * compiled.ROWS
             if case.continuous:
                 actions = list(rng.uniform(-1, 1, (compiled.ROWS, case.action_space_size)).astype(np.float32))
@@ -489,7 +491,7 @@ def test_interpreted_searches_are_replayed(_small: None, case: Case, rules: Dict
 def test_on_a_gpu_searches_are_replayed(kind: str, rotary: bool) -> None:
     policy = validated(kind, rotary=rotary, changes=dict(cuda=True, device='cuda'), device='cuda')
     assert_all_are_replayed(policy, OnGPU(policy).play())
-    assert policy._model.world_model.inference._device._memories.captures
+    assert policy._model.world_model.inference._gpu_search._memories.captures
 
 
 @pytest.mark.gpu
@@ -497,12 +499,12 @@ def test_on_a_gpu_searches_are_replayed(kind: str, rotary: bool) -> None:
 def test_on_a_gpu_a_replay_sees_a_spoiled_page() -> None:
     """Of one environment, between its root and its search."""
     policy = validated(changes=dict(cuda=True, device='cuda'), device='cuda')
-    run, manager, player = WholeSearch.run, policy._model.world_model.kv_cache_manager, OnGPU(policy)
+    run, manager, player = ArraySearch.search, policy._model.world_model.kv_cache_manager, OnGPU(policy)
     player.step([0, 1, 2])
 
     def spoiled(search: Any, step: Any, problem: Any) -> Any:
         manager.store.slab.data[step.roots[0][1, 0]] += 0.5
         return run(search, step, problem)
 
-    with mock.patch.object(WholeSearch, 'run', spoiled), pytest.raises(RuntimeError, match='environment 1, step'):
+    with mock.patch.object(ArraySearch, 'search', spoiled), pytest.raises(RuntimeError, match='environment 1, step'):
         player.step([0, 1, 2])

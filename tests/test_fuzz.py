@@ -188,7 +188,7 @@ class ManagerMachine(RuleBasedStateMachine):
             rows = nodes.expand(simulation, np.array([parent]), np.array([0]))
             assert self.contents_of(rows) == [paths[parent]]
             self.write(nodes.pages[simulation])
-            paths.append((paths[parent] + [self.written])[-self.manager.width:])
+            paths.append((paths[parent] + [self.written])[-self.manager.context_pages:])
 
     @precondition(lambda self: self.searches)
     @rule(data=st.data(), abandon=st.booleans())

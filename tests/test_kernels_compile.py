@@ -33,7 +33,7 @@ def main() -> None:
     from triton.runtime.jit import JITFunction
 
     from lzero_kvcache.engine import kernel_launch
-    from lzero_kvcache.search.device_search import DeviceSearch
+    from lzero_kvcache.search.gpu_search import GpuSearch
 
     names: Set[str] = set()
     JITFunction.run = lambda kernel, *args, grid, warmup, **options: compile_launch(kernel, args, options, names)
@@ -46,13 +46,13 @@ def main() -> None:
             (Case(rotary=True, continuous=True), dict(sampled=True, continuous=True), 'float32'),
             (Case(sampled=True, gru_gating=not ON_MAIN), dict(sampled=True), 'bfloat16')):
         for root in compiled.roots_of(cached_model(case, 2, 5), case, rules):
-            inference, model = root.world_model.inference, root.world_model
-            search = DeviceSearch(inference.engine, inference.shared, matmul)
-            search.run(inference.open.steps[-1], root.problem)
+            inference = root.world_model.inference
+            search = GpuSearch(inference.shared, matmul)
+            search.search(inference.open.steps[-1], root.problem)
             if not rules.get('sampled'):
                 latents, steps = torch.zeros(2, case.embed_dim).numpy(), torch.arange(2).numpy()
                 for grows in (False, True):
-                    search.reanalyze(root.problem, latents, steps, model.weights_source.addresses(), grows)
+                    search.reanalyze(root.problem, latents, steps, grows)
     print('compiled:', *sorted(names))
 
 

@@ -123,8 +123,8 @@ def pages_that_are_taken(model, player=None):
     manager = model.world_model.kv_cache_manager
     with manager.lease() as lease:
         taken = lease.allocate(manager._pages.free + 7)
-        model.world_model.inference._slab().data[taken] = float('nan')
-    model.world_model.inference._slab().data[taken] = 0.
+        model.world_model.inference.shared.slab().data[taken] = float('nan')
+    model.world_model.inference.shared.slab().data[taken] = 0.
 
 
 INSIDE = {
@@ -199,7 +199,7 @@ def test_a_search_of_other_rows_than_its_step_is_refused():
     player.play(trace_of().events[0])
     problem = mock.Mock(rewards=[0.] * (ROWS - 1))
     with pytest.raises(ValueError, match=f'{ROWS - 1} rows for {ROWS} environments'):
-        model.world_model.inference.search(player.step, problem)
+        model.world_model.inference.in_arrays.search(player.step, problem)
     player.close()
 
 
@@ -347,7 +347,7 @@ def test_a_step_that_failed_leaves_what_was_stored_by_key(fail):
     model = model_of()
     manager = model.world_model.kv_cache_manager
     with manager.lease() as lease:
-        rows = np.zeros((1, manager.width), np.int64), np.ones(1, np.int64)
+        rows = np.zeros((1, manager.context_pages), np.int64), np.ones(1, np.int64)
         rows[0][0, 0] = lease.allocate(1)
         manager.store_init('collect', [0], ['mine'], rows)
     fail(model, trace_of().events[:2])

@@ -263,7 +263,7 @@ class TestMain:
         assert (tally.rows, tally.over) == (4 * 7 * 2, 0)
         with pytest.raises(ConfigError, match=r"world_model_cfg.lora_target_modules=\['attn'\]: projections of"):
             make(lora_target_modules=['attn'])
-        assert model.world_model.why_not_whole().startswith('its MLPs are CurriculumLoRALinear')
+        assert model.world_model.why_not_in_arrays().startswith('its MLPs are CurriculumLoRALinear')
 
     def test_low_rank_changes_of_attention_are_refused_only_where_there_are_some(self):
         lora = dict(lora_r=4, lora_target_modules=['attn', 'feed_forward'])

@@ -265,7 +265,7 @@ def test_any_use_by_hand(strategy, operations):
 def root(used, key, env_id=0, pages=3):
     """A root of new pages, as a step by key stores it."""
     with used.lease() as lease:
-        table = np.zeros((1, used.width), np.int64)
+        table = np.zeros((1, used.context_pages), np.int64)
         table[0, :pages] = lease.allocate(pages)
         ready(used)
         used.store_init('collect', [env_id], [key], (table, np.array([pages])))
@@ -414,7 +414,7 @@ class PlainManager(PagedCacheManager):
 
     def __init__(self, config: Any, env_num: int, enable_stats: bool) -> None:
         self.arguments = (config, env_num, enable_stats)
-        self.width = config.context_length // 2 - 1
+        self.context_pages = config.context_length // 2 - 1
         self.pages = PageAllocator(2000)
         self.roots: Dict[Any, Any] = {}
         self.nodes: Dict[Any, Any] = {}
@@ -471,7 +471,7 @@ class PlainManager(PagedCacheManager):
         self.asked = dict(init=CacheStats(), recur=CacheStats())
 
     def _find(self, found):
-        tables, counts = np.zeros((len(found), self.width), np.int64), np.zeros(len(found), np.int64)
+        tables, counts = np.zeros((len(found), self.context_pages), np.int64), np.zeros(len(found), np.int64)
         for row, entry in enumerate(found):
             if entry is not None:
                 tables[row], counts[row] = entry
@@ -482,8 +482,8 @@ class TestCustomManagers:
 
     @pytest.mark.parametrize(('registers', 'said'), [
         *((kind, 'which makes no PagedCacheManager') for kind in (5, dict, lambda *arguments: None, OldCacheManager)),
-        *((type('Narrow', (PlainManager, ), dict(width=width, __init__=lambda self, *arguments: None)),
-           f'Narrow.width={width!r} must be 3, which is context_length=8 / 2 - 1') for width in (0, None, 4)),
+        *((type('Narrow', (PlainManager, ), dict(context_pages=pages, __init__=lambda self, *arguments: None)),
+           f'Narrow.context_pages={pages!r} must be 3, which is context_length=8 / 2 - 1') for pages in (0, None, 4)),
     ])
     def test_what_is_no_manager_of_the_model(self, registers, said, registered):
         registered('mine', registers)
@@ -516,7 +516,7 @@ class TestCustomManagers:
 def test_a_step_that_was_left_no_roots():
     """By a reset between the root inference and the search by key."""
     manager = KVCacheManager(dict(context_length=8, env_num=2, num_simulations=4))
-    nothing = np.zeros((0, manager.width), np.int64), np.zeros(0, np.int64)
+    nothing = np.zeros((0, manager.context_pages), np.int64), np.zeros(0, np.int64)
     manager.store_init('collect', [], [], nothing)
     manager.forget_init('collect', [], [])
     assert [len(part) for part in manager.find_init('collect', [], [])] == [0, 0]

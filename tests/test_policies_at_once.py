@@ -14,7 +14,7 @@ from lzero.policy import utils as lightzero_utils
 from small_models import Case, world_model_cfg
 
 from lzero_kvcache.host.old_world_model import OldWorldModel
-from lzero_kvcache.host.tree_search import NodeSearch
+from lzero_kvcache.host.tree_search import KeylessSearch
 from lzero_kvcache.host.world_model import NewWorldModel
 
 SEED, CASE = 11, Case()
@@ -97,7 +97,7 @@ class TestTwoPolicies:
         expected = [Worker(policy_of()), Worker(policy_of(seed=SEED + 1))]
         expected = [[worker.step([0, 1, 2]) for _ in range(steps)] for worker in expected]
         workers, outputs = [Worker(policy) for policy in policies], [[], []]
-        with contextlib.redirect_stdout(io.StringIO()), seeded_search.seeded_search(NodeSearch):
+        with contextlib.redirect_stdout(io.StringIO()), seeded_search.seeded_search(KeylessSearch):
             in_threads(*[
                 lambda worker=worker, found=found: [found.append(worker.forward([0, 1, 2])) for _ in range(steps)]
                 for worker, found in zip(workers, outputs)
@@ -118,7 +118,7 @@ class TestTwoPolicies:
             return [Worker(policy, mode) for mode in modes]
 
         found = [], []
-        with contextlib.redirect_stdout(io.StringIO()), seeded_search.seeded_search(NodeSearch):
+        with contextlib.redirect_stdout(io.StringIO()), seeded_search.seeded_search(KeylessSearch):
             expected = [[worker.forward([0, 1, 2]) for _ in range(steps)] for worker in workers()]
             in_threads(*[
                 lambda worker=worker, outputs=outputs: [outputs.append(worker.forward([0, 1, 2])) for _ in range(steps)]

@@ -13,6 +13,7 @@ import torch
 from builders import calls_of
 from easydict import EasyDict
 from lzero.mcts import UniZeroGameBuffer
+from recorded_choices import make_rules
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
 from small_models import ON_MAIN, Case, cached_model, original_model
@@ -24,9 +25,9 @@ from lzero_kvcache.host import entries
 from lzero_kvcache.host.buffers import ReanalysisSearch, reanalyzed_in_arrays
 from lzero_kvcache.host.lightzero import lightzero
 from lzero_kvcache.host.patches import applied
-from lzero_kvcache.search import tree, whole
-from lzero_kvcache.search.tree import make_key, make_rules, make_tree, root_values, root_visits
-from lzero_kvcache.search.whole import Problem
+from lzero_kvcache.search import cpu_search, tree
+from lzero_kvcache.search.array_search import ArraySearch, Problem
+from lzero_kvcache.search.tree import make_key, make_tree, root_values, root_visits
 
 pytest.importorskip('numba')
 prepare_rows, select_rows, backup_rows = map(entry, (tree.prepare_rows, tree.select_rows, tree.backup_rows))
@@ -60,12 +61,10 @@ def asked(case: Case, two_players: bool, grows: bool = False, device: str = 'cpu
     model, rng = cached_model(case, ROWS, 5, device=device, kv_cache_cfg=kv_cache_cfg), np.random.default_rng(1)
     world_model = model.to(device).world_model
     slots = case.action_space_size
-    rules = dict(
-        pb_c_base=19652, pb_c_init=1.25, discount_factor=0.997, value_delta_max=0.01, two_players=two_players
-    )
     problem = Problem(
-        rules, 1, 0, SIMULATIONS, slots, 0, [0.] * ROWS, rng.normal(size=(ROWS, slots)).tolist(),
-        [LEGAL[row % 3] for row in range(ROWS)], rng.dirichlet([0.3] * slots, ROWS).tolist(), 0.25
+        make_rules(two_players=two_players), 1, 0, SIMULATIONS, slots, 0, [0.] * ROWS,
+        rng.normal(size=(ROWS, slots)).tolist(), [LEGAL[row % 3] for row in range(ROWS)],
+        rng.dirichlet([0.3] * slots, ROWS).tolist(), 0.25
     )
     latents = rng.dirichlet([1.] * 8, (ROWS, case.embed_dim // 8)).reshape(ROWS, -1).astype(np.float32)
     timesteps = 40 + np.arange(UNROLL) + np.zeros((SAMPLES, 1), np.int64)
@@ -77,7 +76,7 @@ def by_steps(question: Asked, number: int = FIRST) -> Tuple[List[List[int]], Lis
     """The same search with one reanalysis of LightZero's for each simulation."""
     world_model, problem, roots, timesteps, grows = question
     world_model.clear_caches()
-    rules, key, rows = make_rules(**problem.rules), make_key(problem.seed, number), np.arange(len(roots))
+    rules, key, rows = problem.rules, make_key(problem.seed, number), np.arange(len(roots))
     found = make_tree(len(roots), SIMULATIONS, problem.slots, 1)
     prepare_rows(
         found, rules, key, np.zeros(len(roots), np.float32), np.float32(problem.logits),
@@ -113,7 +112,7 @@ def part_of(question: Asked, begin: int, end: int) -> Asked:
 @CASES
 def test_it_is_the_search_by_steps(case: Case, two_players: bool, grows: bool) -> None:
     question = asked(case, two_players, grows)
-    visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
+    visits, values, _ = question.world_model.inference.in_arrays.reanalyze(*question[1:])
     expected, expected_values = by_steps(question)
     assert visits == expected
     np.testing.assert_allclose(values, expected_values, atol=TOLERANCE)
@@ -124,7 +123,7 @@ def test_it_is_the_search_by_steps(case: Case, two_players: bool, grows: bool) -
 @pytest.mark.parametrize(('grows', 'allowed', 'at_once'), [(True, 0.15, [13, 7]), (False, 0.15, [20]), (True, 9, [20])])
 def test_its_pages_take_no_more_memory_than_is_allowed(grows: bool, allowed: float, at_once: List[int]) -> None:
     question = asked(Case(), False, grows, max_memory_mb=allowed, recurrent_pool_size=1)
-    search, sizes = question.world_model.inference._whole, []
+    search, sizes = question.world_model.inference._cpu_search, []
     find = search._from_states
 
     def noted(problem: Problem, latents: np.ndarray, *args: Any) -> Any:
@@ -132,7 +131,7 @@ def test_its_pages_take_no_more_memory_than_is_allowed(grows: bool, allowed: flo
         return find(problem, latents, *args)
 
     with mock.patch.object(search, '_from_states', noted):
-        visits, _, _ = question.world_model.inference.reanalyze(*question[1:])
+        visits, _, _ = question.world_model.inference.in_arrays.reanalyze(*question[1:])
     assert sizes == at_once and [sum(row) for row in visits] == ROWS * [SIMULATIONS]
     [[memory]] = search._memories._free.values()
     assert memory.slab.nbytes <= allowed * 2 ** 20
@@ -142,10 +141,10 @@ def test_its_pages_take_no_more_memory_than_is_allowed(grows: bool, allowed: flo
 def test_some_rows_at_a_time(case: Case, two_players: bool, grows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with draws of its own; the last are fewer. Memory is that of some rows, and is counted."""
     question = asked(case, two_players, grows)
-    manager, search = question.world_model.kv_cache_manager, question.world_model.inference._whole
+    manager, search = question.world_model.kv_cache_manager, question.world_model.inference._cpu_search
     before = manager.memory_mb
-    monkeypatch.setattr(whole, 'CHUNK', 2 * (UNROLL + 1))
-    visits, values, _ = question.world_model.inference.reanalyze(*question[1:])
+    monkeypatch.setattr(cpu_search, 'ROWS', 2 * (UNROLL + 1))
+    visits, values, _ = question.world_model.inference.in_arrays.reanalyze(*question[1:])
     small = search._memories.memory_mb
     assert manager.memory_mb - before == pytest.approx(small + search._model.memory.memory_mb)
     parts = [by_steps(part_of(question, begin, min(begin + 8, ROWS)), FIRST + number)
@@ -154,8 +153,8 @@ def test_some_rows_at_a_time(case: Case, two_players: bool, grows: bool, monkeyp
     np.testing.assert_allclose(values, [value for _, part in parts for value in part], atol=TOLERANCE)
     latents, pages = (0, 1 + 8 * (1 + SIMULATIONS)) if grows else (8 * (1 + SIMULATIONS), 1 + 8 * 2)
     assert small > 4 * (latents + pages * 4 * case.num_layers) * case.embed_dim / 2 ** 20
-    monkeypatch.setattr(whole, 'CHUNK', 64)
-    question.world_model.inference.reanalyze(*question[1:])
+    monkeypatch.setattr(cpu_search, 'ROWS', 64)
+    question.world_model.inference.in_arrays.reanalyze(*question[1:])
     assert small < search._memories.memory_mb < 2.5 * small
 
 
@@ -163,7 +162,7 @@ def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     question = asked(Case(), False)
     alone = by_steps(question)[0]
     torch.set_num_threads(2)
-    visits, _, _ = question.world_model.inference.reanalyze(*question[1:])
+    visits, _, _ = question.world_model.inference.in_arrays.reanalyze(*question[1:])
     torch.set_num_threads(1)
     assert visits == alone
 
@@ -175,7 +174,7 @@ def test_what_is_no_number_is_reported() -> None:
             question.world_model.head_value.head_module[-1].bias.fill_(float('nan'))
         raised = pytest.raises(FloatingPointError, match='with nan or inf in reanalysis, row 0, step 40')
         with raised if on_nan == 'raise' else contextlib.nullcontext():
-            question.world_model.inference.reanalyze(*question[1:])
+            question.world_model.inference.in_arrays.reanalyze(*question[1:])
         assert question.world_model.kv_cache_manager.counters()['skipped'] == (ROWS * SIMULATIONS) * (on_nan == 'skip')
 
 
@@ -211,7 +210,7 @@ def life(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def ways() -> Any:
     """How each search of a reanalysis goes."""
     searches = importlib.import_module('lzero.mcts.tree_search.mcts_ctree').UniZeroMCTSCtree
-    return calls_of(arrays=(whole.WholeSearch, 'reanalyze'), ctree=(searches, 'search'))
+    return calls_of(arrays=(ArraySearch, 'reanalyze'), ctree=(searches, 'search'))
 
 
 def lines_of(lines: Any) -> List[Tuple[str, str]]:
@@ -232,7 +231,7 @@ def test_a_buffer_reanalyzes_in_arrays(life: Any, lines: Any) -> None:
     sums = policies.sum(-1)
     assert policies.shape == (3, UNROLL + 1, 2) and set(np.round(sums, 6).ravel()) <= {0., 1.} and sums.any()
     assert lines_of(lines) == [IN_ARRAYS]
-    assert policy._target_model.world_model.inference._whole._memories.memory_mb > 0
+    assert policy._target_model.world_model.inference._cpu_search._memories.memory_mb > 0
 
 
 @pytest.mark.parametrize('search, prepare, told', [
@@ -312,8 +311,8 @@ def test_means_over_many_reanalyses_are_those_of_lightzeros_tree(life: Any) -> N
             ])
 
     arrays, ctree = targets(reanalyzed_in_arrays(compute)), targets(compute)
-    with mock.patch.object(ReanalysisSearch, '_rules', lambda self, rules=ReanalysisSearch._rules: dict(
-            rules(self), pb_c_init=12.)):
+    with mock.patch.object(ReanalysisSearch, '_rules',
+                           lambda self, rules=ReanalysisSearch._rules: rules(self)._replace(init=np.float32(12))):
         other = targets(reanalyzed_in_arrays(compute))
     assert (arrays.std(axis=0) > 0).any()
     assert alike(arrays, ctree)

@@ -7,27 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recorded_choices import COUNT, Choices, chosen_by_compiled, record, recorded
+from recorded_choices import COUNT, Choices, chosen_by_compiled, make_rules, record, recorded
 from small_models import ON_MAIN
 
 from lzero_kvcache.engine.slab import Slab
 from lzero_kvcache.engine.weights import Geometry
-from lzero_kvcache.search import device_search
-from lzero_kvcache.search.device_memory import DeviceMemory
-from lzero_kvcache.search.whole import Problem
+from lzero_kvcache.search import gpu_search
+from lzero_kvcache.search.array_search import Problem
+from lzero_kvcache.search.gpu_memory import GpuMemory
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 
 
-class Replayed(DeviceMemory):
+class Replayed(GpuMemory):
     """A search whose model answers what was recorded."""
 
     def __init__(self, choices: Choices, place: torch.device) -> None:
         rows, slots = choices.logits.shape
         *numbers, two_players = choices.rules.tolist()
-        names = 'pb_c_base', 'pb_c_init', 'discount_factor', 'value_delta_max'
         legal = choices.legal_lists
-        rules = dict(zip(names, numbers), two_players=bool(two_players), draws_ties=False)
+        rules = make_rules(*numbers, bool(two_players), draws_ties=False)
         noises = [row[:len(actions) or slots].tolist() for row, actions in zip(choices.noise, legal)]
         problem = Problem(
             rules, 0, 0, len(choices.answers), slots, 0, [0.] * rows, choices.logits.tolist(), legal, noises,
@@ -37,7 +36,7 @@ class Replayed(DeviceMemory):
         source: Any = types.SimpleNamespace(device=lambda: place, read=lambda captured: None)
         super().__init__(engine, source, Slab(1, 1, 2), 1, problem, rows)
         self._answers = torch.from_numpy(choices.answers).to(place)
-        device_search._give(self, problem, np.zeros(rows, np.int64))
+        gpu_search._give(self, problem, np.zeros(rows, np.int64))
 
     def _run_simulation(self) -> None:
         self._select()

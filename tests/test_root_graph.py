@@ -42,7 +42,7 @@ def captured(monkeypatch, copies):  # noqa: F811
 def model_on_gpu(case, rows, backend='cudagraph'):
     """A model whose root inferences, and nothing else, believe that it is on a GPU."""
     model = cached_model(case, rows, SEED, kv_cache_cfg=dict(backend=backend))
-    roots = model.world_model.inference._root_graphs
+    roots = model.world_model.inference.roots._graphs
     roots._source = altered(roots._source, device=lambda: Device('cpu'))
     roots._engine.kernels = KernelCheck(lambda device: None)
     return model
@@ -57,7 +57,7 @@ def test_a_trace_with_episodes_that_begin_and_contexts_that_are_lost(rotary, con
     for _ in range(2):
         assert largest_error(answers_of(model, trace, True), answers_of(plain, trace, True)) <= TOLERANCE
     assert captured == [12]
-    captures, manager = model.world_model.inference._root_graphs.replayed.graphs, model.world_model.kv_cache_manager
+    captures, manager = model.world_model.inference.roots._graphs.replayed.graphs, model.world_model.kv_cache_manager
     [graph] = captures.kept.values()
     read = graphs.megabytes(graph.numbers.memory, graph.numbers.sent, graph.given)
     assert read > 0 and captures.memory_mb == pytest.approx(1 + read)
@@ -91,7 +91,7 @@ def test_after_an_interrupt_numbers_are_written_when_they_were_copied(captured):
     player.close()
     player = ByNode(model)
     answers = [player.play(event) for event in trace.events[:3]]
-    [graph] = model.world_model.inference._root_graphs.replayed.graphs.kept.values()
+    [graph] = model.world_model.inference.roots._graphs.replayed.graphs.kept.values()
     copied, replay = graph.numbers._copied, graph.captured.replays[0]
 
     def interrupted():
@@ -218,7 +218,7 @@ def test_on_a_gpu(rotary, continuous):
     for _ in range(2):
         assert largest_error(answers_of(model, trace, True), expected) <= TOLERANCE
         model.world_model.forget()
-    graph, = model.world_model.inference._root_graphs.replayed.graphs.kept.values()
+    graph, = model.world_model.inference.roots._graphs.replayed.graphs.kept.values()
     assert graph.captured.memory_mb > 0
 
 

@@ -49,7 +49,7 @@ from small_models import (
 from test_exactness import MANY
 
 from lzero_kvcache.engine.step import StepOutput
-from lzero_kvcache.host.tree_search import NodeSearch, SampledNodeSearch
+from lzero_kvcache.host.tree_search import KeylessSearch, SampledKeylessSearch
 
 SEED = 7
 #: An error that no rounding explains.
@@ -205,9 +205,9 @@ def make(kind, rotary=True, new=True, simulations=12, **options):
 
 
 KEYED = {
-    'unizero': (mcts_ctree.UniZeroMCTSCtree, mcts_ctree, 'tree_muzero', NodeSearch),
+    'unizero': (mcts_ctree.UniZeroMCTSCtree, mcts_ctree, 'tree_muzero', KeylessSearch),
     'discrete': (
-        mcts_ctree_sampled.SampledUniZeroMCTSCtree, mcts_ctree_sampled, 'tree_sampled_muzero', SampledNodeSearch
+        mcts_ctree_sampled.SampledUniZeroMCTSCtree, mcts_ctree_sampled, 'tree_sampled_muzero', SampledKeylessSearch
     ),
 }
 KEYED['continuous'] = KEYED['discrete']
@@ -318,7 +318,7 @@ class TestSearches:
                 given.append(args[6])
                 return super().batch_traverse(*args)
 
-        with mock.patch.object(NodeSearch, 'tree', Tree(NodeSearch.tree)):
+        with mock.patch.object(KeylessSearch, 'tree', Tree(KeylessSearch.tree)):
             Worker(policy, mode).step([0, 1, 2])
         assert len({id(players) for players in given}) > 1
         assert all(players == [-1, -1, -1] for players in given)
@@ -376,7 +376,7 @@ class TestPages:
         for step in range(1, 7):
             worker.step([0, 1, 2])
             audit(cache_of(policy))
-            assert cache_of(policy)._pages.used == 3 * min(step, cache_of(policy).width)
+            assert cache_of(policy)._pages.used == 3 * min(step, cache_of(policy).context_pages)
         assert len(cache_of(policy).recur_pool) == 0
 
     def test_roots_that_are_cleared_in_the_middle(self):

@@ -70,7 +70,7 @@ def use_up(policy):
 def store(manager, key):
     """A root of one page in each environment."""
     with manager.lease() as lease:
-        contexts = extend((np.zeros((3, manager.width), np.int64), np.zeros(3, np.int64)), lease.allocate(3))
+        contexts = extend((np.zeros((3, manager.context_pages), np.int64), np.zeros(3, np.int64)), lease.allocate(3))
         manager.store_init('collect', [0, 1, 2], [key] * 3, contexts)
 
 
@@ -213,7 +213,7 @@ def test_a_device_that_is_full(lines):
         assert manager.counters()['init']['evictions'] >= 100
     audit(manager)
     tables, counts = manager.find_init('collect', [0, 1], [299] * 2)
-    assert counts.tolist() == [manager.width] * 2
+    assert counts.tolist() == [manager.context_pages] * 2
     for page in tables.ravel().tolist():
         assert torch.equal(data[page].cpu(), content[page])
     filler.clear()

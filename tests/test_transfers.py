@@ -46,9 +46,10 @@ class Counting:
 
     def __init__(self, world_model, device, monkeypatch):
         self.calls, self._counted = [], Counter()
-        for name in ('root', 'node', 'expand', 'reanalysis'):
-            call = self._call(getattr(world_model.inference, name), device)
-            monkeypatch.setattr(world_model.inference, name, call)
+        searched = world_model.inference
+        calls = [(searched.roots, 'infer'), *((searched, name) for name in ('node', 'expand', 'node_alone'))]
+        for owner, name in calls:
+            monkeypatch.setattr(owner, name, self._call(getattr(owner, name), device))
         if device == ON_CPU:
             places = [(owner, name) for owner in (roots, inference) for name in ('send', 'to_cpu')]
             for owner, name in [*places, (backends.Backend, 'step')]:

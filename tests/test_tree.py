@@ -12,6 +12,7 @@ import torch
 from lzero.mcts.tree_search.mcts_ctree import tree_muzero
 from lzero.mcts.tree_search.mcts_ctree_sampled import tree_sampled_muzero
 from numba import njit
+from recorded_choices import make_rules
 from scipy import stats
 
 from lzero_kvcache.cache.pages import extend
@@ -22,7 +23,6 @@ from lzero_kvcache.search.tree import (
     Rules,
     Tree,
     make_key,
-    make_rules,
     make_tree,
     mean_quality,
     root_actions,
@@ -282,7 +282,7 @@ def sampled_case(rng: np.random.Generator, continuous: bool, two_players: bool =
         logits[:, size:] = rng.uniform(0.2, 1, (rows, size))
         logits[0, :size] = 9, rng.choice([9, -3.9, 0.5])
     return Case(
-        make_rules(19652, 1.25, 0.997, 0.01, two_players, True, continuous), int(rng.choice([1, 10, 25])), logits,
+        make_rules(two_players=two_players, sampled=True, continuous=continuous), int(rng.choice([1, 10, 25])), logits,
         [[-1] * slots] * rows if continuous else [list(range(actions))] * rows, slots,
         rng.dirichlet([0.3] * slots, rows).astype(np.float32), float(rng.choice([0, 0.25])),
         [int(rng.choice([1, 2])) for _ in range(rows)] if two_players else [-1] * rows, size
@@ -351,7 +351,7 @@ def plain_case(rows: int, logits: Sequence[float], simulations: int, legal: Sequ
     """The same root in every row."""
     slots = len(logits)
     return Case(
-        make_rules(19652, init, 0.997, 0.01, False), simulations, np.tile(np.float32(logits), (rows, 1)),
+        make_rules(init=init), simulations, np.tile(np.float32(logits), (rows, 1)),
         [list(legal)] * rows, slots, np.tile(np.float32(np.arange(slots) == 1), (rows, 1)), weight, [-1] * rows
     )
 
@@ -411,7 +411,7 @@ def sampled_marginals(search: Any, answers: Any) -> np.ndarray:
 
 def free_sampled_case(continuous: bool, rows: int) -> Case:
     logits = [0.2, -0.1, 0.5, 0.8] if continuous else [0.5, 0, 3, -2, 1]
-    rules = make_rules(19652, 1.25, 0.997, 0.01, False, True, continuous)
+    rules = make_rules(sampled=True, continuous=continuous)
     return Case(
         rules, 8, np.tile(np.float32(logits), (rows, 1)), [[-1] * 3] * rows, 3, np.zeros((rows, 3), np.float32), 0.0,
         [-1] * rows, 2 if continuous else 1
@@ -499,7 +499,7 @@ def roots_drawn(kind: Any, logits: Sequence[float], slots: int, continuous: bool
     """The actions of roots ``[rows, S, A]``."""
     size = len(logits) // 2 if continuous else 1
     case = Case(
-        make_rules(19652, 1.25, 0.997, 0.01, False, True, continuous), 1, np.tile(np.float32(logits), (rows, 1)),
+        make_rules(sampled=True, continuous=continuous), 1, np.tile(np.float32(logits), (rows, 1)),
         [[-1] * slots] * rows, slots, np.zeros((rows, slots), np.float32), 0.0, [-1] * rows, size
     )
     search = kind(case)

@@ -143,7 +143,7 @@ def test_weights_that_move_inside_of_a_search_stay_until_it_has_ended(monkeypatc
         if args[-1] == 0:  # it is only compiled
             return
         moved(policy)
-        policy._model.world_model.inference._whole._model.network_at(())
+        policy._model.world_model.inference._cpu_search._model.network_at(())
         gc.collect()
         taken.extend(torch.full_like(parameter, float('nan')) for parameter in policy._model.parameters())
         search_rows(*args)

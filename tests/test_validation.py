@@ -250,9 +250,13 @@ class TestCaught:
     @staticmethod
     def shift_angles(policy):
         inference = policy._model.world_model.inference
-        step = inference._step
-        inference._step = lambda weights, rows, pages, timesteps, *rest: step(
-            weights, rows, pages, timesteps + 1, *rest)
+        step, end = inference.backend.step, -inference.engine.geometry.action_rows
+
+        def shifted(weights, slab, numbers, *rest):
+            numbers[end - 2:end] += 2
+            return step(weights, slab, numbers, *rest)
+
+        inference.backend.step = shifted
 
     @pytest.mark.parametrize('spoil', ['spoil_a_page', 'swap_contexts', 'shift_angles'])
     def test_it_is_counted_and_told(self, spoil, lines):

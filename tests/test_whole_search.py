@@ -27,10 +27,10 @@ from test_tree import alike
 from lzero_kvcache import ConfigError, KVCacheManager
 from lzero_kvcache.engine.kernel_check import KernelCheck
 from lzero_kvcache.host.policies import UniZeroPolicy
-from lzero_kvcache.host.tree_search import _NodeSearch
+from lzero_kvcache.host.tree_search import _KeylessSearch
 from lzero_kvcache.search import compiled_model, compiled_search, tree
+from lzero_kvcache.search.array_search import ArraySearch
 from lzero_kvcache.search.roots import RootInference
-from lzero_kvcache.search.whole import WholeSearch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('numba') is None, reason='needs numba')
 
@@ -134,7 +134,7 @@ def world_model_of(policy):
 
 
 def memory_of(policy):
-    return world_model_of(policy).inference._whole._memories
+    return world_model_of(policy).inference._cpu_search._memories
 
 
 def counts(policy):
@@ -146,7 +146,7 @@ def counts(policy):
 
 def ways():
     """The ways that searches go inside."""
-    return calls_of(arrays=(WholeSearch, 'run'), ctree=(_NodeSearch, '_search_in_ctree'))
+    return calls_of(arrays=(ArraySearch, 'search'), ctree=(_KeylessSearch, '_search_in_ctree'))
 
 
 # ---- which search --------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_a_model_elsewhere_is_not_searched_in_arrays():
     elsewhere = altered(world_model.weights_source, device=lambda: torch.device('meta'))
     with mock.patch.object(world_model, 'weights_source', elsewhere), \
             ways() as taken:
-        assert world_model.why_not_whole() == 'the model is on meta'
+        assert world_model.why_not_in_arrays() == 'the model is on meta'
         Player(policy).step(ALL)
     assert taken == ['ctree']
 
@@ -489,7 +489,7 @@ class BothWays:
                     inference, step = model.world_model.inference, self._search._running.innermost
                     self._search._search_in_ctree(again, inference, step, to_play)
                 else:
-                    changed = dict(rules, discount_factor=0.5) if way == 'other' else rules
+                    changed = rules._replace(discount=np.float32(0.5)) if way == 'other' else rules
                     with mock.patch.object(self._search, '_rules', lambda rules=changed: rules):
                         self._run(again, model, latents, to_play, timestep)
                 rows.append(self._numbers(again))
@@ -589,7 +589,7 @@ def test_trees_count_as_memory():
     assert memories.memory_mb == of_three
     with mock.patch.object(cache_of(policy).store, 'counted', []):
         without = cache_of(policy).memory_mb
-    scratch = world_model_of(policy).inference._model.memory.memory_mb
+    scratch = world_model_of(policy).inference._cpu_search._model.memory.memory_mb
     assert 0 < scratch < 0.5
     assert cache_of(policy).counters()['memory_mb'] == pytest.approx(without + scratch + of_three)
 
@@ -712,8 +712,8 @@ def test_searches_for_other_ends_draw_other_numbers():
     """Collection, evaluation and reanalysis, and a resumed training; one that is begun again draws the same."""
 
     def seeds_of(policy):
-        seeds, run = [policy._target_model.world_model.seed_of('reanalysis')], WholeSearch.run
-        with mock.patch.object(WholeSearch, 'run', lambda search, step, problem: (
+        seeds, run = [policy._target_model.world_model.seed_of('reanalysis')], ArraySearch.search
+        with mock.patch.object(ArraySearch, 'search', lambda search, step, problem: (
                 seeds.append(problem.seed), run(search, step, problem))[1]):
             for mode in ('collect', 'eval'):
                 Player(policy, mode).step(ALL)
@@ -733,18 +733,18 @@ def test_copies_of_a_model_have_arrays_and_weights_of_their_own(copied):
     player = Player(policy)
     player.step(ALL)
     model = copied(getattr(policy._model, '_orig_mod', policy._model))
-    assert model.world_model.inference._whole._memories.memory_mb == 0 < memory_of(policy).memory_mb
-    assert model.world_model.inference._whole._model._network is None  # or it would hold weights of the other
+    assert model.world_model.inference._cpu_search._memories.memory_mb == 0 < memory_of(policy).memory_mb
+    assert model.world_model.inference._cpu_search._model._network is None  # or it would hold weights of the other
     other._model = other._collect_model = model
     add_noise(policy._model)  # which is not seen by the copy
     other._mcts_collect._searches = 0
     assert found(Player(other).step(ALL)) == found(Player(make()).step(ALL))
     arrays = [
         [array for memories in search._memories._free.values() for memory in memories for array in memory.tree]
-        for search in (model.world_model.inference._whole, world_model_of(policy).inference._whole)
+        for search in (model.world_model.inference._cpu_search, world_model_of(policy).inference._cpu_search)
     ]
     assert not any(np.shares_memory(one, another) for one in arrays[0] for another in arrays[1])
-    assert policy._target_model.world_model.inference._whole._memories.memory_mb == 0
+    assert policy._target_model.world_model.inference._cpu_search._memories.memory_mb == 0
 
 
 def test_checkpoints_have_the_same_keys():
@@ -795,11 +795,11 @@ def broken_at(function, calls):
     ('take', cache_of, [1]),
     ('lease', cache_of, [1]),
     ('count_queries', cache_of, [1]),
-    ('report', lambda policy: world_model_of(policy).inference._guard, [0]),
+    ('report', lambda policy: world_model_of(policy).inference.shared.guard, [0]),
 ], ids=['a thread', 'all threads', 'the slab', 'pages', 'a lease', 'a count', 'the look at predictions'])
 def test_nothing_is_left_of_a_search_that_fails(name, owner, calls, monkeypatch):
     """The same step again finds what it would have found."""
-    monkeypatch.setattr(compiled_model, 'LEAST_ROWS', 1)
+    monkeypatch.setattr(compiled_model, 'WIDTH', 1)
     torch.set_num_threads(3)
     policy, unbroken = make(rotary=False), make(rotary=False)
     player, other = Player(policy), Player(unbroken)
@@ -825,7 +825,7 @@ def test_a_search_gives_its_pages_back(kind, mode):
     for step in range(1, 7):
         player.step(ALL)
         audit(cache_of(policy))
-        assert cache_of(policy).pages_used == 3 * min(step, cache_of(policy).width)
+        assert cache_of(policy).pages_used == 3 * min(step, cache_of(policy).context_pages)
 
 
 # ---- validation ----------------------------------------------------------------------------------------------------
@@ -869,7 +869,7 @@ def test_only_searches_that_are_replayed_are_noted(monkeypatch):
 @pytest.mark.parametrize('kind', ['unizero', 'continuous'])
 def test_a_replay_sees_a_page_that_is_not_what_it_should_be(kind):
     """Of one environment, between its root and its search."""
-    policy, run = validated(kind), WholeSearch.run
+    policy, run = validated(kind), ArraySearch.search
     player = Player(policy)
     player.step(ALL)
 
@@ -877,7 +877,7 @@ def test_a_replay_sees_a_page_that_is_not_what_it_should_be(kind):
         cache_of(policy).store.slab.data[step.roots[0][1, 0]] += 0.5
         return run(search, step, problem)
 
-    with mock.patch.object(WholeSearch, 'run', spoiled), pytest.raises(RuntimeError, match='environment 1, step'):
+    with mock.patch.object(ArraySearch, 'search', spoiled), pytest.raises(RuntimeError, match='environment 1, step'):
         player.step(ALL)
     tally = world_model_of(policy).validator.tally
     assert 0 < tally.unexplained <= SIMULATIONS
@@ -888,7 +888,7 @@ def test_a_replay_sees_a_weight_that_is_not_the_models():
     policy = validated()
     player = Player(policy)
     player.step(ALL)
-    search = world_model_of(policy).inference._whole
+    search = world_model_of(policy).inference._cpu_search
     (network, _), _ = search._model._network
     bias = torch.ones(network.rewards[-1, 2])
     bias[:3] = -5

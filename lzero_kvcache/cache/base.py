@@ -99,12 +99,12 @@ class PagedCacheManager(BaseCacheManager):
         find an environment's root under the key ``CURRENT`` and their nodes by node; every other caller's keys are
         hashes of latent states.
     Properties:
-        - width (:obj:`int`): ``R``, pages that a stored context has at the most: ``context_length / 2 - 1``.
+        - context_pages (:obj:`int`): ``R``, pages that a stored context has at the most: ``context_length / 2 - 1``.
         - page_capacity (:obj:`int`): Page ids are below this; it may grow whenever a lease allocates.
         - page_limit (:obj:`int`): The most that ``page_capacity`` may grow to. A reanalysis, which has pages of its \
             own, may take as many again. No bound by default.
     """
-    width: int
+    context_pages: int
 
     @property
     @abstractmethod

@@ -38,11 +38,11 @@ class KVCacheManager(PagedCacheManager):
         self.env_num = self.config.env_num if env_num is None else checked(int, env_num, 'env_num')
         self.enable_stats = (
             self.config.enable_stats if enable_stats is None else checked(bool, enable_stats, 'enable_stats'))
-        self.width = self.config.context_length // 2 - 1
+        self.context_pages = self.config.context_length // 2 - 1
         self.store: Any = None  # by hand there is none
         self._pages = PageAllocator(self._pages_of_a_search())
         # An environment's newest root is in no pool, so that nothing evicts it; its pool counts who asked for it.
-        self._current = {mode: Contexts(self._pages, self.env_num, self.width) for mode in (COLLECT, EVAL)}
+        self._current = {mode: Contexts(self._pages, self.env_num, self.context_pages) for mode in (COLLECT, EVAL)}
         self._told: set = set()
         self._out_of_memory = False
 
@@ -60,13 +60,13 @@ class KVCacheManager(PagedCacheManager):
 
     def _paged(self, size: int, name: str) -> PagedPool:
         return PagedPool(
-            size, self.config.eviction, self.enable_stats, name, pages=self._pages, width=self.width
+            size, self.config.eviction, self.enable_stats, name, pages=self._pages, width=self.context_pages
         )
 
     def _pages_of_a_search(self) -> int:
         """The newest root of every environment, the nodes of a search, two pages a row for the step, the reserved."""
         environments = self.env_num, self.config.evaluator_env_num
-        roots = sum(environments) * (self.width + 1)
+        roots = sum(environments) * (self.context_pages + 1)
         return RESERVED_PAGES + roots + self.config.recurrent_pool_size + 2 * max(environments)
 
     @property
@@ -97,7 +97,7 @@ class KVCacheManager(PagedCacheManager):
             for env_id, count in zip(env_ids, rows[1].tolist()):
                 pools[env_id].count([CURRENT], [count > 0])
             return rows
-        rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
+        rows = np.zeros((len(keys), self.context_pages), np.int64), np.zeros(len(keys), np.int64)
         for row, (env_id, key) in enumerate(zip(env_ids, keys)):
             rows[0][row:row + 1], rows[1][row:row + 1] = pools[env_id].find([key])
         return rows
@@ -125,7 +125,7 @@ class KVCacheManager(PagedCacheManager):
         if not roots:
             return self.recur_pool.find(pairs)
         nodes = [row for row in range(len(pairs)) if row not in roots]
-        rows = np.zeros((len(keys), self.width), np.int64), np.zeros(len(keys), np.int64)
+        rows = np.zeros((len(keys), self.context_pages), np.int64), np.zeros(len(keys), np.int64)
         rows[0][nodes], rows[1][nodes] = self.recur_pool.find([pairs[row] for row in nodes])
         rows[0][roots], rows[1][roots] = self.find_init(
             mode, [env_ids[row] for row in roots], [keys[row] for row in roots]

@@ -222,12 +222,12 @@ def _side_by_side(source: np.ndarray, scratch: Scratch, start: int, rows: int) -
 
 
 @inner
-def _load_tokens(network: Network, source: int, places: np.ndarray, scratch: Scratch, start: int, rows: int) -> None:
+def _load_tokens(network: Network, source: int, positions: np.ndarray, scratch: Scratch, start: int, rows: int) -> None:
     """Embeddings in ``source`` to ``scratch.x``, with learned positions added; or rotary factors to
     ``scratch.places``."""
     numbers = (rows + WIDTH - 1) // WIDTH * network.embed * WIDTH
     for row in range(rows):
-        scratch.chosen[row] = places[start + row] % network.rotary if network.rotary else scratch.lengths[row] - 1
+        scratch.chosen[row] = positions[start + row] % network.rotary if network.rotary else scratch.lengths[row] - 1
     if network.rotary:
         gather(network.places, network.embed // network.heads, scratch.places, scratch, rows)
         copy(source, scratch.x, numbers)
@@ -300,7 +300,8 @@ def simulate(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: int, ro
     policy and, unless it is empty, ``latent``."""
     network, shift, tiles = paged.network, paged.shift.ctypes.data, (rows + WIDTH - 1) // WIDTH
     _locate_tokens(paged, batch, scratch, start, rows)
-    _load_tokens(network, _embed(network, batch.actions, scratch, start, rows), batch.places[0], scratch, start, rows)
+    token = _embed(network, batch.actions, scratch, start, rows)
+    _load_tokens(network, token, batch.positions[0], scratch, start, rows)
     _run_layers(network, shift, scratch, rows, True)
     rewards = run(network.rewards, scratch.y, scratch, tiles, network.eps)
     _scalars(rewards, network.rewards[-1, OUTPUTS], scratch, start, rows, batch.reward)
@@ -308,7 +309,7 @@ def simulate(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: int, ro
     observed = run(network.observations, scratch.y, scratch, tiles, network.eps)
     if len(batch.latent):
         _spread_out(observed, network.embed, start, rows, batch.latent)
-    _load_tokens(network, observed, batch.places[1], scratch, start, rows)
+    _load_tokens(network, observed, batch.positions[1], scratch, start, rows)
     _run_layers(network, shift, scratch, rows, True)
     values = run(network.value, scratch.y, scratch, tiles, network.eps)
     _scalars(values, network.value[-1, OUTPUTS], scratch, start, rows, batch.value)
@@ -320,7 +321,7 @@ def begin_contexts(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: i
     """Begin contexts that hold only the observations ``latent``; ``counts`` are zeros."""
     _locate_tokens(paged, batch, scratch, start, rows)
     observed = _side_by_side(batch.latent, scratch, start, rows)
-    _load_tokens(paged.network, observed, batch.places[1], scratch, start, rows)
+    _load_tokens(paged.network, observed, batch.positions[1], scratch, start, rows)
     _run_layers(paged.network, paged.shift.ctypes.data, scratch, rows, False)
 
 
@@ -351,11 +352,11 @@ def observe_roots(paged: PagedNetwork, batch: Batch, scratch: Scratch, start: in
     _locate_tokens(paged, batch, scratch, start, rows)
     if batch.counts[start:start + rows].any():  # what it writes where an episode begins, the observation overwrites
         token = _embed(network, batch.actions, scratch, start, rows)
-        _load_tokens(network, token, batch.places[0], scratch, start, rows)
+        _load_tokens(network, token, batch.positions[0], scratch, start, rows)
         _run_layers(network, shift, scratch, rows, False)
     _locate_observations(paged, batch, scratch, start, rows)
     observed = _observe(network, batch.observations, batch.latent, scratch, start, rows)
-    _load_tokens(network, observed, batch.places[1], scratch, start, rows)
+    _load_tokens(network, observed, batch.positions[1], scratch, start, rows)
     _run_layers(network, shift, scratch, rows, True)
     _spread_out(scratch.y, network.embed, start, rows, batch.sequence)
     values = run(network.value, scratch.y, scratch, tiles, network.eps)

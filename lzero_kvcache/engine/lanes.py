@@ -17,8 +17,8 @@ from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, overload, register_model
 
 from .compiling import inner
+from .program import WIDTH
 
-WIDTH = 8
 NUMBER = 4
 """Bytes of a number."""
 

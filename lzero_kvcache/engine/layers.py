@@ -37,6 +37,7 @@ from .program import (
     LINEAR,
     OUTPUTS,
     RELU,
+    ROWS,
     SCALE,
     SIM_NORM,
     STANDARDIZE,
@@ -45,10 +46,6 @@ from .program import (
     Network,
 )
 from .team import FINISHED, JOB, POSTED, WORKERS, await_count, count_up, new_team
-
-ROWS = 64
-"""Rows that are computed together, at most: their activations fit into a core's own cache, and each weight is read
-once for all of them."""
 
 TILE = WIDTH * NUMBER
 

@@ -18,7 +18,7 @@ Unpacked = Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def pack(geometry: Geometry, rows: Tuple[np.ndarray, np.ndarray], pages: np.ndarray,
-         angles: Tuple[np.ndarray, np.ndarray], action: Optional[np.ndarray], longest: int) -> np.ndarray:
+         positions: Tuple[np.ndarray, np.ndarray], action: Optional[np.ndarray], longest: int) -> np.ndarray:
     """Pack contexts (tables ``[B, R]`` and counts ``[B]``, ``longest`` at the most), the page that each row writes
     ``[B]``, rotary positions of both tokens, and actions ``[B]`` or ``[B, A]``, or None if these are on the device."""
     tables, counts = rows
@@ -27,7 +27,7 @@ def pack(geometry: Geometry, rows: Tuple[np.ndarray, np.ndarray], pages: np.ndar
     numbers[:width - 1], numbers[width - 1], numbers[width] = tables.T[:width - 1], pages, counts
     if geometry.rotary:
         repeats = geometry.rotary_positions
-        numbers[width + 1], numbers[width + 2] = angles[0] % repeats, angles[1] % repeats
+        numbers[width + 1], numbers[width + 2] = positions[0] % repeats, positions[1] % repeats
     else:
         numbers[width + 1], numbers[width + 2] = np.maximum(2 * counts - 1, 0), 2 * counts
     if action is None:

@@ -19,6 +19,11 @@ and variances."""
 """Columns of a transformer block."""
 
 
+WIDTH, ROWS = 8, 64
+"""Rows side by side in a vector, and rows that are computed together, at the most: their activations fit into a core's
+own cache, and each weight is read once for all of them."""
+
+
 class Network(NamedTuple):
     embed: int
     heads: int
@@ -58,7 +63,7 @@ class Batch(NamedTuple):
     tables: np.ndarray  # [B, R] int64, of the contexts
     counts: np.ndarray  # [B] int64
     pages: np.ndarray  # [B] int64, what is written
-    places: np.ndarray  # [2, B] int64, rotary positions of the two tokens
+    positions: np.ndarray  # [2, B] int64, rotary positions of the two tokens
     actions: np.ndarray = _NOTHING  # [B, 1] indices, or [B, A]
     observations: np.ndarray = _NOTHING  # [B, O], to be encoded
     latent: np.ndarray = _NOTHING  # [B, E]

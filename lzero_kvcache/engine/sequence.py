@@ -13,25 +13,25 @@ from .weights import Geometry, Weights
 
 
 def observe(geometry: Geometry, weights: Weights, latents: torch.Tensor, actions: torch.Tensor,
-            angles: Optional[torch.Tensor]) -> torch.Tensor:
+            positions: Optional[torch.Tensor]) -> torch.Tensor:
     """Outputs ``[B, L, E]`` of observations ``latents [B, L, E]``. The actions between them are ``[B, L - 1]`` or
-    ``[B, L - 1, A]``; ``angles [B]`` are the rotary positions of the first observations."""
+    ``[B, L - 1, A]``; ``positions [B]`` are the rotary positions of the first observations."""
     rows, steps, dim = latents.shape
     tokens = 2 * steps - 1
     x = latents.new_empty(rows, tokens, dim)
     x[:, ::2] = latents
     x[:, 1::2] = weights.embed_action(actions.flatten(0, 1)).view(rows, steps - 1, dim)
     place = torch.arange(tokens, device=x.device)
-    if angles is None:
+    if positions is None:
         x += weights.places[:tokens]
     else:
-        factors = weights.places[angles.unsqueeze(1) + place].unsqueeze(2)  # [B, T, 1, D / 2]
+        factors = weights.places[positions.unsqueeze(1) + place].unsqueeze(2)  # [B, T, 1, D / 2]
     causal = place.unsqueeze(1) >= place
     x = x.view(rows * tokens, dim)
     for layer in weights.layers:
         qkv = layer.qkv(layer.norm1(x)).view(rows, tokens, 3, geometry.heads, geometry.head_dim)
         query, key, value = qkv.unbind(2)
-        if angles is not None:
+        if positions is not None:
             query, key = _rotated(query, factors), _rotated(key, factors)
         if layer is weights.layers[-1]:  # nobody needs its outputs for actions
             query, causal, x = query[:, ::2], causal[::2], x.view(rows, tokens, dim)[:, ::2].reshape(-1, dim)

@@ -62,13 +62,13 @@ class Engine:
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
-    def begin(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor, angle: torch.Tensor,
+    def begin(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor, positions: torch.Tensor,
               predicts: bool = False) -> torch.Tensor:
         """Begin contexts: write to one page ``[B]`` of each row its observation ``[B, E]`` alone, at rotary positions
         ``[B]``. Returns the outputs ``[B, E]``, if it predicts."""
         geometry = self.geometry
         window = latent.new_zeros(latent.shape[0], 2, geometry.layers, 2, geometry.embed_dim)
-        positions = angle if geometry.rotary else torch.zeros_like(pages)
+        positions = positions if geometry.rotary else torch.zeros_like(pages)
         places = self._places(weights, positions.unsqueeze(0))
         x = self._tokens(weights, window, 2, latent.unsqueeze(1), places, None, predicts)
         if weights.shift is not None:
@@ -77,9 +77,9 @@ class Engine:
         return x
 
     def first(self, weights: Weights, slab: Slab, pages: torch.Tensor, latent: torch.Tensor,
-              angle: torch.Tensor) -> StepOutput:
+              positions: torch.Tensor) -> StepOutput:
         """The first observations of episodes: as :meth:`begin`, with predictions."""
-        x = self.begin(weights, slab, pages, latent, angle, predicts=True)
+        x = self.begin(weights, slab, pages, latent, positions, predicts=True)
         return self._predict(weights, x, latent, None)
 
     def step(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,

@@ -14,7 +14,7 @@ from ..search.open_steps import StepsOfThread
 from .lightzero import lightzero
 from .patches import with_globals
 from .refused import has_own_inference
-from .tree_search import NodeSearch, Roots
+from .tree_search import KeylessSearch, Roots
 from .world_model import NewWorldModel
 
 
@@ -26,7 +26,7 @@ def _is_served(model: Any, kind: str) -> bool:
 # ---- searches anew ---------------------------------------------------------------------------------------------------
 
 
-class ReanalysisSearch(NodeSearch):
+class ReanalysisSearch(KeylessSearch):
     """What the buffer's method finds as ``MCTSCtree``."""
 
     roots = Roots
@@ -38,7 +38,7 @@ class ReanalysisSearch(NodeSearch):
                task_id: Any = None) -> Any:
         latents = np.asarray(latent_state_roots, dtype=np.float32).reshape(roots.num, -1)
         model.world_model.reserve_angles(timestep, self._cfg.num_simulations)
-        roots.found = model.world_model.inference.reanalyze(
+        roots.found = model.world_model.inference.in_arrays.reanalyze(
             self.problem(roots, model.world_model), latents, timestep, lightzero.KEEPS_REANALYSES)
 
 

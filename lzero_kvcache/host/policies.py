@@ -31,7 +31,7 @@ from .entries import check_checkpoint_of_entry, leaving_no_folder, source_of_che
 from .lightzero import lightzero
 from .refused import check_actions, check_policy, check_served, has_own_inference, is_own, tell_uncalled
 from .row_loops import masks_of, with_rows_at_once
-from .tree_search import NodeSearch, SampledNodeSearch
+from .tree_search import KeylessSearch, SampledKeylessSearch
 from .world_model import NewWorldModel
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
     """What the plugin adds to a LightZero UniZero policy, in front of it in the method resolution order."""
-    node_search: Any  # the search by node that goes with the policy
+    keyless_search: Any  # the search without keys that goes with the policy
     _cfg: Any
     _model: Any
     _target_model: Any
@@ -101,23 +101,23 @@ class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
         self._mcts_eval = self._mcts_of(self._mcts_eval, EVAL)
 
     def _mcts_of(self, mcts: Any, mode: str) -> Any:
-        """The search of a policy: by node where new mode can, or else the one that is there, timed from outside."""
+        """A policy's search: without keys where new mode can, or else the one that is there, timed from outside."""
         world_model = self._model.world_model
         if mcts is None:  # PPO's actions are drawn from the policy head
             return None
-        if _is_new(world_model) and self._can_be_by_node(mcts):
+        if _is_new(world_model) and self._needs_no_keys(mcts):
             world_model.searches_in_arrays('Searching')  # and the log says so at the start
-            return self.node_search(mcts._cfg, self._running, mode)
+            return self.keyless_search(mcts._cfg, self._running, mode)
         timings = getattr(world_model, 'timings', None)
         if timings is not None:
             mcts.search = _timed(mcts.search, timings['search'])
         return mcts
 
-    def _can_be_by_node(self, mcts: Any) -> bool:
-        """Whether a search by node passes over no search or inference of a user's, and values are categorical."""
+    def _needs_no_keys(self, mcts: Any) -> bool:
+        """Whether a search without keys passes over no search or inference of a user's, and values are categorical."""
         manager = self._model.world_model.kv_cache_manager
         keyed = [name for name in ('find_recur', 'store_recur') if is_own(manager, name)]
-        if has_own_inference(self._model, 'recurrent') or type(mcts) not in self.node_search.__mro__:
+        if has_own_inference(self._model, 'recurrent') or type(mcts) not in self.keyless_search.__mro__:
             reason = 'the policy has a search, or its model a recurrent inference, of its own'
         elif keyed:
             reason = f'{type(manager).__name__} has a {" and a ".join(keyed)} of its own'
@@ -176,9 +176,9 @@ class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
         mcts = self._mcts_collect if mode == COLLECT else self._mcts_eval
         if world_model.training:
             self._model.eval()  # as LightZero does next
-        by_node = isinstance(mcts, self.node_search)
-        with world_model.open_step(mode, env_ids, in_arrays=by_node) as step, self._in_the_middle_of(step):
-            if by_node:
+        keyless = isinstance(mcts, self.keyless_search)
+        with world_model.open_step(mode, env_ids, in_arrays=keyless) as step, self._in_the_middle_of(step):
+            if keyless:
                 given.arguments['action_mask'] = masks = masks_of(given.arguments.get('action_mask'))
                 forward = with_rows_at_once(forward, step, masks)
             if step.in_arrays:
@@ -259,12 +259,12 @@ def _is_new(world_model: Any) -> bool:
 
 class UniZeroPolicy(KVCachePolicy, LightZeroUniZeroPolicy):
     """LightZero's ``UniZeroPolicy`` with the plugin."""
-    node_search = NodeSearch
+    keyless_search = KeylessSearch
 
 
 class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
     """LightZero's ``SampledUniZeroPolicy`` with the plugin."""
-    node_search = SampledNodeSearch
+    keyless_search = SampledKeylessSearch
 
 
 register_in_place_of(LightZeroUniZeroPolicy, POLICY_REGISTRY, 'unizero', UniZeroPolicy)

@@ -9,7 +9,7 @@ from .lightzero_manager import ManagerWorldModel
 from .models import KVCacheModel
 from .old_world_model import OldWorldModel
 from .policies import KVCachePolicy
-from .tree_search import NodeSearch
+from .tree_search import KeylessSearch
 from .world_model import NewWorldModel
 
 
@@ -34,7 +34,7 @@ class UniZeroPPOModel(KVCacheModel, unizero_ppo_model.UniZeroPPOModel):
 
 class UniZeroPPOPolicy(KVCachePolicy, LightZeroUniZeroPPOPolicy):
     """LightZero's ``UniZeroPPOPolicy`` with the plugin."""
-    node_search = NodeSearch
+    keyless_search = KeylessSearch
 
 
 register_in_place_of(unizero_ppo_model.UniZeroPPOModel, MODEL_REGISTRY, 'UniZeroPPOModel', UniZeroPPOModel)

@@ -5,15 +5,16 @@ The tree is in arrays on the model's device (``kv_cache_cfg.search='device'``), 
 import copy
 import types
 from collections import defaultdict
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, List, Sequence, Tuple
 
 import numpy as np
 import torch
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree, tree_muzero
 from lzero.mcts.tree_search.mcts_ctree_sampled import SampledUniZeroMCTSCtree, tree_sampled_muzero
 
+from ..search.array_search import Found, Problem
 from ..search.open_steps import StepsOfThread
-from ..search.whole import Found, Problem
+from ..search.tree_arrays import Rules
 from .lightzero import lightzero
 from .patches import with_globals
 
@@ -25,7 +26,7 @@ class Roots:
     def __init__(self, num: int, legal_actions: Sequence[Sequence[int]], *sampled: Any) -> None:
         self.num, self.legal_actions = num, legal_actions
         self.noise_weight, self.noises = 0.0, None  # type: float, Any
-        self.found: Found = ([], [], None)
+        self.found = Found([], [])
 
     def prepare(self, root_noise_weight: float, noises: Any, rewards: Sequence[float],
                 logits: Sequence[Sequence[float]], to_play: Any) -> None:
@@ -39,25 +40,25 @@ class Roots:
         return [[row[action] for action in legal] for row, legal in zip(self.logits, self.legal_actions)]
 
     def get_distributions(self) -> List[List[int]]:
-        return self.found[0]
+        return self.found.visits
 
     def get_values(self) -> List[float]:
-        return self.found[1]
+        return self.found.values
 
     def get_sampled_actions(self) -> Any:
-        return self.found[2]
+        return self.found.actions
 
 
-class _NodeSearch:
+class _KeylessSearch:
     """What both searches share."""
     _cfg: Any
     tree: Any
     sampled = False
 
-    def __init__(self, cfg: Any, running: StepsOfThread, doing: str) -> None:
+    def __init__(self, cfg: Any, running: StepsOfThread, purpose: str) -> None:
         super().__init__(cfg)  # type: ignore[call-arg]
         self._running = running  # what its policy is in the middle of
-        self._doing = doing  # 'collect', 'eval' or 'reanalysis'
+        self._purpose = purpose  # 'collect', 'eval' or 'reanalysis'
         self._searches = 0
 
     def in_arrays(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,7 +73,7 @@ class _NodeSearch:
         states and timesteps are not used: the world model has the roots' contexts and timesteps."""
         inference, step = model.world_model.inference, self._running.innermost
         if isinstance(roots, Roots):
-            roots.found = inference.search(step, self.problem(roots, model.world_model))
+            roots.found = inference.in_arrays.search(step, self.problem(roots, model.world_model))
             step.logits = roots.legal_logits
         else:
             self._search_in_ctree(roots, inference, step, to_play_batch)
@@ -84,7 +85,7 @@ class _NodeSearch:
         slots, action_size = self._slots()
         number, self._searches = self._searches, self._searches + 1
         return Problem(
-            rules=self._rules(), seed=world_model.seed_of(self._doing), number=number,
+            rules=self._rules(), seed=world_model.seed_of(self._purpose), number=number,
             simulations=self._cfg.num_simulations, slots=slots, action_size=action_size, rewards=roots.rewards,
             logits=roots.logits, legal=[[]] * roots.num if self.sampled else roots.legal_actions, noises=roots.noises,
             noise_weight=roots.noise_weight
@@ -94,13 +95,12 @@ class _NodeSearch:
         """How many children a node has, and how many numbers an action that is drawn for it."""
         return self._cfg.model.action_space_size, 0
 
-    def _rules(self) -> Dict[str, Any]:
+    def _rules(self) -> Rules:
         cfg = self._cfg
-        return dict(
-            pb_c_base=cfg.pb_c_base, pb_c_init=cfg.pb_c_init, discount_factor=cfg.discount_factor,
-            value_delta_max=cfg.value_delta_max, two_players=cfg.env_type != 'not_board_games',
-            draws_ties=lightzero.draws_ties(cfg)
-        )
+        base, init, discount, delta = np.array(
+            [cfg.pb_c_base, cfg.pb_c_init, cfg.discount_factor, cfg.value_delta_max], np.float32)
+        two_players = cfg.env_type != 'not_board_games'
+        return Rules(base, init, discount, delta, two_players, draws_ties=lightzero.draws_ties(cfg))
 
     # ---- in LightZero's tree -----------------------------------------------------------------------------------------
 
@@ -131,13 +131,13 @@ class _NodeSearch:
                 )
 
 
-class NodeSearch(_NodeSearch, UniZeroMCTSCtree):
-    """``UniZeroMCTSCtree`` by node."""
+class KeylessSearch(_KeylessSearch, UniZeroMCTSCtree):
+    """``UniZeroMCTSCtree`` without keys."""
     tree = tree_muzero
 
 
-class SampledNodeSearch(_NodeSearch, SampledUniZeroMCTSCtree):
-    """``SampledUniZeroMCTSCtree`` by node."""
+class SampledKeylessSearch(_KeylessSearch, SampledUniZeroMCTSCtree):
+    """``SampledUniZeroMCTSCtree`` without keys."""
     tree = tree_sampled_muzero
     sampled = True
 
@@ -145,9 +145,10 @@ class SampledNodeSearch(_NodeSearch, SampledUniZeroMCTSCtree):
         model = self._cfg.model
         return model.num_of_sampled_actions, model.action_space_size if model.continuous_action_space else 1
 
-    def _rules(self) -> Dict[str, Any]:
-        return dict(super()._rules(), sampled=True, continuous=bool(self._cfg.model.continuous_action_space),
-                    index_for_depth=lightzero.INDEX_FOR_DEPTH)
+    def _rules(self) -> Rules:
+        continuous = bool(self._cfg.model.continuous_action_space)
+        return super()._rules()._replace(
+            sampled=True, continuous=continuous, index_for_depth=lightzero.INDEX_FOR_DEPTH)
 
     def _traverse_options(self) -> Tuple[Any, ...]:
         return (self._cfg.model.continuous_action_space,)

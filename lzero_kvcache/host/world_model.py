@@ -20,7 +20,8 @@ from ..engine.transfer import send
 from ..engine.weights import Weights
 from ..search.inference import Inference
 from ..search.open_steps import OpenStep
-from ..search.timesteps import timesteps_of
+from ..search.roots import actions_of
+from ..search.timesteps import observed_at, timesteps_of
 from ..validation import Validator
 from .exact_reference import ExactReference
 from .legacy_reference import LegacyReference
@@ -126,10 +127,10 @@ class NewWorldModel(LightZeroWorldModel):
         norm = state_dict.get(prefix + 'transformer.ln_f.weight')
         self._loaded = 0 if norm is None else zlib.crc32(norm.detach().float().cpu().numpy())
 
-    def seed_of(self, doing: str) -> int:
+    def seed_of(self, purpose: str) -> int:
         """The seed of what searches draw for collection, evaluation or reanalysis: each has another, and another with
         the weights of a checkpoint, so that a resumed training does not repeat what it drew at its beginning."""
-        return zlib.crc32(repr((torch.initial_seed(), doing, self._loaded)).encode())
+        return zlib.crc32(repr((torch.initial_seed(), purpose, self._loaded)).encode())
 
     def _notice_moved_weights(self, addresses: Tuple[int, ...]) -> None:
         """Drop contexts if weights have moved. Addresses tell it: ``p.data = ...`` calls no hook, and version counters
@@ -155,8 +156,8 @@ class NewWorldModel(LightZeroWorldModel):
             for step in self.inference.open.steps:
                 step.addresses = moved
 
-    def why_not_whole(self) -> Optional[str]:
-        """Why a search cannot run as one call on the model's device, as the model is now; None where it can."""
+    def why_not_in_arrays(self) -> Optional[str]:
+        """Why a search cannot be in arrays on the model's device, as the model is now; None where it can."""
         device = self.weights_source.device()
         if device.type == 'cuda':
             return self.inference.engine.kernels.why_not(device)
@@ -173,7 +174,7 @@ class NewWorldModel(LightZeroWorldModel):
         kind, addresses = (doing, self.weights_source.device().type), addresses or self.weights_source.addresses()
         known = self._why_not_in_arrays.get(kind)
         if known is None or known[1] != addresses:
-            reason = self.why_not_whole()
+            reason = self.why_not_in_arrays()
             if known is None or known[0] != reason:
                 self._tell_search(doing, reason)
             self._why_not_in_arrays[kind] = known = reason, addresses
@@ -224,9 +225,9 @@ class NewWorldModel(LightZeroWorldModel):
             return self._forward_sequences(obs_act_dict['obs'], obs_act_dict['action'], start_pos)
         actions, current_obs = obs_act_dict['action'], obs_act_dict['current_obs']
         if self._angles_grow:
-            _, going = self.inference.actions_of(actions, len(current_obs))
+            _, going = actions_of(self.weights_source.geometry, actions, len(current_obs))
             self.reserve_angles(timesteps_of(start_pos, len(going)), self._options.num_simulations, going)
-        output = self.inference.root(obs_act_dict['obs'], actions, current_obs, start_pos)
+        output = self.inference.roots.infer(obs_act_dict['obs'], actions, current_obs, start_pos)
         no_reward = output.logits_value.new_zeros(len(output.logits_value), 0, self.support_size)
         return output.output_sequence, output.latent_state, no_reward, output.logits_policy, output.logits_value
 
@@ -250,8 +251,8 @@ class NewWorldModel(LightZeroWorldModel):
         self.reserve_angles(timesteps[:, 0], latents.shape[1])
         source = self.weights_source
         weights, geometry = source.read(False), source.geometry
-        angles = 2 * np.asarray(timesteps)[:, 0].astype(np.int64) % max(1, geometry.rotary_positions)
-        first, taken = send(source.device(), angles, actions[:, :-1])
+        positions = observed_at(np.asarray(timesteps)[:, 0].astype(np.int64)) % max(1, geometry.rotary_positions)
+        first, taken = send(source.device(), positions, actions[:, :-1])
         return weights, observe(geometry, weights, latents, taken, first if geometry.rotary else None)
 
     @torch.no_grad()
@@ -266,7 +267,7 @@ class NewWorldModel(LightZeroWorldModel):
         latent = latent.reshape(latent.shape[0], -1)
         self.reserve_angles(start_pos, max(search_depth, default=0))
         if self.reanalyze_phase and not (lightzero.KEEPS_REANALYSES and len(latent) <= self.env_num):
-            output = self.inference.reanalysis(latent, action, search_depth, start_pos)
+            output = self.inference.node_alone(latent, action, search_depth, start_pos)
         else:
             output = self.inference.node(latent, action, search_depth, start_pos, self.reanalyze_phase)
         return (output.output_sequence, output.latent_state, output.logits_rewards, output.logits_policy,
@@ -281,8 +282,8 @@ def _manager_of(config: Any, options: CacheConfig, env_num: int) -> PagedCacheMa
         manager = kind(handed_down(config, options), env_num, options.enable_stats)
     if not isinstance(manager, PagedCacheManager):
         raise ConfigError(f'{named} is registered as {kind!r}, which makes no PagedCacheManager: derive it from that')
-    width, right = getattr(manager, 'width', None), options.context_length // 2 - 1
-    if width != right:
-        raise ConfigError(f'{named}: {type(manager).__name__}.width={width!r} must be {right}, which is '
+    pages, right = getattr(manager, 'context_pages', None), options.context_length // 2 - 1
+    if pages != right:
+        raise ConfigError(f'{named}: {type(manager).__name__}.context_pages={pages!r} must be {right}, which is '
                           f'context_length={options.context_length} / 2 - 1')
     return manager

@@ -8,11 +8,8 @@ import numpy as np
 import torch
 
 from ..engine.memory import MemoryPool
-from ..engine.program import Batch, PagedNetwork
+from ..engine.program import WIDTH, Batch, PagedNetwork
 from ..engine.weights import Source
-
-LEAST_ROWS = 8
-"""Rows for each thread, at least: as many as the compiled step computes side by side."""
 
 LEAST_COLUMNS = 128
 """Columns of a product for each thread, at least, where rows are too few for two threads."""
@@ -46,25 +43,25 @@ class CompiledModel:
             return np.zeros((1, geometry.layers, 2, geometry.embed_dim), np.float32)
         return shift.detach().numpy()
 
-    def begin(self, paged: PagedNetwork, tables: np.ndarray, pages: np.ndarray, angles: np.ndarray,
+    def begin(self, paged: PagedNetwork, tables: np.ndarray, pages: np.ndarray, positions: np.ndarray,
               latent: np.ndarray) -> None:
         """Begin contexts with the states ``latent [B, E]``, in ``pages [B]``, at rotary positions ``[B]``. Of
         ``tables`` only the width matters."""
         from . import compiled_search
 
-        batch = Batch(tables, np.zeros(len(pages), np.int64), pages, np.stack([angles, angles]), latent=latent)
+        batch = Batch(tables, np.zeros(len(pages), np.int64), pages, np.stack([positions, positions]), latent=latent)
         self.run(compiled_search.step_roots, (paged, batch, True), paged.network, tables.shape[1], len(pages))
 
-    def run(self, function: Callable[..., Any], given: Sequence[Any], network: Any, width: int, rows: int,
+    def run(self, function: Callable[..., Any], given: Sequence[Any], network: Any, context_pages: int, rows: int,
             *numbers: int) -> float:
-        """Run ``function(*given, scratch, *numbers, first row, end)`` over tables of ``width`` pages. Threads share the
-        rows out. Too few rows for two threads run in one, and other threads compute columns of its products. Returns
-        the seconds spent compiling."""
-        threads = max(1, min(torch.get_num_threads(), rows // LEAST_ROWS))
+        """Run ``function(*given, scratch, *numbers, first row, end)`` over tables of ``context_pages`` pages. Threads
+        share the rows out, each at least as many as are computed side by side. Too few rows for two threads run in one,
+        and other threads compute columns of its products. Returns the seconds spent compiling."""
+        threads = max(1, min(torch.get_num_threads(), rows // WIDTH))
         helpers = 0
         if threads == 1:
             helpers = max(0, min(torch.get_num_threads(), network.embed // LEAST_COLUMNS) - 1)
-        with self.scratches(network, width, threads) as scratches:
+        with self.scratches(network, context_pages, threads) as scratches:
             waited = self._compile(function, (*given, scratches[0], *numbers), helpers > 0)
             _in_threads(function, given, scratches, helpers, numbers, rows)
         return waited
@@ -85,12 +82,12 @@ class CompiledModel:
         self._compiled.add((function, helped))
         return time.perf_counter() - begun
 
-    def scratches(self, network: Any, width: int, threads: int) -> ContextManager[List[Any]]:
-        """Working memory of some threads, for tables of ``width`` pages."""
+    def scratches(self, network: Any, context_pages: int, threads: int) -> ContextManager[List[Any]]:
+        """Working memory of some threads, for tables of ``context_pages`` pages."""
         from ..engine.layers import new_scratch
 
-        size = width, network.embed, network.mlp_width, network.widest
-        return self.memory.lease(size, threads, partial(new_scratch, network, width))
+        size = context_pages, network.embed, network.mlp_width, network.widest
+        return self.memory.lease(size, threads, partial(new_scratch, network, context_pages))
 
 
 def _in_threads(function: Callable[..., Any], given: Sequence[Any], scratches: Sequence[Any], helpers: int,

@@ -1,4 +1,4 @@
-"""Compiled entry points on the CPU: a whole search, and the root inference before it. Importing it imports numba.
+"""Compiled entry points on the CPU: a search in arrays, and the root inference before it. Importing it imports numba.
 
 Rows are independent: each thread computes some of them, in working memory of its own.
 """
@@ -8,9 +8,10 @@ import numpy as np
 
 from ..engine.compiled_step import begin_contexts, observe_roots, simulate
 from ..engine.compiling import entry, inner
-from ..engine.layers import ROWS, help_out
-from ..engine.program import Batch, PagedNetwork
+from ..engine.layers import help_out
+from ..engine.program import ROWS, Batch, PagedNetwork
 from .random_numbers import PhiloxKey
+from .timesteps import observed_at
 from .tree import Rules, Tree, backup_rows, extend_rows, parent, prepare_rows, select_rows
 
 
@@ -24,7 +25,7 @@ class SearchInputs(NamedTuple):
     tables: np.ndarray  # [B, R] int64
     counts: np.ndarray  # [B] int64
     timesteps: np.ndarray  # [B] int64
-    angles: np.ndarray  # [2] int64, rotary positions of action and observation, less twice the node's timestep
+    offsets: np.ndarray  # [2] int64, see timesteps.NODE_OFFSETS
 
 
 class Nodes(NamedTuple):
@@ -38,16 +39,17 @@ class Nodes(NamedTuple):
 
 def make_nodes(tree: Tree, policy: int, latents: np.ndarray, timesteps: np.ndarray) -> Nodes:
     """Allocate :class:`Nodes`; the model predicts ``policy`` numbers of a policy."""
-    rows, _, width = tree.tables.shape
+    rows, _, context_pages = tree.tables.shape
     some, _, embed = latents.shape
     numbers = np.zeros((4, rows), np.int64)
     batch = Batch(
-        np.zeros((rows, width), np.int64), numbers[0], numbers[1], numbers[2:],
+        np.zeros((rows, context_pages), np.int64), numbers[0], numbers[1], numbers[2:],
         np.zeros((rows, max(tree.draws.shape[3], 1)), np.float32), latent=np.zeros((some, embed), np.float32),
         reward=np.zeros(rows, np.float32), value=np.zeros(rows, np.float32), policy=np.zeros((rows, policy), np.float32)
     )
     begun = batch._replace(
-        counts=np.zeros(some, np.int64), pages=np.arange(1, 1 + some), places=np.stack([2 * timesteps[:some]] * 2)
+        counts=np.zeros(some, np.int64), pages=np.arange(1, 1 + some),
+        positions=np.stack([observed_at(timesteps[:some])] * 2)
     )
     return Nodes(batch, np.zeros((2, rows), np.int64), latents, begun)
 
@@ -65,7 +67,7 @@ def gather_rows(tree: Tree, rules: Rules, roots: SearchInputs, pages: np.ndarray
         else:
             batch.actions[row, 0] = tree.action[row]
         after = roots.timesteps[row] + (node if rules.index_for_depth else tree.depth[row])
-        batch.places[0, row], batch.places[1, row] = 2 * after + roots.angles[0], 2 * after + roots.angles[1]
+        batch.positions[0, row], batch.positions[1, row] = 2 * after + roots.offsets[0], 2 * after + roots.offsets[1]
 
 
 @inner

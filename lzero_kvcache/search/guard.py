@@ -44,8 +44,8 @@ class NanGuard:
         return np.flatnonzero(finite)
 
     def report(self, broken: np.ndarray, mode: str, env_ids: Sequence[int], timesteps: np.ndarray) -> None:
-        """:meth:`finite` for a whole search, which used 0 for nan and inf. ``broken [2, B]`` is how many predictions of
-        each row had some, and the depth of the first."""
+        """:meth:`finite` for a search in arrays, which used 0 for nan and inf. ``broken [2, B]`` is how many
+        predictions of each row had some, and the depth of the first."""
         counts, depths = broken
         if counts.any():
             depth = depths[np.argmax(counts > 0)]

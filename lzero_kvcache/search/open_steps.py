@@ -37,7 +37,7 @@ class OpenStep:
         self.visits: Sequence[Sequence[int]] = ()  # of its roots, when they have been searched
         # Of its roots' legal actions; none unless they were searched in arrays.
         self.logits: Callable[[], Sequence[Sequence[float]]] = list
-        self.searches = 0  # searches by node that are running
+        self.searches = 0  # searches in LightZero's tree that are running
         self.number = 0  # in the order in which steps were opened
 
     def check_rows(self, rows: int) -> None:
@@ -160,7 +160,7 @@ class OpenSteps:
 
     def having(self, keys: Sequence[Hashable]) -> Optional[OpenStep]:
         """The step that nodes with these keys are of: the one that has seen the most, of several the innermost. If
-        none has seen any, the innermost, unless it is searched by node and so asks for nothing by key."""
+        none has seen any, the innermost, unless it is searched without keys."""
         steps = self.steps
         if len(steps) > 1:
             best = max(reversed(steps), key=lambda step: len(step.seen.intersection(keys)))

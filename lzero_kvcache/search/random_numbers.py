@@ -10,9 +10,6 @@ import numpy as np
 
 from ..engine.compiling import inner
 
-TIE, ACTION = 0, 1
-"""Purposes of draws: one of several children with equal scores, and the actions of a node."""
-
 _KEY_0, _KEY_1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _FACTOR_0, _FACTOR_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _HALF, _UNIT = np.uint64(32), 2.0 ** -32

@@ -5,19 +5,20 @@ import triton
 import triton.language as tl
 
 from ..engine.kernel_launch import wait
-from .tree_arrays import DECIMALS, MOST_DRAWN, NEAR
+from .tree_arrays import ACTION, DECIMALS, MOST_DRAWN, NEAR
 from .tree_kernels import mended
 
 UNIT = tl.constexpr(2.0 ** -32)
 CIRCLE = tl.constexpr(6.283185307179586)
 _NEAR, _MOST, _DECIMALS = tl.constexpr(NEAR), tl.constexpr(MOST_DRAWN), tl.constexpr(DECIMALS)
+_ACTION = tl.constexpr(ACTION)
 WHOLE = tl.constexpr(2.0 ** 52)  # adding it to a smaller float64 rounds that to an integer, half to even
 
 
 @triton.jit
 def _words(key, row, node, index):
     same = index * 0
-    first, second, _c, _d = tl.philox(key, row + same, node + same, index, 1 + same)
+    first, second, _c, _d = tl.philox(key, row + same, node + same, index, same + _ACTION)
     return first.to(tl.float64), second.to(tl.float64)
 
 

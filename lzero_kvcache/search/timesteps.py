@@ -1,7 +1,14 @@
-"""Timesteps of the ``B`` rows of a batch, from the ``start_pos`` that LightZero passes."""
-from typing import Any, Sequence
+"""Timesteps of a batch's ``B`` rows, from the ``start_pos`` that LightZero passes, and rotary positions by them."""
+from typing import Any, Sequence, Tuple
 
 import numpy as np
+
+Positions = Tuple[np.ndarray, np.ndarray]
+"""Of an action and an observation, ``[B]`` each."""
+
+NODE_OFFSETS, REANALYSIS_OFFSETS = (1, 2), (3, 3)
+"""Positions of a node's action and observation, less twice its timestep. In LightZero's reanalysis both have the
+action's, one step later."""
 
 
 def timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
@@ -19,6 +26,19 @@ def reanalysis_timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
     return timesteps_of(start_pos if np.ndim(start_pos) == 0 else np.ravel(start_pos), rows)
 
 
-def steps_after(timesteps: np.ndarray, depths: Sequence[int]) -> np.ndarray:
-    """The timesteps of nodes at ``depths [B]`` below roots at ``timesteps [B]``; without depths, those of the roots."""
-    return timesteps + (np.asarray(depths, dtype=np.int64) if len(depths) else 0)
+def observed_at(timesteps: Any) -> Any:
+    """Positions of roots' observations."""
+    return 2 * timesteps
+
+
+def root_positions(timesteps: np.ndarray, counts: np.ndarray) -> Positions:
+    """Positions of the actions that led to roots, and of their observations. Where an episode begins (a count of 0)
+    there is no action, nor a position below 0."""
+    return observed_at(timesteps) - (counts > 0), observed_at(timesteps)
+
+
+def node_positions(timesteps: np.ndarray, depths: Sequence[int], in_reanalysis: bool = False) -> Positions:
+    """Positions of both tokens of nodes at ``depths [B]`` below roots at ``timesteps [B]``, 0 without depths."""
+    offsets = REANALYSIS_OFFSETS if in_reanalysis else NODE_OFFSETS
+    after = timesteps + (np.asarray(depths, dtype=np.int64) if len(depths) else 0)
+    return 2 * after + offsets[0], 2 * after + offsets[1]

@@ -4,39 +4,16 @@ Shapes are those of :mod:`.tree_arrays`. Everything is float32, in the order of 
 scores are equal to the last bit.
 """
 import math
-from typing import Any, List, NamedTuple
+from typing import Any, List
 
 import numpy as np
 
 from ..engine.compiling import ZERO, inlined, inner
-from .random_numbers import ACTION, TIE, PhiloxKey, below, draw, normal, uniform
-from .tree_arrays import DECIMALS, FAR, FLOATS, MOST_DRAWN, NEAR, Tree, tree_shapes
+from .random_numbers import PhiloxKey, below, draw, normal, uniform
+from .tree_arrays import ACTION, DECIMALS, FAR, FLOATS, MOST_DRAWN, NEAR, TIE, Rules, Tree, tree_shapes
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _FAR, _NEAR, _MOST_DRAWN = np.float32(FAR), np.float32(NEAR), np.float32(MOST_DRAWN)
-
-
-class Rules(NamedTuple):
-    """The configuration of a LightZero search."""
-    base: np.float32
-    init: np.float32
-    discount: np.float32
-    delta: np.float32  # the least width of a range of values
-    two_players: bool
-    sampled: bool
-    continuous: bool
-    draws_ties: bool  # draw among equal scores; else take the first
-    index_for_depth: bool  # a node's index stands for its depth
-
-
-def make_rules(pb_c_base: int, pb_c_init: float, discount_factor: float, value_delta_max: float, two_players: bool,
-               sampled: bool = False, continuous: bool = False, draws_ties: bool = True,
-               index_for_depth: bool = False) -> Rules:
-    """Rules from what LightZero's configs say."""
-    return Rules(
-        np.float32(pb_c_base), np.float32(pb_c_init), np.float32(discount_factor), np.float32(value_delta_max),
-        two_players, sampled, continuous, draws_ties, index_for_depth
-    )
 
 
 def make_key(seed: int, search: int) -> PhiloxKey:
@@ -44,10 +21,10 @@ def make_key(seed: int, search: int) -> PhiloxKey:
     return np.uint32(seed & 0xFFFFFFFF), np.uint32(search & 0xFFFFFFFF)
 
 
-def make_tree(rows: int, simulations: int, slots: int, pages: int, action_size: int = 0) -> Tree:
+def make_tree(rows: int, simulations: int, slots: int, context_pages: int, action_size: int = 0) -> Tree:
     """Arrays for searches of one size."""
-    shapes = tree_shapes(rows, simulations, slots, pages, action_size)._asdict()
-    tree = Tree(**{
+    shapes = tree_shapes(rows, simulations, slots, context_pages, action_size)
+    tree = Tree(scores=np.zeros((rows, slots), np.float32), **{
         name: np.zeros(shape, np.float32 if name in FLOATS else np.int32) for name, shape in shapes.items()
     })
     tree.child.fill(-1)
@@ -294,15 +271,15 @@ def prepare_rows(tree: Tree, rules: Rules, key: PhiloxKey, rewards: np.ndarray, 
 @inner
 def extend_rows(tree: Tree, pages: np.ndarray, simulation: int, lo: int, hi: int) -> None:
     """Write the contexts of new nodes: the parent's and page ``pages[row]``; a full one drops its first page."""
-    width = tree.tables.shape[2]
+    context_pages = tree.tables.shape[2]
     for row in range(lo, hi):
         node, new = parent(tree, row), simulation + 1
-        dropped = 1 if tree.counts[row, node] == width else 0
+        dropped = 1 if tree.counts[row, node] == context_pages else 0
         kept = tree.counts[row, node] - dropped
         for index in range(kept):
             tree.tables[row, new, index] = tree.tables[row, node, index + dropped]
         tree.tables[row, new, kept] = pages[row]
-        for index in range(kept + 1, width):
+        for index in range(kept + 1, context_pages):
             tree.tables[row, new, index] = 0
         tree.counts[row, new] = kept + 1
 

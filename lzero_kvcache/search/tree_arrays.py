@@ -1,10 +1,11 @@
-"""The arrays of a search's trees, on a CPU and on a GPU. Imports neither numba nor torch.
+"""The arrays of a search's trees and the rules by which they grow, on a CPU and on a GPU. Imports neither numba nor
+torch.
 
 Shapes: ``B`` rows (trees); ``N`` nodes, of which 0 is the root and ``s + 1`` is added by simulation ``s``; ``S`` slots
 for a node's children: one for each action, or, where trees are sampled, for each action drawn; ``A`` numbers of a drawn
 action (0 unless sampled); ``R`` pages of a context; ``P`` policy logits.
 """
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Dict, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -23,9 +24,22 @@ class Tree(NamedTuple):
     path: Any  # [B, N], nodes from the root to the newest one
     depth: Any  # [B], steps of that path
     action: Any  # [B], its last step: a slot, or where trees are sampled an index into ``draws``
-    scores: Any  # [B, S], of the last node that was scored; used on the CPU only
     tables: Any  # [B, N, R], page ids of each node's context
     counts: Any  # [B, N], pages of it
+    scores: Any = None  # [B, S], of the last node that was scored; on a CPU
+
+
+class Rules(NamedTuple):
+    """The configuration of a LightZero search."""
+    base: np.float32
+    init: np.float32
+    discount: np.float32
+    delta: np.float32  # the least width of a range of values
+    two_players: bool
+    sampled: bool = False
+    continuous: bool = False
+    draws_ties: bool = True  # draw among equal scores; else take the first
+    index_for_depth: bool = False  # a node's index stands for its depth
 
 
 # LightZero's numbers, which both devices calculate with.
@@ -38,16 +52,20 @@ MOST_DRAWN = 4.0
 DECIMALS = 1e6
 """Actions that agree in this many parts of 1 are one action: LightZero compares them as they are printed."""
 
-FLOATS = 'value_sum', 'reward', 'prior', 'draws', 'low', 'high', 'scores'
+TIE, ACTION = 0, 1
+"""Purposes of random draws: one of several children with equal scores, and the actions of a node."""
+
+FLOATS = 'value_sum', 'reward', 'prior', 'draws', 'low', 'high'
 """Fields in float32; all others are int32."""
 
 
-def tree_shapes(rows: int, simulations: int, slots: int, pages: int, action_size: int = 0) -> Tree:
-    """The shape of each array, for searches of one size."""
+def tree_shapes(rows: int, simulations: int, slots: int, context_pages: int,
+                action_size: int = 0) -> Dict[str, Tuple[int, ...]]:
+    """The shape of each array but ``scores``, for searches of one size."""
     row, node, slot = (rows, ), (rows, simulations + 1), (rows, simulations + 1, slots)
-    return Tree(
+    return dict(
         visits=node, value_sum=node, reward=node, prior=slot, child=slot, order=slot, draws=slot + (action_size, ),
-        low=row, high=row, path=node, depth=row, action=row, scores=(rows, slots), tables=node + (pages, ), counts=node
+        low=row, high=row, path=node, depth=row, action=row, tables=node + (context_pages, ), counts=node
     )
 
 

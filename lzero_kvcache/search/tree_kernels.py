@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from ..engine.kernel_launch import wait
-from .tree_arrays import FAR, NEAR
+from .tree_arrays import FAR, NEAR, TIE
 
-_FAR, _NEAR = tl.constexpr(FAR), tl.constexpr(NEAR)
+_FAR, _NEAR, _TIE = tl.constexpr(FAR), tl.constexpr(NEAR), tl.constexpr(TIE)
 
 
 @triton.jit
@@ -19,11 +19,12 @@ def _quality(reward, discount, sign, value_sum, visits):
 
 
 @triton.jit
-def select(visits, value_sum, reward, prior, child, order, draws, low, high, path, depths, actions, unused, tables,
-           counts, key, simulation_at, timesteps, pages, parents, taken, window, window_counts, positions, explored,
-           spread, rules, rows, nodes, slots, action_size, least_rotary, SLOTS: tl.constexpr, ACTION: tl.constexpr,
-           PAGES: tl.constexpr, PADDED: tl.constexpr, TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr,
-           DRAWS_TIES: tl.constexpr, INDEX_FOR_DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
+def select(visits, value_sum, reward, prior, child, order, draws, low, high, path, depths, actions, tables, counts,
+           key, simulation_at, timesteps, pages, parents, taken, window, window_counts, positions, explored, spread,
+           rules, rows, nodes, slots, action_size, rotary_positions, action_offset, observation_offset,
+           SLOTS: tl.constexpr, ACTION: tl.constexpr, PAGES: tl.constexpr, PADDED: tl.constexpr,
+           TWO_PLAYERS: tl.constexpr, SAMPLED: tl.constexpr, DRAWS_TIES: tl.constexpr, INDEX_FOR_DEPTH: tl.constexpr,
+           OVERLAP: tl.constexpr):
     """Select the parent of the node that the simulation adds, and write the inputs of the model's step: parents
     ``[B]``, the actions taken there ``[B]`` or ``[B, A]``, the window of pages ``[PAGES + 1, B]``, counts ``[B]`` and
     positions ``[2, B]``."""
@@ -79,7 +80,7 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
         if DRAWS_TIES:
             tied = valid & (index >= first) & (scores >= best - _NEAR)
             ties = tl.sum(tied.to(tl.int32), 0)
-            word, _b, _c, _d = tl.philox(tl.load(key), row, simulation, depth, 0)
+            word, _b, _c, _d = tl.philox(tl.load(key), row, simulation, depth, _TIE)
             left = tl.umulhi(word, ties.to(tl.uint32)).to(tl.int32)
             chosen = tied & (tl.cumsum(tied.to(tl.int32), 0) - 1 == left)
         step = tl.sum(tl.where(chosen, slot, 0), 0)
@@ -117,14 +118,13 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
     grown = tl.where(column == count - dropped, page, grown)
     tl.store(tables + (first_node + simulation + 1) * PAGES + column, grown, mask=column < PAGES)
     tl.store(counts + first_node + simulation + 1, count - dropped + 1)
-    before = 2 * count - 1
-    if least_rotary > 0:
-        before = (2 * (tl.load(timesteps + row) + after) + 1).to(tl.int32)
-        tl.store(positions + row, (before % least_rotary).to(tl.int64))
-        tl.store(positions + rows + row, ((before + 1) % least_rotary).to(tl.int64))
-    else:
-        tl.store(positions + row, before.to(tl.int64))
-        tl.store(positions + rows + row, (before + 1).to(tl.int64))
+    acted, observed = 2 * count - 1, 2 * count
+    if rotary_positions > 0:
+        twice = (2 * (tl.load(timesteps + row) + after)).to(tl.int32)
+        acted = (twice + action_offset) % rotary_positions
+        observed = (twice + observation_offset) % rotary_positions
+    tl.store(positions + row, acted.to(tl.int64))
+    tl.store(positions + rows + row, observed.to(tl.int64))
 
 
 @triton.jit

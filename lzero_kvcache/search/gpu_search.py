@@ -1,4 +1,4 @@
-"""Whole searches on a GPU. The CPU waits for nothing between the first simulation and the last: one copy sends the
+"""Searches in arrays on a GPU. The CPU waits for nothing between the first simulation and the last: one copy sends the
 roots, and one brings visits and values back. Triton is imported with the first search.
 """
 import copy
@@ -12,12 +12,12 @@ import torch
 
 from ..engine.graphs import Graphs
 from ..engine.slab import Slab
-from ..engine.step import Engine
 from ..engine.transfer import to_cpu
 from ..engine.weights import Source, Weights
-from .device_memory import DeviceMemory, GrownReanalysis, Reanalysis
+from .array_search import ArraySearch, Found, Problem, replayed
+from .gpu_memory import GpuMemory, GrownReanalysis, Reanalysis
+from .shared import Shared
 from .tree_arrays import padded
-from .whole import Found, Problem, Shared, WholeSearch, replayed
 
 logger = logging.getLogger(__name__)
 
@@ -36,22 +36,21 @@ class _Memories(Graphs):
         return sum(memory.memory_mb for memory in list(self.kept.values()))
 
 
-class DeviceSearch(WholeSearch):
+class GpuSearch(ArraySearch):
     """On a GPU."""
 
-    def __init__(self, engine: Engine, shared: Shared, matmul: str) -> None:
+    def __init__(self, shared: Shared, matmul: str) -> None:
         if matmul != 'float32':
             source = copy.copy(shared.source)
             source.read = partial(_read, shared.source, matmul)  # type: ignore[method-assign]
             shared = shared._replace(source=source)
         super().__init__(shared)
-        self._engine = engine
         self._memories = _Memories('A search cannot be captured here', 'it is launched from Python')
         shared.store.counted.append(self._memories)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        device = self._source.device()
+        device = self._shared.source.device()
         with self._memories.lock, torch.cuda.device(device) if device.type == 'cuda' else nullcontext():
             yield  # Triton launches on the current device
 
@@ -63,9 +62,9 @@ class DeviceSearch(WholeSearch):
     def _from_roots(self, step: Any, problem: Problem, slab: Slab,
                     pages: np.ndarray) -> Tuple[Found, np.ndarray, float]:
         (tables, counts), rows = step.roots, len(step.env_ids)
-        width = tables.shape[1]
-        make = partial(DeviceMemory, self._engine, self._source, slab, width)
-        memory = self._memory(problem, rows, step.addresses, (width, ), make)
+        context_pages = tables.shape[1]
+        make = partial(GpuMemory, self._shared.engine, self._shared.source, slab, context_pages)
+        memory = self._memory(problem, rows, step.addresses, (context_pages, ), make)
         _give(memory, problem, step.timesteps)
         given = memory.given
         given.tables[:rows], given.counts[:rows] = tables, counts
@@ -74,10 +73,10 @@ class DeviceSearch(WholeSearch):
 
     def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray, addresses: Tuple[int, ...],
                      grows: bool) -> Tuple[Found, np.ndarray]:
-        rows, width = len(latents), self._manager.width if grows else 1
+        rows, context_pages = len(latents), self._shared.manager.context_pages if grows else 1
         kind = GrownReanalysis if grows else Reanalysis
-        memory = self._memory(
-            problem, rows, addresses, (kind, width), partial(kind, self._engine, self._source, width))
+        make = partial(kind, self._shared.engine, self._shared.source, context_pages)
+        memory = self._memory(problem, rows, addresses, (kind, context_pages), make)
         _give(memory, problem, timesteps)
         memory.given.latents[:rows] = latents
         return _search(memory, problem, rows, None)
@@ -87,8 +86,8 @@ class DeviceSearch(WholeSearch):
         """Memory that has room for the search, or else new memory, for which the search is captured. ``kind`` and the
         problem tell which searches can share it."""
         memories = self._memories
-        addresses += (self._store.slab.address,)
-        kind += (problem.slots, problem.action_size, *sorted(problem.rules.items()))
+        addresses += (self._shared.store.slab.address,)
+        kind += (problem.slots, problem.action_size, problem.rules)
         memory = memories.find(
             rows, addresses, lambda others: others[0] >= problem.simulations and others[1:] == kind
         )
@@ -96,13 +95,13 @@ class DeviceSearch(WholeSearch):
             memories.make_room()
             rows = -(-rows // ROWS_APART) * ROWS_APART
             memory = make(problem, rows)
-            if self._source.device().type == 'cuda' and memories.usable:
+            if self._shared.source.device().type == 'cuda' and memories.usable:
                 memories.attempt(partial(_capture, memory))
             memories.kept[(rows, problem.simulations) + kind] = memory
         return memory
 
 
-def _capture(memory: DeviceMemory) -> DeviceMemory:
+def _capture(memory: GpuMemory) -> GpuMemory:
     memory.capture()
     logger.info(f'Captured a simulation for {memory.rows} rows ({memory.memory_mb:.1f} MiB with the trees)')
     return memory
@@ -114,7 +113,7 @@ def _read(source: Source, matmul: str, captured: bool) -> Weights:
     return computed_in(source.read(captured), matmul)
 
 
-def _search(memory: DeviceMemory, problem: Problem, rows: int, trace: Any) -> Tuple[Found, np.ndarray]:
+def _search(memory: GpuMemory, problem: Problem, rows: int, trace: Any) -> Tuple[Found, np.ndarray]:
     """Search with the inputs in ``memory.given``, and note each simulation if there is a trace. Returns what was found,
     and ``broken [2, B]``."""
     memory.begin()
@@ -124,17 +123,17 @@ def _search(memory: DeviceMemory, problem: Problem, rows: int, trace: Any) -> Tu
             trace.note_scalars(*_simulated(memory, rows))
     visits, values, draws, broken = memory.found(rows)
     found = [row[:len(legal) or problem.slots] for row, legal in zip(visits.tolist(), problem.legal)]
-    return (found, values.tolist(), draws.tolist() if memory.sampled else None), broken
+    return Found(found, values.tolist(), draws.tolist() if memory.rules.sampled else None), broken
 
 
-def _give(memory: DeviceMemory, problem: Problem, timesteps: np.ndarray) -> None:
+def _give(memory: GpuMemory, problem: Problem, timesteps: np.ndarray) -> None:
     """Write the inputs of a search to ``memory.given``, its pages apart."""
     rows, given = len(timesteps), memory.given
     if memory.rows > rows:
         memory.empty_rows(rows)
     given.key.view(np.uint32)[:] = problem.seed & 0xFFFFFFFF, problem.number & 0xFFFFFFFF
     given.timesteps[:rows], given.reward[:rows] = timesteps, problem.rewards
-    if memory.sampled:  # whose scores have no use for noise
+    if memory.rules.sampled:  # whose scores have no use for noise
         given.logits[:rows] = problem.logits
     else:
         _give_priors(given, problem, rows)
@@ -155,7 +154,7 @@ def _give_priors(given: Any, problem: Problem, rows: int) -> None:
     given.prior[where[0], order[where]] = mixed[where]
 
 
-def _simulated(memory: DeviceMemory, rows: int) -> Tuple[np.ndarray, ...]:
+def _simulated(memory: GpuMemory, rows: int) -> Tuple[np.ndarray, ...]:
     """The last simulation, as a trace notes it."""
     predicted = to_cpu(torch.nan_to_num(memory.predicted, 0.0, 0.0, 0.0)[:rows])
     parts = memory.parents, memory.actions, memory.depths

@@ -15,8 +15,9 @@ from ..engine.slab import Slab, megabytes
 from ..engine.step import Engine, StepOutput
 from ..engine.transfer import Pinned, to_cpu
 from ..engine.weights import Source, Weights
+from .array_search import Problem
+from .timesteps import NODE_OFFSETS, REANALYSIS_OFFSETS, observed_at
 from .tree_arrays import FAR, FLOATS, Tree, tree_shapes
-from .whole import Problem
 
 
 class _Sent(NamedTuple):
@@ -33,20 +34,20 @@ class _Sent(NamedTuple):
     latents: Any  # [B, E] float32, the states of roots without contexts; nothing unless it is a reanalysis
 
 
-class DeviceMemory:
+class GpuMemory:
     """What searches of one size work in, for ``rows`` and ``simulations`` at the most."""
-    begins_with_states = False
+    begins_with_states, offsets = False, NODE_OFFSETS
 
-    def __init__(self, engine: Engine, source: Source, slab: Slab, width: int, problem: Problem, rows: int) -> None:
-        self._engine, self._source, self._slab = engine, source, slab
-        self.rows, self.simulations, self._slots, self._width = rows, problem.simulations, problem.slots, width
-        self._rules, self._action_size = problem.rules, problem.action_size
-        self.sampled = bool(problem.rules.get('sampled'))
+    def __init__(self, engine: Engine, source: Source, slab: Slab, context_pages: int, problem: Problem,
+                 rows: int) -> None:
+        self._engine, self._source, self._slab, self._context_pages = engine, source, slab, context_pages
+        self.rows, self.simulations, self._slots = rows, problem.simulations, problem.slots
+        self.rules, self._action_size = problem.rules, problem.action_size
         self._policy = engine.geometry.action_size * (1 + engine.geometry.continuous)
         self._device = source.device()
         self._make()
         tensors = [part for part in vars(self).values() if torch.is_tensor(part)]
-        self.memory_mb = megabytes(*self.tree, self._inputs.memory, self._inputs.sent, *tensors)
+        self.memory_mb = megabytes(*self.tree[:-1], self._inputs.memory, self._inputs.sent, *tensors)
         self.empty_rows(0)
         self._begin: Callable[[], None] = self._run_begin
         self.simulate: Callable[[], None] = self._run_simulation
@@ -55,13 +56,13 @@ class DeviceMemory:
         """Allocate everything."""
         rows, nodes, slots, device = self.rows, self.simulations + 1, self._slots, self._device
         floats, whole, indices = torch.float32, torch.int32, torch.int64
-        shapes = tree_shapes(rows, self.simulations, slots, self._width, self._action_size)._asdict()
+        shapes = tree_shapes(rows, self.simulations, slots, self._context_pages, self._action_size)
         self.tree = Tree(**{
             name: torch.zeros(shape, dtype=floats if name in FLOATS else whole, device=device)
             for name, shape in shapes.items()
         })
         self._make_sent()
-        self._window = torch.zeros(self._width + 1, rows, dtype=indices, device=device)
+        self._window = torch.zeros(self._context_pages + 1, rows, dtype=indices, device=device)
         self._counts, self.parents = (torch.zeros(rows, dtype=indices, device=device) for _ in range(2))
         self._positions = torch.zeros(2, rows, dtype=indices, device=device)
         self.actions = torch.zeros(rows, dtype=indices, device=device)
@@ -70,26 +71,24 @@ class DeviceMemory:
         self.broken = torch.zeros(2, rows, dtype=whole, device=device)
         self._simulation = torch.zeros(rows, dtype=whole, device=device)
         self.predicted = torch.zeros(rows, 2 + self._policy, device=device)
-        rules, others = self._rules, np.arange(nodes + 1, dtype=np.float32)
-        self._explored = torch.from_numpy(explorations(others, rules['pb_c_base'], rules['pb_c_init'])).to(device)
+        rules, others = self.rules, np.arange(nodes + 1, dtype=np.float32)
+        self._explored = torch.from_numpy(explorations(others, rules.base, rules.init)).to(device)
         self._spread = torch.from_numpy(np.sqrt(others)).to(device)
-        self._numbers = torch.tensor([rules['discount_factor'], rules['value_delta_max']], device=device)
+        self._numbers = torch.tensor([rules.discount, rules.delta], dtype=floats, device=device)
 
     def _make_sent(self) -> None:
         rows, slots, device = self.rows, self._slots, self._device
         states = self._engine.geometry.embed_dim * self.begins_with_states
-        sizes = _Sent((2, ), (rows, slots), (rows, self._width), (rows, ), (rows, ), (self.simulations, rows),
-                      (rows, slots), (rows, ), (rows, self._policy * self.sampled), (rows, states))
+        sizes = _Sent((2, ), (rows, slots), (rows, self._context_pages), (rows, ), (rows, ), (self.simulations, rows),
+                      (rows, slots), (rows, ), (rows, self._policy * self.rules.sampled), (rows, states))
         numbers = [int(np.prod(size)) for size in sizes]
         self._inputs = Pinned(torch.zeros(sum(numbers), dtype=torch.int32), device)
-        views = [
-            _Sent(*(part.view(size) for part, size in zip(memory.split(numbers), sizes)))
+        kinds = [torch.int32] * 6 + [torch.float32] * 4
+        given, self._sent = [
+            _Sent(*(part.view(size).view(kind) for part, size, kind in zip(memory.split(numbers), sizes, kinds)))
             for memory in (self._inputs.memory, self._inputs.sent)
         ]
-        floats = [{name: getattr(view, name).view(torch.float32) for name in ('prior', 'reward', 'logits', 'latents')}
-                  for view in views]
-        views = [view._replace(**others) for view, others in zip(views, floats)]
-        self._given, self._sent = _Sent(*(part.numpy() for part in views[0])), views[1]
+        self._given = _Sent(*(part.numpy() for part in given))
 
     @property
     def given(self) -> _Sent:
@@ -128,7 +127,7 @@ class DeviceMemory:
         tree.high.fill_(-FAR)
         self.broken.fill_(0)
         self._simulation.fill_(0)
-        if self.sampled:
+        if self.rules.sampled:
             self._draw(sent.logits)
         else:
             tree.order[:, 0], tree.prior[:, 0] = sent.order, sent.prior
@@ -139,7 +138,7 @@ class DeviceMemory:
         self._select()
         for_search(self._step(), self.predicted)
         self._backup()
-        if self.sampled:
+        if self.rules.sampled:
             self._draw(self.predicted[:, 2:])
 
     def _step(self) -> StepOutput:
@@ -153,19 +152,19 @@ class DeviceMemory:
 
         sent = self._sent
         self._launch(
-            tree_kernels.select, *self.tree, sent.key.view(torch.int64), self._simulation, sent.timesteps, sent.pages,
-            self.parents, self.actions, self._window, self._counts, self._positions, self._explored, self._spread,
-            self._numbers, self.rows, self.simulations + 1, self._slots, self._action_size,
-            self._engine.geometry.rotary_positions, SLOTS=_padded(self._slots), ACTION=_padded(self._action_size),
-            PAGES=self._width, PADDED=_padded(self._width), TWO_PLAYERS=self._rules['two_players'],
-            SAMPLED=self.sampled, DRAWS_TIES=self._rules.get('draws_ties', True),
-            INDEX_FOR_DEPTH=self._rules.get('index_for_depth', False)
+            tree_kernels.select, *self.tree[:-1], sent.key.view(torch.int64), self._simulation, sent.timesteps,
+            sent.pages, self.parents, self.actions, self._window, self._counts, self._positions, self._explored,
+            self._spread, self._numbers, self.rows, self.simulations + 1, self._slots, self._action_size,
+            self._engine.geometry.rotary_positions, *self.offsets, SLOTS=_padded(self._slots),
+            ACTION=_padded(self._action_size), PAGES=self._context_pages, PADDED=_padded(self._context_pages),
+            TWO_PLAYERS=self.rules.two_players, SAMPLED=self.rules.sampled, DRAWS_TIES=self.rules.draws_ties,
+            INDEX_FOR_DEPTH=self.rules.index_for_depth
         )
 
     @property
     def depths(self) -> torch.Tensor:
         """How deep the nodes are that were selected ``[B]``, as LightZero's tree tells it."""
-        return self.parents if self._rules.get('index_for_depth', False) else self.tree.depth
+        return self.parents if self.rules.index_for_depth else self.tree.depth
 
     def _backup(self) -> None:
         from . import tree_kernels
@@ -175,7 +174,7 @@ class DeviceMemory:
             tree_kernels.backup, tree.visits, tree.value_sum, tree.reward, tree.prior, tree.child, tree.low, tree.high,
             tree.path, tree.depth, self.broken, self.predicted, self._simulation, self._numbers,
             self.rows, self.simulations + 1, self._slots, self._policy, SLOTS=_padded(self._slots),
-            POLICY=_padded(self._policy), TWO_PLAYERS=self._rules['two_players'], SAMPLED=self.sampled
+            POLICY=_padded(self._policy), TWO_PLAYERS=self.rules.two_players, SAMPLED=self.rules.sampled
         )
 
     def _draw(self, policy: torch.Tensor) -> None:
@@ -210,35 +209,30 @@ class DeviceMemory:
         return numbers[:, :slots], floats[:, -1], floats[:, :-1].reshape(rows, slots, -1), numbers[:, -2:].T
 
 
-class _OfStates(DeviceMemory):
+class _OfStates(GpuMemory):
     """What reanalyses share: they begin at states, and have pages of their own."""
-    begins_with_states = True
+    begins_with_states, offsets = True, REANALYSIS_OFFSETS
 
-    def __init__(self, engine: Engine, source: Source, width: int, problem: Problem, rows: int) -> None:
+    def __init__(self, engine: Engine, source: Source, context_pages: int, problem: Problem, rows: int) -> None:
         geometry = engine.geometry
         slab = Slab(geometry.layers, geometry.heads, geometry.head_dim)
-        super().__init__(engine, source, slab, width, problem, rows)
+        super().__init__(engine, source, slab, context_pages, problem, rows)
         self.memory_mb += slab.memory_mb
 
     def _make_pages(self, pages: int) -> None:
         """Pages ``[P, B]`` of the rows' own."""
         self._slab.ensure(pages * self.rows + 1, self._device)
         self._pages = torch.arange(1, pages * self.rows + 1, device=self._device).view(pages, self.rows)
-        self._places = torch.zeros(2, self.rows, dtype=torch.int64, device=self._device)  # of the states
+        self._begun_at = torch.zeros(2, self.rows, dtype=torch.int64, device=self._device)  # positions of the states
 
     def _run_begin(self) -> None:
         super()._run_begin()
         if self._engine.geometry.rotary:
-            self._places.copy_(2 * self._sent.timesteps.long() % self._engine.geometry.rotary_positions)
+            self._begun_at.copy_(observed_at(self._sent.timesteps.long()) % self._engine.geometry.rotary_positions)
 
     def _begin_with(self, states: torch.Tensor) -> None:
         """Begin the rows' contexts with states ``[B, E]``."""
-        self._engine.begin_in_place(self._weights, self._slab, self._pages[0], self._places, states)
-
-    def _select(self) -> None:
-        super()._select()
-        if self._engine.geometry.rotary:  # both tokens have the same place, as in LightZero's reanalysis
-            self._positions.copy_((self._positions[1:] + 1) % self._engine.geometry.rotary_positions)
+        self._engine.begin_in_place(self._weights, self._slab, self._pages[0], self._begun_at, states)
 
 
 class GrownReanalysis(_OfStates):
@@ -284,13 +278,13 @@ class Reanalysis(_OfStates):
         return output
 
 
-def explorations(others: np.ndarray, base: float, init: float) -> np.ndarray:
+def explorations(others: np.ndarray, base: np.float32, init: np.float32) -> np.ndarray:
     """The exploration terms of the compiled trees in float32, by how often a node was visited. Their logarithm is the C
     library's; numpy's is off by a last bit here and there."""
     logarithm = ctypes.CDLL('libm.so.6').logf
     logarithm.restype, logarithm.argtypes = ctypes.c_float, [ctypes.c_float]
-    shares = (others + np.float32(base) + 1) / np.float32(base)
-    return np.array([logarithm(share) for share in shares], np.float32) + np.float32(init)
+    shares = (others + base + 1) / base
+    return np.array([logarithm(share) for share in shares], np.float32) + init
 
 
 def _padded(size: int) -> int:
