@@ -207,6 +207,7 @@ def test_two_threads_search_one_model(root: Root, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(compiled_search, 'search_rows', in_halves)
     monkeypatch.setattr(cpu_search, '_found', lambda tree, rules: tree)
+    monkeypatch.setattr(root.world_model.inference.open, 'check_searchable', lambda step: step)  # of this thread alone
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(run, 3)
         assert begun.wait(60)
