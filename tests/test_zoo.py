@@ -239,11 +239,16 @@ def changes(name):
 
 
 def memory(name, distractor):
-    """Whole episodes are trained on, so that their length stands in four places. Contexts stay as long as they are."""
-    frames = {**load_config(name).main_config.env.max_frames, 'distractor': distractor}
-    lengths = [
-        f'policy.{key}={sum(frames.values())}' for key in ('num_unroll_steps', 'game_segment_length', 'td_steps')]
-    return [*SMALL, f'env.max_frames.distractor={distractor}', *lengths, 'env.collector_env_num=3']
+    """Whole episodes are trained on, so that their length stands in four places. Contexts of the longer game stay as
+    long as they are: LightZero's models have a tensor for any two tokens of a context, and copy them all for seconds."""
+    length = sum({**load_config(name).main_config.env.max_frames, 'distractor': distractor}.values())
+    lengths = dict.fromkeys(('num_unroll_steps', 'game_segment_length', 'td_steps'), length)
+    if name not in OF_OURS:
+        blocks = length + 5  # as many more as in LightZero's config
+        lengths.update({'model.world_model_cfg.max_blocks': blocks, 'model.world_model_cfg.max_tokens': 2 * blocks,
+                        'model.world_model_cfg.context_length': 2 * blocks})
+    return [*SMALL, f'env.max_frames.distractor={distractor}', 'env.collector_env_num=3',
+            *(f'policy.{key}={number}' for key, number in lengths.items())]
 
 
 def note(file, number):

@@ -55,9 +55,9 @@ def trained(folder: Any, arguments: List[str], *prepare: Callable[[], None]) -> 
 def short_episodes() -> None:
     """What makes a training one of seconds, in a fork, so that nothing of it is left to other tests."""
     torch.set_num_threads(1)
-    import ding.config.config as saved_configs
     import gymnasium
-    saved_configs.FormatCode = lambda text: (text, True)  # indenting the saved config would take seconds
+    from yapf.yapflib import yapf_api
+    yapf_api.FormatCode = lambda text: (text, True)  # indenting the saved config would take seconds
     for spec in gymnasium.registry.values():
         spec.max_episode_steps = EPISODE
 
@@ -95,9 +95,16 @@ def said_by(process: subprocess.Popen, folder: Path, patience: float = 240.) -> 
 
 
 def import_what_trainings_import() -> None:
-    """With the first optimizer and the first model; here, once for all forks."""
+    """With the first optimizer, model, environment and compiled function; here, once for all forks."""
+    import numba.core.registry as numba
     import torch._dynamo
-    import torch._inductor.compile_fx  # noqa: F401
+    import torch._inductor.compile_fx
+    import zoo.classic_control.cartpole.envs.cartpole_lightzero_env
+
+    import lzero_kvcache.cli.commands
+    import lzero_kvcache.search.compiled_search  # noqa: F401
+    numba.cpu_target.target_context.refresh()
+    numba.cpu_target.typing_context.refresh()
 
 
 def summary_of(folder: Any) -> Any:
