@@ -240,7 +240,7 @@ def changes(name):
 
 def memory(name, distractor):
     """Whole episodes are trained on, so that their length stands in four places. Contexts of the longer game stay as
-    long as they are: LightZero's models have a tensor for any two tokens of a context, and copy them all for seconds."""
+    they are: LightZero's models have a tensor for any two tokens of a context, and copy all of them for seconds."""
     length = sum({**load_config(name).main_config.env.max_frames, 'distractor': distractor}.values())
     lengths = dict.fromkeys(('num_unroll_steps', 'game_segment_length', 'td_steps'), length)
     if name not in OF_OURS:

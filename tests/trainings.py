@@ -1,5 +1,6 @@
 """Trainings by ``train.py`` in forks of this process, which has the libraries imported, and event files read back."""
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -96,15 +97,12 @@ def said_by(process: subprocess.Popen, folder: Path, patience: float = 240.) -> 
 
 def import_what_trainings_import() -> None:
     """With the first optimizer, model, environment and compiled function; here, once for all forks."""
-    import numba.core.registry as numba
-    import torch._dynamo
-    import torch._inductor.compile_fx
-    import zoo.classic_control.cartpole.envs.cartpole_lightzero_env
-
-    import lzero_kvcache.cli.commands
-    import lzero_kvcache.search.compiled_search  # noqa: F401
-    numba.cpu_target.target_context.refresh()
-    numba.cpu_target.typing_context.refresh()
+    from numba.core.registry import cpu_target
+    for module in ('torch._dynamo', 'torch._inductor.compile_fx', 'lzero_kvcache.cli.commands',
+                   'lzero_kvcache.search.compiled_search', 'zoo.classic_control.cartpole.envs.cartpole_lightzero_env'):
+        importlib.import_module(module)
+    cpu_target.target_context.refresh()
+    cpu_target.typing_context.refresh()
 
 
 def summary_of(folder: Any) -> Any:
