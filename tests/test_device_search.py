@@ -53,8 +53,16 @@ CASES = pytest.mark.parametrize('case, rules', list(SEARCHES.values()), ids=list
 
 
 @pytest.fixture
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter takes a millisecond for each operation on a row."""
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter takes tens of milliseconds for each program: products are split over two, not over eight;
+    ``test_kernels.py`` has them as they are."""
+    from lzero_kvcache.engine import linear_kernels
+    monkeypatch.setattr(linear_kernels, 'tiling_of', lambda *sizes: linear_kernels.Tiling(16, 64, 16, 2, 4, 3))
+
+
+@pytest.fixture
+def _small(_few_programs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes a millisecond for each operation on a row."""
     monkeypatch.setattr(compiled, 'ROWS', 2)
     monkeypatch.setattr(compiled, 'SIMULATIONS', 4)
     monkeypatch.setattr(device_search, 'ROWS_APART', 1)
@@ -223,7 +231,7 @@ def test_interpreted_scores_that_are_no_numbers(_small: None, draws_ties: bool) 
 
 
 @interpreted
-def test_interpreted_equal_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreted_equal_scores(_few_programs: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, 'ROWS', 6)
     case = Case(num_layers=1)
     for asked in compiled.roots_of(cached_model(case, 6, 5), case, {}):
