@@ -6,6 +6,9 @@ import sys
 import traceback
 from typing import Any, Callable, Dict
 
+DIED = {'error': 'died'}
+"""What stands for the result of a fork that was killed."""
+
 
 def environment(*folders: Any, **variables: str) -> Dict[str, str]:
     """The variables of a new process that imports from some folders, and then from wherever this one is told to."""
@@ -30,7 +33,7 @@ Returns:
     results = {}
     for name, pipe in pipes.items():
         with os.fdopen(pipe) as stream:
-            results[name] = json.loads(stream.read() or '{"error": "died"}')
+            results[name] = json.loads(stream.read() or json.dumps(DIED))
         os.wait()
     return results
 
