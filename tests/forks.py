@@ -16,6 +16,13 @@ def environment(*folders: Any, **variables: str) -> Dict[str, str]:
     return {**os.environ, 'PYTHONPATH': os.pathsep.join(path), **variables}
 
 
+def import_what_compiling_imports() -> None:
+    """With the first compiled function; here, once for all forks."""
+    from numba.core.registry import cpu_target
+    cpu_target.target_context.refresh()
+    cpu_target.typing_context.refresh()
+
+
 def in_forks(functions: Dict[str, Callable[[], Any]]) -> Dict[str, Any]:
     """
     Run every function in a fork of its own, all at once.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, List, Tuple
 
 import torch
-from forks import in_forks
+from forks import import_what_compiling_imports, in_forks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lzero_kvcache.telemetry import METRICS, POOLS
@@ -97,12 +97,10 @@ def said_by(process: subprocess.Popen, folder: Path, patience: float = 240.) -> 
 
 def import_what_trainings_import() -> None:
     """With the first optimizer, model, environment and compiled function; here, once for all forks."""
-    from numba.core.registry import cpu_target
     for module in ('torch._dynamo', 'torch._inductor.compile_fx', 'lzero_kvcache.cli.commands',
                    'lzero_kvcache.search.compiled_search', 'zoo.classic_control.cartpole.envs.cartpole_lightzero_env'):
         importlib.import_module(module)
-    cpu_target.target_context.refresh()
-    cpu_target.typing_context.refresh()
+    import_what_compiling_imports()
 
 
 def summary_of(folder: Any) -> Any:
