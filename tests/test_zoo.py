@@ -3,7 +3,6 @@ import copy
 import inspect
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from trainings import (
     short_episodes,
     summary_of,
     trained,
+    trained_by_two,
 )
 
 from lzero_kvcache import ConfigError, check_config, disable, enable
@@ -403,16 +403,6 @@ def test_two_processes(name, cache, tmp_path, rom_folder, heavy_imports):
     """As torchrun starts them; ``test_several_processes.py`` has torchrun itself."""
     needed(name)
     arguments = ['--config', name, '--cache', cache, *changes(name), *TWO_PROCESSES]
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-
-    def prepare(rank):
-        with_roms(rom_folder)()
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-            MASTER_PORT=str(port))
-
-    ends = trained(tmp_path, arguments, lambda: prepare(0), lambda: prepare(1))
+    ends = trained_by_two(tmp_path, arguments, lambda rank: with_roms(rom_folder)())
     assert [code for code, _ in ends] == [0, 0], ends
     assert check_run(tmp_path / 'run', cache)['processes'] == 2

@@ -3,6 +3,7 @@ import contextlib
 import importlib
 import json
 import os
+import socket
 import subprocess
 import threading
 import time
@@ -51,6 +52,20 @@ def trained(folder: Any, arguments: List[str], *prepare: Callable[[], None]) -> 
     names = [f'printed{rank}' for rank in range(len(prepare))]
     codes = in_forks({name: partial(run, name, function) for name, function in zip(names, prepare)})
     return [(codes[name], (folder / name).read_text(encoding='utf-8')) for name in names]
+
+
+def trained_by_two(folder: Any, arguments: List[str], prepare: Callable[[int], None]) -> List[Tuple[int, str]]:
+    """The same of two processes as torchrun starts them; ``prepare`` is called in each with its rank."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+
+    def begin(rank: int) -> None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2',
+                          MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        prepare(rank)
+
+    return trained(folder, arguments, partial(begin, 0), partial(begin, 1))
 
 
 def short_episodes() -> None:
@@ -107,18 +122,22 @@ def summary_of(folder: Any) -> Any:
     return json.loads((folder / 'summary.json').read_text())
 
 
-def scalars(folder: Any, tag: str) -> Any:
-    events = EventAccumulator(str(folder / 'log' / 'serial'), size_guidance={'scalars': 0})
+def events_in(folder: Any) -> EventAccumulator:
+    """All of a folder's event files."""
+    events = EventAccumulator(str(folder), size_guidance=dict(scalars=0, tensors=0))
     events.Reload()
-    return events.Scalars(tag)
+    return events
+
+
+def scalars(folder: Any, tag: str) -> Any:
+    return events_in(folder / 'log' / 'serial').Scalars(tag)
 
 
 def check_run(folder: Any, cache: str) -> Any:
     """A point under every tag of the cache at every iteration, and a summary that fits; returns the summary."""
     summary = summary_of(folder)
     assert (summary['cache'], summary['train_iter']) == (cache, ITERATIONS)
-    events = EventAccumulator(str(folder / 'log' / 'serial'), size_guidance={'scalars': 0})
-    events.Reload()
+    events = events_in(folder / 'log' / 'serial')
     tags = {tag for tag in events.Tags()['scalars'] if tag.startswith('kv_cache_iter/')}
     metrics = [metric for metric in METRICS if cache != 'old' or metric not in ('evictions', 'occupancy')]
     names = [f'{pool}_{metric}' for pool in POOLS for metric in metrics]
