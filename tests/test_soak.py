@@ -37,7 +37,7 @@ def assert_flat(soak, rows, mib):
 @pytest.mark.slow
 @pytest.mark.parametrize('device', DEVICES)
 def test_memory_is_flat(device, soak):
-    options = soak.options().parse_args(['--device', device, '--look-ups', '15000', '--searches', '150'])
+    options = soak.options().parse_args(['--device', device, '--look-ups', '30000', '--searches', '300'])
     assert_flat(soak, soak.soak(options), mib=8)
 
 

@@ -306,8 +306,8 @@ def test_what_lightzero_trains_with_is_not_refused(changes):
 def test_environments_are_held_to_what_stands_for_a_missing_env_num(new, least, tmp_path):
     """LightZero's default, and in the new system as many as the policy says."""
     (tmp_path / 'mine.py').write_text(
-        LIKE_CARTPOLE + f'world_model_cfg = main_config.policy.model.world_model_cfg\nworld_model_cfg.use_new_cache_manager = {new}\n'
-        "world_model_cfg.pop('env_num')\n")
+        LIKE_CARTPOLE + 'world_model_cfg = main_config.policy.model.world_model_cfg\n'
+        f"world_model_cfg.use_new_cache_manager = {new}\nworld_model_cfg.pop('env_num')\n")
     policy = 9 if ON_MAIN else 2
     changes = ['env.collector_env_num=9', f'policy.collector_env_num={policy}', 'policy.evaluator_env_num=2',
                'env.evaluator_env_num=2']

@@ -1,5 +1,6 @@
 """Trainings by ``train.py`` in forks of this process, which has the libraries imported, and event files read back."""
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -7,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable, List, Tuple
 
@@ -110,12 +111,14 @@ def said_by(process: subprocess.Popen, folder: Path, patience: float = 240.) -> 
                 raise
 
 
+@lru_cache(maxsize=None)
 def import_what_trainings_import() -> None:
     """With the first optimizer, model, environment and compiled function; here, once for all forks."""
     for module in ('torch._dynamo', 'torch._inductor.compile_fx', 'lzero_kvcache.cli.commands',
                    'lzero_kvcache.search.compiled_search', 'zoo.classic_control.cartpole.envs.cartpole_lightzero_env'):
         importlib.import_module(module)
     import_what_compiling_imports()
+    gc.freeze()  # or forks would copy all of it when they collect garbage
 
 
 def summary_of(folder: Any) -> Any:
