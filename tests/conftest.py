@@ -1,5 +1,6 @@
 """What every test has: fixed seeds, one thread, registries as they were, and quiet while LightZero is imported."""
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -18,6 +19,11 @@ if not torch.cuda.is_available():
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import lzero_kvcache  # noqa: F401  (before the test modules, which register nothing themselves)
     from lzero_kvcache import KV_CACHE_REGISTRY
+
+
+def pytest_collection_finish():
+    """What has been imported is no garbage: to look at it takes each collection some tenths of a second."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,21 @@ import sys
 import traceback
 from typing import Any, Callable, Dict
 
+DIED = {'error': 'died'}
+"""What stands for the result of a fork that was killed."""
+
 
 def environment(*folders: Any, **variables: str) -> Dict[str, str]:
     """The variables of a new process that imports from some folders, and then from wherever this one is told to."""
     path = [*map(str, folders), *filter(None, [os.environ.get('PYTHONPATH')])]
     return {**os.environ, 'PYTHONPATH': os.pathsep.join(path), **variables}
+
+
+def import_what_compiling_imports() -> None:
+    """With the first compiled function; here, once for all forks."""
+    from numba.core.registry import cpu_target
+    cpu_target.target_context.refresh()
+    cpu_target.typing_context.refresh()
 
 
 def in_forks(functions: Dict[str, Callable[[], Any]]) -> Dict[str, Any]:
@@ -30,7 +40,7 @@ Returns:
     results = {}
     for name, pipe in pipes.items():
         with os.fdopen(pipe) as stream:
-            results[name] = json.loads(stream.read() or '{"error": "died"}')
+            results[name] = json.loads(stream.read() or json.dumps(DIED))
         os.wait()
     return results
 

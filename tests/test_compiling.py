@@ -1,13 +1,20 @@
 """Compiled functions in a folder: compiled once, told of, compiled anew where sources differ, whole or not there."""
+import contextlib
 import importlib.util
+import io
+import logging
 import os
 import re
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import List
 
 import pytest
+from forks import import_what_compiling_imports, in_forks
 
 from lzero_kvcache.engine.compiling import entry, why_not_compiled
 
@@ -27,13 +34,33 @@ PROGRAM = '''
 '''
 
 
-def run(cache: Path, program: str = PROGRAM, **environment: str) -> str:
-    """What a fresh process says that keeps compiled functions in ``cache``."""
-    return wait(start(cache, program, **environment))
+def run(cache: Path, program: str = PROGRAM) -> str:
+    """What a process says that keeps compiled functions in ``cache``."""
+    [said] = at_once(cache, program)
+    return said
 
 
-def start(cache: Path, program: str = PROGRAM, **environment: str) -> subprocess.Popen:
-    """A fresh process that has only as much of the package as compiling needs: importing LightZero takes seconds."""
+def at_once(cache: Path, *programs: str) -> List[str]:
+    """The same of several, forks of this process."""
+    import_what_compiling_imports()
+
+    def answer(program: str) -> str:
+        os.environ['NUMBA_CACHE_DIR'] = str(cache)
+        module = sys.modules['__main__'] = ModuleType('__main__')
+        logging.getLogger().handlers.clear()
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(textwrap.dedent(program), vars(module))
+        return said.getvalue()
+
+    answers = in_forks({str(number): partial(answer, program) for number, program in enumerate(programs)})
+    for said in answers.values():
+        assert 'answer 42 of 1' in said, said
+    return list(answers.values())
+
+
+def run_anew(cache: Path, program: str = PROGRAM) -> str:
+    """What a new process says that has only as much of the package as compiling needs: importing LightZero takes
+    seconds."""
     package = Path(__file__).resolve().parent.parent / 'lzero_kvcache'
     stub = f'''
         import sys, types
@@ -41,23 +68,15 @@ def start(cache: Path, program: str = PROGRAM, **environment: str) -> subprocess
         package.__path__ = [{str(package)!r}]
         sys.modules['lzero_kvcache'] = package
     '''
-    code = textwrap.dedent(stub) + textwrap.dedent(program)
-    return subprocess.Popen(
-        [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, 'NUMBA_CACHE_DIR': str(cache), **environment}
-    )
-
-
-def wait(process: subprocess.Popen) -> str:
-    """What it said, once it is through."""
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said
-    assert 'answer 42 of 1' in said
-    return said
+    code, environment = textwrap.dedent(stub) + textwrap.dedent(program), {**os.environ, 'NUMBA_CACHE_DIR': str(cache)}
+    done = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env=environment, timeout=120, check=False)
+    assert done.returncode == 0 and 'answer 42 of 1' in done.stdout, done.stdout
+    return done.stdout
 
 
 def test_functions_are_compiled_once_for_a_machine(tmp_path: Path) -> None:
-    first = run(tmp_path)
+    first = run_anew(tmp_path)
     assert first.count('Compiling searches (add_one) once for this machine') == 1
     assert 'numba.core' not in first  # whose log is long, and LightZero's root logger shows everything
     assert 'Compiling' not in run(tmp_path)
@@ -121,8 +140,7 @@ def test_a_closure_is_refused() -> None:
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
-    for process in [start(tmp_path), start(tmp_path)]:
-        wait(process)
+    at_once(tmp_path, PROGRAM, PROGRAM)
     assert 'Compiling' not in run(tmp_path)
     assert len(list(tmp_path.rglob('*'))) == 3  # two folders and one file: nothing half-written is left
 
@@ -149,8 +167,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
     def add_one''')
-    code = run(tmp_path, full.replace("stream=sys.stdout", "stream=sys.stderr"))
-    assert 'is compiled for this process alone' in code
+    assert 'is compiled for this process alone' in run(tmp_path, full)
     assert not [path for path in tmp_path.rglob('*') if path.is_file()]
 
 
@@ -168,4 +185,4 @@ def test_numba_is_not_imported_with_the_package() -> None:
         print('answer 42 of 1', [name for name in sys.modules if name.startswith('lzero_kvcache.engine')])
         assert 'lzero_kvcache.engine.compiled_step' not in sys.modules
     '''
-    assert 'lzero_kvcache.engine.program' in run(Path('unused'), code)
+    assert 'lzero_kvcache.engine.program' in run_anew(Path('unused'), code)

@@ -1,10 +1,8 @@
 """Trainings that are interrupted or killed at any moment, and weights that turn to nan in the middle of one."""
-import json
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -12,33 +10,24 @@ import numpy as np
 import pytest
 import torch
 from builders import Worker, audit, make_policy, roots
-from forks import environment
+from forks import DIED
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from trainings import PROJECT_ROOT
+from trainings import import_what_trainings_import, short_episodes, summary_of, trained, when
 
 from lzero_kvcache.cache.base import CURRENT
+from lzero_kvcache.host import policies
 from lzero_kvcache.training.checkpoints import read_checkpoint
 
-SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
-         'env.evaluator_env_num=1', 'policy.eval_freq=10', 'policy.learn.learner.hook.save_ckpt_after_iter=5']
+SMALL = ['--threads', '1', '--device', 'cpu', '--config', 'config_new', '--exp-name', 'run', '--set',
+         'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2', 'env.evaluator_env_num=1',
+         'policy.eval_freq=10', 'policy.learn.learner.hook.save_ckpt_after_iter=5']
 
 
-def start(folder, *arguments):
-    command = [sys.executable, os.path.join(PROJECT_ROOT, 'train.py'), '--config', 'config_new', '--exp-name', 'run']
-    return subprocess.Popen(
-        [*command, *arguments, *SMALL], cwd=str(folder), encoding='utf-8', stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, start_new_session=True, env=dict(os.environ, OMP_NUM_THREADS='1')
-    )
-
-
-def wait_for_training(folder, process):
-    """Until the first checkpoint of the training itself is there."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(name.startswith('iteration_') for name in checkpoints(folder)):
-            return
-        time.sleep(0.05)
-    raise AssertionError(process.communicate())
+def in_a_fork(folder, *arguments, prepare=short_episodes):
+    """The exit code of a training, or that it died, and what it printed."""
+    import_what_trainings_import()
+    (code, said), = trained(folder, [*SMALL, *arguments], prepare)
+    return code, said
 
 
 def checkpoints(folder):
@@ -69,23 +58,28 @@ def assert_whole(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_ended_at_any_moment(signum, tmp_path):
-    process = start(tmp_path)
-    try:
-        wait_for_training(tmp_path, process)
-        time.sleep(random.SystemRandom().uniform(0, 3))
-        os.killpg(process.pid, signum)
-        _, errors = process.communicate(timeout=120)
-    finally:
-        if process.poll() is None:
-            process.kill()
+    """After the first checkpoint of the training itself; the signal goes to the processes of environments as well."""
+    moment = random.SystemRandom().uniform(0, 3)
+
+    def prepare():
+        short_episodes()
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stderr = open('errors', 'w', buffering=1)
+        os.dup2(sys.stderr.fileno(), 2)
+        when(lambda: any(name.startswith('iteration_') for name in checkpoints(tmp_path)),
+             lambda: (time.sleep(moment), os.killpg(os.getpid(), signum)))
+
+    code, said = in_a_fork(tmp_path, prepare=prepare)
     iteration, _ = assert_whole(tmp_path)
     if signum == signal.SIGKILL:
-        assert process.returncode == -signum
+        assert code == DIED, said
         assert not (tmp_path / 'run' / 'summary.json').exists()
         return
-    assert process.returncode == 128 + signum, errors
+    errors = (tmp_path / 'errors').read_text()
+    assert code == 128 + signum, errors
     assert errors == ''
-    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    summary = summary_of(tmp_path / 'run')
     assert summary['outcome'] == f'interrupted by {signal.Signals(signum).name}'
     assert summary['train_iter'] == iteration
     assert not [name for name in os.listdir(str(tmp_path / 'run' / 'ckpt')) if name.endswith('.tmp')]
@@ -93,41 +87,30 @@ def test_ended_at_any_moment(signum, tmp_path):
 
 @pytest.mark.slow
 def test_killed_while_saving_and_gone_on(tmp_path):
-    """Where a disk is slow, the kill comes in the middle of a save; a second run goes on from what is there."""
-    script = tmp_path / 'slow.py'
-    script.write_text(
-        'import sys, time, torch\n'
-        'from lzero_kvcache_options import main\n'
-        'save, saves = torch.save, []\n'
-        'def slow(data, file):\n'
-        '    saves.append(0)\n'
-        '    save(data, file)\n'
-        '    if len(saves) > 3:\n'
-        '        file.truncate(file.tell() // 2)\n'
-        '        file.flush()\n'
-        "        open('half', 'w').close()\n"
-        '        time.sleep(60)\n'
-        'torch.save = slow\n'
-        'sys.exit(main(["train", *sys.argv[1:]]))\n'
-    )
-    process = subprocess.Popen(
-        [sys.executable, str(script), '--config', 'config_new', '--exp-name', 'run', *SMALL], cwd=str(tmp_path),
-        env=environment(PROJECT_ROOT, OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 240
-        while not (tmp_path / 'half').exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        process.kill()
-        process.wait()
+    """The kill comes in the middle of a save; a second run goes on from what is there."""
+
+    def prepare():
+        short_episodes()
+        os.setsid()
+        save, saves = torch.save, []
+
+        def killed(data, file):
+            saves.append(0)
+            save(data, file)
+            if len(saves) > 3:
+                file.truncate(file.tell() // 2)
+                file.flush()
+                os.killpg(os.getpid(), signal.SIGKILL)
+
+        torch.save = killed
+
+    code, said = in_a_fork(tmp_path, prepare=prepare)
+    assert code == DIED, said
     assert [name for name in os.listdir(str(tmp_path / 'run' / 'ckpt')) if name.endswith('.tmp')]
     iteration, _ = assert_whole(tmp_path)
     checkpoint = tmp_path / 'run' / 'ckpt' / f'iteration_{iteration}.pth.tar'
-    resumed = start(tmp_path, '--resume', str(checkpoint), '--max-train-iter', str(iteration + 1))
-    _, errors = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, errors
+    code, said = in_a_fork(tmp_path, '--resume', str(checkpoint), '--max-train-iter', str(iteration + 1))
+    assert code == 0, said
 
 
 # ---------------------------------------------------------------------------------------------------- nan
@@ -262,57 +245,39 @@ def test_keys_and_values_with_nan_are_not_stored(on_nan):
     audit(manager)
 
 
-# Weights that are not finite for some collect steps, and are well again before LightZero trains with them.
-POISONED_FOR_A_WHILE = """
-import sys
-import torch
-from lzero_kvcache.host import policies
-from lzero_kvcache_options import main
+def poisoned_for_a_while():
+    """Weights are not finite for some collect steps, and well again before LightZero trains with them."""
+    short_episodes()
+    forward, steps = policies.UniZeroPolicy._forward_collect, []
 
-forward, steps = policies.UniZeroPolicy._forward_collect, []
-
-
-def forward_and_poison(policy, *args, **kwargs):
-    steps.append(0)
-    weight = policy._model.world_model.transformer.blocks[0].attn.value.weight
-    well = weight.detach().clone()
-    if 30 <= len(steps) < 40:
+    def forward_and_poison(policy, *args, **kwargs):
+        steps.append(0)
+        weight = policy._model.world_model.transformer.blocks[0].attn.value.weight
+        well = weight.detach().clone()
+        if 30 <= len(steps) < 40:
+            with torch.no_grad():
+                weight.fill_(float('nan'))
+        output = forward(policy, *args, **kwargs)
         with torch.no_grad():
-            weight.fill_(float('nan'))
-    output = forward(policy, *args, **kwargs)
-    with torch.no_grad():
-        weight.copy_(well)
-    return output
+            weight.copy_(well)
+        return output
 
-
-policies.UniZeroPolicy._forward_collect = forward_and_poison
-sys.exit(main(['train', *sys.argv[1:]]))
-"""
-
-
-def run_script(tmp_path, text, *arguments):
-    script = tmp_path / 'script.py'
-    script.write_text(text)
-    return subprocess.run(
-        [sys.executable, str(script), '--config', 'config_new', '--exp-name', 'run', *arguments, *SMALL],
-        cwd=str(tmp_path), encoding='utf-8', timeout=240, capture_output=True, check=False,
-        env=environment(PROJECT_ROOT, OMP_NUM_THREADS='1')
-    )
+    policies.UniZeroPolicy._forward_collect = forward_and_poison
 
 
 @pytest.mark.slow
 def test_skipping_through_train(tmp_path):
     skip = 'policy.model.world_model_cfg.kv_cache_cfg.on_nan=skip'
-    ended = run_script(tmp_path, POISONED_FOR_A_WHILE, '--max-env-step', '200', '--set', skip)
-    assert ended.returncode == 0, ended.stderr
-    warnings = [line for line in ended.stdout.splitlines() if 'nan or inf' in line and 'WARNING' in line]
+    code, said = in_a_fork(tmp_path, '--max-env-step', '200', '--set', skip, prepare=poisoned_for_a_while)
+    assert code == 0, said
+    warnings = [line for line in said.splitlines() if 'nan or inf' in line and 'WARNING' in line]
     assert len(warnings) == 1
     assert 'in collect, environment' in warnings[0]
     # Counted, and shown in the table, in the summary and in tensorboard.
-    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    summary = summary_of(tmp_path / 'run')
     skipped = summary['counters']['skipped']
     assert skipped >= 10
-    assert re.search(rf'skipped for nan or inf\s+│ {skipped:,} rows', ended.stdout)
+    assert re.search(rf'skipped for nan or inf\s+│ {skipped:,} rows', said)
     points = {event.step: value.simple_value or value.tensor.float_val[0] for event in events(tmp_path)
               for value in event.summary.value if value.tag == 'kv_cache_iter/skipped' and event.step > 0}
     assert points[max(points)] == skipped

@@ -317,7 +317,7 @@ def test_no_page_leaks_and_none_is_in_two_entries(strategy, max_pages, record_pr
 @pytest.mark.slow
 @pytest.mark.parametrize(('strategy', 'max_pages'), zip(EvictionStrategy, [None, 60, 41]))
 def test_no_page_leaks_in_a_long_run(strategy, max_pages, record_property):
-    steps = fuzz(strategy, max_pages, int(os.environ.get('FUZZ_EXAMPLES', 250)), 60, Phase.shrink)
+    steps = fuzz(strategy, max_pages, int(os.environ.get('FUZZ_EXAMPLES', 150)), 60, Phase.shrink)
     record_property('steps', steps)
     assert steps > 1000
 

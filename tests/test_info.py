@@ -1,11 +1,12 @@
 """``python -m lzero_kvcache info``: each line against the manager of a policy that is built and used."""
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from builders import Worker, make_policy
+from lzero.model.unizero_world_models import transformer
+from trainings import trained
 
 from lzero_kvcache import __version__, info
 from lzero_kvcache.cli import commands
@@ -154,19 +155,16 @@ def test_lightzeros_are_told_apart_by_what_they_have():
 
 
 def test_a_lightzero_that_is_not_known_is_refused_in_one_line(tmp_path):
-    program = """
-import sys
-import lzero.model.unizero_world_models.transformer as transformer
-from lzero_kvcache_options import main
-transformer.Block = type('Block', (), {'__init__': lambda self: None})
-sys.exit(main(['train', '--config', 'config_old']))
-"""
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], cwd=str(tmp_path), text=True, timeout=120,
-                          stderr=subprocess.PIPE)
-    assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if 'error' in line]
-    assert len(said) == 1 and 'neither its release 0.2.0 nor its main branch' in said[0]
-    assert 'Traceback' not in done.stderr
+    def prepare():
+        transformer.Block = type('Block', (), {'__init__': lambda self: None})
+        for name in [name for name in sys.modules if name.partition('.')[0] == 'lzero_kvcache']:
+            del sys.modules[name]
+
+    (code, said), = trained(tmp_path, ['--config', 'config_old'], prepare)
+    assert code == 2, said
+    lines = [line for line in said.splitlines() if 'error' in line]
+    assert len(lines) == 1 and 'neither its release 0.2.0 nor its main branch' in lines[0]
+    assert 'Traceback' not in said
 
 
 def test_the_command_prints_its_tables_and_nothing_else(capfd, tmp_path, monkeypatch):

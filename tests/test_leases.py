@@ -9,45 +9,27 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from builders import audit, in_threads, roots
-from oracle import Batch, assert_same, play, random_trace, row_differences
+from builders import audit, in_threads
+from disturbed import (
+    CASE,
+    ENVIRONMENTS,
+    ROWS,
+    SEED,
+    SIMULATIONS,
+    Broken,
+    as_garbage,
+    assert_undisturbed,
+    lived,
+    model_of,
+    pages_that_are_taken,
+    trace_of,
+    undisturbed,
+)
+from oracle import Batch, play
 from players import ByKey, ByNode
-from small_models import Case, cached_model
+from small_models import cached_model
 
-SEED, CASE = 11, Case()
-ROWS, ENVIRONMENTS, SIMULATIONS = 2, 4, 6
-MIDDLE = SIMULATIONS + 1 + 4  # of the second search
 BOTH_SEARCHES = pytest.mark.parametrize('player', [ByNode, ByKey])
-
-
-class Broken(Exception):
-    """What a step may die of."""
-
-
-def trace_of(rows=ROWS, seed=SEED, root_steps=4):
-    return random_trace(np.random.default_rng(seed), CASE, rows, root_steps=root_steps, simulations=SIMULATIONS)
-
-
-def model_of(**options):
-    return cached_model(CASE, ENVIRONMENTS, SEED, **options)
-
-
-def lived(model, player, trace, disturb=None, at=MIDDLE):
-    """What a player is answered in four steps, in the second of which something else goes on."""
-    answers = []
-    for number, event in enumerate(trace.events):
-        if number == at and disturb is not None:
-            disturb(model, player)
-            pages_that_are_taken(model)
-        answers.append({name: part.clone() for name, part in player.play(event).items()})
-    player.close()
-    return answers
-
-
-def assert_undisturbed(answers, expected):
-    assert len(answers) == len(expected)
-    for answer, right in zip(answers, expected):
-        assert_same(row_differences(answer, right))
 
 
 # ---------------------------------------------------------------------------------------------------- inside a search
@@ -118,15 +100,6 @@ def a_search_that_is_abandoned(mode, env_ids):
     return disturb
 
 
-def pages_that_are_taken(model, player=None):
-    """More than there are: the storage grows; and all that is free is overwritten."""
-    manager = model.world_model.kv_cache_manager
-    with manager.lease() as lease:
-        taken = lease.allocate(manager._pages.free + 7)
-        model.world_model.inference.shared.slab().data[taken] = float('nan')
-    model.world_model.inference.shared.slab().data[taken] = 0.
-
-
 INSIDE = {
     'nodes by key': nodes_by_key,
     'a root by hand': a_root_by_hand,
@@ -148,10 +121,8 @@ INSIDE = {
 @BOTH_SEARCHES
 @pytest.mark.parametrize('inside', list(INSIDE))
 def test_what_runs_inside_a_search_changes_nothing_of_it(inside, player):
-    trace, model = trace_of(), model_of()
-    expected = lived(model_of(), player(model_of()), trace)
-    answers = lived(model, player(model), trace, INSIDE[inside])
-    assert_undisturbed(answers, expected)
+    model = model_of()
+    assert_undisturbed(lived(player(model), trace_of(), INSIDE[inside]), undisturbed(player))
     assert model.world_model.inference.open.steps == []
     audit(model.world_model.kv_cache_manager)
 
@@ -181,7 +152,6 @@ def test_a_step_that_is_abandoned_inside_of_one_of_the_same_environments_that_en
     """It changes nothing, though its roots are newer."""
     trace, model = trace_of(root_steps=3), model_of()
     steps = [trace.events[i:i + SIMULATIONS + 1] for i in range(0, 3 * (SIMULATIONS + 1), SIMULATIONS + 1)]
-    expected = lived(model_of(), ByNode(model_of()), trace)
     answers, player = [], ByNode(model)
     for number, step in enumerate(steps):
         answers += [player.play(event) for event in step[:3]]
@@ -189,7 +159,7 @@ def test_a_step_that_is_abandoned_inside_of_one_of_the_same_environments_that_en
             as_garbage(model, steps[2][:4])
         answers += [player.play(event) for event in step[3:]]
     player.close()
-    assert_undisturbed(answers, expected)
+    assert_undisturbed(answers, undisturbed(ByNode, root_steps=3))
     audit(model.world_model.kv_cache_manager)
 
 
@@ -263,7 +233,8 @@ def test_two_steps_that_take_turns_in_one_thread(kinds, places):
     """As two generators do: each search has its own roots and nodes, whichever step was opened last."""
     model = model_of(kv_cache_cfg=dict(recurrent_pool_size=400))  # which is not cleared while a step is open
     traces = [trace_of(len(env_ids), SEED + number) for number, (_, env_ids) in enumerate(places)]
-    expected = [lived(model_of(), kind(model_of(), *place), trace) for kind, place, trace in zip(kinds, places, traces)]
+    expected = [undisturbed(kind, mode, tuple(env_ids), seed=SEED + number)
+                for number, (kind, (mode, env_ids)) in enumerate(zip(kinds, places))]
     players = [kind(model, *place) for kind, place in zip(kinds, places)]
     answers = in_turns(*((player, trace.events) for player, trace in zip(players, traces)))
     for player, found, right in zip(players, answers, expected):
@@ -295,116 +266,4 @@ def test_a_search_from_a_step_of_another_thread_or_model_is_refused():
         with pytest.raises(RuntimeError, match='in the same thread'):
             refused()
     player.close()
-    audit(model.world_model.kv_cache_manager)
-
-
-# ---------------------------------------------------------------------------------------------------- steps that fail
-
-
-def failed(model, events):
-    """A step that dies in the middle of its search."""
-    other = ByNode(model)
-    with pytest.raises(Broken), other._open:
-        for event in events:
-            other.play(event)
-        raise Broken
-
-
-def abandoned(model, events):
-    other = ByNode(model)
-    for event in events:
-        other.play(event)
-    return other._open.pop_all()
-
-
-def as_garbage(model, events):
-    cycle = [abandoned(model, events)]
-    cycle.append(cycle)
-    del cycle
-    gc.collect()
-
-
-@pytest.mark.parametrize('fail', [failed, as_garbage])
-@pytest.mark.parametrize('done', [1, 5])
-def test_a_step_that_failed_is_no_step(fail, done):
-    """Its environments go on from the roots that they had, or begin if it was their first."""
-    trace, model = trace_of(), model_of()
-    expected = lived(model_of(), ByNode(model_of()), trace)
-    answers = []
-    for number in range(0, len(trace.events), SIMULATIONS + 1):
-        events = trace.events[number:number + SIMULATIONS + 1]
-        fail(model, events[:done])
-        player = ByNode(model)
-        answers += [player.play(event) for event in events]
-        player.close()
-    assert_undisturbed(answers, expected)
-    audit(model.world_model.kv_cache_manager)
-
-
-@pytest.mark.parametrize('fail', [failed, as_garbage])
-def test_a_step_that_failed_leaves_what_was_stored_by_key(fail):
-    """By hand, for one of its environments."""
-    model = model_of()
-    manager = model.world_model.kv_cache_manager
-    with manager.lease() as lease:
-        rows = np.zeros((1, manager.context_pages), np.int64), np.ones(1, np.int64)
-        rows[0][0, 0] = lease.allocate(1)
-        manager.store_init('collect', [0], ['mine'], rows)
-    fail(model, trace_of().events[:2])
-    model.world_model.inference.open.end_abandoned()
-    assert manager.find_init('collect', [0], ['mine'])[1].tolist() == [1]
-    assert roots(manager) == [1, 0, 0, 0]
-    audit(manager)
-
-
-@pytest.mark.parametrize('kept', [1, 2])
-def test_a_step_that_is_abandoned_and_collected_late(kept):
-    """By then its environments have moved on: nothing of theirs is put back."""
-    trace, model = trace_of(), model_of()
-    expected = lived(model_of(), ByNode(model_of()), trace)
-    left = abandoned(model, trace.events[:3])
-    for number in range(0, len(trace.events), SIMULATIONS + 1):
-        player = ByNode(model)
-        answers = [player.play(event) for event in trace.events[number:number + SIMULATIONS + 1]]
-        player.close()
-        assert_undisturbed(answers, expected[number:number + SIMULATIONS + 1])
-        if number == kept * (SIMULATIONS + 1):
-            del left
-            gc.collect()
-    audit(model.world_model.kv_cache_manager)
-
-
-def test_an_abandoned_search_is_collected_in_the_middle_of_an_allocation():
-    """It only leaves its pages to be released, since an allocation in two places at once would hand out one twice."""
-    model = model_of()
-    manager = model.world_model.kv_cache_manager
-    trace = trace_of()
-    left, release = [abandoned(model, trace.events[:3])], manager._pages.release
-
-    def collecting(pages):
-        before = manager._pages.references.copy()
-        left.clear()
-        assert (manager._pages.references == before).all()
-        release(pages)
-
-    with mock.patch.object(manager._pages, 'release', collecting), manager.lease() as lease:
-        lease.allocate(3)
-    assert not left
-    assert_undisturbed(lived(model, ByNode(model), trace), lived(model_of(), ByNode(model_of()), trace))
-    audit(manager)
-
-
-def test_a_failed_step_puts_back_no_root_that_was_cleared():
-    """As at the end of an episode, or after an update."""
-    trace, model = trace_of(), model_of()
-    player = ByNode(model)
-    for event in trace.events[:SIMULATIONS + 1]:
-        player.play(event)
-    player.close()
-    other = ByNode(model)
-    with pytest.raises(Broken), other._open:
-        other.play(trace.events[SIMULATIONS + 1])
-        model.world_model.forget('collect', 1)
-        raise Broken
-    assert roots(model.world_model.kv_cache_manager) == [1, 0, 0, 0]
     audit(model.world_model.kv_cache_manager)

@@ -1,8 +1,8 @@
 """Event files are cut off at the checkpoint from which a training goes on."""
 import pytest
 from event_runs import BEGAN, write_events
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
+from trainings import events_in
 
 from lzero_kvcache.run_files import purge
 from lzero_kvcache.run_hooks import read_events
@@ -28,8 +28,7 @@ def test_points_after_the_checkpoint_are_cut_off(tmp_path):
     torn.write_bytes(torn.read_bytes()[:-5])
     assert cut(tmp_path, 5, 150) == 2 * 4 - 1
     write(range(5, 7), '.2')
-    events = EventAccumulator(str(tmp_path), size_guidance={'scalars': 0})
-    events.Reload()
+    events = events_in(tmp_path)
     assert [point.step for point in events.Scalars('learner_iter/loss')] == list(range(7))
     assert [point.step for point in events.Scalars('kv_cache_step/hits')] == [30 * step for step in range(7)]
     assert cut(tmp_path / 'none', 5, 150) == 0
@@ -51,8 +50,7 @@ def test_what_the_checkpoint_comes_after_is_not_cut_off(env_step, evaluated, eva
     writer.close()
     left = dict(evaluator=evaluations, collector=collections, learner=[4])
     assert cut(tmp_path, 5, env_step, evaluated) == 4 * (9 - sum(map(len, left.values())))
-    events = EventAccumulator(str(tmp_path), size_guidance={'scalars': 0})
-    events.Reload()
+    events = events_in(tmp_path)
     for name, steps in left.items():
         for what in ('of', 'more'):
             assert [point.step for point in events.Scalars(f'{name}_iter/{what}')] == steps

@@ -5,12 +5,10 @@ import importlib
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import types
-from functools import partial
 
 import gymnasium
 import pytest
@@ -27,7 +25,7 @@ from trainings import (
     scalars,
     short_episodes,
     summary_of,
-    trained,
+    trained_by_two,
     when,
 )
 from trainings import train as main
@@ -228,19 +226,9 @@ ALL = [f'{pool}_{name}' for pool in ('init', 'recur', 'total') for name in ('que
 
 
 def two_ranks(folder, arguments, prepare):
-    """Exit codes and output of two processes as torchrun starts them; ``prepare`` is called in each with its rank."""
+    """Exit codes and output of two processes; ``prepare`` is called in each with its rank."""
     import_what_trainings_import()
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-
-    def begin(rank):
-        short_episodes()
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2',
-                          MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-        prepare(rank)
-
-    return trained(folder, [*SMALL, *FOR_TWO, *arguments], partial(begin, 0), partial(begin, 1))
+    return trained_by_two(folder, [*SMALL, *FOR_TWO, *arguments], lambda rank: (short_episodes(), prepare(rank)))
 
 
 def keep_what_it_ends_with(rank):

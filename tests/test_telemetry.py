@@ -9,13 +9,13 @@ from builders import Worker, make_policy
 from ding.config.config import save_config_py
 from small_models import ON_MAIN
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups, metadata
 from torch.utils.tensorboard import SummaryWriter
+from trainings import events_in
 
 from lzero_kvcache import KVCacheManager
 from lzero_kvcache.telemetry import (
@@ -144,8 +144,7 @@ class Engine:
 
 def read(folder):
     """Every tag's points (step, value) of an event file."""
-    events = EventAccumulator(str(folder), size_guidance=dict(scalars=0))
-    events.Reload()
+    events = events_in(folder)
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()['scalars']}
 
 
@@ -200,9 +199,7 @@ class TestEventFile:
     @BOTH_FLAGS
     def test_the_layout_is_written_once_and_groups_the_tags(self, new, tmp_path):
         run(new, tmp_path)
-        events = EventAccumulator(str(tmp_path), size_guidance=dict(tensors=0))
-        events.Reload()
-        written = events.Tensors('custom_scalars__config__')
+        written = events_in(tmp_path).Tensors('custom_scalars__config__')
         assert len(written) == 1
         layout = layout_pb2.Layout.FromString(written[0].tensor_proto.string_val[0])
         charts = {category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
@@ -223,9 +220,7 @@ class TestEventFile:
 def hyperparameters(folder):
     """Values and metrics as tensorboard's page of hyperparameters reads them, from a run's only event file."""
     assert len(list(folder.iterdir())) == 1
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    held = events.PluginTagToContent(metadata.PLUGIN_NAME)
+    held = events_in(folder).PluginTagToContent(metadata.PLUGIN_NAME)
     assert set(held) == {metadata.EXPERIMENT_TAG, metadata.SESSION_START_INFO_TAG}
     start = metadata.parse_session_start_info_plugin_data(held[metadata.SESSION_START_INFO_TAG])
     experiment = metadata.parse_experiment_plugin_data(held[metadata.EXPERIMENT_TAG])

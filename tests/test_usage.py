@@ -16,6 +16,11 @@ from lzero_kvcache.training import make_plan
 from lzero_kvcache_options import DEVICES, SYSTEMS, TrainOptions, command_parser, main, version
 
 ON_OLDER_GYMNASIUM = pytest.mark.skipif(ON_MAIN, reason='its environment is of an older gymnasium than the main branch')
+LIKE_CARTPOLE = '''
+import copy
+from zoo.classic_control.cartpole.config import cartpole_unizero_config as theirs
+main_config, create_config = copy.deepcopy(theirs.main_config), copy.deepcopy(theirs.create_config)
+'''
 WITH_A_CONFIG = [
     (['--config', 'nosuch'], '--config nosuch: there is no such file'),
     (['--config', 'config_new', '--colour'], '--colour'),
@@ -248,10 +253,7 @@ def test_numbers_of_continuous_actions(name, number, own, cache):
 def test_a_key_without_a_default_is_asked_for(key, arguments, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     part, name = key.rsplit('.', 1)
-    (tmp_path / 'mine.py').write_text(
-        'import copy\nfrom zoo.classic_control.cartpole.config import cartpole_unizero_config as theirs\n'
-        'main_config, create_config = copy.deepcopy(theirs.main_config), copy.deepcopy(theirs.create_config)\n'
-        f'{part}.pop({name!r})\n')
+    (tmp_path / 'mine.py').write_text(LIKE_CARTPOLE + f'{part}.pop({name!r})\n')
     assert main([*arguments, '--config', 'mine.py']) == 2
     error = capfd.readouterr().err
     assert f'{key.replace("main_config.", "")} is missing: ' in error
@@ -264,9 +266,7 @@ def test_a_dict_is_asked_for_where_lightzero_reads_one(key, tmp_path):
     *above, last = key.split('.')
     node = 'main_config' + ''.join(f'[{part!r}]' for part in above)
     (tmp_path / 'mine.py').write_text(
-        'import copy\nfrom zoo.classic_control.cartpole.config import cartpole_unizero_config as theirs\n'
-        'main_config, create_config = copy.deepcopy(theirs.main_config), copy.deepcopy(theirs.create_config)\n'
-        f"main_config['policy'].setdefault('learn', {{}})\n{node}[{last!r}] = None\n")
+        LIKE_CARTPOLE + f"main_config['policy'].setdefault('learn', {{}})\n{node}[{last!r}] = None\n")
     with pytest.raises(ConfigError, match=f'^{key}=None must be a dict'):
         make_plan(str(tmp_path / 'mine.py'))
 
@@ -306,10 +306,8 @@ def test_what_lightzero_trains_with_is_not_refused(changes):
 def test_environments_are_held_to_what_stands_for_a_missing_env_num(new, least, tmp_path):
     """LightZero's default, and in the new system as many as the policy says."""
     (tmp_path / 'mine.py').write_text(
-        'import copy\nfrom zoo.classic_control.cartpole.config import cartpole_unizero_config as theirs\n'
-        'main_config, create_config = copy.deepcopy(theirs.main_config), copy.deepcopy(theirs.create_config)\n'
-        f'world_model_cfg = main_config.policy.model.world_model_cfg\nworld_model_cfg.use_new_cache_manager = {new}\n'
-        "world_model_cfg.pop('env_num')\n")
+        LIKE_CARTPOLE + 'world_model_cfg = main_config.policy.model.world_model_cfg\n'
+        f"world_model_cfg.use_new_cache_manager = {new}\nworld_model_cfg.pop('env_num')\n")
     policy = 9 if ON_MAIN else 2
     changes = ['env.collector_env_num=9', f'policy.collector_env_num={policy}', 'policy.evaluator_env_num=2',
                'env.evaluator_env_num=2']

@@ -19,9 +19,9 @@ from players import ByNode, Placed
 from scripted import COLLECTORS, Life, quiet
 from seeded_search import seeded_search
 from small_models import BOTH_POSITIONS, ON_MAIN, ON_RELEASE_ALONE, Case, cached_model, randomise
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_search_by_node import make
 from torch.utils.tensorboard import SummaryWriter
+from trainings import events_in
 
 from lzero_kvcache import ConfigError
 from lzero_kvcache.config import CacheConfig
@@ -611,8 +611,7 @@ def test_tags(validated, tmp_path):
                 worker.step(ALL)
             engine.last_iter.val = iteration
             hook(engine)
-    events = EventAccumulator(str(tmp_path), size_guidance=dict(scalars=0))
-    events.Reload()
+    events = events_in(tmp_path)
     points = {tag.split('/')[1]: [(point.step, point.value) for point in events.Scalars(tag)]
               for tag in events.Tags()['scalars'] if tag.startswith(f'{VALIDATION}/')}
     causes = {f'cause_{cause}' for cause in set(CAUSES).difference(lightzero.NEVER_CAUSES) if validated == 'legacy'}

@@ -3,7 +3,6 @@ import copy
 import inspect
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from trainings import (
     short_episodes,
     summary_of,
     trained,
+    trained_by_two,
 )
 
 from lzero_kvcache import ConfigError, check_config, disable, enable
@@ -239,11 +239,16 @@ def changes(name):
 
 
 def memory(name, distractor):
-    """Whole episodes are trained on, so that their length stands in four places. Contexts stay as long as they are."""
-    frames = {**load_config(name).main_config.env.max_frames, 'distractor': distractor}
-    lengths = [
-        f'policy.{key}={sum(frames.values())}' for key in ('num_unroll_steps', 'game_segment_length', 'td_steps')]
-    return [*SMALL, f'env.max_frames.distractor={distractor}', *lengths, 'env.collector_env_num=3']
+    """Whole episodes are trained on, so that their length stands in four places. Contexts of the longer game stay as
+    they are: LightZero's models have a tensor for any two tokens of a context, and copy all of them for seconds."""
+    length = sum({**load_config(name).main_config.env.max_frames, 'distractor': distractor}.values())
+    lengths = dict.fromkeys(('num_unroll_steps', 'game_segment_length', 'td_steps'), length)
+    if name not in OF_OURS:
+        blocks = length + 5  # as many more as in LightZero's config
+        lengths.update({'model.world_model_cfg.max_blocks': blocks, 'model.world_model_cfg.max_tokens': 2 * blocks,
+                        'model.world_model_cfg.context_length': 2 * blocks})
+    return [*SMALL, f'env.max_frames.distractor={distractor}', 'env.collector_env_num=3',
+            *(f'policy.{key}={number}' for key, number in lengths.items())]
 
 
 def note(file, number):
@@ -398,16 +403,6 @@ def test_two_processes(name, cache, tmp_path, rom_folder, heavy_imports):
     """As torchrun starts them; ``test_several_processes.py`` has torchrun itself."""
     needed(name)
     arguments = ['--config', name, '--cache', cache, *changes(name), *TWO_PROCESSES]
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-
-    def prepare(rank):
-        with_roms(rom_folder)()
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-            MASTER_PORT=str(port))
-
-    ends = trained(tmp_path, arguments, lambda: prepare(0), lambda: prepare(1))
+    ends = trained_by_two(tmp_path, arguments, lambda rank: with_roms(rom_folder)())
     assert [code for code, _ in ends] == [0, 0], ends
     assert check_run(tmp_path / 'run', cache)['processes'] == 2

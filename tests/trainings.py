@@ -1,16 +1,19 @@
 """Trainings by ``train.py`` in forks of this process, which has the libraries imported, and event files read back."""
 import contextlib
+import gc
+import importlib
 import json
 import os
+import socket
 import subprocess
 import threading
 import time
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable, List, Tuple
 
 import torch
-from forks import in_forks
+from forks import import_what_compiling_imports, in_forks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lzero_kvcache.telemetry import METRICS, POOLS
@@ -52,12 +55,26 @@ def trained(folder: Any, arguments: List[str], *prepare: Callable[[], None]) -> 
     return [(codes[name], (folder / name).read_text(encoding='utf-8')) for name in names]
 
 
+def trained_by_two(folder: Any, arguments: List[str], prepare: Callable[[int], None]) -> List[Tuple[int, str]]:
+    """The same of two processes as torchrun starts them; ``prepare`` is called in each with its rank."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+
+    def begin(rank: int) -> None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2',
+                          MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        prepare(rank)
+
+    return trained(folder, arguments, partial(begin, 0), partial(begin, 1))
+
+
 def short_episodes() -> None:
     """What makes a training one of seconds, in a fork, so that nothing of it is left to other tests."""
     torch.set_num_threads(1)
-    import ding.config.config as saved_configs
     import gymnasium
-    saved_configs.FormatCode = lambda text: (text, True)  # indenting the saved config would take seconds
+    from yapf.yapflib import yapf_api
+    yapf_api.FormatCode = lambda text: (text, True)  # indenting the saved config would take seconds
     for spec in gymnasium.registry.values():
         spec.max_episode_steps = EPISODE
 
@@ -94,28 +111,36 @@ def said_by(process: subprocess.Popen, folder: Path, patience: float = 240.) -> 
                 raise
 
 
+@lru_cache(maxsize=None)
 def import_what_trainings_import() -> None:
-    """With the first optimizer and the first model; here, once for all forks."""
-    import torch._dynamo
-    import torch._inductor.compile_fx  # noqa: F401
+    """With the first optimizer, model, environment and compiled function; here, once for all forks."""
+    for module in ('torch._dynamo', 'torch._inductor.compile_fx', 'lzero_kvcache.cli.commands',
+                   'lzero_kvcache.search.compiled_search', 'zoo.classic_control.cartpole.envs.cartpole_lightzero_env'):
+        importlib.import_module(module)
+    import_what_compiling_imports()
+    gc.freeze()  # or forks would copy all of it when they collect garbage
 
 
 def summary_of(folder: Any) -> Any:
     return json.loads((folder / 'summary.json').read_text())
 
 
-def scalars(folder: Any, tag: str) -> Any:
-    events = EventAccumulator(str(folder / 'log' / 'serial'), size_guidance={'scalars': 0})
+def events_in(folder: Any) -> EventAccumulator:
+    """All of a folder's event files."""
+    events = EventAccumulator(str(folder), size_guidance=dict(scalars=0, tensors=0))
     events.Reload()
-    return events.Scalars(tag)
+    return events
+
+
+def scalars(folder: Any, tag: str) -> Any:
+    return events_in(folder / 'log' / 'serial').Scalars(tag)
 
 
 def check_run(folder: Any, cache: str) -> Any:
     """A point under every tag of the cache at every iteration, and a summary that fits; returns the summary."""
     summary = summary_of(folder)
     assert (summary['cache'], summary['train_iter']) == (cache, ITERATIONS)
-    events = EventAccumulator(str(folder / 'log' / 'serial'), size_guidance={'scalars': 0})
-    events.Reload()
+    events = events_in(folder / 'log' / 'serial')
     tags = {tag for tag in events.Tags()['scalars'] if tag.startswith('kv_cache_iter/')}
     metrics = [metric for metric in METRICS if cache != 'old' or metric not in ('evictions', 'occupancy')]
     names = [f'{pool}_{metric}' for pool in POOLS for metric in metrics]
