@@ -156,7 +156,8 @@ def test_products_are_exact(rows: int, outputs: int, inputs: int) -> None:
     )
     narrow = Linear(weight[:100].contiguous(), bias[:100], rows)
     for together, alone in zip(linear_kernels.apply_both(narrow, layer, x), (narrow, layer)):
-        torch.testing.assert_close(together, linear_kernels.apply(alone, x), atol=1e-5, rtol=1e-5)
+        right = linear_kernels.apply(alone, x)  # whose inner dimension is in other parts
+        assert (together - right).abs().max() <= 2e-6 * right.abs().max()
 
 
 @pytest.mark.filterwarnings('ignore:.* encountered in')

@@ -330,7 +330,8 @@ def test_bad_usage_waits_for_no_import(arguments, capfd, monkeypatch):
     assert 'is not installed' not in capfd.readouterr().err
 
 
-TEXTS = st.text() | st.text().map('-{}'.format)  # paths and overrides may begin as options do
+# Paths and overrides may begin as options do; '--' alone is no value to argparse.
+TEXTS = (st.text() | st.text().map('-{}'.format)).filter(lambda text: text != '--')
 COUNTS = st.none() | st.integers(1, 2 ** 63)
 ASKED = dict(
     config=TEXTS.filter(bool), exp_name=st.none() | TEXTS, overrides=st.just(()) | st.lists(TEXTS, min_size=1),

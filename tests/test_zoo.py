@@ -26,9 +26,9 @@ from trainings import (
     trained_by_two,
 )
 
-from lzero_kvcache import ConfigError, check_config, disable, enable
+from lzero_kvcache import ConfigError, check_config, disable, enable, info
 from lzero_kvcache.search import roots
-from lzero_kvcache.training import info, load_config
+from lzero_kvcache.training import load_config
 from lzero_kvcache_options import LIGHTZERO_PREFIX, lightzero_configs
 
 SHIPPED = {path.stem: path for path in Path(zoo.__file__).parent.rglob('*unizero*_config.py')}
