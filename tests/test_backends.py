@@ -163,9 +163,9 @@ class Steps:
     def numbers(self, rows):
         geometry = self.world_models[0].inference.engine.geometry
         ids = self._rng.permutation(np.arange(RESERVED_PAGES, self._pages))
-        width = geometry.width - 1
+        width = geometry.window_pages - 1
         tables = ids[:rows * width].reshape(rows, width)
-        counts = self._rng.integers(1, geometry.width, size=rows)
+        counts = self._rng.integers(1, geometry.window_pages, size=rows)
         tables[np.arange(width) >= counts[:, None]] = NULL_PAGE
         written = ids[rows * width:rows * (width + 1)]
         angles = self._rng.integers(100, size=(2, rows))

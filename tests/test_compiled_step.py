@@ -81,7 +81,7 @@ def make_model(case: Case) -> Any:
 def make_contexts(world_model: Any, rows: int, seed: int, count: Optional[int] = None) -> Contexts:
     """Pages full of random numbers, in random order; of 1 to R pages, or of ``count``."""
     rng, geometry = np.random.default_rng(seed), world_model.weights_source.geometry
-    width = geometry.width - 1
+    width = geometry.window_pages - 1
     slab = Slab(geometry.layers, geometry.heads, geometry.head_dim)
     slab.ensure(2 + rows * (width + 1), torch.device('cpu'))
     slab.data[2:].normal_(generator=torch.Generator().manual_seed(seed))
@@ -155,7 +155,7 @@ def test_simulation_is_the_engines_step(case: Case, rows: int) -> None:
 
 def test_windows_that_just_began_and_full_ones(case: Case) -> None:
     world_model = make_model(case)
-    for count in (1, world_model.weights_source.geometry.width - 1):
+    for count in (1, world_model.weights_source.geometry.window_pages - 1):
         contexts = make_contexts(world_model, 9, seed=count, count=count)
         assert_close(compiled_by(world_model, contexts), by_engine(world_model, contexts))
 

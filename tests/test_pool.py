@@ -17,7 +17,7 @@ WIDTH = 3
 
 
 def paged_pool(size, strategy='fifo', **kwargs):
-    pool = PagedPool(size, strategy, **kwargs, pages=PageAllocator(RESERVED_PAGES + 3 * size + 6), width=WIDTH)
+    pool = PagedPool(size, strategy, **kwargs, pages=PageAllocator(RESERVED_PAGES + 3 * size + 6), context_pages=WIDTH)
     pool.content = {}  # what a step wrote to each page
     return pool
 
@@ -255,7 +255,7 @@ class TestPagedPool(PoolTestMixin):
 def test_storing_many_evicts_no_page_of_those_to_come():
     """The entry that leaves holds the only reference to a page of the next row."""
     pages = PageAllocator(10)
-    pool = PagedPool(2, 'fifo', True, 'small', pages=pages, width=2)
+    pool = PagedPool(2, 'fifo', True, 'small', pages=pages, context_pages=2)
     first, second, third = pages.allocate(3)
     none = np.zeros((1, 2), np.int64)
     for key, page in (('old', first), ('older', second)):

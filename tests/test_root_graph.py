@@ -184,7 +184,7 @@ def test_interpreted_an_observation_that_is_given_is_the_step_over_a_window(rota
     case = Case(rotary=rotary)
     world_model = cached_model(case, 4, SEED).world_model
     engine, slab = world_model.inference.engine, world_model.kv_cache_manager.store.slab
-    width = engine.geometry.width
+    width = engine.geometry.window_pages
     slab.ensure(40, torch.device('cpu'))
     torch.manual_seed(0)
     slab.data[RESERVED_PAGES:] = torch.randn(slab.data[RESERVED_PAGES:].shape)

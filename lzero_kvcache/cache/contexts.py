@@ -7,12 +7,12 @@ from .pages import NULL_PAGE, PageAllocator, Rows
 
 
 class Contexts:
-    """One context for each index, which holds a reference to each of its pages: tables of pages ``[size, width]``, and
-    pages in use ``[size]``, 0 where there is none."""
+    """One context for each index, which holds a reference to each of its pages: tables of pages
+    ``[size, context_pages]``, and pages in use ``[size]``, 0 where there is none."""
 
-    def __init__(self, pages: PageAllocator, size: int, width: int) -> None:
+    def __init__(self, pages: PageAllocator, size: int, context_pages: int) -> None:
         self._pages = pages
-        self.tables = np.full((size, width), NULL_PAGE, dtype=np.int64)
+        self.tables = np.full((size, context_pages), NULL_PAGE, dtype=np.int64)
         self.counts = np.zeros(size, dtype=np.int64)
 
     def find(self, indices: Union[Sequence[int], np.ndarray]) -> Rows:

@@ -60,7 +60,7 @@ class KVCacheManager(PagedCacheManager):
 
     def _paged(self, size: int, name: str) -> PagedPool:
         return PagedPool(
-            size, self.config.eviction, self.enable_stats, name, pages=self._pages, width=self.context_pages
+            size, self.config.eviction, self.enable_stats, name, pages=self._pages, context_pages=self.context_pages
         )
 
     def _pages_of_a_search(self) -> int:

@@ -181,13 +181,13 @@ def private_copy(value: Any) -> Any:
 
 
 class PagedPool(KVCachePool):
-    """A pool whose entries are contexts of ``width`` pages at the most; those that share pages share the memory behind
-    them. What is stored by :meth:`set` has no pages: :meth:`find` misses it, as :meth:`get` misses contexts."""
+    """A pool whose entries are contexts of ``context_pages`` pages at the most; those that share pages share the memory
+    behind them. What is stored by :meth:`set` has no pages: :meth:`find` misses it, as :meth:`get` misses contexts."""
 
-    def __init__(self, *args: Any, pages: PageAllocator, width: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, pages: PageAllocator, context_pages: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._pages = pages
-        self.contexts = Contexts(pages, self.pool_size, width)
+        self.contexts = Contexts(pages, self.pool_size, context_pages)
 
     def find(self, keys: Sequence[Hashable]) -> Rows:
         """The context of each key, an empty one where there is none."""

@@ -66,11 +66,11 @@ def _rotate(network: Network, scratch: Scratch, tiles: int) -> None:
     """Rotate queries and keys by the angles of their positions."""
     size = network.embed // network.heads
     for tile in range(tiles):
-        at, places = scratch.qkv + tile * 3 * network.embed * TILE, scratch.places + tile * size * TILE
+        at, encodings = scratch.qkv + tile * 3 * network.embed * TILE, scratch.encodings + tile * size * TILE
         for _ in range(2 * network.heads):
             for i in range(0, size * WIDTH, 2 * WIDTH):
                 real, imaginary = load(at, i), load(at, i + WIDTH)
-                cosine, sine = load(places, i), load(places, i + WIDTH)
+                cosine, sine = load(encodings, i), load(encodings, i + WIDTH)
                 store(real * cosine - imaginary * sine, at, i)
                 store(real * sine + imaginary * cosine, at, i + WIDTH)
             at += size * TILE
@@ -224,17 +224,17 @@ def _side_by_side(source: np.ndarray, scratch: Scratch, start: int, rows: int) -
 @inner
 def _load_tokens(network: Network, source: int, positions: np.ndarray, scratch: Scratch, start: int, rows: int) -> None:
     """Embeddings in ``source`` to ``scratch.x``, with learned positions added; or rotary factors to
-    ``scratch.places``."""
+    ``scratch.encodings``."""
     numbers = (rows + WIDTH - 1) // WIDTH * network.embed * WIDTH
     for row in range(rows):
         scratch.chosen[row] = positions[start + row] % network.rotary if network.rotary else scratch.lengths[row] - 1
     if network.rotary:
-        gather(network.places, network.embed // network.heads, scratch.places, scratch, rows)
+        gather(network.position_table, network.embed // network.heads, scratch.encodings, scratch, rows)
         copy(source, scratch.x, numbers)
         return
-    gather(network.places, network.embed, scratch.places, scratch, rows)
+    gather(network.position_table, network.embed, scratch.encodings, scratch, rows)
     for i in range(0, numbers, WIDTH):
-        store(load(source, i) + load(scratch.places, i), scratch.x, i)
+        store(load(source, i) + load(scratch.encodings, i), scratch.x, i)
 
 
 @inner

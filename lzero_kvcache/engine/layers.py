@@ -63,7 +63,7 @@ class Scratch(NamedTuple):
     hidden: int  # [tiles, widths of MLPs, 8]
     left: int  # operations of a program read one of left and right and write the other
     right: int
-    places: int
+    encodings: int
     rows: int  # [8, step]: a tile's numbers row by row
     step: int
     scores: int  # [tokens, 8]
@@ -75,14 +75,14 @@ class Scratch(NamedTuple):
         return self.memory.nbytes
 
 
-def new_scratch(network: Network, width: int) -> Scratch:
-    """Memory for steps over tables of ``width`` pages."""
-    embed, tokens = network.embed, 2 * width + 3
+def new_scratch(network: Network, context_pages: int) -> Scratch:
+    """Memory for steps over tables of ``context_pages`` pages."""
+    embed, tokens = network.embed, 2 * context_pages + 3
     step = _whole(max(3 * embed, network.widest))
     widest = max(network.widest, embed)
     sizes = dict(
         x=embed * ROWS, between=embed * ROWS, y=widest * ROWS, qkv=3 * embed * ROWS, hidden=network.mlp_width * ROWS,
-        left=widest * ROWS, right=widest * ROWS, places=embed * ROWS, rows=step * WIDTH,
+        left=widest * ROWS, right=widest * ROWS, encodings=embed * ROWS, rows=step * WIDTH,
         scores=tokens * WIDTH, ends=WIDTH
     )
     sizes = {name: _whole(size) + WIDTH * WIDTH for name, size in sizes.items()}  # transposes write whole blocks

@@ -201,12 +201,12 @@ def residual_norm(function: Function, x: torch.Tensor, residual: torch.Tensor,
     return total, norm(total)
 
 
-def place_norm(x: torch.Tensor, places: torch.Tensor, positions: torch.Tensor,
+def position_norm(x: torch.Tensor, table: torch.Tensor, positions: torch.Tensor,
                norm: Function) -> Tuple[torch.Tensor, ...]:
-    """``x [B, N]`` plus the rows of ``places`` at positions ``[B]``, and the norm of that."""
+    """``x [B, N]`` plus the rows of ``table`` at positions ``[B]``, and the norm of that."""
     if _is_plain(norm):
-        return _finished(x[None].contiguous(), (_Stage(None, norm, False), ), places, positions)
-    total = x + places[positions]
+        return _finished(x[None].contiguous(), (_Stage(None, norm, False), ), table, positions)
+    total = x + table[positions]
     return total, norm(total)
 
 

@@ -64,4 +64,4 @@ def pages_of_window(geometry: Geometry, longest: int) -> int:
     pages = LEAST_PAGES
     while pages <= longest:
         pages *= 2
-    return min(pages, geometry.width)
+    return min(pages, geometry.window_pages)

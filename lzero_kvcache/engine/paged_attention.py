@@ -150,7 +150,7 @@ def attend(geometry: Geometry, weights: Weights, slab: Slab, layer: int, half: i
     written into the page. Without a context, an observation has no action before it."""
     rows, embed = len(x), geometry.embed_dim
     qkv, bias = multiply(weights.layers[layer].qkv, x), weights.layers[layer].qkv.bias
-    moved = torch.view_as_real(weights.places) if geometry.rotary else weights.shift
+    moved = torch.view_as_real(weights.position_table) if geometry.rotary else weights.shift
     assert moved is not None and slab.data is not None and moved.is_contiguous() and positions.is_contiguous()
     heads, size, padded = geometry.heads, geometry.head_dim, triton.next_power_of_2(geometry.head_dim)
     splits, tokens, warps = splitting(2 * tables.shape[1], rows * heads)

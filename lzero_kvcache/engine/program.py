@@ -33,7 +33,7 @@ class Network(NamedTuple):
     rotary: int  # positions that there are factors for; 0 with learned ones
     discrete: bool
     eps: float
-    places: int  # address of learned embeddings [positions, E], or of rotary factors [positions, D / 2, 2]
+    position_table: int  # address of learned embeddings [positions, E], or of rotary factors [positions, D / 2, 2]
     actions: int  # address of the embeddings of discrete actions [A, E]
     norm_weight: int
     norm_bias: int

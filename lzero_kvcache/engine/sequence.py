@@ -23,9 +23,9 @@ def observe(geometry: Geometry, weights: Weights, latents: torch.Tensor, actions
     x[:, 1::2] = weights.embed_action(actions.flatten(0, 1)).view(rows, steps - 1, dim)
     place = torch.arange(tokens, device=x.device)
     if positions is None:
-        x += weights.places[:tokens]
+        x += weights.position_table[:tokens]
     else:
-        factors = weights.places[positions.unsqueeze(1) + place].unsqueeze(2)  # [B, T, 1, D / 2]
+        factors = weights.position_table[positions.unsqueeze(1) + place].unsqueeze(2)  # [B, T, 1, D / 2]
     causal = place.unsqueeze(1) >= place
     x = x.view(rows * tokens, dim)
     for layer in weights.layers:

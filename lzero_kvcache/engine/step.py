@@ -69,8 +69,8 @@ class Engine:
         geometry = self.geometry
         window = latent.new_zeros(latent.shape[0], 2, geometry.layers, 2, geometry.embed_dim)
         positions = positions if geometry.rotary else torch.zeros_like(pages)
-        places = self._places(weights, positions.unsqueeze(0))
-        x = self._tokens(weights, window, 2, latent.unsqueeze(1), places, None, predicts)
+        encodings = self._encodings(weights, positions.unsqueeze(0))
+        x = self._tokens(weights, window, 2, latent.unsqueeze(1), encodings, None, predicts)
         if weights.shift is not None:
             window[:, 1] -= weights.shift[0]
         slab.write(pages, window)
@@ -135,14 +135,14 @@ class Engine:
     def _over_pages(self, weights: Weights, slab: Slab, tables: torch.Tensor, counts: torch.Tensor,
                     positions: torch.Tensor, half: int, x: torch.Tensor, predicts: bool = True) -> torch.Tensor:
         """The output ``[B, E]`` of a page's action (``half`` 0) or observation (1) ``x [B, E]``, if it predicts."""
-        from .linear_kernels import apply, place_norm, residual_norm
+        from .linear_kernels import apply, position_norm, residual_norm
         from .paged_attention import attend
 
         norm, *norms = [layer.norm1 for layer in weights.layers] + [weights.norm]
         if self.geometry.rotary:
             normed = norm(x)
         else:
-            x, normed = place_norm(x, weights.places, positions[half], norm)
+            x, normed = position_norm(x, weights.position_table, positions[half], norm)
         for index, (layer, next_norm) in enumerate(zip(weights.layers, norms)):
             y = attend(self.geometry, weights, slab, index, half, normed, tables, counts, positions)
             if layer is weights.layers[-1] and not predicts:
@@ -164,30 +164,30 @@ class Engine:
         window = state.new_empty(rows, 4, geometry.layers, 2, geometry.embed_dim)
         if positions is None:
             positions = torch.arange(3, device=state.device).unsqueeze(1).expand(3, rows)
-        places = self._places(weights, positions)
+        encodings = self._encodings(weights, positions)
         pair = torch.stack([state, weights.embed_action(action)], dim=1)
         causal = self._masks_of(3, state.device)[1][1:, :, :, :2]  # of a context of one page, the state's
-        x = self._tokens(weights, window, 3, pair, places[:, :2], causal)
-        return self._observe_predicted(weights, window, x, places[:, 2:], None)
+        x = self._tokens(weights, window, 3, pair, encodings[:, :2], causal)
+        return self._observe_predicted(weights, window, x, encodings[:, 2:], None)
 
     def _two_tokens(self, weights: Weights, window: torch.Tensor, counts: torch.Tensor, action: torch.Tensor,
                     positions: torch.Tensor, latent: Optional[torch.Tensor]) -> StepOutput:
         slots = window.shape[1]
         seen, given = self._masks_of(slots, window.device)
-        token, places = weights.embed_action(action), self._places(weights, positions)
+        token, encodings = weights.embed_action(action), self._encodings(weights, positions)
         if latent is not None:
             pair = torch.stack([token, latent], dim=1)
-            x = self._tokens(weights, window, slots, pair, places, given.index_select(0, counts)[..., :slots - 1])
+            x = self._tokens(weights, window, slots, pair, encodings, given.index_select(0, counts)[..., :slots - 1])
             return self._predict(weights, x, latent, None)
         bias = seen.index_select(0, counts)
-        x = self._tokens(weights, window, slots - 1, token.unsqueeze(1), places[:, :1], bias[..., :slots - 2])
-        return self._observe_predicted(weights, window, x, places[:, 1:], bias[..., :slots - 1])
+        x = self._tokens(weights, window, slots - 1, token.unsqueeze(1), encodings[:, :1], bias[..., :slots - 2])
+        return self._observe_predicted(weights, window, x, encodings[:, 1:], bias[..., :slots - 1])
 
-    def _observe_predicted(self, weights: Weights, window: torch.Tensor, x: torch.Tensor, places: torch.Tensor,
+    def _observe_predicted(self, weights: Weights, window: torch.Tensor, x: torch.Tensor, encodings: torch.Tensor,
                            bias: Optional[torch.Tensor]) -> StepOutput:
         token = x.unsqueeze(1)
         rewards, latent = weights.rewards(token), weights.observations(token)
-        x = self._tokens(weights, window, window.shape[1], latent, places, bias)
+        x = self._tokens(weights, window, window.shape[1], latent, encodings, bias)
         return self._predict(weights, x, latent.squeeze(1), rewards)
 
     def _predict(self, weights: Weights, x: torch.Tensor, latent: torch.Tensor,
@@ -195,14 +195,14 @@ class Engine:
         x = x.unsqueeze(1)
         return StepOutput(x, latent.unsqueeze(1), rewards, weights.policy(x), weights.value(x))
 
-    def _tokens(self, weights: Weights, window: torch.Tensor, end: int, x: torch.Tensor, places: torch.Tensor,
+    def _tokens(self, weights: Weights, window: torch.Tensor, end: int, x: torch.Tensor, encodings: torch.Tensor,
                 bias: Optional[torch.Tensor], predicts: bool = True) -> torch.Tensor:
         """Run ``K`` tokens ``x [B, K, E]`` through all layers. Their keys and values go to slots ``end - K`` to
         ``end - 1``; they attend to slots 1 to ``end - 1``, masked by ``bias [B, 1, K, end - 1]``. Returns the output
         ``[B, E]`` of the last token, if it predicts."""
         rows, tokens, dim = x.shape
         if not self.geometry.rotary:
-            x = x + places
+            x = x + encodings
         x = x.reshape(rows * tokens, dim)
         if weights.embed_dropout is not None:
             x = weights.embed_dropout(x)
@@ -211,7 +211,7 @@ class Engine:
         contexts = by_head[:, 1:end].permute(2, 3, 0, 4, 1, 5).unbind(0)  # [2, B, H, T, D] each
         for layer, slot, context in zip(weights.layers, slots, contexts):
             qkv = layer.qkv(layer.norm1(x))
-            query = self._write(qkv, slot, places)
+            query = self._write(qkv, slot, encodings)
             if slot is slots[-1]:  # in the last layer, only the output is needed that heads predict from
                 if not predicts:
                     break
@@ -224,12 +224,12 @@ class Engine:
             x = with_residuals(layer, x, layer.proj(y.reshape(rows * tokens, dim)))
         return weights.norm(x) if predicts else x
 
-    def _write(self, qkv: torch.Tensor, slot: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def _write(self, qkv: torch.Tensor, slot: torch.Tensor, encodings: torch.Tensor) -> torch.Tensor:
         """Write the keys and values of ``qkv [B x K, 3E]`` into their slots; returns the queries ``[B, K, H, D]``."""
         rows, tokens, _, heads, head_dim = slot.shape
         if self.geometry.rotary:  # turn queries and keys where they are
             pairs = qkv.view(rows, tokens, 3 * heads, head_dim // 2, 2)[:, :, :2 * heads]
-            torch.view_as_complex(pairs).mul_(places)
+            torch.view_as_complex(pairs).mul_(encodings)
         vectors = qkv.view(rows, tokens, 3, heads, head_dim)
         slot.copy_(vectors[:, :, 1:])
         return vectors[:, :, 0]
@@ -246,12 +246,12 @@ class Engine:
             query, keys, values, attn_mask=bias, dropout_p=weights.attention_dropout
         ).transpose(1, 2)
 
-    def _places(self, weights: Weights, positions: torch.Tensor) -> torch.Tensor:
+    def _encodings(self, weights: Weights, positions: torch.Tensor) -> torch.Tensor:
         """Rotary factors ``[B, K, 1, D / 2]`` of positions ``[K, B]``, for queries and keys; or learned embeddings
         ``[B, K, E]``, to add to tokens."""
         if self.geometry.rotary:
-            return weights.places[positions].transpose(0, 1).unsqueeze(-2)
-        return F.embedding(positions, weights.places).transpose(0, 1)
+            return weights.position_table[positions].transpose(0, 1).unsqueeze(-2)
+        return F.embedding(positions, weights.position_table).transpose(0, 1)
 
     def _masks_of(self, slots: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
         """Additive masks by count of pages, padded: for one token ``[W, 1, 1, T]``, and for an action with a given

@@ -79,7 +79,7 @@ class Geometry(NamedTuple):
     layers: int
     heads: int
     embed_dim: int
-    width: int  # W: context_length / 2
+    window_pages: int  # W: context_length / 2
     action_size: int  # numbers of a continuous action, or how many actions there are
     continuous: bool  # whether actions are vectors
     rotary_positions: int  # angles that there are before they repeat; 0 with learned positions
@@ -119,7 +119,7 @@ class Weights(NamedTuple):
     observations: Function
     policy: Function
     value: Function
-    places: torch.Tensor  # [positions, E] learned embeddings, or [positions, D / 2] rotary factors
+    position_table: torch.Tensor  # [positions, E] learned embeddings, or [positions, D / 2] rotary factors
     shift: Optional[torch.Tensor]  # [2W, L, 2, E]: what learned positions add to keys and values; None with rotary
     many_rows: int  # for so many rows or more, several fast kernels beat one slow one
     captured: bool  # whether they are for a CUDA graph, where launches cost little

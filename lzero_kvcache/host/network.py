@@ -60,7 +60,7 @@ class _Reader:
         mlp_width = lightzero.mlp_of(wm.transformer.blocks[0])[0].out_features
         norm = self._norm(wm.transformer.ln_f)
         factors = wm.transformer.freqs_cis if config.rotary_emb else None
-        places = wm.pos_emb.weight if factors is None else torch.view_as_real(factors)
+        position_table = wm.pos_emb.weight if factors is None else torch.view_as_real(factors)
         action = wm.act_embedding_table
         discrete = not wm.continuous_action_space
         trunk, first, second = self._policy(wm.head_policy.head_module)
@@ -79,7 +79,7 @@ class _Reader:
             embed=embed, heads=config.num_heads, mlp_width=mlp_width, widest=max(sizes),
             policy=sum(program[-1][OUTPUTS] for program in (first, second) if program),
             rotary=lightzero.angles_of(config) if config.rotary_emb else 0, discrete=discrete, eps=self._eps[0],
-            places=self._address(places), actions=self._address(action.weight) if discrete else 0,
+            position_table=self._address(position_table), actions=self._address(action.weight) if discrete else 0,
             norm_weight=norm[0], norm_bias=norm[1], blocks=np.array(blocks, dtype=np.int64),
             **{name: np.array(program, dtype=np.int64).reshape(-1, 5) for name, program in programs.items()}
         )

@@ -47,7 +47,7 @@ class ModelWeights:
         config = world_model.config
         self.geometry = Geometry(
             layers=config.num_layers, heads=config.num_heads, embed_dim=config.embed_dim,
-            width=config.context_length // 2, action_size=config.action_space_size,
+            window_pages=config.context_length // 2, action_size=config.action_space_size,
             continuous=bool(config.continuous_action_space),
             rotary_positions=lightzero.angles_of(config) if config.rotary_emb else 0,
         )
@@ -74,7 +74,7 @@ class ModelWeights:
             embed_dropout=transformer.drop.forward if training else None,
             attention_dropout=world_model.config.attn_pdrop if training else 0.0,
             rewards=rewards, observations=observations, policy=policy, value=value,
-            places=transformer.freqs_cis if self.geometry.rotary else world_model.pos_emb.weight,
+            position_table=transformer.freqs_cis if self.geometry.rotary else world_model.pos_emb.weight,
             shift=self.shift(), many_rows=many_rows, captured=captured, training=training,
         )
 
@@ -86,7 +86,7 @@ class ModelWeights:
         """
         if self.geometry.rotary:
             return None
-        slots = 2 * self.geometry.width
+        slots = 2 * self.geometry.window_pages
         embeddings = self._world_model.pos_emb.weight[:slots]
         shifts: List[torch.Tensor] = []
         for block in self._world_model.transformer.blocks:

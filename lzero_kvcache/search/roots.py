@@ -134,7 +134,7 @@ class RootInference:
             return self._run_compiled(step, given)
         if not step.by_key and self._replays and self._graphs.serves():
             self._rebuild(step, given, send(source.device(), given.rebuilt)[0])
-            packed = self._packed(given, self._shared.engine.geometry.width)
+            packed = self._packed(given, self._shared.engine.geometry.window_pages)
             replayed = self._graphs.run(self._shared.slab(), packed, given.observations, step.addresses)
             if replayed is not None:
                 output, sums = replayed
