@@ -20,7 +20,7 @@ import usage
 from common import PRESETS, build_models, parser, report
 
 from lzero_kvcache import KVCacheManager
-from lzero_kvcache.cache.manager import COLLECT, EVAL
+from lzero_kvcache.cache.base import COLLECT, EVAL
 from lzero_kvcache.cache.pages import extend
 
 MIB = 1024 * 1024

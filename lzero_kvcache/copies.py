@@ -1,4 +1,4 @@
-"""Parts of an object of which each of its copies has new ones."""
+"""Parts that are not copied with their owner: each copy of it has fresh ones."""
 import threading
 from typing import Any
 

@@ -25,7 +25,7 @@ SUMMARY = 'summary.json'
 PROGRESS = 'progress.json'
 # What a run was for.
 TRAIN, EVALUATE = 'train', 'evaluate'
-# The outcomes of runs, the last of those that have left their progress and no summary.
+# The outcomes of runs; NO_END is that of a run with a ``progress.json`` and no ``summary.json``.
 DONE, STOPPED, NO_END = 'done', 'reward reached env.stop_value', 'it was killed, or failed, or is not done yet'
 # In the folder of an experiment, above those of its runs.
 EXPERIMENT = 'experiment.json'

@@ -1,4 +1,4 @@
-"""How times and tables are written, whatever they are of."""
+"""How times and tables are written."""
 from typing import Sequence
 
 from rich.table import Column, Table

@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import Worker, make_policy
 from lzero.model.unizero_world_models import transformer
+from test_manager import PlainManager
 from trainings import trained
 
 from lzero_kvcache import __version__, info
@@ -93,6 +94,21 @@ def test_a_bound_of_memory():
     rows = cache_rows(WM + 'kv_cache_cfg.max_memory_mb=0.25', WM + 'kv_cache_cfg.backend=eager')
     assert float(rows['memory of pages'].split()[0]) <= 0.25
     assert rows['backend'] == 'eager'
+
+
+def test_a_manager_of_ones_own_need_not_keep_the_store(registered):
+
+    class Mine(PlainManager):
+
+        def use_store(self, store):
+            pass
+
+        def counters(self):
+            return {'memory_mb': 0.}
+
+    registered('mine', Mine)
+    rows = cache_rows(WM + 'kv_cache_cfg.type=mine')
+    assert rows['cache system'] == "new, with manager 'mine'" and rows['pages'].startswith('2,000 of ')
 
 
 def test_the_old_system_fills_its_slots():

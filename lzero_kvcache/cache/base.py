@@ -14,6 +14,8 @@ class Key(enum.Enum):
 
 CURRENT = Key.CURRENT
 """The key of an environment's newest root, which the policies' searches find by the environment."""
+COLLECT, EVAL = 'collect', 'eval'
+"""The modes: environments of collection, and those of evaluation."""
 
 
 class BaseCacheManager(ABC):

@@ -7,15 +7,13 @@ from typing import Any, Dict, Hashable, List, Optional, Sequence
 import numpy as np
 
 from ..config import KV_CACHE_REGISTRY, MIB, PREFIX, CacheConfig, ConfigError, checked
-from .base import CURRENT, PagedCacheManager
+from .base import COLLECT, CURRENT, EVAL, PagedCacheManager
 from .contexts import Contexts
 from .pages import RESERVED_PAGES, Lease, OutOfPages, PageAllocator, Rows
 from .pool import KVCachePool, PagedPool
 from .stats import CacheStats, add_pools, counters_of
 
 logger = logging.getLogger(__name__)
-
-COLLECT, EVAL = 'collect', 'eval'
 
 
 @KV_CACHE_REGISTRY.register('new')

@@ -31,9 +31,9 @@ MEMORY_OF_HOST = 'Buffer/memory_usage/process'
 MEMORY_OF_DEVICE = 'learner_iter/Max_GPU_avg'
 CACHE, CACHE_BY_STEP = 'kv_cache_iter/', 'kv_cache_step/'
 COMPARED = (REWARD, MEMORY_OF_HOST, MEMORY_OF_DEVICE, CACHE, CACHE_BY_STEP)
-# What tags count. The first point of a file along each of these tells what earlier files had written after the
-# checkpoint that it goes on from: it begins with the checkpoint's iteration, but with more environment steps, and an
-# evaluation of earlier files that it has too was made again.
+# What tags count. A later file starts at the checkpoint that it goes on from: its first point on each axis tells which
+# points of earlier files were undone. It has more environment steps than the checkpoint, and an evaluation of earlier
+# files that it has too was made again.
 AXES = ENV_STEPS, ITERATIONS, EVALUATED = '_step/', '_iter/', run_files.EVALUATIONS[1]
 # Seconds by which the events of one file may be out of order.
 CLOCK_TOLERANCE = 1.

@@ -1,4 +1,4 @@
-"""What one LightZero does otherwise than another."""
+"""What differs between the LightZeros that are served; here, of the release."""
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -55,7 +55,7 @@ class Adapter:
     """Whether collectors count what all processes have collected."""
 
     POLICY_BASE: type = object
-    """What a policy has before LightZero's own methods."""
+    """A mixin that the plugin's policies inherit before LightZero's class."""
 
     POLICY_FIELDS: Tuple[str, ...] = ('collect', )
     """What a policy must be built for to collect."""

@@ -1,4 +1,5 @@
-"""What is right: a shadow for each environment, which is told which node is meant. ``B`` rows of a search."""
+"""The exact reference: a LightZero model for each environment, which is told which node to expand. ``B`` rows of a
+search."""
 from collections import defaultdict
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 

@@ -78,7 +78,7 @@ class PolicyWithRows:
 
 
 class MainBranch(Adapter):
-    """What is otherwise there than in the release."""
+    """LightZero's main branch: what differs from the release."""
 
     NAME = 'main branch'
     SIGN = 'a block of its transformer has a feed_forward'

@@ -53,7 +53,7 @@ def _of_policies(name: str, *policies: str) -> Tuple[str, ...]:
 CALL = 'the call returns'
 RUN, LOAD, OUTPUT = 'the run ends', 'the config is loaded', 'the command ends'
 PRINTED = (
-    'the log file; at loading, itself without what is written as a recorded call is handled',
+    'the log file; while a config loads, a stream that leaves out tracebacks of what ends its call',
     "Python code writes there; a config may print a traceback of what ends its call", f'{OUTPUT}, or {LOAD}'
 )
 
@@ -67,7 +67,7 @@ TABLE: Dict[str, Patch] = {
         'all other trainings begin with it', LOAD),
     'registered': Patch(
         ('ding.utils.registry:Registry._register_generic.__code__', ),
-        'the same, but what is registered by a module that was removed may be registered again',
+        'the same, but a module that was removed and is loaded again may register its classes again',
         'a config may be loaded again', LOAD),
     'ddp_config': Patch(
         ('lzero.config.utils:lz_to_ddp_config.__code__', ), 'code that returns its argument',

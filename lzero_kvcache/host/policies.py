@@ -18,7 +18,7 @@ from easydict import EasyDict
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy as LightZeroSampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy as LightZeroUniZeroPolicy
 
-from ..cache.manager import COLLECT, EVAL
+from ..cache.base import COLLECT, EVAL
 from ..config import FLAG, PREFIX, ConfigError, handed_down, settle
 from ..copies import Turns
 from ..registry import register_in_place_of

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-from ..cache.manager import COLLECT, EVAL
+from ..cache.base import COLLECT, EVAL
 
 
 class LastStep(NamedTuple):

@@ -10,8 +10,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 import numpy as np
 import torch
 
-from ..cache.base import PagedCacheManager
-from ..cache.manager import COLLECT
+from ..cache.base import COLLECT, PagedCacheManager
 from ..cache.nodes import NodeTable
 from ..cache.pages import extend
 from ..config import CacheConfig

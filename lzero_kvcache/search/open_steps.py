@@ -1,5 +1,6 @@
 """Open steps: whose rows a root inference and the search after it have, and how roots are restored when a step fails or
 is abandoned."""
+import itertools
 import threading
 from collections import deque
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ class OpenSteps:
         self._manager, self._validator = manager, validator
         self._open = StepsOfThread()
         self._abandoned: Deque[OpenStep] = deque()  # steps that were entered and never left
-        self._opened = 0
+        self._numbers = itertools.count(1)
 
     @property
     def steps(self) -> List[OpenStep]:
@@ -80,8 +81,7 @@ class OpenSteps:
         self.end_abandoned()
         trace = None if self._validator is None else self._validator.open(mode, env_ids)
         step = OpenStep(mode, env_ids, addresses, self._manager.lease(), trace, in_arrays)
-        self._opened += 1
-        step.number = self._opened
+        step.number = next(self._numbers)
         steps = self.steps
         steps.append(step)
         try:

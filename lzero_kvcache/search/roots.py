@@ -8,8 +8,7 @@ from typing import Any, Callable, Hashable, List, NamedTuple, Optional, Sequence
 import numpy as np
 import torch
 
-from ..cache.base import CURRENT
-from ..cache.manager import COLLECT
+from ..cache.base import COLLECT, CURRENT
 from ..cache.pages import Rows, extend
 from ..engine.packing import pack, unpack
 from ..engine.program import OUTPUTS, Batch, PagedNetwork

@@ -1,6 +1,6 @@
 """
-LightZero's configs keep several copies of one number, and numbers that follow from others. Where the user changes one,
-those that follow from it are changed too, if they did before and the user did not set them as well.
+LightZero's configs keep several copies of one number, and numbers that are computed from others. Where the user sets
+one key, those that held a number computed from it are updated, unless the user sets them too.
 """
 import re
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Tuple

@@ -15,7 +15,7 @@ from .linked_keys import COPIES, follow
 
 CREATE = 'create_config'
 ADD = '+'
-# What is no key of LightZero's configs, and the field of ``TrainOptions`` that is meant.
+# Names that users try with --set, and the fields of ``TrainOptions`` that they mean.
 OPTION_OF = {**{name: name for name in ('device', 'threads', 'max_env_step', 'max_train_iter')},
              'policy.device': 'device'}
 # How alike two names must be for one to be taken for the other misspelt: 'activation' and 'augmentation' are not.
