@@ -17,6 +17,7 @@ from common import median, parser, report, timed
 from lzero_kvcache.config import KV_CACHE_CFG
 from lzero_kvcache.search.array_search import Found
 from lzero_kvcache.search.gpu_search import GpuSearch
+from lzero_kvcache_options import UsageError
 
 EXACT, *OTHERS = KV_CACHE_CFG['matmul'].choices
 
@@ -26,6 +27,8 @@ def main() -> None:
     options.add_argument('--envs', type=int, nargs='+', default=[8, 64])
     options.add_argument('--simulations', type=int, default=50)
     args = options.parse_args()
+    if args.device == 'cpu':
+        raise UsageError('--device cpu: a CPU multiplies in float32 alone; use cuda')
     rows: List[Dict[str, Any]] = []
     for envs in args.envs:
         configs = preset_configs(args, envs)

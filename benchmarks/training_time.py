@@ -239,7 +239,7 @@ def train(system: str, args: argparse.Namespace) -> Dict[str, Any]:
         if code:
             with open(log) as file:
                 said = file.readlines()
-            if code == BAD_USAGE:
+            if code == BAD_USAGE and said and 'error: ' in said[-1]:
                 raise UsageError(said[-1].partition('error: ')[2].strip())
             sys.exit(f'{system}: exit code {code}\n' + ''.join(said[-30:]))
         with open(os.path.join(folder, 'times.json')) as file:

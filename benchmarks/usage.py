@@ -16,9 +16,10 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def device(text: str) -> str:
     """Reads the name of a device that is here."""
-    import torch
-    if text == 'cuda' and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError('torch finds no GPU here; use cpu')
+    if text == 'cuda':
+        import torch
+        if not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError('torch finds no GPU here; use cpu')
     return text
 
 

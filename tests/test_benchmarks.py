@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / 'benchmarks'
 @pytest.mark.parametrize(('name', 'arguments', 'said'), [
     ('collect_step', '--config nothing_like_it', '--config nothing_like_it: there is no such file'),
     ('training_time', '--config nothing_like_it', '--config nothing_like_it: there is no such file'),  # in its worker
+    ('matmul_agreement', '', '--device cpu: a CPU multiplies in float32 alone; use cuda'),
     pytest.param('recurrent_step', '--device cuda', 'argument --device: torch finds no GPU here; use cpu',
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')),
 ])

@@ -1,18 +1,16 @@
 """What a training replaces outside of this package: all of it is in one table, is there, and comes back."""
 import ast
 import importlib
-import json
 import os
 import re
 import signal
 import sys
-import types
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from builders import Worker, make_policy
 from lzero.policy.unizero import UniZeroPolicy
 from small_models import ON_MAIN
 
@@ -90,17 +88,36 @@ def test_a_copy_finds_another_name_and_the_module_keeps_its_own(target):
 
 
 def test_nothing_else_can_be_replaced():
-    """Neither another name, nor a name of the table in another function; one's own stands in its place by its name."""
-    with pytest.raises(KeyError):
+    with pytest.raises(AssertionError):
         with_globals(UniZeroPolicy._forward_collect, anything=1)
-    for function in (UniZeroPolicy._init_learn, UniZeroPolicy._reset_collect, json.dumps):
-        with pytest.raises(AssertionError):
-            with_globals(function, np=1)
-    own = types.FunctionType((lambda self: np).__code__, {'__name__': 'mine'}, '_forward_collect')
-    assert with_globals(own, np=1)(None) == 1
     with pytest.raises(KeyError):
         with applied(anything=lambda original: None):
             pass
+
+
+def test_a_copy_can_be_copied_and_keeps_its_name():
+    copy = with_globals(with_globals(UniZeroPolicy._forward_collect, np=1), MCTSCtree=2)
+    assert (copy.__globals__['np'], copy.__globals__['MCTSCtree']) == (1, 2)
+    assert copy.__qualname__ == UniZeroPolicy._forward_collect.__qualname__
+
+
+def test_what_policies_copy_of_lightzeros_is_in_the_table(monkeypatch, capfd):
+    copied = set()
+
+    def noting(function, **names):
+        plain = getattr(function, '__func__', function)
+        if plain.__module__.startswith('lzero.'):
+            copied.update(f'copy of {plain.__module__}:{plain.__qualname__}:{name}' for name in names)
+        return with_globals(function, **names)
+
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith('lzero_kvcache.') and vars(module).get('with_globals') is with_globals:
+            monkeypatch.setattr(module, 'with_globals', noting)
+    policy = make_policy(True, kv_cache_cfg=dict(search='device'))
+    for worker in (Worker(policy), Worker(policy, 'eval')):
+        worker.forward([0, 1])
+    assert {target.rpartition(':')[2] for target in copied} >= {'WorldModel', 'MCTSCtree', 'select_action', 'np'}
+    assert copied <= set(TARGETS)
 
 
 def test_the_table_says_each_target_once():

@@ -78,6 +78,15 @@ def test_a_collection_whose_last_updates_are_cut_off_is_not_trained_on(phase, co
     assert (watch.result.env_step, watch.result.collected_env_step) == (counted, 66)
 
 
+def test_a_run_that_is_cut_off_before_it_collects_has_nothing_to_take_back(a_run):
+    """An evaluation, or a training from a checkpoint that has all steps."""
+    watch = a_run.watch
+    watch.result.env_step, watch.phase = 70, 'start'
+    assert watch.collector is None
+    watch.cut_off(60)
+    assert watch.result.env_step == 70
+
+
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',
          'env.evaluator_env_num=1']
 

@@ -34,7 +34,8 @@ def tiling_of(rows: int, outputs: int, inputs: int) -> Tiling:
         of_rows, of_outputs, of_inputs, stages, programs = 64, 64, 32, 3, 400
     blocks = triton.cdiv(rows, of_rows) * triton.cdiv(outputs, of_outputs)
     parts = max(1, min(programs // blocks, inputs // of_inputs, 16))
-    return Tiling(of_rows, of_outputs, of_inputs, parts, 4, stages)
+    share = triton.cdiv(inputs, parts * of_inputs) * of_inputs
+    return Tiling(of_rows, of_outputs, of_inputs, triton.cdiv(inputs, share), 4, stages)
 
 
 PRECISIONS = {'float32': 'halves', 'tf32': 'tf32', 'bfloat16': 'tf32'}
@@ -44,7 +45,7 @@ PRECISIONS = {'float32': 'halves', 'tf32': 'tf32', 'bfloat16': 'tf32'}
 
 @triton.jit
 def _halves(x, SCALE: tl.constexpr):
-    """``x`` times a power of two, as the sum of two float16: together they have nearly the bits of a float32."""
+    """``x`` times a power of two, as the sum of two float16: to 22 bits or to 2^-25, whichever is coarser."""
     scaled = x * SCALE
     high = scaled.to(tl.float16)
     return high, (scaled - high.to(tl.float32)).to(tl.float16)
@@ -63,13 +64,13 @@ def _sum(x, weight, row, output, rows, outputs, first, last, inputs, ROWS: tl.co
         left = tl.load(x + row[:, None] * inputs + index[None, :], mask=left_mask, other=0.0)
         right = tl.load(weight + output[None, :] * inputs + index[:, None], mask=right_mask, other=0.0)
         if PRECISION == 'halves':
-            left, left_low = _halves(left, 8)
-            right, right_low = _halves(right, 256)
+            left, left_low = _halves(left, 64)
+            right, right_low = _halves(right, 4096)
             total += tl.dot(left, right, tl.dot(left, right_low, tl.dot(left_low, right)))
         else:
             total = tl.dot(left.to(right.dtype), right, total, input_precision=PRECISION)
     if PRECISION == 'halves':
-        total *= 1 / (8 * 256)
+        total *= 1 / (64 * 4096)
     return total
 
 

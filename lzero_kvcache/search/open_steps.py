@@ -160,7 +160,7 @@ class OpenSteps:
 
     def having(self, keys: Sequence[Hashable]) -> Optional[OpenStep]:
         """The step that nodes with these keys are of: the one that has seen the most, of several the innermost. If
-        none has seen any, the innermost, unless it is searched without keys."""
+        none has seen any, the innermost, unless it is searched by node."""
         steps = self.steps
         if len(steps) > 1:
             best = max(reversed(steps), key=lambda step: len(step.seen.intersection(keys)))

@@ -74,7 +74,7 @@ class Watch(watched.Watch):
         """Count the last collection as one that is not trained on, if its updates were cut off: nothing could go on
         from a checkpoint that has all steps."""
         self.look()
-        if self.result.env_step >= max_env_step and self.phase != 'evaluate':
+        if self.result.env_step >= max_env_step and self.phase not in ('start', 'evaluate'):
             self.collector.take_back()
 
     def save_checkpoint(self) -> None:
