@@ -118,13 +118,13 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
     grown = tl.where(column == count - dropped, page, grown)
     tl.store(tables + (first_node + simulation + 1) * PAGES + column, grown, mask=column < PAGES)
     tl.store(counts + first_node + simulation + 1, count - dropped + 1)
-    acted, observed = 2 * count - 1, 2 * count
-    if rotary_positions > 0:
-        twice = (2 * (tl.load(timesteps + row) + after)).to(tl.int32)
+    acted, observed = (2 * count - 1).to(tl.int64), (2 * count).to(tl.int64)
+    if rotary_positions > 0:  # on the main branch, of 64 bits
+        twice = (2 * (tl.load(timesteps + row) + after)).to(tl.int64)
         acted = (twice + action_offset) % rotary_positions
         observed = (twice + observation_offset) % rotary_positions
-    tl.store(positions + row, acted.to(tl.int64))
-    tl.store(positions + rows + row, observed.to(tl.int64))
+    tl.store(positions + row, acted)
+    tl.store(positions + rows + row, observed)
 
 
 @triton.jit
