@@ -47,6 +47,8 @@ def main() -> None:
             (Case(sampled=True, gru_gating=not ON_MAIN), dict(sampled=True), 'bfloat16')):
         for root in compiled.roots_of(cached_model(case, 2, 5), case, rules):
             inference = root.world_model.inference
+            if case.rotary and case.continuous:  # as on the main branch, whose angles have no end
+                inference.engine.geometry = inference.engine.geometry._replace(rotary_positions=2 ** 40)
             search = GpuSearch(inference.shared, matmul)
             search.search(inference.open.steps[-1], root.problem)
             if not rules.get('sampled'):
