@@ -23,7 +23,7 @@ class KVCachePool:
     Arguments:
         - pool_size (:obj:`int`): Entries that it holds at the most.
         - eviction_strategy (:obj:`Union[EvictionStrategy, str]`): Which entry leaves when it is full.
-        - enable_stats (:obj:`bool`): Whether look-ups and evictions are counted.
+        - enable_stats (:obj:`bool`): Whether look-ups and evictions are counted; if not, ``stats`` stays at 0.
         - name (:obj:`str`): How log lines call it.
     Raises:
         - ValueError: ``pool_size`` below 1 or an unknown strategy.
