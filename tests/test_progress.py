@@ -18,6 +18,7 @@ from lzero_kvcache.training import Plan
 from lzero_kvcache.training.checkpoints import read_checkpoint
 from lzero_kvcache.training.ranks import DataParallel
 from lzero_kvcache.training.runner import Interrupted, _Training
+from lzero_kvcache.training.terminal import summary_rows
 
 
 @pytest.fixture()
@@ -85,6 +86,12 @@ def test_a_run_that_is_cut_off_before_it_collects_has_nothing_to_take_back(a_run
     assert watch.collector is None
     watch.cut_off(60)
     assert watch.result.env_step == 70
+
+
+def test_a_run_without_an_evaluation_is_told_how_to_have_one_if_it_is_a_training(a_run):
+    for task, said in (('train', '- (no evaluation yet; policy.eval_freq says how often)'), ('evaluate', '-')):
+        a_run.result.task = task
+        assert dict(summary_rows(a_run.result))['last reward'] == said
 
 
 SMALL = ['--threads', '1', '--set', 'policy.num_simulations=3', 'policy.batch_size=8', 'env.collector_env_num=2',

@@ -22,6 +22,7 @@ from rich.table import Column
 from rich.text import Text
 
 from ..host.patches import applied
+from ..run_files import TRAIN
 from ..summary import Result, number_text, rate_text, reward_text
 from ..text import drawn, time_text
 
@@ -121,9 +122,10 @@ def steps_text(trained_on: int, collected: int) -> str:
 def summary_rows(result: Result) -> List[Tuple[str, str]]:
     """The table at the end of a run: names and values."""
     last = result.evaluations[-1] if result.evaluations else None
-    reward = '- (no evaluation yet; policy.eval_freq says how often)'
     if last is not None:
         reward = f'{reward_text(last)}, after {last.env_step:,} steps'
+    else:
+        reward = '- (no evaluation yet; policy.eval_freq says how often)' if result.task == TRAIN else '-'
     rates = '  '.join(f'{pool} {rate_text(rate)}' for pool, rate in result.hit_rates.items())
     skipped = result.counters.get('skipped')
     return [
