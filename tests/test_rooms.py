@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import re
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Set, Tuple
 
@@ -119,8 +120,9 @@ def libraries(path: Path) -> Set[str]:
 def _is_standard(library: str) -> bool:
     if hasattr(sys, 'stdlib_module_names'):
         return library in sys.stdlib_module_names
-    spec = importlib.util.find_spec(library)
-    return spec is not None and 'site-packages' not in (spec.origin or '')
+    origin = getattr(importlib.util.find_spec(library), 'origin', None) or ''
+    is_there = origin.startswith(sysconfig.get_path('stdlib')) and 'site-packages' not in origin
+    return is_there or origin in ('built-in', 'frozen')
 
 
 def files_of(room: Room) -> List[Path]:
