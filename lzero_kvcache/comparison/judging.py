@@ -220,7 +220,8 @@ def _disagreements(sides: Sequence[Side], values_of: Values, effect: str,
     """A line for each thing that runs are known to have more than one value of."""
     for what, value_of in values_of.items():
         values = {side.name: dict.fromkeys(f'{value:,}' if isinstance(value, int) else str(value)
-                                       for value in map(value_of, side.runs) if value is not None) for side in sides}
+                                           for value in map(value_of, side.runs) if value is not None)
+                  for side in sides}
         if len(set(itertools.chain(*values.values()))) > 1:
             yield Caution(f'Different {what} ({_by_side(values)}): {effect}', blocks)
 
