@@ -24,14 +24,15 @@ class Tiling(NamedTuple):
     stages: int
 
 
-def tiling_of(rows: int, outputs: int, inputs: int) -> Tiling:
+def tiling_of(rows: int, outputs: int, inputs: int, matmul: str) -> Tiling:
     """The fastest of those that were tried in searches on an H200 (docs/results.md)."""
-    if rows <= 16:
-        of_rows, of_outputs, of_inputs, stages, programs = 16, 32, 64, 3, 264
-    elif rows <= 128:
-        of_rows, of_outputs, of_inputs, stages, programs = 64, 32, 32, 4, 400
+    of_rows, of_outputs = 16 if rows <= 16 else 64, 32 if rows <= 128 else 64
+    if matmul != 'float32':
+        of_inputs, stages, programs = 64, 4, 264
+    elif rows <= 16:
+        of_inputs, stages, programs = 64, 3, 264
     else:
-        of_rows, of_outputs, of_inputs, stages, programs = 64, 64, 32, 3, 400
+        of_inputs, stages, programs = 32, 4 if rows <= 128 else 3, 400
     blocks = triton.cdiv(rows, of_rows) * triton.cdiv(outputs, of_outputs)
     parts = max(1, min(programs // blocks, inputs // of_inputs, 16))
     share = triton.cdiv(inputs, parts * of_inputs) * of_inputs
@@ -265,7 +266,7 @@ def _multiplied(xs: Sequence[torch.Tensor], stages: Sequence[_Stage]) -> torch.T
     layers = [stage.linear for stage in stages if stage.linear is not None]
     sizes = [len(layer.weight) for layer in layers]
     (rows, inputs), layer = xs[0].shape, layers[0]
-    tiling = tiling_of(rows, sum(sizes), inputs)
+    tiling = tiling_of(rows, sum(sizes), inputs, layer.matmul)
     start2 = _aligned(sizes[0])
     end = sizes[0] if len(sizes) == 1 else start2 + sizes[1]
     parts = xs[0].new_empty(tiling.parts, rows, _aligned(end))
