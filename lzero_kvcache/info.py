@@ -16,7 +16,7 @@ from .host import building
 from .host.lightzero import lightzero
 from .loading import check_config, enable
 from .summary import version_of
-from .training.config_file import Plan
+from .training.config_file import Plan, look_beside
 from .training.error_hints import hinted
 from .training.limits import check_limits
 from .training.overrides import CompleteConfig
@@ -43,6 +43,7 @@ def installed() -> TableRows:
 
 def of_plan(plan: Plan) -> Dict[str, TableRows]:
     """What the cache of a plan is, what it will take, and its options. Changes the plan's config."""
+    look_beside(plan.config)
     configs = plan.main_config, plan.create_config
     device = str(plan.main_config.policy.model.world_model_cfg.device)
     options = check_config(*configs)

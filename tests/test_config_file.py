@@ -16,7 +16,7 @@ from zoo.classic_control.cartpole.config import cartpole_unizero_config as light
 
 import lzero_kvcache_options
 from lzero_kvcache import ConfigError
-from lzero_kvcache.training import find_config, load_config, make_plan
+from lzero_kvcache.training import find_config, load_config, make_plan, run, runner
 
 
 @pytest.fixture()
@@ -223,6 +223,18 @@ def test_what_lies_beside_it_can_be_imported_until_another_is_loaded(write):
     load_config(write('b/mine.py'))
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module('my_env')
+
+
+def test_a_plan_runs_with_what_lies_beside_its_config(write, monkeypatch, registered):
+    path = write('a/mine.py', body='import my_env\n' + BODY)
+    write('a/my_env.py', body=REGISTERS, rest='')
+    plan = load_config(path)
+    mine = importlib.import_module('my_env')
+    load_config(write('b/mine.py'))
+    found = []
+    monkeypatch.setattr(runner, '_Training', lambda *_: found.append(importlib.import_module('my_env')) or Mock())
+    run(plan, Mock(), Mock())
+    assert found == [mine]  # which was not executed again
 
 
 @pytest.mark.parametrize('imported_before', [False, True])

@@ -154,7 +154,7 @@ TABLE: Dict[str, Patch] = {
         ('environ:DISABLE_RICH', ), "'1'", "ditk's rich handler wraps a log file at 80 characters", OUTPUT),
     'neighbours': Patch(
         ('sys.path', ), "the config's folder", 'configs import files beside them, then and in the run',
-        'a config of another folder is loaded'),
+        'a config of another folder is loaded, run or shown'),
 }
 
 
@@ -234,9 +234,15 @@ def _descriptor(number: int, make: Make) -> Iterator[None]:
         os.close(original)
 
 
+_imported: Dict[str, Dict[str, types.ModuleType]] = {}
+"""Modules by their folders. One that registers an environment can be executed once in a process."""
+
+
 @contextlib.contextmanager
 def _importable(folder: str) -> Iterator[None]:
     before = set(sys.modules)
+    kept = _imported.setdefault(folder, {})
+    sys.modules.update({name: module for name, module in kept.items() if name not in before})
     sys.path.insert(0, folder)
     try:
         yield
@@ -247,7 +253,7 @@ def _importable(folder: str) -> Iterator[None]:
         tops = {name for name in added if '.' not in name and folder in _folders(sys.modules[name])}
         for name in added:
             if name.split('.')[0] in tops:
-                del sys.modules[name]
+                kept[name] = sys.modules.pop(name)
 
 
 def forget_configs(folder: str) -> None:

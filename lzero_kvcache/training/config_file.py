@@ -122,7 +122,7 @@ def _run_file(path: str) -> Dict[str, Any]:
     """What a file declares, and what it would have trained. It runs as a module; if that declares no configs, what it
     does as a program follows, in an empty folder and without arguments."""
     declared: Dict[str, Any] = dict(__name__='lzero_kvcache_config', __file__=path)
-    _look_beside(os.path.dirname(path))
+    look_beside(path)
     with _errors_of(path):
         module = ast.parse(Path(path).read_bytes(), path)
         called = recorded_call(lambda: exec(compile(module, path, 'exec'), declared)) or {}
@@ -172,15 +172,16 @@ def _where(path: str, error: BaseException) -> str:
     return f'{path}:{lines[-1]}' if lines else path
 
 
-def _look_beside(folder: str) -> None:
-    """Let files beside a config be imported for the rest of the process, as for a script that Python runs."""
-    forget_configs(folder)
+def look_beside(config: str) -> None:
+    """Let files beside a config be imported, as for a script that Python runs, until those beside another are."""
+    folder = os.path.dirname(config)
     if folder not in _beside:
         while _beside:
             _beside.popitem()[1].close()
         _beside[folder] = contextlib.ExitStack()
         _beside[folder].enter_context(applied(neighbours=lambda path: folder))
         atexit.register(_beside[folder].close)
+    forget_configs(folder)
 
 
 def _check_entry(entry: Any, said: str) -> None:

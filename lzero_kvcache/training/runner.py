@@ -26,7 +26,7 @@ from ..run_files import DONE, EVALUATE, EVENT_FILES, LOADED, STOPPED, TRAIN, Rec
 from ..summary import Result, add_up, begun
 from ..telemetry import summed_over_ranks
 from .checkpoints import Checkpoint, beside, is_abandoned, read_checkpoint
-from .config_file import Plan
+from .config_file import Plan, look_beside
 from .error_hints import hinted
 from .past import take_up
 from .ranks import DataParallel
@@ -42,6 +42,7 @@ REFRESH_SECONDS = 0.25
 
 def run(plan: Plan, output: Optional[Output] = None, ranks: Optional[DataParallel] = None) -> Result:
     """Train or evaluate. ``output`` has been entered, if it is given; an error of the training itself is raised."""
+    look_beside(plan.config)
     with contextlib.ExitStack() as stack:
         output = output or stack.enter_context(Output())
         return _Training(plan, output, ranks or DataParallel()).run()
