@@ -17,7 +17,9 @@ from lzero_kvcache.host.patches import TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'lzero_kvcache'
-FILES = sorted(PACKAGE.rglob('*.py'))
+# The command's options stand beside the package, so that they can be read without importing it.
+OPTIONS = ROOT / 'lzero_kvcache_options.py'
+FILES = [OPTIONS, *sorted(PACKAGE.rglob('*.py'))]
 # Files that Python runs by `-m`: they hand over to the command line, and nothing imports them.
 PROGRAMS = {'__main__.py'}
 # Imports of modules by name, by the function that makes them.
@@ -28,6 +30,7 @@ DYNAMIC = {
     # import_names of a config's environment and model; a policy of LightZero's
     'host/building.py': {'find_spec', 'import_module'},
     'host/patches.py': {'import_module'},  # the modules of TABLE
+    'lzero_kvcache_options.py': {'find_spec'},  # where packages are, which are not imported
     'loading.py': {'import_module'},  # import_names of a config's policy
     'telemetry.py': {'import_module'},  # the module beside a tensorboard writer's, which is torch's or tensorboardX's
     'training/config_file.py': {'exec'},  # config files
@@ -75,18 +78,32 @@ ROOMS = rooms()
 
 
 def name_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
+    return path.relative_to(ROOT if path == OPTIONS else PACKAGE).as_posix()
 
 
 def top_of(path: Path) -> str:
     """The folder or file of the package's top level that a file is in, or is."""
-    return path.relative_to(PACKAGE).parts[0].replace('.py', '')
+    return name_of(path).split('/')[0].replace('.py', '')
 
 
 def imports(path: Path) -> Iterator[Tuple[str, ...]]:
-    """Every module, or name of a package, that a file imports, with its package spelled out."""
+    """Every module, or name of a package, that a file imports, with its package spelled out; but for those by which
+    the command's ``main`` hands over."""
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    if path == OPTIONS:
+        tree.body.remove(command(tree))
+    yield from imports_of(tree, path)
+
+
+def command(tree: ast.Module) -> ast.stmt:
+    """``main`` of the options."""
+    [main] = [node for node in tree.body if getattr(node, 'name', '') == 'main']
+    return main
+
+
+def imports_of(tree: ast.AST, path: Path) -> Iterator[Tuple[str, ...]]:
     here = path.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split('.')) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -101,6 +118,8 @@ def own_imports(path: Path) -> Set[str]:
     for parts in imports(path):
         if parts[0] == 'lzero_kvcache':
             found.add(_file_of(parts[1:]))
+        elif parts[0] == OPTIONS.stem:
+            found.add(OPTIONS.name)
     return found
 
 
@@ -114,7 +133,8 @@ def _file_of(parts: Tuple[str, ...]) -> str:
 
 
 def libraries(path: Path) -> Set[str]:
-    return {parts[0] for parts in imports(path) if parts[0] != 'lzero_kvcache' and not _is_standard(parts[0])}
+    return {parts[0] for parts in imports(path)
+            if parts[0] not in ('lzero_kvcache', OPTIONS.stem) and not _is_standard(parts[0])}
 
 
 def _is_standard(library: str) -> bool:
@@ -139,18 +159,27 @@ def test_imports_run_one_way():
     for room in ROOMS:
         allowed |= set(room.modules)
         for path in files_of(room):
-            assert {top_of(PACKAGE / name) for name in own_imports(path)} <= allowed, name_of(path)
+            assert tops_of(own_imports(path)) <= allowed, name_of(path)
+
+
+def tops_of(names: Set[str]) -> Set[str]:
+    return {name.split('/')[0].replace('.py', '') for name in names}
+
+
+def test_the_command_hands_over_to_the_command_line_alone():
+    tree = ast.parse(OPTIONS.read_text(encoding='utf-8'))
+    assert set(imports_of(command(tree), OPTIONS)) == {('lzero_kvcache', 'cli', 'commands', 'run')}
 
 
 def test_comparison_knows_what_runs_leave_and_nothing_of_what_made_them():
-    assert {top_of(PACKAGE / name) for path in FILES if top_of(path) == 'comparison'
-            for name in own_imports(path)} == {'comparison', 'config', 'run_files', 'text'}
+    used = set().union(*(own_imports(path) for path in FILES if top_of(path) == 'comparison'))
+    assert tops_of(used) == {'comparison', 'config', 'run_files', 'text'}
 
 
 def test_nothing_imports_a_program():
     assert not {name for path in FILES for name in own_imports(path)} & PROGRAMS
     for program in PROGRAMS:
-        assert not own_imports(PACKAGE / program), 'the command is beside the package'
+        assert own_imports(PACKAGE / program) == {OPTIONS.name}
 
 
 def test_there_are_no_circles():
@@ -185,7 +214,7 @@ def test_libraries(room):
     assert not set(used) & FORBIDDEN.get(room.name, set()), used
 
 
-@pytest.mark.parametrize('folder', sorted({path.parent for path in FILES} - {PACKAGE}), ids=lambda path: path.name)
+@pytest.mark.parametrize('folder', sorted({path.parent for path in FILES} - {PACKAGE, ROOT}), ids=lambda path: path.name)
 def test_each_room_says_what_it_knows_and_what_it_must_not(folder):
     said = ast.get_docstring(ast.parse((folder / '__init__.py').read_text(encoding='utf-8')))
     assert re.search(r'\bknows\b', said, re.IGNORECASE)
