@@ -70,7 +70,7 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
             unread = unread_options(plan.main_config.policy.model.world_model_cfg)
             rows += [('not read', unread)] if unread else []
         return {'cache': rows}
-    pages, page_bytes = manager.page_capacity, model.inference.shared.store.slab.page_bytes
+    pages, page_bytes = manager.page_capacity, model.inference.shared.store.page_bytes
     rows += [
         ('search', _search(options.search, model.why_not_in_arrays(), device)),
         ('backend', picked(options.backend, torch.device(device))),

@@ -1,4 +1,4 @@
-"""One environment answered without any cache, a second oracle beside ``oracle.LightZeroAlone``. No test lives here."""
+"""LightZero's answers for one environment without any cache, from its weights. No test lives here."""
 import math
 from typing import Any, List, NamedTuple, Tuple
 

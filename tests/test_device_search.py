@@ -115,7 +115,7 @@ def test_no_more_rows_of_a_reanalysis_than_memory_is_allowed_for(rows: int, with
 def test_rows_that_only_fill_up_a_reanalysis_have_pages_of_their_own() -> None:
     world_model = cached_model(Case(), 2, 5).world_model
     problem: Any = types.SimpleNamespace(rules=make_rules(), simulations=5, slots=3, action_size=0)
-    memory = GrownReanalysis(world_model.inference.engine, world_model.weights_source, 3, problem, 8)
+    memory = GrownReanalysis(world_model.inference.engine, world_model.weights_source, 3, problem, 8, 'float32')
     before = memory.given.pages.copy(), memory.given.tables.copy()
     assert len({*before[0].ravel(), *before[1][:, 0]}) == 6 * 8
     memory.given.pages[:, :6] = 0  # as if the rows in use had others
@@ -136,7 +136,7 @@ def test_all_that_a_memory_holds_is_counted(case: Case, kind: Any) -> None:
     before = storages()
     given = world_model.inference.engine, world_model.weights_source
     own = [Slab(1, 1, 2)] if kind is GpuMemory else []
-    memory = kind(*given, *own, 1 if kind is Reanalysis else 3, problem, 8)
+    memory = kind(*given, *own, 1 if kind is Reanalysis else 3, problem, 8, 'float32')
     made = [size for address, size in storages().items() if address not in before]
     assert memory.memory_mb * MIB == sum(made) > 8 * 6 * slots
 

@@ -98,7 +98,6 @@ def test_both_readmes_have_the_same_sections_code_and_figures():
     for language in ('python', 'bash', ''):
         assert blocks(READMES[0], language) == blocks(READMES[1], language)
     assert figures(READMES[0]) == figures(READMES[1])
-    assert all(len(read(name).splitlines()) <= 150 for name in READMES)
 
 
 def test_both_readmes_link_every_page_of_the_documentation():

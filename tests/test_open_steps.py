@@ -45,7 +45,7 @@ POINTS = {
 
 
 @contextlib.contextmanager
-def failing(owner, name, at):
+def breaking(owner, name, at):
     """The ``at``-th call of a function, from 0, raises; yields a list of the calls."""
     function, calls = getattr(owner, name), []
 
@@ -81,7 +81,7 @@ def test_a_failure_at_each_point_of_a_step(point, keyed):
     failures, step, at = 0, 0, 0
     while step < 4 or failures == step:
         begun_anew(step, worker, expected)
-        with failing(owner, name, at) as calls, contextlib.suppress(Broken):
+        with breaking(owner, name, at) as calls, contextlib.suppress(Broken):
             output = worker.step([0, 1, 2])
         if len(calls) > at:
             failures += 1

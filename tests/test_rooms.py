@@ -214,7 +214,7 @@ def test_libraries(room):
     assert not set(used) & FORBIDDEN.get(room.name, set()), used
 
 
-@pytest.mark.parametrize('folder', sorted({path.parent for path in FILES} - {PACKAGE, ROOT}), ids=lambda path: path.name)
+@pytest.mark.parametrize('folder', sorted({path.parent for path in FILES} - {PACKAGE, ROOT}), ids=str)
 def test_each_room_says_what_it_knows_and_what_it_must_not(folder):
     said = ast.get_docstring(ast.parse((folder / '__init__.py').read_text(encoding='utf-8')))
     assert re.search(r'\bknows\b', said, re.IGNORECASE)

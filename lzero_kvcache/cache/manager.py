@@ -11,7 +11,7 @@ from .base import COLLECT, CURRENT, EVAL, PagedCacheManager
 from .contexts import Contexts
 from .pages import RESERVED_PAGES, Lease, OutOfPages, PageAllocator, Rows
 from .pool import KVCachePool, PagedPool
-from .stats import CacheStats, add_pools, counters_of
+from .stats import CacheStats, add_pools, query_counters
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ class KVCacheManager(PagedCacheManager):
     def counters(self) -> Dict[str, Any]:
         counters = self._of_store()
         if self.enable_stats:
-            counters.update(counters_of(self._asked), skipped=self._skipped)
+            counters.update(query_counters(self._asked), skipped=self._skipped)
             add_pools(counters, {'init': self.init_pools + self.eval_pools, 'recur': [self.recur_pool]}, self._occupied)
         return counters
 

@@ -46,7 +46,7 @@ class CacheStats:
         return {**asdict(self), 'hit_rate': self.hit_rate}
 
 
-def counters_of(asked: Mapping[str, CacheStats]) -> Dict[str, Dict[str, Any]]:
+def query_counters(asked: Mapping[str, CacheStats]) -> Dict[str, Dict[str, Any]]:
     """What the searches asked of 'init' and 'recur', and of both in 'total', as tensorboard shows it."""
     total = CacheStats()
     for stats in asked.values():

@@ -280,7 +280,7 @@ spread = instructions(LANES(*PLACE), _spread)
 larger, smaller = (instructions(LANES(LANES, LANES), _choose(comparison)) for comparison in '<>')
 where_less = instructions(LANES(LANES, LANES, LANES, LANES), _where_less)
 root = instructions(LANES(LANES), _call('llvm.sqrt'))
-nearest = instructions(LANES(LANES), _call('llvm.rint'))
+rounded = instructions(LANES(LANES), _call('llvm.rint'))
 times_power_of_two = instructions(LANES(LANES, LANES), _times_power_of_two)
 transpose = instructions(types.void(types.intp, types.intp, types.intp, types.intp), _transpose)
 """Eight rows of eight numbers from one address to another, ``(source, step, target, step)``."""
@@ -314,7 +314,7 @@ def constant(value: float) -> Any:
 def exponential(x: Any) -> Any:
     """``exp``, with a relative error of 6e-7 within +-10; clamped to what a float32 holds, and nan for nan."""
     x = smaller(larger(x, constant(-87.0)), constant(88.0)) * constant(1.4426950408889634)
-    whole = nearest(x)
+    whole = rounded(x)
     x = x - whole
     y = multiply_add(x, constant(1.5403530e-4), constant(1.3333558e-3))
     y = multiply_add(x, y, constant(9.6181291e-3))

@@ -146,6 +146,8 @@ def _finish(parts, bias, bias2, residual, chosen, norm_weight, norm_weight2, nor
 
 def computed_in(weights: Weights, matmul: str) -> Weights:
     """The same weights with products in 'tf32' or 'bfloat16'; for 'bfloat16' matrices are copied."""
+    if matmul == 'float32':
+        return weights
 
     def changed(function: Any) -> Any:
         if isinstance(function, Chain):

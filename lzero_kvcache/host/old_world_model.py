@@ -7,7 +7,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from lzero.model.unizero_world_models.world_model import WorldModel as LightZeroWorldModel
 
 from ..cache.base import BaseCacheManager
-from ..cache.stats import CacheStats, counters_of
+from ..cache.stats import CacheStats, query_counters
 from ..config import KV_CACHE_REGISTRY, MIB, CacheConfig
 from ..search.timing import Timing
 from .keys_values import bytes_of
@@ -59,7 +59,7 @@ class CountedFromOutside(BaseCacheManager):
     def counters(self) -> Dict[str, Any]:
         counters: Dict[str, Any] = {'memory_mb': self.memory_mb}
         if self.enable_stats:
-            counters.update(counters_of({'init': self._roots, 'recur': self._nodes()}))
+            counters.update(query_counters({'init': self._roots, 'recur': self._nodes()}))
         return counters
 
     def get_stats_summary(self) -> Dict[str, Any]:

@@ -1,4 +1,4 @@
-"""LightZero's learner, collector and evaluator as a ``Watch`` sees them: they put themselves there, and tell it what
+"""LightZero's learner, collector and evaluator as a ``Watcher`` sees them: they put themselves there, and tell it what
 happens."""
 import functools
 from abc import ABC, abstractmethod
@@ -29,7 +29,7 @@ class Past(NamedTuple):
     evaluated_at: Optional[int] = None  # its iteration, if it was evaluated there
 
 
-class Watch(ABC):
+class Watcher(ABC):
     """What is told how a training or an evaluation goes on."""
     learner: Any = None
     collector: Any = None
@@ -65,7 +65,7 @@ class Watch(ABC):
         """Save a checkpoint, in place of DI-engine's ``save_file``."""
 
 
-def train(watch: Watch, entry: str, configs: entries.Configs, **arguments: Any) -> Any:
+def train(watch: Watcher, entry: str, configs: entries.Configs, **arguments: Any) -> Any:
     """Run one of LightZero's entries under a watch, into a folder that exists already; returns the trained policy."""
     with applied(
             compile_config=lambda original: functools.partial(original, renew_dir=False),
@@ -75,7 +75,7 @@ def train(watch: Watch, entry: str, configs: entries.Configs, **arguments: Any) 
         return entries.run_entry(entry, configs, **arguments)
 
 
-def evaluate(watch: Watch, configs: entries.Configs, seed: int, writer: Any) -> None:
+def evaluate(watch: Watcher, configs: entries.Configs, seed: int, writer: Any) -> None:
     """Evaluate the watch's checkpoint, and nothing else, with a tensorboard writer: LightZero's own entry for this
     refuses sampled UniZero."""
     assert watch.loaded is not None
@@ -95,7 +95,7 @@ def evaluate(watch: Watch, configs: entries.Configs, seed: int, writer: Any) -> 
     ).eval(None, train_iter, env_step)
 
 
-def restore(watch: Watch) -> None:
+def restore(watch: Watcher) -> None:
     """Put a new training where the watch's checkpoint stood. LightZero itself would restore the weights alone."""
     if watch.loaded is None:
         return
@@ -124,7 +124,7 @@ def _before_each(action: Callable[[], None], policy: Any, after: Callable[[Any],
     return policy._replace(forward=forward)
 
 
-def _watched_learner(watch: Watch, base: type) -> type:
+def _watched_learner(watch: Watcher, base: type) -> type:
 
     class WatchedLearner(base):
 
@@ -153,7 +153,7 @@ def _watched_learner(watch: Watch, base: type) -> type:
     return WatchedLearner
 
 
-def _watched_collector(watch: Watch, base: Any) -> type:
+def _watched_collector(watch: Watcher, base: Any) -> type:
 
     class WatchedCollector(base):
 
@@ -187,7 +187,7 @@ def _watched_collector(watch: Watch, base: Any) -> type:
     return WatchedCollector
 
 
-def _watched_evaluator(watch: Watch, base: type) -> type:
+def _watched_evaluator(watch: Watcher, base: type) -> type:
 
     class WatchedEvaluator(base):
 

@@ -126,6 +126,6 @@ class ArraySearch(ABC):
         """Search from states ``[B, E]``. Returns what was found, and ``broken``."""
 
 
-def replayed(step: Any) -> Any:
+def trace_of(step: Any) -> Any:
     """The trace of a step whose simulations validation replays; else None."""
     return step.trace if step.trace is not None and step.trace.replayed else None

@@ -11,7 +11,7 @@ import torch
 from ..engine.memory import MemoryPool
 from ..engine.program import ROWS, PagedNetwork
 from ..engine.slab import Slab
-from .array_search import ArraySearch, Found, Problem, replayed
+from .array_search import ArraySearch, Found, Problem, trace_of
 from .compiled_model import CompiledModel
 from .shared import Shared
 from .timesteps import NODE_OFFSETS, REANALYSIS_OFFSETS, observed_at
@@ -50,7 +50,7 @@ class CpuSearch(ArraySearch):
         paged = PagedNetwork(network, shift, slab.data.numpy())
         with self._memory(network, problem, *tables.shape) as memory:
             broken, waited = self._search(
-                problem, memory, paged, tables, counts, step.timesteps, pages, NODE_OFFSETS, replayed(step)
+                problem, memory, paged, tables, counts, step.timesteps, pages, NODE_OFFSETS, trace_of(step)
             )
             return _found(memory.tree, problem.rules), broken, waited
 

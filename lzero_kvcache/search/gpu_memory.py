@@ -38,13 +38,13 @@ class GpuMemory:
     """What searches of one size work in, for ``rows`` and ``simulations`` at the most."""
     begins_with_states, offsets = False, NODE_OFFSETS
 
-    def __init__(self, engine: Engine, source: Source, slab: Slab, context_pages: int, problem: Problem,
-                 rows: int) -> None:
+    def __init__(self, engine: Engine, source: Source, slab: Slab, context_pages: int, problem: Problem, rows: int,
+                 matmul: str) -> None:
         self._engine, self._source, self._slab, self._context_pages = engine, source, slab, context_pages
         self.rows, self.simulations, self._slots = rows, problem.simulations, problem.slots
         self.rules, self._action_size = problem.rules, problem.action_size
         self._policy = engine.geometry.action_size * (1 + engine.geometry.continuous)
-        self._device = source.device()
+        self._device, self._matmul = source.device(), matmul
         self._make()
         tensors = [part for part in vars(self).values() if torch.is_tensor(part)]
         self.memory_mb = megabytes(*self.tree[:-1], self._inputs.memory, self._inputs.sent, *tensors)
@@ -116,8 +116,10 @@ class GpuMemory:
         self.memory_mb += captured.memory_mb
 
     def _run_begin(self) -> None:
+        from ..engine.linear_kernels import computed_in
+
         tree, sent = self.tree, self._sent
-        self._weights: Weights = self._source.read(True)
+        self._weights: Weights = computed_in(self._source.read(True), self._matmul)
         tree.reward[:, 0] = sent.reward
         tree.tables[:, 0], tree.counts[:, 0] = sent.tables, sent.counts
         tree.child[:, 0].fill_(-1)
@@ -213,10 +215,11 @@ class _OfStates(GpuMemory):
     """What reanalyses share: they begin at states, and have pages of their own."""
     begins_with_states, offsets = True, REANALYSIS_OFFSETS
 
-    def __init__(self, engine: Engine, source: Source, context_pages: int, problem: Problem, rows: int) -> None:
+    def __init__(self, engine: Engine, source: Source, context_pages: int, problem: Problem, rows: int,
+                 matmul: str) -> None:
         geometry = engine.geometry
         slab = Slab(geometry.layers, geometry.heads, geometry.head_dim)
-        super().__init__(engine, source, slab, context_pages, problem, rows)
+        super().__init__(engine, source, slab, context_pages, problem, rows, matmul)
         self.memory_mb += slab.memory_mb
 
     def _make_pages(self, pages: int) -> None:

@@ -1,7 +1,6 @@
 """Searches in arrays on a GPU. The CPU waits for nothing between the first simulation and the last: one copy sends the
 roots, and one brings visits and values back. Triton is imported with the first search.
 """
-import copy
 import logging
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -13,8 +12,7 @@ import torch
 from ..engine.graphs import Graphs
 from ..engine.slab import Slab
 from ..engine.transfer import to_cpu
-from ..engine.weights import Source, Weights
-from .array_search import ArraySearch, Found, Problem, replayed
+from .array_search import ArraySearch, Found, Problem, trace_of
 from .gpu_memory import GpuMemory, GrownReanalysis, Reanalysis
 from .shared import Shared
 from .tree_arrays import padded
@@ -40,11 +38,8 @@ class GpuSearch(ArraySearch):
     """On a GPU."""
 
     def __init__(self, shared: Shared, matmul: str) -> None:
-        if matmul != 'float32':
-            source = copy.copy(shared.source)
-            source.read = partial(_read, shared.source, matmul)  # type: ignore[method-assign]
-            shared = shared._replace(source=source)
         super().__init__(shared)
+        self._matmul = matmul
         self._memories = _Memories('A search cannot be captured here', 'it is launched from Python')
         shared.store.counted.append(self._memories)
 
@@ -63,19 +58,20 @@ class GpuSearch(ArraySearch):
                     pages: np.ndarray) -> Tuple[Found, np.ndarray, float]:
         (tables, counts), rows = step.roots, len(step.env_ids)
         context_pages = tables.shape[1]
-        make = partial(GpuMemory, self._shared.engine, self._shared.source, slab, context_pages)
+        make = partial(
+            GpuMemory, self._shared.engine, self._shared.source, slab, context_pages, matmul=self._matmul)
         memory = self._memory(problem, rows, step.addresses, (context_pages, ), make)
         _give(memory, problem, step.timesteps)
         given = memory.given
         given.tables[:rows], given.counts[:rows] = tables, counts
         given.pages[:problem.simulations, :rows] = pages
-        return (*_search(memory, problem, rows, replayed(step)), 0.)
+        return (*_search(memory, problem, rows, trace_of(step)), 0.)
 
     def _from_states(self, problem: Problem, latents: np.ndarray, timesteps: np.ndarray, addresses: Tuple[int, ...],
                      grows: bool) -> Tuple[Found, np.ndarray]:
         rows, context_pages = len(latents), self._shared.manager.context_pages if grows else 1
         kind = GrownReanalysis if grows else Reanalysis
-        make = partial(kind, self._shared.engine, self._shared.source, context_pages)
+        make = partial(kind, self._shared.engine, self._shared.source, context_pages, matmul=self._matmul)
         memory = self._memory(problem, rows, addresses, (kind, context_pages), make)
         _give(memory, problem, timesteps)
         memory.given.latents[:rows] = latents
@@ -105,12 +101,6 @@ def _capture(memory: GpuMemory) -> GpuMemory:
     memory.capture()
     logger.info(f'Captured a simulation for {memory.rows} rows ({memory.memory_mb:.1f} MiB with the trees)')
     return memory
-
-
-def _read(source: Source, matmul: str, captured: bool) -> Weights:
-    from ..engine.linear_kernels import computed_in
-
-    return computed_in(source.read(captured), matmul)
 
 
 def _search(memory: GpuMemory, problem: Problem, rows: int, trace: Any) -> Tuple[Found, np.ndarray]:

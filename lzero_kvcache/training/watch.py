@@ -12,7 +12,7 @@ from .ranks import DataParallel
 from .terminal import Terminal
 
 
-class Watch(watched.Watch):
+class Watch(watched.Watcher):
     """
     Keeps a result up to date. ``on_change`` is called whenever something moved, ``on_saved`` with the path of each
     checkpoint.
