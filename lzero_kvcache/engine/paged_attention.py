@@ -44,6 +44,29 @@ def _added(parts, bias, part_step, column, there, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _query_key_value(parts, bias, part_step, moved, position, layer, head, d, there, LAYERS: tl.constexpr,
+                     EMBED: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, ROTARY: tl.constexpr):
+    """A head's query, key and value at a position, and key and value as its page keeps them."""
+    column = head * SIZE + d
+    query = _added(parts, bias, part_step, column, there, PARTS)
+    key = _added(parts, bias, part_step, EMBED + column, there, PARTS)
+    value = _added(parts, bias, part_step, 2 * EMBED + column, there, PARTS)
+    if ROTARY:
+        factors = moved + position * SIZE + d // 2 * 2
+        cosine = tl.load(factors, mask=there, other=0.)
+        sine = tl.load(factors + 1, mask=there, other=0.)
+        pair, turned = head * SIZE + (d ^ 1), tl.where(d % 2 == 0, -sine, sine)
+        query = query * cosine + _added(parts, bias, part_step, pair, there, PARTS) * turned
+        key = key * cosine + _added(parts, bias, part_step, EMBED + pair, there, PARTS) * turned
+        kept, kept_value = key, value
+    else:
+        shift = moved + (position * LAYERS + layer) * 2 * EMBED + column
+        kept = key - tl.load(shift, mask=there, other=0.)
+        kept_value = value - tl.load(shift + EMBED, mask=there, other=0.)
+    return query, key, value, kept, kept_value
+
+
+@triton.jit
 def _attend(parts, bias, part_step, row_of_parts, slab, tables, counts, positions, moved, out, sums, layer, scale, rows,
             row_step, page_step, width, PARTS: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr,
             SIZE: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr, SPLITS: tl.constexpr,
@@ -59,24 +82,10 @@ def _attend(parts, bias, part_step, row_of_parts, slab, tables, counts, position
     there = d < SIZE
     embed = HEADS * SIZE
     parts += row * row_of_parts
-    column = head * SIZE + d
     count = tl.load(counts + row)
     position = tl.load(positions + HALF * rows + row)
-    query = _added(parts, bias, part_step, column, there, PARTS)
-    key = _added(parts, bias, part_step, embed + column, there, PARTS)
-    value = _added(parts, bias, part_step, 2 * embed + column, there, PARTS)
-    if ROTARY:
-        factors = moved + position * SIZE + d // 2 * 2
-        cosine = tl.load(factors, mask=there, other=0.)
-        sine = tl.load(factors + 1, mask=there, other=0.)
-        pair, turned = head * SIZE + (d ^ 1), tl.where(d % 2 == 0, -sine, sine)
-        query = query * cosine + _added(parts, bias, part_step, pair, there, PARTS) * turned
-        key = key * cosine + _added(parts, bias, part_step, embed + pair, there, PARTS) * turned
-        kept, kept_value = key, value
-    else:
-        shift = moved + (position * LAYERS + layer) * 2 * embed + head * SIZE + d
-        kept = key - tl.load(shift, mask=there, other=0.)
-        kept_value = value - tl.load(shift + embed, mask=there, other=0.)
+    query, key, value, kept, kept_value = _query_key_value(
+        parts, bias, part_step, moved, position, layer, head, d, there, LAYERS, HEADS * SIZE, SIZE, PARTS, ROTARY)
     page = tl.load(tables + row * row_step + (width - 1) * page_step)
     own = slab + ((page * 2 + HALF) * LAYERS + layer) * 2 * embed + head * SIZE + d
     tl.store(own, kept.to(slab.dtype.element_ty), mask=there & is_first)

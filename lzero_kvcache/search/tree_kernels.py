@@ -19,6 +19,69 @@ def _quality(reward, discount, sign, value_sum, visits):
 
 
 @triton.jit
+def _unseen(worth, seen, index, above, total, is_root, slots):
+    """The value of children without visits: the mean of the others and, beside the root, of ``above``, the same of the
+    parent. ``total`` is 0."""
+    visited = tl.sum(seen.to(tl.int32), 0)
+    for one in range(slots):
+        total += tl.sum(tl.where(seen & (index == one), worth, 0.), 0)
+    if is_root & (visited > 0):
+        above = tl.div_rn(total, visited.to(tl.float32))
+    else:
+        above = tl.div_rn(above + total, (visited + 1).to(tl.float32))
+    return above
+
+
+@triton.jit
+def _best(scores, known, index, key, row, simulation, depth, SLOTS: tl.constexpr, DRAWS_TIES: tl.constexpr):
+    """The child with the best score, and that score: of equal ones, the first or one that is drawn."""
+    valid = known & (scores > -_FAR)  # not nan
+    scores = tl.where(valid, scores, -_FAR)
+    best = tl.max(scores, 0)
+    first = tl.min(tl.where(valid & (scores == best), index, SLOTS), 0)
+    chosen = valid & (index == first)
+    if DRAWS_TIES:
+        tied = valid & (index >= first) & (scores >= best - _NEAR)
+        ties = tl.sum(tied.to(tl.int32), 0)
+        word, _b, _c, _d = tl.philox(tl.load(key), row, simulation, depth, _TIE)
+        left = tl.umulhi(word, ties.to(tl.uint32)).to(tl.int32)
+        chosen = tied & (tl.cumsum(tied.to(tl.int32), 0) - 1 == left)
+    return chosen, best
+
+
+@triton.jit
+def _write_context(tables, counts, window, window_counts, page, parent, new, row, rows, PAGES: tl.constexpr,
+                   PADDED: tl.constexpr):
+    """Write the parent's context to ``window``, and to the new node's table with ``page`` at its end, without the
+    oldest page where it is full; returns the parent's pages."""
+    count = tl.load(counts + parent)
+    column = tl.arange(0, PADDED)
+    context = tl.load(tables + parent * PAGES + column, mask=column < count, other=0)
+    tl.store(window + column * rows + row, context.to(tl.int64), mask=column < PAGES)
+    tl.store(window + PAGES * rows + row, page.to(tl.int64))
+    tl.store(window_counts + row, count.to(tl.int64))
+    dropped = (count == PAGES).to(tl.int32)
+    grown = tl.load(tables + parent * PAGES + column + dropped, mask=column + dropped < count, other=0)
+    grown = tl.where(column == count - dropped, page, grown)
+    tl.store(tables + new * PAGES + column, grown, mask=column < PAGES)
+    tl.store(counts + new, count - dropped + 1)
+    return count
+
+
+@triton.jit
+def _write_positions(positions, timesteps, count, after, row, rows, rotary_positions, action_offset,
+                     observation_offset):
+    """Write the positions of the new node's action and observation, ``after`` steps from the root."""
+    acted, observed = (2 * count - 1).to(tl.int64), (2 * count).to(tl.int64)
+    if rotary_positions > 0:  # on the main branch, of 64 bits
+        twice = (2 * (tl.load(timesteps + row) + after)).to(tl.int64)
+        acted = (twice + action_offset) % rotary_positions
+        observed = (twice + observation_offset) % rotary_positions
+    tl.store(positions + row, acted)
+    tl.store(positions + rows + row, observed)
+
+
+@triton.jit
 def select(visits, value_sum, reward, prior, child, order, draws, low, high, path, depths, actions, tables, counts,
            key, simulation_at, timesteps, pages, parents, taken, window, window_counts, positions, explored, spread,
            rules, rows, nodes, slots, action_size, rotary_positions, action_offset, observation_offset,
@@ -57,13 +120,7 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
         sums = tl.load(value_sum + first_node + children, mask=seen, other=0.)
         rewards = tl.load(reward + first_node + children, mask=seen, other=0.)
         worth = _quality(rewards, discount, 1.0, sums, reached)
-        total, visited = discount * 0, tl.sum(seen.to(tl.int32), 0)
-        for one in range(slots):
-            total += tl.sum(tl.where(seen & (index == one), worth, 0.), 0)
-        if (node == 0) & (visited > 0):
-            above = tl.div_rn(total, visited.to(tl.float32))
-        else:
-            above = tl.div_rn(above + total, (visited + 1).to(tl.float32))
+        above = _unseen(worth, seen, index, above, discount * 0, node == 0, slots)
         value = tl.where(seen, _quality(rewards, discount, sign, sums, reached), above)
         value = tl.where(width > 0, tl.div_rn(value - lowest, divisor), value)
         value = tl.where(value < 0, 0., value)
@@ -72,17 +129,7 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
         priors = tl.load(prior + begin + slot, mask=known, other=0.)
         more = tl.div_rn(tl.load(spread + others), tl.where(seen, reached, 0).to(tl.float32) + 1.0)
         scores = tl.load(explored + others) * more * priors + value
-        valid = known & (scores > -_FAR)  # not nan
-        scores = tl.where(valid, scores, -_FAR)
-        best = tl.max(scores, 0)
-        first = tl.min(tl.where(valid & (scores == best), index, SLOTS), 0)
-        chosen = valid & (index == first)
-        if DRAWS_TIES:
-            tied = valid & (index >= first) & (scores >= best - _NEAR)
-            ties = tl.sum(tied.to(tl.int32), 0)
-            word, _b, _c, _d = tl.philox(tl.load(key), row, simulation, depth, _TIE)
-            left = tl.umulhi(word, ties.to(tl.uint32)).to(tl.int32)
-            chosen = tied & (tl.cumsum(tied.to(tl.int32), 0) - 1 == left)
+        chosen, best = _best(scores, known, index, key, row, simulation, depth, SLOTS, DRAWS_TIES)
         step = tl.sum(tl.where(chosen, slot, 0), 0)
         action = tl.sum(tl.where(chosen, index, 0), 0) if SAMPLED else step
         node = tl.max(tl.where(chosen, children, -1), 0)
@@ -106,25 +153,12 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
         tl.store(taken + row * action_size + part, numbers.to(taken.dtype.element_ty), mask=part < action_size)
     else:
         tl.store(taken + row, action.to(tl.int64))
-    count = tl.load(counts + first_node + parent)
-    column = tl.arange(0, PADDED)
-    context = tl.load(tables + (first_node + parent) * PAGES + column, mask=column < count, other=0)
     page = tl.load(pages + simulation * rows + row)
-    tl.store(window + column * rows + row, context.to(tl.int64), mask=column < PAGES)
-    tl.store(window + PAGES * rows + row, page.to(tl.int64))
-    tl.store(window_counts + row, count.to(tl.int64))
-    dropped = (count == PAGES).to(tl.int32)
-    grown = tl.load(tables + (first_node + parent) * PAGES + column + dropped, mask=column + dropped < count, other=0)
-    grown = tl.where(column == count - dropped, page, grown)
-    tl.store(tables + (first_node + simulation + 1) * PAGES + column, grown, mask=column < PAGES)
-    tl.store(counts + first_node + simulation + 1, count - dropped + 1)
-    acted, observed = (2 * count - 1).to(tl.int64), (2 * count).to(tl.int64)
-    if rotary_positions > 0:  # on the main branch, of 64 bits
-        twice = (2 * (tl.load(timesteps + row) + after)).to(tl.int64)
-        acted = (twice + action_offset) % rotary_positions
-        observed = (twice + observation_offset) % rotary_positions
-    tl.store(positions + row, acted)
-    tl.store(positions + rows + row, observed)
+    count = _write_context(
+        tables, counts, window, window_counts, page, first_node + parent, first_node + simulation + 1, row, rows, PAGES,
+        PADDED)
+    _write_positions(
+        positions, timesteps, count, after, row, rows, rotary_positions, action_offset, observation_offset)
 
 
 @triton.jit
