@@ -16,7 +16,8 @@ def adapter_of(block: type) -> Adapter:
         from .lightzero_main import MainBranch
         return MainBranch()
     raise ImportError('this LightZero is neither its release 0.2.0 nor its main branch: its blocks have no mlp and no '
-                      'feed_forward; pip install LightZero==0.2.0')
+                      'feed_forward; pip install LightZero==0.2.0, or for its own caching take lzero_kvcache out of '
+                      'create_config.policy.import_names')
 
 
 lightzero = adapter_of(Block)
