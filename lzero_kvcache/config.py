@@ -186,6 +186,14 @@ class CacheConfig:
         Overview:
             The options that a policy or a world model handed down with a ``world_model_cfg``; else what :meth:`read`
             finds in it. The attribute is removed, so that it never outlives a change of the config.
+        Arguments:
+            - world_model_cfg (:obj:`Any`): The config, dict-like or with attributes.
+            - env_num (:obj:`Optional[int]`): As for :meth:`read`.
+            - by_hand (:obj:`bool`): As for :meth:`read`.
+        Returns:
+            - config (:obj:`CacheConfig`): The options with their defaults filled in.
+        Raises:
+            - ConfigError: As by :meth:`read`.
         """
         found = getattr(world_model_cfg, '__dict__', {}).pop(HANDED_DOWN, None)
         return cls.read(world_model_cfg, env_num=env_num, by_hand=by_hand) if found is None else found

@@ -41,7 +41,7 @@ def disable(main_config: EasyDict, create_config: EasyDict) -> None:
         - main_config (:obj:`EasyDict`): LightZero's ``main_config``.
         - create_config (:obj:`EasyDict`): LightZero's ``create_config``.
     Raises:
-        - ConfigError: A config has no policy.
+        - ConfigError: A config has no policy, or something else where LightZero's configs have a dict, or names.
     """
     _check_shape(main_config, create_config)
     _switch(main_config, create_config, False, {})

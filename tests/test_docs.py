@@ -3,6 +3,7 @@ import ast
 import contextlib
 import copy
 import importlib.util
+import inspect
 import os
 import re
 import shlex
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from builders import compiled, small_cartpole
 from ding.utils import MODEL_REGISTRY
-from small_models import Case, construct
+from small_models import ON_MAIN, Case, construct
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as cartpole
 
+import lzero_kvcache
 from lzero_kvcache import KV_CACHE_REGISTRY, KVCacheManager, config, run_hooks, telemetry
 from lzero_kvcache.cache.nodes import NodeTable
 from lzero_kvcache.cache.pages import RESERVED_PAGES, extend
@@ -402,6 +404,120 @@ def test_keys_that_are_named(name):
     """Every key of ``kv_cache_cfg`` that a page or a command names is one."""
     for key in re.findall(r'kv_cache_cfg\.(\w+)', read(name)):
         assert key in config.KV_CACHE_CFG, key
+
+
+# ---- docstrings ------------------------------------------------------------------------------------------------------
+
+# What is imported from `host`, by its modules, for subclasses; the last of LightZero's main branch alone.
+SUBCLASSED = {
+    'world_model': ['NewWorldModel'], 'old_world_model': ['OldWorldModel'],
+    'models': ['UniZeroModel', 'SampledUniZeroModel'], 'policies': ['UniZeroPolicy', 'SampledUniZeroPolicy'],
+    'ppo': ['NewPPOWorldModel', 'OldPPOWorldModel', 'UniZeroPPOModel', 'UniZeroPPOPolicy'],
+}
+
+
+def public():
+    """The classes and functions that users import, by name."""
+    found = {name: getattr(lzero_kvcache, name) for name in lzero_kvcache.__all__}
+    for module, names in SUBCLASSED.items():
+        if module != 'ppo' or ON_MAIN:
+            of_host = importlib.import_module(f'lzero_kvcache.host.{module}')
+            found.update((name, getattr(of_host, name)) for name in names)
+    return {name: value for name, value in found.items() if inspect.isclass(value) or inspect.isfunction(value)}
+
+
+def ours(kind):
+    """A class and its bases, as far as they are the package's."""
+    return [base for base in kind.__mro__ if base.__module__.split('.')[0] == PACKAGE.name]
+
+
+def sections(docstring):
+    """The parts of a docstring in DI-engine's form by their headings, each as lines."""
+    parts = {}
+    for line in inspect.cleandoc(docstring or '').split('\n'):
+        if re.fullmatch(r'[A-Z]\w+:', line):
+            lines = parts[line[:-1]] = []
+        elif parts and line:
+            lines.append(line)
+    return parts
+
+
+def items(lines):
+    """The names that a part of a docstring lists, each with a type."""
+    return re.findall(r'^ {4}- (\w+) \(:obj:`[^`]+`\): \S', '\n'.join(lines), re.MULTILINE)
+
+
+def parameters(function):
+    return [parameter for name, parameter in inspect.signature(function).parameters.items()
+            if name not in ('self', 'cls')]
+
+
+def check_function(function, docstring):
+    parts = sections(docstring)
+    assert parts.get('Overview')
+    assert items(parts.get('Arguments', [])) == [parameter.name for parameter in parameters(function)]
+    answers = inspect.signature(function).return_annotation not in (None, 'None', inspect.Signature.empty)
+    assert bool(items(parts.get('Returns', []))) == answers
+
+
+def inherited_docstring(kind, name):
+    return next(filter(None, (vars(base)[name].__doc__ for base in ours(kind) if name in vars(base))), '')
+
+
+@pytest.mark.parametrize('name', sorted(public()))
+def test_what_users_import_says_what_it_does(name):
+    value = public()[name]
+    assert sections(value.__doc__).get('Overview')
+    if inspect.isfunction(value):
+        check_function(value, value.__doc__)
+
+
+@pytest.mark.parametrize('name', sorted(name for name, value in public().items() if inspect.isclass(value)))
+def test_what_users_import_names_the_arguments_of_its_constructor(name):
+    kind = public()[name]
+    init = next((vars(base)['__init__'] for base in ours(kind) if '__init__' in vars(base)), None)
+    expected = parameters(init) if init else []
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in expected):
+        return  # LightZero's own constructor has the arguments
+    exported = [base for base in ours(kind) if base in public().values()]
+    documented = next(filter(None, (sections(base.__doc__).get('Arguments') for base in exported)), [])
+    # The keys of an option are documented where they are defined.
+    assert items(documented) == [parameter.name for parameter in expected if not (
+        kind is config.CacheConfig and parameter.name in config.KV_CACHE_CFG)]
+
+
+METHODS = sorted({
+    f'{name}.{attribute}' for name, kind in public().items() if inspect.isclass(kind)
+    for base in ours(kind) for attribute, value in vars(base).items()
+    if not attribute.startswith('_')
+    and (inspect.isfunction(value) or isinstance(value, (property, classmethod, staticmethod)))
+})
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_methods_say_what_they_do(method):
+    """Or the method that they override does."""
+    name, attribute = method.split('.')
+    kind = public()[name]
+    value = inspect.getattr_static(kind, attribute)
+    docstring = inherited_docstring(kind, attribute)
+    if isinstance(value, property):
+        assert docstring
+    else:
+        check_function(getattr(value, '__func__', value), docstring)
+
+
+def test_what_only_the_main_branch_has_says_what_it_does():
+    classes = [node for node in ast.parse(read('lzero_kvcache/host/ppo.py')).body if isinstance(node, ast.ClassDef)]
+    documented = [node.name for node in classes if sections(ast.get_docstring(node)).get('Overview')]
+    assert sorted(documented) == SUBCLASSED['ppo']
+
+
+def test_every_class_that_users_are_told_to_derive_from_is_held_to_that():
+    told = ''.join(map(read, PAGES)) + ''.join(path.read_text(encoding='utf-8') for path in PACKAGE.rglob('*.py'))
+    named = set(re.findall(r'\blzero_kvcache\.host\.(\w+)(?:\.| import )([A-Z]\w+)', told))
+    assert ('world_model', 'NewWorldModel') in named
+    assert named <= {(module, name) for module, names in SUBCLASSED.items() for name in names}
 
 
 # ---- docs/design.md: the drawn search tree --------------------------------------------------------------------------

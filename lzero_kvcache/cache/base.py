@@ -31,8 +31,10 @@ class BaseCacheManager(ABC):
         Overview:
             Forget root contexts; counts stay.
         Arguments:
-            - mode (:obj:`Optional[str]`): 'collect' or 'eval'; None for both.
+            - mode (:obj:`Optional[str]`): 'collect' or 'eval'; None for both, as LightZero's own caches always do.
             - env_id (:obj:`Optional[int]`): One environment; None for all.
+        Raises:
+            - ValueError: There is no such mode, but for LightZero's own caches.
         """
 
     @abstractmethod
@@ -56,7 +58,7 @@ class BaseCacheManager(ABC):
             Count a batch of what both systems call a query and a hit.
         Arguments:
             - pool (:obj:`str`): 'init': one row of a root inference whose environment has a predecessor step in its \
-                episode. 'recur': one row of one recurrent inference of a search.
+                episode. 'recur': one row of one recurrent inference of a search; the old system counts these itself.
             - queries (:obj:`int`): Rows.
             - hits (:obj:`int`): Rows whose context was there.
             - by_node (:obj:`bool`): Whether they were found by node, so that no pool has counted them.
@@ -69,16 +71,20 @@ class BaseCacheManager(ABC):
             The numbers that tensorboard shows.
         Returns:
             - counters (:obj:`Dict[str, Any]`): ``init``, ``recur`` and ``total``, each a dict with ``queries``, \
-                ``hits``, ``misses`` and, where known, ``evictions`` and ``occupancy`` (all cumulative but the last); \
-                and ``memory_mb``. A manager that does not count leaves the first three out. Where rows with nan or \
-                inf can be skipped, ``skipped``, and where CUDA graphs are captured, ``captures``, both cumulative.
+                ``hits``, ``misses`` and, where known, ``evictions`` and ``occupancy`` (all cumulative but the last, \
+                the share of the capacity that is filled); and ``memory_mb``, in MiB. A manager that does not count \
+                leaves the first three out. Where rows with nan or inf can be skipped, ``skipped``, and where CUDA \
+                graphs are captured, ``captures``, both cumulative.
         """
 
     @abstractmethod
     def get_stats_summary(self) -> Dict[str, Any]:
         """
         Overview:
-            Every pool's own counts as a JSON-serialisable dict, ``{'stats_enabled': False}`` without counting.
+            Every pool's own counts, ready for JSON.
+        Returns:
+            - summary (:obj:`Dict[str, Any]`): ``{'stats_enabled': False}`` without counting; else \
+                ``stats_enabled``, the counts by pool, and ``memory_mb``, in MiB.
         """
 
     @abstractmethod
@@ -126,15 +132,18 @@ class PagedCacheManager(BaseCacheManager):
         Arguments:
             - store (:obj:`PageStore`): ``grow(pages)`` makes room and says whether it could, ``memory_mb`` is what it \
                 holds, ``page_bytes`` what a page takes, ``captures`` how many CUDA graphs were captured over it.
+        Raises:
+            - ConfigError: ``kv_cache_cfg.max_memory_mb`` is too small for one search.
         """
 
     @abstractmethod
     def lease(self) -> Lease:
         """
         Overview:
-            A lease for one step or one search: ``allocate(count)`` takes pages, ``hold(tables)`` keeps contexts that
-            were found, and ``release()``, or the end of ``with``, gives back what no entry has taken over. Leases
-            know nothing of each other.
+            Begin a step or a search, which takes its pages by a lease. Leases know nothing of each other.
+        Returns:
+            - lease (:obj:`Lease`): ``allocate(count)`` takes pages, ``hold(tables)`` keeps contexts that were found, \
+                and ``release()``, or the end of ``with``, gives back what no entry has taken over.
         """
 
     @abstractmethod
@@ -145,12 +154,12 @@ class PagedCacheManager(BaseCacheManager):
         Arguments:
             - mode (:obj:`str`): 'collect' or 'eval'; their contexts are apart.
             - env_ids (:obj:`Sequence[int]`): The environment of each row.
-            - keys (:obj:`Sequence[Hashable]`): ``CURRENT`` for an environment's newest root, or the hash of each \
-                row's last latent state.
+            - keys (:obj:`Sequence[Hashable]`): ``CURRENT`` for each row, which is its environment's newest root, or \
+                the hash of each row's last latent state.
         Returns:
-            - rows (:obj:`Rows`): Tables, and pages in use ``[B]``: 0 for a miss.
+            - rows (:obj:`Rows`): Tables ``[B, R]``, and pages in use ``[B]``: 0 for a miss.
         Raises:
-            - ValueError: There is no such environment.
+            - ValueError: There is no such mode or environment.
         """
 
     @abstractmethod
@@ -159,12 +168,23 @@ class PagedCacheManager(BaseCacheManager):
         Overview:
             Store the contexts of new roots; an equal key of the same environment is replaced. Under ``CURRENT`` a
             context of 0 pages says that the environment has none.
+        Arguments:
+            - mode (:obj:`str`): 'collect' or 'eval'.
+            - env_ids (:obj:`Sequence[int]`): The environment of each row; under ``CURRENT`` none twice.
+            - keys (:obj:`Sequence[Hashable]`): ``CURRENT`` for each row, or the hash of each row's latent state.
+            - rows (:obj:`Rows`): Tables ``[B, R]``, and pages in use ``[B]``.
+        Raises:
+            - ValueError: There is no such mode or environment.
         """
 
     def forget_init(self, mode: str, env_ids: Sequence[int], keys: Sequence[Hashable]) -> None:
         """
         Overview:
             Called when a search by key has ended: its roots' keys will not be asked for again. Does nothing here.
+        Arguments:
+            - mode (:obj:`str`): 'collect' or 'eval'.
+            - env_ids (:obj:`Sequence[int]`): The environment of each root.
+            - keys (:obj:`Sequence[Hashable]`): The hash of each root's latent state.
         """
 
     @abstractmethod
@@ -172,23 +192,39 @@ class PagedCacheManager(BaseCacheManager):
         """
         Overview:
             Find the contexts of the nodes that are expanded: in the environment's init pool, then in the search.
+        Arguments:
+            - mode (:obj:`str`): 'collect' or 'eval'.
+            - env_ids (:obj:`Sequence[int]`): The environment of each row.
+            - keys (:obj:`Sequence[Hashable]`): The hash of each node's latent state.
+        Returns:
+            - rows (:obj:`Rows`): Tables ``[B, R]``, and pages in use ``[B]``: 0 for a miss.
+        Raises:
+            - ValueError: There is no such mode or environment.
         """
 
     @abstractmethod
     def store_recur(self, env_ids: Sequence[int], keys: Sequence[Hashable], rows: Rows) -> None:
         """
         Overview:
-            Store the contexts of the nodes that a simulation made.
+            Store the contexts of the nodes that a simulation made; an equal key of the same environment is replaced.
+        Arguments:
+            - env_ids (:obj:`Sequence[int]`): The environment of each row.
+            - keys (:obj:`Sequence[Hashable]`): The hash of each node's latent state.
+            - rows (:obj:`Rows`): Tables ``[B, R]``, and pages in use ``[B]``.
         """
 
     def count_skipped(self, rows: int) -> None:
         """
         Overview:
             Count rows with nan or inf that are not stored (``kv_cache_cfg.on_nan='skip'``). Does nothing here.
+        Arguments:
+            - rows (:obj:`int`): How many there are.
         """
 
     def count_nodes(self, nodes: int) -> None:
         """
         Overview:
-            Called at each search with the number of nodes that it will hold, for the occupancy. Does nothing here.
+            Called when a search begins that needs no keys, for the occupancy. Does nothing here.
+        Arguments:
+            - nodes (:obj:`int`): How many nodes it will make, of all rows together.
         """

@@ -174,7 +174,12 @@ class KVCacheManager(PagedCacheManager):
     def get_init_cache(self, env_id: int, cache_key: Hashable) -> Any:
         """
         Overview:
-            A copy of what was put into an environment's init pool, or None.
+            Look up what was put into an environment's init pool, of collection.
+        Arguments:
+            - env_id (:obj:`int`): The environment.
+            - cache_key (:obj:`Hashable`): The key.
+        Returns:
+            - value (:obj:`Any`): What was put there, a ``KeysValues`` as a copy; None for a miss.
         Raises:
             - ValueError: There is no such environment.
         """
@@ -183,7 +188,13 @@ class KVCacheManager(PagedCacheManager):
     def set_init_cache(self, env_id: int, cache_key: Hashable, kv_cache: Any) -> int:
         """
         Overview:
-            Put a copy of a context into an environment's init pool; returns its slot.
+            Put a value into an environment's init pool, of collection; a ``KeysValues`` as a copy.
+        Arguments:
+            - env_id (:obj:`int`): The environment.
+            - cache_key (:obj:`Hashable`): The key.
+            - kv_cache (:obj:`Any`): The value.
+        Returns:
+            - slot (:obj:`int`): The slot of the pool that it is in, from 0.
         Raises:
             - ValueError: There is no such environment.
         """
@@ -192,28 +203,48 @@ class KVCacheManager(PagedCacheManager):
     def get_recur_cache(self, cache_key: Hashable, env_id: Optional[int] = None) -> Any:
         """
         Overview:
-            A copy of what was put into the recurrent pool, for one environment or for none in particular, or None.
+            Look up what was put into the recurrent pool.
+        Arguments:
+            - cache_key (:obj:`Hashable`): The key.
+            - env_id (:obj:`Optional[int]`): The environment it was put there for; None for none in particular.
+        Returns:
+            - value (:obj:`Any`): What was put there, a ``KeysValues`` as a copy; None for a miss.
         """
         return self.recur_pool.get((env_id, cache_key))
 
     def set_recur_cache(self, cache_key: Hashable, kv_cache: Any, env_id: Optional[int] = None) -> int:
         """
         Overview:
-            Put a copy of a context into the recurrent pool; returns its slot.
+            Put a value into the recurrent pool; a ``KeysValues`` as a copy.
+        Arguments:
+            - cache_key (:obj:`Hashable`): The key.
+            - kv_cache (:obj:`Any`): The value.
+            - env_id (:obj:`Optional[int]`): The environment that it is for; None for none in particular.
+        Returns:
+            - slot (:obj:`int`): The slot of the pool that it is in, from 0.
         """
         return self.recur_pool.set((env_id, cache_key), kv_cache)
 
     def get_wm_cache(self, cache_key: Hashable) -> Any:
         """
         Overview:
-            A copy of what was put into the working batch, or None.
+            Look up what was put into the working batch.
+        Arguments:
+            - cache_key (:obj:`Hashable`): The key.
+        Returns:
+            - value (:obj:`Any`): What was put there, a ``KeysValues`` as a copy; None for a miss.
         """
         return self.wm_pool.get(cache_key)
 
     def set_wm_cache(self, cache_key: Hashable, kv_cache: Any) -> int:
         """
         Overview:
-            Put a copy of a context into the working batch; returns its slot.
+            Put a value into the working batch; a ``KeysValues`` as a copy.
+        Arguments:
+            - cache_key (:obj:`Hashable`): The key.
+            - kv_cache (:obj:`Any`): The value.
+        Returns:
+            - slot (:obj:`int`): The slot of the pool that it is in, from 0.
         """
         return self.wm_pool.set(cache_key, kv_cache)
 
@@ -221,6 +252,13 @@ class KVCacheManager(PagedCacheManager):
         """
         Overview:
             Look in an environment's init pool, then among its recurrent entries, then among those of none.
+        Arguments:
+            - env_id (:obj:`int`): The environment.
+            - cache_key (:obj:`Hashable`): The key.
+        Returns:
+            - value (:obj:`Any`): What was put there, a ``KeysValues`` as a copy; None for a miss.
+        Raises:
+            - ValueError: There is no such environment.
         """
         found = self.get_init_cache(env_id, cache_key)
         if found is None and (env_id, cache_key) in self.recur_pool:
@@ -234,10 +272,10 @@ class KVCacheManager(PagedCacheManager):
         Overview:
             Every pool's own counts.
         Returns:
-            - summary (:obj:`Dict[str, Any]`): ``stats_enabled``; ``init_pools`` with ``env_0`` and so on, \
-                ``recur_pool`` and ``wm_pool``, each with ``hits``, ``misses``, ``evictions``, ``total_queries``, \
-                ``hit_rate``, ``size`` and ``capacity``; ``eval_pools`` once there was an evaluation; ``memory_mb``, \
-                ``captures``.
+            - summary (:obj:`Dict[str, Any]`): ``stats_enabled``, alone if it is False; ``init_pools`` with ``env_0`` \
+                and so on, ``recur_pool`` and ``wm_pool``, each with ``hits``, ``misses``, ``evictions``, \
+                ``total_queries``, ``hit_rate``, ``size`` and ``capacity``; ``eval_pools`` once there was an \
+                evaluation; ``memory_mb``, in MiB; ``captures``.
         """
         if not self.enable_stats:
             return {'stats_enabled': False}
@@ -273,7 +311,7 @@ class KVCacheManager(PagedCacheManager):
 
     @property
     def pages_used(self) -> int:
-        """Pages that hold a context now; contexts that share a page count it once."""
+        """Pages that contexts and leases hold now; a page that several of them share counts once."""
         return self._pages.used
 
     def reset_stats(self) -> None:
@@ -298,7 +336,12 @@ class KVCacheManager(PagedCacheManager):
     def take(self, count: int) -> np.ndarray:
         """
         Overview:
-            Pages with one reference each, which the caller owns; grows or evicts where too few are free.
+            Take pages with one reference each, for a lease, which gives them back; where too few are free, the storage
+            grows or older root contexts are evicted.
+        Arguments:
+            - count (:obj:`int`): How many pages.
+        Returns:
+            - pages (:obj:`np.ndarray`): Their ids ``[count]``, int64.
         Raises:
             - OutOfPages: The running search and the current steps need all there are.
         """

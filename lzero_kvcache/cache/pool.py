@@ -26,7 +26,7 @@ class KVCachePool:
         - enable_stats (:obj:`bool`): Whether look-ups and evictions are counted; if not, ``stats`` stays at 0.
         - name (:obj:`str`): How log lines call it.
     Raises:
-        - ValueError: ``pool_size`` below 1 or an unknown strategy.
+        - ValueError: ``pool_size`` is no whole number of at least 1, ``enable_stats`` no bool, or the strategy unknown.
     """
 
     def __init__(
@@ -93,6 +93,9 @@ class KVCachePool:
         """
         Overview:
             Count look-ups, which the manager may have made: an environment's newest root is in no pool.
+        Arguments:
+            - keys (:obj:`Sequence[Hashable]`): The keys that were looked up.
+            - found (:obj:`Sequence[bool]`): Whether each of them was there.
         """
         if self.enable_stats:
             self.stats.record(len(keys), sum(found))
@@ -109,6 +112,8 @@ class KVCachePool:
         """
         Overview:
             Remove an entry, if it is there, without counting an eviction.
+        Arguments:
+            - key (:obj:`Hashable`): The key.
         """
         if key in self._slots:
             self._remove(key)
@@ -121,7 +126,11 @@ class KVCachePool:
     def evict_but(self, kept: Optional[Hashable]) -> bool:
         """
         Overview:
-            Evict the entry that the strategy picks among all but ``kept``; False if there is none.
+            Evict the entry that the strategy picks among all but one.
+        Arguments:
+            - kept (:obj:`Optional[Hashable]`): The key of the entry that stays; it need not be there.
+        Returns:
+            - evicted (:obj:`bool`): Whether there was an entry to evict.
         """
         if len(self._slots) == (kept in self._slots):
             return False

@@ -8,6 +8,11 @@ class CacheStats:
     """
     Overview:
         What happened in one pool; ``hits + misses == total_queries`` always.
+    Arguments:
+        - hits (:obj:`int`): Look-ups that found an entry.
+        - misses (:obj:`int`): Look-ups that found none.
+        - evictions (:obj:`int`): Entries that were evicted.
+        - total_queries (:obj:`int`): Look-ups.
     """
     hits: int = 0
     misses: int = 0
@@ -42,6 +47,9 @@ class CacheStats:
         """
         Overview:
             The counts and the rate as plain numbers, ready for JSON.
+        Returns:
+            - summary (:obj:`Dict[str, Any]`): ``hits``, ``misses``, ``evictions``, ``total_queries``, and \
+                ``hit_rate``, from 0.0 to 1.0.
         """
         return {**asdict(self), 'hit_rate': self.hit_rate}
 

@@ -54,8 +54,15 @@ class KVCacheModel(nn.Module):
         with_globals(init, **names)(self, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
-        """As PyTorch's; LightZero asks for evaluation mode at each step, and setting it anew takes longer than the
-        bookkeeping of a root inference."""
+        """
+        Overview:
+            As PyTorch's, but that a mode which all modules are in is not set again: LightZero asks for evaluation mode
+            at each step, and setting it anew takes longer than the bookkeeping of a root inference.
+        Arguments:
+            - mode (:obj:`bool`): Training mode, or else evaluation mode.
+        Returns:
+            - model (:obj:`Any`): The model itself.
+        """
         is_new = isinstance(self._modules.get('world_model'), NewWorldModel)
         return self if is_new and _is_in_mode(self, mode) else super().train(mode)
 
@@ -98,14 +105,26 @@ class MemoryTokenizer(Tokenizer):
 
 
 class UniZeroModel(KVCacheModel, unizero_model.UniZeroModel):
-    """LightZero's ``UniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
-    ``old_world_model``, which a subclass may name its own world models by."""
+    """
+    Overview:
+        LightZero's ``UniZeroModel``, whose world model ``world_model_cfg.use_new_cache_manager`` picks. A subclass may
+        set the classes that it picks from: ``new_world_model``, which derives from ``NewWorldModel``, and
+        ``old_world_model``, which derives from ``OldWorldModel``.
+    Raises:
+        - ConfigError: The flag is on and LightZero's module has somebody's own world model, or an option is wrong.
+    """
     module = unizero_model
 
 
 class SampledUniZeroModel(KVCacheModel, sampled_unizero_model.SampledUniZeroModel):
-    """LightZero's ``SampledUniZeroModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
-    ``old_world_model``, which a subclass may name its own world models by."""
+    """
+    Overview:
+        LightZero's ``SampledUniZeroModel``, whose world model ``world_model_cfg.use_new_cache_manager`` picks. A
+        subclass may set the classes that it picks from: ``new_world_model``, which derives from ``NewWorldModel``, and
+        ``old_world_model``, which derives from ``OldWorldModel``.
+    Raises:
+        - ConfigError: The flag is on and LightZero's module has somebody's own world model, or an option is wrong.
+    """
     module = sampled_unizero_model
 
 

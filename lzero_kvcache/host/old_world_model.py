@@ -35,7 +35,12 @@ class CountedFromOutside(BaseCacheManager):
         self._world_model: Any = None
 
     def attach(self, world_model: Any) -> None:
-        """Say whose caches these are."""
+        """
+        Overview:
+            Say whose caches these are.
+        Arguments:
+            - world_model (:obj:`Any`): LightZero's world model.
+        """
         self._world_model = world_model
 
     @abstractmethod
@@ -138,6 +143,8 @@ class OldWorldModel(LightZeroWorldModel):
     Arguments:
         - config (:obj:`Any`): A ``world_model_cfg``.
         - tokenizer (:obj:`Any`): LightZero's tokenizer.
+    Raises:
+        - ConfigError: As by :meth:`CacheConfig.read`.
     """
     use_new_cache_manager = False
     lightzero_version = VERSION
@@ -165,7 +172,12 @@ class OldWorldModel(LightZeroWorldModel):
     def forward_recurrent_inference(self, *args: Any, **kwargs: Any) -> Tuple[Any, ...]:
         """
         Overview:
-            LightZero's own, timed.
+            LightZero's own, timed; in a reanalysis not timed.
+        Arguments:
+            - args (:obj:`Any`): LightZero's.
+            - kwargs (:obj:`Any`): LightZero's.
+        Returns:
+            - outputs (:obj:`Tuple[Any, ...]`): LightZero's.
         """
         start = time.perf_counter()
         output = super().forward_recurrent_inference(*args, **kwargs)
@@ -176,7 +188,7 @@ class OldWorldModel(LightZeroWorldModel):
     def clear_caches(self) -> None:
         """
         Overview:
-            Clear as LightZero does, and say which system was cleared.
+            Clear as LightZero does, and print which system was cleared.
         """
         with_globals(super().clear_caches, print=lambda *_: None)()
         print(self.clear_line)

@@ -48,8 +48,13 @@ class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
 
     @classmethod
     def default_config(cls) -> EasyDict:
-        """LightZero's default config with the plugin's learner hook, and without the default ``env_num``, which would
-        hide whether a user gave one."""
+        """
+        Overview:
+            LightZero's default config with the plugin's learner hook and the ``config`` of subclasses, and without the
+            default ``env_num``, which would hide whether a user gave one.
+        Returns:
+            - config (:obj:`EasyDict`): A new one at each call.
+        """
         kinds = cls.__mro__
         plugins = next(number for number, kind in enumerate(kinds) if KVCachePolicy in kind.__bases__)
         _, lightzeros = kinds[plugins].__bases__
@@ -258,12 +263,27 @@ def _is_new(world_model: Any) -> bool:
 
 
 class UniZeroPolicy(KVCachePolicy, LightZeroUniZeroPolicy):
-    """LightZero's ``UniZeroPolicy`` with the plugin."""
+    """
+    Overview:
+        LightZero's ``UniZeroPolicy`` with the plugin's options and counts and, with the flag on, contexts that belong
+        to environments. A subclass may set ``config``, whose keys go over LightZero's defaults, and ``keyless_search``,
+        a class that derives from ``KeylessSearch``: the search with the flag on, where contexts need no key.
+    Raises:
+        - ConfigError: The config cannot be run, or with the flag on not by the new cache.
+    """
     keyless_search = KeylessSearch
 
 
 class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
-    """LightZero's ``SampledUniZeroPolicy`` with the plugin."""
+    """
+    Overview:
+        LightZero's ``SampledUniZeroPolicy`` with the plugin's options and counts and, with the flag on, contexts that
+        belong to environments. A subclass may set ``config``, whose keys go over LightZero's defaults, and
+        ``keyless_search``, a class that derives from ``SampledKeylessSearch``: the search with the flag on, where
+        contexts need no key.
+    Raises:
+        - ConfigError: The config cannot be run, or with the flag on not by the new cache.
+    """
     keyless_search = SampledKeylessSearch
 
 

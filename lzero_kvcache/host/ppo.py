@@ -14,7 +14,10 @@ from .world_model import NewWorldModel
 
 
 class OldPPOWorldModel(OldWorldModel, PPOWorldModel):
-    """LightZero's with its own caching."""
+    """
+    Overview:
+        LightZero's ``PPOWorldModel`` with its own caching; otherwise as :class:`OldWorldModel`.
+    """
 
 
 class ManagerPPOWorldModel(ManagerWorldModel, PPOWorldModel):
@@ -22,18 +25,35 @@ class ManagerPPOWorldModel(ManagerWorldModel, PPOWorldModel):
 
 
 class NewPPOWorldModel(NewWorldModel, PPOWorldModel):
-    """LightZero's over pages; PPO's loss is LightZero's."""
+    """
+    Overview:
+        LightZero's ``PPOWorldModel`` over pages, as :class:`NewWorldModel`; PPO's loss is LightZero's.
+    """
 
 
 class UniZeroPPOModel(KVCacheModel, unizero_ppo_model.UniZeroPPOModel):
-    """LightZero's ``UniZeroPPOModel``; ``world_model_cfg.use_new_cache_manager`` picks ``new_world_model`` or
-    ``old_world_model``, which a subclass may name its own world models by."""
+    """
+    Overview:
+        LightZero's ``UniZeroPPOModel``, whose world model ``world_model_cfg.use_new_cache_manager`` picks. A subclass
+        may set the classes that it picks from: ``new_world_model``, which derives from ``NewPPOWorldModel``, and
+        ``old_world_model``, which derives from ``OldPPOWorldModel``.
+    Raises:
+        - ConfigError: The flag is on and LightZero's module has somebody's own world model, or an option is wrong.
+    """
     module, replaced = unizero_model, PPOWorldModel
     old_world_model, manager_world_model, new_world_model = OldPPOWorldModel, ManagerPPOWorldModel, NewPPOWorldModel
 
 
 class UniZeroPPOPolicy(KVCachePolicy, LightZeroUniZeroPPOPolicy):
-    """LightZero's ``UniZeroPPOPolicy`` with the plugin."""
+    """
+    Overview:
+        LightZero's ``UniZeroPPOPolicy`` with the plugin's options and counts and, with the flag on, contexts that
+        belong to environments. A subclass may set ``config``, whose keys go over LightZero's defaults, and
+        ``keyless_search``, a class that derives from ``KeylessSearch``: the search with the flag on, where there is
+        one and contexts need no key.
+    Raises:
+        - ConfigError: The config cannot be run, or with the flag on not by the new cache.
+    """
     keyless_search = KeylessSearch
 
 

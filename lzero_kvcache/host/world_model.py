@@ -34,8 +34,18 @@ logger = logging.getLogger(__name__)
 
 
 class NewWorldModel(LightZeroWorldModel):
-    """LightZero's world model whose contexts live in pages. Training is LightZero's own; root, recurrent and reanalysis
-    inference run on the engine, for any batch at once."""
+    """
+    Overview:
+        LightZero's world model whose contexts live in pages. Training is LightZero's own; root, recurrent and
+        reanalysis inference run on the engine, for any batch at once. A subclass may have a loss, modules of heads and
+        a recurrent inference of its own; the constructor refuses what the engine would pass over. Shapes: ``B`` rows,
+        ``L`` steps of a sequence, ``E`` embedding, ``A`` numbers of a continuous action.
+    Arguments:
+        - config (:obj:`Any`): A ``world_model_cfg``.
+        - tokenizer (:obj:`Any`): LightZero's tokenizer.
+    Raises:
+        - ConfigError: An option is wrong, or the new cache cannot serve this model.
+    """
     use_new_cache_manager = True
     lightzero_version = VERSION
 
@@ -84,7 +94,11 @@ class NewWorldModel(LightZeroWorldModel):
         """The working batch is gathered anew for each step."""
 
     def precompute_pos_emb_diff_kv(self) -> None:
-        """Nothing to precompute: positions come from the weights as they are at each step."""
+        """
+        Overview:
+            Nothing to precompute: positions come from the weights as they are at each step. The reference of
+            validation makes its tables.
+        """
         if self.validator is not None:
             self.validator.reference.precompute()
 
@@ -99,13 +113,24 @@ class NewWorldModel(LightZeroWorldModel):
         )
 
     def clear_caches(self) -> None:
-        """Forget every context, and say which system was cleared."""
+        """
+        Overview:
+            Forget every context, and print which system was cleared; ``reanalyze_phase`` prints nothing.
+        """
         self.forget()
         if not self.reanalyze_phase:
             print('Cleared WorldModel KV caches (NEW system).')
 
     def forget(self, mode: Optional[str] = None, env_id: Optional[int] = None) -> None:
-        """Forget the contexts of one environment or of all, in 'collect', 'eval' or both."""
+        """
+        Overview:
+            Forget the contexts of one environment, of a mode, or everything.
+        Arguments:
+            - mode (:obj:`Optional[str]`): 'collect' or 'eval'; None for both.
+            - env_id (:obj:`Optional[int]`): The environment; None for all.
+        Raises:
+            - ValueError: There is no such mode.
+        """
         if mode is None and env_id is None:
             self.kv_cache_manager.clear_all()
         else:
@@ -115,7 +140,12 @@ class NewWorldModel(LightZeroWorldModel):
             self.validator.reference.forget(mode, env_id)
 
     def weights_changed(self, reason: str) -> None:
-        """Drop the contexts that were made under older weights; the first time, say what changed them."""
+        """
+        Overview:
+            Drop the contexts that were made under older weights; the first time, log what changed them.
+        Arguments:
+            - reason (:obj:`str`): What changed them.
+        """
         if not self._told_weights_changed:
             self._told_weights_changed = True
             logger.info(f'Weights changed ({reason}): contexts made under older ones are dropped, now and from now on')
@@ -128,8 +158,15 @@ class NewWorldModel(LightZeroWorldModel):
         self._loaded = 0 if norm is None else zlib.crc32(norm.detach().float().cpu().numpy())
 
     def seed_of(self, purpose: str) -> int:
-        """The seed of what searches draw for collection, evaluation or reanalysis: each has another, and another with
-        the weights of a checkpoint, so that a resumed training does not repeat what it drew at its beginning."""
+        """
+        Overview:
+            The seed of what searches in arrays draw. It is another for each purpose, and another with the weights of a
+            checkpoint, so that a resumed training does not repeat what it drew at its beginning.
+        Arguments:
+            - purpose (:obj:`str`): 'collect', 'eval' or 'reanalysis'.
+        Returns:
+            - seed (:obj:`int`): From 0 to ``2 ** 32 - 1``.
+        """
         return zlib.crc32(repr((torch.initial_seed(), purpose, self._loaded)).encode())
 
     def _notice_moved_weights(self, addresses: Tuple[int, ...]) -> None:
@@ -141,8 +178,17 @@ class NewWorldModel(LightZeroWorldModel):
             self.weights_changed('their storage moved')
 
     def reserve_angles(self, start_pos: Any, depth: int, going: Any = 0) -> None:
-        """Have rotary angles for roots at some timesteps, or at one, to which an action led or not, and for nodes down
-        to a depth below them; a ``ValueError`` where LightZero has no angles below 0."""
+        """
+        Overview:
+            Have rotary angles for roots and for the nodes below them. Does nothing without rotary positions, or where
+            LightZero's angles repeat.
+        Arguments:
+            - start_pos (:obj:`Any`): Timesteps of the roots, ``[B]`` or one for all.
+            - depth (:obj:`int`): Depth of the deepest node.
+            - going (:obj:`Any`): Whether an action led to each root, ``[B]``, or one for all.
+        Raises:
+            - ValueError: A timestep needs an angle below 0, and LightZero has none.
+        """
         if not self._angles_grow:
             return
         first = int(np.min(2 * np.asarray(start_pos, dtype=np.int64) - going))
@@ -157,7 +203,12 @@ class NewWorldModel(LightZeroWorldModel):
                 step.addresses = moved
 
     def why_not_in_arrays(self) -> Optional[str]:
-        """Why a search cannot be in arrays on the model's device, as the model is now; None where it can."""
+        """
+        Overview:
+            Say why a search cannot be in arrays on the model's device, as the model is now.
+        Returns:
+            - reason (:obj:`Optional[str]`): None where it can.
+        """
         device = self.weights_source.device()
         if device.type == 'cuda':
             return self.inference.engine.kernels.why_not(device)
@@ -166,9 +217,19 @@ class NewWorldModel(LightZeroWorldModel):
         return why_not_compiled() or what_is_missing(self, self._store.slab.dtype)
 
     def searches_in_arrays(self, doing: str, addresses: Optional[Tuple[int, ...]] = None) -> bool:
-        """Whether to search in arrays, or else in LightZero's tree: by what ``kv_cache_cfg.search`` asks for, by what
-        can be, and by where and in which mode the model is now. The log says so the first time on a kind of device, and
-        where weights at other ``addresses`` change it; ``doing`` is its word for what the search is for."""
+        """
+        Overview:
+            Whether to search in arrays, or else in LightZero's tree: by what ``kv_cache_cfg.search`` asks for, by what
+            can be, and by whether the model is in evaluation mode. The log says where the first time on a kind of
+            device, and again where weights at other addresses change the reason.
+        Arguments:
+            - doing (:obj:`str`): The log's word for what the search does: 'Searching', 'Reanalyzing'.
+            - addresses (:obj:`Optional[Tuple[int, ...]]`): Of the weights; None to look them up.
+        Returns:
+            - in_arrays (:obj:`bool`): Whether to search in arrays.
+        Raises:
+            - ConfigError: A GPU cannot do what ``kv_cache_cfg.search='device'`` or ``matmul`` asks for.
+        """
         if self._options.search == 'tree':
             return False
         kind, addresses = (doing, self.weights_source.device().type), addresses or self.weights_source.addresses()
@@ -205,9 +266,21 @@ class NewWorldModel(LightZeroWorldModel):
     # ---- inference -------------------------------------------------------------------------------------------------
 
     def open_step(self, mode: str, env_ids: Iterable[int], in_arrays: bool = False) -> ContextManager[OpenStep]:
-        """Say whose rows the root inference inside has, and the search that follows it: the environment of each, none
-        twice. Outside, row ``i`` is environment ``i`` of collection. Where the search will be in arrays, if that can
-        be, the root inference is compiled too."""
+        """
+        Overview:
+            Say whose rows the root inference inside has, and the search that follows it. Outside, row ``i`` is
+            environment ``i`` of collection.
+        Arguments:
+            - mode (:obj:`str`): 'collect' or 'eval'.
+            - env_ids (:obj:`Iterable[int]`): The environment of each row ``[B]``; no environment twice.
+            - in_arrays (:obj:`bool`): Whether the search will be in arrays, where that can be; then a CPU runs the \
+                root inference compiled too.
+        Returns:
+            - context (:obj:`ContextManager[OpenStep]`): To enter by ``with``; it gives the step.
+        Raises:
+            - ConfigError: As by :meth:`searches_in_arrays`.
+            - ValueError: An environment has two rows.
+        """
         addresses = self.weights_source.addresses()
         self._notice_moved_weights(addresses)
         in_arrays = in_arrays and self.searches_in_arrays('Searching', addresses)
@@ -215,10 +288,26 @@ class NewWorldModel(LightZeroWorldModel):
 
     @torch.no_grad()
     def forward_initial_inference(self, obs_act_dict: Dict[str, Any], start_pos: Any = 0) -> Tuple[Any, ...]:
-        """The root inference of a search, or of a training batch's sequences (then ``current_obs`` is None), from
-        ``obs`` and ``action`` of the last step (-1 starts an episode) and timesteps of ``current_obs``, ``[B]`` or one.
-        Returns output sequence and latent state ``[B, 1, E]``, and the logits of reward (empty), policy and value
-        ``[B, 1, ...]``."""
+        """
+        Overview:
+            The root inference of a search, or of a training batch's sequences; LightZero's own code answers sequences
+            in training mode, or without a timestep of each step.
+        Arguments:
+            - obs_act_dict (:obj:`Dict[str, Any]`): ``current_obs [B, ...]``, and ``obs [B, ...]`` and ``action [B]`` \
+                or ``[B, A]`` of the last step; an action of -1 starts an episode in its row. Of sequences \
+                ``current_obs`` is None, ``obs [B (L + 1), ...]``, and ``action [B, L]`` or ``[B, L, A]``.
+            - start_pos (:obj:`Any`): Timesteps of ``current_obs``, ``[B]`` or one for all; of sequences ``[B, L]``.
+        Returns:
+            - outputs (:obj:`Tuple[Any, ...]`): Output sequence ``[B, 1, E]``, latent state ``[B, 1, E]``, and the \
+                logits of reward (empty), policy and value ``[B, 1, ...]``. Of sequences, latent state, policy \
+                and value have ``B (L + 1)`` rows.
+        Raises:
+            - ValueError: The rows are not those of the open step, or more than environments (the message names the \
+                key to raise); or as by :meth:`reserve_angles`.
+            - RuntimeError: A step that was opened before the innermost one still awaits its roots.
+            - FloatingPointError: A prediction has nan or inf, and ``kv_cache_cfg.on_nan`` is 'raise'.
+            - OutOfPages: No memory is left for the contexts; the message names the key to change.
+        """
         if obs_act_dict['current_obs'] is None:
             if self.training or np.ndim(start_pos) < 2:
                 return super().forward_initial_inference(obs_act_dict, start_pos)
@@ -245,9 +334,19 @@ class NewWorldModel(LightZeroWorldModel):
 
     def observed(self, latents: torch.Tensor, actions: np.ndarray,
                  timesteps: np.ndarray) -> Tuple[Weights, torch.Tensor]:
-        """The transformer over whole sequences, each without a context: ``latents [B, L, E]`` of observations, actions
-        ``[B, L]`` or ``[B, L, A]``, of which the last is not looked at, and timesteps ``[B, L]``. Returns the model's
-        weights as they are now, and the outputs ``[B, L, E]`` that heads predict from."""
+        """
+        Overview:
+            Run the transformer over whole sequences, each without a context.
+        Arguments:
+            - latents (:obj:`torch.Tensor`): Latent states of observations ``[B, L, E]``.
+            - actions (:obj:`np.ndarray`): Actions ``[B, L]`` or ``[B, L, A]``; the last of each is not looked at.
+            - timesteps (:obj:`np.ndarray`): Timesteps ``[B, L]``; only the first of each is looked at.
+        Returns:
+            - weights (:obj:`Weights`): The model's weights as they are now.
+            - outputs (:obj:`torch.Tensor`): What heads predict from ``[B, L, E]``.
+        Raises:
+            - ValueError: As by :meth:`reserve_angles`.
+        """
         self.reserve_angles(timesteps[:, 0], latents.shape[1])
         source = self.weights_source
         weights, geometry = source.read(False), source.geometry
@@ -258,10 +357,26 @@ class NewWorldModel(LightZeroWorldModel):
     @torch.no_grad()
     def forward_recurrent_inference(self, state_action_history: Sequence[Any], simulation_index: int = 0,
                                     search_depth: Sequence[int] = (), start_pos: Any = 0) -> Tuple[Any, ...]:
-        """One simulation: the node of each row, an action, and the node that follows. The last item of the history is
-        the latent states ``[B, 1, E]`` (numpy) and the actions ``[B]``, or ``[B, A]`` for continuous ones; depths of
-        the rows' nodes and timesteps of their roots tell rotary positions. Returns output sequence and next latent
-        state ``[B, 1, E]``, and the logits of reward, policy and value ``[B, 1, ...]``."""
+        """
+        Overview:
+            One simulation: the node of each row, an action, and the node that follows.
+        Arguments:
+            - state_action_history (:obj:`Sequence[Any]`): Its last item is the latent states ``[B, 1, E]`` (numpy) \
+                and the actions ``[B]`` or ``[B, A]`` (torch).
+            - simulation_index (:obj:`int`): Not used; LightZero's signature.
+            - search_depth (:obj:`Sequence[int]`): Depth of each row's node ``[B]``, for rotary positions; empty for 0.
+            - start_pos (:obj:`Any`): Timesteps of the roots, ``[B]`` or one for all; in a reanalysis also as the \
+                replay buffer has them, a row for each sequence.
+        Returns:
+            - outputs (:obj:`Tuple[Any, ...]`): Output sequence ``[B, 1, E]``, next latent state ``[B, 1, E]``, and \
+                the logits of reward, policy and value ``[B, 1, ...]``.
+        Raises:
+            - ValueError: The rows are not those of the open step, or more than environments; or as by \
+                :meth:`reserve_angles`.
+            - FloatingPointError: A prediction has nan or inf, and ``kv_cache_cfg.on_nan`` is 'raise'. A reanalysis \
+                whose rows have no contexts does not look.
+            - OutOfPages: No memory is left for the contexts; the message names the key to change.
+        """
         latent, action = state_action_history[-1]
         latent = np.ascontiguousarray(torch.as_tensor(latent).cpu().numpy(), dtype=np.float32)
         latent = latent.reshape(latent.shape[0], -1)
