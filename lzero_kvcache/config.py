@@ -147,7 +147,8 @@ class CacheConfig:
         'nothing', ('fifo', 'lru', 'priority'))
     init_pool_size: int = _option(
         int, None, 'root contexts kept per environment for look-ups by key; by hand only')
-    recurrent_pool_size: int = _option(int, None, 'node contexts kept during one search')
+    recurrent_pool_size: int = _option(
+        int, None, 'nodes of one search: pages reserved for them, and size of the pool for look-ups of nodes by key')
     enable_stats: bool = _option(bool, True, 'count hits, misses and evictions')
     dtype: str = _option(
         str, 'float32', "storage of keys and values: 'float32', 'bfloat16' or 'float16'",
@@ -170,10 +171,12 @@ class CacheConfig:
     validation: str = _option(
         str, 'off', "replay searches by LightZero's own code: 'off', 'legacy' (as it is) or 'exact' (as it should be)",
         ('off', 'legacy', 'exact'))
-    validation_freq: int = _option(int, 100, 'every how many searches one is replayed')
-    validation_tol: float = _option(float, 1e-3, 'the relative difference from which on a row counts as another')
+    validation_freq: int = _option(int, 100, 'searches from one replay to the next')
+    validation_tol: float = _option(
+        float, 1e-3, 'rows that differ by more than this relative difference are reported')
     validation_action: str = _option(
-        str, 'warn', "what such a row does: 'warn' in the log or 'raise' an error", ('warn', 'raise'))
+        str, 'warn', "how a row over the tolerance is reported: 'warn' in the log or 'raise' an error",
+        ('warn', 'raise'))
 
     @property
     def system(self) -> str:
@@ -283,7 +286,7 @@ def _read_options(options: Any) -> Dict[str, Any]:
 
 
 def _counting(options: Any) -> Dict[str, Any]:
-    """What is left of ``kv_cache_cfg`` with the flag off: whether there are counts."""
+    """The part of ``kv_cache_cfg`` that is read with the flag off: ``enable_stats``. Misspelt keys are refused."""
     options = options if isinstance(options, dict) else {}
     near = {key: value for key, value in options.items() if difflib.get_close_matches(str(key), KV_CACHE_CFG, 1)}
     _refuse_unknown_options(near)
