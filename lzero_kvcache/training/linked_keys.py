@@ -91,8 +91,8 @@ NAME_TOKENS = (
 
 def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, Any]:
     """
-    A change with all that follows from it. ``before`` has the value of every known path before the change, ``changed``
-    what the user set.
+    A change together with the keys that are derived from it. ``before`` has the value of every known path before the
+    change, ``changed`` what the user set.
     """
     complete = dict(changed)
     settled = False
@@ -108,8 +108,8 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
             settled = False
             if complete[rule.target] is None:
                 raise ConfigError(
-                    f"{rule.sources[0]} = {complete[rule.sources[0]]!r}: nothing tells the {rule.target} that "
-                    "goes with it; set that as well"
+                    f'{rule.sources[0]} = {complete[rule.sources[0]]!r}: {rule.target} cannot be derived from this '
+                    'value; set that as well'
                 )
     name = before.get('exp_name')
     if isinstance(name, str) and 'exp_name' not in complete:
