@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 TRAINING = 'train.lock'
 TRAINED = '{} is being trained by {{who}}; wait for it, or end it'
-# For a moment, somebody who only looks may be in the way of a training that begins.
+# A process that only checks a lock holds it for a moment, which a training that begins must wait out.
 PATIENCE_SECONDS = 0.5
 # What a file system without locks says.
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}

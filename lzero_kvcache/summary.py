@@ -97,7 +97,7 @@ class Result:
                           for pool, held in counts.items()}
 
     def at_its_end(self, counters: Dict[str, Any], **known: Any) -> 'Result':
-        """The same when it has ended, with what this process and its caches took."""
+        """This result at the end of the run, with the memory of this process and its caches."""
         result = replace(
             self, cache_memory_mb=counters.get('memory_mb'), host_memory_mb=peak_host_memory_mb(),
             device_memory_mb=peak_device_memory_mb(), machine=machine(), ended=moment(), **known)
@@ -213,7 +213,7 @@ def read_summary(exp_name: str) -> Optional[Result]:
 
 
 def read_result(path: str) -> Optional[Result]:
-    """The same of a file."""
+    """The result that a file holds; None if there is none, or no whole one."""
     try:
         return as_result(read_json(path))
     except (OSError, ValueError):
@@ -221,7 +221,7 @@ def read_result(path: str) -> Optional[Result]:
 
 
 def as_result(held: Dict[str, Any]) -> Optional[Result]:
-    """The same of what such a file holds."""
+    """A parsed summary as a result; None if its fields do not fit."""
     try:
         held = dict(held)
         for name, kind in (('evaluations', Evaluation), ('earlier', Segment)):

@@ -1,5 +1,5 @@
-"""LightZero's multi-GPU path: NCCL on GPUs, gloo on CPUs. Of that path, what needs GPUs or lets processes part is
-replaced during a run."""
+"""LightZero's multi-GPU path: NCCL on GPUs, gloo on CPUs. A run replaces the parts of it that need GPUs or that let
+processes diverge."""
 import contextlib
 import logging
 import signal

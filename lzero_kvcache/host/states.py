@@ -1,4 +1,4 @@
-"""States of checkpoints; where one is of another model, that is told in one line."""
+"""States of checkpoints; one that does not fit the model is reported in one line."""
 import contextlib
 import re
 from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence

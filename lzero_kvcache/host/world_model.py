@@ -1,4 +1,4 @@
-"""LightZero's world model over pages: what LightZero reaches for, and when contexts are dropped."""
+"""LightZero's world model over pages: the methods that LightZero calls, and when contexts are dropped."""
 import logging
 import zlib
 from functools import partial
@@ -166,9 +166,9 @@ class NewWorldModel(LightZeroWorldModel):
         return why_not_compiled() or what_is_missing(self, self._store.slab.dtype)
 
     def searches_in_arrays(self, doing: str, addresses: Optional[Tuple[int, ...]] = None) -> bool:
-        """Whether to search in arrays, or else in LightZero's tree: by what ``kv_cache_cfg.search`` asks for, by what
-        can be, and by where and in which mode the model is now. The log says so the first time on a kind of device, and
-        where weights at other ``addresses`` change it; ``doing`` is its word for what the search is for."""
+        """Whether to search in arrays: if ``kv_cache_cfg.search`` allows it, the model's device supports it, and the
+        model is in evaluation mode. The log says where searches are, once for each kind of device, and again when
+        weights at other ``addresses`` change that; ``doing`` begins its line."""
         if self._options.search == 'tree':
             return False
         kind, addresses = (doing, self.weights_source.device().type), addresses or self.weights_source.addresses()
@@ -181,7 +181,7 @@ class NewWorldModel(LightZeroWorldModel):
         return not self.training and known[0] is None
 
     def _tell_search(self, doing: str, reason: Optional[str]) -> None:
-        """Log where trees are, and why there. Refuse what a GPU was asked for and cannot do: its tree takes many times
+        """Log where trees are, and why. Refuse options that a GPU cannot serve: LightZero's tree would take many times
         as long."""
         options, device = self._options, self.weights_source.device()
         told = f"{doing} in LightZero's tree, node by node"

@@ -1,5 +1,5 @@
 """
-What the values of a complete config must be for any training to run, each by itself and beside others. Every value
+Limits of single values of a complete config, and relations between values, without which no training runs. Every value
 with which LightZero runs is allowed, even if it learns nothing. Only numbers of updates of 0 or less are refused:
 LightZero would train nothing without saying so.
 """

@@ -328,7 +328,8 @@ class _Training:
         return self._whole(self.result.at_its_end(counters))
 
     def _whole(self, result: Result) -> Result:
-        """That of all of the training, where this run went on in place: whatever is shown or written is of all."""
+        """The result of the whole training, which output and files show, if this run continued an earlier one in
+        place."""
         before = self.watch.past.result
         return result if before is None else add_up(before, result)
 
