@@ -1,4 +1,4 @@
-"""What a user may write into ``world_model_cfg`` about caching, its defaults, and its validation.
+"""The caching options of a ``world_model_cfg``, their defaults, and their validation.
 
 A policy reads it once and hands it down, see :func:`handed_down`. Knows configuration only: no tensors, no pools.
 Every error names the key, the value and what would be right.
@@ -69,7 +69,7 @@ def names_of_modules(value: Any, key: str) -> List[str]:
     return list(names)
 
 
-# For each kind of option, what a value must be: its type, where a bool is no number, a test, and the words for both.
+# For each kind of option: the type of its values (a bool is no number), a test of a value, and the words for both.
 KINDS: Dict[type, Tuple[type, Callable[[Any], bool], str]] = {
     bool: (bool, lambda value: True, 'True or False'),
     int: (numbers.Integral, lambda value: value >= 1, 'a whole number of at least 1'),
@@ -86,7 +86,7 @@ def checked(kind: type, value: Any, key: str) -> Any:
 
 
 def check_dict(value: Any, key: str) -> None:
-    """Refuse what is no dict where LightZero's configs have one."""
+    """Refuse a value that is no dict where LightZero's configs have one."""
     if not isinstance(value, dict):
         raise ConfigError(f"{key}={reprlib.repr(value)} must be a dict, as LightZero's configs have it")
 

@@ -192,7 +192,7 @@ def results_in(folder: str) -> Iterator[None]:
 
 
 def write_json(path: str, content: Any) -> None:
-    """Replace a file in one step, so that nobody reads half of it."""
+    """Replace a file in one step, so that no reader sees half of it."""
     with open(path + '.tmp', 'w', encoding='utf-8') as file:
         json.dump(content, file, indent=2, default=str)
     os.replace(path + '.tmp', path)

@@ -90,7 +90,7 @@ class Result:
         return min(ends, default=None)
 
     def count(self, counters: Dict[str, Any]) -> None:
-        """Take what a manager has counted, and the share of look-ups that found something: of all, and in each pool."""
+        """Take a manager's counts, and compute hit rates from them: of all look-ups, and of each pool."""
         self.counters = counters
         counts = {pool: counters.get(pool) or {} for pool in ('total', *(pool for pool in POOLS if pool != 'total'))}
         self.hit_rates = {pool: held.get('hits', 0) / held['queries'] if held.get('queries') else None
@@ -124,7 +124,7 @@ class Result:
 
     def write_progress(self, phase: str, **known: Any) -> None:
         """
-        Leave in the run's folder what is known of it so far, which is all there is if it is killed. If the disk is
+        Write the numbers so far into the run's folder; they are the only record if the run is killed. If the disk is
         full, its event files will tell.
         """
         with contextlib.suppress(OSError):
@@ -173,7 +173,7 @@ def _cpu_name() -> str:
 
 
 def version_of(distribution: str) -> str:
-    """The version of what is installed."""
+    """The version of an installed package."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -241,7 +241,7 @@ def config_table(comparison: Comparison) -> Table:
 
 
 def origin(comparison: Comparison) -> List[str]:
-    """When and where the runs were trained, with what, and by which commands, as far as they say it."""
+    """When, where and with which versions and commands the runs were trained, as far as their summaries say it."""
     runs = comparison.runs
     lines = ['Trained {} to {} UTC'.format(*(
         datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).strftime('%Y-%m-%d %H:%M')

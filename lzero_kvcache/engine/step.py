@@ -4,8 +4,8 @@ Shapes: ``B`` rows, ``E`` embedding, ``H`` heads, ``D = E / H``, ``L`` layers, `
 of a window, at the most ``context_length / 2``: the context's, left-aligned, and in the last column the page that the
 step writes. A window has ``2W`` slots ``[-, o0, a0, o1, ..., action, observation]``. Slot 0 is that of an action that
 does not exist, and is never read, so that the token at position ``p`` of a context stands in slot ``p + 1``. Tables of
-pages are int64 ``[B, W]``, counts of pages ``[B]``, positions of tokens ``[K, B]``. Triton is imported by what launches
-its kernels, not with the package.
+pages are int64 ``[B, W]``, counts of pages ``[B]``, positions of tokens ``[K, B]``. Triton is imported by the modules
+that launch its kernels, not with the package.
 """
 from contextlib import nullcontext
 from functools import partial

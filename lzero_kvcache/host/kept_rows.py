@@ -1,4 +1,4 @@
-"""What LightZero's policies keep between steps, the last observations and actions, as validation's shadow has it."""
+"""The last observations and actions, which LightZero's policies keep between steps, for validation's shadow."""
 import types
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 

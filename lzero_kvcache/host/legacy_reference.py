@@ -1,4 +1,5 @@
-"""What LightZero's own caching answers: a shadow for the whole batch, and notes of why an answer may be wrong."""
+"""The legacy reference: the answers of LightZero's own caching, by a shadow for the whole batch, and why they may be
+wrong."""
 import logging
 from functools import cached_property
 from typing import Any, Dict, List, Optional, Sequence, Tuple

@@ -1,5 +1,5 @@
-"""Which LightZero is installed, told by what it has: ``lightzero`` is its adapter, with everything that differs between
-versions."""
+"""Which LightZero is installed, recognised by its contents: ``lightzero`` is its adapter, with everything that differs
+between versions."""
 from lzero.model.unizero_world_models.transformer import Block
 
 from ..summary import version_of

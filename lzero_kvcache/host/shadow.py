@@ -1,6 +1,6 @@
 """LightZero's own world model, with caches of its own, as validation's references replay searches on it.
 
-A shadow has the very modules of the world model that searches: its weights and its mode, and no parameters of its own.
+A shadow shares the modules of the world model that searches, with their weights and mode, and has no parameters.
 """
 import copy
 from typing import Any, Dict, List

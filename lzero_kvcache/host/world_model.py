@@ -275,7 +275,7 @@ class NewWorldModel(LightZeroWorldModel):
 
 
 def _manager_of(config: Any, options: CacheConfig, env_num: int) -> PagedCacheManager:
-    """The manager that the options pick; whatever else was registered under its name is refused."""
+    """The manager that the options pick; a class registered under its name that is no manager is refused."""
     named, kind = f'{PREFIX}.{OPTIONS}.type={options.type!r}', KV_CACHE_REGISTRY[options.type]
     manager = None
     if callable(kind) and not (isinstance(kind, type) and not issubclass(kind, PagedCacheManager)):

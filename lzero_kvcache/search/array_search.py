@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     noise_weight: float
 
     def part(self, rows: slice, number: int) -> 'Problem':
-        """The same for some of the rows, as a search of another number."""
+        """The problem of some of the rows, as a search with another number."""
         return self._replace(
             number=number, rewards=self.rewards[rows], logits=self.logits[rows], legal=self.legal[rows],
             noises=None if self.noises is None else self.noises[rows]

@@ -18,7 +18,7 @@ from ..run_files import read_json, write_json
 from ..summary import read_result
 
 CHECKPOINTS = 'ckpt'
-ABANDONED = 'abandoned'  # in what is noted beside a checkpoint
+ABANDONED = 'abandoned'  # a key in the JSON file beside a checkpoint
 STATE = ('model', 'target_model', 'optimizer_world_model')
 
 

@@ -88,7 +88,7 @@ def _fits(kind: Any, shape: Any) -> bool:
 
 
 def _within_segment(length: Any, unroll: Any, steps: Any, ends_ignored: Any, priority: Any, sampled: Any) -> Any:
-    """Where ends are ignored, segments are taken to go on, and what is sampled of one must lie within it."""
+    """Where ends of episodes are ignored, segments are taken to go on, and a sample must lie within its segment."""
     return not ends_ignored or priority or sampled != 'transition' or length >= unroll + steps
 
 
@@ -100,7 +100,7 @@ LEAST = (
     (WM + 'env_num', 'env.collector_env_num'),
     (WM + 'env_num', 'env.evaluator_env_num'),
 )
-# A value, others, what they must be together, and what is said of the first where they are not.
+# The path of a value, paths of others, the test of all these values, and the error about the first where it fails.
 Relation = Tuple[str, Tuple[str, ...], Callable[..., Any], str]
 RELATIONS: Tuple[Relation, ...] = (
     *((path, ('policy.model.observation_shape', ), _fits, 'a vector has a number, an image a list of three')
@@ -143,7 +143,7 @@ def check(values: CompleteConfig, system: str) -> None:
 
 
 def check_limits(values: CompleteConfig) -> None:
-    """Refuse a value with which no training can run, whatever the others are."""
+    """Refuse a value with which no training can run, independently of the other values."""
     for path in WITHOUT_DEFAULT:
         if path not in values:
             raise missing(path)

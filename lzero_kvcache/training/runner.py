@@ -232,7 +232,7 @@ class _Training:
         return exp_name
 
     def _take_up(self, folder: str) -> None:
-        """Go on from what the training was at its checkpoint."""
+        """Continue the training from the state and the numbers at its checkpoint."""
         path, result = str(self.plan.checkpoint), self.result
         past = self.watch.past = self.ranks.from_main(
             lambda: take_up(folder, path, result.train_iter, result.env_step, self.terminal.line))
