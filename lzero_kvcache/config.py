@@ -62,7 +62,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def names_of_modules(value: Any, key: str) -> List[str]:
-    """What ``import_names`` lists. A string is one name; DI-engine would import each of its letters."""
+    """The modules that ``import_names`` lists. A string is one name; DI-engine would import each of its letters."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f'{key}={value!r} must be a list of names of modules')
@@ -270,7 +270,7 @@ def picked_system(world_model_cfg: Any) -> str:
 
 
 def unread_options(world_model_cfg: Any) -> str:
-    """What a ``kv_cache_cfg`` says that LightZero's own new manager does not read."""
+    """The options in a ``kv_cache_cfg`` that LightZero's own new manager does not read, in words."""
     given = lookup(world_model_cfg, OPTIONS) or {}
     unread = [key for key, value in given.items()
               if key not in ('type', 'enable_stats') and value not in (None, KV_CACHE_CFG[key].default)]

@@ -42,7 +42,7 @@ def installed() -> TableRows:
 
 
 def of_plan(plan: Plan) -> Dict[str, TableRows]:
-    """What the cache of a plan is, what it will take, and its options. Changes the plan's config."""
+    """A plan's cache: its system, sizes, memory and options. Changes the plan's config."""
     configs = plan.main_config, plan.create_config
     device = str(plan.main_config.policy.model.world_model_cfg.device)
     options = check_config(*configs)

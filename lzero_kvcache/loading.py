@@ -98,7 +98,7 @@ def policy_type(main_config: EasyDict, create_config: EasyDict) -> str:
 
 
 def import_names(create_config: EasyDict) -> List[str]:
-    """What DI-engine imports for a config's policy."""
+    """The modules that DI-engine imports for a config's policy."""
     return names_of_modules(create_config['policy'].get('import_names') or [], 'create_config.policy.import_names')
 
 

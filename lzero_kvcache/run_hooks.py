@@ -141,7 +141,7 @@ class Seen:
 
 
 def read_events(folder: str) -> Seen:
-    """What the event files in a folder have, with a warning for one that cannot be read; a script may log elsewhere."""
+    """The events in the files of a folder, with a warning for an unreadable file; a script may log elsewhere."""
     seen = Seen()
     for path in event_files(folder):
         try:

@@ -30,7 +30,7 @@ class Evaluation:
 
 @dataclass
 class Segment:
-    """What a part of a training that went on in place was started with."""
+    """The command and overrides of a part of a training that went on in place."""
     command: List[str] = field(default_factory=list)
     overrides: List[str] = field(default_factory=list)
 
@@ -181,7 +181,7 @@ def version_of(distribution: str) -> str:
 
 
 def versions() -> Dict[str, str]:
-    """What a run was made with, the commit where this package is in a clone."""
+    """Versions of a run's libraries, and the commit if this package is in a clone."""
     known = {name: version_of(name) for name in ('lzero_kvcache', 'LightZero', 'DI-engine', 'torch')}
     clone = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if os.path.exists(os.path.join(clone, '.git')):
@@ -232,7 +232,7 @@ def as_result(held: Dict[str, Any]) -> Optional[Result]:
 
 
 def _known(kind: type, held: Dict[str, Any]) -> Any:
-    """What another version wrote, without the fields that are unknown here; missing ones have their defaults."""
+    """An object that another version wrote, without unknown fields; missing ones have their defaults."""
     return kind(**{field.name: held[field.name] for field in fields(kind) if field.name in held})
 
 

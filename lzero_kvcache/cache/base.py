@@ -1,4 +1,4 @@
-"""What a cache manager must offer. ``B`` rows of a batch; tables of pages ``[B, R]``, left-aligned, padded with 0."""
+"""The interface of cache managers. ``B`` rows of a batch; tables of pages ``[B, R]``, left-aligned, padded with 0."""
 import enum
 import sys
 from abc import ABC, abstractmethod
@@ -115,7 +115,7 @@ class PagedCacheManager(BaseCacheManager):
 
     @property
     def page_limit(self) -> int:
-        """What the page capacity may grow to."""
+        """The most that the page capacity may grow to."""
         return sys.maxsize
 
     @abstractmethod

@@ -16,7 +16,7 @@ NULL_PAGE = 0
 """Padding of page tables; it exists in every slab, is never allocated and never written."""
 
 SCRATCH_PAGE = 1
-"""What the rows that only fill up a batch write to; never allocated and never read."""
+"""The page to which rows that only fill up a batch write; never allocated and never read."""
 
 RESERVED_PAGES = 2
 

@@ -189,7 +189,7 @@ def _said(*keys: str) -> Value:
 
 
 def _of_machine(key: str) -> Value:
-    """What a run says of its machine; one without a GPU says so."""
+    """A function that reads one value of a run's machine; 'none' where the machine has no such part."""
     def value_of(run: TrainedRun) -> Any:
         machine = run.from_summary('machine')
         return (machine[key] or 'none') if isinstance(machine, dict) and key in machine else None

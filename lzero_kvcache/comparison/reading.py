@@ -130,11 +130,11 @@ class TrainedRun(run_files.Record):
 
     @property
     def parts(self) -> List[Dict[str, Any]]:
-        """What each part of a run that went on in place was started with; of any other run there is one."""
+        """The summaries of all parts of a run that went on in place; any other run has one part."""
         return [*(self.summary.get('earlier') or []), self.summary]
 
     def from_summary(self, *keys: str) -> Any:
-        """What the summary says under nested keys, None if nothing."""
+        """The summary's value under nested keys, None if there is none."""
         value: Any = self.summary
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None

@@ -62,5 +62,5 @@ class Backend:
 
 
 def picked(name: str, device: torch.device) -> str:
-    """What ``kv_cache_cfg.backend`` comes to on a device: 'eager' or 'cudagraph'."""
+    """The backend that a ``kv_cache_cfg.backend`` means on a device: 'eager' or 'cudagraph'."""
     return CUDA_GRAPH if name != EAGER and device.type == 'cuda' else EAGER

@@ -123,8 +123,8 @@ class Graphs:
             del self.kept[next(iter(self.kept))]
 
     def attempt(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` captures. Where it fails, or storage has moved too often: None, a warning, and no capture ever
-        again."""
+        """The capture that ``make`` returns. If it fails, or storage has moved too often: None, a warning, and no more
+        captures."""
         try:
             if self.moves >= MAX_MOVES:
                 raise RuntimeError('its storage keeps moving')

@@ -24,7 +24,7 @@ SHORT_WINDOW = 64
 
 
 class StepOutput(NamedTuple):
-    """What a step predicts for each row."""
+    """The predictions of a step for each row."""
     output_sequence: torch.Tensor  # [B, 1, E]
     latent_state: torch.Tensor  # [B, 1, E]
     logits_rewards: Optional[torch.Tensor]  # [B, 1, S]; None where no action was taken
@@ -46,7 +46,7 @@ class Engine:
         self._masks: Dict[Tuple[int, torch.device], Tuple[torch.Tensor, torch.Tensor]] = {}
 
     def for_search(self, weights: Weights, output: StepOutput) -> torch.Tensor:
-        """What a search takes to the CPU: reward and value as numbers, and policy logits ``[B, 2 + P]``."""
+        """The numbers that a search copies to the CPU: reward, value and policy logits ``[B, 2 + P]``."""
         assert output.logits_rewards is not None
         rows = output.logits_value.shape[0]
         if weights.captured and self.has_kernels(output.logits_value.device):

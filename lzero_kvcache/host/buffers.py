@@ -27,7 +27,7 @@ def _is_served(model: Any, kind: str) -> bool:
 
 
 class ReanalysisSearch(KeylessSearch):
-    """What the buffer's method finds as ``MCTSCtree``."""
+    """The class that the buffer's method finds as ``MCTSCtree``."""
 
     roots = Roots
 

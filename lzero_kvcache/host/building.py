@@ -155,7 +155,7 @@ def _unknown_named(env_id: str) -> Iterator[None]:
 
 
 def is_algorithm(name: Any) -> bool:
-    """Whether LightZero has a policy of this name, of whatever algorithm."""
+    """Whether LightZero has a policy of this name, of any algorithm."""
     return str(name).isidentifier() and importlib.util.find_spec(f'lzero.policy.{name}') is not None
 
 

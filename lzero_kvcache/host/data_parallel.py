@@ -124,7 +124,7 @@ def divide(main_config: EasyDict) -> None:
 
 
 def replacements(ranks: Ranks) -> Dict[str, Make]:
-    """What ``applied`` replaces so that several processes train together, on CPUs too."""
+    """The replacements, for ``applied``, with which several processes train together, on CPUs too."""
     if not ranks.several:
         return {}
     replaced: Dict[str, Make] = dict(

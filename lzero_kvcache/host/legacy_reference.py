@@ -21,7 +21,7 @@ CAUSES = (STALE_SLOT, MISS, PADDING, EQUAL_LATENTS, POSITIONS, ROWS, LAST_OBS)
 
 
 class _Context:
-    """What LightZero stored under a key, of how many tokens, and why it may be wrong."""
+    """A context that LightZero stored under a key: its number of tokens, and why it may be wrong."""
 
     def __init__(self, key: str) -> None:
         self.key, self.size, self.causes = key, 1, NO_CAUSE

@@ -21,4 +21,4 @@ def adapter_of(block: type) -> Adapter:
 
 lightzero = adapter_of(Block)
 VERSION = version_of('LightZero') + lightzero.BESIDE_VERSION
-"""What runs say that they were made with."""
+"""The version of LightZero in summaries."""

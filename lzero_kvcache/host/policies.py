@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
-    """What the plugin adds to a LightZero UniZero policy, in front of it in the method resolution order."""
+    """The plugin's part of a LightZero UniZero policy, before LightZero's class in the method resolution order."""
     keyless_search: Any  # the search without keys that goes with the policy
     _cfg: Any
     _model: Any

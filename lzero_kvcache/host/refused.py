@@ -92,7 +92,7 @@ def _passed_over(world_model: Any) -> Iterator[str]:
 
 
 def added_to(module: nn.Module) -> Optional[str]:
-    """What a call of a module runs beside its class's forward, or in its place."""
+    """The code that a call of a module runs beside its class's forward, or in its place."""
     if module._forward_hooks or module._forward_pre_hooks:  # spectral_norm's, say
         return 'a forward hook'
     return 'a forward of its own' if 'forward' in vars(module) else None

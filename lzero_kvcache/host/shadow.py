@@ -73,7 +73,7 @@ def position_tables(world_model: Any) -> Dict[str, Any]:
 
 
 class ShadowReference(Reference):
-    """What both references share. Shadows are made at the first use: until then the world model is not complete."""
+    """The base of both references. Shadows are made at the first use: until then the world model is not complete."""
 
     def __init__(self, world_model: Any) -> None:
         self._wm = world_model

@@ -50,7 +50,7 @@ class Roots:
 
 
 class _KeylessSearch:
-    """What both searches share."""
+    """The base of both searches."""
     _cfg: Any
     tree: Any
     sampled = False

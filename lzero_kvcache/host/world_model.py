@@ -90,7 +90,7 @@ class NewWorldModel(LightZeroWorldModel):
 
     @property
     def hyperparameters(self) -> Dict[str, Any]:
-        """What tells this cache from others."""
+        """The options that distinguish this cache from others."""
         options = self._options
         return dict(
             cache_system=options.type, eviction=options.eviction, init_pool_size=options.init_pool_size,

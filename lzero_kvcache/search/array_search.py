@@ -16,14 +16,14 @@ from .tree_arrays import Rules, padded
 
 
 class Found(NamedTuple):
-    """What a search found at its roots, as lists by row."""
+    """The results of a search at its roots, as lists by row."""
     visits: List[List[int]]
     values: List[float]
     actions: Any = None  # [B][S][A], where actions are drawn
 
 
 class Problem(NamedTuple):
-    """What to search: the roots as the policy prepared them, and the rules."""
+    """The problem of a search: the roots as the policy prepared them, and the rules."""
     rules: Rules
     seed: int
     number: int  # of the search: those with the same seed and number draw the same

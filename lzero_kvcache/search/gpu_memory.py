@@ -210,7 +210,7 @@ class GpuMemory:
 
 
 class _OfStates(GpuMemory):
-    """What reanalyses share: they begin at states, and have pages of their own."""
+    """The memory of both kinds of reanalysis: they begin at states, and have pages of their own."""
     begins_with_states, offsets = True, REANALYSIS_OFFSETS
 
     def __init__(self, engine: Engine, source: Source, context_pages: int, problem: Problem, rows: int) -> None:

@@ -1,4 +1,4 @@
-"""What all inference of one model shares: the engine, the pages, the weights of a step, lost contexts, keys."""
+"""The parts that all inference of one model shares: engine, pages, a step's weights, lost contexts, keys."""
 from typing import Any, Dict, List, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from .timing import Timing
 
 
 class Shared(NamedTuple):
-    """What all inference of one model shares."""
+    """The parts that all inference of one model shares."""
     engine: Engine
     source: Source
     manager: PagedCacheManager

@@ -16,7 +16,7 @@ from .overrides import CREATE, CompleteConfig
 
 
 class Limit(NamedTuple):
-    """What a value must be, and whether it is."""
+    """A condition of values: in words, and as a test."""
     said: str
     holds: Callable[[Any], bool]
 

@@ -43,7 +43,7 @@ class Rule(NamedTuple):
     needed: bool = False
 
     def right(self, values: Mapping[str, Any]) -> Any:
-        """What the target must be; None where a source has no value, or where that is unknown."""
+        """The value that the target must have; None if a source has no value, or if it is unknown."""
         sources = [values.get(source) for source in self.sources]
         try:
             return None if None in sources else self.compute(*sources)
