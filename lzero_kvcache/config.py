@@ -1,4 +1,4 @@
-"""What a user may write into ``world_model_cfg`` about caching, its defaults, and its validation.
+"""The caching options of a ``world_model_cfg``, their defaults, and their validation.
 
 A policy reads it once and hands it down, see :func:`handed_down`. Knows configuration only: no tensors, no pools.
 Every error names the key, the value and what would be right.
@@ -62,14 +62,14 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def names_of_modules(value: Any, key: str) -> List[str]:
-    """What ``import_names`` lists. A string is one name; DI-engine would import each of its letters."""
+    """The modules that ``import_names`` lists. A string is one name; DI-engine would import each of its letters."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f'{key}={value!r} must be a list of names of modules')
     return list(names)
 
 
-# For each kind of option, what a value must be: its type, where a bool is no number, a test, and the words for both.
+# For each kind of option: the type of its values (a bool is no number), a test of a value, and the words for both.
 KINDS: Dict[type, Tuple[type, Callable[[Any], bool], str]] = {
     bool: (bool, lambda value: True, 'True or False'),
     int: (numbers.Integral, lambda value: value >= 1, 'a whole number of at least 1'),
@@ -86,7 +86,7 @@ def checked(kind: type, value: Any, key: str) -> Any:
 
 
 def check_dict(value: Any, key: str) -> None:
-    """Refuse what is no dict where LightZero's configs have one."""
+    """Refuse a value that is no dict where LightZero's configs have one."""
     if not isinstance(value, dict):
         raise ConfigError(f"{key}={reprlib.repr(value)} must be a dict, as LightZero's configs have it")
 
@@ -147,7 +147,8 @@ class CacheConfig:
         'nothing', ('fifo', 'lru', 'priority'))
     init_pool_size: int = _option(
         int, None, 'root contexts kept per environment for look-ups by key; by hand only')
-    recurrent_pool_size: int = _option(int, None, 'node contexts kept during one search')
+    recurrent_pool_size: int = _option(
+        int, None, 'nodes of one search: pages reserved for them, and size of the pool for look-ups of nodes by key')
     enable_stats: bool = _option(bool, True, 'count hits, misses and evictions')
     dtype: str = _option(
         str, 'float32', "storage of keys and values: 'float32', 'bfloat16' or 'float16'",
@@ -170,10 +171,12 @@ class CacheConfig:
     validation: str = _option(
         str, 'off', "replay searches by LightZero's own code: 'off', 'legacy' (as it is) or 'exact' (as it should be)",
         ('off', 'legacy', 'exact'))
-    validation_freq: int = _option(int, 100, 'every how many searches one is replayed')
-    validation_tol: float = _option(float, 1e-3, 'the relative difference from which on a row counts as another')
+    validation_freq: int = _option(int, 100, 'searches from one replay to the next')
+    validation_tol: float = _option(
+        float, 1e-3, 'rows that differ by more than this relative difference are reported')
     validation_action: str = _option(
-        str, 'warn', "what such a row does: 'warn' in the log or 'raise' an error", ('warn', 'raise'))
+        str, 'warn', "how a row over the tolerance is reported: 'warn' in the log or 'raise' an error",
+        ('warn', 'raise'))
 
     @property
     def system(self) -> str:
@@ -275,7 +278,7 @@ def picked_system(world_model_cfg: Any) -> str:
 
 
 def unread_options(world_model_cfg: Any) -> str:
-    """What a ``kv_cache_cfg`` says that LightZero's own new manager does not read."""
+    """The options in a ``kv_cache_cfg`` that LightZero's own new manager does not read, in words."""
     given = lookup(world_model_cfg, OPTIONS) or {}
     unread = [key for key, value in given.items()
               if key not in ('type', 'enable_stats') and value not in (None, KV_CACHE_CFG[key].default)]
@@ -291,7 +294,7 @@ def _read_options(options: Any) -> Dict[str, Any]:
 
 
 def _counting(options: Any) -> Dict[str, Any]:
-    """What is left of ``kv_cache_cfg`` with the flag off: whether there are counts."""
+    """The part of ``kv_cache_cfg`` that is read with the flag off: ``enable_stats``. Misspelt keys are refused."""
     options = options if isinstance(options, dict) else {}
     near = {key: value for key, value in options.items() if difflib.get_close_matches(str(key), KV_CACHE_CFG, 1)}
     _refuse_unknown_options(near)

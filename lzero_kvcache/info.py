@@ -1,4 +1,4 @@
-"""What is installed, which configs there are, and what the cache of one will take. Allocates nothing."""
+"""Installed versions, available configs, and the memory that the cache of a config will take. Allocates nothing."""
 import copy
 import os
 import platform
@@ -25,7 +25,7 @@ from .training.terminal import TableRows
 
 
 def installed() -> TableRows:
-    """Versions, and what runs are made on."""
+    """Versions, and the device of runs."""
     device, named = 'cpu', f'{os.cpu_count()} processors'
     if torch.cuda.is_available():
         device, named = 'cuda', torch.cuda.get_device_name()
@@ -42,7 +42,7 @@ def installed() -> TableRows:
 
 
 def of_plan(plan: Plan) -> Dict[str, TableRows]:
-    """What the cache of a plan is, what it will take, and its options. Changes the plan's config."""
+    """A plan's cache: its system, sizes, memory and options. Changes the plan's config."""
     look_beside(plan.config)
     configs = plan.main_config, plan.create_config
     device = str(plan.main_config.policy.model.world_model_cfg.device)

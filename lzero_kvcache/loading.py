@@ -63,7 +63,7 @@ def check_config(main_config: EasyDict, create_config: EasyDict) -> CacheConfig:
     main_config, create_config = EasyDict(copy.deepcopy(main_config)), EasyDict(copy.deepcopy(create_config))
     name = policy_type(main_config, create_config)
     with contextlib.suppress(ImportError):  # a module that is missing is reported where it is needed
-        import_module(import_names(create_config))  # these register a policy of one's own
+        import_module(import_names(create_config))  # these register a user's policy
     policy = POLICY_REGISTRY.get(name)
     merged = deep_merge_dicts(policy.default_config(), main_config.policy)
     config = settle(merged, lightzero.simulations_of(merged))
@@ -98,7 +98,7 @@ def policy_type(main_config: EasyDict, create_config: EasyDict) -> str:
 
 
 def import_names(create_config: EasyDict) -> List[str]:
-    """What DI-engine imports for a config's policy."""
+    """The modules that DI-engine imports for a config's policy."""
     return names_of_modules(create_config['policy'].get('import_names') or [], 'create_config.policy.import_names')
 
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 TRAINING = 'train.lock'
 TRAINED = '{} is being trained by {{who}}; wait for it, or end it'
-# For a moment, somebody who only looks may be in the way of a training that begins.
+# A process that only checks a lock holds it for a moment, which a training that begins must wait out.
 PATIENCE_SECONDS = 0.5
 # What a file system without locks says.
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
@@ -28,8 +28,8 @@ NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.E
 @contextlib.contextmanager
 def held(path: str, refusal: str) -> Iterator[IO[str]]:
     """
-    A context in which this process holds a lock file, and with it those that inherit the descriptor. If others do, they
-    are told of as ``{who}`` in a ``ConfigError``. The file stays: a name that is removed could be held twice.
+    A context in which this process holds a lock file, and with it those that inherit the descriptor. If others hold it,
+    a ``ConfigError`` names them as ``{who}``. The file stays: a name that is removed could be held twice.
     """
     try:
         file = open(path, 'a+', encoding='utf-8')
@@ -63,7 +63,7 @@ def check_not_trained_in(folder: str, shown: str) -> None:
 
 
 def tell_holders(file: IO[str], processes: Sequence[int]) -> None:
-    """Write into a lock file which processes hold it. If the disk is full, none are told of."""
+    """Write into a lock file which processes hold it; if the disk is full, it names none."""
     with contextlib.suppress(OSError):  # not through the file's buffer, which would be written again when it closes
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), ' '.join([socket.gethostname(), *map(str, processes)]).encode())
@@ -82,7 +82,7 @@ def _lock(file: IO[str], how: int, refusal: str) -> None:
 
 
 def _holders(file: IO[str]) -> str:
-    """The processes that a lock file tells of and that still run, as far as can be seen from here."""
+    """The processes that a lock file names and that still run, as far as this host can see."""
     file.seek(0)
     host, _, processes = file.read().partition(' ')
     here = host == socket.gethostname()

@@ -1,4 +1,4 @@
-"""What the plugin does to DI-engine's registries."""
+"""Registering the plugin's classes in DI-engine's registries."""
 from ding.utils.registry import Registry
 
 from .config import ConfigError

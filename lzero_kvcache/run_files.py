@@ -50,8 +50,8 @@ RECORD_FRAME = 8 + 4 + 4
 @dataclass
 class Record:
     """
-    What a run's folder says of it. ``config`` has dotted keys; ``summary`` is what its progress says, if it has no
-    summary and so has not ended. Both are empty where nothing was saved. ``notes`` say what is missing.
+    The contents of a run's folder. ``config`` has dotted keys; ``summary`` is the content of its progress file, if it
+    has no summary and so has not ended. Both are empty where nothing was saved. ``notes`` say what is missing.
     """
     folder: str
     config: Dict[str, Any] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Record:
         return cache_of(self.config) or self.summary.get('cache')
 
     def read(self) -> 'Record':
-        """The same with what is there."""
+        """Fill the record from the files in its folder, and return it."""
         try:
             self.config = read_config(os.path.join(self.folder, CONFIG_FILE))
         except ValueError as error:
@@ -105,7 +105,7 @@ def events(path: str) -> Iterator[Tuple[int, Event]]:
 
 
 def event_files(folder: str) -> List[str]:
-    """Those in a folder, in the order in which they were begun; none where there is no folder."""
+    """The event files in a folder, in the order in which they were begun; none where there is no folder."""
     return sorted(map(str, Path(folder).glob(f'*{EVENT_FILE}*')))
 
 
@@ -161,7 +161,7 @@ def _is_torn(path: str, begin: int) -> bool:
 
 @contextlib.contextmanager
 def writing_to(folder: str) -> Iterator[None]:
-    """Turn what the system says against writing into a folder of results into a ``ConfigError``."""
+    """Turn an ``OSError`` while writing into a folder of results into a ``ConfigError``."""
     try:
         yield
     except OSError as error:
@@ -192,7 +192,7 @@ def results_in(folder: str) -> Iterator[None]:
 
 
 def write_json(path: str, content: Any) -> None:
-    """Replace a file in one step, so that nobody reads half of it."""
+    """Replace a file in one step, so that no reader sees half of it."""
     with open(path + '.tmp', 'w', encoding='utf-8') as file:
         json.dump(content, file, indent=2, default=str)
     os.replace(path + '.tmp', path)

@@ -29,8 +29,8 @@ EVALUATED_STEPS = EVALUATIONS[1] + 'reward_mean'
 
 
 class RunHook(LearnerHook):
-    """Begins a run, tells of it or ends it, as its position says. The hooks of a learner share the run. Who registers
-    one says what is known of the entry that trains."""
+    """Begins a run, reports its progress or ends it, depending on its position. The hooks of a learner share the run. A
+    subclass reads the values of the entry that trains."""
     entry_that_trains: Callable[[], Dict[str, Any]]  # its limits, its name, and the file that has called it
     rewards_of_entry: Callable[[], Dict[str, Any]]  # the last and the best
 
@@ -43,7 +43,7 @@ class RunHook(LearnerHook):
 
 
 class Run:
-    """What is known of a run of LightZero's entry: when it began, how far it is, and when it is to stop. It holds the
+    """A run of LightZero's entry: when it began, how far it is, and when it is to stop. It holds the
     run's folder, so that no second training goes on in it, until it ends, or its process does."""
 
     def __init__(self, engine: Any, hook: RunHook) -> None:
@@ -97,7 +97,7 @@ class Run:
             f'{last}, best {number_text(result.best_reward)}. {os.path.join(engine.exp_name, SUMMARY)} has all numbers')
 
     def _look(self, engine: Any) -> Result:
-        """The run as far as it is."""
+        """The result of the run so far."""
         result = self._result
         result.env_step = result.collected_env_step = max(0, engine.collector_envstep)
         result.train_iter, result.seconds = engine.last_iter.val, time.monotonic() - self._began
@@ -141,7 +141,7 @@ class Seen:
 
 
 def read_events(folder: str) -> Seen:
-    """What the event files in a folder have, with a warning for one that cannot be read; a script may log elsewhere."""
+    """The events in the files of a folder, with a warning for an unreadable file; a script may log elsewhere."""
     seen = Seen()
     for path in event_files(folder):
         try:

@@ -30,7 +30,7 @@ class Evaluation:
 
 @dataclass
 class Segment:
-    """What a part of a training that went on in place was started with."""
+    """The command and overrides of a part of a training that went on in place."""
     command: List[str] = field(default_factory=list)
     overrides: List[str] = field(default_factory=list)
 
@@ -90,14 +90,14 @@ class Result:
         return min(ends, default=None)
 
     def count(self, counters: Dict[str, Any]) -> None:
-        """Take what a manager has counted, and the share of look-ups that found something: of all, and in each pool."""
+        """Take a manager's counts, and compute hit rates from them: of all look-ups, and of each pool."""
         self.counters = counters
         counts = {pool: counters.get(pool) or {} for pool in ('total', *(pool for pool in POOLS if pool != 'total'))}
         self.hit_rates = {pool: held.get('hits', 0) / held['queries'] if held.get('queries') else None
                           for pool, held in counts.items()}
 
     def at_its_end(self, counters: Dict[str, Any], **known: Any) -> 'Result':
-        """The same when it has ended, with what this process and its caches took."""
+        """This result at the end of the run, with the memory of this process and its caches."""
         result = replace(
             self, cache_memory_mb=counters.get('memory_mb'), host_memory_mb=peak_host_memory_mb(),
             device_memory_mb=peak_device_memory_mb(), machine=machine(), ended=moment(), **known)
@@ -124,7 +124,7 @@ class Result:
 
     def write_progress(self, phase: str, **known: Any) -> None:
         """
-        Leave in the run's folder what is known of it so far, which is all there is if it is killed. If the disk is
+        Write the numbers so far into the run's folder; they are the only record if the run is killed. If the disk is
         full, its event files will tell.
         """
         with contextlib.suppress(OSError):
@@ -173,7 +173,7 @@ def _cpu_name() -> str:
 
 
 def version_of(distribution: str) -> str:
-    """The version of what is installed."""
+    """The version of an installed package."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -181,7 +181,7 @@ def version_of(distribution: str) -> str:
 
 
 def versions() -> Dict[str, str]:
-    """What a run was made with, the commit where this package is in a clone."""
+    """Versions of a run's libraries, and the commit if this package is in a clone."""
     known = {name: version_of(name) for name in ('lzero_kvcache', 'LightZero', 'DI-engine', 'torch')}
     clone = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if os.path.exists(os.path.join(clone, '.git')):
@@ -213,7 +213,7 @@ def read_summary(exp_name: str) -> Optional[Result]:
 
 
 def read_result(path: str) -> Optional[Result]:
-    """The same of a file."""
+    """The result that a file holds; None if there is none, or no whole one."""
     try:
         return as_result(read_json(path))
     except (OSError, ValueError):
@@ -221,7 +221,7 @@ def read_result(path: str) -> Optional[Result]:
 
 
 def as_result(held: Dict[str, Any]) -> Optional[Result]:
-    """The same of what such a file holds."""
+    """A parsed summary as a result; None if its fields do not fit."""
     try:
         held = dict(held)
         for name, kind in (('evaluations', Evaluation), ('earlier', Segment)):
@@ -232,7 +232,7 @@ def as_result(held: Dict[str, Any]) -> Optional[Result]:
 
 
 def _known(kind: type, held: Dict[str, Any]) -> Any:
-    """What another version wrote, without the fields that are unknown here; missing ones have their defaults."""
+    """An object that another version wrote, without unknown fields; missing ones have their defaults."""
     return kind(**{field.name: held[field.name] for field in fields(kind) if field.name in held})
 
 

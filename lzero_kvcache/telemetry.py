@@ -37,13 +37,13 @@ COMPARED = (
 
 
 def manager_of(policy: Any) -> Any:
-    """What counts in the model of DI-engine's view on a policy; None if the model is not the plugin's."""
+    """The cache manager of the model in DI-engine's view on a policy; None if the model is not the plugin's."""
     return getattr(policy.get_attribute('model').world_model, 'kv_cache_manager', None)
 
 
 def counters_of(policy: Any) -> Dict[str, Any]:
-    """What is counted in the model of a policy, with the memory of its target model's cache too, which answers for
-    target values and reanalyses; nothing if the model is not the plugin's."""
+    """The counters of a policy's model; their memory includes the cache of the target model, which answers for target
+    values and reanalyses; nothing if the model is not the plugin's."""
     manager = manager_of(policy)
     if manager is None:
         return {}
@@ -148,7 +148,7 @@ class KVCacheStatsHook(LearnerHook):
         now = (count, *amounts)
         before = self._seen.get(name, now)
         if name not in self._seen or any(new < old for new, old in zip(now, before)):
-            before = (0, ) * len(now)  # nothing was counted before, or somebody reset the statistics
+            before = (0, ) * len(now)  # nothing was counted before, or the statistics were reset
         if count > before[0]:
             self._means[name] = (amounts[0] - before[1]) / (count - before[0])
         self._seen[name] = now

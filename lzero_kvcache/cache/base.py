@@ -1,4 +1,4 @@
-"""What a cache manager must offer. ``B`` rows of a batch; tables of pages ``[B, R]``, left-aligned, padded with 0."""
+"""The interface of cache managers. ``B`` rows of a batch; tables of pages ``[B, R]``, left-aligned, padded with 0."""
 import enum
 import sys
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ COLLECT, EVAL = 'collect', 'eval'
 class BaseCacheManager(ABC):
     """
     Overview:
-        What everybody may ask of a world model's ``kv_cache_manager``, in either system. It is built as
+        The methods of a world model's ``kv_cache_manager`` in either system. It is built as
         ``manager(config, env_num, enable_stats)``, ``config`` being the ``world_model_cfg``.
     """
 
@@ -55,7 +55,7 @@ class BaseCacheManager(ABC):
     def count_queries(self, pool: str, queries: int, hits: int, by_node: bool = False) -> None:
         """
         Overview:
-            Count a batch of what both systems call a query and a hit.
+            Count a batch of queries and hits, as both systems define them (docs/statistics.md).
         Arguments:
             - pool (:obj:`str`): 'init': one row of a root inference whose environment has a predecessor step in its \
                 episode. 'recur': one row of one recurrent inference of a search; the old system counts these itself.
@@ -98,9 +98,9 @@ class BaseCacheManager(ABC):
 class PagedCacheManager(BaseCacheManager):
     """
     Overview:
-        What the new world model calls in addition. Keys and values lie in pages; a manager knows keys, environments
-        and page ids, and need not look at a tensor. Subclass :class:`KVCacheManager` to change a part of it, or this
-        class to write another, and register it: ``@KV_CACHE_REGISTRY.register(NAME)``.
+        The methods that the new world model calls in addition. Keys and values lie in pages; a manager knows keys,
+        environments and page ids, and need not look at a tensor. Subclass :class:`KVCacheManager` to change a part of
+        it, or this class to write another, and register it: ``@KV_CACHE_REGISTRY.register(NAME)``.
 
         A step takes a lease, allocates pages through it, finds contexts (``find_*``), stores new ones (``store_*``)
         and gives the lease back. A search holds a lease of its own for as long as it runs. The policies' searches
@@ -121,7 +121,7 @@ class PagedCacheManager(BaseCacheManager):
 
     @property
     def page_limit(self) -> int:
-        """What the page capacity may grow to."""
+        """The most that the page capacity may grow to."""
         return sys.maxsize
 
     @abstractmethod

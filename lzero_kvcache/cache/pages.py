@@ -16,7 +16,7 @@ NULL_PAGE = 0
 """Padding of page tables; it exists in every slab, is never allocated and never written."""
 
 SCRATCH_PAGE = 1
-"""What the rows that only fill up a batch write to; never allocated and never read."""
+"""The page to which rows that only fill up a batch write; never allocated and never read."""
 
 RESERVED_PAGES = 2
 
@@ -53,7 +53,7 @@ class PageAllocator:
 
     @property
     def used(self) -> int:
-        """How many pages somebody refers to, the reserved ones apart."""
+        """How many pages have a reference, without the reserved ones."""
         return self.capacity - RESERVED_PAGES - self.free
 
     def allocate(self, count: int) -> np.ndarray:
@@ -115,7 +115,7 @@ class PageAllocator:
 class Lease:
     """
     The pages of one step or of one search. It gives them back when it ends: by ``release``,
-    at the end of a ``with``, or at the latest when nobody refers to it any more.
+    at the end of a ``with``, or at the latest when the lease has no reference any more.
     """
 
     def __init__(self, pages: PageAllocator, take: Callable[[int], np.ndarray]) -> None:
@@ -128,7 +128,7 @@ class Lease:
         return self._held[-1]
 
     def hold(self, tables: np.ndarray) -> None:
-        """One more reference for each mention of a page, so that it stays as it is whatever is evicted."""
+        """Add a reference for each mention of a page, so that evictions do not free it."""
         kept = tables.copy()
         self._pages.retain(kept)
         self._held.append(kept)

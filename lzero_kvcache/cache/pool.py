@@ -185,7 +185,7 @@ class KVCachePool:
 
 @functools.singledispatch
 def private_copy(value: Any) -> Any:
-    """What a pool keeps of an object, and hands out: the object itself, or a copy where its type registers one."""
+    """The form in which a pool keeps and returns an object: the object itself, or a copy if its type registers one."""
     return value
 
 

@@ -55,7 +55,7 @@ class CacheStats:
 
 
 def query_counters(asked: Mapping[str, CacheStats]) -> Dict[str, Dict[str, Any]]:
-    """What the searches asked of 'init' and 'recur', and of both in 'total', as tensorboard shows it."""
+    """The searches' queries of 'init' and of 'recur', and of both as 'total', as tensorboard shows them."""
     total = CacheStats()
     for stats in asked.values():
         total.record(stats.total_queries, stats.hits)

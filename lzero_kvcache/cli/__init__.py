@@ -1,5 +1,5 @@
 """
-What a person types, turned into a call; errors turned into lines and exit codes.
+Turns command lines into calls, and errors into lines and exit codes.
 
 Knows the functions of training, info and comparison, and the options in ``lzero_kvcache_options``. Must not know how
 anything is done.

@@ -71,7 +71,7 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def experiment(options: argparse.Namespace) -> int:
-    """Train what is not done yet, and compare all that is; 128 and the signal's number if it was interrupted."""
+    """Train the missing runs, and compare all finished ones; returns 128 plus the signal's number if interrupted."""
     from ..comparison import compare_runs
     name = os.path.splitext(os.path.basename(options.config))[0]
     folder = options.out or os.path.join(EXPERIMENTS, name)
@@ -94,7 +94,7 @@ def experiment(options: argparse.Namespace) -> int:
 
 
 def info(options: argparse.Namespace) -> int:
-    """Print what is installed, and what a config's cache takes."""
+    """Print installed versions, and the memory of a config's cache."""
     with Output(silent=True):  # building a policy prints much
         tables = {'installed': installed()}
         if options.config is not None:

@@ -14,10 +14,10 @@ from ..text import time_text
 from .reading import TrainedRun, finite
 
 OLD = 'old'
-# What seeds of one side may differ in.
+# Keys that runs of one side may differ in.
 OF_ONE_RUN = ('exp_name', 'seed')
-# In a config: what the plugin adds to it, whichever system it has, what the systems differ in, and what other warnings
-# tell of. Of other keys so many are named above the table.
+# Keys of a config: those that the plugin adds in every system, those that the systems differ in, and those that other
+# warnings mention. A warning above the table names at most SAID_KEYS of the others.
 OWN_HOOKS = 'policy.learn.learner.hook.kv_cache_'
 CACHE_OPTIONS = (f'{PREFIX}.{FLAG}', f'{PREFIX}.{OPTIONS}')
 ENVIRONMENT_KEYS = ('env.env_id', 'env.env_name', 'env.type')
@@ -35,7 +35,7 @@ OF_ONE_MACHINE = (TIME, CALL_TIME, SPEED, HOST_MEMORY, MEMORY)
 CONFIGS = 'configs'  # no measure is about these
 # Collection ends with a whole phase, so that runs of one budget end some steps apart.
 BUDGET_TOLERANCE, SAID_TOLERANCE = 0.75, 0.95
-# What a run has one value of, None if that is not known; and several of these by what they are.
+# Functions that read one value of a run, None if it is not known; and several of them by the names of these values.
 Value = Callable[[TrainedRun], Any]
 Values = Mapping[str, Value]
 
@@ -92,7 +92,7 @@ def _group_of(run: TrainedRun, groups: Sequence[Tuple[str, str]]) -> Optional[st
 
 
 def _likeness(run: TrainedRun) -> Any:
-    """What runs of one side have in common: their beginning, and the config, or else the system and the name."""
+    """The values that runs of one side share: how they began, and the config, or else the system and the name."""
     whole = run.before is None
     if not run.config:
         return whole, run.cache, run.name_without_seed
@@ -119,7 +119,7 @@ def config_differences(sides: Sequence[Side]) -> Dict[str, Dict[str, str]]:
 # ---- warnings --------------------------------------------------------------------------------------------------------
 
 def warnings_of(sides: Sequence[Side], differences: Mapping[str, Any]) -> List[Caution]:
-    """What has to be said of runs, of sides and of what their configs differ in; first why they are not comparable."""
+    """All warnings about runs, sides and differences of configs; first those that make measures incomparable."""
     runs = runs_of(sides)
     noted = [Caution(f'{run.name}: {note}') for run in runs for note in run.notes]
     said = [*_resumed(runs), *_other_overrides(runs), *noted, *cautions(sides), *_other_trainings(differences)]
@@ -127,12 +127,12 @@ def warnings_of(sides: Sequence[Side], differences: Mapping[str, Any]) -> List[C
 
 
 def blocked(sides: Sequence[Side]) -> Set[str]:
-    """What the runs of these sides are not comparable in."""
+    """The measures in which the runs of these sides are not comparable."""
     return {about for caution in cautions(sides) for about in caution.blocks}
 
 
 def cautions(sides: Sequence[Side]) -> Iterator[Caution]:
-    """What has to be said of these sides."""
+    """The warnings about these sides."""
     runs = runs_of(sides)
     if len(sides) == 1:
         yield Caution(f"All runs are of one side, '{sides[0].name}': there is nothing to compare it to (--group makes "
@@ -189,7 +189,7 @@ def _said(*keys: str) -> Value:
 
 
 def _of_machine(key: str) -> Value:
-    """What a run says of its machine; one without a GPU says so."""
+    """A function that reads one value of a run's machine; 'none' where the machine has no such part."""
     def value_of(run: TrainedRun) -> Any:
         machine = run.from_summary('machine')
         return (machine[key] or 'none') if isinstance(machine, dict) and key in machine else None

@@ -90,7 +90,7 @@ def picture_of(comparison: Comparison, form: str = 'png') -> bytes:
 
 
 def _colours(comparison: Comparison) -> Dict[str, str]:
-    """Those of the sides, in the order of their runs' names, as tensorboard colours runs."""
+    """The colours of the sides, in the order of their runs' names, as tensorboard colours runs."""
     ordered = sorted(comparison.sides, key=lambda side: min(run.name for run in side.runs))
     return {side.name: COLOURS[index % len(COLOURS)] for index, side in enumerate(ordered)}
 
@@ -108,7 +108,8 @@ def _shown_panels(comparison: Comparison) -> List[Panel]:
 
 
 def _shown_runs(panel: Panel, runs: Sequence[TrainedRun]) -> List[TrainedRun]:
-    """Those that have its points; of a run that went on from another's checkpoint, the minutes before are not known."""
+    """The runs that have points in a panel; if a run went on from another's checkpoint, its earlier minutes are
+    unknown."""
     return [run for run in runs if panel.tag in run.curves and (panel.against == STEPS or run.before is None)]
 
 

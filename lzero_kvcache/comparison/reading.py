@@ -1,6 +1,6 @@
 """
-What runs left behind: where it is, and what is in their event files, saved configs and summaries. The arrays of a curve
-have one dimension, an element for each point; those of an event file are ``[N, 3]``, a row for each point.
+The files of runs: finding them, and reading event files, saved configs and summaries. The arrays of a curve have one
+dimension, an element for each point; those of an event file are ``[N, 3]``, a row for each point.
 """
 import itertools
 import os
@@ -31,9 +31,9 @@ MEMORY_OF_HOST = 'Buffer/memory_usage/process'
 MEMORY_OF_DEVICE = 'learner_iter/Max_GPU_avg'
 CACHE, CACHE_BY_STEP = 'kv_cache_iter/', 'kv_cache_step/'
 COMPARED = (REWARD, MEMORY_OF_HOST, MEMORY_OF_DEVICE, CACHE, CACHE_BY_STEP)
-# What tags count. A later file starts at the checkpoint that it goes on from: its first point on each axis tells which
-# points of earlier files were undone. It has more environment steps than the checkpoint, and an evaluation of earlier
-# files that it has too was made again.
+# The axes of tags. A later file starts at the checkpoint that it goes on from: its first point on each axis shows which
+# points of earlier files were undone. It has more environment steps than the checkpoint. An evaluation that earlier
+# files have too was made again.
 AXES = ENV_STEPS, ITERATIONS, EVALUATED = '_step/', '_iter/', run_files.EVALUATIONS[1]
 # Seconds by which the events of one file may be out of order.
 CLOCK_TOLERANCE = 1.
@@ -76,12 +76,12 @@ class TrainedRun(run_files.Record):
         said = finite(self.summary.get('env_step'))
         if said is None:
             return self.env_step
-        # What a run that has no summary says of itself is some seconds old.
+        # The progress of a run without a summary is some seconds old.
         return max(int(said), self.env_step or 0) if self.outcome == run_files.NO_END else int(said)
 
     @property
     def own_steps(self) -> Optional[int]:
-        """Those that its time is for."""
+        """The environment steps that its time was spent on."""
         return None if self.steps is None else self.steps - (self.before or 0)
 
     @property
@@ -130,11 +130,11 @@ class TrainedRun(run_files.Record):
 
     @property
     def parts(self) -> List[Dict[str, Any]]:
-        """What each part of a run that went on in place was started with; of any other run there is one."""
+        """The summaries of all parts of a run that went on in place; any other run has one part."""
         return [*(self.summary.get('earlier') or []), self.summary]
 
     def from_summary(self, *keys: str) -> Any:
-        """What the summary says under nested keys, None if nothing."""
+        """The summary's value under nested keys, None if there is none."""
         value: Any = self.summary
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -206,9 +206,9 @@ def _distinct_end(path: str, paths: Sequence[str]) -> str:
 
 class EventFile:
     """
-    One event file as far as it is whole; ``fault`` says if it is not. Of each scalar, ``points`` has by its tag the
-    step, the number of the event and the value, and ``along`` by its axis the step, the number of the event and the
-    last checkpoint that is without it.
+    The intact part of one event file; ``fault`` says what is wrong with the rest. For each scalar, ``points`` has, by
+    tag, the step, the number of the event and the value; ``along`` has, by axis, the step, the number of the event and
+    the last checkpoint that was saved before it.
     """
 
     def __init__(self, path: str) -> None:
@@ -273,7 +273,7 @@ class EventFile:
         return f'step {steps.max():,.0f}' + (f' of {of:,}' if of is not None and of >= steps.max() else '')
 
     def kept(self, points: np.ndarray) -> np.ndarray:
-        """Those that are not cut off."""
+        """The points that are not cut off."""
         return points[points[:, 1] < self.end]
 
     def curve(self, tag: str) -> np.ndarray:
@@ -308,7 +308,7 @@ def read_run(run: TrainedRun) -> None:
 
 
 def _join(run: TrainedRun, files: Sequence[EventFile]) -> None:
-    """Hold what is not cut off of a run's event files."""
+    """Put the points of a run's event files that are not cut off into the run."""
     run.points = sum(len(file.scalars) for file in files)
     for started, ended in sorted(file.span for file in files if file.end):
         if run.spans and started <= run.spans[-1][1]:
@@ -328,7 +328,7 @@ def _join(run: TrainedRun, files: Sequence[EventFile]) -> None:
 
 
 def _notes(run: TrainedRun, faults: Sequence[EventFile], filled: Sequence[EventFile]) -> Iterator[str]:
-    """What has to be said of a run's event files."""
+    """The notes about a run's event files."""
     for file in faults:
         yield f'{file.fault}: its events end at {file.end_text(run.steps if run.summary else None)}'
     evaluated: Sequence[int] = run.curves[REWARD].steps.tolist() if REWARD in run.curves else []

@@ -77,9 +77,9 @@ class Row(NamedTuple):
 
 class Comparison:
     """
-    Everything that is shown of runs; ``groups`` are (name, pattern) of sides, as of ``compare_runs``, and ``left_out``
-    has the reason for each run that could not be read. For each side, ``mixed`` has what its runs are not comparable
-    in, and ``apart`` what it is not comparable with the baseline in.
+    All numbers and warnings of a comparison; ``groups`` are (name, pattern) of sides, as of ``compare_runs``, and
+    ``left_out`` has the reason for each run that could not be read. For each side, ``mixed`` has the measures in which
+    its own runs cannot be compared, and ``apart`` those in which it cannot be compared with the baseline.
     """
 
     def __init__(self, runs: Sequence[TrainedRun], groups: Sequence[Tuple[str, str]], left_out: Dict[str, str]) -> None:
@@ -241,7 +241,7 @@ def config_table(comparison: Comparison) -> Table:
 
 
 def origin(comparison: Comparison) -> List[str]:
-    """When and where the runs were trained, with what, and by which commands, as far as they say it."""
+    """When, where and with which versions and commands the runs were trained, as far as their summaries say it."""
     runs = comparison.runs
     lines = ['Trained {} to {} UTC'.format(*(
         datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).strftime('%Y-%m-%d %H:%M')

@@ -17,7 +17,7 @@ EAGER, CUDA_GRAPH = 'eager', 'cudagraph'
 
 
 class StepResult(NamedTuple):
-    """A step's predictions, and what a search copies of them to the CPU."""
+    """A step's predictions, and the part of them that a search copies to the CPU."""
     output: StepOutput
     search: Optional[torch.Tensor]  # [B, 2 + P]: reward and value as numbers, policy logits; None out of a search
 
@@ -62,5 +62,5 @@ class Backend:
 
 
 def picked(name: str, device: torch.device) -> str:
-    """What ``kv_cache_cfg.backend`` comes to on a device: 'eager' or 'cudagraph'."""
+    """The backend that a ``kv_cache_cfg.backend`` means on a device: 'eager' or 'cudagraph'."""
     return CUDA_GRAPH if name != EAGER and device.type == 'cuda' else EAGER

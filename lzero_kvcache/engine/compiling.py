@@ -1,6 +1,7 @@
-"""Compiling functions by numba, which is imported with the first of them, not with the package.
+"""Compiling functions by numba. This package imports numba with the first of them; DI-engine's ``ding.utils`` has
+imported it before, where it is installed.
 
-Those that Python calls are compiled once for a machine, and kept in a folder.
+Functions that Python calls are compiled once for a machine, and kept in a folder.
 """
 import functools
 import hashlib
@@ -23,7 +24,7 @@ COMPILED_IN = [Path(__file__).parent.parent / room for room in ('engine', 'cache
 """Folders whose functions and constants are compiled into those of other rooms."""
 
 ZERO: Any = np.int64(0)
-"""To call compiled functions with: a literal 0 has a type of its own, for which numba would compile them anew."""
+"""A 0 for calls of compiled functions: a literal 0 has another type, for which numba would compile them anew."""
 
 
 def why_not_compiled() -> Optional[str]:
@@ -32,7 +33,7 @@ def why_not_compiled() -> Optional[str]:
         return 'numba is not installed (pip install numba)'
     try:
         import numba  # noqa: F401
-    except Exception as error:  # whatever a library that does not fit raises
+    except Exception as error:  # an unsuitable library may raise anything
         return f'numba cannot be imported: {error}'
     return None
 
@@ -58,8 +59,8 @@ def compiled(function: Any, **options: Any) -> Any:
 
 
 def entry(function: Function) -> Function:
-    """Compile a function that Python calls, once for a machine. It must be no closure: what is kept is
-    found by its code, which does not tell what it closes over."""
+    """Compile a function that Python calls, once for a machine. It must be no closure: a kept function
+    is found by its code, and that lacks the variables of a closure."""
     plain: Any = getattr(function, 'py_func', function)
     if plain.__closure__:
         names = ', '.join(plain.__code__.co_freevars)
@@ -85,8 +86,8 @@ def folder_of(sources: str) -> Path:
 
 @functools.lru_cache(maxsize=None)
 def hash_of(folders: FrozenSet[Path]) -> str:
-    """The hash of all sources in some folders: numba misses changes in functions that are called. It is taken once, as
-    the first of their functions is defined, since that is what is compiled, even if the files change later."""
+    """The hash of all sources in some folders, since numba misses changes in called functions. It is computed once,
+    when the first of their functions is defined: later changes of the files are not compiled."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in folders for path in folder.glob('*.py')):
         digest.update(path.read_bytes())

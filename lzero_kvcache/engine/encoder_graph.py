@@ -16,7 +16,7 @@ class _Graph(NamedTuple):
 
 
 class EncoderGraph:
-    """Encodes :data:`ROWS` observations at once, from whatever device they are on, as float32 ``[B, E]``."""
+    """Encodes :data:`ROWS` observations at once, from any device, as float32 ``[B, E]``."""
 
     def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._source, self._encode = source, encode

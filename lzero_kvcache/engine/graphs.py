@@ -66,20 +66,20 @@ def _stream_of(device: int) -> Any:
 
 
 class Graphs:
-    """Captures of one model by their number of rows and their ``kind``, which is whatever else tells them apart; the
-    most recently used is last. Each has a field ``captured``."""
+    """Captures of one model by their number of rows and their ``kind``, the rest of the key; the most recently used is
+    last. Each has a field ``captured``."""
 
-    def __init__(self, told: str, then: str = 'running eagerly') -> None:
+    def __init__(self, failure: str, fallback: str = 'running eagerly') -> None:
         self.kept: Dict[Tuple[Any, ...], Any] = {}
         self.moves = 0
         self.captures = 0  # so far, dropped ones included
         self.usable = True
         self.lock = threading.RLock()
-        self._told, self._then = told, then  # what the log says of giving up
+        self._failure, self._fallback = failure, fallback  # the two halves of the warning
         self._addresses: Tuple[int, ...] = ()
 
     def __reduce__(self) -> Any:
-        return type(self), (self._told, self._then)  # a copy begins without
+        return type(self), (self._failure, self._fallback)  # a copy begins without captures
 
     @property
     def memory_mb(self) -> float:
@@ -123,8 +123,8 @@ class Graphs:
             del self.kept[next(iter(self.kept))]
 
     def attempt(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` captures. Where it fails, or storage has moved too often: None, a warning, and no capture ever
-        again."""
+        """The capture that ``make`` returns. If it fails, or storage has moved too often: None, a warning, and no more
+        captures."""
         try:
             if self.moves >= MAX_MOVES:
                 raise RuntimeError('its storage keeps moving')
@@ -132,7 +132,7 @@ class Graphs:
         except Exception as error:  # Triton's, and its compiler's, have types of their own
             self.usable = False
             first_line = str(error).split('\n', maxsplit=1)[0]
-            logger.warning(f'{self._told} ({first_line}): {self._then} from now on')
+            logger.warning(f'{self._failure} ({first_line}): {self._fallback} from now on')
             return None
         self.captures += 1
         return made
@@ -146,18 +146,18 @@ class _Step(NamedTuple):
 
 class ReplayedStep:
     """Captures and replays a function of a slab, packed numbers ``[N, B]``, and a tensor ``[B, ...]`` or None. Weights
-    that change in place are seen by the next replay if the function reads them; storage that moved is noticed by its
-    address and captured anew."""
+    that change in place are seen by the next replay if the function reads them; if an address has changed, the next
+    run captures again."""
 
     def __init__(self, geometry: Geometry, function: Callable[[Slab, torch.Tensor, Any], Any], name: str,
-                 told: str) -> None:
+                 failure: str) -> None:
         self._geometry, self._function, self._name = geometry, function, name
-        self.graphs = Graphs(told)
+        self.graphs = Graphs(failure)
 
     def run(self, slab: Slab, numbers: np.ndarray, given: Optional[torch.Tensor], device: torch.device,
             addresses: Tuple[int, ...]) -> Any:
-        """What the function returns for these rows, and after them for rows that only fill up; the next run overwrites
-        it. None where nothing can be captured. ``addresses`` are those of all that it reads beside the slab."""
+        """The function's result for these rows, and after them for rows that only fill up; the next run overwrites it.
+        None where nothing can be captured. ``addresses`` are those of all memory that it reads beside the slab."""
         count, rows = numbers.shape
         kind = (count, None if given is None else (given.shape[1:], given.dtype))
         step = self.graphs.get(

@@ -45,7 +45,7 @@ def _probe(ones, out, seed, OVERLAP: tl.constexpr):
 
 
 def probe(device: torch.device) -> None:
-    """Compile and launch a kernel, and look at what it has written; an error where any of that fails."""
+    """Compile and launch a kernel, and check its output; an error where any of that fails."""
     with torch.cuda.device(device) if device.type == 'cuda' else nullcontext():
         ones, out = torch.ones(16, 16, device=device), torch.zeros(16, device=device)
         seed = torch.ones(1, dtype=torch.int64, device=device)

@@ -1,4 +1,5 @@
-"""Root inferences on a GPU as replayed CUDA graphs: the encoder, the step, and sums that tell what is finite."""
+"""Root inferences on a GPU as replayed CUDA graphs: the encoder, the step, and sums that show whether results are
+finite."""
 from typing import Callable, Optional, Tuple
 
 import numpy as np

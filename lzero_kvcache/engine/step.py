@@ -4,8 +4,8 @@ Shapes: ``B`` rows, ``E`` embedding, ``H`` heads, ``D = E / H``, ``L`` layers, `
 of a window, at the most ``context_length / 2``: the context's, left-aligned, and in the last column the page that the
 step writes. A window has ``2W`` slots ``[-, o0, a0, o1, ..., action, observation]``. Slot 0 is that of an action that
 does not exist, and is never read, so that the token at position ``p`` of a context stands in slot ``p + 1``. Tables of
-pages are int64 ``[B, W]``, counts of pages ``[B]``, positions of tokens ``[K, B]``. Triton is imported by what launches
-its kernels, not with the package.
+pages are int64 ``[B, W]``, counts of pages ``[B]``, positions of tokens ``[K, B]``. Triton is imported by the modules
+that launch its kernels, not with the package.
 """
 from contextlib import nullcontext
 from functools import partial
@@ -24,7 +24,7 @@ SHORT_WINDOW = 64
 
 
 class StepOutput(NamedTuple):
-    """What a step predicts for each row."""
+    """The predictions of a step for each row."""
     output_sequence: torch.Tensor  # [B, 1, E]
     latent_state: torch.Tensor  # [B, 1, E]
     logits_rewards: Optional[torch.Tensor]  # [B, 1, S]; None where no action was taken
@@ -46,7 +46,7 @@ class Engine:
         self._masks: Dict[Tuple[int, torch.device], Tuple[torch.Tensor, torch.Tensor]] = {}
 
     def for_search(self, weights: Weights, output: StepOutput) -> torch.Tensor:
-        """What a search takes to the CPU: reward and value as numbers, and policy logits ``[B, 2 + P]``."""
+        """The numbers that a search copies to the CPU: reward, value and policy logits ``[B, 2 + P]``."""
         assert output.logits_rewards is not None
         rows = output.logits_value.shape[0]
         if weights.captured and self.has_kernels(output.logits_value.device):

@@ -9,7 +9,7 @@ from .slab import Slab
 
 
 class PageStore:
-    """The slab of one manager, and whatever else counts as its memory."""
+    """The slab of one manager, and all other memory that counts as its own."""
 
     def __init__(self, slab: Slab, advice: str) -> None:
         self.slab = slab

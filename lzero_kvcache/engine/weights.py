@@ -23,7 +23,7 @@ class Linear:
     weight: torch.Tensor
     bias: Optional[torch.Tensor]
     many_rows: int  # for so many rows or more, a product and then the bias are faster than both in one
-    matmul: str = 'float32'  # what a search on a GPU computes it in, 'tf32' and 'bfloat16' being the others
+    matmul: str = 'float32'  # precision of this product in searches on a GPU; or 'tf32', 'bfloat16'
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # With the bias fused in, cuBLAS picks float32 kernels that take up to twice as long for many rows.

@@ -1,4 +1,4 @@
-"""What differs between the LightZeros that are served; here, of the release."""
+"""Everything that differs between the supported LightZero versions, with the values of the released 0.2.0."""
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -9,20 +9,20 @@ from .kept_rows import KeptRows
 
 
 class Adapter:
-    """The released LightZero 0.2.0; a subclass says what is otherwise in another one."""
+    """The released LightZero 0.2.0; a subclass overrides what differs in another version."""
 
     NAME = 'released 0.2.0'
     SIGN = 'a block of its transformer has an mlp'
     SERVED = 'all of UniZero and Sampled UniZero'
 
     BESIDE_VERSION = ''
-    """What tells it from another that has its number."""
+    """Suffix of the version number, which both versions share."""
 
     MLP = 'mlp'
     """Attribute of a transformer's block that is its MLP."""
 
     POLICIES: Tuple[str, ...] = ('unizero', 'sampled_unizero')
-    """Policies that are served."""
+    """Policies that can have the new cache."""
 
     RECURRENT_SLOTS = 'shared_pool_size'
     """Attribute of a world model that says how many contexts its recurrent pool has."""
@@ -58,16 +58,16 @@ class Adapter:
     """A mixin that the plugin's policies inherit before LightZero's class."""
 
     POLICY_FIELDS: Tuple[str, ...] = ('collect', )
-    """What a policy must be built for to collect."""
+    """The fields, in DI-engine's sense, that a policy needs to collect."""
 
     SUPPORT = 'policy.model.support_scale'
-    """What a world model's ``support_size`` follows from."""
+    """The option that determines a world model's ``support_size``."""
 
     SCALES: Tuple[str, ...] = (SUPPORT, )
     """Options that are whole numbers, of any type."""
 
     NEVER_CAUSES: Tuple[str, ...] = ('last_obs', )
-    """Causes that validation knows of wrong answers of LightZero's own caching, which this one does not have."""
+    """Validation's causes of wrong answers that do not occur in this version's own caching."""
 
     def mlp_of(self, block: Any) -> Any:
         return getattr(block, self.MLP)
@@ -85,8 +85,8 @@ class Adapter:
         return inverse_scalar_transform(logits, cfg.model.support_scale)
 
     def searching_at_once(self, buffer: Any, mcts: Any) -> Any:
-        """A replay buffer that gives ``mcts`` all roots of a reanalysis at once. None where that is done by a method of
-        somebody's own."""
+        """A replay buffer that gives ``mcts`` all roots of a reanalysis at once. None where a user's method
+        does that."""
         return buffer
 
     def unserved_of(self, config: Any) -> Iterator[str]:
@@ -144,7 +144,7 @@ class Adapter:
         policy.last_batch_obs, policy.last_batch_action = observations, actions
 
     def kept_rows(self, policy: Any) -> KeptRows:
-        """For what a policy keeps between steps; nothing yet."""
+        """A place, empty at first, for the rows that a policy keeps between steps."""
         return KeptRows()
 
     def traverse_options(self, cfg: Any) -> Tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""What LightZero's replay buffers ask of the target model: values of sampled sequences, and searches anew.
+"""Requests of LightZero's replay buffers to the target model: values of sampled sequences, and reanalyses.
 
 ``B`` sequences, ``L`` of their observations that the model sees, ``U = L + 1`` target values of each.
 """
@@ -27,7 +27,7 @@ def _is_served(model: Any, kind: str) -> bool:
 
 
 class ReanalysisSearch(KeylessSearch):
-    """What the buffer's method finds as ``MCTSCtree``."""
+    """The class that the buffer's method finds as ``MCTSCtree``."""
 
     roots = Roots
 
@@ -86,7 +86,7 @@ def target_values(cfg: Any, context: Sequence[Any], world_model: NewWorldModel, 
     observations, mask, positions, segment_rewards, _, _, td_steps = context[:7]
     rows, steps = actions.shape[:2]
     valid, td = np.reshape(mask, (rows, steps + 1)), np.reshape(td_steps, (rows, steps + 1))[:, :1]
-    # What lies past the end of its episode as a whole is not looked at.
+    # Sequences that lie wholly past the end of their episode are not computed.
     needed = np.flatnonzero(valid.any(1)) if valid.any() else np.zeros(1, np.int64)
     seen = [observations[row * (steps + 1) + step] for row in needed for step in range(steps)]
     on_device = _values(cfg, world_model, seen, actions[needed], timesteps[needed])

@@ -1,4 +1,4 @@
-"""What LightZero builds of a config: its defaults, an environment, a policy; and what its zoo has."""
+"""Building a config's defaults, environment and policy with LightZero; and the contents of its zoo."""
 import contextlib
 import copy
 import importlib.util
@@ -58,8 +58,8 @@ def fault_of_segments(error: BaseException) -> Optional[str]:
 
 
 def try_environment(main_config: EasyDict, create_config: EasyDict) -> None:
-    """Build and reset one environment, so that what it lacks is found before a worker process needs it, and hold what
-    it returns to the model."""
+    """Build and reset one environment, so that missing parts are found before a worker process needs them, and check
+    its observations and masks against the model's sizes."""
     from ding.envs import get_vec_env_setting
     cfg = completed(main_config, create_config)
     env_fn, collector_configs, _ = get_vec_env_setting(cfg.env)
@@ -155,7 +155,7 @@ def _unknown_named(env_id: str) -> Iterator[None]:
 
 
 def is_algorithm(name: Any) -> bool:
-    """Whether LightZero has a policy of this name, of whatever algorithm."""
+    """Whether LightZero has a policy of this name, of any algorithm."""
     return str(name).isidentifier() and importlib.util.find_spec(f'lzero.policy.{name}') is not None
 
 

@@ -1,5 +1,5 @@
-"""LightZero's multi-GPU path: NCCL on GPUs, gloo on CPUs. Of that path, what needs GPUs or lets processes part is
-replaced during a run."""
+"""LightZero's multi-GPU path: NCCL on GPUs, gloo on CPUs. A run replaces the parts of it that need GPUs or that let
+processes diverge."""
 import contextlib
 import logging
 import signal
@@ -124,7 +124,7 @@ def divide(main_config: EasyDict) -> None:
 
 
 def replacements(ranks: Ranks) -> Dict[str, Make]:
-    """What ``applied`` replaces so that several processes train together, on CPUs too."""
+    """The replacements, for ``applied``, with which several processes train together, on CPUs too."""
     if not ranks.several:
         return {}
     replaced: Dict[str, Make] = dict(

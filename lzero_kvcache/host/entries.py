@@ -1,5 +1,5 @@
-"""LightZero's training entries: how they are run, what they need of the process, and what they hand to nobody, which is
-read in their frames."""
+"""LightZero's training entries: how they are run, what they need of the process, and values that they pass to no hook,
+which are read from their stack frames."""
 import contextlib
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The exact reference: a LightZero model for each environment, which is told which node to expand. ``B`` rows of a
+"""The exact reference: a LightZero model for each environment, which is given the node to expand. ``B`` rows of a
 search."""
 from collections import defaultdict
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -14,7 +14,8 @@ from .shadow import Shadow, ShadowReference, position_tables
 
 
 class _MeantSlot:
-    """In place of LightZero's dict from keys to slots: finds the slot that is meant, whatever the key is."""
+    """Replaces LightZero's dict from keys to slots: ``get`` ignores the key and returns ``slot``, which is set
+    before."""
 
     def __init__(self) -> None:
         self.slot: Optional[int] = None
@@ -65,8 +66,8 @@ class _OneEnvironment(Shadow):
 
 
 class ExactReference(ShadowReference):
-    """What is right: every environment alone, so that nobody's length, latent state or end touches another. Contexts
-    are found by node, no slot is overwritten while needed, and tables of positions are those of the weights."""
+    """The right answers: every environment alone, so that no length, latent state or end of one affects another.
+    Contexts are found by node, no slot is overwritten while needed, and tables of positions fit the weights."""
 
     def __init__(self, world_model: Any) -> None:
         super().__init__(world_model)
@@ -106,7 +107,7 @@ class ExactReference(ShadowReference):
                 alone.last_root = None
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
-        """LightZero's policy resets rows; here are none."""
+        """Nothing: LightZero's policy resets rows, and this reference has none."""
 
     def precompute(self) -> None:
         """Tables are made anew for each search."""

@@ -1,4 +1,5 @@
-"""What LightZero's main branch measures of each root's priors and visits, for all rows of a step at once."""
+"""The metrics that LightZero's main branch computes of each root's priors and visits, for all rows of a step at
+once."""
 from typing import Any, Callable, Dict, Sequence, Tuple
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""What LightZero's policies keep between steps, the last observations and actions, as validation's shadow has it."""
+"""The last observations and actions, which LightZero's policies keep between steps, for validation's shadow."""
 import types
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -9,7 +9,7 @@ from .patches import with_globals
 
 
 class Kept(NamedTuple):
-    """What a policy passes with a batch."""
+    """The observations and actions that a policy passes with a batch."""
     observations: torch.Tensor  # [B, ...]
     actions: List[Any]  # [B]; -1 where it takes an episode to start
     owners: Sequence[Optional[Tuple[str, int]]]  # [B]: whose they are, (mode, environment), or None after a reset

@@ -1,4 +1,5 @@
-"""What LightZero's own caching answers: a shadow for the whole batch, and notes of why an answer may be wrong."""
+"""The legacy reference: the answers of LightZero's own caching, by a shadow for the whole batch, and why they may be
+wrong."""
 import logging
 from functools import cached_property
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -20,7 +21,7 @@ CAUSES = (STALE_SLOT, MISS, PADDING, EQUAL_LATENTS, POSITIONS, ROWS, LAST_OBS)
 
 
 class _Context:
-    """What LightZero stored under a key, of how many tokens, and why it may be wrong."""
+    """A context that LightZero stored under a key: its number of tokens, and why it may be wrong."""
 
     def __init__(self, key: str) -> None:
         self.key, self.size, self.causes = key, 1, NO_CAUSE

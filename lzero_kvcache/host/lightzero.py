@@ -1,5 +1,5 @@
-"""Which LightZero is installed, told by what it has: ``lightzero`` is its adapter, with everything that differs between
-versions."""
+"""Which LightZero is installed, recognised by its contents: ``lightzero`` is its adapter, with everything that differs
+between versions."""
 from lzero.model.unizero_world_models.transformer import Block
 
 from ..summary import version_of
@@ -22,4 +22,4 @@ def adapter_of(block: type) -> Adapter:
 
 lightzero = adapter_of(Block)
 VERSION = version_of('LightZero') + lightzero.BESIDE_VERSION
-"""What runs say that they were made with."""
+"""The version of LightZero in summaries."""

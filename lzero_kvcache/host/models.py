@@ -43,7 +43,7 @@ class KVCacheModel(nn.Module):
         if named is self.replaced:
             picked = {'old': self.old_world_model, 'new': self.new_world_model, LIGHTZERO: self.manager_world_model}
             names = lightzero.with_world_model(self, picked[system])
-        elif system == 'new':  # somebody's own, which has LightZero's own caching
+        elif system == 'new':  # a user's world model, which has LightZero's own caching
             raise ConfigError(
                 f'{PREFIX}.{FLAG}=True, but {module.__name__}.WorldModel is {named.__module__}.'
                 f'{named.__qualname__}: derive it from lzero_kvcache.host.world_model.NewWorldModel, and name '

@@ -162,7 +162,7 @@ class OldWorldModel(LightZeroWorldModel):
 
     @property
     def hyperparameters(self) -> Dict[str, Any]:
-        """What tells this cache from others; LightZero has no other options."""
+        """The options that distinguish this cache from others; LightZero has no more."""
         return dict(
             cache_system=self.system, init_pool_size=self.shared_pool_size_init,
             recurrent_pool_size=getattr(self, lightzero.RECURRENT_SLOTS), env_num=self.env_num,

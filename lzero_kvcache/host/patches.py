@@ -140,7 +140,7 @@ TABLE: Dict[str, Patch] = {
         ('copy of lzero.model.unizero_world_models.world_model:WorldModel.clear_caches:print',
          'copy of lzero.policy.unizero:UniZeroPolicy._reset_collect:print',
          'copy of lzero.policy.unizero:UniZeroPolicy._reset_eval:print'), 'does nothing',
-        'what is printed does not say which system was cleared, or is of what validation follows', CALL),
+        "LightZero's line does not name the system that was cleared, and validation's shadow must not print", CALL),
     # ---- the process
     'interrupts': Patch(
         ('signal:SIGINT', 'signal:SIGTERM'), 'notes that an end was asked for',

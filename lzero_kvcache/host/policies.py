@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
-    """What the plugin adds to a LightZero UniZero policy, in front of it in the method resolution order."""
+    """The plugin's part of a LightZero UniZero policy, before LightZero's class in the method resolution order."""
     keyless_search: Any  # the search without keys that goes with the policy
     _cfg: Any
     _model: Any
@@ -106,7 +106,7 @@ class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
         self._mcts_eval = self._mcts_of(self._mcts_eval, EVAL)
 
     def _mcts_of(self, mcts: Any, mode: str) -> Any:
-        """A policy's search: without keys where new mode can, or else the one that is there, timed from outside."""
+        """The search of a policy: one without keys, if it can be used, or else the policy's own, timed from outside."""
         world_model = self._model.world_model
         if mcts is None:  # PPO's actions are drawn from the policy head
             return None
@@ -119,7 +119,7 @@ class KVCachePolicy(lightzero.POLICY_BASE):  # type: ignore[name-defined]
         return mcts
 
     def _needs_no_keys(self, mcts: Any) -> bool:
-        """Whether a search without keys passes over no search or inference of a user's, and values are categorical."""
+        """Whether a search without keys would bypass no search or inference of a user's, and values are categorical."""
         manager = self._model.world_model.kv_cache_manager
         keyed = [name for name in ('find_recur', 'store_recur') if is_own(manager, name)]
         if has_own_inference(self._model, 'recurrent') or type(mcts) not in self.keyless_search.__mro__:

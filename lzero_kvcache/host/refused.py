@@ -1,4 +1,4 @@
-"""What the new system refuses: options that it does not know, and code of a user's own that it would pass over."""
+"""Refusals of the new system: options that it does not know, and user code that it would not call."""
 import logging
 from typing import Any, Iterator, Optional, Tuple
 
@@ -41,7 +41,7 @@ def _check_options(world_model_cfg: Any) -> None:
 
 
 def tell_uncalled(manager: Any) -> None:
-    """Warn of methods of somebody's own manager that nothing but a caller by hand calls."""
+    """Warn of methods of a user's manager that no search calls."""
     by_hand = ('get_init_cache', 'set_init_cache', 'get_recur_cache', 'set_recur_cache', 'hierarchical_get',
                'get_wm_cache', 'set_wm_cache')
     own = [name for name in by_hand if is_own(manager, name)]
@@ -51,7 +51,7 @@ def tell_uncalled(manager: Any) -> None:
 
 
 def is_own(owner: Any, name: str) -> bool:
-    """Whether a method is somebody's own: set on the object, defined by a class that is neither LightZero's nor the
+    """Whether a method is a user's: set on the object, defined by a class that is neither LightZero's nor the
     plugin's, or put into one of theirs; False if there is none."""
     defining = next((kind for kind in type(owner).__mro__ if name in vars(kind)), None)
     if name in vars(owner) or defining is None:
@@ -60,7 +60,7 @@ def is_own(owner: Any, name: str) -> bool:
 
 
 def has_own_inference(model: Any, kind: str) -> bool:
-    """Whether somebody's own 'initial' or 'recurrent' inference must be asked."""
+    """Whether a model has a user's 'initial' or 'recurrent' inference, which must be called."""
     model = getattr(model, '_orig_mod', model)  # torch.compile wraps models
     return is_own(model, f'{kind}_inference') or is_own(model.world_model, f'forward_{kind}_inference')
 
@@ -92,7 +92,7 @@ def _passed_over(world_model: Any) -> Iterator[str]:
 
 
 def added_to(module: nn.Module) -> Optional[str]:
-    """What a call of a module runs beside its class's forward, or in its place."""
+    """The code that a call of a module runs beside its class's forward, or in its place."""
     if module._forward_hooks or module._forward_pre_hooks:  # spectral_norm's, say
         return 'a forward hook'
     return 'a forward of its own' if 'forward' in vars(module) else None

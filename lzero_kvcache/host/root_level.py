@@ -1,6 +1,6 @@
 """
 The level of the root logger. LightZero's world model sets it when it is imported, which in LightZero alone is with the
-first model; the plugin imports it earlier, and puts off what follows from that.
+first model; the plugin imports it earlier, and postpones the change of the level.
 """
 import contextlib
 import logging
@@ -23,6 +23,6 @@ def kept() -> Iterator[None]:
 
 
 def set_as_lightzero_does() -> None:
-    """Do once what was put off."""
+    """Set the level once, if that was postponed."""
     while _put_off:
         logging.getLogger().setLevel(_put_off.pop())

@@ -30,7 +30,7 @@ class Mask(np.ndarray):
 
 
 def masks_of(action_mask: Optional[Iterable[Any]]) -> Any:
-    """The same masks, quick to go through; some environments have none."""
+    """The masks as arrays that are quick to iterate over; some environments have none."""
     if action_mask is None:
         return None
     return [mask.view(Mask) if type(mask) is np.ndarray else mask for mask in action_mask]

@@ -1,6 +1,6 @@
 """LightZero's own world model, with caches of its own, as validation's references replay searches on it.
 
-A shadow has the very modules of the world model that searches: its weights and its mode, and no parameters of its own.
+A shadow shares the modules of the world model that searches, with their weights and mode, and has no parameters.
 """
 import copy
 from typing import Any, Dict, List
@@ -73,7 +73,7 @@ def position_tables(world_model: Any) -> Dict[str, Any]:
 
 
 class ShadowReference(Reference):
-    """What both references share. Shadows are made at the first use: until then the world model is not complete."""
+    """The base of both references. Shadows are made at the first use: until then the world model is not complete."""
 
     def __init__(self, world_model: Any) -> None:
         self._wm = world_model

@@ -1,4 +1,4 @@
-"""States of checkpoints; where one is of another model, that is told in one line."""
+"""States of checkpoints; one that does not fit the model is reported in one line."""
 import contextlib
 import re
 from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence
@@ -41,8 +41,8 @@ def check_parts(state: Any, parts: Sequence[str] = ('model', 'target_model')) ->
 
 
 def fault_of_state(error: BaseException) -> Optional[str]:
-    """What is wrong where torch cannot load a state, with the first parameter that is different and how many more
-    there are; None if the error is another one."""
+    """The fault of a state that torch cannot load, with the first parameter that is different and how many more there
+    are; None if the error is another one."""
     text = ' '.join(str(error).split()).replace('_orig_mod.', '')  # which torch puts before those of a compiled module
     if not _OTHER_MODEL.search(text):
         return None

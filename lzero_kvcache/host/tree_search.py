@@ -20,8 +20,8 @@ from .patches import with_globals
 
 
 class Roots:
-    """What LightZero's policies get of ``MCTSCtree.roots(num, legal_actions, ...)`` where the search is in arrays: it
-    keeps what it is prepared with, and then what was found. Lists by row."""
+    """Stands in for LightZero's ``MCTSCtree.roots(num, legal_actions, ...)`` where the search is in arrays: it keeps
+    the arguments of ``prepare``, and later the results. Lists by row."""
 
     def __init__(self, num: int, legal_actions: Sequence[Sequence[int]], *sampled: Any) -> None:
         self.num, self.legal_actions = num, legal_actions
@@ -50,26 +50,27 @@ class Roots:
 
 
 class _KeylessSearch:
-    """What both searches share."""
+    """The base of both searches."""
     _cfg: Any
     tree: Any
     sampled = False
 
     def __init__(self, cfg: Any, running: StepsOfThread, purpose: str) -> None:
         super().__init__(cfg)  # type: ignore[call-arg]
-        self._running = running  # what its policy is in the middle of
+        self._running = running  # the open steps of its policy
         self._purpose = purpose  # 'collect', 'eval' or 'reanalysis'
         self._searches = 0
 
     def in_arrays(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A policy's step that makes roots of a search in arrays, unless it makes somebody's own."""
+        """A copy of a policy's step that makes :class:`Roots`; the step itself if a user has replaced its
+        ``MCTSCtree``."""
         if getattr(forward, '__globals__', {}).get('MCTSCtree') not in type(self).__mro__:
             return forward
         return with_globals(forward, MCTSCtree=types.SimpleNamespace(roots=Roots))
 
     def search(self, roots: Any, model: Any, latent_state_roots: Any, to_play_batch: Any, timestep: Any = None,
                task_id: Any = None) -> Any:
-        """Search from the roots of the step that the policy is in the middle of, with LightZero's signature. Latent
+        """Search from the roots of the policy's innermost open step, with LightZero's signature. Latent
         states and timesteps are not used: the world model has the roots' contexts and timesteps."""
         inference, step = model.world_model.inference, self._running.innermost
         if isinstance(roots, Roots):
@@ -81,7 +82,7 @@ class _KeylessSearch:
         return defaultdict(lambda: defaultdict(lambda: None))  # latent states, which only text is decoded from
 
     def problem(self, roots: Roots, world_model: Any) -> Problem:
-        """What roots that are prepared ask, as this object's next search."""
+        """The problem of prepared roots, with the number of this object's next search."""
         slots, action_size = self._slots()
         number, self._searches = self._searches, self._searches + 1
         return Problem(

@@ -1,5 +1,5 @@
-"""LightZero's learner, collector and evaluator as a ``Watcher`` sees them: they put themselves there, and tell it what
-happens."""
+"""LightZero's learner, collector and evaluator for a ``Watcher``: they register themselves with it and notify it of their
+progress."""
 import functools
 from abc import ABC, abstractmethod
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple
@@ -21,7 +21,7 @@ from .states import Checkpoint
 
 
 class Past(NamedTuple):
-    """What a training goes on from in place, as far as that is known; all None where it begins."""
+    """The known past of a training that goes on in place; all None for a training that begins."""
     saved: Optional[Tuple[str, int]] = None  # the checkpoint's path, and its iteration
     result: Optional[Result] = None  # as it was at the checkpoint
     run_id: Optional[str] = None
@@ -30,7 +30,7 @@ class Past(NamedTuple):
 
 
 class Watcher(ABC):
-    """What is told how a training or an evaluation goes on."""
+    """Gets notified of the progress of a training or an evaluation."""
     learner: Any = None
     collector: Any = None
     evaluator: Any = None

@@ -1,4 +1,4 @@
-"""LightZero's world model over pages: what LightZero reaches for, and when contexts are dropped."""
+"""LightZero's world model over pages: the methods that LightZero calls, and when contexts are dropped."""
 import logging
 import zlib
 from functools import partial
@@ -104,7 +104,7 @@ class NewWorldModel(LightZeroWorldModel):
 
     @property
     def hyperparameters(self) -> Dict[str, Any]:
-        """What tells this cache from others."""
+        """The options that distinguish this cache from others."""
         options = self._options
         return dict(
             cache_system=options.type, eviction=options.eviction, init_pool_size=options.init_pool_size,
@@ -219,9 +219,9 @@ class NewWorldModel(LightZeroWorldModel):
     def searches_in_arrays(self, doing: str, addresses: Optional[Tuple[int, ...]] = None) -> bool:
         """
         Overview:
-            Whether to search in arrays, or else in LightZero's tree: by what ``kv_cache_cfg.search`` asks for, by what
-            can be, and by whether the model is in evaluation mode. The log says where the first time on a kind of
-            device, and again where weights at other addresses change the reason.
+            Whether to search in arrays, or else in LightZero's tree: if ``kv_cache_cfg.search`` allows it, the model's
+            device supports it, and the model is in evaluation mode. The log says where searches are, once for each
+            kind of device, and again when weights at other addresses change that.
         Arguments:
             - doing (:obj:`str`): The log's word for what the search does: 'Searching', 'Reanalyzing'.
             - addresses (:obj:`Optional[Tuple[int, ...]]`): Of the weights; None to look them up.
@@ -242,7 +242,7 @@ class NewWorldModel(LightZeroWorldModel):
         return not self.training and known[0] is None
 
     def _tell_search(self, doing: str, reason: Optional[str]) -> None:
-        """Log where trees are, and why there. Refuse what a GPU was asked for and cannot do: its tree takes many times
+        """Log where trees are, and why. Refuse options that a GPU cannot serve: LightZero's tree would take many times
         as long."""
         options, device = self._options, self.weights_source.device()
         told = f"{doing} in LightZero's tree, node by node"
@@ -390,7 +390,7 @@ class NewWorldModel(LightZeroWorldModel):
 
 
 def _manager_of(config: Any, options: CacheConfig, env_num: int) -> PagedCacheManager:
-    """The manager that the options pick; whatever else was registered under its name is refused."""
+    """The manager that the options pick; a class registered under its name that is no manager is refused."""
     named, kind = f'{PREFIX}.{OPTIONS}.type={options.type!r}', KV_CACHE_REGISTRY[options.type]
     manager = None
     if callable(kind) and not (isinstance(kind, type) and not issubclass(kind, PagedCacheManager)):

@@ -16,14 +16,14 @@ from .tree_arrays import Rules, padded
 
 
 class Found(NamedTuple):
-    """What a search found at its roots, as lists by row."""
+    """The results of a search at its roots, as lists by row."""
     visits: List[List[int]]
     values: List[float]
     actions: Any = None  # [B][S][A], where actions are drawn
 
 
 class Problem(NamedTuple):
-    """What to search: the roots as the policy prepared them, and the rules."""
+    """The problem of a search: the roots as the policy prepared them, and the rules."""
     rules: Rules
     seed: int
     number: int  # of the search: those with the same seed and number draw the same
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     noise_weight: float
 
     def part(self, rows: slice, number: int) -> 'Problem':
-        """The same for some of the rows, as a search of another number."""
+        """The problem of some of the rows, as a search with another number."""
         return self._replace(
             number=number, rewards=self.rewards[rows], logits=self.logits[rows], legal=self.legal[rows],
             noises=None if self.noises is None else self.noises[rows]

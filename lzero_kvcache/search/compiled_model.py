@@ -1,4 +1,5 @@
-"""One model on the CPU for compiled functions, and the threads that run them. The first call imports numba."""
+"""One model on the CPU for compiled functions, and the threads that run them. The first call
+imports the modules that compile."""
 import threading
 import time
 from functools import partial

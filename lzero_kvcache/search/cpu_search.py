@@ -1,5 +1,5 @@
-"""Searches in arrays on a CPU, each one call of a compiled function: numba is imported with the first one, not with the
-package.
+"""Searches in arrays on a CPU, each one call of a compiled function. The modules that define it are imported with the
+first search, not with the package.
 """
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +19,7 @@ from .tree_arrays import Rules
 
 
 class SearchMemory(NamedTuple):
-    """What one search on a CPU works in."""
+    """The memory of one search on a CPU."""
     tree: Any
     latents: np.ndarray  # [B, N, E], of the nodes of a reanalysis
     slab: np.ndarray  # the pages of a reanalysis

@@ -1,6 +1,6 @@
-"""What searches on a GPU work in: trees as tensors, and what is captured of a search, its begin and a simulation.
+"""The memory of searches on a GPU: trees as tensors, and the captured graphs of a search, its begin and a simulation.
 
-A simulation is one CUDA graph, which is replayed for each: so any number of them needs no other capture. Shapes are
+One CUDA graph is replayed for each simulation, so that another number of simulations needs no new capture. Shapes are
 those of :mod:`.tree_arrays`; ``E`` embedding. Triton is imported with the first search.
 """
 import ctypes
@@ -21,7 +21,7 @@ from .tree_arrays import FAR, FLOATS, Tree, tree_shapes
 
 
 class _Sent(NamedTuple):
-    """What a search begins with, laid out in one piece of memory, so that one copy sends it."""
+    """The inputs of a search, laid out in one piece of memory, so that one copy sends them."""
     key: Any  # [2] int32: one number of 64 bits
     order: Any  # [B, S] int32
     tables: Any  # [B, R] int32
@@ -35,7 +35,7 @@ class _Sent(NamedTuple):
 
 
 class GpuMemory:
-    """What searches of one size work in, for ``rows`` and ``simulations`` at the most."""
+    """The memory of searches of one size, for at most ``rows`` rows and ``simulations`` simulations."""
     begins_with_states, offsets = False, NODE_OFFSETS
 
     def __init__(self, engine: Engine, source: Source, slab: Slab, context_pages: int, problem: Problem, rows: int,
@@ -92,19 +92,19 @@ class GpuMemory:
 
     @property
     def given(self) -> _Sent:
-        """What the next search begins with, to be written."""
+        """The inputs of the next search, to be written."""
         self._inputs.writable()
         return self._given
 
     def empty_rows(self, used: int) -> None:
-        """Fill the rows from ``used`` on, which no environment has: no legal actions, and a page that nobody reads."""
+        """Fill the rows from ``used`` on, which no environment has: no legal actions, and a page that is never read."""
         given = self.given
         given.order[used:], given.prior[used:], given.reward[used:], given.logits[used:] = -1, 0, 0, 0
         given.tables[used:], given.counts[used:], given.timesteps[used:] = 0, 1, 0
         given.pages[:, used:] = SCRATCH_PAGE
 
     def begin(self) -> None:
-        """Take over what is given."""
+        """Send the inputs, and begin the search with them."""
         self._inputs.send()
         self._begin()
 
@@ -212,7 +212,7 @@ class GpuMemory:
 
 
 class _OfStates(GpuMemory):
-    """What reanalyses share: they begin at states, and have pages of their own."""
+    """The memory of both kinds of reanalysis: they begin at states, and have pages of their own."""
     begins_with_states, offsets = True, REANALYSIS_OFFSETS
 
     def __init__(self, engine: Engine, source: Source, context_pages: int, problem: Problem, rows: int,

@@ -1,4 +1,4 @@
-"""What to do about predictions with nan or inf: ``kv_cache_cfg.on_nan``. Knows numbers on the CPU only."""
+"""Handling of predictions with nan or inf, by ``kv_cache_cfg.on_nan``. Knows numbers on the CPU only."""
 import logging
 from typing import Callable, Sequence
 

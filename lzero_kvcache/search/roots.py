@@ -1,7 +1,7 @@
 """Root inference: the states that searches begin at, each in its environment's context.
 
-``B`` rows, ``R`` pages of a context, ``A`` numbers of a continuous action, ``E`` embedding. numba is imported with the
-first root inference that is compiled.
+``B`` rows, ``R`` pages of a context, ``A`` numbers of a continuous action, ``E`` embedding. Modules that compile are
+imported with the first root inference that is compiled.
 """
 from typing import Any, Callable, Hashable, List, NamedTuple, Optional, Sequence, Tuple
 

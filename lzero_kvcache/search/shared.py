@@ -1,4 +1,4 @@
-"""What all inference of one model shares: the engine, the pages, the weights of a step, lost contexts, keys."""
+"""The parts that all inference of one model shares: engine, pages, a step's weights, lost contexts, keys."""
 from typing import Any, Dict, List, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from .timing import Timing
 
 
 class Shared(NamedTuple):
-    """What all inference of one model shares."""
+    """The parts that all inference of one model shares."""
     engine: Engine
     source: Source
     manager: PagedCacheManager
@@ -27,7 +27,7 @@ class Shared(NamedTuple):
     timings: Dict[str, Timing]
 
     def slab(self) -> Any:
-        """The pages, of which there are as many as the manager has."""
+        """The slab, with as many pages as the manager has."""
         return self.store.ready(self.manager.page_capacity, self.source.device())
 
     def weights_of(self, step: OpenStep) -> Weights:
@@ -37,8 +37,8 @@ class Shared(NamedTuple):
         return step.weights
 
     def take_pages(self, lease: Lease, rows: Rows, lost: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
-        """Give each of the ``lost [K]`` rows a context of one page. Returns what it takes to rebuild these contexts in
-        one forward: their pages, their observations' rotary positions and the rows, ``[3, K]``."""
+        """Give each of the ``lost [K]`` rows a context of one page. Returns the inputs that rebuild these contexts in
+        one forward pass: their pages, their observations' rotary positions and the rows, ``[3, K]``."""
         tables, counts = rows
         if not len(lost):
             return np.zeros((3, 0), dtype=np.int64)
@@ -53,5 +53,5 @@ def hash_rows(latent: np.ndarray) -> List[int]:
 
 
 def zero_for_nan(part: torch.Tensor) -> torch.Tensor:
-    """LightZero's trees cannot handle nan or inf."""
+    """Replace nan and inf by 0: LightZero's trees cannot handle them."""
     return part.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

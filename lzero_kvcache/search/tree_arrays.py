@@ -44,13 +44,13 @@ class Rules(NamedTuple):
 
 # LightZero's numbers, which both devices calculate with.
 FAR = 1e6
-"""What it takes for infinity: no score is as far from 0."""
+"""LightZero's stand-in for infinity: all scores are closer to 0."""
 NEAR = 1e-6
-"""Scores that are no further from the best are as good; it is also added to a sum of weights that may be 0."""
+"""Scores within this distance of the best are ties; it is also added to a sum of weights that may be 0."""
 MOST_DRAWN = 4.0
-"""Drawn actions are cut off there before tanh."""
+"""Drawn actions are clipped to plus or minus this number before tanh."""
 DECIMALS = 1e6
-"""Actions that agree in this many parts of 1 are one action: LightZero compares them as they are printed."""
+"""Actions that are equal after rounding to six decimals are one action: LightZero compares printed actions."""
 
 TIE, ACTION = 0, 1
 """Purposes of random draws: one of several children with equal scores, and the actions of a node."""

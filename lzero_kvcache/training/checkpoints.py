@@ -18,7 +18,7 @@ from ..run_files import read_json, write_json
 from ..summary import read_result
 
 CHECKPOINTS = 'ckpt'
-ABANDONED = 'abandoned'  # in what is noted beside a checkpoint
+ABANDONED = 'abandoned'  # a key in the JSON file beside a checkpoint
 STATE = ('model', 'target_model', 'optimizer_world_model')
 
 
@@ -77,7 +77,7 @@ def is_abandoned(path: str) -> bool:
 
 
 def _note(path: str) -> Dict[str, Any]:
-    """What stands beside a checkpoint; empty if nothing does."""
+    """The content of the JSON file beside a checkpoint; empty if there is none."""
     try:
         return read_json(beside(path))
     except (OSError, ValueError):
@@ -85,8 +85,8 @@ def _note(path: str) -> Dict[str, Any]:
 
 
 def _counts(path: str) -> Tuple[int, ...]:
-    """Iterations and environment steps of a checkpoint, by what was noted beside it, or else its own; none of one that
-    nothing can go on from."""
+    """Iterations and environment steps of a checkpoint, from the JSON file beside it, or else from the checkpoint;
+    empty if neither can be read."""
     found: Any = read_result(beside(path))
     with contextlib.suppress(ConfigError):
         found = found or read_checkpoint(path)

@@ -42,8 +42,8 @@ _beside: Dict[str, contextlib.ExitStack] = {}
 @dataclass
 class Plan:
     """
-    Everything that a run needs: copies of what a config file declares, so that no module changes with them, and what
-    the user asked for. A training goes on from ``checkpoint``, in the same folder if ``in_place``; an evaluation
+    Everything that a run needs: copies of a config file's dicts, so that no module changes with them, and the
+    user's options. A training goes on from ``checkpoint``, in the same folder if ``in_place``; an evaluation
     evaluates it.
     """
     config: str
@@ -205,7 +205,7 @@ def _guessed_entry(main_config: EasyDict, path: str) -> str:
 
 def _trainings_in(path: str) -> Set[str]:
     """The trainings of LightZero that a file's code uses, by their names there. One that it imports from there counts
-    even if this LightZero lacks it; functions of its own do not, whatever their names."""
+    even if this LightZero lacks it; its own functions do not, even with the same names."""
     nodes = list(ast.walk(ast.parse(Path(path).read_bytes(), path)))
     imported: Dict[str, str] = {}
     own: Set[str] = set()

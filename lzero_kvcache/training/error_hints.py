@@ -18,7 +18,7 @@ _ROM_MESSAGE = re.compile(r"unable to find (the )?game|ROM.{0,80}(not (found|sup
 
 
 def hint(error: BaseException) -> Optional[str]:
-    """One line with what is missing and the command that installs it; None if the error is of no known kind."""
+    """One line with the missing library and the command that installs it; None if the error is of no known kind."""
     text = ' '.join(str(error).split())
     missing = _missing_module(error)
     if missing:

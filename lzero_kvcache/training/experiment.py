@@ -67,8 +67,8 @@ class Trial:
 
 class Experiment:
     """
-    Trainings below one folder that differ in cache system and seed alone, of what ``shared`` asks for. What cannot be
-    started is refused.
+    Trainings below one folder that differ only in cache system and seed; all else is in ``shared``. A training that
+    cannot be started is refused.
     """
 
     def __init__(self, folder: str, shared: TrainOptions, caches: Sequence[str], seeds: Sequence[int]) -> None:
@@ -95,7 +95,7 @@ class Experiment:
 
     @property
     def settings(self) -> Dict[str, Any]:
-        """What ``experiment.json`` holds."""
+        """The content of ``experiment.json``."""
         plan = self._plan
         return dict(
             config=plan.config, caches=self.caches, seeds=self.seeds, max_env_step=plan.max_env_step,
@@ -120,8 +120,8 @@ class Experiment:
 
     def ask(self, trial: Trial, tell: Callable[[str], None]) -> TrainOptions:
         """
-        What a trial that is not done is to do: go on in its folder from the last whole checkpoint there; without one it
-        begins anew, and a folder of that name is renamed, which is told. Nothing is done where somebody trains.
+        The options of a trial that is not done: it goes on in its folder from the last whole checkpoint there. Without
+        one it begins anew, and a folder of that name is renamed, with a line. A folder that is trained in is refused.
         """
         check_not_trained_in(trial.folder, trial.folder)
         asked = replace(self.shared, cache=trial.cache, seed=trial.seed)

@@ -1,5 +1,5 @@
 """
-What the values of a complete config must be for any training to run, each by itself and beside others. Every value
+Limits of single values of a complete config, and relations between values, without which no training runs. Every value
 with which LightZero runs is allowed, even if it learns nothing. Only numbers of updates of 0 or less are refused:
 LightZero would train nothing without saying so.
 """
@@ -16,7 +16,7 @@ from .overrides import CREATE, CompleteConfig
 
 
 class Limit(NamedTuple):
-    """What a value must be, and whether it is."""
+    """A condition of values: in words, and as a test."""
     said: str
     holds: Callable[[Any], bool]
 
@@ -88,7 +88,7 @@ def _fits(kind: Any, shape: Any) -> bool:
 
 
 def _within_segment(length: Any, unroll: Any, steps: Any, ends_ignored: Any, priority: Any, sampled: Any) -> Any:
-    """Where ends are ignored, segments are taken to go on, and what is sampled of one must lie within it."""
+    """Where ends of episodes are ignored, segments are taken to go on, and a sample must lie within its segment."""
     return not ends_ignored or priority or sampled != 'transition' or length >= unroll + steps
 
 
@@ -100,7 +100,7 @@ LEAST = (
     (WM + 'env_num', 'env.collector_env_num'),
     (WM + 'env_num', 'env.evaluator_env_num'),
 )
-# A value, others, what they must be together, and what is said of the first where they are not.
+# The path of a value, paths of others, the test of all these values, and the error about the first where it fails.
 Relation = Tuple[str, Tuple[str, ...], Callable[..., Any], str]
 RELATIONS: Tuple[Relation, ...] = (
     *((path, ('policy.model.observation_shape', ), _fits, 'a vector has a number, an image a list of three')
@@ -143,7 +143,7 @@ def check(values: CompleteConfig, system: str) -> None:
 
 
 def check_limits(values: CompleteConfig) -> None:
-    """Refuse a value with which no training can run, whatever the others are."""
+    """Refuse a value with which no training can run, independently of the other values."""
     for path in WITHOUT_DEFAULT:
         if path not in values:
             raise missing(path)

@@ -43,7 +43,7 @@ class Rule(NamedTuple):
     needed: bool = False
 
     def right(self, values: Mapping[str, Any]) -> Any:
-        """What the target must be; None where a source has no value, or where that is unknown."""
+        """The value that the target must have; None if a source has no value, or if it is unknown."""
         sources = [values.get(source) for source in self.sources]
         try:
             return None if None in sources else self.compute(*sources)
@@ -91,8 +91,8 @@ NAME_TOKENS = (
 
 def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, Any]:
     """
-    A change with all that follows from it. ``before`` has the value of every known path before the change, ``changed``
-    what the user set.
+    A change together with the keys that are derived from it. ``before`` has the value of every known path before the
+    change, ``changed`` what the user set.
     """
     complete = dict(changed)
     settled = False
@@ -108,8 +108,8 @@ def follow(before: Mapping[str, Any], changed: Mapping[str, Any]) -> Dict[str, A
             settled = False
             if complete[rule.target] is None:
                 raise ConfigError(
-                    f"{rule.sources[0]} = {complete[rule.sources[0]]!r}: nothing tells the {rule.target} that "
-                    "goes with it; set that as well"
+                    f'{rule.sources[0]} = {complete[rule.sources[0]]!r}: {rule.target} cannot be derived from this '
+                    'value; set that as well'
                 )
     name = before.get('exp_name')
     if isinstance(name, str) and 'exp_name' not in complete:

@@ -53,8 +53,8 @@ def apply_overrides(
 
 class CompleteConfig(Dict[str, Any]):
     """
-    The values of a plan's config with all defaults, by path, and which of them somebody has chosen: in the config or by
-    ``--set``.
+    The values of a plan's config with all defaults, by path; ``chosen`` are the paths that the config or ``--set``
+    gives.
     """
 
     def __init__(self, plan: Plan, assignments: Sequence[str] = ()) -> None:
@@ -64,7 +64,7 @@ class CompleteConfig(Dict[str, Any]):
         self._given = [assignment.partition('=')[0].strip().lstrip(ADD) for assignment in assignments]
 
     def said(self, path: str) -> str:
-        """A path and its value, and whose that is if nobody has chosen it; of copies, the one that ``--set`` names."""
+        """A path and its value, with its origin if it is a default; of copies, the path that ``--set`` names."""
         value = self.get(path)
         copies = next((group for group in COPIES if path in group), ())
         path = next((copy for copy in (path, *copies) if copy in self._given and self.get(copy) == value), path)

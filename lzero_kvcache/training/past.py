@@ -1,6 +1,6 @@
 """
-What a training goes on from in the folder of its checkpoint. What came after the checkpoint is abandoned: it counts for
-nothing, and its points, summary and progress are removed.
+Continuing a training in the folder of its checkpoint. The part after the checkpoint is abandoned: it does not count,
+and its points, summary and progress are removed.
 """
 import contextlib
 import os
@@ -14,7 +14,7 @@ from .checkpoints import abandon_later, beside
 
 
 def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str], None]) -> Past:
-    """Go on in a folder from a checkpoint of these counts, with a line for what is abandoned or not known."""
+    """Go on in a folder from a checkpoint of these counts, with lines about abandoned parts and unknown numbers."""
     record = Record(folder).read()
     ended, noted = as_result(record.summary) if record.has_ended else None, read_result(beside(path))
     before = next((part for part in (ended, noted) if part and (part.train_iter, part.env_step) == (at, env_step)),

@@ -1,4 +1,4 @@
-"""What a run needs to know, from a config file and what a user changes of it; checked before anything is started."""
+"""The plan of a run: a config file with the user's changes, checked before anything is started."""
 import os
 import re
 from dataclasses import replace
@@ -32,7 +32,7 @@ def make_plan(config: str, **asked: Any) -> Plan:
 
 
 def plan_of(asked: TrainOptions) -> Plan:
-    """The config of what is asked for, changed by it and checked."""
+    """Load the config that the options name, apply the options to it, and check it."""
     plan = load_config(asked.config)
     main_config, create_config = plan.main_config, plan.create_config
     load_plugin(create_config)
@@ -87,7 +87,7 @@ def set_cache(cache: str, main_config: EasyDict, create_config: EasyDict) -> Non
         disable(main_config, create_config)
     elif LIGHTZERO in (cache, was):
         enable(main_config, create_config, type=cache)
-    else:  # a manager of the user's own stays
+    else:  # a user's manager stays
         enable(main_config, create_config)
     name = main_config.get('exp_name')
     if isinstance(name, str) and was != cache:

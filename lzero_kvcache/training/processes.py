@@ -38,7 +38,7 @@ class TrialProcesses:
         self._signals: Deque[int] = deque()
 
     def run(self) -> None:
-        """Start and await all that is not done; after a signal, await what was started and start no more."""
+        """Start and await all trials that are not done; after a signal, await the running ones and start no more."""
         trials = self._experiment.trials
         waiting = deque(trial for trial in trials if trial.result is None)
         for trial in trials:
@@ -47,7 +47,7 @@ class TrialProcesses:
         self._done = len(trials) - len(waiting)
         steps_of_all = len(trials) * self._experiment.max_env_step
         bar = Bar(self._terminal, steps_of_all, every=LINES_EVERY_SECONDS)
-        with contextlib.closing(bar), self._left_to_nobody(), applied(
+        with contextlib.closing(bar), self._stopped_on_error(), applied(
                 interrupts=lambda original: lambda signum, frame: self._signals.append(signum)):
             while self.running or (waiting and self.interrupted is None):
                 while waiting and len(self.running) < self._jobs and self.interrupted is None:
@@ -63,8 +63,8 @@ class TrialProcesses:
                     self._stop(self._signals.popleft())
 
     @contextlib.contextmanager
-    def _left_to_nobody(self) -> Iterator[None]:
-        """After an error, interrupt and await what was started."""
+    def _stopped_on_error(self) -> Iterator[None]:
+        """A context that interrupts and awaits all running trainings after an error."""
         try:
             yield
         except BaseException:
@@ -90,7 +90,7 @@ class TrialProcesses:
         self._tell_who_runs()
 
     def _tell_who_runs(self) -> None:
-        """In the lock file: the processes that go on if this one is killed, too."""
+        """Write into the lock file the processes that run, also those that go on if this one is killed."""
         tell_holders(self._lock, [os.getpid(), *(process.pid for process in self.running.values())])
 
     def _show(self, bar: Bar) -> None:

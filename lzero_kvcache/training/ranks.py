@@ -10,7 +10,7 @@ SHARED_OUT = ('batch_size', 'n_episode', 'num_segments')
 
 
 class DataParallel(data_parallel.Ranks):
-    """What a training asks of its processes."""
+    """The processes of a training."""
 
     def __init__(self, rank: int = 0, size: int = 1, on_this_machine: int = 1) -> None:
         super().__init__(rank, size)

@@ -233,7 +233,7 @@ class _Training:
         return exp_name
 
     def _take_up(self, folder: str) -> None:
-        """Go on from what the training was at its checkpoint."""
+        """Continue the training from the state and the numbers at its checkpoint."""
         path, result = str(self.plan.checkpoint), self.result
         past = self.watch.past = self.ranks.from_main(
             lambda: take_up(folder, path, result.train_iter, result.env_step, self.terminal.line))
@@ -329,7 +329,8 @@ class _Training:
         return self._whole(self.result.at_its_end(counters))
 
     def _whole(self, result: Result) -> Result:
-        """That of all of the training, where this run went on in place: whatever is shown or written is of all."""
+        """The result of the whole training, which output and files show, if this run continued an earlier one in
+        place."""
         before = self.watch.past.result
         return result if before is None else add_up(before, result)
 

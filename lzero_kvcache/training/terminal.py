@@ -72,7 +72,7 @@ class Terminal:
 
 
 class Bar:
-    """A bar over steps, with what is to be said of them; plain lines from time to time where there is no terminal."""
+    """A bar over steps with a text; plain lines from time to time where there is no terminal."""
 
     def __init__(self, terminal: Terminal, total: Optional[int], done: int = 0, every: float = PLAIN_EVERY_SECONDS
                  ) -> None:
@@ -206,7 +206,7 @@ class Output:
 
 @contextlib.contextmanager
 def unlogged() -> Iterator[None]:
-    """A context in which this package logs nothing: what is tried before a run logs what the run will."""
+    """A context in which this package logs nothing, for trials of a config: the run will log the same lines."""
     logger = logging.getLogger(PACKAGE_LOGGER)
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)

@@ -71,8 +71,8 @@ class Watch(watched.Watcher):
             self.evaluator.eval(self.learner.save_checkpoint, train_iter, self.collector.envstep)
 
     def cut_off(self, max_env_step: float) -> None:
-        """Count the last collection as one that is not trained on, if its updates were cut off: nothing could go on
-        from a checkpoint that has all steps."""
+        """Do not count the steps of the last collection if its updates were interrupted at the step limit: a checkpoint
+        that counts all steps could not be continued."""
         self.look()
         if self.result.env_step >= max_env_step and self.phase not in ('start', 'evaluate'):
             self.collector.take_back()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 Answer = Dict[str, torch.Tensor]
-"""What an inference answered: 'value', 'policy', 'latent' and, below a root, 'reward', ``[B, K]`` each."""
+"""The answers of an inference: 'value', 'policy', 'latent' and, below a root, 'reward', ``[B, K]`` each."""
 
 
 def answer_of(outputs: Sequence[Any]) -> Answer:

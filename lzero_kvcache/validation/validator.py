@@ -33,7 +33,7 @@ class Reply(NamedTuple):
 
 
 class Reference(ABC):
-    """What validation asks of the host: a model with the same weights and its own contexts, to replay searches on."""
+    """The interface of a reference: a model with the same weights and its own contexts, to replay searches on."""
     causes: Sequence[str] = ()  # all that its replies may name
     lost = 0  # root contexts that it had, and the cache should have had
 
