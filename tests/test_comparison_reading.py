@@ -121,7 +121,7 @@ class TestReading:
         steps, _, values = run.curves[REWARD]
         assert (steps.tolist(), values.tolist()) == ([0, 50, 90], [1, 4, 5])
         assert run.notes == ['2 points and their time do not count: it went on from a checkpoint before them',
-                             'of evaluations that its event files have more than once (1), the last counts']
+                             'its event files have some evaluations more than once (1): the last of each counts']
 
     def test_environment_steps_that_are_counted_anew_cut_nothing_off(self, tmp_path):
         """As by LightZero's own entry; iterations go on."""

@@ -207,8 +207,8 @@ def test_a_note_of_another_state_is_not_that_of_the_checkpoint(other, tmp_path, 
     assert run.watch.past.result is None and run.result.best_reward is None
     assert run.watch.past.best_reward == 7.
     assert run.terminal.shown == [
-        'Nothing says what this training had taken at its checkpoint: summary.json will have the time, the counts and '
-        'the evaluations from here on']
+        'No file has the time and the counts of this training up to its checkpoint: summary.json will have the time, '
+        'the counts and the evaluations from here on']
 
 
 def test_the_best_checkpoint_of_lightzeros_own_entry_is_replaced_by_a_better_one_alone(tmp_path, monkeypatch):

@@ -350,4 +350,4 @@ def _notes(run: TrainedRun, faults: Sequence[EventFile], filled: Sequence[EventF
     again = {step for file in filled for step, number, _ in file.points.get(REWARD, ()) if number >= file.end}
     again.intersection_update(evaluated)
     if again:
-        yield f'of evaluations that its event files have more than once ({len(again)}), the last counts'
+        yield f'its event files have some evaluations more than once ({len(again)}): the last of each counts'

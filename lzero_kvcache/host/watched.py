@@ -1,5 +1,5 @@
-"""LightZero's learner, collector and evaluator for a ``Watcher``: they register themselves with it and notify it of their
-progress."""
+"""LightZero's learner, collector and evaluator for a ``Watcher``: they register themselves with it, and notify it of
+their progress."""
 import functools
 from abc import ABC, abstractmethod
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple
