@@ -34,7 +34,7 @@ class Replayed(GpuMemory):
         )
         engine: Any = types.SimpleNamespace(geometry=Geometry(1, 1, 2, 2, slots, False, 0))
         source: Any = types.SimpleNamespace(device=lambda: place, read=lambda captured: None)
-        super().__init__(engine, source, Slab(1, 1, 2), 1, problem, rows)
+        super().__init__(engine, source, Slab(1, 1, 2), 1, problem, rows, 'float32')
         self._answers = torch.from_numpy(choices.answers).to(place)
         gpu_search._give(self, problem, np.zeros(rows, np.int64))
 
