@@ -25,6 +25,7 @@ from lzero.policy.unizero import UniZeroPolicy
 #: constructed, and whose rotary angles do not wrap.
 ON_MAIN = hasattr(unizero_model.UniZeroModel, 'world_model_cls')
 ON_RELEASE_ALONE = pytest.mark.skipif(ON_MAIN, reason="LightZero's main branch cannot construct it")
+ON_MAIN_ALONE = pytest.mark.skipif(not ON_MAIN, reason="of LightZero's main branch")
 
 BOTH_POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
 BOTH_ACTIONS = pytest.mark.parametrize('continuous', [False, True], ids=['discrete', 'continuous'])
@@ -65,6 +66,7 @@ class Case:
     continuous: bool = False
     sampled: bool = False
     obs_type: str = 'vector'
+    encoder_type: str = 'resnet'
     action_space_size: int = 3
     max_seq_len: int = 8192
     equal_latents: bool = False
@@ -112,6 +114,10 @@ def _constructible(case: Case) -> Iterator[None]:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if case.obs_type == 'text':
             stack.enter_context(mock.patch.object(unizero_model, 'HFLanguageRepresentationNetwork', SmallTextEncoder))
+        if case.encoder_type == 'vit':
+            whole = unizero_model.ViTConfig
+            stack.enter_context(mock.patch.object(unizero_model, 'ViTConfig', lambda **given: whole(
+                **{**given, 'dim': 32, 'depth': 1, 'heads': 2, 'mlp_dim': 64})))
         if case.obs_type in ('image', 'image_memory'):
             for module in (unizero_model, sampled_unizero_model):
                 stack.enter_context(mock.patch.object(module, 'Tokenizer', TokenizerWithEmptyLpips))
@@ -148,6 +154,7 @@ def world_model_cfg(case: Case, env_num: int, **overrides: Any) -> EasyDict:
         env_num=env_num,
         num_simulations=64,
         obs_type=case.obs_type,
+        encoder_type=case.encoder_type,
         rotary_emb=case.rotary,
         max_seq_len=case.max_seq_len,
     )

@@ -26,6 +26,7 @@ from oracle import (
 from small_models import (
     BOTH_ACTIONS,
     BOTH_POSITIONS,
+    ON_MAIN_ALONE,
     ON_RELEASE_ALONE,
     Case,
     cached_model,
@@ -174,7 +175,8 @@ def test_equal_observations(rotary):
     *(pytest.param(Case(obs_type=obs_type, sampled=sampled), marks=[ON_RELEASE_ALONE] * (obs_type == 'image_memory'))
       for obs_type in ('vector', 'image', 'image_memory') for sampled in (False, True)),
     *(pytest.param(Case(obs_type='text', rotary=rotary), marks=ON_RELEASE_ALONE) for rotary in (False, True)),
-], ids=lambda case: f'{case.obs_type}-{case.model_name}-{case.rotary}')
+    pytest.param(Case(obs_type='image', encoder_type='vit'), marks=ON_MAIN_ALONE),
+], ids=lambda case: f'{case.obs_type}-{case.encoder_type}-{case.model_name}-{case.rotary}')
 def test_observations(case):
     check(case, random_trace(
         np.random.default_rng(SEED), case, 3, root_steps=3, simulations=3, clears=0.2, episodes=0.2

@@ -25,7 +25,7 @@ class Tiling(NamedTuple):
 
 
 def tiling_of(rows: int, outputs: int, inputs: int, matmul: str) -> Tiling:
-    """The fastest of those that were tried in searches on an H200 (docs/results.md)."""
+    """One of the fastest that were tried in searches on an H200 (docs/results.md)."""
     of_rows, of_outputs = 16 if rows <= 16 else 64, 32 if rows <= 128 else 64
     if matmul != 'float32':
         of_inputs, stages, programs = 64, 4, 264

@@ -20,8 +20,8 @@ def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str]
     before = next((part for part in (ended, noted) if part and (part.train_iter, part.env_step) == (at, env_step)),
                   None)
     if before is None:
-        line(f'No file has the time and the counts of this training up to its checkpoint: {SUMMARY} will have the time, '
-             'the counts and the evaluations from here on')
+        line(f'No file has the time and the counts of this training up to its checkpoint: {SUMMARY} will have the '
+             'time, the counts and the evaluations from here on')
     else:  # for a training that goes on from here if this run is killed, which leaves no summary
         before.write(beside(path))
     evaluated, seen = any(held.train_iter == at for held in before.evaluations) if before else False, Seen()
