@@ -3,7 +3,7 @@ import copy
 import os
 import platform
 import re
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch
 from easydict import EasyDict
@@ -64,7 +64,8 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
     if options.system != 'new':
         rows.append(('memory at the most', _at_most(manager)))
         if options.system == 'old':
-            refused = _refused_with_the_flag_on(*configs)
+            with_flag = copy.deepcopy(configs)
+            refused = _fault_of(enable, *with_flag) or _fault_of(building.build_policy, *with_flag)
             rows += [('with the flag on', f'refused: {refused}')] if refused else []
         else:
             unread = unread_options(plan.main_config.policy.model.world_model_cfg)
@@ -83,15 +84,6 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
     ]
     read = [(key, repr(getattr(options, key)), option.meaning) for key, option in KV_CACHE_CFG.items()]
     return {'cache': rows, OPTIONS: read}
-
-
-def _refused_with_the_flag_on(main_config: EasyDict, create_config: EasyDict) -> Optional[ConfigError]:
-    configs = copy.deepcopy(main_config), copy.deepcopy(create_config)
-    try:
-        enable(*configs)
-    except ConfigError as error:
-        return error
-    return _fault_of_model(*configs)
 
 
 def _of_the_old_system(plan: Plan) -> str:
@@ -136,16 +128,17 @@ def of_zoo() -> TableRows:
                 model = plan.main_config.policy.model.world_model_cfg
                 kind = plan.create_config.policy.type, model.get('obs_type'), model.get('continuous_action_space')
                 if kind not in tried:
-                    tried[kind] = _fault_of_model(plan.main_config, plan.create_config)
+                    tried[kind] = _fault_of(building.build_policy, plan.main_config, plan.create_config)
             rows.append((name, f'{extra or "unknown"}: {tried[kind] or "installed"}'))
         except ConfigError as error:
             rows.append((name, f'{extra or "unknown"}: {error}'))
     return rows
 
 
-def _fault_of_model(main_config: EasyDict, create_config: EasyDict) -> Optional[ConfigError]:
+def _fault_of(use: Callable[..., Any], main_config: EasyDict, create_config: EasyDict) -> Optional[ConfigError]:
+    """Why a config cannot be used; None if it can."""
     try:
-        building.build_policy(main_config, create_config)
+        use(main_config, create_config)
     except ConfigError as error:
         return error
     return None

@@ -56,13 +56,15 @@ class Record:
     folder: str
     config: Dict[str, Any] = field(default_factory=dict)
     summary: Dict[str, Any] = field(default_factory=dict)
-    has_ended: bool = False
     notes: List[str] = field(default_factory=list)
 
     @property
     def cache(self) -> Optional[str]:
         """'old', 'new' or the name of a registered manager."""
-        return cache_of(self.config) or self.summary.get('cache')
+        if not self.config:
+            return self.summary.get('cache')
+        flag, manager = (self.config.get(f'{PREFIX}.{key}') for key in (FLAG, f'{OPTIONS}.type'))
+        return str(picked_manager({FLAG: flag, OPTIONS: {'type': manager}}))
 
     def read(self) -> 'Record':
         """Fill the record from the files in its folder, and return it."""
@@ -72,14 +74,18 @@ class Record:
             self.notes.append(str(error))
         for name, known in ((SUMMARY, {}), (PROGRESS, {'outcome': NO_END})):
             try:
-                self.summary = _checked({**read_json(os.path.join(self.folder, name)), **known})
-                self.has_ended = name == SUMMARY
+                self.summary = {**read_said(os.path.join(self.folder, name)), **known}
                 break
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
                 self.notes.append(f'{name} cannot be parsed ({error})')
         return self
+
+
+def read_said(path: str) -> Dict[str, Any]:
+    """What a run says of itself in its summary or its progress; ``ValueError`` where that cannot be."""
+    return _checked(read_json(path))
 
 
 def _checked(summary: Dict[str, Any]) -> Dict[str, Any]:
@@ -210,6 +216,14 @@ def read_json(path: str) -> Dict[str, Any]:
     return content
 
 
+def read_if_whole(path: str) -> Dict[str, Any]:
+    """The same; empty if there is no file, or no whole one."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
+
+
 class Expression(str):
     """An expression that is no literal, as ``float("inf")``."""
 
@@ -230,21 +244,6 @@ def read_config(path: str) -> Dict[str, Any]:
     if not dicts:
         raise ValueError(f'{os.path.basename(path)} has no config in it')
     return dict(_flattened(dicts[0], '', source))
-
-
-def config_of(folder: str) -> Dict[str, Any]:
-    """The config that was saved in a run's folder; empty if there is none, or no whole one."""
-    try:
-        return read_config(os.path.join(folder, CONFIG_FILE))
-    except ValueError:
-        return {}
-
-
-def cache_of(config: Dict[str, Any]) -> Optional[str]:
-    """The cache system that a saved config picks: 'old', 'new' or the name of a registered manager; None if there is no
-    config."""
-    flag, manager = (config.get(f'{PREFIX}.{key}') for key in (FLAG, f'{OPTIONS}.type'))
-    return str(picked_manager({FLAG: flag, OPTIONS: {'type': manager}})) if config else None
 
 
 def _flattened(node: ast.Dict, prefix: str, source: str) -> Iterator[Tuple[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Optional
 import ding
 import torch
 
-from .run_files import POOLS, PROGRESS, SUMMARY, TRAIN, read_json, write_json
+from .run_files import POOLS, PROGRESS, SUMMARY, TRAIN, read_if_whole, read_said, write_json
 from .text import time_text
 
 
@@ -201,10 +201,7 @@ def moment() -> str:
 
 def read_progress(exp_name: str) -> Dict[str, Any]:
     """How far a run is, or was when it was killed; empty if it has not said so."""
-    try:
-        return read_json(os.path.join(exp_name, PROGRESS))
-    except (OSError, ValueError):
-        return {}
+    return read_if_whole(os.path.join(exp_name, PROGRESS))
 
 
 def read_summary(exp_name: str) -> Optional[Result]:
@@ -215,19 +212,11 @@ def read_summary(exp_name: str) -> Optional[Result]:
 def read_result(path: str) -> Optional[Result]:
     """The result that a file holds; None if there is none, or no whole one."""
     try:
-        return as_result(read_json(path))
-    except (OSError, ValueError):
-        return None
-
-
-def as_result(held: Dict[str, Any]) -> Optional[Result]:
-    """A parsed summary as a result; None if its fields do not fit."""
-    try:
-        held = dict(held)
+        held = read_said(path)
         for name, kind in (('evaluations', Evaluation), ('earlier', Segment)):
             held[name] = [_known(kind, part) for part in held.get(name, [])]
         return _known(Result, held)
-    except TypeError:
+    except (OSError, ValueError, TypeError):
         return None
 
 

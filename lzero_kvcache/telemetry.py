@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Tuple
 import torch.distributed as dist
 from ding.worker.learner.learner_hook import LearnerHook, register_learner_hook
 
-from .run_files import POOLS, config_of
+from .run_files import POOLS, Record
 
 HOOK_KEY = 'kv_cache_stats'
 HOOK_CONFIG = {'type': HOOK_KEY, 'name': HOOK_KEY, 'priority': 30, 'position': 'after_iter'}
@@ -59,7 +59,7 @@ def saved_config(engine: Any) -> Dict[str, Any]:
     """The config that was saved in the folder of DI-engine's learner, which itself has that of its policy alone; parsed
     once."""
     if not hasattr(engine, 'kv_cache_config'):
-        engine.kv_cache_config = config_of(engine.exp_name)
+        engine.kv_cache_config = Record(engine.exp_name).read().config
     return engine.kv_cache_config
 
 

@@ -6,7 +6,7 @@ import contextlib
 import glob
 import os
 import re
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, List, Mapping, Tuple
 
 import torch
 
@@ -14,7 +14,7 @@ from lzero_kvcache_options import NO_CHECKPOINT
 
 from ..config import ConfigError
 from ..host.states import Checkpoint, check_parts, faults_under
-from ..run_files import read_json, write_json
+from ..run_files import read_if_whole, write_json
 from ..summary import read_result
 
 CHECKPOINTS = 'ckpt'
@@ -67,21 +67,13 @@ def abandon_later(path: str, *counts: int) -> List[str]:
     later = [other for further, other in in_folder(os.path.dirname(path))
              if further > counts and not os.path.samefile(other, path)]
     for other in later:
-        write_json(beside(other), {**_note(other), ABANDONED: True})
+        write_json(beside(other), {**read_if_whole(beside(other)), ABANDONED: True})
     return list(map(os.path.basename, later))
 
 
 def is_abandoned(path: str) -> bool:
     """Whether the training in a checkpoint's folder has gone on from an earlier one since it was saved."""
-    return bool(_note(path).get(ABANDONED))
-
-
-def _note(path: str) -> Dict[str, Any]:
-    """The content of the JSON file beside a checkpoint; empty if there is none."""
-    try:
-        return read_json(beside(path))
-    except (OSError, ValueError):
-        return {}
+    return bool(read_if_whole(beside(path)).get(ABANDONED))
 
 
 def _counts(path: str) -> Tuple[int, ...]:

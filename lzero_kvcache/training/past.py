@@ -9,14 +9,13 @@ from typing import Callable
 from ..host.watched import Past
 from ..run_files import EVENT_FILES, PROGRESS, SUMMARY, Record, purge
 from ..run_hooks import Seen
-from ..summary import as_result, read_result
+from ..summary import read_result, read_summary
 from .checkpoints import abandon_later, beside
 
 
 def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str], None]) -> Past:
     """Go on in a folder from a checkpoint of these counts, with lines about abandoned parts and unknown numbers."""
-    record = Record(folder).read()
-    ended, noted = as_result(record.summary) if record.has_ended else None, read_result(beside(path))
+    said, ended, noted = Record(folder).read().summary, read_summary(folder), read_result(beside(path))
     before = next((part for part in (ended, noted) if part and (part.train_iter, part.env_step) == (at, env_step)),
                   None)
     if before is None:
@@ -38,5 +37,5 @@ def take_up(folder: str, path: str, at: int, env_step: int, line: Callable[[str]
     evaluated = evaluated or any(held.train_iter == at and held.env_step < env_step for held in seen.evaluations)
     rewards = [part.best_reward for part in (ended, noted) if part and part.best_reward is not None]
     best = max([*rewards, *(held.reward for held in seen.evaluations)], default=None)
-    run_id = before.run_id if before else record.summary.get('run_id')
+    run_id = before.run_id if before else said.get('run_id')
     return Past((os.path.realpath(path), at), before, run_id, best, at if evaluated else None)
