@@ -15,7 +15,7 @@ from trainings import PROJECT_ROOT
 from zoo.classic_control.cartpole.config import cartpole_unizero_config as lightzeros_cartpole
 
 import lzero_kvcache_options
-from lzero_kvcache import ConfigError
+from lzero_kvcache import ConfigError, info
 from lzero_kvcache.training import find_config, load_config, make_plan, run, runner
 
 
@@ -225,16 +225,20 @@ def test_what_lies_beside_it_can_be_imported_until_another_is_loaded(write):
         importlib.import_module('my_env')
 
 
-def test_a_plan_runs_with_what_lies_beside_its_config(write, monkeypatch, registered):
+@pytest.mark.parametrize('also_a_config', [False, True])
+def test_a_plan_runs_with_what_lies_beside_its_config(also_a_config, write, monkeypatch, registered):
     path = write('a/mine.py', body='import my_env\n' + BODY)
-    write('a/my_env.py', body=REGISTERS, rest='')
+    write('a/my_env.py', body=REGISTERS, rest='main_config = {}' if also_a_config else '')
     plan = load_config(path)
-    mine = importlib.import_module('my_env')
-    load_config(write('b/mine.py'))
-    found = []
+    mine, other, found = importlib.import_module('my_env'), write('b/mine.py'), []
     monkeypatch.setattr(runner, '_Training', lambda *_: found.append(importlib.import_module('my_env')) or Mock())
+    monkeypatch.setattr(info, 'check_config', lambda *_: found.append(importlib.import_module('my_env')) or 1 / 0)
+    load_config(other)
     run(plan, Mock(), Mock())
-    assert found == [mine]  # which was not executed again
+    load_config(other)
+    with pytest.raises(ZeroDivisionError):
+        info.of_plan(plan)
+    assert found == [mine, mine]  # which was not executed again
 
 
 @pytest.mark.parametrize('imported_before', [False, True])

@@ -123,6 +123,7 @@ def _run_file(path: str) -> Dict[str, Any]:
     does as a program follows, in an empty folder and without arguments."""
     declared: Dict[str, Any] = dict(__name__='lzero_kvcache_config', __file__=path)
     look_beside(path)
+    forget_configs(os.path.dirname(path))
     with _errors_of(path):
         module = ast.parse(Path(path).read_bytes(), path)
         called = recorded_call(lambda: exec(compile(module, path, 'exec'), declared)) or {}
@@ -181,7 +182,6 @@ def look_beside(config: str) -> None:
         _beside[folder] = contextlib.ExitStack()
         _beside[folder].enter_context(applied(neighbours=lambda path: folder))
         atexit.register(_beside[folder].close)
-    forget_configs(folder)
 
 
 def _check_entry(entry: Any, said: str) -> None:
