@@ -175,7 +175,8 @@ class CacheConfig:
     validation_tol: float = _option(
         float, 1e-3, 'rows that differ by more than this relative difference are reported')
     validation_action: str = _option(
-        str, 'warn', "how a row over the tolerance is reported: 'warn' in the log or 'raise' an error",
+        str, 'warn', 'how a row over the tolerance that no known cause explains is reported: '
+        "'warn' in the log or 'raise' an error",
         ('warn', 'raise'))
 
     @property

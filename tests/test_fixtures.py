@@ -97,9 +97,8 @@ def test_a_summary_that_does_not_say_which_run_it_is_counts_for_nothing(missing,
     assert read_summary(str(path.parent)) is None
 
 
-@pytest.mark.parametrize('odd', [dict(resumed_at=['a']), dict(overrides=3), dict(run_id=7), dict(evaluations=7)])
+@pytest.mark.parametrize('odd', [dict(resumed_at=['a']), dict(overrides=3), dict(run_id=7), dict(evaluations=['a'])])
 def test_a_summary_that_cannot_be_counts_for_nothing(odd, copied):
-    """A comparison refuses it too."""
     path = copied / 'single_new' / 'summary.json'
     rewritten(path, **odd)
     assert read_summary(str(path.parent)) is None

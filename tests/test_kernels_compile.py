@@ -12,6 +12,8 @@ import pytest
 
 KERNELS = {'select', 'backup', 'draw_continuous', 'draw_discrete', '_attend', '_join', '_multiply', '_finish',
            '_for_search', '_probe'}
+# Bytes of shared memory that a program may have, by compute capability: an H100, and the least of all from Ampere on.
+SHARED = {90: 232_448, 89: 101_376}
 
 
 @pytest.mark.slow
@@ -32,7 +34,8 @@ def main() -> None:
     from small_models import ON_MAIN, Case, cached_model
     from triton.runtime.jit import JITFunction
 
-    from lzero_kvcache.engine import kernel_launch
+    from lzero_kvcache.engine import kernel_launch, linear_kernels
+    from lzero_kvcache.engine.weights import Linear
     from lzero_kvcache.search.gpu_search import GpuSearch
 
     names: Set[str] = set()
@@ -55,6 +58,11 @@ def main() -> None:
                 latents, steps = torch.zeros(2, case.embed_dim).numpy(), torch.arange(2).numpy()
                 for grows in (False, True):
                     search.reanalyze(root.problem, latents, steps, grows)
+    for matmul in ('float32', 'tf32', 'bfloat16'):
+        for rows in (64, 256):  # other tilings
+            kind = torch.bfloat16 if matmul == 'bfloat16' else torch.float32
+            layer = Linear(torch.zeros(96, 128, dtype=kind), None, 0, matmul)
+            linear_kernels.multiply(layer, torch.zeros(rows, 128))
     print('compiled:', *sorted(names))
 
 
@@ -68,17 +76,22 @@ def compile_launch(kernel: Any, args: Any, options: Dict[str, Any], names: Set[s
     given = dict(zip(kernel.arg_names, args))
     given.update({name: options.pop(name) for name in kernel.arg_names if name in options})
     types = {torch.float32: 'fp32', torch.int32: 'i32', torch.int64: 'i64', torch.bfloat16: 'bf16'}
-    signature, constants = {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = given[parameter.name]
-        if torch.is_tensor(value):
-            signature[parameter.name] = '*' + types[value.dtype]
-        elif parameter.is_constexpr or value is None or value == 1 and isinstance(value, int):
-            signature[parameter.name], constants[index, ] = 'constexpr', value
-        else:
-            whole = 'i32' if value < 2 ** 31 else 'i64'
-            signature[parameter.name] = 'fp32' if isinstance(value, float) else whole
-    triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget('cuda', 90, 32), options=options)
+    for capability in SHARED if kernel.fn.__name__ == '_multiply' else (90, ):
+        overlap = capability >= 90 and given['OVERLAP']
+        signature, constants = {}, {}
+        for index, parameter in enumerate(kernel.params):
+            value = overlap if parameter.name == 'OVERLAP' else given[parameter.name]
+            if torch.is_tensor(value):
+                signature[parameter.name] = '*' + types[value.dtype]
+            elif parameter.is_constexpr or value is None or value == 1 and isinstance(value, int):
+                signature[parameter.name], constants[index, ] = 'constexpr', value
+            else:
+                whole = 'i32' if value < 2 ** 31 else 'i64'
+                signature[parameter.name] = 'fp32' if isinstance(value, float) else whole
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constants), target=GPUTarget('cuda', capability, 32),
+            options={**options, 'launch_pdl': overlap})
+        assert compiled.metadata.shared <= SHARED[capability], (kernel.fn.__name__, compiled.metadata.shared)
     names.add(kernel.fn.__name__)
 
 

@@ -114,8 +114,8 @@ class PageAllocator:
 
 class Lease:
     """
-    The pages of one step or of one search. It gives them back when it ends: by ``release``,
-    at the end of a ``with``, or at the latest when the lease has no reference any more.
+    The pages of one step or of one search. It gives them back when it ends: by ``release``, at the end of a ``with``,
+    or at the latest when Python deletes it.
     """
 
     def __init__(self, pages: PageAllocator, take: Callable[[int], np.ndarray]) -> None:

@@ -266,8 +266,7 @@ class UniZeroPolicy(KVCachePolicy, LightZeroUniZeroPolicy):
     """
     Overview:
         LightZero's ``UniZeroPolicy`` with the plugin's options and counts and, with the flag on, contexts that belong
-        to environments. A subclass may set ``config``, whose keys go over LightZero's defaults, and ``keyless_search``,
-        a class that derives from ``KeylessSearch``: the search with the flag on, where contexts need no key.
+        to environments. A subclass may set ``config``, whose keys go over LightZero's defaults.
     Raises:
         - ConfigError: The config cannot be run, or with the flag on not by the new cache.
     """
@@ -278,9 +277,7 @@ class SampledUniZeroPolicy(KVCachePolicy, LightZeroSampledUniZeroPolicy):
     """
     Overview:
         LightZero's ``SampledUniZeroPolicy`` with the plugin's options and counts and, with the flag on, contexts that
-        belong to environments. A subclass may set ``config``, whose keys go over LightZero's defaults, and
-        ``keyless_search``, a class that derives from ``SampledKeylessSearch``: the search with the flag on, where
-        contexts need no key.
+        belong to environments. A subclass may set ``config``, whose keys go over LightZero's defaults.
     Raises:
         - ConfigError: The config cannot be run, or with the flag on not by the new cache.
     """

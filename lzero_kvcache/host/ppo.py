@@ -48,9 +48,7 @@ class UniZeroPPOPolicy(KVCachePolicy, LightZeroUniZeroPPOPolicy):
     """
     Overview:
         LightZero's ``UniZeroPPOPolicy`` with the plugin's options and counts and, with the flag on, contexts that
-        belong to environments. A subclass may set ``config``, whose keys go over LightZero's defaults, and
-        ``keyless_search``, a class that derives from ``KeylessSearch``: the search with the flag on, where there is
-        one and contexts need no key.
+        belong to environments. A subclass may set ``config``, whose keys go over LightZero's defaults.
     Raises:
         - ConfigError: The config cannot be run, or with the flag on not by the new cache.
     """

@@ -1,6 +1,6 @@
 """The memory of searches on a GPU: trees as tensors, and the captured graphs of a search, its begin and a simulation.
 
-One CUDA graph is replayed for each simulation, so that another number of simulations needs no new capture. Shapes are
+One CUDA graph is replayed for each simulation, so that fewer simulations need no new capture. Shapes are
 those of :mod:`.tree_arrays`; ``E`` embedding. Triton is imported with the first search.
 """
 import ctypes

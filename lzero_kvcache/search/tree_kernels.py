@@ -19,10 +19,10 @@ def _quality(reward, discount, sign, value_sum, visits):
 
 
 @triton.jit
-def _unseen(worth, seen, index, above, total, is_root, slots):
-    """The value of children without visits: the mean of the others and, beside the root, of ``above``, the same of the
-    parent. ``total`` is 0."""
-    visited = tl.sum(seen.to(tl.int32), 0)
+def _unseen(worth, seen, index, above, discount, is_root, slots):
+    """The value of children without visits: at the root the mean of the others, elsewhere that mean with the parent's
+    ``above`` as one more of them."""
+    total, visited = discount * 0, tl.sum(seen.to(tl.int32), 0)
     for one in range(slots):
         total += tl.sum(tl.where(seen & (index == one), worth, 0.), 0)
     if is_root & (visited > 0):
@@ -120,7 +120,7 @@ def select(visits, value_sum, reward, prior, child, order, draws, low, high, pat
         sums = tl.load(value_sum + first_node + children, mask=seen, other=0.)
         rewards = tl.load(reward + first_node + children, mask=seen, other=0.)
         worth = _quality(rewards, discount, 1.0, sums, reached)
-        above = _unseen(worth, seen, index, above, discount * 0, node == 0, slots)
+        above = _unseen(worth, seen, index, above, discount, node == 0, slots)
         value = tl.where(seen, _quality(rewards, discount, sign, sums, reached), above)
         value = tl.where(width > 0, tl.div_rn(value - lowest, divisor), value)
         value = tl.where(value < 0, 0., value)
