@@ -379,7 +379,7 @@ def _add_info(commands: Any) -> None:
         'info', help='versions, device, backend; sizes and memory of a config',
         description='Say what is installed, and what the cache of a config will take. The policy of the config is '
         'built on the CPU, without environments.')
-    _add(parser, 'config', 'overrides')
+    _add(parser, 'config', 'overrides', 'cache')
 
 
 if __name__ == '__main__':

@@ -279,10 +279,11 @@ def picked_system(world_model_cfg: Any) -> str:
 
 
 def unread_options(world_model_cfg: Any) -> str:
-    """The options in a ``kv_cache_cfg`` that LightZero's own new manager does not read, in words."""
-    given = lookup(world_model_cfg, OPTIONS) or {}
-    unread = [key for key, value in given.items()
-              if key not in ('type', 'enable_stats') and value not in (None, KV_CACHE_CFG[key].default)]
+    """The options in a ``kv_cache_cfg`` that LightZero's own caching does not read, in words."""
+    given = lookup(world_model_cfg, OPTIONS)
+    given = given if isinstance(given, dict) else {}
+    unread = [key for key, option in KV_CACHE_CFG.items()
+              if key not in ('type', 'enable_stats') and given.get(key) not in (None, option.default)]
     return ', '.join(f'{OPTIONS}.{key}={given[key]!r}' for key in unread)
 
 

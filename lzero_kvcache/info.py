@@ -67,15 +67,14 @@ def of_plan(plan: Plan) -> Dict[str, TableRows]:
             with_flag = copy.deepcopy(configs)
             refused = _fault_of(enable, *with_flag) or _fault_of(building.build_policy, *with_flag)
             rows += [('with the flag on', f'refused: {refused}')] if refused else []
-        else:
-            unread = unread_options(plan.main_config.policy.model.world_model_cfg)
-            rows += [('not read', unread)] if unread else []
+        unread = unread_options(plan.main_config.policy.model.world_model_cfg)
+        rows += [('not read', unread)] if unread else []
         return {'cache': rows}
     pages, page_bytes = manager.page_capacity, model.inference.shared.store.page_bytes
     rows += [
         ('search', _search(options.search, model.why_not_in_arrays(), device)),
         ('backend', picked(options.backend, torch.device(device))),
-        ('of evaluation', f'{evaluated} x {options.init_pool_size} contexts'),
+        ('init pools of evaluation', f'{evaluated} x {options.init_pool_size} contexts'),
         ('newest roots', f'{options.env_num} + {evaluated} contexts'),
         ('pages', f'{pages:,} of {page_bytes:,} bytes, {options.dtype}'),
         ('pages of a context', f'{manager.context_pages} at the most'),

@@ -55,7 +55,7 @@ class TestNew:
         assert rows['init pools'] == f'{len(manager.init_pools)} x {sizes.pop()} contexts'
         assert rows['init pools'].startswith('3 x 7 contexts')
         sizes = {pool.pool_size for pool in manager.eval_pools}
-        assert rows['of evaluation'] == f'{len(manager.eval_pools)} x {sizes.pop()} contexts'
+        assert rows['init pools of evaluation'] == f'{len(manager.eval_pools)} x {sizes.pop()} contexts'
         assert rows['newest roots'] == '3 + 2 contexts'
         assert rows['search'] == "in LightZero's tree: pages are kept as torch.bfloat16"
         assert rows['recurrent pool'] == f'{manager.recur_pool.pool_size} contexts' == '18 contexts'
@@ -191,6 +191,22 @@ def test_the_command_prints_its_tables_and_nothing_else(capfd, tmp_path, monkeyp
     around = [line.strip() for line in captured.out.split('\n') if line and line[0] not in '│┌├└']
     assert around == [f"Config: {our_configs()['config_new']}", 'installed', 'cache', 'kv_cache_cfg']
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_the_old_system_does_not_read_are_told_of(caplog):
+    """By info, and by the log of every model."""
+    assert 'not read' not in dict(info.of_plan(make_plan('config_old', overrides=SMALL))['cache'])
+    assert 'does not read' not in caplog.text
+    unread = ['+policy.model.world_model_cfg.kv_cache_cfg.validation=exact']
+    assert dict(info.of_plan(make_plan('config_old', overrides=[*SMALL, *unread]))['cache'])['not read'] == (
+        "kv_cache_cfg.validation='exact'")
+    assert "LightZero's own caching does not read kv_cache_cfg.validation='exact': only the new" in caplog.text
+
+
+def test_a_config_is_shown_with_another_system(capfd):
+    for cache, told in (('old', False), ('new', True)):
+        assert main(['info', '--config', 'config_new', '--cache', cache, '--set', *SMALL]) == 0
+        assert ('memory of pages' in capfd.readouterr().out) is told
 
 
 @pytest.mark.parametrize(('columns', 'width'), [(None, 100), ('70', 70), ('140', 140)])

@@ -1,14 +1,11 @@
 """The new manager that LightZero's main branch has of its own, with numbers in this package's form."""
-import logging
 from typing import Any, Dict, List, Optional, Tuple
 
 from lzero.model.unizero_world_models.kv_cache_manager import KVCacheManager as LightZeroManager
 
 from ..cache.stats import add_pools
-from ..config import KV_CACHE_REGISTRY, LIGHTZERO, OPTIONS, unread_options
+from ..config import KV_CACHE_REGISTRY, LIGHTZERO
 from .old_world_model import CountedFromOutside, LightZeroPool, OldWorldModel
-
-logger = logging.getLogger(__name__)
 
 
 @KV_CACHE_REGISTRY.register(LIGHTZERO)
@@ -51,9 +48,4 @@ class ManagerWorldModel(OldWorldModel):
     manager = CountedManager
     system, log_line = LIGHTZERO, "Using LightZero's own KVCacheManager"
     clear_line = "Cleared WorldModel KV caches (LightZero's own manager)."
-
-    def __init__(self, config: Any, tokenizer: Any) -> None:
-        super().__init__(config, tokenizer)
-        unread = unread_options(config)
-        if unread:
-            logger.warning(f"LightZero's own manager does not read {unread}: only {OPTIONS}.type='new' does")
+    unread_line = "LightZero's own manager does not read {}: only kv_cache_cfg.type='new' does"

@@ -8,7 +8,7 @@ from lzero.model.unizero_world_models.world_model import WorldModel as LightZero
 
 from ..cache.base import BaseCacheManager
 from ..cache.stats import CacheStats, query_counters
-from ..config import KV_CACHE_REGISTRY, MIB, CacheConfig
+from ..config import KV_CACHE_REGISTRY, MIB, CacheConfig, unread_options
 from ..search.timing import Timing
 from .keys_values import bytes_of
 from .lightzero import VERSION, lightzero
@@ -150,6 +150,7 @@ class OldWorldModel(LightZeroWorldModel):
     lightzero_version = VERSION
     manager: Any = OldCacheManager
     system, log_line = 'old', 'Using OLD cache system (original implementation)'
+    unread_line = "LightZero's own caching does not read {}: only the new cache does"
     clear_line = 'Cleared WorldModel past_kv_cache (OLD system).'
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
@@ -159,6 +160,9 @@ class OldWorldModel(LightZeroWorldModel):
         self.kv_cache_manager: Any = self.manager(config, self.env_num, options.enable_stats)
         self.kv_cache_manager.attach(self)
         self.timings = {'search': Timing(), 'step': Timing()}
+        unread = unread_options(config)
+        if unread:
+            logger.warning(self.unread_line.format(unread))
 
     @property
     def hyperparameters(self) -> Dict[str, Any]:
