@@ -112,8 +112,9 @@ def lightzero_configs() -> Dict[str, str]:
 
 def check_options(options: argparse.Namespace) -> None:
     """Refuse options that lack what they need, or name a thing twice."""
-    if getattr(options, 'overrides', None) and options.config is None:
-        raise UsageError('--set changes a config; give --config too')
+    for name in ('overrides', 'cache'):
+        if getattr(options, name, None) and options.config is None:
+            raise UsageError(f'{flag_of(name)} changes a config; give --config too')
     for option, path in (('resume', getattr(options, 'resume', None)), ('eval', getattr(options, 'evaluate', None))):
         if path is not None and not os.path.isfile(path):
             raise UsageError(f'--{option} {NO_CHECKPOINT.format(path)}')

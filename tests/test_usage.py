@@ -214,6 +214,7 @@ COMPARE = [
     (['compere'], "'compere'"),
     *(([command], '--config') for command in ('train', 'experiment')),
     (['info', '--set', 'policy.num_simulations=3'], 'give --config too'),
+    (['info', '--cache', 'new'], '--cache changes a config; give --config too'),
     *(([command, *arguments], message) for command, cases in (
         ('train', WITH_A_CONFIG + TRAIN), ('experiment', EXPERIMENT), ('info', WITH_A_CONFIG), ('compare', COMPARE),
     ) for arguments, message in cases),
