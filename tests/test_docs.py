@@ -460,7 +460,8 @@ def check_function(function, docstring):
 
 
 def inherited_docstring(kind, name):
-    return next(filter(None, (vars(base)[name].__doc__ for base in ours(kind) if name in vars(base))), '')
+    found = (vars(base)[name] for base in ours(kind) if name in vars(base))
+    return next(filter(None, (getattr(value, '__func__', value).__doc__ for value in found)), '')
 
 
 @pytest.mark.parametrize('name', sorted(public()))

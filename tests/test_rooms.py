@@ -140,6 +140,8 @@ def libraries(path: Path) -> Set[str]:
 def _is_standard(library: str) -> bool:
     if hasattr(sys, 'stdlib_module_names'):
         return library in sys.stdlib_module_names
+    if library in sys.builtin_module_names:
+        return True
     origin = getattr(importlib.util.find_spec(library), 'origin', None) or ''
     is_there = origin.startswith(sysconfig.get_path('stdlib')) and 'site-packages' not in origin
     return is_there or origin in ('built-in', 'frozen')
