@@ -12,6 +12,7 @@ from unittest import mock
 
 import lzero.mcts.tree_search.mcts_ctree as mcts_ctree
 import numpy as np
+import pytest
 import torch
 from ding.config import compile_config
 from ding.policy import create_policy
@@ -193,10 +194,18 @@ class Worker:
         """The same with LightZero's tree, which breaks ties by the time of day, and its printed lines."""
         observations = torch.from_numpy(np.stack([self._observe(env_id) for env_id in env_ids]))
         arguments = dict(temperature=self.temperature, epsilon=0.) if self.mode == 'collect' else {}
-        output = self.policy.forward(
-            observations, [self.mask(env_id) for env_id in env_ids], to_play=[-1] * len(env_ids), ready_env_id=env_ids,
-            timestep=[np.array(self._timestep.get(env_id, 0)) for env_id in env_ids], **arguments
-        )
+        try:
+            output = self.policy.forward(
+                observations, [self.mask(env_id) for env_id in env_ids], to_play=[-1] * len(env_ids),
+                ready_env_id=env_ids, timestep=[np.array(self._timestep.get(env_id, 0)) for env_id in env_ids],
+                **arguments
+            )
+        except TypeError as error:
+            # Below torch 2.5 a compiled model says that it is in training mode, and Sampled UniZero's evaluation does
+            # not convert what it predicts.
+            if 'policy_logits_pool' in str(error) and torch.compile(torch.nn.Identity()).eval().training:
+                pytest.skip("LightZero's Sampled UniZero cannot be evaluated with this torch")
+            raise
         for env_id in env_ids:
             self._timestep[env_id] = self._timestep.get(env_id, 0) + 1
         return output

@@ -42,13 +42,6 @@ MODES = pytest.mark.parametrize('mode', ['collect', 'eval'])
 POSITIONS = pytest.mark.parametrize('rotary', [False, True], ids=['learned', 'rotary'])
 
 
-def skip_if_lightzero_cannot_evaluate(kind):
-    """With torch below 2.5 (Python 3.8 has no newer one) a compiled model says that it is in training mode, and the
-    evaluation of LightZero's Sampled UniZero takes it at its word."""
-    if kind != 'unizero' and torch.compile(torch.nn.Identity()).eval().training:
-        pytest.skip("LightZero's Sampled UniZero cannot be evaluated with this torch")
-
-
 def make(kind='unizero', search='device', seed=0, new=True, policy_class=None, simulations=SIMULATIONS, rotary=True,
          changes=None, cache=None, **world_model_cfg):
     """A policy with random weights for three environments: UniZero with five actions, or Sampled UniZero, which draws
@@ -179,8 +172,6 @@ def test_searches_in_arrays(kind, search, lines):
 @pytest.mark.parametrize('kind', ['unizero', 'continuous'])
 @pytest.mark.parametrize('search', ['tree', 'device'])
 def test_roots_are_stepped_as_they_are_searched(kind, search):
-    if search == 'tree':
-        skip_if_lightzero_cannot_evaluate(kind)
     policy, stepped = make(kind, search), []
     run_compiled = RootInference._run_compiled
 
@@ -370,8 +361,6 @@ def test_a_model_elsewhere_is_not_searched_in_arrays():
 @POSITIONS
 def test_roots_are_those_of_lightzeros_tree(kind, mode, rotary):
     """Whatever other environments do, and if each has but one thing to do, so is all that is found."""
-    if mode == 'eval':
-        skip_if_lightzero_cannot_evaluate(kind)
     forced = kind == 'unizero'
     device, tree = (
         Player(make(kind, search, simulations=1 if forced else SIMULATIONS, rotary=rotary), mode, forced).play()
@@ -570,8 +559,6 @@ def test_searches_are_compiled_for_whole_arrays_alone():
 @KINDS
 @MODES
 def test_counts_and_times_are_those_of_lightzeros_tree(kind, mode):
-    if mode == 'eval':
-        skip_if_lightzero_cannot_evaluate(kind)
     seen = []
     for search in ('device', 'tree'):
         policy = make(kind, search)
