@@ -20,6 +20,7 @@ PACKAGE = ROOT / 'lzero_kvcache'
 # The command's options stand beside the package, so that they can be read without importing it.
 OPTIONS = ROOT / 'lzero_kvcache_options.py'
 FILES = [OPTIONS, *sorted(PACKAGE.rglob('*.py'))]
+FOLDERS = sorted({path.parent for path in FILES} - {PACKAGE, ROOT})
 # Files that Python runs by `-m`: they hand over to the command line, and nothing imports them.
 PROGRAMS = {'__main__.py'}
 # Imports of modules by name, by the function that makes them.
@@ -216,7 +217,7 @@ def test_libraries(room):
     assert not set(used) & FORBIDDEN.get(room.name, set()), used
 
 
-@pytest.mark.parametrize('folder', sorted({path.parent for path in FILES} - {PACKAGE, ROOT}), ids=str)
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda path: path.name)
 def test_each_room_says_what_it_knows_and_what_it_must_not(folder):
     said = ast.get_docstring(ast.parse((folder / '__init__.py').read_text(encoding='utf-8')))
     assert re.search(r'\bknows\b', said, re.IGNORECASE)
